@@ -1,0 +1,1 @@
+"""posttrain: a whole LLM post-training recipe as one short file."""
