@@ -1,0 +1,14 @@
+"""Losses as pure functions: tensors and keyword floats in, `(loss_sum, metrics)` out.
+
+Every loss returns the SUM over tokens of `weight * per-token loss`; the caller divides by the count
+of the whole step, so splitting a batch into parts changes nothing. Every metric is a detached
+scalar sum over the tokens whose weight is not zero, so metrics add up over parts too.
+
+| file | what |
+|---|---|
+| `ops.py` | token log-probabilities, aggregation weights, KL estimators |
+| `sft.py` | cross-entropy |
+| `policy.py` | PPO-clip, GRPO, Dr.GRPO, GSPO; KL penalty to a reference |
+| `distill.py` | on-policy distillation: sampled token, teacher top-k, full vocabulary |
+| `divergence.py` | the chunked autograd functions under the last two |
+"""

@@ -1,0 +1,122 @@
+"""Policy-gradient losses on sampled tokens: PPO-clip, GRPO, Dr.GRPO, GSPO, and the KL penalty.
+
+GRPO, DAPO and Dr.GRPO are one function here: they differ in the advantages
+(`posttrain.rl.advantage`) and in the token weights (`posttrain.losses.ops.aggregation_weights`).
+Left out: dual clipping, entropy bonus, value functions.
+
+Shape suffixes: N flat response tokens of all rows, B rows.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from posttrain.losses.ops import (
+    Estimator,
+    Metrics,
+    active_sum,
+    kl_estimate,
+    known_choice,
+    same_shape,
+    weighted_sum,
+)
+
+Ratio = Literal["token", "sequence"]
+
+
+def policy_gradient(
+    logp_N: Tensor,
+    old_logp_N: Tensor,
+    advantage_N: Tensor,
+    weight_N: Tensor,
+    row_N: Tensor,
+    *,
+    num_rows: int,
+    ratio: Ratio,
+    clip_low: float,
+    clip_high: float,
+    correction_N: Tensor | None = None,
+) -> tuple[Tensor, Metrics]:
+    """Clipped surrogate: sum of `-weight * correction * min(r A, clip(r, 1 - low, 1 + high) A)`.
+
+    `logp_N` is differentiable; `old_logp_N` (the policy the advantages belong to), `advantage_N`,
+    `weight_N` and `correction_N` are constants. `row_N` is the row (int64) of each token.
+
+    - `ratio="token"`: r = exp(logp - old_logp) (PPO, arXiv 1707.06347; GRPO, arXiv 2402.03300).
+    - `ratio="sequence"`: r = the geometric mean of the token ratios of the row, one number for all
+      its tokens (GSPO, arXiv 2507.18071). All tokens of a row must be in the same call.
+
+    `correction_N` multiplies each token (`posttrain.rl.corrections`); 0 drops the token's gradient.
+    Metrics over the tokens of non-zero weight: `clip_low` and `clip_high` (how many tokens the clip
+    stops at the lower and the upper end), `ratio`, `approx_kl` (k3 estimate of KL(old || new)).
+    Raises ValueError for another `ratio`, a negative clip or shapes that differ.
+    """
+    known_choice("ratio", ratio, Ratio)
+    same_shape(
+        logp_N=logp_N,
+        old_logp_N=old_logp_N,
+        advantage_N=advantage_N,
+        weight_N=weight_N,
+        row_N=row_N,
+        correction_N=correction_N,
+    )
+    if not (0 <= clip_low <= 1 and clip_high >= 0):
+        raise ValueError(
+            f"clip_low: {clip_low}, clip_high: {clip_high}; clip_low must be in [0, 1] and clip_high "
+            "at least 0 (both are distances from ratio 1, usually 0.2)"
+        )
+    active_N = weight_N != 0
+    token_log_ratio_N = torch.where(active_N, logp_N - old_logp_N.detach(), 0)
+    log_ratio_N = token_log_ratio_N
+    if ratio == "sequence":
+        log_ratio_N = _row_mean(token_log_ratio_N, active_N, row_N, num_rows)
+    ratio_N = log_ratio_N.exp()
+    advantage_N = advantage_N.detach()
+    clipped_N = ratio_N.clamp(1 - clip_low, 1 + clip_high)
+    loss_N = -torch.minimum(ratio_N * advantage_N, clipped_N * advantage_N)
+    if correction_N is not None:
+        loss_N = loss_N * correction_N.detach()
+    stopped_low_N = (ratio_N < 1 - clip_low) & (advantage_N < 0)
+    stopped_high_N = (ratio_N > 1 + clip_high) & (advantage_N > 0)
+    metrics = {
+        "clip_low": active_sum(stopped_low_N.to(logp_N.dtype), weight_N),
+        "clip_high": active_sum(stopped_high_N.to(logp_N.dtype), weight_N),
+        "ratio": active_sum(ratio_N, weight_N),
+        "approx_kl": active_sum(token_log_ratio_N.expm1() - token_log_ratio_N, weight_N),
+    }
+    return weighted_sum(loss_N, weight_N), metrics
+
+
+def _row_mean(value_N: Tensor, active_N: Tensor, row_N: Tensor, num_rows: int) -> Tensor:
+    """The mean over the active tokens of a row, given to each of its tokens."""
+    sum_B = value_N.new_zeros(num_rows).index_add(0, row_N, value_N)
+    length_B = value_N.new_zeros(num_rows).index_add(0, row_N, active_N.to(value_N.dtype))
+    return (sum_B / length_B.clamp(min=1))[row_N]
+
+
+def kl_penalty(
+    logp_N: Tensor, ref_logp_N: Tensor, weight_N: Tensor, *, estimator: Estimator
+) -> tuple[Tensor, Metrics]:
+    """Sum of `weight * k(logp, ref_logp)`: a KL penalty towards a reference, as a loss.
+
+    What is descended, in expectation over tokens sampled from the student:
+
+    - `k2`: the gradient of KL(student || reference).
+    - `k3`: the gradient of KL(reference || student), the forward KL (GRPO's choice).
+    - `k1`: nothing. Its expected gradient is E[grad log p] = 0, so it is refused here.
+
+    As a part of the reward all three are usable (`posttrain.losses.ops.kl_estimate`, detached).
+    `ref_logp_N` is a constant. Metrics: `kl`, the unweighted sum of the estimates.
+    Raises ValueError for `k1` and for an unknown estimator.
+    """
+    known_choice("estimator", estimator, Estimator)
+    if estimator == "k1":
+        raise ValueError(
+            "estimator: 'k1' as a loss has zero expected gradient (it is the mean of grad log p over "
+            "samples of p); k1 belongs in the reward. Choices: k2, k3 as a loss; k1, k2, k3 in the "
+            "reward"
+        )
+    same_shape(logp_N=logp_N, ref_logp_N=ref_logp_N, weight_N=weight_N)
+    kl_N = kl_estimate(logp_N, ref_logp_N.detach(), estimator=estimator)
+    return weighted_sum(kl_N, weight_N), {"kl": active_sum(kl_N, weight_N)}
