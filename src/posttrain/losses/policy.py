@@ -63,8 +63,8 @@ def policy_gradient(
     )
     if not (0 <= clip_low <= 1 and clip_high >= 0):
         raise ValueError(
-            f"clip_low: {clip_low}, clip_high: {clip_high}; clip_low must be in [0, 1] and clip_high "
-            "at least 0 (both are distances from ratio 1, usually 0.2)"
+            f"clip_low: {clip_low} must be in [0, 1] and clip_high: {clip_high} at least 0; both "
+            "are distances from ratio 1, usually 0.2"
         )
     active_N = weight_N != 0
     token_log_ratio_N = torch.where(active_N, logp_N - old_logp_N.detach(), 0)
@@ -113,9 +113,9 @@ def kl_penalty(
     known_choice("estimator", estimator, Estimator)
     if estimator == "k1":
         raise ValueError(
-            "estimator: 'k1' as a loss has zero expected gradient (it is the mean of grad log p over "
-            "samples of p); k1 belongs in the reward. Choices: k2, k3 as a loss; k1, k2, k3 in the "
-            "reward"
+            "estimator: 'k1' as a loss has zero expected gradient (the mean of grad log p over "
+            "samples of p is zero); k1 belongs in the reward. Choices: k2, k3 as a loss; k1, k2, "
+            "k3 in the reward"
         )
     same_shape(logp_N=logp_N, ref_logp_N=ref_logp_N, weight_N=weight_N)
     kl_N = kl_estimate(logp_N, ref_logp_N.detach(), estimator=estimator)
