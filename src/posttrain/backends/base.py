@@ -1,0 +1,89 @@
+"""The seam between a stage and the machinery: three Protocols that a stage may call.
+
+Every stage is written against these; `backends/local.py` is the reference that any other backend
+must agree with. Legend: N flat response tokens (row after row), D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from posttrain.rl.types import Rollouts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Head:
+    """The output projection of a model: `logits = hidden @ weight_VD.T + bias_V`."""
+
+    weight_VD: Tensor
+    bias_V: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """The rows of one forward pass: which they are in the batch, and the rollouts themselves."""
+
+    index_B: Tensor
+    """int64, the rows' positions in the whole batch."""
+    rollouts: Rollouts
+
+
+Metrics = dict[str, Tensor]
+LossFunction = Callable[[Tensor, Head, MicroBatch], tuple[Tensor, Metrics]]
+"""`(hidden_ND, head, micro_batch) -> (loss sum, metric sums)`. Both are sums, never means."""
+
+
+class Sampler(Protocol):
+    """Draws responses."""
+
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        group_size: int,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+    ) -> Rollouts:
+        """`group_size` responses to each prompt, in the order of the prompts.
+
+        `temperature` 0 is greedy decoding. Log-probs in the result are those of the distribution
+        that was sampled from (temperature included; at temperature 0 those of the model itself).
+        """
+        ...
+
+
+class Scorer(Protocol):
+    """Reads a frozen model at the positions that predict response tokens."""
+
+    head: Head
+
+    def hidden(self, rollouts: Rollouts) -> Tensor:
+        """`hidden_ND`, the last hidden states that predict the response tokens. No gradient."""
+        ...
+
+
+class Learner(Protocol):
+    """Holds the trainable model and its optimiser."""
+
+    def update(
+        self,
+        rollouts: Rollouts,
+        loss: LossFunction,
+        *,
+        count: float,
+        lr: float,
+    ) -> dict[str, float]:
+        """One optimiser step on `sum(loss) / count`; returns the metric sums and `grad_norm`.
+
+        The split into micro-batches is the learner's business and changes nothing but rounding.
+        """
+        ...
+
+    def split(self, rollouts: Rollouts) -> Iterable[MicroBatch]:
+        """The micro-batches that `update` would use."""
+        ...

@@ -1,0 +1,87 @@
+"""Hugging Face directories in and out: the only form in which a model is kept.
+
+`save` writes what `AutoModelForCausalLM.from_pretrained` and inference servers read as it is:
+config, safetensors, tokenizer, generation config. Never pickle, never remote code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from posttrain.backends.base import Head
+from posttrain.engine.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageModel:
+    """A causal language model and its tokenizer."""
+
+    model: Any
+    """A transformers causal LM."""
+    tokenizer: Any
+    """A transformers tokenizer."""
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Token ids that end a response: the generation config's, else the tokenizer's."""
+        ids = self.model.generation_config.eos_token_id
+        if ids is None:
+            ids = self.tokenizer.eos_token_id
+        if ids is None:
+            raise ConfigError(
+                f"{self.model.config.name_or_path or 'model'}: neither generation_config.json nor "
+                "the tokenizer has an end-of-sequence token; set eos_token_id in one of them"
+            )
+        return tuple(ids) if isinstance(ids, list | tuple) else (ids,)
+
+    @property
+    def pad_id(self) -> int:
+        """The id that fills rows; any id serves, since padding is never attended to."""
+        pad = self.tokenizer.pad_token_id
+        return self.stop_ids[0] if pad is None else pad
+
+
+def load(path: str | Path, *, dtype: torch.dtype = torch.float32) -> LanguageModel:
+    """Load a Hugging Face directory.
+
+    Raises ConfigError for a checkpoint that is not a causal LM, or whose logits are not a plain
+    linear map of the last hidden state (the losses work from hidden states and head).
+    """
+    path = Path(path)
+    try:
+        config = AutoConfig.from_pretrained(path)
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, attn_implementation="sdpa", use_safetensors=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"{path}: transformers cannot load this checkpoint as a causal language model "
+            f"({str(error).splitlines()[0]}); it must be a directory with config.json, "
+            "model.safetensors and tokenizer files"
+        ) from error
+    for field in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        if getattr(config, field, None) not in (None, 1, 1.0):
+            raise ConfigError(
+                f"{path}/config.json: {field} = {getattr(config, field)}: models that change their "
+                "logits after the output projection are not supported; choose a model without it"
+            )
+    return LanguageModel(model=model, tokenizer=tokenizer)
+
+
+def save(language_model: LanguageModel, out: Path) -> None:
+    """Write model, tokenizer and generation config to `out` (created if missing)."""
+    out.mkdir(parents=True, exist_ok=True)
+    language_model.model.save_pretrained(out, safe_serialization=True)
+    language_model.tokenizer.save_pretrained(out)
+
+
+def output_head(model: Any) -> Head:
+    """The output projection of a causal LM, shared with the embedding where the model ties them."""
+    layer = model.get_output_embeddings()
+    return Head(weight_VD=layer.weight, bias_V=getattr(layer, "bias", None))

@@ -1,0 +1,140 @@
+"""Learning and scoring with one transformers model in this process: the reference backend.
+
+Rows are right-padded, so that causal attention alone keeps padding out, and only the positions that
+predict response tokens reach the output head. Legend: B rows, T positions, N flat response tokens,
+D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from posttrain.backends.base import Head, LossFunction, MicroBatch
+from posttrain.backends.checkpoint import LanguageModel, output_head
+from posttrain.rl.types import Rollouts
+
+
+def hidden_states(model: Any, rollouts: Rollouts) -> Tensor:
+    """`hidden_ND`: last hidden states that predict the response tokens, row after row."""
+    tokens_BT = rollouts.tokens_BT
+    hidden_BTD = model.base_model(input_ids=tokens_BT[:, :-1], use_cache=False).last_hidden_state
+    # Position t predicts token t + 1.
+    return hidden_BTD[rollouts.response_mask_BT()[:, 1:]]
+
+
+def response_targets(rollouts: Rollouts) -> Tensor:
+    """`targets_N`: the response tokens themselves."""
+    return rollouts.tokens_BT[rollouts.response_mask_BT()]
+
+
+def split_by_tokens(rollouts: Rollouts, max_tokens: int) -> Iterator[MicroBatch]:
+    """Micro-batches of rows of like length whose padded size stays under `max_tokens`.
+
+    Rows keep their order inside a micro-batch; which rows share one depends on lengths alone.
+    """
+    length_B = rollouts.prompt_len_B + rollouts.response_len_B
+    order_B = torch.argsort(length_B, stable=True)
+    lengths = length_B[order_B].tolist()
+    start = 0
+    for end in range(1, len(lengths) + 1):
+        if end < len(lengths) and lengths[end] * (end + 1 - start) <= max_tokens:
+            continue
+        index_B = order_B[start:end]
+        yield MicroBatch(index_B=index_B, rollouts=rollouts.rows(index_B))
+        start = end
+
+
+class LocalScorer:
+    """A `Scorer` over a frozen model."""
+
+    def __init__(self, language_model: LanguageModel, *, max_tokens: int = 8192) -> None:
+        self.model = language_model.model.eval()
+        self.head: Head = output_head(self.model)
+        self.max_tokens = max_tokens
+
+    @torch.no_grad()
+    def hidden(self, rollouts: Rollouts) -> Tensor:
+        """See `Scorer.hidden`."""
+        count_B = rollouts.response_len_B
+        start_B = count_B.cumsum(0) - count_B
+        hidden_ND: Tensor | None = None
+        for batch in split_by_tokens(rollouts, self.max_tokens):
+            part = hidden_states(self.model, batch.rollouts)
+            if hidden_ND is None:
+                hidden_ND = part.new_empty(rollouts.num_tokens, part.shape[1])
+            hidden_ND[flat_index(start_B, count_B, batch.index_B)] = part
+        assert hidden_ND is not None, "no rows to score"
+        return hidden_ND
+
+
+def flat_index(start_B: Tensor, count_B: Tensor, index_B: Tensor) -> Tensor:
+    """Where the response tokens of the rows `index_B` stand in a flat `_N` tensor."""
+    count = count_B[index_B]
+    offset_N = torch.arange(int(count.sum())) - (count.cumsum(0) - count).repeat_interleave(count)
+    return start_B[index_B].repeat_interleave(count) + offset_N
+
+
+class LocalLearner:
+    """A `Learner`: AdamW on one model, gradients summed over micro-batches."""
+
+    def __init__(
+        self,
+        language_model: LanguageModel,
+        *,
+        betas: tuple[float, float],
+        weight_decay: float,
+        max_grad_norm: float,
+        max_tokens: int = 8192,
+    ) -> None:
+        self.model = language_model.model.train()
+        self.head: Head = output_head(self.model)
+        self.max_tokens = max_tokens
+        self.max_grad_norm = max_grad_norm
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=0.0, betas=betas, weight_decay=weight_decay, fused=True
+        )
+
+    def split(self, rollouts: Rollouts) -> Iterator[MicroBatch]:
+        """See `Learner.split`."""
+        return split_by_tokens(rollouts, self.max_tokens)
+
+    def update(
+        self, rollouts: Rollouts, loss: LossFunction, *, count: float, lr: float
+    ) -> dict[str, float]:
+        """See `Learner.update`."""
+        totals: dict[str, Tensor] = {}
+        for batch in self.split(rollouts):
+            hidden_ND = hidden_states(self.model, batch.rollouts)
+            loss_sum, metrics = loss(hidden_ND, self.head, batch)
+            (loss_sum / count).backward()
+            for name, value in metrics.items():
+                totals[name] = totals[name] + value if name in totals else value
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return {name: float(value) for name, value in totals.items()} | {"grad_norm": float(norm)}
+
+    def state(self) -> dict[str, Tensor]:
+        """Weights and optimiser moments by name, for a step checkpoint."""
+        tensors = {f"weight.{n}": p.detach() for n, p in self.model.named_parameters()}
+        for position, parameter in enumerate(self.parameters):
+            for name, value in self.optimizer.state[parameter].items():
+                tensors[f"optimizer.{position}.{name}"] = value
+        return tensors
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Put back what `state` gave; the next update is then bit-identical."""
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                parameter.copy_(tensors[f"weight.{name}"])
+        for name, value in tensors.items():
+            kind, position, *rest = name.split(".")
+            if kind == "optimizer":
+                self.optimizer.state[self.parameters[int(position)]][rest[0]] = value.clone()

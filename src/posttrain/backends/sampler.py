@@ -1,0 +1,259 @@
+"""Sampling with a slot cache: a finished row leaves at once, a waiting prompt takes its place.
+
+Each prompt is prefilled once for its whole group. A token is drawn by inverse transform from one
+uniform number that depends only on (seed, row, position), so that a row's response does not depend
+on which rows happen to run beside it. Log-probs come from the same pass.
+
+Legend: P prompts, B rows, T positions, R response positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+
+from posttrain.backends.base import Head
+from posttrain.backends.cache import SlotCache
+from posttrain.backends.checkpoint import LanguageModel, output_head
+from posttrain.engine.errors import ConfigError
+from posttrain.rl.types import Rollouts, pad_rows
+
+# Rows are moved together only when this share of them has ended: moving copies the whole cache.
+COMPACT_BELOW = 0.75
+
+
+class LocalSampler:
+    """A `Sampler` over a transformers model in this process."""
+
+    def __init__(self, language_model: LanguageModel, *, max_rows: int = 256) -> None:
+        self.model: Any = language_model.model
+        self.head: Head = output_head(language_model.model)
+        self.stop_ids = torch.tensor(language_model.stop_ids)
+        self.pad_id = language_model.pad_id
+        self.max_rows = max_rows
+        check_full_attention(self.model.config)
+
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        group_size: int,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+    ) -> Rollouts:
+        """See `Sampler.sample`. Raises ConfigError if a prompt leaves no room for a response."""
+        self._check_lengths(prompts, max_new_tokens)
+        was_training = self.model.training
+        self.model.eval()
+        with torch.inference_mode():
+            run = _Run(self, prompts, group_size, max_new_tokens, temperature, seed)
+            while run.live or run.waiting:
+                run.admit()
+                run.step()
+                run.retire()
+        self.model.train(was_training)
+        # Outside inference mode, so that the result may take part in a gradient.
+        return run.rollouts()
+
+    def _check_lengths(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+        longest = max(map(len, prompts), default=0)
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        if limit is not None and longest + max_new_tokens > limit:
+            raise ConfigError(
+                f"max_new_tokens = {max_new_tokens}: the longest prompt has {longest} tokens and "
+                f"the model has {limit} positions; the most that fits is {limit - longest}"
+            )
+
+
+class _Run:
+    """The state of one call to `sample`."""
+
+    def __init__(
+        self,
+        sampler: LocalSampler,
+        prompts: Sequence[Sequence[int]],
+        group_size: int,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+    ) -> None:
+        self.model, self.head = sampler.model, sampler.head
+        self.stop_ids, self.pad_id = sampler.stop_ids, sampler.pad_id
+        self.temperature, self.max_new_tokens = temperature, max_new_tokens
+        self.prompts_PT, self.prompt_len_P = pad_rows(prompts, sampler.pad_id)
+        self.group_size = group_size
+        num_rows = len(prompts) * group_size
+        self.num_slots = min(num_rows, max(sampler.max_rows, group_size))
+        columns = self.prompts_PT.shape[1] + max_new_tokens
+        layers = self.model.config.num_hidden_layers
+        self.cache = SlotCache(layers, self.num_slots, columns)
+        self.next_prompt = 0
+        self.row_seed_B = _mix(torch.arange(num_rows) + _mix(torch.tensor(seed)))
+        self.tokens_BR = torch.full((num_rows, max_new_tokens), sampler.pad_id)
+        self.logp_BR = torch.zeros(num_rows, max_new_tokens)
+        self.response_len_B = torch.zeros(num_rows, dtype=torch.int64)
+        self.finished_B = torch.zeros(num_rows, dtype=torch.bool)
+        # Of the rows now in slots: their number, tokens in the cache, tokens sampled, next logits.
+        self.row_L = torch.empty(0, dtype=torch.int64)
+        self.cached_L = torch.empty(0, dtype=torch.int64)
+        self.sampled_L = torch.empty(0, dtype=torch.int64)
+        self.done_L = torch.empty(0, dtype=torch.bool)
+        self.hidden_LD: Tensor | None = None
+
+    @property
+    def live(self) -> int:
+        return len(self.row_L)
+
+    @property
+    def waiting(self) -> bool:
+        return self.next_prompt < len(self.prompt_len_P)
+
+    def admit(self) -> None:
+        """Prefill waiting prompts into free slots, one prefill per prompt for its whole group."""
+        room = (self.num_slots - self.live) // self.group_size
+        if not self.waiting or room == 0:
+            return
+        index_P = torch.arange(
+            self.next_prompt, min(self.next_prompt + room, len(self.prompt_len_P))
+        )
+        self.next_prompt += len(index_P)
+        length_P = self.prompt_len_P[index_P]
+        tokens_PT = self.prompts_PT[index_P, : int(length_P.max())]
+        prefilled = DynamicCache()
+        hidden_PTD = self.model.base_model(
+            input_ids=tokens_PT, past_key_values=prefilled, use_cache=True
+        ).last_hidden_state
+        hidden_PD = hidden_PTD[torch.arange(len(index_P)), length_P - 1]
+        copy_L = torch.arange(len(index_P)).repeat_interleave(self.group_size)
+        slot_L = torch.arange(self.live, self.live + len(copy_L))
+        self.cache.fill(slot_L, prefilled, copy_L)
+        member_L = torch.arange(self.group_size).repeat(len(index_P))
+        row_L = index_P[copy_L] * self.group_size + member_L
+        self.row_L = torch.cat([self.row_L, row_L])
+        self.cached_L = torch.cat([self.cached_L, length_P[copy_L]])
+        self.sampled_L = torch.cat([self.sampled_L, torch.zeros_like(row_L)])
+        self.done_L = torch.cat([self.done_L, torch.zeros_like(row_L, dtype=torch.bool)])
+        fresh_LD = hidden_PD[copy_L]
+        old = self.hidden_LD
+        self.hidden_LD = fresh_LD if old is None else torch.cat([old, fresh_LD])
+
+    def step(self) -> None:
+        """Draw one token for every live row, and run those that go on through the model."""
+        assert self.hidden_LD is not None
+        weight, bias = self.head.weight_VD, self.head.bias_V
+        logits_LV = torch.nn.functional.linear(self.hidden_LD, weight, bias).float()
+        uniform_L = _uniform(self.row_seed_B[self.row_L], self.sampled_L)
+        token_L, logp_L = draw(logits_LV, uniform_L, self.temperature)
+        write = ~self.done_L
+        row, at = self.row_L[write], self.sampled_L[write]
+        self.tokens_BR[row, at] = token_L[write]
+        self.logp_BR[row, at] = logp_L[write]
+        self.sampled_L += 1
+        stopped_L = torch.isin(token_L, self.stop_ids) & write
+        self.finished_B[self.row_L[stopped_L]] = True
+        ended_L = write & (stopped_L | (self.sampled_L >= self.max_new_tokens))
+        self.response_len_B[self.row_L[ended_L]] = self.sampled_L[ended_L]
+        self.done_L |= ended_L
+        if bool(self.done_L.all()):
+            return
+        # Rows that ended but still hold a slot run along without effect; their position stands.
+        mask = self.cache.aim(self.cached_L)
+        self.hidden_LD = self.model.base_model(
+            input_ids=token_L[:, None],
+            position_ids=self.cached_L[:, None],
+            attention_mask=mask,
+            past_key_values=self.cache,
+            use_cache=True,
+        ).last_hidden_state[:, 0]
+        self.cached_L = self.cached_L + (~self.done_L).long()
+
+    def retire(self) -> None:
+        """Give up the slots of ended rows when enough of them have ended or others wait."""
+        ended = int(self.done_L.sum())
+        due = ended == self.live or ended > (1 - COMPACT_BELOW) * self.live
+        wanted = self.waiting and self.num_slots - self.live + ended >= self.group_size
+        if ended == 0 or not (due or (wanted and ended * 8 >= self.num_slots)):
+            return
+        keep_L = (~self.done_L).nonzero()[:, 0]
+        self.cache.keep(keep_L)
+        assert self.hidden_LD is not None
+        self.hidden_LD = self.hidden_LD[keep_L]
+        self.row_L, self.cached_L = self.row_L[keep_L], self.cached_L[keep_L]
+        self.sampled_L, self.done_L = self.sampled_L[keep_L], self.done_L[keep_L]
+
+    def rollouts(self) -> Rollouts:
+        """Everything sampled, as one right-padded batch."""
+        prompt_len_B = self.prompt_len_P.repeat_interleave(self.group_size)
+        num_rows, columns = len(prompt_len_B), self.prompts_PT.shape[1]
+        longest = int(self.response_len_B.max()) if num_rows else 0
+        tokens_BT = torch.full((num_rows, columns + longest), self.pad_id)
+        tokens_BT[:, :columns] = self.prompts_PT.repeat_interleave(self.group_size, dim=0)
+        position_R = torch.arange(longest)
+        valid_BR = position_R < self.response_len_B[:, None]
+        at_BR = prompt_len_B[:, None] + position_R
+        row_BR = torch.arange(num_rows)[:, None].expand_as(at_BR)
+        tokens_BT[row_BR[valid_BR], at_BR[valid_BR]] = self.tokens_BR[:, :longest][valid_BR]
+        used = int((prompt_len_B + self.response_len_B).max()) if num_rows else 0
+        return Rollouts(
+            tokens_BT=tokens_BT[:, :used].clone(),
+            prompt_len_B=prompt_len_B,
+            response_len_B=self.response_len_B.clone(),
+            logp_BR=self.logp_BR[:, :longest] * valid_BR,
+            finished_B=self.finished_B.clone(),
+        )
+
+
+def draw(logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """One token per row and its log-prob: inverse transform, or the arg max at temperature 0.
+
+    Draws the first token whose cumulative probability passes the row's uniform number. The
+    cumulative sum is in float64: in float32 its end can stop short of 1 on a large vocabulary.
+    """
+    if temperature == 0:
+        logp_BV = torch.log_softmax(logits_BV, dim=-1)
+        token_B = logits_BV.argmax(dim=-1)
+    else:
+        logp_BV = torch.log_softmax(logits_BV / temperature, dim=-1)
+        cumulative_BV = logp_BV.double().exp_().cumsum(dim=-1)
+        target_B1 = uniform_B[:, None] * cumulative_BV[:, -1:]
+        token_B = torch.searchsorted(cumulative_BV, target_B1, right=True)[:, 0]
+        token_B = token_B.clamp_(max=logits_BV.shape[1] - 1)
+    return token_B, logp_BV.gather(1, token_B[:, None])[:, 0]
+
+
+def check_full_attention(config: Any) -> None:
+    """Raise ConfigError for a model whose layers keep anything but full-length keys and values."""
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    window = getattr(config, "sliding_window", None)
+    positions = getattr(config, "max_position_embeddings", 0)
+    harmless = {"full_attention"}
+    if window is None or window >= positions:
+        harmless.add("sliding_attention")
+    if kinds - harmless:
+        raise ConfigError(
+            f"config.json: layer_types = {sorted(kinds)}: the local sampler keeps full-length keys "
+            "and values for every layer; choose a model with full attention in all layers"
+        )
+
+
+def _mix(value: Tensor) -> Tensor:
+    """The splitmix64 finaliser on int64 (multiplication wraps): spreads nearby integers apart."""
+    value = value + -7046029254386353131
+    value = (value ^ _shift(value, 30)) * -4658895280553007687
+    value = (value ^ _shift(value, 27)) * -7723592293110705685
+    return value ^ _shift(value, 31)
+
+
+def _shift(value: Tensor, bits: int) -> Tensor:
+    """Logical right shift; torch's `>>` on int64 keeps the sign."""
+    return (value >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _uniform(seed_B: Tensor, position_B: Tensor) -> Tensor:
+    """float64 in [0, 1) from (row seed, position)."""
+    return _shift(_mix(seed_B ^ _mix(position_B)), 11).double() * 2.0**-53
