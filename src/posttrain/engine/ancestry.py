@@ -1,0 +1,261 @@
+"""What an artifact descends from: lineage, verification of the hash chain, garbage collection."""
+
+import fcntl
+import os
+import shutil
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from posttrain.engine.errors import StoreError
+from posttrain.engine.fingerprint import file_digest
+from posttrain.engine.record import (
+    RECORD,
+    SHORT,
+    Artifact,
+    Record,
+    label_of,
+    record_problems,
+    record_sha256,
+)
+from posttrain.engine.work import CODE_DIFF, METRICS, take_lock
+
+if TYPE_CHECKING:  # store.py imports this module
+    from posttrain.engine.store import Store
+
+ADOPTED: Final = "adopted from"
+"""Edge from an adopted artifact to the last record of the history that came with it."""
+_ADDED = frozenset({METRICS, CODE_DIFF})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ancestor:
+    """One step of a lineage."""
+
+    record: Mapping[str, Any]
+    artifact: Artifact | None
+    """None when only the record is known: it came with an adopted history."""
+    edges: Mapping[str, str]
+    """Edge label -> label (`name-fingerprint[:12]`) of what it descends from directly."""
+    missing: Sequence[str] = ()
+    """Edges whose source is neither in the store nor in a history."""
+
+    @property
+    def label(self) -> str:
+        return label_of(self.record)
+
+
+def lineage(store: "Store", artifact: Artifact) -> list[Ancestor]:
+    """Everything `artifact` descends from in topological order, ancestors first, itself last.
+
+    Raises StoreError when the record of an ancestor is damaged.
+    """
+    index = store.index()
+    found: dict[str, Ancestor] = {}
+    stack: list[tuple[Artifact, bool]] = [(artifact, False)]
+    while stack:
+        current, expanded = stack.pop()
+        if current.fingerprint in found:
+            continue
+        sources = {
+            edge: store.load(index[short], source["fingerprint"])
+            for edge, source in current.inputs.items()
+            if (short := source["fingerprint"][:SHORT]) in index
+        }
+        if not expanded:
+            stack.append((current, True))
+            stack += [(source, False) for source in reversed(sources.values())]
+            continue
+        edges = {edge: label_of(source) for edge, source in current.inputs.items()}
+        if current.history:
+            found |= _from_history(current.history, known=found)
+            edges[ADOPTED] = label_of(current.history[-1])
+        found[current.fingerprint] = Ancestor(
+            record=current.record,
+            artifact=current,
+            edges=edges,
+            missing=[edge for edge in current.inputs if edge not in sources],
+        )
+    return list(found.values())
+
+
+def _from_history(history: Sequence[Record], *, known: Mapping[str, Any]) -> dict[str, Ancestor]:
+    found: dict[str, Ancestor] = {}
+    for record in history:
+        if record["fingerprint"] in known or record["fingerprint"] in found:
+            continue
+        edges = {edge: label_of(source) for edge, source in record["inputs"].items()}
+        if record["history"]:
+            edges[ADOPTED] = label_of(record["history"][-1])
+        found[record["fingerprint"]] = Ancestor(record=record, artifact=None, edges=edges)
+    return found
+
+
+def verify(store: "Store", artifact: Artifact) -> list[str]:
+    """Problems along the whole ancestry of `artifact`; [] when it is sound.
+
+    Recomputes the hash of every file and record and the fingerprint of every payload, follows the
+    hash chain to the records of the inputs, and checks a history that came with adopted files in
+    the same way.
+    """
+    index = store.index()
+    problems: list[str] = []
+    seen: set[str] = set()
+    frontier = [artifact]
+    while frontier:
+        current = frontier.pop()
+        if current.fingerprint in seen:
+            continue
+        seen.add(current.fingerprint)
+        problems += record_problems(current.record) + list(_file_problems(current))
+        problems += history_problems(current.history) + list(_adoption_problems(current))
+        for edge, source in current.inputs.items():
+            path = index.get(source["fingerprint"][:SHORT])
+            where = f"{current.label}: input {edge} ({label_of(source)})"
+            if path is None:
+                problems.append(f"{where} is missing from the store")
+            elif not (path / RECORD).is_file():
+                problems.append(f"{where}: {path / RECORD} is missing")
+            else:
+                if file_digest(path / RECORD) != source["record_sha256"]:
+                    problems.append(f"{where}: its record is not the one this was made from")
+                try:
+                    frontier.append(store.load(path, source["fingerprint"]))
+                except StoreError as error:
+                    problems.append(f"{where}: {error}")
+    return problems
+
+
+def _file_problems(artifact: Artifact) -> Iterator[str]:
+    for name, entry in artifact.files.items():
+        path = artifact.path / name
+        if not path.is_file():
+            yield f"{artifact.label}: file {name} is missing"
+        elif file_digest(path) != entry["sha256"]:
+            yield f"{artifact.label}: file {name} was changed after it was committed"
+    present = {
+        Path(folder, name).relative_to(artifact.path).as_posix()
+        for folder, _, names in os.walk(artifact.path)
+        for name in names
+    }
+    for name in sorted(present - artifact.files.keys() - {RECORD}):
+        yield f"{artifact.label}: file {name} is not in its record"
+
+
+def history_problems(history: Sequence[Record]) -> list[str]:
+    """What is wrong with records that came with adopted files: each on its own, and the chain
+    between them."""
+    problems = []
+    hashes = {record["fingerprint"]: record_sha256(record) for record in history}
+    for record in history:
+        problems += record_problems(record)
+        for edge, source in record["inputs"].items():
+            known = hashes.get(source["fingerprint"])
+            where = f"{label_of(record)} (history): input {edge} ({label_of(source)})"
+            if known is None:
+                problems.append(f"{where} is missing from the history")
+            elif known != source["record_sha256"]:
+                problems.append(f"{where}: its record is not the one this was made from")
+    return problems
+
+
+def _adoption_problems(artifact: Artifact) -> Iterator[str]:
+    """Adopted files must be the ones that the last record of their history vouches for."""
+    if not artifact.history:
+        return
+    origin = artifact.history[-1]
+    for name, entry in artifact.files.items():
+        vouched = origin["files"].get(name)
+        if vouched is not None and vouched["sha256"] != entry["sha256"]:
+            yield (
+                f"{artifact.label}: file {name} is not the one that its history "
+                f"({label_of(origin)}) vouches for"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Removed:
+    """Something `gc` removed, or would remove in a dry run."""
+
+    label: str
+    path: Path
+    bytes: int
+
+
+def gc(store: "Store", keep: Collection[str], *, dry_run: bool) -> list[Removed]:
+    """Remove artifacts whose fingerprint is not in `keep` and which no kept artifact descends from.
+
+    Work in progress of a fingerprint outside `keep`, or left behind after a commit, goes as well.
+    Descendants go before their ancestors, so being killed half-way leaves no artifact without its
+    ancestors. Raises StoreError while a run uses the store.
+    """
+    if not (store.root / "store.json").exists():
+        return []
+    handle = os.open(store.root / "store.json", os.O_RDONLY)
+    try:
+        if not dry_run:
+            _lock_against_runs(store, handle)
+        removed = _unkept(store, keep) + _stale_work(store, keep)
+        if not dry_run:
+            for item in removed:
+                # One rename first: a directory that is half gone is never seen under artifacts/.
+                trash = store.root / "work" / f"{item.path.name}.trash"
+                trash.parent.mkdir(exist_ok=True)
+                os.rename(item.path, trash)
+                shutil.rmtree(trash)
+    finally:
+        os.close(handle)
+    return removed
+
+
+def _lock_against_runs(store: "Store", handle: int) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise StoreError(
+            f"a run is using {store.root}; wait until it ends or stop it, then run gc again"
+        ) from None
+
+
+def _unkept(store: "Store", keep: Collection[str]) -> list[Removed]:
+    artifacts = {artifact.fingerprint: artifact for artifact in store.list()}
+    needed: set[str] = set()
+    frontier = [fingerprint for fingerprint in keep if fingerprint in artifacts]
+    while frontier:
+        fingerprint = frontier.pop()
+        if fingerprint in needed or fingerprint not in artifacts:
+            continue
+        needed.add(fingerprint)
+        frontier += [source["fingerprint"] for source in artifacts[fingerprint].inputs.values()]
+    order: list[Artifact] = []
+    placed: set[str] = set()
+    for artifact in artifacts.values():
+        for ancestor in lineage(store, artifact):
+            if ancestor.artifact is not None and ancestor.artifact.fingerprint not in placed:
+                placed.add(ancestor.artifact.fingerprint)
+                order.append(ancestor.artifact)
+    return [
+        Removed(label=artifact.label, path=artifact.path, bytes=_own_bytes(artifact.path))
+        for artifact in reversed(order)
+        if artifact.fingerprint not in needed
+    ]
+
+
+def _stale_work(store: "Store", keep: Collection[str]) -> list[Removed]:
+    kept = {fingerprint[:SHORT] for fingerprint in keep} - store.index().keys()
+    found = []
+    for path in sorted((store.root / "work").glob("*")):
+        if path.is_dir() and path.name not in kept:
+            lock = take_lock(path, wait=False)
+            if lock is not None:
+                found.append(Removed(label=f"work/{path.name}", path=path, bytes=_own_bytes(path)))
+                path.with_name(f"{path.name}.lock").unlink()
+                os.close(lock)
+    return found
+
+
+def _own_bytes(path: Path) -> int:
+    """Bytes that removing a directory frees: links count as nothing."""
+    files = (Path(folder, name) for folder, _, names in os.walk(path) for name in names)
+    return sum(0 if file.is_symlink() else file.stat().st_size for file in files)

@@ -1,0 +1,80 @@
+"""Durable writes: a file is there whole or not at all, and a full disk is a message, not a
+traceback."""
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from posttrain.engine.errors import StoreError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+@contextmanager
+def guarded(root: Path, doing: str) -> Iterator[None]:
+    """Turn "no space" and "not allowed" from the system into a StoreError that says how to go
+    on."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise StoreError(
+                f"disk full while {doing}: {free_space(root)} free where {root} is. What was there "
+                f"before is unchanged. Free some space (`posttrain gc` removes what no recipe "
+                f"needs), then run the same command again."
+            ) from error
+        if error.errno in _FORBIDDEN:
+            raise StoreError(
+                f"not allowed to write while {doing}: {error.filename or root}: {error.strerror}; "
+                f"check the owner and the mount, or choose another store directory"
+            ) from error
+        raise
+
+
+def free_space(path: Path) -> str:
+    """Free bytes of the disk that holds `path` (or its nearest existing parent), for people."""
+    while not path.exists():
+        path = path.parent
+    return human_bytes(shutil.disk_usage(path).free)
+
+
+def human_bytes(count: int) -> str:
+    """A byte count for people, in decimal units.
+
+    >>> human_bytes(1_500_000)
+    '1.5 MB'
+    """
+    size = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
+
+
+def fsync(path: Path) -> None:
+    """Force a file or directory to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file so that a reader, or a crash, sees the old content or the new one, never a
+    part."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with part.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise

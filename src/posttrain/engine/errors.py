@@ -1,0 +1,43 @@
+"""Errors a user can meet. Each one says what is wrong, with which value, and how to go on; none
+needs a traceback."""
+
+
+class PosttrainError(Exception):
+    """Base of every error with a message meant for the user.
+
+    `exit_code` is the status a command line ends with: 2 for a mistake in what was asked, 1 for
+    work that failed.
+    """
+
+    exit_code: int = 2
+
+
+class ConfigError(PosttrainError, ValueError):
+    """A value is wrong: the message names the field, the value, the valid choices."""
+
+
+class GraphError(PosttrainError, ValueError):
+    """The graph of stages is not one: a cycle, an unknown input, a bad name."""
+
+
+class StoreError(PosttrainError, RuntimeError):
+    """The store cannot do what was asked: unreadable, full, ambiguous, made by a newer version."""
+
+
+class StageError(PosttrainError, RuntimeError):
+    """One or more stages failed while running.
+
+    `exit_code` is 1, or the exit code of the PosttrainError that the stage itself raised.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class Interrupted(PosttrainError):
+    """The user stopped the run (Ctrl-C). What was finished is kept."""
+
+    exit_code = 130

@@ -1,0 +1,185 @@
+"""The graph of stages: nodes joined by named edges, in one deterministic order, each with a content
+fingerprint.
+
+The dividing line is drawn here once. `kind`, `version`, `config`, `data` and the fingerprints of
+the inputs are identity; `name` and `runtime` (paths, devices) are not, so moving a file or renaming
+a stage never makes it run again.
+"""
+
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from posttrain.engine.errors import GraphError
+from posttrain.engine.fingerprint import digest, plain
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Node:
+    """One stage of a graph. Making one runs nothing.
+
+    Raises GraphError for a name or kind that cannot be a directory name.
+    """
+
+    name: str
+    """What people call it; also the start of its directory name. Not identity."""
+    kind: str
+    """Which stage code runs it."""
+    version: int = 1
+    """Version of that code, raised by hand when its numbers change."""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """Settings with a stable serialisation (see `fingerprint.plain`)."""
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    """Edge label -> name of the node it comes from, such as {"start": "base"}."""
+    data: Mapping[str, str] = field(default_factory=dict)
+    """Label -> sha256 of bytes from outside the graph."""
+    runtime: Mapping[str, Any] = field(default_factory=dict)
+    """What the stage needs to know but does not change its result. {"missing": message} says that
+    an outside file is gone, which blocks the stage unless it is cached."""
+
+    def __post_init__(self) -> None:
+        for label, text in (("name", self.name), ("kind", self.kind)):
+            if not _NAME.fullmatch(text) or len(text) > 100:
+                raise GraphError(
+                    f"{label} {text!r} of a stage cannot be a directory name; use 1 to 100 "
+                    f"letters, digits, '_', '-', '.', '+', not starting with '.', '-' or '+'"
+                )
+
+
+def payload(node: Node, input_fingerprints: Mapping[str, str]) -> dict[str, Any]:
+    """The plain JSON object whose digest is the fingerprint of `node`. Raises ConfigError for an
+    unstable value."""
+    return {
+        "kind": node.kind,
+        "version": node.version,
+        "config": plain(node.config, at=f"stage {node.name}: config"),
+        "data": plain(node.data, at=f"stage {node.name}: data"),
+        "inputs": dict(input_fingerprints),
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Graph:
+    """All nodes by name, and the one that is wanted.
+
+    Raises GraphError (from every method) for a cycle, an unknown input or target, or a node filed
+    under a wrong name.
+    """
+
+    nodes: Mapping[str, Node]
+    target: str
+
+    def order(self) -> list[str]:
+        """Names of the nodes `target` depends on, inputs first, otherwise as they stand in
+        `nodes`."""
+        return list(self._order)
+
+    def ancestors(self, name: str) -> frozenset[str]:
+        """Names of all nodes `name` depends on, directly or not."""
+        return self._ancestors[name]
+
+    def fingerprints(self) -> dict[str, str]:
+        """Name -> fingerprint for every node in `order`. Raises ConfigError for a value without
+        stable serialisation."""
+        return dict(self._fingerprints)
+
+    def payload(self, name: str) -> dict[str, Any]:
+        """The payload of one node in `order`: see the function `payload`."""
+        node = self.nodes[name]
+        return payload(
+            node, {edge: self._fingerprints[source] for edge, source in node.inputs.items()}
+        )
+
+    def width(self, name: str) -> int:
+        """How many nodes in `order` could run at the same time as `name`, itself included.
+
+        It depends on the graph alone, so a share of the machine derived from it does not depend on
+        scheduling.
+        """
+        before = self._ancestors[name]
+        return sum(
+            other not in before and name not in self._ancestors[other] for other in self._order
+        )
+
+    @cached_property
+    def _order(self) -> tuple[str, ...]:
+        needed = self._needed()
+        left = {
+            name: set(self.nodes[name].inputs.values()) for name in self.nodes if name in needed
+        }
+        order: list[str] = []
+        while left:
+            ready = next((name for name, inputs in left.items() if not inputs), None)
+            if ready is None:
+                raise GraphError(
+                    f"the graph has a cycle: {' -> '.join(self._cycle(left))}; "
+                    f"a stage cannot need itself"
+                )
+            order.append(ready)
+            del left[ready]
+            for inputs in left.values():
+                inputs.discard(ready)
+        return tuple(order)
+
+    @cached_property
+    def _ancestors(self) -> dict[str, frozenset[str]]:
+        found: dict[str, frozenset[str]] = {}
+        for name in self._order:
+            inputs = set(self.nodes[name].inputs.values())
+            found[name] = frozenset(inputs.union(*(found[source] for source in inputs)))
+        return found
+
+    @cached_property
+    def _fingerprints(self) -> dict[str, str]:
+        found: dict[str, str] = {}
+        for name in self._order:
+            node = self.nodes[name]
+            found[name] = digest(
+                payload(node, {edge: found[source] for edge, source in node.inputs.items()})
+            )
+        return found
+
+    def _needed(self) -> set[str]:
+        for name, node in self.nodes.items():
+            if name != node.name:
+                raise GraphError(
+                    f"node {node.name!r} is filed under the name {name!r}; "
+                    f"use its own name as the key"
+                )
+        if self.target not in self.nodes:
+            raise GraphError(f"unknown target {self.target!r}; {self._choices(self.target)}")
+        needed, frontier = {self.target}, [self.target]
+        while frontier:
+            node = self.nodes[frontier.pop()]
+            for edge, source in node.inputs.items():
+                if source not in self.nodes:
+                    raise GraphError(
+                        f"input {edge!r} of stage {node.name!r} is {source!r}, "
+                        f"which is not a stage; {self._choices(source)}"
+                    )
+                if source not in needed:
+                    needed.add(source)
+                    frontier.append(source)
+        return needed
+
+    def _choices(self, name: str) -> str:
+        near = difflib.get_close_matches(name, self.nodes, n=1)
+        guess = f"did you mean {near[0]!r}? " if near else ""
+        return f"{guess}Known stages: {', '.join(self.nodes) or '(none)'}"
+
+    def _cycle(self, left: Mapping[str, set[str]]) -> list[str]:
+        """Walk inputs among nodes that all still wait for one: some node must come twice."""
+        walk = [next(iter(left))]
+        while True:
+            following = next(
+                source for source in self.nodes[walk[-1]].inputs.values() if source in left
+            )
+            if following in walk:
+                # The walk goes against the arrows; the message follows them.
+                return [*walk[walk.index(following) :], following][::-1]
+            walk.append(following)

@@ -1,0 +1,289 @@
+"""The store: a directory of committed artifacts and of work in progress.
+
+    store.json                                  {"format": 1}; also the lock between runs and gc
+    artifacts/<kind>/<name>-<fp[:12]>/          record.json and files; committed, never changed
+    work/<fp[:12]>/                             out/ being filled, step checkpoints, log.txt, ...
+    work/<fp[:12]>.lock                         held by whoever works on it
+
+A commit is one `os.rename` of a complete, synced directory. A process killed at any moment leaves
+either nothing or a whole artifact in `artifacts/`; its work directory stays and is picked up by the
+next run.
+"""
+
+import difflib
+import fcntl
+import json
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from posttrain.engine.ancestry import Ancestor, Removed, gc, lineage, verify
+from posttrain.engine.atomic import guarded, write_whole
+from posttrain.engine.commit import add_reports, describe_files, move_into_place, reference
+from posttrain.engine.errors import StoreError
+from posttrain.engine.fingerprint import digest, files_digest
+from posttrain.engine.graph import Node, payload
+from posttrain.engine.record import (
+    FORMAT,
+    RECORD,
+    SHORT,
+    Artifact,
+    Record,
+    check_format,
+    label_of,
+    read_record,
+    seal,
+)
+from posttrain.engine.transfer import adopt, export
+from posttrain.engine.work import Work, open_work
+
+
+class Store:
+    """A store at `root`. Making one writes nothing; the directory appears with the first work
+    begun.
+
+    Raises StoreError when `root` is a directory with other things in it, or of a newer format.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = Path(root).absolute()
+        self._check()
+
+    # -- reading ---------------------------------------------------------------------------------
+
+    def find(self, fingerprint: str) -> Artifact | None:
+        """The artifact with this fingerprint, or None. Lists directories, reads one record, hashes
+        nothing.
+
+        Raises StoreError when the record in the directory of that fingerprint is damaged.
+        """
+        path = self.index().get(fingerprint[:SHORT])
+        return None if path is None else self.load(path, fingerprint)
+
+    def index(self) -> dict[str, Path]:
+        """First 12 hex digits of a fingerprint -> committed directory, for everything in the
+        store."""
+        return {path.name[-SHORT:]: path for path in self._directories()}
+
+    def load(self, path: Path, fingerprint: str | None = None) -> Artifact:
+        """The artifact in a committed directory. Raises StoreError when its record is damaged."""
+        record = read_record(path)
+        if fingerprint is not None and record["fingerprint"] != fingerprint:
+            raise StoreError(
+                f"{path / RECORD} has fingerprint {record['fingerprint'][:SHORT]}, its directory "
+                f"{fingerprint[:SHORT]}. It was changed after it was committed; remove the "
+                f"directory and run the recipe again to make it anew"
+            )
+        return Artifact(path=path, record=record)
+
+    def list(self) -> list[Artifact]:
+        """All artifacts, oldest first."""
+        found = [self.load(path) for path in self._directories()]
+        return sorted(found, key=lambda artifact: (artifact.created, artifact.label))
+
+    def resolve(self, text: str) -> Artifact:
+        """The one artifact meant by a name, by the start of `name-fingerprint`, or of a fingerprint
+        (4 digits or more).
+
+        Raises StoreError: nothing fits (nearest names), or more than one does (the choices).
+        """
+        paths = {path.name: path for path in self._directories()}
+        tiers = (
+            [label for label in paths if label[: -SHORT - 1] == text],
+            [
+                label
+                for label in paths
+                if label.startswith(text) and len(text) > len(label) - SHORT - 1
+            ],
+            [
+                label
+                for label in paths
+                if len(text) >= 4 and label[-SHORT:].startswith(text[:SHORT])
+            ],
+        )
+        chosen = next((tier for tier in tiers if tier), [])
+        found = [self.load(paths[label]) for label in chosen]
+        if len(text) > SHORT:
+            by_name = [label for label in chosen if not label[-SHORT:].startswith(text[:SHORT])]
+            found = [a for a in found if a.label in by_name or a.fingerprint.startswith(text)]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            found.sort(key=lambda artifact: artifact.created)
+            choices = "\n".join(f"  {a.label}  ({a.kind}, {a.created[:16]})" for a in found)
+            raise StoreError(f"{text!r} could be {len(found)} artifacts; give one of:\n{choices}")
+        names = sorted({label[: -SHORT - 1] for label in paths})
+        near = difflib.get_close_matches(text, names, n=1)
+        guess = f"did you mean {near[0]!r}? " if near else ""
+        raise StoreError(
+            f"no artifact {text!r} in {self.root}; {guess}it has {', '.join(names) or 'none yet'}"
+        )
+
+    # -- writing ---------------------------------------------------------------------------------
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Hold the store against gc while a run uses it; any number of runs may."""
+        self._create()
+        handle = os.open(self.root / "store.json", os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH)
+            yield
+        finally:
+            os.close(handle)
+
+    def work_path(self, fingerprint: str) -> Path:
+        """Where work on a fingerprint happens, whether or not there is any yet."""
+        return self.root / "work" / fingerprint[:SHORT]
+
+    def begin(self, fingerprint: str, *, wait: bool = True) -> Work | None:
+        """Take the work directory of a fingerprint, so that no other process works on it.
+
+        When somebody else has it: waits, or returns None if `wait` is False. Look with `find`
+        afterwards: the other one may have finished. Without a step checkpoint (step.json) what an
+        earlier attempt left in out/ is cleared away. Raises StoreError for a full disk.
+        """
+        with guarded(self.root, "starting work"):
+            self._create()
+            return open_work(self.work_path(fingerprint), wait=wait)
+
+    def commit(
+        self,
+        node: Node,
+        work: Work,
+        *,
+        inputs: Mapping[str, Artifact],
+        metrics: Mapping[str, Any],
+        provenance: Mapping[str, Any],
+        diff: str = "",
+        history: Sequence[Record] = (),
+    ) -> Artifact:
+        """Make what is in `work.out` an artifact, remove the work directory, release it.
+
+        Hashes the files (through links), adds metrics.jsonl and code.diff (`diff`, when not empty),
+        writes the record last, syncs everything, renames once. Raises StoreError when the disk is
+        full, the output is not plain files, or the artifact is there already; the store is then as
+        it was, and `work` still held.
+        """
+        body = payload(node, {edge: source.fingerprint for edge, source in inputs.items()})
+        fingerprint = digest(body)
+        if work.path != self.work_path(fingerprint):
+            raise StoreError(
+                f"{node.name}: the work directory {work.path} is not that of fingerprint "
+                f"{fingerprint[:SHORT]}; begin the work with the fingerprint of the same graph"
+            )
+        with guarded(self.root, f"committing {node.name}"):
+            add_reports(work, diff)
+            record = seal(
+                {
+                    "name": node.name,
+                    "kind": node.kind,
+                    "version": node.version,
+                    "fingerprint": fingerprint,
+                    "payload": body,
+                    "inputs": {edge: reference(source) for edge, source in inputs.items()},
+                    "files": describe_files(work.out, forbidden=self.root / "work"),
+                    "metrics": metrics,
+                    "provenance": provenance,
+                    "history": history,
+                    "created": datetime.now(UTC).isoformat(timespec="microseconds"),
+                }
+            )
+            target = self.root / "artifacts" / node.kind / label_of(record)
+            move_into_place(work, record, target)
+        work.discard()
+        return Artifact(path=target, record=record)
+
+    def adopt(
+        self,
+        source: Path,
+        *,
+        name: str,
+        kind: str,
+        files: Sequence[str],
+        link: bool,
+        metrics: Mapping[str, Any],
+        provenance: Mapping[str, Any],
+        data: Mapping[str, str] | None = None,
+        history: Sequence[Record] = (),
+        version: int = 1,
+        config: Mapping[str, Any] | None = None,
+    ) -> Artifact:
+        """Commit files from outside: see `transfer.adopt`."""
+        node = Node(
+            name=name,
+            kind=kind,
+            version=version,
+            config=config or {},
+            data={"files": files_digest(source, files)} if data is None else data,
+        )
+        return adopt(
+            self,
+            node,
+            Path(source),
+            files=files,
+            link=link,
+            metrics=metrics,
+            provenance=provenance,
+            history=history,
+        )
+
+    def export(self, artifact: Artifact, target: Path) -> Path:
+        """Copy the files of an artifact out of the store, with its history: see
+        `transfer.export`."""
+        return export(self, artifact, Path(target))
+
+    # -- ancestry --------------------------------------------------------------------------------
+
+    def lineage(self, artifact: Artifact) -> Sequence[Ancestor]:
+        """The artifact and everything it descends from, ancestors first: see `ancestry.lineage`."""
+        return lineage(self, artifact)
+
+    def verify(self, artifact: Artifact) -> Sequence[str]:
+        """Problems along the whole ancestry, none when it is sound: see `ancestry.verify`."""
+        return verify(self, artifact)
+
+    def gc(self, keep: Collection[str], *, dry_run: bool = False) -> Sequence[Removed]:
+        """Remove what is not kept and no kept artifact descends from: see `ancestry.gc`."""
+        return gc(self, keep, dry_run=dry_run)
+
+    # -- inside ----------------------------------------------------------------------------------
+
+    def _directories(self) -> Iterator[Path]:
+        try:
+            kinds = sorted(entry.path for entry in os.scandir(self.root / "artifacts"))
+        except FileNotFoundError:
+            return
+        for kind in kinds:
+            yield from sorted(Path(entry.path) for entry in os.scandir(kind))
+
+    def _check(self) -> None:
+        marker = self.root / "store.json"
+        try:
+            content = marker.read_bytes()
+        except FileNotFoundError:
+            others = [p for p in self.root.glob("*") if not p.name.startswith(".store.json.")]
+            if others and not marker.exists():
+                raise StoreError(
+                    f"{self.root} is not a store (no store.json) and not empty; name an empty "
+                    f"or new directory"
+                ) from None
+            return
+        except NotADirectoryError:
+            raise StoreError(f"{self.root} is not a directory; name an empty or new one") from None
+        try:
+            check_format(json.loads(content), marker)
+        except ValueError as error:
+            raise StoreError(
+                f'{marker} is damaged ({error}); write {{"format": 1}} into it'
+            ) from error
+
+    def _create(self) -> None:
+        marker = self.root / "store.json"
+        if not marker.exists():
+            with guarded(self.root, "making the store"):
+                self.root.mkdir(parents=True, exist_ok=True)
+                write_whole(marker, json.dumps({"format": FORMAT}).encode("ascii") + b"\n")

@@ -1,0 +1,147 @@
+"""Files into and out of a store: what a stage left in out/, files adopted from outside, exports
+with their history.
+
+An export is a plain directory plus `history.json`: the record of the artifact and of everything it
+descends from. Adopting such a directory elsewhere takes the history along, so a checkpoint can
+still be verified far from its first store.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, Final
+
+from posttrain.engine.ancestry import history_problems, lineage
+from posttrain.engine.atomic import fsync, guarded, write_whole
+from posttrain.engine.errors import StoreError
+from posttrain.engine.fingerprint import digest, file_digest
+from posttrain.engine.graph import Node, payload
+from posttrain.engine.record import FORMAT, Artifact, Record, check_format
+
+if TYPE_CHECKING:  # store.py imports this module
+    from posttrain.engine.store import Store
+
+HISTORY: Final = "history.json"
+
+
+def adopt(
+    store: "Store",
+    node: Node,
+    source: Path,
+    *,
+    files: Sequence[str],
+    link: bool,
+    metrics: Mapping[str, Any],
+    provenance: Mapping[str, Any],
+    history: Sequence[Record],
+) -> Artifact:
+    """Commit `files` below `source` as the artifact of `node`, a node without inputs.
+
+    The fingerprint follows the same rule as in a graph, so a graph with a node of the same kind,
+    version, config and data finds it. With `link` the artifact holds links to the files where they
+    are, else copies. `history` holds the records that came with the files (see `read_history`). An
+    artifact with that fingerprint that is there already is returned as it is. Raises StoreError: a
+    file is missing or outside `source`, or the history is broken or is not that of these files.
+    """
+    source = source.absolute()
+    for name in files:
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise StoreError(f"cannot adopt {name!r}: name files relative to {source}, below it")
+        if not (source / name).is_file():
+            raise StoreError(f"cannot adopt {name!r}: there is no file {source / name}")
+    problems = history_problems(history)
+    if problems:
+        raise StoreError(
+            f"cannot adopt {source} with a broken history:\n  " + "\n  ".join(problems)
+        )
+    fingerprint = digest(payload(node, {}))
+    work = store.begin(fingerprint)
+    assert work is not None  # begin waits
+    try:
+        present = store.find(fingerprint)
+        if present is not None:
+            work.discard()
+            return present
+        with guarded(store.root, f"adopting {node.name}"):
+            _place(source, work.out, files, link=link)
+        return store.commit(
+            node, work, inputs={}, metrics=metrics, provenance=provenance, history=history
+        )
+    except BaseException:
+        work.discard()
+        raise
+
+
+def _place(source: Path, out: Path, files: Sequence[str], *, link: bool) -> None:
+    for name in files:
+        target = out / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)
+        if link:
+            target.symlink_to(source / name)
+        else:
+            shutil.copyfile(source / name, target)
+
+
+def export(store: "Store", artifact: Artifact, target: Path) -> Path:
+    """Copy the files of `artifact` to the new directory `target` (links become files), with
+    `history.json`.
+
+    The directory appears whole or not at all. Raises StoreError: `target` is not empty, a file
+    differs from its record, an ancestor is missing from the store, or the disk is full.
+    """
+    target = target.absolute()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise StoreError(f"{target} exists and is not an empty directory; export to a new one")
+    ancestors = lineage(store, artifact)
+    missing = [f"{edge} of {a.label}" for a in ancestors for edge in a.missing]
+    if missing:
+        raise StoreError(f"cannot export {artifact.label}: the store lacks {', '.join(missing)}")
+    part = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        with guarded(target.parent, f"exporting {artifact.label}"):
+            part.mkdir(parents=True)
+            for name, entry in artifact.files.items():
+                _copy_checked(artifact, name, str(entry["sha256"]), part / name)
+            history = {"format": FORMAT, "records": [dict(a.record) for a in ancestors]}
+            write_whole(
+                part / HISTORY, json.dumps(history, indent=1, sort_keys=True).encode("ascii")
+            )
+            fsync(part)
+            os.rename(part, target)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return target
+
+
+def _copy_checked(artifact: Artifact, name: str, sha256: str, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    source = artifact.path / name
+    if not source.is_file():
+        raise StoreError(f"{artifact.label}: {name} is missing from {artifact.path}")
+    shutil.copyfile(source, target)
+    if file_digest(target) != sha256:
+        raise StoreError(
+            f"{artifact.label}: {name} differs from its record; `posttrain verify` says more"
+        )
+
+
+def read_history(directory: Path) -> list[Record]:
+    """The records in the `history.json` of an export, ancestors first, its own last; [] without
+    that file.
+
+    Raises StoreError when it is damaged or of a newer format.
+    """
+    path = directory / HISTORY
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return []
+    except ValueError as error:
+        raise StoreError(
+            f"{path} is damaged ({error}); remove it to adopt without a history"
+        ) from error
+    check_format(content, path)
+    return list(content["records"])

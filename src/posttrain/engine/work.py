@@ -1,0 +1,146 @@
+"""The work directory of one stage in progress: its lock, its step checkpoint, what survives a kill.
+
+work/<fp[:12]>/out/            files of the artifact to be
+work/<fp[:12]>/metrics.jsonl   one JSON object per line, written by the stage as it goes
+work/<fp[:12]>/step.json       {"step": n}: the newest step checkpoint the stage can go on from
+work/<fp[:12]>/log.txt         what the stage printed, over all attempts
+work/<fp[:12]>/...             the checkpoints themselves, as the stage likes
+"""
+
+import fcntl
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from posttrain.engine.atomic import write_whole
+from posttrain.engine.errors import StoreError
+from posttrain.engine.record import RECORD
+
+CODE_DIFF = "code.diff"
+METRICS = "metrics.jsonl"
+STEP = "step.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """A work directory that this process holds. `release` lets others have it."""
+
+    path: Path
+    lock: int
+    """File descriptor of the held lock. The lock lives until every process that shares it has
+    closed it."""
+
+    @property
+    def out(self) -> Path:
+        """Where the files of the artifact go."""
+        return self.path / "out"
+
+    def release(self) -> None:
+        """Let others take this work directory; what is in it stays."""
+        _lock_path(self.path).unlink(missing_ok=True)
+        os.close(self.lock)
+
+    def discard(self) -> None:
+        """Remove the directory with everything in it, and release it."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        self.release()
+
+
+def open_work(path: Path, *, wait: bool) -> Work | None:
+    """Lock and prepare a work directory; None when another process holds it and `wait` is False."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = take_lock(path, wait=wait)
+    if lock is None:
+        return None
+    try:
+        _prepare(path)
+    except BaseException:
+        os.close(lock)
+        raise
+    return Work(path=path, lock=lock)
+
+
+def take_lock(path: Path, *, wait: bool) -> int | None:
+    """The lock of a work directory as a file descriptor; None when it is held elsewhere and `wait`
+    is False."""
+    lock_path = _lock_path(path)
+    while True:
+        handle = os.open(lock_path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            os.close(handle)
+            return None
+        except BaseException:
+            os.close(handle)
+            raise
+        # The last holder removes the file when it is done; a lock on a removed file guards nothing.
+        try:
+            current = os.stat(lock_path).st_ino
+        except FileNotFoundError:
+            current = -1
+        if current == os.fstat(handle).st_ino:
+            return handle
+        os.close(handle)
+
+
+def read_step(path: Path) -> int | None:
+    """Step of the newest checkpoint in a work directory, None without one. Raises StoreError when
+    it is damaged."""
+    step_path = path / STEP
+    try:
+        return int(json.loads(step_path.read_bytes())["step"])
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise StoreError(
+            f'{step_path} is not {{"step": number}} ({error!r}); '
+            f"remove {path} to start that stage anew"
+        ) from error
+
+
+def write_step(path: Path, step: int) -> None:
+    """Mark, atomically, that a checkpoint of `step` is complete in the work directory `path`. For
+    stages."""
+    write_whole(path / STEP, json.dumps({"step": step}).encode("ascii"))
+
+
+def _lock_path(path: Path) -> Path:
+    return path.with_name(f"{path.name}.lock")
+
+
+def _prepare(path: Path) -> None:
+    """Leave only what the next attempt goes on from."""
+    step = read_step(path)
+    out = path / "out"
+    (path / "result.json").unlink(missing_ok=True)
+    if step is None:
+        shutil.rmtree(out, ignore_errors=True)
+        (path / METRICS).unlink(missing_ok=True)
+    else:
+        # Left by a commit that was cut short; the next commit writes its own.
+        for name in (RECORD, CODE_DIFF, METRICS):
+            (out / name).unlink(missing_ok=True)
+        _trim_metrics(path / METRICS, step)
+    out.mkdir(parents=True, exist_ok=True)
+
+
+def _trim_metrics(path: Path, step: int) -> None:
+    """Drop the lines after `step` and a line cut off by a kill: those steps are made again."""
+    if not path.exists():
+        return
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith(b"\n") and _step_of(line) <= step]
+    if len(kept) < len(lines):
+        write_whole(path, b"".join(kept))
+
+
+def _step_of(line: bytes) -> float:
+    try:
+        content = json.loads(line)
+    except ValueError:
+        return float("inf")
+    found = content.get("step", 0) if isinstance(content, dict) else 0
+    return found if isinstance(found, int | float) else 0
