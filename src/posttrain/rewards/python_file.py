@@ -1,0 +1,149 @@
+"""The verifier `python:<file.py>:<function>`: a user's own function `(response, problem) -> float`.
+
+The bytes of the file are part of the domain's identity and a copy of it goes into the domain's
+artifact, so the file has to stand alone: it may import installed packages, not its neighbours.
+The function's name and the imports are read from the source text, so a plan runs no user code.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import math
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from posttrain.engine.errors import ConfigError, StageError
+from posttrain.engine.fingerprint import file_digest
+from posttrain.rewards.choices import choices_text
+
+
+def check_file(path: Path, function: str, *, where: str) -> None:
+    """Checks a verifier file without running it.
+
+    Raises:
+        ConfigError: the file is missing, does not parse, does not define `function` at top level or
+            imports a file that lies beside it.
+    """
+    if not path.is_file():
+        raise ConfigError(
+            f"{where}: verifier file {path} does not exist; paths are relative to the suite file"
+        )
+    try:
+        tree = ast.parse(path.read_bytes(), filename=str(path))
+    except SyntaxError as error:
+        raise ConfigError(f"{where}: {path}, line {error.lineno}: {error.msg}") from error
+    functions = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
+    if function not in functions:
+        raise ConfigError(
+            f"{where}: {path} defines no function {function!r}; "
+            f"{choices_text(function, functions, label='functions there')}"
+        )
+    for node in ast.walk(tree):
+        for name in _imported(node):
+            beside = path.parent / name
+            if (
+                name == ""
+                or beside.with_suffix(".py").is_file()
+                or (beside / "__init__.py").is_file()
+            ):
+                raise ConfigError(
+                    f"{where}: {path}, line {getattr(node, 'lineno', 0)}: a verifier file must "
+                    "stand alone, because its bytes are the domain's identity, but it imports "
+                    f"{name or 'its own package'!r} from beside it; move that code into "
+                    f"{path.name} or install it as a package"
+                )
+
+
+def _imported(node: ast.AST) -> list[str]:
+    """Top-level names that an import statement asks for; "" for a relative import."""
+    if isinstance(node, ast.Import):
+        return [alias.name.split(".")[0] for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        return [""] if node.level else [(node.module or "").split(".")[0]]
+    return []
+
+
+@dataclass(frozen=True, kw_only=True)
+class PythonVerifier:
+    """Calls the user's function; build it with `python_verifier`."""
+
+    file: str
+    function_name: str
+    function: Callable[[str, dict[str, Any]], Any]
+
+    def score(self, response: str, problem: Mapping[str, Any]) -> float:
+        """The function's value: a bool, or a number in [0, 1].
+
+        Raises:
+            StageError: the function raises or returns anything else; it names the file, the
+                function and the problem.
+        """
+        subject = f"{self.file}: {self.function_name}() on problem {problem['id']}"
+        try:
+            value = self.function(response, dict(problem))
+        except Exception as error:
+            line = _line_in(error, self.file)
+            raise StageError(
+                f"{subject} raised {type(error).__name__}: {error}{line}; response was "
+                f"{response[:200]!r}. Return 0.0 for a response that cannot be read"
+            ) from error
+        number = _as_number(value)
+        if number is None or not 0.0 <= number <= 1.0:
+            raise StageError(
+                f"{subject} returned {value!r} ({type(value).__name__}); "
+                "it has to return a bool or a number from 0 to 1"
+            )
+        return number
+
+    def check(self, problem: Mapping[str, Any]) -> None:
+        """Every problem is fine for a function that nobody else can read."""
+
+
+def _as_number(value: Any) -> float | None:
+    if isinstance(value, (str, bytes)):
+        return None
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _line_in(error: Exception, file: str) -> str:
+    """` (line 12)`: the deepest frame of the traceback that lies in the user's file."""
+    line, frame = 0, error.__traceback__
+    while frame is not None:
+        if frame.tb_frame.f_code.co_filename == file:
+            line = frame.tb_lineno
+        frame = frame.tb_next
+    return f" (line {line})" if line else ""
+
+
+def python_verifier(path: Path, function: str) -> PythonVerifier:
+    """Loads the file and takes `function` from it.
+
+    Raises:
+        ConfigError: as `check_file`, or the file fails while it is being loaded.
+    """
+    check_file(path, function, where=f"verifier python:{path.name}:{function}")
+    module_name = f"posttrain_verifier_{file_digest(path)[:16]}"
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    assert spec is not None and spec.loader is not None, path
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses and pickle look their module up by name while the file is being executed.
+    sys.modules[module_name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[module_name]
+        raise ConfigError(
+            f"{path}: loading the verifier failed: {type(error).__name__}: {error}"
+            f"{_line_in(error, str(path))}"
+        ) from error
+    return PythonVerifier(
+        file=str(path), function_name=function, function=getattr(module, function)
+    )

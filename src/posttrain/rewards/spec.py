@@ -1,0 +1,171 @@
+"""Verifiers by name: what a user writes, checked at plan time without importing anything heavy."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from posttrain.engine.errors import ConfigError
+from posttrain.engine.fingerprint import file_digest
+from posttrain.rewards.choices import choices_text
+from posttrain.rewards.gym import check_params
+from posttrain.rewards.python_file import check_file
+from posttrain.suites.formats import find_format
+
+OPTIONS: Mapping[str, Mapping[str, type]] = {
+    "math": {},
+    "exact": {"case_sensitive": bool, "extract": str},
+    "regex": {"pattern": str, "from_answer": bool, "case_sensitive": bool},
+    "choice": {},
+    "reasoning_gym": {"partial": bool, "format": str, "params": dict},
+    "python": {},
+}
+"""Verifier kind -> its options and their types."""
+
+SPELLINGS = (
+    "math",
+    "exact",
+    "regex",
+    "choice",
+    "reasoning_gym:<name>",
+    "python:<file.py>:<function>",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifierSpec:
+    """A verifier as the user writes it."""
+
+    name: str
+    """math, exact, regex, choice, reasoning_gym:<name> or python:<file.py>:<function>."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Options of that verifier; `OPTIONS` lists them."""
+
+    @property
+    def kind(self) -> str:
+        """The part of the name before the first colon."""
+        return self.name.partition(":")[0]
+
+    @property
+    def argument(self) -> str:
+        """The part of the name after the first colon; empty where there is none."""
+        return self.name.partition(":")[2]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedVerifier:
+    """A checked verifier in the three parts of a graph node."""
+
+    config: Mapping[str, Any]
+    """Identity: {"name", "options"}; `make_verifier` takes it."""
+    data: Mapping[str, str]
+    """Identity: sha256 of the user's file under "verifier", for python verifiers."""
+    runtime: Mapping[str, Any]
+    """Not identity: "verifier_file", where that file lies."""
+
+
+def parse_verifier(
+    text: str, options: Mapping[str, Any] | None = None, *, where: str = "verifier"
+) -> VerifierSpec:
+    """Checks a verifier's name and options; `where` begins every message (file and field).
+
+    Raises:
+        ConfigError: unknown verifier or option, an option of the wrong type or a bad pattern.
+    """
+    spec = VerifierSpec(name=text, options=dict(options or {}))
+    if not isinstance(text, str) or spec.kind not in OPTIONS:
+        kind = spec.kind if isinstance(text, str) else str(text)
+        hint = choices_text(kind, OPTIONS).partition("choices:")[0]
+        raise ConfigError(
+            f"{where}: unknown verifier {text!r}; {hint}choices: {', '.join(SPELLINGS)}"
+        )
+    if bool(spec.argument) != (spec.kind in ("reasoning_gym", "python")):
+        wanted = next(name for name in SPELLINGS if name.partition(":")[0] == spec.kind)
+        raise ConfigError(f"{where}: verifier {text!r} has to be written {wanted!r}")
+    _check_options(spec, where)
+    if spec.kind == "reasoning_gym":
+        check_params(spec.argument, spec.options.get("params", {}), where=where)
+        if "format" in spec.options:
+            find_format(spec.options["format"], where=where)
+    if spec.kind == "python":
+        split_python(spec, where=where)
+    return spec
+
+
+def _check_options(spec: VerifierSpec, where: str) -> None:
+    known = OPTIONS[spec.kind]
+    for key, value in spec.options.items():
+        if key not in known:
+            raise ConfigError(
+                f"{where}: verifier {spec.name!r} has no option {key!r}; "
+                f"{choices_text(key, known, label='its options')}"
+            )
+        if not isinstance(value, known[key]):
+            raise ConfigError(
+                f"{where}: option {key} of verifier {spec.name!r} is {value!r}; "
+                f"it has to be a {known[key].__name__}"
+            )
+    if spec.kind == "exact" and "extract" in spec.options:
+        compile_pattern(spec.options["extract"], where=f"{where}: option extract", max_groups=1)
+    if spec.kind == "regex":
+        if ("pattern" in spec.options) == bool(spec.options.get("from_answer")):
+            raise ConfigError(
+                f"{where}: verifier 'regex' needs exactly one of pattern = \"...\" (with "
+                "{answer} where the answer stands) and from_answer = true (the answer column is the "
+                "pattern)"
+            )
+        if "pattern" in spec.options:
+            pattern = spec.options["pattern"].replace("{answer}", "x")
+            compile_pattern(pattern, where=f"{where}: option pattern")
+
+
+def compile_pattern(
+    pattern: str, *, where: str, flags: int = 0, max_groups: int | None = None
+) -> re.Pattern[str]:
+    """`re.compile` with a ConfigError that says where the pattern stands."""
+    try:
+        compiled = re.compile(pattern, flags)
+    except re.error as error:
+        raise ConfigError(f"{where}: {pattern!r} is not a regular expression: {error}") from error
+    if max_groups is not None and compiled.groups > max_groups:
+        raise ConfigError(
+            f"{where}: {pattern!r} has {compiled.groups} groups, at most {max_groups} may be "
+            "captured; write (?:...) for a group that only brackets"
+        )
+    return compiled
+
+
+def split_python(spec: VerifierSpec, *, where: str) -> tuple[str, str]:
+    """File and function of a python verifier. Raises ConfigError for another spelling."""
+    file, _, function = spec.argument.rpartition(":")
+    if not file.endswith(".py") or not function.isidentifier():
+        raise ConfigError(
+            f"{where}: verifier {spec.name!r} has to be written 'python:<file.py>:<function>', "
+            "for example 'python:grade.py:score'"
+        )
+    return file, function
+
+
+def resolve_verifier(
+    spec: VerifierSpec, base_dir: Path, *, where: str = "verifier"
+) -> ResolvedVerifier:
+    """Checks a verifier wholly and splits it into identity and place. Runs none of the user's code.
+
+    Raises:
+        ConfigError: as `parse_verifier`; for a python verifier also what `check_file` refuses.
+    """
+    spec = parse_verifier(spec.name, spec.options, where=where)
+    if spec.kind != "python":
+        config = {"name": spec.name, "options": dict(spec.options)}
+        return ResolvedVerifier(config=config, data={}, runtime={})
+    file, function = split_python(spec, where=where)
+    path = (base_dir / file).absolute()
+    check_file(path, function, where=where)
+    return ResolvedVerifier(
+        config={"name": f"python:{function}", "options": {}},
+        data={"verifier": file_digest(path)},
+        runtime={"verifier_file": str(path)},
+    )

@@ -1,0 +1,210 @@
+"""Verifiers: response and problem in, a score in [0, 1] out, with no model.
+
+    math                          equal as mathematics (math-verify)
+    exact                         equal text after stripping; `extract` takes a part first
+    regex                         a pattern with {answer}, or the answer itself as the pattern
+    choice                        the letter A to J that the response settles on
+    reasoning_gym:<name>          reasoning-gym's own score_answer
+    python:<file.py>:<function>   a user's function (response, problem) -> float
+
+A problem is one row of a domain: {"id", "domain", "prompt", "answer", "demo", "meta"}.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from posttrain.engine.errors import ConfigError, StageError
+from posttrain.rewards.choices import choices_text
+from posttrain.rewards.gym import gym_verifier
+from posttrain.rewards.math_answer import MathVerifier
+from posttrain.rewards.python_file import python_verifier
+from posttrain.rewards.spec import (
+    OPTIONS,
+    ResolvedVerifier,
+    VerifierSpec,
+    compile_pattern,
+    parse_verifier,
+    resolve_verifier,
+)
+from posttrain.suites.formats import find_format
+
+__all__ = [
+    "ResolvedVerifier",
+    "Verifier",
+    "VerifierSpec",
+    "choice_letter",
+    "load_verifier",
+    "make_verifier",
+    "parse_verifier",
+    "resolve_verifier",
+]
+
+
+class Verifier(Protocol):
+    """What every verifier offers."""
+
+    def score(self, response: str, problem: Mapping[str, Any]) -> float:
+        """A value in [0, 1]. Raises StageError where the problem or the user's code is broken."""
+        ...
+
+    def check(self, problem: Mapping[str, Any]) -> None:
+        """Raises StageError where no response can be judged against this problem's answer."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExactVerifier:
+    """1.0 where the stripped response (or the extracted part of it) is the stripped answer."""
+
+    case_sensitive: bool = True
+    extract: re.Pattern[str] | None = None
+    """The last match counts: its group if it has one, else the whole. No match scores 0."""
+
+    def score(self, response: str, problem: Mapping[str, Any]) -> float:
+        """1.0 or 0.0."""
+        if self.extract is not None:
+            matches = list(self.extract.finditer(response))
+            if not matches:
+                return 0.0
+            response = matches[-1].group(self.extract.groups) or ""
+        given, wanted = response.strip(), problem["answer"].strip()
+        if not self.case_sensitive:
+            given, wanted = given.casefold(), wanted.casefold()
+        return float(given == wanted)
+
+    def check(self, problem: Mapping[str, Any]) -> None:
+        """Raises StageError for an empty answer, which an empty response would match."""
+        if not problem["answer"].strip():
+            raise StageError(f"problem {problem['id']}: the answer is empty")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegexVerifier:
+    """1.0 where the pattern is found anywhere in the response; ^ and $ anchor it."""
+
+    pattern: str | None
+    """{answer} in it stands for the escaped answer; None: the answer itself is the pattern."""
+    case_sensitive: bool = True
+
+    def score(self, response: str, problem: Mapping[str, Any]) -> float:
+        """1.0 or 0.0."""
+        return float(self._compiled(problem).search(response) is not None)
+
+    def check(self, problem: Mapping[str, Any]) -> None:
+        """Raises StageError for an answer that is no pattern, or one that accepts everything."""
+        if self._compiled(problem).search("") is not None:
+            raise StageError(
+                f"problem {problem['id']}: the pattern {self._compiled(problem).pattern!r} "
+                "accepts an empty response, so every response would be right"
+            )
+
+    def _compiled(self, problem: Mapping[str, Any]) -> re.Pattern[str]:
+        answer = problem["answer"]
+        pattern = (
+            answer if self.pattern is None else self.pattern.replace("{answer}", re.escape(answer))
+        )
+        flags = 0 if self.case_sensitive else re.IGNORECASE
+        try:
+            return compile_pattern(pattern, where=f"problem {problem['id']}", flags=flags)
+        except ConfigError as error:
+            raise StageError(str(error)) from error
+
+
+_ANNOUNCED = re.compile(
+    r"(?i:\banswer\b|\bchoice\b|\boption\b)(?i:\s+is|\s*:|\s*=|\s)\s*"
+    r"(?:\\boxed\{|\*\*)?\(?(?:([A-J])|([a-j])(?!\s+[a-z]))(?![A-Za-z0-9'])"
+)
+_BRACKETED = re.compile(r"(?:\(|\\boxed\{)\s*([A-Ja-j])\s*[)}]")
+# "A cat" and "I think" are words, not choices.
+_STANDING = re.compile(r"(?<![A-Za-z0-9'])(?:([B-HJ])|([AI])(?!\s+[a-z]))(?![A-Za-z0-9'])")
+_ONLY = re.compile(r"\W*([A-Ja-j])\W*")
+
+
+def choice_letter(response: str) -> str | None:
+    """The letter that a response settles on, upper case; None where there is none.
+
+    In this order: the response is nothing but a letter; the last "answer is X" (or "answer: X",
+    "option X"); the last "(X)" or boxed X; the last capital letter that stands alone.
+    """
+    only = _ONLY.fullmatch(response)
+    if only:
+        return only.group(1).upper()
+    for pattern in (_ANNOUNCED, _BRACKETED, _STANDING):
+        matches = list(pattern.finditer(response))
+        if matches:
+            letter: str = matches[-1].group(matches[-1].lastindex or 0)
+            return letter.upper()
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChoiceVerifier:
+    """1.0 where the response settles on the answer's letter."""
+
+    def score(self, response: str, problem: Mapping[str, Any]) -> float:
+        """1.0 or 0.0."""
+        return float(choice_letter(response) == self._answer(problem))
+
+    def check(self, problem: Mapping[str, Any]) -> None:
+        """Raises StageError unless the answer is one letter from A to J."""
+        self._answer(problem)
+
+    def _answer(self, problem: Mapping[str, Any]) -> str:
+        match = _ONLY.fullmatch(problem["answer"])
+        if match is None:
+            raise StageError(
+                f"problem {problem['id']}: the choice verifier needs one letter from A to J as the "
+                f"answer, not {problem['answer']!r}"
+            )
+        return match.group(1).upper()
+
+
+def make_verifier(config: Mapping[str, Any], runtime: Mapping[str, Any] | None = None) -> Verifier:
+    """The verifier of a resolved config {"name", "options"}.
+
+    A python verifier takes its file from `runtime["verifier_file"]`.
+
+    Raises:
+        ConfigError: a name that `resolve_verifier` did not make, or a file that does not load.
+    """
+    spec = VerifierSpec(name=config["name"], options=config["options"])
+    options = spec.options
+    match spec.kind:
+        case "math":
+            return MathVerifier()
+        case "exact":
+            extract = options.get("extract")
+            return ExactVerifier(
+                case_sensitive=options.get("case_sensitive", True),
+                extract=None if extract is None else re.compile(extract),
+            )
+        case "regex":
+            return RegexVerifier(
+                pattern=options.get("pattern"), case_sensitive=options.get("case_sensitive", True)
+            )
+        case "choice":
+            return ChoiceVerifier()
+        case "reasoning_gym":
+            return gym_verifier(
+                spec.argument,
+                format=find_format(options.get("format", "plain"), where=f"verifier {spec.name}"),
+                params=options.get("params", {}),
+                partial=options.get("partial", False),
+            )
+        case "python":
+            return python_verifier(Path((runtime or {})["verifier_file"]), spec.argument)
+    raise ConfigError(f"unknown verifier {spec.name!r}; {choices_text(spec.kind, OPTIONS)}")
+
+
+def load_verifier(domain_dir: Path) -> Verifier:
+    """The verifier of a domain's artifact, from its domain.json (for python, its verifier.py)."""
+    record = json.loads((domain_dir / "domain.json").read_text(encoding="utf-8"))
+    return make_verifier(
+        record["config"]["verifier"], {"verifier_file": str(domain_dir / "verifier.py")}
+    )

@@ -1,0 +1,258 @@
+"""Makes a domain's artifact: train.jsonl, validation.jsonl, heldout.jsonl, domain.json, README.md
+and, for a python verifier, verifier.py.
+
+One JSON object per line: {"id", "domain", "prompt", "answer", "demo", "meta"}. Every answer is
+shown to the verifier here, before any stage spends compute on a problem that nobody can solve.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from posttrain.engine.errors import ConfigError, StageError
+from posttrain.engine.fingerprint import file_digest
+from posttrain.rewards.gym import FULL_SCORE, create_gym
+from posttrain.rewards.verifiers import Verifier, make_verifier
+from posttrain.suites.formats import find_format
+from posttrain.suites.location import parse_location
+from posttrain.suites.split import (
+    SPLITS,
+    place_rows,
+    prompt_digest,
+    require_all_splits,
+    split_of,
+)
+from posttrain.suites.tables import columns_of, read_rows
+
+CHUNK = 20_000
+"""Items per reasoning-gym dataset object; some datasets prepare all items of a size up front."""
+PATIENCE = 5_000
+"""Draws without a new problem for any split that still wants one, after which there are no more."""
+NUM_DEMO_CHECKS = 200
+"""Demonstrations per split that the verifier has to judge while the domain is built."""
+
+Problem = dict[str, Any]
+
+
+def build_domain(
+    config: Mapping[str, Any],
+    runtime: Mapping[str, Any],
+    out: Path,
+    data: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Writes the artifact into the directory `out`; `config`, `runtime` are those of a DomainNode.
+
+    `data` (default: `runtime["data"]`) are the sha256 values that the plan saw.
+
+    Returns:
+        train, validation, heldout (numbers of problems), duplicates (dropped rows or draws),
+        top_answer_share (of the commonest answer among the held-out problems), and demo_score
+        (mean score of the demonstrations that were checked) where there are demonstrations.
+
+    Raises:
+        ConfigError: a table is wrong or changed since the plan, or there are too few problems.
+        StageError: an answer, a demonstration or the user's verifier is broken.
+    """
+    name = config["domain"]
+    where = f"domain {name}"
+    known = data if data is not None else runtime.get("data", {})
+    if config["source"]["kind"] == "procedural":
+        splits, duplicates = _procedural(config, where)
+    else:
+        splits, duplicates = _table(config, runtime, known, where)
+    if "verifier_file" in runtime:
+        _require_unchanged(runtime["verifier_file"], known["verifier"], f"{where}: verifier")
+        shutil.copyfile(runtime["verifier_file"], out / "verifier.py")
+    verifier = make_verifier(config["verifier"], {"verifier_file": str(out / "verifier.py")})
+    demo_score = _check(splits, verifier, strict=config["source"]["kind"] == "procedural")
+
+    counts = {split: len(splits[split]) for split in SPLITS}
+    for split in SPLITS:
+        with (out / f"{split}.jsonl").open("w", encoding="utf-8") as file:
+            for problem in splits[split]:
+                file.write(json.dumps(problem, ensure_ascii=False, allow_nan=False) + "\n")
+    record = {
+        "format": 1,
+        "name": name,
+        "config": config,
+        "data": dict(known),
+        "counts": counts,
+    }
+    (out / "domain.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    metrics: dict[str, Any] = {**counts, "duplicates": duplicates}
+    top = Counter(problem["answer"] for problem in splits["heldout"]).most_common(1)[0][1]
+    metrics["top_answer_share"] = round(top / counts["heldout"], 4)
+    if demo_score is not None:
+        metrics["demo_score"] = round(demo_score, 4)
+    (out / "README.md").write_text(_readme(config, splits, metrics), encoding="utf-8")
+    return metrics
+
+
+def _procedural(config: Mapping[str, Any], where: str) -> tuple[dict[str, list[Problem]], int]:
+    """Draws until every split is full. Returns the problems by split and the repeated draws."""
+    source, name = config["source"], config["domain"]
+    text_format = find_format(source["format"], where=where)
+    wanted: dict[str, int] = source["counts"]
+    splits: dict[str, list[Problem]] = {split: [] for split in SPLITS}
+    seen: set[str] = set()
+    duplicates = 0
+    idle = 0
+    for item in _items(source, where):
+        if all(len(splits[split]) == wanted[split] for split in SPLITS):
+            return splits, duplicates
+        if idle == PATIENCE:
+            break
+        idle += 1
+        prompt = text_format.prompt(item)
+        key = prompt_digest(prompt)
+        if key in seen:
+            duplicates += 1
+            continue
+        seen.add(key)
+        split = split_of(prompt)
+        if len(splits[split]) == wanted[split]:
+            continue
+        idle = 0
+        splits[split].append(
+            {
+                "id": f"{name}-{key[:12]}",
+                "domain": name,
+                "prompt": prompt,
+                "answer": str(item["answer"]),
+                "demo": text_format.demo(item),
+                "meta": {"entry": _as_json(item, source["dataset"], where)},
+            }
+        )
+    short = ", ".join(f"{len(splits[s])} of {wanted[s]} for {s}" for s in SPLITS)
+    raise ConfigError(
+        f"{where}: reasoning-gym's {source['dataset']} with params {dict(source['params'])} ran out "
+        f"of distinct problems: {len(seen)} found, {PATIENCE} draws in a row brought none that "
+        f"was wanted ({short}; about 75 % of the problems belong to train, 10 % to validation, 15 % to "
+        "heldout). Ask for fewer, or widen params"
+    )
+
+
+def _items(source: Mapping[str, Any], where: str) -> Iterator[dict[str, Any]]:
+    """reasoning-gym items without end."""
+    for chunk in itertools.count():
+        seed = source["seed"] + chunk * CHUNK
+        dataset = create_gym(
+            source["dataset"], source["params"], seed=seed, size=CHUNK, where=where
+        )
+        for index in range(CHUNK):
+            yield dataset[index]
+
+
+def _as_json(item: dict[str, Any], dataset: str, where: str) -> dict[str, Any]:
+    """The parts of an item that `score_answer` reads, as they come back from a JSON file."""
+    entry = {key: item[key] for key in ("question", "answer", "metadata")}
+    try:
+        decoded: dict[str, Any] = json.loads(json.dumps(entry, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{where}: items of reasoning-gym's {dataset} cannot be stored as JSON ({error}); "
+            "choose another dataset"
+        ) from error
+    return decoded
+
+
+def _table(
+    config: Mapping[str, Any], runtime: Mapping[str, Any], data: Mapping[str, str], where: str
+) -> tuple[dict[str, list[Problem]], int]:
+    """Reads the user's tables. Returns the problems by split and the number of repeated rows."""
+    source, name = config["source"], config["domain"]
+    columns = columns_of(source, config["verifier"]["name"])
+    tables = {}
+    for split, text in runtime["files"].items():
+        at = f"{where}: {split}"
+        location = parse_location(text, Path(), where=at)
+        if location.path is not None and location.digest() != data[split]:
+            raise ConfigError(f"{at}: {location.text} {_CHANGED}")
+        tables[split] = read_rows(location, columns, where=at)
+    splits: dict[str, list[Problem]] = {split: [] for split in (*SPLITS, "duplicate")}
+    for split, row in place_rows(tables):
+        splits[split].append(
+            {
+                "id": row.id or f"{name}-{prompt_digest(row.prompt)[:12]}",
+                "domain": name,
+                "prompt": row.prompt,
+                "answer": row.answer,
+                "demo": row.demo,
+                "meta": dict(row.meta),
+            }
+        )
+    duplicates = len(splits.pop("duplicate"))
+    require_all_splits({split: len(rows) for split, rows in splits.items()}, where)
+    return splits, duplicates
+
+
+_CHANGED = (
+    "changed since the plan was made, so its rows are not the ones that the artifact's identity "
+    "names; run the command again"
+)
+
+
+def _require_unchanged(file: str, digest: str, where: str) -> None:
+    if file_digest(Path(file)) != digest:
+        raise ConfigError(f"{where}: {file} {_CHANGED}")
+
+
+def _check(
+    splits: Mapping[str, list[Problem]], verifier: Verifier, *, strict: bool
+) -> float | None:
+    """Shows every answer and some demonstrations to the verifier.
+
+    Returns the mean score of those demonstrations, None without any. `strict`: each has to score 1.
+    """
+    scores = []
+    for problems in splits.values():
+        for problem in problems:
+            verifier.check(problem)
+        step = max(1, len(problems) // NUM_DEMO_CHECKS)
+        for problem in problems[::step]:
+            # Without a demonstration the answer still is a response that the verifier survives.
+            response = problem["answer"] if problem["demo"] is None else problem["demo"]
+            score = verifier.score(response, problem)
+            if problem["demo"] is None:
+                continue
+            scores.append(score)
+            if strict and score < FULL_SCORE:
+                raise StageError(
+                    f"problem {problem['id']}: its demonstration {problem['demo']!r} scores "
+                    f"{score:g} under the domain's verifier, not 1; prompt: {problem['prompt']!r}"
+                )
+    return sum(scores) / len(scores) if scores else None
+
+
+def _readme(
+    config: Mapping[str, Any],
+    splits: Mapping[str, list[Problem]],
+    metrics: Mapping[str, Any],
+) -> str:
+    source = config["source"]
+    if source["kind"] == "procedural":
+        origin = (
+            f"reasoning-gym `{source['dataset']}`, format `{source['format']}`, "
+            f"seed {source['seed']}"
+        )
+    else:
+        tables = (f"{split}: {text}" for split, text in source["tables"].items())
+        origin = "user's tables, " + ", ".join(tables)
+    rows = [json.dumps(problem, indent=2, ensure_ascii=False) for problem in splits["train"][:2]]
+    samples = "\n\n".join(f"```json\n{row[:1500]}\n```" for row in rows)
+    numbers = "\n".join(f"| {key} | {value} |" for key, value in metrics.items())
+    return (
+        f"# Domain {config['domain']}\n\n"
+        f"Source: {origin}.\n"
+        f"Verifier: `{config['verifier']['name']}` {json.dumps(config['verifier']['options'])}.\n\n"
+        "A problem belongs to one split only, by the hash of its text; no training stage draws "
+        "from `heldout.jsonl`.\n\n"
+        f"| | |\n|---|---|\n{numbers}\n\n"
+        f"Two rows of `train.jsonl`:\n\n{samples}\n"
+    )

@@ -1,0 +1,253 @@
+"""Domains and suites as a user or the package declares them, and a domain's identity in the graph.
+
+Everything here runs at plan time: it reads the user's files and imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from posttrain.engine.errors import ConfigError
+from posttrain.engine.fingerprint import plain
+from posttrain.rewards.gym import check_params
+from posttrain.rewards.spec import ResolvedVerifier, VerifierSpec, resolve_verifier
+from posttrain.suites.build import build_domain
+from posttrain.suites.formats import Format, find_format
+from posttrain.suites.location import Location, parse_location
+from posttrain.suites.split import SPLITS, place_rows, require_all_splits, split_of
+from posttrain.suites.tables import Columns, check_schema, columns_of, read_rows
+
+__all__ = [
+    "SPLITS",
+    "Domain",
+    "DomainNode",
+    "Format",
+    "Procedural",
+    "Suite",
+    "Table",
+    "VerifierSpec",
+    "build_domain",
+    "domain_node",
+    "split_of",
+]
+
+_NAME = re.compile(r"[a-z0-9_]+")
+
+
+def domain_name(name: str, *, where: str = "domain") -> str:
+    """Returns the name. Raises ConfigError unless it is made of a-z, 0-9 and _."""
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise ConfigError(
+            f"{where}: the name {name!r} may only hold the characters a-z, 0-9 and _, because it "
+            "becomes part of file names, metric names and stage names"
+        )
+    return name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Procedural:
+    """Problems made by a reasoning-gym dataset: no download, as many as are wanted."""
+
+    dataset: str
+    """Name of the reasoning-gym dataset, e.g. chain_sum."""
+    params: Mapping[str, Any] = field(default_factory=dict)
+    """Its parameters, without seed and size."""
+    format: str = "plain"
+    """How prompts and answers are written: plain, or a format of the built-in domains."""
+    format_version: int = 1
+    """Has to be the version of that format; a new version makes a new domain."""
+    num_train: int
+    num_validation: int
+    num_heldout: int
+    seed: int = 0
+    """Chooses the problems. The splits stay disjoint whatever the seed."""
+
+    def counts(self) -> dict[str, int]:
+        """Split -> number of problems wanted."""
+        return {
+            "train": self.num_train,
+            "validation": self.num_validation,
+            "heldout": self.num_heldout,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """A user's own problems, in one to three tables.
+
+    A table is a .jsonl or .parquet file, a folder written by datasets' save_to_disk
+    (`folder#split`), or `hub:owner/name[:config]@commit#split`.
+    """
+
+    train: str
+    validation: str | None = None
+    """Without it 10 % of the problems in `train` validate, chosen by the hash of the prompt."""
+    heldout: str | None = None
+    """Without it 15 % of the problems in `train` are held out, chosen by the hash of the prompt."""
+    prompt: str = "prompt"
+    """Column of the problem text."""
+    answer: str = "answer"
+    """Column of the reference answer."""
+    demo: str | None = None
+    """Column of a full demonstration response, for supervised stages."""
+    id: str | None = None
+    """Column of a unique name per problem; without it the hash of the prompt names it."""
+
+    def tables(self) -> dict[str, str]:
+        """Split -> location, for the tables that are given."""
+        given = {"train": self.train, "validation": self.validation, "heldout": self.heldout}
+        return {split: text for split, text in given.items() if text is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Domain:
+    """One kind of problem: where the problems come from and who judges the responses."""
+
+    name: str
+    source: Procedural | Table
+    verifier: VerifierSpec
+
+    def __post_init__(self) -> None:
+        domain_name(self.name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suite:
+    """A named set of domains, keyed by their names."""
+
+    name: str
+    domains: Mapping[str, Domain]
+
+    def __post_init__(self) -> None:
+        domain_name(self.name, where="suite")
+        if not self.domains:
+            raise ConfigError(f"suite {self.name}: it has no domain; a suite needs at least one")
+        for key, domain in self.domains.items():
+            if key != domain.name:
+                raise ConfigError(
+                    f"suite {self.name}: the domain {domain.name!r} stands under the key {key!r}; "
+                    "use its name as the key"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DomainNode:
+    """The pieces of the graph node of kind "domain"."""
+
+    config: dict[str, Any]
+    """Identity: literals only."""
+    data: dict[str, str]
+    """Identity: sha256 of local tables (by split) and of the user's verifier file ("verifier")."""
+    runtime: dict[str, Any]
+    """Not identity: {"files": {split: location}, "verifier_file": path, "data": copy of data}."""
+
+
+def domain_node(domain: Domain, base_dir: Path) -> DomainNode:
+    """Checks a domain as far as that is possible without computing, and says what identifies it.
+
+    JSONL tables are checked row by row, Parquet tables and folders by their schema. Relative paths
+    are relative to `base_dir`.
+
+    Raises:
+        ConfigError: a file, column, row, dataset, parameter, format or verifier is wrong.
+    """
+    where = f"domain {domain.name}"
+    verifier = resolve_verifier(_spec(domain), base_dir, where=f"{where}: verifier")
+    if isinstance(domain.source, Procedural):
+        return _procedural_node(domain, domain.source, verifier, where)
+    return _table_node(domain, domain.source, verifier, base_dir, where)
+
+
+def _spec(domain: Domain) -> VerifierSpec:
+    """The domain's verifier; a reasoning-gym one inherits the source's format and parameters."""
+    spec, source = domain.verifier, domain.source
+    if not isinstance(source, Procedural) or spec.kind != "reasoning_gym":
+        return spec
+    inherited: dict[str, Any] = {"format": source.format}
+    if spec.argument == source.dataset:
+        inherited["params"] = dict(source.params)
+    return VerifierSpec(name=spec.name, options={**inherited, **spec.options})
+
+
+def _procedural_node(
+    domain: Domain, source: Procedural, verifier: ResolvedVerifier, where: str
+) -> DomainNode:
+    check_params(source.dataset, source.params, where=where)
+    version = find_format(source.format, where=where).version
+    if source.format_version != version:
+        raise ConfigError(
+            f"{where}: format {source.format!r} is version {version}, not {source.format_version}; "
+            f"set format_version = {version} (the rows will be other ones)"
+        )
+    for split, count in source.counts().items():
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            raise ConfigError(f"{where}: num_{split} is {count!r}; it has to be at least 1")
+    literals = {
+        "kind": "procedural",
+        "dataset": source.dataset,
+        "params": dict(source.params),
+        "format": source.format,
+        "format_version": source.format_version,
+        "counts": source.counts(),
+        "seed": source.seed,
+    }
+    return _node(domain, literals, verifier, {}, {})
+
+
+def _table_node(
+    domain: Domain, source: Table, verifier: ResolvedVerifier, base_dir: Path, where: str
+) -> DomainNode:
+    locations = {
+        split: parse_location(text, base_dir, where=f"{where}: {split}")
+        for split, text in source.tables().items()
+    }
+    local = {split: place for split, place in locations.items() if place.path is not None}
+    literals = {
+        "kind": "table",
+        "tables": {
+            split: place.text if place.path is None else place.kind
+            for split, place in locations.items()
+        },
+        "prompt": source.prompt,
+        "answer": source.answer,
+        "demo": source.demo,
+        "id": source.id,
+    }
+    _check_tables(locations, columns_of(literals, verifier.config["name"]), where)
+    data = {split: place.digest() for split, place in local.items()}
+    files = {split: place.text for split, place in locations.items()}
+    return _node(domain, literals, verifier, data, {"files": files})
+
+
+def _check_tables(locations: Mapping[str, Location], columns: Columns, where: str) -> None:
+    readable = {}
+    for split, place in locations.items():
+        at = f"{where}: {split}"
+        if place.kind == "jsonl":
+            readable[split] = read_rows(place, columns, where=at)
+        elif place.kind != "hub":
+            check_schema(place, columns, where=at)
+    counts = Counter(split for split, _ in place_rows(readable))
+    if len(readable) == len(locations):
+        require_all_splits(counts, where)
+
+
+def _node(
+    domain: Domain,
+    literals: dict[str, Any],
+    verifier: ResolvedVerifier,
+    data: dict[str, str],
+    runtime: dict[str, Any],
+) -> DomainNode:
+    data = {**data, **verifier.data}
+    config = {"domain": domain.name, "source": literals, "verifier": dict(verifier.config)}
+    return DomainNode(
+        config=plain(config, at=f"domain {domain.name}"),
+        data=data,
+        runtime={**runtime, **verifier.runtime, "data": data},
+    )

@@ -1,0 +1,164 @@
+"""Finds a suite: a shipped name, a .toml file, or a .py file that defines `suite() -> Suite`.
+
+    name = "mine"
+    [domains.algebra]
+    train = "algebra.jsonl"      # or .parquet, a save_to_disk folder, "hub:owner/name@commit#split"
+    prompt = "question"          # columns
+    answer = "answer"
+    verifier = "math"            # its options are further keys
+    [domains.sums]
+    dataset = "chain_sum"        # a reasoning-gym dataset
+    params = { max_terms = 3 }
+    num_train = 2000
+    num_validation = 100
+    num_heldout = 200
+
+Relative paths are relative to the suite file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from posttrain.engine.errors import ConfigError
+from posttrain.rewards.choices import choices_text
+from posttrain.rewards.spec import OPTIONS, VerifierSpec, parse_verifier
+from posttrain.suites.domain import Domain, Procedural, Suite, Table, domain_name
+
+SHIPPED: Mapping[str, str] = {"core": "posttrain.suites.core"}
+"""Shipped suite -> the module whose `suite()` makes it."""
+
+_TYPES = {"params": dict, "format_version": int, "seed": int}
+_TYPES |= {f"num_{split}": int for split in ("train", "validation", "heldout")}
+
+
+def load_suite(spec: str, base: Path | None = None) -> tuple[Suite, Path]:
+    """The suite called `spec` and the directory that its relative paths start from.
+
+    `base`: the directory that a relative `spec` starts from; the current one by default.
+
+    Raises:
+        ConfigError: unknown name, missing file, or anything wrong in it; names file and field.
+    """
+    if spec in SHIPPED:
+        module = importlib.import_module(SHIPPED[spec])
+        return _checked(module.suite(), spec), Path(str(module.__file__)).parent
+    path = (base or Path()).joinpath(spec).absolute()
+    if path.suffix not in (".toml", ".py"):
+        raise ConfigError(
+            f"suite: unknown suite {spec!r}; {choices_text(spec, SHIPPED)}, "
+            "or a path to a .toml or .py file"
+        )
+    if not path.is_file():
+        beside = [file.name for file in path.parent.glob(f"*{path.suffix}")]
+        raise ConfigError(
+            f"suite: file {path} does not exist; "
+            f"{choices_text(path.name, beside, label='such files in that directory')}"
+        )
+    suite = _from_toml(path) if path.suffix == ".toml" else _from_python(path)
+    return suite, path.parent
+
+
+def _checked(suite: Any, origin: str) -> Suite:
+    if not isinstance(suite, Suite):
+        raise ConfigError(
+            f"{origin}: suite() returned a {type(suite).__name__}; it has to return a "
+            "posttrain.suites.domain.Suite"
+        )
+    return suite
+
+
+def _from_python(path: Path) -> Suite:
+    spec = importlib.util.spec_from_file_location(f"posttrain_suite_{path.stem}", path)
+    assert spec is not None and spec.loader is not None, path
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"{path}: loading the suite failed: {type(error).__name__}: {error}"
+        ) from error
+    if not callable(getattr(module, "suite", None)):
+        raise ConfigError(f"{path}: it defines no function suite() that returns a Suite")
+    return _checked(module.suite(), str(path))
+
+
+def _from_toml(path: Path) -> Suite:
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not a TOML file: {error}") from error
+    for key in content:
+        if key not in ("name", "domains"):
+            raise ConfigError(
+                f"{path}: unknown key {key!r}; {choices_text(key, ['name', 'domains'])}"
+            )
+    tables = content.get("domains", {})
+    if not isinstance(tables, dict) or not all(isinstance(t, dict) for t in tables.values()):
+        raise ConfigError(f"{path}: domains has to hold tables, written [domains.algebra]")
+    if not tables:
+        raise ConfigError(f"{path}: it has no [domains.<name>] table; a suite needs at least one")
+    name = domain_name(content.get("name", path.stem), where=f"{path}: name")
+    domains = {key: _domain(key, table, f"{path}: domains.{key}") for key, table in tables.items()}
+    return Suite(name=name, domains=domains)
+
+
+def _domain(name: str, table: dict[str, Any], where: str) -> Domain:
+    """One [domains.<name>] table; keys that are no field of the source are verifier options."""
+    domain_name(name, where=where)
+    if ("train" in table) == ("dataset" in table):
+        raise ConfigError(
+            f'{where}: give either train = "<table>" (your own problems) or '
+            'dataset = "<reasoning-gym name>" (generated problems)'
+            f"{_instead(table, 'train', 'dataset')}"
+        )
+    source_type: type[Table] | type[Procedural] = Table if "train" in table else Procedural
+    fields = {field.name: field for field in dataclasses.fields(source_type)}
+    verifier = table.get("verifier")
+    if verifier is None and source_type is Procedural:
+        verifier = f"reasoning_gym:{table['dataset']}"
+    if not isinstance(verifier, str):
+        raise ConfigError(
+            f"{where}: verifier is {'missing' if verifier is None else repr(verifier)}; "
+            f'write for example verifier = "math"; choices: {", ".join(OPTIONS)}'
+        )
+    options = {key: value for key, value in table.items() if key not in (*fields, "verifier")}
+    spec = VerifierSpec(name=verifier, options=options)
+    known = OPTIONS.get(spec.kind)
+    for key in options:
+        # With an unknown verifier nobody can say which keys are options; parse_verifier reports it.
+        if known is not None and key not in known:
+            raise ConfigError(
+                f"{where}: unknown key {key!r}; "
+                f"{choices_text(key, [*fields, 'verifier', *known], label='valid keys here')}"
+            )
+    spec = parse_verifier(verifier, options, where=f"{where}.verifier")
+    values = {key: value for key, value in table.items() if key in fields}
+    for key, value in values.items():
+        wanted = _TYPES.get(key, str)
+        if not isinstance(value, wanted) or isinstance(value, bool):
+            raise ConfigError(f"{where}.{key} is {value!r}; it has to be a {wanted.__name__}")
+    for field in fields.values():
+        required = (
+            field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        )
+        if required and field.name not in values:
+            raise ConfigError(f"{where}: {field.name} is missing; write {field.name} = ...")
+    return Domain(name=name, source=source_type(**values), verifier=spec)
+
+
+def _instead(table: Mapping[str, Any], *wanted: str) -> str:
+    """` (found: ...)`: what the table holds, with the nearest miss."""
+    for key in table:
+        hint = choices_text(key, wanted)
+        if hint.startswith("did you mean") and key not in wanted:
+            return f"; for the key {key!r} {hint.partition('choices')[0].strip()}"
+    return f"; keys found: {', '.join(table) or 'none'}"
