@@ -16,5 +16,6 @@ artifacts and bytes.
     provenance.py   where and from which code a run was made
     planner.py      what would run, and why
     runner.py       run it, one process per stage
-    process.py      what happens inside such a process
+    running.py      one such process seen from outside: start, progress, outcome, stop
+    process.py      what happens inside it
 """

@@ -1,0 +1,128 @@
+"""What a run would do, stage by stage, and why. Lists directories and reads records; hashes no
+files, runs nothing."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal, TypeAlias
+
+from posttrain.engine.fingerprint import ABSENT, diff_payloads
+from posttrain.engine.graph import Graph
+from posttrain.engine.record import SHORT, Artifact
+from posttrain.engine.store import Store
+from posttrain.engine.work import read_step
+
+Action: TypeAlias = Literal["cached", "run", "blocked"]
+
+_SHOWN: Final = 3
+"""Differences named in a reason; the rest is counted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanRow:
+    """What happens to one stage."""
+
+    name: str
+    kind: str
+    fingerprint: str
+    action: Action
+    reason: str
+    """Why it runs or is blocked: "new", "resumes at step 120", "steps: 80 -> 120". Empty when
+    cached."""
+    artifact: Artifact | None
+    """The artifact of a cached stage, else None."""
+
+
+def plan(graph: Graph, store: Store) -> list[PlanRow]:
+    """One row per stage of `graph.order()`.
+
+    Raises GraphError or ConfigError for a graph that cannot run, StoreError for a damaged record.
+    """
+    fingerprints = graph.fingerprints()
+    index = store.index()
+    rows: dict[str, PlanRow] = {}
+    first: dict[str, str] = {}
+    for name in graph.order():
+        fingerprint = fingerprints[name]
+        path = index.get(fingerprint[:SHORT])
+        artifact = None if path is None else store.load(path, fingerprint)
+        action: Action = "cached"
+        reason = ""
+        if artifact is None:
+            action, reason = _decide(graph, store, name, rows, first, index)
+        rows[name] = PlanRow(
+            name=name,
+            kind=graph.nodes[name].kind,
+            fingerprint=fingerprint,
+            action=action,
+            reason=reason,
+            artifact=artifact,
+        )
+        first.setdefault(fingerprint, name)
+    return list(rows.values())
+
+
+def _decide(
+    graph: Graph,
+    store: Store,
+    name: str,
+    rows: Mapping[str, PlanRow],
+    first: Mapping[str, str],
+    index: Mapping[str, Path],
+) -> tuple[Action, str]:
+    """Action and reason for a stage that is not in the store."""
+    node = graph.nodes[name]
+    fingerprint = graph.fingerprints()[name]
+    if node.runtime.get("missing"):
+        return "blocked", str(node.runtime["missing"])
+    for edge, source in node.inputs.items():
+        if rows[source].action == "blocked":
+            return "blocked", f"input {edge} is blocked ({source})"
+    if fingerprint in first:
+        return "run", f"same as {first[fingerprint]}, made once"
+    step = read_step(store.work_path(fingerprint))
+    if step is not None:
+        return "run", f"resumes at step {step}"
+    previous = _most_recent(store, index, node.kind, name)
+    if previous is None:
+        return "run", "new"
+    found = [
+        _describe(field, old, new, node.inputs, rows)
+        for field, old, new in diff_payloads(previous.payload, graph.payload(name))
+    ]
+    shown = found[:_SHOWN] + ([f"and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else [])
+    return "run", "; ".join(shown)
+
+
+def _most_recent(store: Store, index: Mapping[str, Path], kind: str, name: str) -> Artifact | None:
+    found = [
+        store.load(path)
+        for path in index.values()
+        if path.parent.name == kind and path.name[: -SHORT - 1] == name
+    ]
+    return max(found, key=lambda artifact: artifact.created, default=None)
+
+
+def _describe(
+    field: str, old: Any, new: Any, inputs: Mapping[str, str], rows: Mapping[str, PlanRow]
+) -> str:
+    part, _, rest = field.partition(".")
+    if part == "inputs":
+        if new == ABSENT:
+            return f"input {rest} removed"
+        source = inputs[rest]
+        if old == ABSENT:
+            return f"input {rest} added ({source})"
+        return f"input {rest} {'changed' if rows[source].artifact else 'reruns'} ({source})"
+    if part == "data":
+        return (
+            f"data {rest} {'added' if old == ABSENT else 'removed' if new == ABSENT else 'changed'}"
+        )
+    label = "stage version" if part == "version" else rest or field
+    return f"{label}: {_value(old)} -> {_value(new)}"
+
+
+def _value(value: Any, limit: int = 40) -> str:
+    text = ABSENT if value == ABSENT else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -1,0 +1,306 @@
+"""Run a graph: every stage in its own process, several at once, each committed by this process when
+it ended well.
+
+        plan --> ready stages --> begin (lock) --> stage process --> result.json
+                     ^                                                  |
+                     +---- artifact <---- commit (hash, rename) <-------+
+
+`run` is a generator of events: the caller prints them, or does not. A stage that fails blocks only
+what depends on it. A run that is stopped, or killed, leaves the store whole; the same command goes
+on where it ended.
+"""
+
+import os
+import time
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from multiprocessing import connection
+from typing import Any, Final, Literal, TypeAlias
+
+from posttrain.engine.errors import ConfigError, Interrupted, PosttrainError, StageError
+from posttrain.engine.fingerprint import plain
+from posttrain.engine.graph import Graph
+from posttrain.engine.planner import PlanRow, plan
+from posttrain.engine.process import LOG, Job
+from posttrain.engine.provenance import Provenance
+from posttrain.engine.record import Artifact
+from posttrain.engine.running import Failure, Running, prepare, start, stop
+from posttrain.engine.store import Store
+from posttrain.engine.work import Work, read_step
+
+__all__ = ["Event", "Job", "PlanRow", "plan", "run"]
+
+EventKind: TypeAlias = Literal["started", "progress", "finished", "cached", "failed", "blocked"]
+
+_POLL_SECONDS: Final = 0.05
+_PROGRESS_SECONDS: Final = 0.2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """Something that happened to a stage.
+
+    Payload by kind: started {"reason", "threads", "log"}; progress: one line of metrics.jsonl as it
+    is, or {"waiting": why} while another run works on that stage; finished {"metrics", "path"};
+    cached {"path", "reason"}; failed {"error", "log"}; blocked {"reason"}.
+    """
+
+    kind: EventKind
+    name: str
+    seconds: float = 0.0
+    """Since the stage started in this run."""
+    payload: Mapping[str, Any] = field(default_factory=dict)
+
+
+def run(
+    graph: Graph,
+    store: Store,
+    *,
+    execute: str,
+    jobs: int = 1,
+    preload: Sequence[str] = (),
+    provenance: Provenance | None = None,
+    environment: Mapping[str, str] | None = None,
+    cores: int | None = None,
+) -> Generator[Event, None, None]:
+    """Make `graph.target` and all it depends on; what is in the store already is not made again.
+
+    `execute` names the function that a stage process calls with its Job, "package.module:function"
+    or "path/to/file.py:function"; it fills `job.out` and returns a dict of metrics. Up to `jobs`
+    stages run at once; a stage gets `cores` (default: those this process may use) divided by how
+    many could run beside it. Modules in `preload` are imported once, before stages fork.
+
+    Raises at once: GraphError, ConfigError (a stage is blocked from the start, `jobs` < 1),
+    StoreError. Raises from the generator: StageError after all that could finish has; Interrupted
+    on Ctrl-C, when stage processes are gone. Closing the generator stops the stages as well.
+    """
+    if jobs < 1:
+        raise ConfigError(f"jobs: {jobs} is less than 1; give the number of stages to run at once")
+    rows = plan(graph, store)
+    blocked = [row for row in rows if row.action == "blocked"]
+    if blocked:
+        lines = "\n".join(f"  {row.name}: {row.reason}" for row in blocked)
+        raise ConfigError(f"{graph.target} cannot be made; blocked:\n{lines}")
+    return _Run(
+        graph=graph,
+        store=store,
+        rows={row.name: row for row in rows},
+        execute=execute,
+        jobs=jobs,
+        preload=tuple(preload),
+        provenance=provenance or Provenance(),
+        environment=dict(environment or {}),
+        cores=cores or usable_cores(),
+    ).events()
+
+
+def usable_cores() -> int:
+    """Processor cores this process may use; not every system can say, then those it has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@dataclass(kw_only=True)
+class _Run:
+    """State of one run."""
+
+    graph: Graph
+    store: Store
+    rows: Mapping[str, PlanRow]
+    execute: str
+    jobs: int
+    preload: Sequence[str]
+    provenance: Provenance
+    environment: Mapping[str, str]
+    cores: int
+    artifacts: dict[str, Artifact] = field(default_factory=dict)
+    left: list[str] = field(default_factory=list)
+    running: dict[str, Running] = field(default_factory=dict)
+    failures: dict[str, Failure] = field(default_factory=dict)
+    blocked: dict[str, str] = field(default_factory=dict)
+    waiting: set[str] = field(default_factory=set)
+
+    def events(self) -> Generator[Event, None, None]:
+        for name, row in self.rows.items():
+            if row.artifact is None:
+                self.left.append(name)
+            else:
+                self.artifacts[name] = row.artifact
+                yield _cached(name, row.artifact, "")
+        if not self.left:
+            return
+        with self.store.in_use():
+            try:
+                while self.left or self.running:
+                    yield from self._start_ready()
+                    self._pause()
+                    yield from self._progress()
+                    yield from self._collect()
+            except KeyboardInterrupt:
+                raise Interrupted(self._interrupted()) from None
+            finally:
+                stop(self.running.values())
+        if self.failures:
+            raise self._error()
+
+    # -- starting --------------------------------------------------------------------------------
+
+    def _start_ready(self) -> Iterator[Event]:
+        for name in list(self.left):
+            node = self.graph.nodes[name]
+            cause = self._cause(name)
+            if cause is not None:
+                self.left.remove(name)
+                self.blocked[name] = cause
+                yield Event(kind="blocked", name=name, payload={"reason": cause})
+                continue
+            if any(source not in self.artifacts for source in node.inputs.values()):
+                continue
+            twin = self._twin(name)
+            if twin is not None and twin in self.artifacts:
+                self.left.remove(name)
+                self.artifacts[name] = self.artifacts[twin]
+                yield _cached(name, self.artifacts[twin], f"same as {twin}")
+            elif twin is None and len(self.running) < self.jobs:
+                yield from self._start(name)
+
+    def _cause(self, name: str) -> str | None:
+        """Why a stage can no longer be made, None if it can."""
+        for edge, source in self.graph.nodes[name].inputs.items():
+            if source in self.failures or source in self.blocked:
+                state = "failed" if source in self.failures else "is blocked"
+                return f"input {edge} {state} ({source})"
+        twin = self._twin(name)
+        return f"same as {twin}, which failed" if twin in self.failures else None
+
+    def _twin(self, name: str) -> str | None:
+        """The first stage with the same fingerprint, if that is another one."""
+        fingerprint = self.rows[name].fingerprint
+        first = next(n for n, row in self.rows.items() if row.fingerprint == fingerprint)
+        return None if first == name else first
+
+    def _start(self, name: str) -> Iterator[Event]:
+        row = self.rows[name]
+        work = self.store.begin(row.fingerprint, wait=False)
+        if work is None:
+            if name not in self.waiting:
+                self.waiting.add(name)
+                reason = "another run is working on this stage"
+                yield Event(kind="progress", name=name, payload={"waiting": reason})
+            return
+        self.left.remove(name)
+        present = self.store.find(row.fingerprint)
+        if present is not None:
+            work.discard()
+            self.artifacts[name] = present
+            yield _cached(name, present, "made by another run")
+            return
+        job = self._job(name, work)
+        running = prepare(job, self.execute, work, self.preload)
+        # Known before it lives, so that an interrupt at any moment finds it.
+        self.running[name] = running
+        start(running)
+        reason = row.reason if running.resumed is None else f"resumes at step {running.resumed}"
+        payload = {"reason": reason, "threads": job.threads, "log": str(work.path / LOG)}
+        yield Event(kind="started", name=name, payload=payload)
+
+    def _job(self, name: str, work: Work) -> Job:
+        node = self.graph.nodes[name]
+        return Job(
+            name=name,
+            kind=node.kind,
+            version=node.version,
+            fingerprint=self.rows[name].fingerprint,
+            config=plain(node.config),
+            data=dict(node.data),
+            runtime=plain(node.runtime, at=f"stage {name}: runtime"),
+            inputs={edge: str(self.artifacts[n].path) for edge, n in node.inputs.items()},
+            work=str(work.path),
+            out=str(work.out),
+            threads=max(1, self.cores // min(self.jobs, self.graph.width(name))),
+            environment=self.environment,
+        )
+
+    # -- watching --------------------------------------------------------------------------------
+
+    def _pause(self) -> None:
+        if self.running:
+            connection.wait([r.process.sentinel for r in self.running.values()], _POLL_SECONDS)
+        elif self.left:
+            time.sleep(_POLL_SECONDS)
+
+    def _progress(self) -> Iterator[Event]:
+        for name, running in self.running.items():
+            if time.monotonic() - running.looked >= _PROGRESS_SECONDS:
+                yield from self._news(name, running)
+
+    def _news(self, name: str, running: Running) -> Iterator[Event]:
+        for payload in running.new_metrics():
+            yield Event(kind="progress", name=name, seconds=running.seconds, payload=payload)
+
+    def _collect(self) -> Iterator[Event]:
+        for name, running in list(self.running.items()):
+            if running.process.is_alive():
+                continue
+            seconds = running.seconds
+            yield from self._news(name, running)
+            outcome = self._outcome(name, running, seconds)
+            del self.running[name]
+            if isinstance(outcome, Failure):
+                running.work.release()
+                self.failures[name] = outcome
+                problem = {"error": outcome.error, "log": outcome.log}
+                yield Event(kind="failed", name=name, seconds=seconds, payload=problem)
+            else:
+                self.artifacts[name] = outcome
+                payload = {"metrics": outcome.metrics, "path": str(outcome.path)}
+                yield Event(kind="finished", name=name, seconds=seconds, payload=payload)
+
+    def _outcome(self, name: str, running: Running, seconds: float) -> Artifact | Failure:
+        """The committed artifact of a stage that has ended, or how it failed."""
+        metrics = running.outcome()
+        if isinstance(metrics, Failure):
+            return metrics
+        node = self.graph.nodes[name]
+        facts = {
+            **self.provenance.facts,
+            "seconds": round(seconds, 3),
+            "threads": running.job.threads,
+            "resumed_at_step": running.resumed,
+        }
+        try:
+            return self.store.commit(
+                node,
+                running.work,
+                inputs={edge: self.artifacts[source] for edge, source in node.inputs.items()},
+                metrics=metrics,
+                provenance=facts,
+                diff=self.provenance.diff,
+            )
+        except PosttrainError as error:
+            return Failure(error=str(error), exit_code=error.exit_code, log=None)
+
+    # -- ending ----------------------------------------------------------------------------------
+
+    def _interrupted(self) -> str:
+        where = ", ".join(
+            name if step is None else f"{name} (resumes at step {step})"
+            for name, step in ((n, read_step(r.work.path)) for n, r in self.running.items())
+        )
+        unfinished = f" Not finished: {where}." if where else ""
+        return (
+            f"stopped. What was finished is kept in {self.store.root}.{unfinished} "
+            f"To go on, run the same command again."
+        )
+
+    def _error(self) -> StageError:
+        lines = [failure.describe(name) for name, failure in self.failures.items()]
+        lines += [f"blocked: {name}: {reason}" for name, reason in self.blocked.items()]
+        lines.append("What finished is kept; once the cause is mended, run the same command again.")
+        first = next(iter(self.failures.values()))
+        return StageError("\n".join(lines), exit_code=first.exit_code)
+
+
+def _cached(name: str, artifact: Artifact, reason: str) -> Event:
+    return Event(kind="cached", name=name, payload={"path": str(artifact.path), "reason": reason})
