@@ -72,11 +72,12 @@ def policy_gradient(
     if ratio == "sequence":
         log_ratio_N = _row_mean(token_log_ratio_N, active_N, row_N, num_rows)
     ratio_N = log_ratio_N.exp()
-    advantage_N = advantage_N.detach()
+    # Cleared before they are multiplied: a sequence ratio would carry 0 * NaN to the whole row.
+    advantage_N = torch.where(active_N, advantage_N.detach(), 0)
     clipped_N = ratio_N.clamp(1 - clip_low, 1 + clip_high)
     loss_N = -torch.minimum(ratio_N * advantage_N, clipped_N * advantage_N)
     if correction_N is not None:
-        loss_N = loss_N * correction_N.detach()
+        loss_N = loss_N * torch.where(active_N, correction_N.detach(), 0)
     stopped_low_N = (ratio_N < 1 - clip_low) & (advantage_N < 0)
     stopped_high_N = (ratio_N > 1 + clip_high) & (advantage_N > 0)
     metrics = {

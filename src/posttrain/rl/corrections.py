@@ -33,7 +33,7 @@ def importance_correction(
     - `icepop`: r if low <= r <= high, else 0 (MiMo-V2-Flash, arXiv 2601.02780, Eq. 8; [0.5, 5] and
       [0.2, 5] are usual).
 
-    A token whose log r is not finite (a sampler that reports -inf or NaN) is masked by the latter two.
+    A token whose log r is not finite (the sampler says -inf or NaN) is masked by the latter two.
 
     Metrics, sums over tokens: `correction_masked` (factor 0), `correction_truncated` (cut to
     `high`), `sampler_ratio` (r, finite ones), `correction` and `correction_square` of the factor;

@@ -1,0 +1,71 @@
+"""Advantages: hand-derived values, row order, degenerate groups."""
+
+import pytest
+import torch
+
+from posttrain.rl.advantage import advantages, zero_variance
+
+MODES = ["group_mean", "group_zscore", "leave_one_out", "batch"]
+REWARDS_B = torch.tensor([1.0, 4.0, 0.0, 6.0, 2.0], dtype=torch.float64)
+GROUP_B = torch.tensor([7, -3, 7, -3, 7])
+
+
+def test_by_hand():
+    """Group 7: rewards 1, 0, 2 (mean 1, std 1). Group -3: 4, 6 (mean 5, std sqrt 2).
+
+    Leave one out, group 7: 1 - (0 + 2) / 2 = 0, 0 - 3 / 2, 2 - 1 / 2; group -3: 4 - 6 and 6 - 4.
+    All rows: mean 2.6, squared deviations 2.56 + 1.96 + 6.76 + 11.56 + 0.36 = 23.2, std
+    sqrt(23.2/4).
+    """
+    expected = {
+        "group_mean": [0.0, -1.0, -1.0, 1.0, 1.0],
+        "group_zscore": [0.0, -1 / (2**0.5 + 0.1), -1 / 1.1, 1 / (2**0.5 + 0.1), 1 / 1.1],
+        "leave_one_out": [0.0, -2.0, -1.5, 2.0, 1.5],
+        "batch": [x / (5.8**0.5 + 0.1) for x in (0.0, -1.0, -1.0, 1.0, 1.0)],
+    }
+    for mode, values in expected.items():
+        result_B = advantages(REWARDS_B, GROUP_B, mode=mode, epsilon=0.1)
+        assert result_B.tolist() == pytest.approx(values, abs=1e-12), mode
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_row_order(mode: str):
+    order_B = torch.tensor([3, 0, 4, 2, 1])
+    shuffled_B = advantages(REWARDS_B[order_B], GROUP_B[order_B], mode=mode)
+    torch.testing.assert_close(shuffled_B, advantages(REWARDS_B, GROUP_B, mode=mode)[order_B])
+
+
+@pytest.mark.parametrize("mode", ["group_mean", "group_zscore", "leave_one_out"])
+def test_groups_do_not_see_each_other(mode: str):
+    alone_B = advantages(REWARDS_B[GROUP_B == 7], GROUP_B[GROUP_B == 7], mode=mode)
+    torch.testing.assert_close(alone_B, advantages(REWARDS_B, GROUP_B, mode=mode)[GROUP_B == 7])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_group_without_contrast_gets_exactly_zero(mode: str):
+    """The float32 mean of seven times 0.1 is not 0.1; epsilon would magnify the difference."""
+    rewards_B = torch.tensor([*[0.1] * 7, 5.0, 0.0, 1.0])
+    group_B = torch.tensor([*[0] * 7, 1, 2, 2])
+    zeros_B = torch.zeros(7, dtype=torch.int64)
+    sum_1 = torch.zeros(1).index_add(0, zeros_B, rewards_B[:7])
+    assert (sum_1 / 7 - 0.1).abs().item() > 1e-9
+    result_B = advantages(rewards_B, group_B, mode=mode)
+    assert result_B[:8].tolist() == [0.0] * 8
+    assert result_B[8] < 0 < result_B[9]
+    assert zero_variance(rewards_B, group_B).tolist() == [True] * 8 + [False] * 2
+
+
+def test_one_row():
+    for mode in MODES:
+        assert advantages(torch.tensor([3.0]), torch.tensor([0]), mode=mode).tolist() == [0.0]
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="'zscore' is not one of group_mean, group_zscore"):
+        advantages(REWARDS_B, GROUP_B, mode="zscore")
+    with pytest.raises(ValueError, match=r"rewards_B \(5,\), group_B \(4,\)"):
+        advantages(REWARDS_B, GROUP_B[:4], mode="group_mean")
+    rewards_B = REWARDS_B.clone()
+    rewards_B[[1, 3]] = torch.tensor([torch.nan, torch.inf], dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"rows \[1, 3\] are not finite"):
+        advantages(rewards_B, GROUP_B, mode="group_mean")
