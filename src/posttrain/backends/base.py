@@ -6,7 +6,7 @@ must agree with. Legend: N flat response tokens (row after row), D hidden, V voc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -77,13 +77,15 @@ class Learner(Protocol):
         *,
         count: float,
         lr: float,
+        key_B: Tensor | None = None,
     ) -> dict[str, float]:
         """One optimiser step on `sum(loss) / count`; returns the metric sums and `grad_norm`.
 
-        The split into micro-batches is the learner's business and changes nothing but rounding.
+        The split into micro-batches is the learner's business and changes nothing but rounding;
+        rows that differ in `key_B` (int64) never share one.
         """
         ...
 
-    def split(self, rollouts: Rollouts) -> Iterable[MicroBatch]:
-        """The micro-batches that `update` would use."""
+    def logprobs(self, rollouts: Rollouts, *, temperature: float) -> Tensor:
+        """`logp_N` of the response tokens under the current weights. No gradient."""
         ...

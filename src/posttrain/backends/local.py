@@ -15,6 +15,7 @@ from torch import Tensor
 
 from posttrain.backends.base import Head, LossFunction, MicroBatch
 from posttrain.backends.checkpoint import LanguageModel, output_head
+from posttrain.losses.ops import token_logprobs
 from posttrain.rl.types import Rollouts
 
 
@@ -31,21 +32,46 @@ def response_targets(rollouts: Rollouts) -> Tensor:
     return rollouts.tokens_BT[rollouts.response_mask_BT()]
 
 
-def split_by_tokens(rollouts: Rollouts, max_tokens: int) -> Iterator[MicroBatch]:
+def split_by_tokens(
+    rollouts: Rollouts, max_tokens: int, key_B: Tensor | None = None
+) -> Iterator[MicroBatch]:
     """Micro-batches of rows of like length whose padded size stays under `max_tokens`.
 
-    Rows keep their order inside a micro-batch; which rows share one depends on lengths alone.
+    Rows of different `key_B` never share one, and all of one key come together. A single row longer
+    than `max_tokens` is a micro-batch of its own.
     """
     length_B = rollouts.prompt_len_B + rollouts.response_len_B
+    if key_B is None:
+        key_B = torch.zeros_like(length_B)
     order_B = torch.argsort(length_B, stable=True)
-    lengths = length_B[order_B].tolist()
+    order_B = order_B[torch.argsort(key_B[order_B], stable=True)]
+    lengths, keys = length_B[order_B].tolist(), key_B[order_B].tolist()
     start = 0
     for end in range(1, len(lengths) + 1):
-        if end < len(lengths) and lengths[end] * (end + 1 - start) <= max_tokens:
+        if (
+            end < len(lengths)
+            and keys[end] == keys[start]
+            and lengths[end] * (end + 1 - start) <= max_tokens
+        ):
             continue
         index_B = order_B[start:end]
         yield MicroBatch(index_B=index_B, rollouts=rollouts.rows(index_B))
         start = end
+
+
+@torch.no_grad()
+def response_logprobs(
+    hidden_ND: Tensor, head: Head, rollouts: Rollouts, temperature: float
+) -> Tensor:
+    """`logp_N` of the response tokens from the hidden states that predict them. No gradient."""
+    logp_N, _ = token_logprobs(
+        hidden_ND,
+        head.weight_VD,
+        response_targets(rollouts),
+        bias_V=head.bias_V,
+        temperature=temperature,
+    )
+    return logp_N
 
 
 class LocalScorer:
@@ -90,6 +116,7 @@ class LocalLearner:
         max_grad_norm: float,
         max_tokens: int = 8192,
     ) -> None:
+        self.language_model = language_model
         self.model = language_model.model.train()
         self.head: Head = output_head(self.model)
         self.max_tokens = max_tokens
@@ -99,16 +126,18 @@ class LocalLearner:
             self.parameters, lr=0.0, betas=betas, weight_decay=weight_decay, fused=True
         )
 
-    def split(self, rollouts: Rollouts) -> Iterator[MicroBatch]:
-        """See `Learner.split`."""
-        return split_by_tokens(rollouts, self.max_tokens)
-
     def update(
-        self, rollouts: Rollouts, loss: LossFunction, *, count: float, lr: float
+        self,
+        rollouts: Rollouts,
+        loss: LossFunction,
+        *,
+        count: float,
+        lr: float,
+        key_B: Tensor | None = None,
     ) -> dict[str, float]:
         """See `Learner.update`."""
         totals: dict[str, Tensor] = {}
-        for batch in self.split(rollouts):
+        for batch in split_by_tokens(rollouts, self.max_tokens, key_B):
             hidden_ND = hidden_states(self.model, batch.rollouts)
             loss_sum, metrics = loss(hidden_ND, self.head, batch)
             (loss_sum / count).backward()
@@ -120,6 +149,13 @@ class LocalLearner:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return {name: float(value) for name, value in totals.items()} | {"grad_norm": float(norm)}
+
+    def logprobs(self, rollouts: Rollouts, *, temperature: float) -> Tensor:
+        """See `Learner.logprobs`."""
+        scorer = LocalScorer(self.language_model, max_tokens=self.max_tokens)
+        logp_N = response_logprobs(scorer.hidden(rollouts), self.head, rollouts, temperature)
+        self.model.train()
+        return logp_N
 
     def state(self) -> dict[str, Tensor]:
         """Weights and optimiser moments by name, for a step checkpoint."""

@@ -1,0 +1,272 @@
+"""Every stage's settings: what a recipe may write, checked when the recipe is built.
+
+Kept apart from the stage loops so that planning a run imports neither torch nor transformers. A
+setting is part of a stage's identity: change it and the stage runs again. Paths, threads and
+devices are therefore not here.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from posttrain.engine.errors import ConfigError
+
+Positive = Field(gt=0)
+Share = Field(ge=0, le=1)
+
+
+class Config(BaseModel):
+    """Base of all stage settings: frozen, and an unknown name is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    seed: int = 0
+    """Every random choice of the stage follows from it."""
+
+
+class Optimizer(BaseModel):
+    """AdamW and its learning-rate schedule; mixed into the stages that train."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    lr: float = Field(1e-5, gt=0)
+    """Peak learning rate."""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """Shape after warm-up; linear and cosine fall to `lr_end`."""
+    lr_end: float = Field(0.05, ge=0, le=1)
+    """Last learning rate as a share of `lr`."""
+    warmup_steps: int = Field(10, ge=0)
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.98, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Gradients are scaled down to this norm."""
+
+
+class Pretrain(Config, Optimizer):
+    """A tiny model from nothing: `r.pretrain(data=...)`."""
+
+    steps: int = Positive
+    batch_size: int = Field(128, gt=0)
+    """Documents per step, drawn evenly over the domains."""
+    loss_on: Literal["all", "response"] = "all"
+    """Learn every token of a document, or only those of its response."""
+    hidden_size: int = Field(64, gt=0)
+    num_layers: int = Field(3, gt=0)
+    num_heads: int = Field(2, gt=0)
+    head_dim: int = Field(32, gt=0)
+    intermediate_size: int = Field(256, gt=0)
+    max_positions: int = Field(128, gt=0)
+
+
+class Sft(Config, Optimizer):
+    """Supervised fine-tuning on demonstrations: `r.sft(start=..., data=...)`."""
+
+    steps: int | None = Field(None, gt=0)
+    epochs: float | None = Field(None, gt=0)
+    """Passes over the data; give this or `steps`."""
+    batch_size: int = Field(64, gt=0)
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give exactly one of steps and epochs")
+        return self
+
+
+class Correction(BaseModel):
+    """Importance correction between the policy that sampled and the one that learns."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    correction: Literal["none", "truncated", "icepop"] = "none"
+    """`truncated`: min(ratio, high). `icepop`: tokens whose ratio is outside [low, high] drop."""
+    correction_low: float = Field(0.5, ge=0)
+    correction_high: float = Field(5.0, gt=0)
+
+
+class Rollout(BaseModel):
+    """How a stage samples."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    max_new_tokens: int = Field(64, gt=0)
+    temperature: float = Field(1.0, gt=0)
+    updates_per_batch: int = Field(1, gt=0)
+    """Optimiser steps per batch of rollouts, each on an equal share of its rows."""
+
+
+class Rl(Config, Optimizer, Rollout, Correction):
+    """GRPO and its relatives on verifiable rewards: `r.rl(start=..., prompts=...)`."""
+
+    steps: int = Positive
+    prompts_per_step: int = Field(32, gt=0)
+    group_size: int = Field(8, gt=1)
+    """Responses per prompt."""
+    advantage: Literal["group_mean", "group_zscore", "leave_one_out", "batch"] = "group_zscore"
+    ratio: Literal["token", "sequence"] = "token"
+    """`sequence` is GSPO's geometric mean over the response."""
+    clip_low: float = Field(0.2, gt=0)
+    clip_high: float = Field(0.2, gt=0)
+    aggregation: Literal["token", "sequence", "constant"] = "token"
+    """Mean over tokens, over rows of row means, or over rows of sums divided by a constant."""
+    aggregation_constant: int | None = Field(None, gt=0)
+    """The constant; `max_new_tokens` if not given."""
+    kl_coef: float = Field(0.0, ge=0)
+    """Weight of the KL divergence to the stage's start; 0 loads no reference."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    kl_in: Literal["loss", "reward"] = "loss"
+    drop_zero_variance: bool = True
+    """Leave out groups whose rewards are all alike: they carry no gradient."""
+
+    @model_validator(mode="after")
+    def _k1_is_a_reward(self) -> Self:
+        if self.kl_coef > 0 and self.kl_in == "loss" and self.kl_estimator == "k1":
+            raise ValueError(
+                "kl_estimator = k1 with kl_in = loss: the gradient of log(p/q) of a sampled token "
+                "is zero in expectation, so this would regularise nothing; use kl_in = reward, or "
+                "k2 or k3"
+            )
+        return self
+
+
+class Distill(Config, Optimizer, Rollout, Correction):
+    """On-policy distillation from one teacher per domain: `r.distill(start=..., teachers=...)`."""
+
+    steps: int = Positive
+    prompts_per_step: int = Field(256, gt=0)
+    """Drawn evenly over the domains."""
+    samples_per_prompt: int = Field(1, gt=0)
+    estimator: Literal["sampled_token", "top_k", "full_vocabulary"] = "full_vocabulary"
+    top_k: int = Field(64, gt=0)
+    """Teacher tokens per position; used by estimator top_k only."""
+    advantage_clip: float | None = Field(5.0, gt=0)
+    """Bound on |log teacher - log student|; used by estimator sampled_token only."""
+    reward_weight: float = Field(0.0, ge=0)
+    """Weight of the group-mean advantage of the verifiable reward; 0 calls no verifier."""
+    aggregation: Literal["token", "sequence", "constant"] = "sequence"
+    aggregation_constant: int | None = Field(None, gt=0)
+    balance: Literal["none", "tokens"] = "none"
+    """`tokens` weighs domains so that each contributes its share of prompts in tokens too."""
+    domain_weights: dict[str, float] = Field(default_factory=dict)
+    """Weight of a domain's loss; 1 where none is given."""
+    routes: dict[str, str] = Field(default_factory=dict)
+    """Domain to teacher; filled in by the recipe."""
+
+    @model_validator(mode="after")
+    def _reward_needs_groups(self) -> Self:
+        if self.reward_weight > 0 and self.samples_per_prompt < 2:
+            raise ValueError(
+                f"reward_weight = {self.reward_weight} with samples_per_prompt = 1: the reward's "
+                "advantage is relative to the other samples of a prompt; set samples_per_prompt "
+                "to 2 or more"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _balance_needs_token_means(self) -> Self:
+        if self.balance == "tokens" and self.aggregation != "token":
+            raise ValueError(
+                f"balance = tokens with aggregation = {self.aggregation}: rows are already "
+                "averaged before they are added up, so no domain gains by its length; set "
+                "aggregation = token or balance = none"
+            )
+        return self
+
+
+class Evaluate(Config):
+    """Accuracy of several models on problems that no training stage can draw from."""
+
+    split: Literal["heldout", "validation"] = "heldout"
+    num_problems: int = Field(400, gt=1)
+    """Per domain; fewer if the split has fewer."""
+    samples: int = Field(2, gt=0)
+    """Responses per problem at temperature 1, besides one greedy response."""
+    max_new_tokens: int = Field(64, gt=0)
+    bootstrap: int = Field(2000, ge=100)
+    """Resamples of the problems behind each 95 % interval."""
+    transcripts: int = Field(6, ge=0)
+    """Problems per domain whose responses are kept for the report."""
+    routes: dict[str, str] = Field(default_factory=dict)
+    """Domain to teacher; filled in by the recipe."""
+
+
+class Sample(Config):
+    """Responses of one or more models, scored by the domain's verifier."""
+
+    k: int = Field(4, gt=0)
+    """Responses per prompt."""
+    num_prompts: int = Field(1000, gt=0)
+    """Prompts per domain, from the training split."""
+    max_new_tokens: int = Field(64, gt=0)
+    temperature: float = Field(1.0, ge=0)
+    routes: dict[str, str] = Field(default_factory=dict)
+    """Domain to the model that samples it; filled in by the recipe."""
+
+
+class Select(Config):
+    """Rollouts to imitate: `r.select(rollouts, how="correct")`."""
+
+    how: Literal["correct", "best", "shortest_correct"] = "correct"
+    """All with full reward, the best of each prompt, or the shortest with full reward."""
+    max_per_prompt: int = Field(4, gt=0)
+
+
+class DomainData(BaseModel):
+    """A domain's problems; its settings come from the suite, not from a recipe."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+
+class ExternalModel(BaseModel):
+    """A checkpoint from outside; its identity is the bytes of its files."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+CONFIGS: dict[str, type[BaseModel]] = {
+    "domain": DomainData,
+    "model": ExternalModel,
+    "pretrain": Pretrain,
+    "sft": Sft,
+    "rl": Rl,
+    "distill": Distill,
+    "evaluate": Evaluate,
+    "sample": Sample,
+    "select": Select,
+}
+
+# Raised by hand when a change makes a stage give other numbers for the same settings.
+VERSIONS: dict[str, int] = dict.fromkeys(CONFIGS, 1)
+
+
+def build_config(kind: str, stage: str, values: Mapping[str, Any]) -> BaseModel:
+    """The checked settings of a stage; ConfigError names stage, field, value and choices."""
+    config = CONFIGS[kind]
+    try:
+        return config(**values)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, config, kind, stage)) from None
+
+
+def _explain(error: ValidationError, config: type[BaseModel], kind: str, stage: str) -> str:
+    lines = []
+    for problem in error.errors():
+        field = ".".join(map(str, problem["loc"]))
+        where = f"stage {stage!r} ({kind})" + (f", field {field!r}" if field else "")
+        if problem["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(field, config.model_fields, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            choices = ", ".join(config.model_fields)
+            lines.append(f"{where}: unknown option; {hint}choices: {choices}")
+        elif problem["type"] == "missing":
+            lines.append(f"{where}: a value is needed, for example {field}=100")
+        elif problem["type"] == "value_error":
+            lines.append(f"{where}: {problem['ctx']['error']}")
+        else:
+            lines.append(f"{where}: {problem['input']!r} is not allowed: {problem['msg']}")
+    return "\n".join(lines)

@@ -1,0 +1,124 @@
+"""What a running stage may do with its directories: log, checkpoint, resume, read its inputs.
+
+A step checkpoint holds weights and optimiser moments; there is no random state to keep, because
+every stage draws from generators seeded by (seed, step). That is why a resumed stage ends with the
+same bits as one that was never stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from posttrain.engine.errors import ConfigError
+
+SECONDS_BETWEEN_CHECKPOINTS = 10.0
+
+
+class Resumable(Protocol):
+    """Something whose whole state is named tensors; see `LocalLearner`."""
+
+    def state(self) -> dict[str, Tensor]:
+        """All tensors."""
+        ...
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Put them back."""
+        ...
+
+
+class Context:
+    """The job's inputs and outputs, seen from inside the stage."""
+
+    def __init__(self, *, name: str, work: Path, inputs: Mapping[str, str], threads: int) -> None:
+        self.name = name
+        self.work = work
+        self.out = work / "out"
+        self.inputs = {edge: Path(path) for edge, path in inputs.items()}
+        self.threads = threads
+        self.tokens = 0
+        self._seconds = 0.0
+        self._began = time.monotonic()
+        self._saved = time.monotonic()
+        self._metrics = work / "metrics.jsonl"
+        self.out.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def domains(self) -> dict[str, Path]:
+        """Domain name to the artifact with its problems, in the order of the recipe."""
+        prefix = "domains."
+        found = {e.removeprefix(prefix): p for e, p in self.inputs.items() if e.startswith(prefix)}
+        return dict(sorted(found.items()))
+
+    def problems(self, domain: str, split: str) -> list[dict[str, Any]]:
+        """The problems of one split of a domain."""
+        path = self.domains[domain] / f"{split}.jsonl"
+        with path.open(encoding="utf-8") as lines:
+            rows = [json.loads(line) for line in lines]
+        if not rows:
+            raise ConfigError(f"domain {domain!r}: its {split} split has no problems")
+        return rows
+
+    def log(self, step: int, total: int, *, tokens: int, **metrics: float) -> None:
+        """Add a line to metrics.jsonl; `tokens` is what this step processed."""
+        self.tokens += tokens
+        line = {
+            "step": step,
+            "total": total,
+            "tokens": self.tokens,
+            "seconds": round(self._seconds + time.monotonic() - self._began, 3),
+        } | {name: float(f"{value:.6g}") for name, value in metrics.items()}
+        with self._metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def resume(self, learner: Resumable) -> int:
+        """Load the newest step checkpoint if there is one; returns the number of steps done."""
+        marker = self.work / "step.json"
+        if not marker.exists():
+            self._metrics.unlink(missing_ok=True)
+            return 0
+        state = json.loads(marker.read_text())
+        learner.restore(load_file(self.work / state["directory"] / "state.safetensors"))
+        self.tokens, self._seconds = state["tokens"], state["seconds"]
+        # Lines of steps after the checkpoint will be written again.
+        if self._metrics.exists():
+            os.truncate(self._metrics, state["metrics_bytes"])
+        return int(state["step"])
+
+    def checkpoint(self, step: int, learner: Resumable) -> None:
+        """Save the state after `step` steps, if the last checkpoint is old enough."""
+        if time.monotonic() - self._saved < SECONDS_BETWEEN_CHECKPOINTS:
+            return
+        self.save(step, learner)
+
+    def save(self, step: int, learner: Resumable) -> None:
+        """Save the state after `step` steps; the previous one stays until this one is whole."""
+        fresh = self.work / f"step-{step}"
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir()
+        tensors = {name: value.contiguous() for name, value in learner.state().items()}
+        save_file(tensors, fresh / "state.safetensors")
+        state = {
+            "step": step,
+            "directory": fresh.name,
+            "tokens": self.tokens,
+            "seconds": self._seconds + time.monotonic() - self._began,
+            "metrics_bytes": self._metrics.stat().st_size if self._metrics.exists() else 0,
+        }
+        marker = self.work / "step.json.tmp"
+        marker.write_text(json.dumps(state))
+        with marker.open() as file:
+            os.fsync(file.fileno())
+        os.replace(marker, self.work / "step.json")
+        for old in self.work.glob("step-*"):
+            if old != fresh:
+                shutil.rmtree(old)
+        self._saved = time.monotonic()

@@ -1,0 +1,266 @@
+"""Multi-teacher on-policy distillation (MOPD): the student samples, its domain's teacher corrects.
+
+Per step: draw prompts of all domains, let the student answer, let each teacher read the answers of
+its own domains, and lower the reverse KL from student to teacher on the student's own tokens
+(MOPD, arXiv 2606.30406; MiMo-V2-Flash, arXiv 2601.02780, section 4; estimators and what each of
+them optimises: `losses/distill.py`). Routing is strict: a domain has one named teacher.
+
+Legend: B rows, N flat response tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from posttrain.backends.base import Head, Metrics, MicroBatch
+from posttrain.backends.chat import Chat
+from posttrain.backends.checkpoint import load, save
+from posttrain.backends.local import LocalLearner, flat_index, response_targets
+from posttrain.backends.sampler import LocalSampler
+from posttrain.losses.distill import full_vocabulary, sampled_token, top_k
+from posttrain.losses.ops import aggregation_weights, token_logprobs
+from posttrain.losses.policy import policy_gradient
+from posttrain.rl.advantage import advantages
+from posttrain.rl.corrections import importance_correction
+from posttrain.schedules import learning_rate
+from posttrain.stages.batches import Pool
+from posttrain.stages.config import Distill
+from posttrain.stages.context import Context
+from posttrain.stages.rollouts import (
+    Scored,
+    equal_parts,
+    sample_and_verify,
+    step_seed,
+    verifiers,
+)
+from posttrain.stages.teachers import Targets, Teachers
+
+
+def run(config: Distill, ctx: Context) -> dict[str, float]:
+    """Train `start` towards the teachers on the prompts of their domains."""
+    language_model = load(ctx.inputs["start"])
+    domains = list(ctx.domains)
+    names = sorted(set(config.routes.values()))
+    teachers = Teachers({name: ctx.inputs[f"teachers.{name}"] for name in names}, language_model)
+    chat = Chat(language_model)
+    sampler = LocalSampler(language_model)
+    judges = verifiers(ctx) if config.reward_weight > 0 else {}
+    pool = Pool({name: ctx.problems(name, "train") for name in domains}, seed=config.seed)
+    learner = LocalLearner(
+        language_model,
+        betas=(config.beta1, config.beta2),
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+    )
+    metrics: dict[str, float] = {}
+    for step in range(ctx.resume(learner), config.steps):
+        scored = sample_and_verify(
+            sampler,
+            chat,
+            pool.draw(step, config.prompts_per_step),
+            judges,
+            group_size=config.samples_per_prompt,
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            seed=step_seed(config.seed, step),
+        )
+        lr = learning_rate(config, step, config.steps)
+        metrics = learn(config, learner, teachers, domains, scored, lr=lr, step=step)
+        ctx.log(step + 1, config.steps, tokens=scored.rollouts.num_tokens, **metrics)
+        ctx.checkpoint(step + 1, learner)
+    save(language_model, ctx.out)
+    return {"kl": metrics["kl"], "tokens": ctx.tokens}
+
+
+def learn(
+    config: Distill,
+    learner: LocalLearner,
+    teachers: Teachers,
+    domains: list[str],
+    scored: Scored,
+    *,
+    lr: float,
+    step: int,
+) -> dict[str, float]:
+    """All updates on one batch of the student's rollouts; returns the step's metrics."""
+    rollouts = scored.rollouts
+    domain_B = torch.tensor([domains.index(p["domain"]) for p in scored.problems])
+    teacher_of = torch.tensor([teachers.names.index(config.routes[d]) for d in domains])
+    teacher_B = teacher_of[domain_B]
+    targets = teachers.targets(config, rollouts, teacher_B)
+    weight_B = domain_weights(config, domains, rollouts.response_len_B, domain_B)
+    reward_B = advantages(scored.reward_B, scored.group_B, mode="group_mean")
+    sums: dict[str, float] = {}
+    num_updates = 0
+    for rows_B in equal_parts(len(rollouts), config.updates_per_batch, seed=config.seed, step=step):
+        update = DistillUpdate(
+            config,
+            domains=domains,
+            targets=targets,
+            scored=scored,
+            rows_B=rows_B,
+            domain_B=domain_B[rows_B],
+            teacher_B=teacher_B[rows_B],
+            weight_B=weight_B[rows_B],
+            advantage_B=reward_B[rows_B],
+        )
+        part = learner.update(
+            update.rows, update.loss, count=update.count, lr=lr, key_B=domain_B[rows_B]
+        )
+        sums = {name: sums.get(name, 0.0) + part.get(name, 0.0) for name in sums | part}
+        num_updates += 1
+    metrics = {"lr": lr, "grad_norm": sums.pop("grad_norm") / num_updates}
+    metrics |= describe(sums, domains, rollouts.num_tokens)
+    metrics["response_length"] = float(rollouts.response_len_B.float().mean())
+    metrics["finished_share"] = float(rollouts.finished_B.float().mean())
+    if config.reward_weight > 0:
+        metrics["reward"] = float(scored.reward_B.mean())
+    for number, name in enumerate(teachers.names):
+        metrics[f"rows/{name}"] = float((teacher_B == number).sum())
+    return metrics
+
+
+class DistillUpdate:
+    """The rows of one optimiser step with the constants of their loss."""
+
+    def __init__(
+        self,
+        config: Distill,
+        *,
+        domains: list[str],
+        targets: list[Targets],
+        scored: Scored,
+        rows_B: Tensor,
+        domain_B: Tensor,
+        teacher_B: Tensor,
+        weight_B: Tensor,
+        advantage_B: Tensor,
+    ) -> None:
+        self.config, self.domains, self.targets = config, domains, targets
+        self.rows_B, self.domain_B, self.teacher_B = rows_B, domain_B, teacher_B
+        self.weight_B, self.advantage_B = weight_B, advantage_B
+        self.rows = scored.rollouts.rows(rows_B)
+        self.constant = config.aggregation_constant or config.max_new_tokens
+        self.sampler_logp_N = self.rows.sampler_logp_N()
+        length_B = self.rows.response_len_B
+        self.start_B = length_B.cumsum(0) - length_B
+        self.count = float(length_B.sum() if config.aggregation == "token" else len(length_B))
+
+    def loss(self, hidden_ND: Tensor, head: Head, part: MicroBatch) -> tuple[Tensor, Metrics]:
+        """The chosen estimator for rows of one domain, hence of one teacher."""
+        config, length_B = self.config, part.rollouts.response_len_B
+        targets = self.targets[int(self.teacher_B[part.index_B[0]])]
+        row_N = torch.arange(len(length_B)).repeat_interleave(length_B)
+        token_N = response_targets(part.rollouts)
+        teacher_N = flat_index(
+            targets.start_B[self.rows_B[part.index_B]], length_B, torch.arange(len(length_B))
+        )
+        weight_N, _ = aggregation_weights(
+            row_N, len(length_B), aggregation=config.aggregation, constant=self.constant
+        )
+        weight_N = weight_N * self.weight_B[part.index_B][row_N]
+        projection: dict[str, Any] = {"bias_V": head.bias_V, "temperature": config.temperature}
+        needs_logp = (
+            config.estimator == "sampled_token"
+            or config.reward_weight > 0
+            or config.correction != "none"
+        )
+        logp_N = None
+        if needs_logp:
+            logp_N, entropy_N = token_logprobs(hidden_ND, head.weight_VD, token_N, **projection)
+        correction_N, metrics = torch.ones_like(weight_N), {}
+        if config.correction != "none" and logp_N is not None:
+            flat_N = flat_index(self.start_B, self.rows.response_len_B, part.index_B)
+            correction_N, metrics = importance_correction(
+                logp_N,
+                self.sampler_logp_N[flat_N],
+                mode=config.correction,
+                low=config.correction_low,
+                high=config.correction_high,
+            )
+        weight_N = weight_N * correction_N
+        if config.estimator == "full_vocabulary":
+            assert targets.hidden_NE is not None
+            total, _, per_token = full_vocabulary(
+                hidden_ND,
+                head.weight_VD,
+                targets.hidden_NE[teacher_N],
+                targets.head.weight_VD,
+                weight_N,
+                teacher_bias_V=targets.head.bias_V,
+                **projection,
+            )
+            kl_N, entropy_N = per_token["kl"], per_token["entropy"]
+        elif config.estimator == "top_k":
+            assert targets.top_ids_NK is not None and targets.top_logp_NK is not None
+            total, top_metrics, per_token = top_k(
+                hidden_ND,
+                head.weight_VD,
+                targets.top_ids_NK[teacher_N],
+                targets.top_logp_NK[teacher_N],
+                weight_N,
+                **projection,
+            )
+            metrics |= {name: top_metrics[name] for name in ("student_mass", "teacher_mass")}
+            kl_N, entropy_N = per_token["kl"], per_token["entropy"]
+        else:
+            assert targets.logp_N is not None and logp_N is not None
+            teacher_logp_N = targets.logp_N[teacher_N]
+            total, advantage_metrics = sampled_token(
+                logp_N, teacher_logp_N, weight_N, advantage_clip=config.advantage_clip
+            )
+            metrics |= {n: advantage_metrics[n] for n in ("advantage_abs", "clipped")}
+            kl_N = (logp_N - teacher_logp_N).detach()
+        if config.reward_weight > 0 and logp_N is not None:
+            reward_total, _ = policy_gradient(
+                logp_N,
+                logp_N.detach(),
+                self.advantage_B[part.index_B][row_N],
+                weight_N,
+                row_N,
+                num_rows=len(length_B),
+                ratio="token",
+                clip_low=1.0,
+                clip_high=1.0,
+            )
+            total = total + config.reward_weight * reward_total
+        name = self.domains[int(self.domain_B[part.index_B[0]])]
+        metrics[f"kl/{name}"] = kl_N.sum()
+        metrics[f"entropy/{name}"] = entropy_N.sum()
+        metrics[f"tokens/{name}"] = torch.tensor(float(len(row_N)))
+        metrics["loss"] = total.detach()
+        return total, metrics
+
+
+def domain_weights(
+    config: Distill, domains: list[str], response_len_B: Tensor, domain_B: Tensor
+) -> Tensor:
+    """`weight_B`: the configured weight of a row's domain, times its token balance if asked for.
+
+    The balance is the domain's share of rows over its share of tokens in this batch (Open-MOPD,
+    arXiv 2608.19098, token-share weights).
+    """
+    weight_of = torch.tensor([config.domain_weights.get(name, 1.0) for name in domains])
+    if config.balance == "tokens":
+        rows = torch.bincount(domain_B, minlength=len(domains)).float()
+        tokens = torch.zeros(len(domains)).index_add(0, domain_B, response_len_B.float())
+        weight_of *= (rows / rows.sum()) / (tokens / tokens.sum()).clamp(min=1e-9)
+    return weight_of[domain_B]
+
+
+def describe(sums: dict[str, float], domains: list[str], num_tokens: int) -> dict[str, float]:
+    """Means per token, per domain and over all; `token_share/<domain>` adds up to 1."""
+    metrics: dict[str, float] = {}
+    for quantity in ("kl", "entropy"):
+        values = {name: sums.pop(f"{quantity}/{name}", 0.0) for name in domains}
+        metrics[quantity] = sum(values.values()) / num_tokens
+        for name in domains:
+            tokens = sums.get(f"tokens/{name}", 0.0)
+            if tokens:
+                metrics[f"{quantity}/{name}"] = values[name] / tokens
+    for name in domains:
+        metrics[f"token_share/{name}"] = sums.pop(f"tokens/{name}", 0.0) / num_tokens
+    return metrics | {name: value / num_tokens for name, value in sums.items()}

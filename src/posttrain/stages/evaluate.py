@@ -1,0 +1,134 @@
+"""How good is each model, and how much of each teacher did the student recover?
+
+All models answer the same problems, which no training stage can draw from, at temperature 1 and
+greedily. The report of it is `evaluation.json`; `report/statistics.py` has the arithmetic.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from posttrain.backends.chat import Chat
+from posttrain.backends.checkpoint import load
+from posttrain.backends.sampler import LocalSampler
+from posttrain.report.statistics import Scores, evaluation
+from posttrain.rewards.verifiers import Verifier
+from posttrain.stages.batches import Problem
+from posttrain.stages.config import Evaluate
+from posttrain.stages.context import Context
+from posttrain.stages.rollouts import Scored, sample_and_verify, step_seed, verifiers
+
+
+def run(config: Evaluate, ctx: Context) -> dict[str, float]:
+    """Score student, init and teachers on every domain; write evaluation.json, transcripts.json."""
+    judges = verifiers(ctx)
+    problems = {
+        name: ctx.problems(name, config.split)[: config.num_problems] for name in ctx.domains
+    }
+    models = {edge: path for edge, path in ctx.inputs.items() if not edge.startswith("domains.")}
+    scores: dict[str, dict[str, Scores]] = {}
+    said: dict[str, dict[str, list[str]]] = {}
+    transcripts: dict[str, list[dict[str, Any]]] = {
+        name: [{"prompt": p["prompt"], "answer": p["answer"], "responses": {}} for p in rows]
+        for name, rows in ((n, r[: config.transcripts]) for n, r in problems.items())
+    }
+    for number, (edge, path) in enumerate(models.items()):
+        answers = answer_all(config, path, problems, judges)
+        scores[edge] = {name: answer.scores for name, answer in answers.items()}
+        for name, answer in answers.items():
+            said.setdefault(name, {})[edge] = answer.texts
+            for shown, row in zip(transcripts[name], answer.shown, strict=False):
+                shown["responses"][edge] = row
+        ctx.log(number + 1, len(models), tokens=sum(a.num_tokens for a in answers.values()))
+    constants = {
+        name: best_constant(rows, said[name], judges[name]) for name, rows in problems.items()
+    }
+    result = evaluation(
+        scores,
+        routes=config.routes,
+        constants=constants,
+        resamples=config.bootstrap,
+        seed=config.seed,
+    )
+    result |= {"split": config.split, "samples": config.samples}
+    (ctx.out / "evaluation.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+    (ctx.out / "transcripts.json").write_text(
+        json.dumps(transcripts, ensure_ascii=False, indent=1), encoding="utf-8"
+    )
+    summary = {f"student/{n}": row["student"]["value"] for n, row in result["domains"].items()}
+    return summary if result["norm"] is None else summary | {"norm": result["norm"]}
+
+
+class Answers:
+    """One model's answers to one domain."""
+
+    def __init__(self, sampled: Scored, greedy: Scored, num_shown: int) -> None:
+        count = len(greedy.problems)
+        by_problem = sampled.reward_B.reshape(count, -1)
+        self.scores = Scores(
+            sampled=by_problem.mean(dim=1).double().numpy(),
+            greedy=greedy.reward_B.double().numpy(),
+        )
+        self.texts = greedy.texts
+        self.num_tokens = sampled.rollouts.num_tokens + greedy.rollouts.num_tokens
+        per_problem = by_problem.shape[1]
+        self.shown = [
+            {
+                "sampled": sampled.texts[i * per_problem],
+                "sampled_score": float(by_problem[i, 0]),
+                "greedy": greedy.texts[i],
+                "greedy_score": float(greedy.reward_B[i]),
+            }
+            for i in range(min(num_shown, count))
+        ]
+
+
+def answer_all(
+    config: Evaluate,
+    path: Path,
+    problems: dict[str, list[Problem]],
+    judges: dict[str, Verifier],
+) -> dict[str, Answers]:
+    """One model's sampled and greedy answers to all domains."""
+    language_model = load(path)
+    chat, sampler = Chat(language_model), LocalSampler(language_model)
+    answers = {}
+    for number, (name, rows) in enumerate(problems.items()):
+        # Every model gets the same random numbers on the same problem: a paired comparison.
+        settings = {
+            "max_new_tokens": config.max_new_tokens,
+            "seed": step_seed(config.seed, number),
+        }
+        sampled = sample_and_verify(
+            sampler, chat, rows, judges, group_size=config.samples, temperature=1.0, **settings
+        )
+        greedy = sample_and_verify(
+            sampler, chat, rows, judges, group_size=1, temperature=0.0, **settings
+        )
+        answers[name] = Answers(sampled, greedy, config.transcripts)
+    return answers
+
+
+def best_constant(
+    problems: list[Problem], texts: dict[str, list[str]], judge: Verifier
+) -> dict[str, Any]:
+    """The one response that scores best when given to every problem.
+
+    Tried are the most common demonstrations and answers, and what the models say most often. A
+    specialist near this value has learned the majority answer and nothing else.
+    """
+    tries: Counter[str] = Counter()
+    gold = (text for p in problems for text in {p["demo"] or p["answer"], p["answer"]})
+    for source in (gold, *texts.values()):
+        tries.update(dict(Counter(source).most_common(5)))
+    values = {
+        text: float(np.mean([judge.score(text, problem) for problem in problems]))
+        for text, _ in tries.most_common(25)
+    }
+    best = max(values, key=lambda text: values[text])
+    return {"value": values[best], "response": best}

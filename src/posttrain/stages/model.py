@@ -1,0 +1,20 @@
+"""A checkpoint from outside as an artifact: its files are linked, not copied, and hashed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from posttrain.backends.checkpoint import load
+from posttrain.stages.context import Context
+
+
+def run(directory: Path, files: list[str], ctx: Context) -> dict[str, float]:
+    """Link `files` of `directory` into the artifact and check that they load as a model."""
+    for name in files:
+        target = ctx.out / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)
+        target.symlink_to((directory / name).resolve())
+    language_model = load(ctx.out)
+    parameters = sum(parameter.numel() for parameter in language_model.model.parameters())
+    return {"parameters": parameters}

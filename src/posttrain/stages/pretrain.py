@@ -1,0 +1,55 @@
+"""Pre-training from nothing: a tokenizer from the data, a tiny model, next-token prediction."""
+
+from __future__ import annotations
+
+from posttrain.backends.chat import Chat
+from posttrain.backends.checkpoint import save
+from posttrain.backends.local import LocalLearner
+from posttrain.backends.tiny import character_tokenizer, new_model
+from posttrain.schedules import learning_rate
+from posttrain.stages.batches import Pool, sequences
+from posttrain.stages.config import Pretrain
+from posttrain.stages.context import Context
+from posttrain.stages.sft import demonstrations, imitate
+
+
+def run(config: Pretrain, ctx: Context) -> dict[str, float]:
+    """Train a new model on documents, each a prompt and its demonstration in chat form."""
+    demos = demonstrations(ctx)
+    tokenizer = character_tokenizer(
+        text for rows in demos.values() for row in rows for text in (row["prompt"], row["demo"])
+    )
+    language_model = new_model(
+        tokenizer,
+        hidden_size=config.hidden_size,
+        num_layers=config.num_layers,
+        num_heads=config.num_heads,
+        head_dim=config.head_dim,
+        intermediate_size=config.intermediate_size,
+        max_positions=config.max_positions,
+        seed=config.seed,
+    )
+    chat = Chat(language_model)
+    pool = Pool(demos, seed=config.seed)
+    learner = LocalLearner(
+        language_model,
+        betas=(config.beta1, config.beta2),
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+    )
+    metrics: dict[str, float] = {}
+    for step in range(ctx.resume(learner), config.steps):
+        rows = pool.draw(step, config.batch_size)
+        prompts = [chat.prompt(row["prompt"]) for row in rows]
+        responses = [chat.response(row["prompt"], row["demo"]) for row in rows]
+        if config.loss_on == "all":
+            # Everything but the first token is to be predicted.
+            responses = [[*p[1:], *r] for p, r in zip(prompts, responses, strict=True)]
+            prompts = [p[:1] for p in prompts]
+        batch = sequences(prompts, responses, language_model.pad_id)
+        metrics = imitate(learner, batch, lr=learning_rate(config, step, config.steps))
+        ctx.log(step + 1, config.steps, tokens=batch.num_tokens, **metrics)
+        ctx.checkpoint(step + 1, learner)
+    save(language_model, ctx.out)
+    parameters = sum(parameter.numel() for parameter in learner.parameters)
+    return {"loss": metrics["loss"], "tokens": ctx.tokens, "parameters": parameters}

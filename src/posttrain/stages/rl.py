@@ -1,0 +1,233 @@
+"""Reinforcement learning on verifiable rewards: GRPO, with its published variants as settings.
+
+Per step: draw prompts, sample a group of responses to each, verify them, turn the rewards of a
+group into advantages, and take `updates_per_batch` clipped policy-gradient steps.
+Left out here: critics, dynamic sampling, curricula. Legend: B rows, N flat response tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from posttrain.backends.base import Head, Metrics, MicroBatch
+from posttrain.backends.chat import Chat
+from posttrain.backends.checkpoint import load, save
+from posttrain.backends.local import (
+    LocalLearner,
+    LocalScorer,
+    flat_index,
+    response_logprobs,
+    response_targets,
+)
+from posttrain.backends.sampler import LocalSampler
+from posttrain.losses.ops import aggregation_weights, kl_estimate, token_logprobs
+from posttrain.losses.policy import kl_penalty, policy_gradient
+from posttrain.rl.advantage import advantages, zero_variance
+from posttrain.rl.corrections import importance_correction
+from posttrain.rl.types import Rollouts
+from posttrain.schedules import learning_rate
+from posttrain.stages.batches import Pool
+from posttrain.stages.config import Rl
+from posttrain.stages.context import Context
+from posttrain.stages.rollouts import (
+    Scored,
+    equal_parts,
+    sample_and_verify,
+    step_seed,
+    verifiers,
+)
+
+
+def run(config: Rl, ctx: Context) -> dict[str, float]:
+    """Train `start` on the prompts of its domains."""
+    language_model = load(ctx.inputs["start"])
+    chat = Chat(language_model)
+    sampler = LocalSampler(language_model)
+    reference = LocalScorer(load(ctx.inputs["start"])) if config.kl_coef > 0 else None
+    judges = verifiers(ctx)
+    pool = Pool({name: ctx.problems(name, "train") for name in judges}, seed=config.seed)
+    learner = LocalLearner(
+        language_model,
+        betas=(config.beta1, config.beta2),
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+    )
+    metrics: dict[str, float] = {}
+    for step in range(ctx.resume(learner), config.steps):
+        scored = sample_and_verify(
+            sampler,
+            chat,
+            pool.draw(step, config.prompts_per_step),
+            judges,
+            group_size=config.group_size,
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            seed=step_seed(config.seed, step),
+        )
+        lr = learning_rate(config, step, config.steps)
+        metrics = learn(config, learner, reference, scored, lr=lr, step=step)
+        ctx.log(step + 1, config.steps, tokens=scored.rollouts.num_tokens, **metrics)
+        ctx.checkpoint(step + 1, learner)
+    save(language_model, ctx.out)
+    return {"reward": metrics["reward"], "tokens": ctx.tokens}
+
+
+def learn(
+    config: Rl,
+    learner: LocalLearner,
+    reference: LocalScorer | None,
+    scored: Scored,
+    *,
+    lr: float,
+    step: int,
+) -> dict[str, float]:
+    """All updates on one batch of scored rollouts; returns the step's metrics."""
+    reward_B, reference_logp_N = scored.reward_B, None
+    metrics = batch_metrics(scored) | {"lr": lr}
+    if reference is not None:
+        hidden_ND = reference.hidden(scored.rollouts)
+        reference_logp_N = response_logprobs(
+            hidden_ND, reference.head, scored.rollouts, config.temperature
+        )
+        if config.kl_in == "reward":
+            kl_B = reward_kl(config, scored, reference_logp_N)
+            reward_B = reward_B - config.kl_coef * kl_B
+            metrics["kl_reference"] = float(kl_B.sum()) / scored.rollouts.num_tokens
+    advantage_B = advantages(reward_B, scored.group_B, mode=config.advantage)
+    kept_B = torch.ones_like(reward_B, dtype=torch.bool)
+    if config.drop_zero_variance:
+        kept_B = ~zero_variance(reward_B, scored.group_B)
+    metrics["kept_share"] = float(kept_B.float().mean())
+    if not bool(kept_B.any()):
+        return metrics
+    index_B = kept_B.nonzero()[:, 0]
+    old_logp_N = reference_of_ratio(config, learner, scored)
+    start_B = scored.rollouts.response_len_B.cumsum(0) - scored.rollouts.response_len_B
+    sums: dict[str, float] = {}
+    num_updates = 0
+    for part_B in equal_parts(len(index_B), config.updates_per_batch, seed=config.seed, step=step):
+        rows_B = index_B[part_B]
+        flat_N = flat_index(start_B, scored.rollouts.response_len_B, rows_B)
+        update = PolicyUpdate(
+            config,
+            advantage_B=advantage_B[rows_B],
+            rows=scored.rollouts.rows(rows_B),
+            old_logp_N=None if old_logp_N is None else old_logp_N[flat_N],
+            reference_logp_N=None if reference_logp_N is None else reference_logp_N[flat_N],
+        )
+        part = learner.update(update.rows, update.loss, count=update.count, lr=lr)
+        sums = {name: sums.get(name, 0.0) + value for name, value in part.items()}
+        num_updates += 1
+    metrics["grad_norm"] = sums.pop("grad_norm") / num_updates
+    tokens = sums.pop("tokens")
+    return metrics | {name: value / tokens for name, value in sums.items()}
+
+
+class PolicyUpdate:
+    """The rows of one optimiser step with the constants of their loss."""
+
+    def __init__(
+        self,
+        config: Rl,
+        *,
+        advantage_B: Tensor,
+        rows: Rollouts,
+        old_logp_N: Tensor | None,
+        reference_logp_N: Tensor | None,
+    ) -> None:
+        self.config, self.rows, self.advantage_B = config, rows, advantage_B
+        self.old_logp_N, self.reference_logp_N = old_logp_N, reference_logp_N
+        self.constant = config.aggregation_constant or config.max_new_tokens
+        self.sampler_logp_N = rows.sampler_logp_N()
+        length_B = rows.response_len_B
+        self.start_B = length_B.cumsum(0) - length_B
+        self.count = float(length_B.sum() if config.aggregation == "token" else len(length_B))
+
+    def loss(self, hidden_ND: Tensor, head: Head, part: MicroBatch) -> tuple[Tensor, Metrics]:
+        """The clipped surrogate, plus the KL penalty where it belongs to the loss."""
+        config, length_B = self.config, part.rollouts.response_len_B
+        row_N = torch.arange(len(length_B)).repeat_interleave(length_B)
+        flat_N = flat_index(self.start_B, self.rows.response_len_B, part.index_B)
+        logp_N, entropy_N = token_logprobs(
+            hidden_ND,
+            head.weight_VD,
+            response_targets(part.rollouts),
+            bias_V=head.bias_V,
+            temperature=config.temperature,
+        )
+        weight_N, _ = aggregation_weights(
+            row_N, len(length_B), aggregation=config.aggregation, constant=self.constant
+        )
+        old_logp_N = logp_N.detach() if self.old_logp_N is None else self.old_logp_N[flat_N]
+        correction_N, metrics = importance_correction(
+            old_logp_N,
+            self.sampler_logp_N[flat_N],
+            mode=config.correction,
+            low=config.correction_low,
+            high=config.correction_high,
+        )
+        total, policy_metrics = policy_gradient(
+            logp_N,
+            old_logp_N,
+            self.advantage_B[part.index_B][row_N],
+            weight_N,
+            row_N,
+            num_rows=len(length_B),
+            ratio=config.ratio,
+            clip_low=config.clip_low,
+            clip_high=config.clip_high,
+            correction_N=correction_N,
+        )
+        metrics = metrics | policy_metrics | {"entropy": entropy_N.sum()}
+        if self.reference_logp_N is not None and config.kl_in == "loss":
+            penalty, penalty_metrics = kl_penalty(
+                logp_N,
+                self.reference_logp_N[flat_N],
+                weight_N,
+                estimator=config.kl_estimator,
+            )
+            total = total + config.kl_coef * penalty
+            metrics["kl_reference"] = penalty_metrics["kl"]
+        metrics["tokens"] = torch.tensor(float(len(logp_N)))
+        return total, metrics
+
+
+def reference_of_ratio(config: Rl, learner: LocalLearner, scored: Scored) -> Tensor | None:
+    """`old_logp_N` of the whole batch; None where the first update is the only one.
+
+    With one update per batch the old policy is the current one, and the ratio is exactly 1. With
+    several, the policy before the first update is the reference; the sampler has just reported its
+    log-probs, and they are recomputed only where a correction compares the two engines.
+    """
+    if config.updates_per_batch == 1:
+        return None
+    if config.correction == "none":
+        return scored.rollouts.sampler_logp_N()
+    return learner.logprobs(scored.rollouts, temperature=config.temperature)
+
+
+def reward_kl(config: Rl, scored: Scored, reference_logp_N: Tensor) -> Tensor:
+    """`kl_B`: the estimate of KL(policy || reference) summed over each response."""
+    length_B = scored.rollouts.response_len_B
+    row_N = torch.arange(len(length_B)).repeat_interleave(length_B)
+    kl_N = kl_estimate(
+        scored.rollouts.sampler_logp_N(), reference_logp_N, estimator=config.kl_estimator
+    )
+    return torch.zeros(len(length_B)).index_add(0, row_N, kl_N)
+
+
+def batch_metrics(scored: Scored) -> dict[str, float]:
+    """Reward, response length and finished share of a batch; reward by domain where several."""
+    rollouts = scored.rollouts
+    metrics = {
+        "reward": float(scored.reward_B.mean()),
+        "response_length": float(rollouts.response_len_B.float().mean()),
+        "finished_share": float(rollouts.finished_B.float().mean()),
+    }
+    by_domain: dict[str, list[float]] = {}
+    for problem, reward in zip(scored.problems, scored.reward_B.tolist(), strict=True):
+        by_domain.setdefault(problem["domain"], []).append(reward)
+    if len(by_domain) > 1:
+        metrics |= {f"reward/{d}": sum(r) / len(r) for d, r in by_domain.items()}
+    return metrics

@@ -1,0 +1,108 @@
+"""Problems in, scored responses out: what the stages that sample have in common.
+
+Legend: B rows (responses), N flat response tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from posttrain.backends.base import Sampler
+from posttrain.backends.chat import Chat
+from posttrain.rewards.verifiers import Verifier, load_verifier
+from posttrain.rl.types import Rollouts
+from posttrain.stages.batches import Problem
+from posttrain.stages.context import Context
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """Rollouts with the problem that each row answers and, where verified, its reward."""
+
+    rollouts: Rollouts
+    problems: list[Problem]
+    """One per row; the rows of a group repeat theirs."""
+    group_B: Tensor
+    """int64, which prompt of the batch a row answers."""
+    texts: list[str]
+    reward_B: Tensor
+    """float32 in [0, 1]; all zero where nothing was verified."""
+
+
+def verifiers(ctx: Context) -> dict[str, Verifier]:
+    """The verifier of every domain that the stage has."""
+    return {name: load_verifier(path) for name, path in ctx.domains.items()}
+
+
+def sample_and_verify(
+    sampler: Sampler,
+    chat: Chat,
+    problems: Sequence[Problem],
+    judges: dict[str, Verifier],
+    *,
+    group_size: int,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+) -> Scored:
+    """Sample a group per problem and score every response with its domain's verifier.
+
+    A response that was cut at the length limit scores 0: it has not given its answer. With no
+    `judges`, rewards are 0 and texts are left out.
+    """
+    rollouts = sampler.sample(
+        [chat.prompt(problem["prompt"]) for problem in problems],
+        group_size=group_size,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+    )
+    rows = [problem for problem in problems for _ in range(group_size)]
+    texts: list[str] = []
+    reward_B = torch.zeros(len(rows))
+    if judges:
+        texts = [chat.decode(ids) for ids in rollouts.responses()]
+        finished = rollouts.finished_B.tolist()
+        scores = [
+            judges[problem["domain"]].score(text, problem) if done else 0.0
+            for problem, text, done in zip(rows, texts, finished, strict=True)
+        ]
+        reward_B = torch.tensor(scores, dtype=torch.float32)
+    return Scored(
+        rollouts=rollouts,
+        problems=rows,
+        group_B=torch.arange(len(problems)).repeat_interleave(group_size),
+        texts=texts,
+        reward_B=reward_B,
+    )
+
+
+def equal_parts(num_rows: int, num_parts: int, *, seed: int, step: int) -> Iterator[Tensor]:
+    """Row indices for the optimiser steps of one batch: a permutation cut into equal shares."""
+    if num_parts == 1:
+        yield torch.arange(num_rows)
+        return
+    generator = torch.Generator().manual_seed(step_seed(seed, step))
+    order_B = torch.randperm(num_rows, generator=generator)
+    for part_B in order_B.tensor_split(num_parts):
+        if len(part_B):
+            yield part_B.sort().values
+
+
+def step_seed(seed: int, step: int) -> int:
+    """A seed for one step of one stage, distinct for every pair below 2**31."""
+    return (seed << 31) + step
+
+
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """One JSON object per line."""
+    with path.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -1,0 +1,49 @@
+"""Choose among rollouts what is worth imitating: rejection sampling's second half."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from posttrain.engine.errors import ConfigError
+from posttrain.stages.config import Select
+from posttrain.stages.context import Context
+from posttrain.stages.rollouts import write_jsonl
+
+
+def run(config: Select, ctx: Context) -> dict[str, float]:
+    """Write data.jsonl, rows of prompt and demo, from the rollouts of a `sample` stage."""
+    lines = (ctx.inputs["rollouts"] / "rollouts.jsonl").read_text(encoding="utf-8").splitlines()
+    rollouts = [json.loads(line) for line in lines]
+    by_problem: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rollouts:
+        # A response that was cut at the length limit is no example to follow.
+        if row["finished"]:
+            by_problem.setdefault((row["domain"], row["id"]), []).append(row)
+    chosen = [row for rows in by_problem.values() for row in choose(config, rows)]
+    if not chosen:
+        raise ConfigError(
+            f"stage {ctx.name!r}: how = {config.how!r} keeps none of {len(rollouts)} rollouts; "
+            "sample from a better model, raise k, or use how = 'best'"
+        )
+    write_jsonl(
+        ctx.out / "data.jsonl",
+        (
+            {key: row[key] for key in ("id", "domain", "prompt", "reward")}
+            | {"demo": row["response"]}
+            for row in chosen
+        ),
+    )
+    return {"rows": len(chosen), "kept_share": len(chosen) / len(rollouts)}
+
+
+def choose(config: Select, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of one problem that stay: distinct responses, at most `max_per_prompt`."""
+    distinct = list({row["response"]: row for row in rows}.values())
+    if config.how == "best":
+        return sorted(distinct, key=lambda row: -row["reward"])[: config.max_per_prompt]
+    correct = [row for row in distinct if row["reward"] >= 1.0]
+    if config.how == "shortest_correct":
+        correct.sort(key=lambda row: len(row["response"]))
+        return correct[:1]
+    return correct[: config.max_per_prompt]

@@ -1,0 +1,85 @@
+"""Supervised fine-tuning: mean cross-entropy of the demonstrations' response tokens."""
+
+from __future__ import annotations
+
+import json
+import math
+
+from torch import Tensor
+
+from posttrain.backends.base import Head, Metrics, MicroBatch
+from posttrain.backends.chat import Chat
+from posttrain.backends.checkpoint import load, save
+from posttrain.backends.local import LocalLearner, response_targets
+from posttrain.engine.errors import ConfigError
+from posttrain.losses.ops import token_logprobs
+from posttrain.losses.sft import cross_entropy
+from posttrain.rl.types import Rollouts
+from posttrain.schedules import learning_rate
+from posttrain.stages.batches import Pool, Problem, sequences
+from posttrain.stages.config import Sft
+from posttrain.stages.context import Context
+
+
+def run(config: Sft, ctx: Context) -> dict[str, float]:
+    """Train from `start` on demonstrations, or on the rows of a `data` artifact."""
+    language_model = load(ctx.inputs["start"])
+    chat = Chat(language_model)
+    demos = demonstrations(ctx)
+    pool = Pool(demos, seed=config.seed)
+    num_rows = sum(map(len, demos.values()))
+    steps = config.steps or math.ceil((config.epochs or 0) * num_rows / config.batch_size)
+    learner = LocalLearner(
+        language_model,
+        betas=(config.beta1, config.beta2),
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+    )
+    metrics: dict[str, float] = {}
+    for step in range(ctx.resume(learner), steps):
+        rows = pool.draw(step, config.batch_size)
+        batch = sequences(
+            [chat.prompt(row["prompt"]) for row in rows],
+            [chat.response(row["prompt"], row["demo"]) for row in rows],
+            language_model.pad_id,
+        )
+        metrics = imitate(learner, batch, lr=learning_rate(config, step, steps))
+        ctx.log(step + 1, steps, tokens=batch.num_tokens, **metrics)
+        ctx.checkpoint(step + 1, learner)
+    save(language_model, ctx.out)
+    return {"loss": metrics["loss"], "tokens": ctx.tokens}
+
+
+def imitate(learner: LocalLearner, batch: Rollouts, *, lr: float) -> dict[str, float]:
+    """One step of cross-entropy on the response tokens of `batch`, averaged over tokens."""
+
+    def loss(hidden_ND: Tensor, head: Head, part: MicroBatch) -> tuple[Tensor, Metrics]:
+        targets_N = response_targets(part.rollouts)
+        logp_N, _ = token_logprobs(hidden_ND, head.weight_VD, targets_N, bias_V=head.bias_V)
+        total, _ = cross_entropy(logp_N, logp_N.new_ones(len(targets_N)))
+        return total, {"loss": total.detach()}
+
+    count = batch.num_tokens
+    sums = learner.update(batch, loss, count=count, lr=lr)
+    return {"loss": sums["loss"] / count, "grad_norm": sums["grad_norm"], "lr": lr}
+
+
+def demonstrations(ctx: Context) -> dict[str, list[Problem]]:
+    """Rows with prompt and demo by domain: of the domains themselves, or of a data artifact."""
+    if "data" in ctx.inputs:
+        lines = (ctx.inputs["data"] / "data.jsonl").read_text(encoding="utf-8").splitlines()
+        rows: dict[str, list[Problem]] = {}
+        for row in map(json.loads, lines):
+            rows.setdefault(row["domain"], []).append(row)
+        if not rows:
+            raise ConfigError(f"stage {ctx.name!r}: its data has no rows; loosen the selection")
+        return dict(sorted(rows.items()))
+    demos = {name: ctx.problems(name, "train") for name in ctx.domains}
+    for name, problems in demos.items():
+        missing = next((p["id"] for p in problems if p["demo"] is None), None)
+        if missing is not None:
+            raise ConfigError(
+                f"stage {ctx.name!r}: domain {name!r} has no demonstration for problem {missing}; "
+                "name its column with `demo = ...` in the suite, or leave the domain out of `data`"
+            )
+    return demos

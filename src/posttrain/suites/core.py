@@ -1,0 +1,143 @@
+"""The built-in suite: four procedural domains that a model of 0.2 million parameters can learn.
+
+The problems and their scoring are reasoning-gym's. What is ours is the text: its English questions
+run to 400 characters, and a model this small would spend its whole budget reading them, so each
+domain has a compact notation for prompt and response, and turns a response back into
+reasoning-gym's own notation before reasoning-gym scores it.
+
+The domains ask for different circuits (running sums, reversal, a fixed walk over a grid, counting
+and mirroring), no constant answer does well in any of them, and each can be learned well within a
+minute on one core once a model specialises, but not all four at once: which is the situation that
+specialists and their distillation are for.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from posttrain.rewards.verifiers import VerifierSpec
+from posttrain.suites.domain import Domain, Format, Procedural, Suite
+
+
+class AddFormat:
+    """`a 4-1-7` is answered step by step, `4-1=3-7=-4`; the answer follows the last `=`."""
+
+    version = 1
+
+    def prompt(self, item: Mapping[str, Any]) -> str:
+        """The expression without spaces."""
+        return "a " + item["metadata"]["expression"].replace(" ", "")
+
+    def demo(self, item: Mapping[str, Any]) -> str:
+        """Each partial sum written out."""
+        first, *rest = item["metadata"]["expression"].split()
+        total, text = int(first), first
+        for sign, term in zip(rest[::2], rest[1::2], strict=True):
+            total += int(term) if sign == "+" else -int(term)
+            text += f"{sign}{term}={total}"
+        return text
+
+    def answer(self, response: str) -> str:
+        """What follows the last equals sign."""
+        return response.rpartition("=")[2]
+
+
+class ReverseFormat:
+    """`r monkey` is answered `yeknom`."""
+
+    version = 1
+
+    def prompt(self, item: Mapping[str, Any]) -> str:
+        """The word, case kept: reasoning-gym compares it exactly."""
+        return "r " + item["metadata"]["word"]
+
+    def demo(self, item: Mapping[str, Any]) -> str:
+        """The word backwards."""
+        return str(item["metadata"]["word"])[::-1]
+
+    def answer(self, response: str) -> str:
+        """The response itself."""
+        return response
+
+
+class SpiralFormat:
+    """`s 21 45` (rows of a grid) is answered `2154`, read in a clockwise spiral."""
+
+    version = 1
+
+    def prompt(self, item: Mapping[str, Any]) -> str:
+        """Rows of digits."""
+        return "s " + " ".join("".join(map(str, row)) for row in item["metadata"]["matrix"])
+
+    def demo(self, item: Mapping[str, Any]) -> str:
+        """The digits in spiral order."""
+        return "".join(map(str, item["metadata"]["solution"]))
+
+    def answer(self, response: str) -> str:
+        """Digits separated by spaces."""
+        return " ".join(response)
+
+
+class PalindromeFormat:
+    """`p ccbaa` is answered by any palindrome of these letters, such as `acbca`."""
+
+    version = 1
+
+    def prompt(self, item: Mapping[str, Any]) -> str:
+        """The letters as given."""
+        return "p " + "".join(item["metadata"]["letters"])
+
+    def demo(self, item: Mapping[str, Any]) -> str:
+        """The palindrome whose first half is in alphabetical order."""
+        counts = sorted(Counter(item["metadata"]["letters"]).items())
+        half = "".join(letter * (count // 2) for letter, count in counts)
+        middle = "".join(letter for letter, count in counts if count % 2)
+        return half + middle + half[::-1]
+
+    def answer(self, response: str) -> str:
+        """The response itself."""
+        return response
+
+
+FORMATS: dict[str, Format] = {
+    "add": AddFormat(),
+    "reverse": ReverseFormat(),
+    "spiral": SpiralFormat(),
+    "palindrome": PalindromeFormat(),
+}
+
+
+def suite() -> Suite:
+    """The suite `core`."""
+    return Suite(
+        name="core",
+        domains={
+            "add": _domain(
+                "add", "chain_sum", min_terms=2, max_terms=3, min_digits=1, max_digits=1
+            ),
+            "reverse": _domain("reverse", "spell_backward", min_word_len=4, max_word_len=9),
+            "spiral": _domain("spiral", "spiral_matrix", min_n=2, max_n=4),
+            "palindrome": _domain(
+                "palindrome", "palindrome_generation", min_length=4, max_length=8
+            ),
+        },
+    )
+
+
+def _domain(name: str, dataset: str, **params: int) -> Domain:
+    return Domain(
+        name=name,
+        source=Procedural(
+            dataset=dataset,
+            params=params,
+            format=name,
+            format_version=FORMATS[name].version,
+            num_train=20000,
+            num_validation=400,
+            num_heldout=500,
+            seed=0,
+        ),
+        verifier=VerifierSpec(name=f"reasoning_gym:{dataset}", options={}),
+    )
