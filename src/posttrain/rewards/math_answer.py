@@ -63,11 +63,9 @@ class MathVerifier:
     def _ask(self, response: str | None, problem: Mapping[str, Any]) -> float:
         request = json.dumps({"answer": problem["answer"], "response": response})
         with self._lock:
-            process = self._worker()
-            assert process.stdin is not None
-            process.stdin.write(request.encode() + b"\n")
-            reply = self._read(self._seconds)
-        if reply is None:
+            # A second try: the system may have killed an innocent worker for memory.
+            reply = self._exchange(request) or self._exchange(request)
+        if reply is None or "timeout" in reply:
             return 0.0
         if "unreadable" in reply:
             raise StageError(
@@ -90,22 +88,36 @@ class MathVerifier:
             env={**os.environ, "PYTHONPATH": path},
         )
         self._finalizer = weakref.finalize(self, _stop, self._process)
-        if self._read(START_SECONDS) is None:
+        if self._read(self._process, START_SECONDS) != {"ready": True}:
             raise StageError(
                 "the math verifier's process did not start; its message stands above. "
                 "Check that math-verify is installed: pip install 'math-verify>=0.9,<0.10'"
             )
         return self._process
 
-    def _read(self, seconds: float) -> dict[str, Any] | None:
-        """One reply. None where none came in time or the worker died; the worker is then gone."""
-        process = self._process
-        assert process is not None and process.stdout is not None
+    def _exchange(self, request: str) -> dict[str, Any] | None:
+        """One request and its reply: {"timeout": true} where none came in time, None where the
+        worker died over it."""
+        process = self._worker()
+        assert process.stdin is not None
+        try:
+            process.stdin.write(request.encode() + b"\n")
+            return self._read(process, self._seconds)
+        except BrokenPipeError:
+            self.close()
+            return None
+        except BaseException:
+            # After Ctrl-C a reply stays in the pipe, and the next request would take it for its own.
+            self.close()
+            raise
+
+    def _read(self, process: subprocess.Popen[bytes], seconds: float) -> dict[str, Any] | None:
+        assert process.stdout is not None
         ready, _, _ = select.select([process.stdout], [], [], seconds)
         line = process.stdout.readline() if ready else b""
         if not line:
             self.close()
-            return None
+            return None if ready else {"timeout": True}
         reply: dict[str, Any] = json.loads(line)
         return reply
 

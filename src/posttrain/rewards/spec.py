@@ -113,9 +113,8 @@ def _check_options(spec: VerifierSpec, where: str) -> None:
     if spec.kind == "regex":
         if ("pattern" in spec.options) == bool(spec.options.get("from_answer")):
             raise ConfigError(
-                f"{where}: verifier 'regex' needs exactly one of pattern = \"...\" (with "
-                "{answer} where the answer stands) and from_answer = true (the answer column is the "
-                "pattern)"
+                f"{where}: verifier 'regex' needs one of pattern = \"...\" (with {{answer}} "
+                "where the answer stands) and from_answer = true (the answer is the pattern)"
             )
         if "pattern" in spec.options:
             pattern = spec.options["pattern"].replace("{answer}", "x")

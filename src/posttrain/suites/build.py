@@ -131,10 +131,10 @@ def _procedural(config: Mapping[str, Any], where: str) -> tuple[dict[str, list[P
         )
     short = ", ".join(f"{len(splits[s])} of {wanted[s]} for {s}" for s in SPLITS)
     raise ConfigError(
-        f"{where}: reasoning-gym's {source['dataset']} with params {dict(source['params'])} ran out "
-        f"of distinct problems: {len(seen)} found, {PATIENCE} draws in a row brought none that "
-        f"was wanted ({short}; about 75 % of the problems belong to train, 10 % to validation, 15 % to "
-        "heldout). Ask for fewer, or widen params"
+        f"{where}: reasoning-gym's {source['dataset']} with params {dict(source['params'])} ran "
+        f"out of distinct problems: {len(seen)} found, and {PATIENCE} draws in a row brought none "
+        f"that was wanted ({short}; about 75 % of the problems belong to train, 10 % to "
+        "validation, 15 % to heldout). Ask for fewer, or widen params"
     )
 
 
@@ -244,8 +244,8 @@ def _readme(
     else:
         tables = (f"{split}: {text}" for split, text in source["tables"].items())
         origin = "user's tables, " + ", ".join(tables)
-    rows = [json.dumps(problem, indent=2, ensure_ascii=False) for problem in splits["train"][:2]]
-    samples = "\n\n".join(f"```json\n{row[:1500]}\n```" for row in rows)
+    rows = [json.dumps(problem, ensure_ascii=False) for problem in splits["train"][:2]]
+    samples = "\n\n".join(f"```json\n{row}\n```" for row in rows)
     numbers = "\n".join(f"| {key} | {value} |" for key, value in metrics.items())
     return (
         f"# Domain {config['domain']}\n\n"
