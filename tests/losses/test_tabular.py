@@ -19,7 +19,7 @@ from posttrain.losses.ops import token_logprobs
 
 WORDS, ROWS, LENGTH = 6, 64, 8
 ARRIVED = {"sampled_token": 1e-5, "top_k": 1e-2, "full_vocabulary": 1e-5}
-"""Largest final KL. The word outside the top k is held through the total mass only, which is slow."""
+"""Largest final KL. Only the total mass holds the word outside the top k, which is slow."""
 
 
 def make_teacher(seed: int) -> Tensor:
