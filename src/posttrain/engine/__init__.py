@@ -15,6 +15,7 @@ artifacts and bytes.
     ancestry.py     lineage, verification of the hash chain, garbage collection
     provenance.py   where and from which code a run was made
     planner.py      what would run, and why
+    events.py       what a run tells as it happens
     runner.py       run it, one process per stage
     running.py      one such process seen from outside: start, progress, outcome, stop
     process.py      what happens inside it

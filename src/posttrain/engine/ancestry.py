@@ -109,7 +109,10 @@ def verify(store: "Store", artifact: Artifact) -> list[str]:
             continue
         seen.add(current.fingerprint)
         problems += record_problems(current.record) + list(_file_problems(current))
-        problems += history_problems(current.history) + list(_adoption_problems(current))
+        problems += history_problems(current.history)
+        hashes = {name: entry["sha256"] for name, entry in current.files.items()}
+        found = vouching_problems(hashes, current.history)
+        problems += [f"{current.label}: {problem}" for problem in found]
         for edge, source in current.inputs.items():
             path = index.get(source["fingerprint"][:SHORT])
             where = f"{current.label}: input {edge} ({label_of(source)})"
@@ -160,18 +163,17 @@ def history_problems(history: Sequence[Record]) -> list[str]:
     return problems
 
 
-def _adoption_problems(artifact: Artifact) -> Iterator[str]:
-    """Adopted files must be the ones that the last record of their history vouches for."""
-    if not artifact.history:
-        return
-    origin = artifact.history[-1]
-    for name, entry in artifact.files.items():
-        vouched = origin["files"].get(name)
-        if vouched is not None and vouched["sha256"] != entry["sha256"]:
-            yield (
-                f"{artifact.label}: file {name} is not the one that its history "
-                f"({label_of(origin)}) vouches for"
-            )
+def vouching_problems(hashes: Mapping[str, str], history: Sequence[Record]) -> list[str]:
+    """Adopted files (name -> sha256) that are not the ones the last record of their history is
+    about."""
+    if not history:
+        return []
+    origin = history[-1]
+    return [
+        f"file {name} is not the one that its history ({label_of(origin)}) vouches for"
+        for name, found in hashes.items()
+        if found != origin["files"].get(name, {"sha256": found})["sha256"]
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,9 +15,10 @@ import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import connection
-from typing import Any, Final, Literal, TypeAlias
+from typing import Final
 
 from posttrain.engine.errors import ConfigError, Interrupted, PosttrainError, StageError
+from posttrain.engine.events import Event
 from posttrain.engine.fingerprint import plain
 from posttrain.engine.graph import Graph
 from posttrain.engine.planner import PlanRow, plan
@@ -30,26 +31,8 @@ from posttrain.engine.work import Work, read_step
 
 __all__ = ["Event", "Job", "PlanRow", "plan", "run"]
 
-EventKind: TypeAlias = Literal["started", "progress", "finished", "cached", "failed", "blocked"]
-
 _POLL_SECONDS: Final = 0.05
 _PROGRESS_SECONDS: Final = 0.2
-
-
-@dataclass(frozen=True, kw_only=True)
-class Event:
-    """Something that happened to a stage.
-
-    Payload by kind: started {"reason", "threads", "log"}; progress: one line of metrics.jsonl as it
-    is, or {"waiting": why} while another run works on that stage; finished {"metrics", "path"};
-    cached {"path", "reason"}; failed {"error", "log"}; blocked {"reason"}.
-    """
-
-    kind: EventKind
-    name: str
-    seconds: float = 0.0
-    """Since the stage started in this run."""
-    payload: Mapping[str, Any] = field(default_factory=dict)
 
 
 def run(

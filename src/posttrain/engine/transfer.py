@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Final
 
-from posttrain.engine.ancestry import history_problems, lineage
+from posttrain.engine.ancestry import history_problems, lineage, vouching_problems
 from posttrain.engine.atomic import fsync, guarded, write_whole
 from posttrain.engine.errors import StoreError
 from posttrain.engine.fingerprint import digest, file_digest
@@ -52,9 +52,12 @@ def adopt(
         if not (source / name).is_file():
             raise StoreError(f"cannot adopt {name!r}: there is no file {source / name}")
     problems = history_problems(history)
+    if history:
+        problems += vouching_problems({n: file_digest(source / n) for n in files}, history)
     if problems:
         raise StoreError(
-            f"cannot adopt {source} with a broken history:\n  " + "\n  ".join(problems)
+            f"cannot adopt {source} with a history that does not fit; adopt it without one, "
+            f"or mend this:\n  " + "\n  ".join(problems)
         )
     fingerprint = digest(payload(node, {}))
     work = store.begin(fingerprint)

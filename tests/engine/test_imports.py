@@ -1,0 +1,49 @@
+"""The engine stands alone: nothing but the standard library, no word of what stages compute."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import posttrain.engine
+
+ENGINE = Path(posttrain.engine.__file__).parent
+
+
+def test_the_engine_imports_the_standard_library_only() -> None:
+    modules = sorted(f"posttrain.engine.{path.stem}" for path in ENGINE.glob("*.py"))
+    code = (
+        f"import sys\nbefore = set(sys.modules)\nfor name in {modules}: __import__(name)\n"
+        "print(*{name.split('.')[0] for name in set(sys.modules) - before})"
+    )
+    # -S keeps out what site-packages puts into every interpreter at its start.
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-S",
+            "-c",
+            f"import sys; sys.path.insert(0, {str(ENGINE.parents[1])!r})\n{code}",
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    loaded = set(done.stdout.split())
+    assert "posttrain" in loaded
+    # multiprocessing adds __mp_main__, another name of __main__.
+    assert loaded - sys.stdlib_module_names <= {"posttrain", "__mp_main__"}
+
+
+def test_the_engine_does_not_know_what_stages_compute() -> None:
+    pattern = re.compile(r"\b(model|token|teacher|gpu)\b", re.IGNORECASE)
+    found = [
+        f"{path.name}:{number}: {line}"
+        for path in sorted(ENGINE.glob("*.py"))
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if pattern.search(line)
+    ]
+    assert found == []
+
+
+def test_the_files_stay_small() -> None:
+    assert all(len(path.read_text().splitlines()) <= 300 for path in ENGINE.glob("*.py"))

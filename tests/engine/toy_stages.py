@@ -1,0 +1,124 @@
+"""Toy stages for the engine tests: `execute` runs in a stage process and looks at its kind."""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from posttrain.engine.errors import ConfigError
+from posttrain.engine.process import Job
+from posttrain.engine.work import read_step, write_step
+
+
+def execute(job: Job) -> dict[str, float]:
+    """Dispatch on the kind; every run leaves one line in the ledger, so a test can count runs."""
+    if "ledger" in job.runtime:
+        with open(job.runtime["ledger"], "a") as file:
+            file.write(f"{job.name}\n")
+    return KINDS[job.kind](job)
+
+
+def add(job: Job) -> dict[str, float]:
+    """Sum of `value` and of the inputs, into value.txt."""
+    inputs = [float(Path(path, "value.txt").read_text()) for path in job.inputs.values()]
+    value = float(job.config.get("value", 0)) + sum(inputs)
+    Path(job.out, "value.txt").write_text(str(value))
+    print(f"the value is {value}")
+    return {"value": value}
+
+
+def meet(job: Job) -> dict[str, float]:
+    """Wait until a stage beside this one is alive, too: ends well only when both run at once."""
+    here = Path(job.runtime["meeting"])
+    (here / job.name).touch()
+    deadline = time.monotonic() + job.config["patience"]
+    while len(list(here.iterdir())) < 2:
+        if time.monotonic() > deadline:
+            return {"met": 0.0}
+        time.sleep(0.01)
+    return {"met": 1.0}
+
+
+def steps(job: Job) -> dict[str, float]:
+    """Count to `steps`, a checkpoint each; at `pause_at` (runtime) wait to be ended."""
+    work = Path(job.work)
+    done = read_step(work) or 0
+    total = (work / "sum.txt").read_text() if done else "0"
+    for step in range(done + 1, job.config["steps"] + 1):
+        with (work / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": step, "total": job.config["steps"]}) + "\n")
+        if step == job.runtime.get("pause_at"):
+            (work / "pid").write_text(str(os.getpid()))
+            Path(job.out, "half.txt").write_text("half")
+            time.sleep(60)
+        total = str(int(total) + step)
+        (work / "sum.txt").write_text(total)
+        write_step(work, step)
+    Path(job.out, "half.txt").unlink(missing_ok=True)
+    Path(job.out, "value.txt").write_text(total)
+    return {"value": float(total), "first_step": done + 1.0}
+
+
+def pause(job: Job) -> dict[str, float]:
+    """Write half an output, no checkpoint, and stay."""
+    Path(job.out, "half.txt").write_text("half")
+    Path(job.work, "pid").write_text(str(os.getpid()))
+    if job.runtime.get("stay", True):
+        time.sleep(60)
+    return {"files_at_start": 0.0}
+
+
+def crash(job: Job) -> dict[str, float]:
+    print("about to divide")
+    return {"value": 1 / job.config["by"]}
+
+
+def refuse(job: Job) -> dict[str, float]:
+    raise ConfigError("steps: 0 is less than 1; give at least 1")
+
+
+def die(job: Job) -> dict[str, float]:
+    print("last words", flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+    return {}
+
+
+def leave(job: Job) -> dict[str, float]:
+    """End the process without a word, as a crashed library does."""
+    os._exit(3)
+
+
+def report(job: Job) -> dict[str, float]:
+    """What a stage sees of its job."""
+    Path(job.out, "job.json").write_text(
+        json.dumps(
+            {
+                "threads": job.threads,
+                "environment": os.environ.get("TOY_SETTING"),
+                "config": job.config,
+                "main": sys.modules["__main__"].__dict__.get("__file__"),
+            }
+        )
+    )
+    return {"loss": float("nan"), "threads": float(job.threads)}
+
+
+def forge(job: Job) -> dict[str, float]:
+    Path(job.out, "record.json").write_text("{}")
+    return {}
+
+
+KINDS = {
+    "add": add,
+    "meet": meet,
+    "steps": steps,
+    "pause": pause,
+    "crash": crash,
+    "refuse": refuse,
+    "die": die,
+    "leave": leave,
+    "report": report,
+    "forge": forge,
+}
