@@ -163,7 +163,7 @@ def test_choice_compares_letters_only():
     assert choice.score("the answer is (b)", problem("(B)")) == 1.0
     assert choice.score("the answer is (b)", problem("A")) == 0.0
     assert choice.score("no letter", problem("A")) == 0.0
-    with pytest.raises(StageError, match="p-1.*one letter from A to J.*'seven'"):
+    with pytest.raises(StageError, match=r"p-1.*one letter from A to J.*'seven'"):
         choice.check(problem("seven"))
 
 
@@ -319,7 +319,7 @@ def test_load_verifier_reads_a_domain_directory(tmp_path):
         ("reasoning_gym:chain_sums", {}, "no dataset 'chain_sums'; did you mean 'chain_sum'"),
         ("reasoning_gym:chain_sum", {"params": {"max_term": 3}}, "did you mean 'max_terms'"),
         ("reasoning_gym:chain_sum", {"params": {"seed": 3}}, "seed is set by the domain"),
-        ("python:grade:score", {}, "has to be written 'python:<file.py>:<function>'"),
+        ("python:grade:score", {}, r"has to be written 'python:<file\.py>:<function>'"),
         ("math", {"pattern": "x"}, "no option 'pattern'"),
         ("exact", {"case_sensitiv": False}, "did you mean 'case_sensitive'"),
         ("exact", {"case_sensitive": "no"}, "option case_sensitive .* has to be a bool"),

@@ -156,7 +156,7 @@ class GymVerifier:
             raise StageError(
                 f"problem {problem['id']}: reasoning-gym's score_answer of {self.name} gives "
                 f"its own answer {entry['answer']!r} only {value:g}; the row is no entry of "
-                f"{self.name}"
+                f"{self.name}, or its entries do not survive being stored as JSON"
             )
 
 

@@ -85,6 +85,8 @@ class MathVerifier:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,
+            # Ctrl-C goes to the run, which ends this process by closing its stdin.
+            start_new_session=True,
             env={**os.environ, "PYTHONPATH": path},
         )
         self._finalizer = weakref.finalize(self, _stop, self._process)
@@ -107,7 +109,7 @@ class MathVerifier:
             self.close()
             return None
         except BaseException:
-            # After Ctrl-C a reply stays in the pipe, and the next request would take it for its own.
+            # After Ctrl-C a reply stays in the pipe; the next request would take it for its own.
             self.close()
             raise
 

@@ -119,6 +119,11 @@ def _procedural(config: Mapping[str, Any], where: str) -> tuple[dict[str, list[P
         if len(splits[split]) == wanted[split]:
             continue
         idle = 0
+        if item["answer"] is None:
+            raise ConfigError(
+                f"{where}: reasoning-gym's {source['dataset']} gives no reference answers, so "
+                "there would be no demonstrations to start from; choose another dataset"
+            )
         splits[split].append(
             {
                 "id": f"{name}-{key[:12]}",
