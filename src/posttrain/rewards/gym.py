@@ -79,7 +79,8 @@ def check_params(name: str, params: Mapping[str, Any], *, where: str) -> None:
             )
 
 
-def _config_fields(file: Path) -> set[str]:
+@functools.cache
+def _config_fields(file: Path) -> frozenset[str]:
     """Field names of the config class that the file hands to `register_dataset`."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
     classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
@@ -93,11 +94,11 @@ def _config_fields(file: Path) -> set[str]:
             and node.args[2].id in classes
         ):
             body = classes[node.args[2].id].body
-            return {
+            return frozenset(
                 item.target.id
                 for item in body
                 if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
-            }
+            )
     raise ConfigError(
         f"{file}: no config class stands beside register_dataset; this version of reasoning-gym is "
         "not supported, install 'reasoning-gym>=0.1.25,<0.2'"
