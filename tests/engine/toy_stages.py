@@ -110,7 +110,14 @@ def forge(job: Job) -> dict[str, float]:
     return {}
 
 
+def babble(job: Job) -> dict[str, float]:
+    """Progress lines, one no JSON, the last one without its end."""
+    Path(job.work, "metrics.jsonl").write_text('not json\n{"step": 1}\n{"step"')
+    return {}
+
+
 KINDS = {
+    "babble": babble,
     "add": add,
     "meet": meet,
     "steps": steps,

@@ -43,6 +43,7 @@ class Ancestor:
 
     @property
     def label(self) -> str:
+        """`name-fingerprint[:12]`."""
         return label_of(self.record)
 
 

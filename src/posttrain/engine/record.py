@@ -36,14 +36,17 @@ class Artifact:
 
     @property
     def name(self) -> str:
+        """Name of the stage that made it."""
         return str(self.record["name"])
 
     @property
     def kind(self) -> str:
+        """Kind of that stage."""
         return str(self.record["kind"])
 
     @property
     def fingerprint(self) -> str:
+        """Its identity: sha256 of the payload, 64 hex digits."""
         return str(self.record["fingerprint"])
 
     @property
@@ -71,11 +74,14 @@ class Artifact:
 
     @property
     def metrics(self) -> Mapping[str, Any]:
+        """Summary numbers the stage returned; None for one that was not finite."""
         metrics: Mapping[str, Any] = self.record["metrics"]
         return metrics
 
     @property
     def provenance(self) -> Mapping[str, Any]:
+        """Facts about the run that made it (see `provenance.capture`), with seconds, threads,
+        resumed_at_step."""
         provenance: Mapping[str, Any] = self.record["provenance"]
         return provenance
 
