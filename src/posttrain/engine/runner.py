@@ -51,11 +51,13 @@ def run(
     `execute` names the function that a stage process calls with its Job, "package.module:function"
     or "path/to/file.py:function"; it fills `job.out` and returns a dict of metrics. Up to `jobs`
     stages run at once; a stage gets `cores` (default: those this process may use) divided by how
-    many could run beside it. Modules in `preload` are imported once, before stages fork.
+    many could run beside it. Modules in `preload` are imported once, before stages fork; a fresh
+    interpreter must be able to import them.
 
     Raises at once: GraphError, ConfigError (a stage is blocked from the start, `jobs` < 1),
     StoreError. Raises from the generator: StageError after all that could finish has; Interrupted
-    on Ctrl-C, when stage processes are gone. Closing the generator stops the stages as well.
+    on Ctrl-C, when the stage processes are gone; StoreError when there is no space to start a
+    stage. Closing the generator stops the stages as well.
     """
     if jobs < 1:
         raise ConfigError(f"jobs: {jobs} is less than 1; give the number of stages to run at once")

@@ -80,9 +80,7 @@ def evaluation(
     return result
 
 
-def _domain(
-    columns: Mapping[str, Array], weight_SP: Array
-) -> tuple[dict[str, Any], Array | None]:
+def _domain(columns: Mapping[str, Array], weight_SP: Array) -> tuple[dict[str, Any], Array | None]:
     """One domain under one decoding, and the resampled recoveries where there is a recovery."""
     mean_S = {model: weight_SP @ column for model, column in columns.items()}
     table: dict[str, Any] = {

@@ -115,18 +115,18 @@ def suite() -> Suite:
         name="core",
         domains={
             "add": _domain(
-                "add", "chain_sum", min_terms=2, max_terms=3, min_digits=1, max_digits=1
+                "add", "chain_sum", 3000, min_terms=2, max_terms=3, min_digits=1, max_digits=1
             ),
-            "reverse": _domain("reverse", "spell_backward", min_word_len=4, max_word_len=9),
-            "spiral": _domain("spiral", "spiral_matrix", min_n=2, max_n=4),
+            "reverse": _domain("reverse", "spell_backward", 12000, min_word_len=4, max_word_len=9),
+            "spiral": _domain("spiral", "spiral_matrix", 12000, min_n=2, max_n=4),
             "palindrome": _domain(
-                "palindrome", "palindrome_generation", min_length=4, max_length=8
+                "palindrome", "palindrome_generation", 12000, min_length=4, max_length=8
             ),
         },
     )
 
 
-def _domain(name: str, dataset: str, **params: int) -> Domain:
+def _domain(name: str, dataset: str, num_train: int, **params: int) -> Domain:
     return Domain(
         name=name,
         source=Procedural(
@@ -134,7 +134,7 @@ def _domain(name: str, dataset: str, **params: int) -> Domain:
             params=params,
             format=name,
             format_version=FORMATS[name].version,
-            num_train=20000,
+            num_train=num_train,
             num_validation=400,
             num_heldout=500,
             seed=0,

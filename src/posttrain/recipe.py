@@ -1,0 +1,370 @@
+"""The recipe language: calls that build a graph of stages. Building runs nothing.
+
+    def recipe(r: Recipe):
+        s = r.sft(start=r.model("my-base"), data=r.demos(r.domains), steps=500)
+        teachers = {d: r.rl(start=s, prompts=r.prompts(d), steps=200) for d in r.domains}
+        student = r.distill(start=s, teachers=teachers, prompts=r.prompts(r.domains), steps=100)
+        return r.evaluate(student, teachers=teachers, init=s)
+
+Every stage takes any setting of its kind by name (`stages/config.py` lists them) and `name=`, which
+is what people see and what `--set NAME.FIELD=VALUE` refers to.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from posttrain.engine.errors import ConfigError, GraphError
+from posttrain.engine.graph import Graph, Node
+from posttrain.engine.store import Store
+from posttrain.external import External, find_external, vocabulary
+from posttrain.stages.config import CONFIGS, VERSIONS, build_config
+from posttrain.suites.domain import Suite, domain_node
+
+MODEL_KINDS = ("model", "pretrain", "sft", "rl", "distill")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A handle on a stage of the recipe: what it makes is not there yet."""
+
+    name: str
+    kind: str
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The training prompts of some domains."""
+
+    domains: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Demos:
+    """The training prompts of some domains with demonstrations of good responses."""
+
+    domains: tuple[str, ...]
+
+
+SELF = "self"
+"""As a teacher: the student's own start, to hold a domain where it is."""
+
+
+class Recipe:
+    """The builder that a recipe function is given."""
+
+    def __init__(
+        self,
+        suite: Suite,
+        suite_directory: Path,
+        *,
+        seed: int = 0,
+        overrides: Mapping[str, Any] | None = None,
+        store: Store | None = None,
+    ) -> None:
+        self.suite = suite
+        self.seed = seed
+        self._directory = suite_directory
+        self._overrides = dict(overrides or {})
+        self._used: set[str] = set()
+        self._store = store
+        self._nodes: dict[str, Node] = {}
+        self._external: dict[str, External] = {}
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """Names of the suite's domains."""
+        return tuple(self.suite.domains)
+
+    def prompts(self, domains: str | Iterable[str]) -> Prompts:
+        """The training prompts of one domain or of several."""
+        return Prompts(self._known(domains))
+
+    def demos(self, domains: str | Iterable[str]) -> Demos:
+        """The demonstrations of one domain or of several."""
+        return Demos(self._known(domains))
+
+    def model(self, source: str | Path, *, name: str = "base") -> Stage:
+        """A checkpoint from outside: a directory, an adopted name or a Hub id."""
+        adopted = self._adopted(str(source))
+        external = adopted or find_external(source)
+        self._external[name] = external
+        node = Node(
+            name=name,
+            kind="model",
+            version=VERSIONS["model"],
+            data={"files": external.sha256},
+            runtime={"directory": str(external.directory), "files": list(external.files)},
+        )
+        return self._add(node)
+
+    def stage(self, name: str) -> Stage:
+        """A stage by its name, which may be defined further down."""
+        node = self._nodes.get(name)
+        return Stage(name, node.kind if node else "")
+
+    def pretrain(self, *, data: Demos, name: str = "base", **settings: Any) -> Stage:
+        """A tiny model trained from nothing on the documents of some domains."""
+        return self._stage("pretrain", name, settings, self._data(name, data, (Demos,)))
+
+    def sft(
+        self, *, start: Stage, data: Demos | Stage, name: str = "sft", **settings: Any
+    ) -> Stage:
+        """Supervised fine-tuning of `start` on demonstrations or on selected rollouts."""
+        inputs = {"start": self._model(name, "start", start)}
+        return self._stage("sft", name, settings, inputs | self._data(name, data, (Demos, Stage)))
+
+    def rl(self, *, start: Stage, prompts: Prompts, name: str = "rl", **settings: Any) -> Stage:
+        """Reinforcement learning of `start` on the verifiable rewards of the prompts' domains."""
+        inputs = {"start": self._model(name, "start", start)}
+        return self._stage("rl", name, settings, inputs | self._data(name, prompts, (Prompts,)))
+
+    def distill(
+        self,
+        *,
+        start: Stage,
+        teachers: Mapping[str, Stage | str],
+        prompts: Prompts,
+        name: str = "student",
+        **settings: Any,
+    ) -> Stage:
+        """On-policy distillation of each prompt's domain from that domain's teacher into `start`.
+
+        `teachers` maps every domain of `prompts` to a stage, or to "self" for the start itself.
+        """
+        inputs = {"start": self._model(name, "start", start)}
+        inputs |= self._data(name, prompts, (Prompts,))
+        routes, edges = self._route(name, prompts.domains, teachers, start)
+        for edge in edges.values():
+            self._same_vocabulary(name, start.name, edge)
+        settings = {"routes": routes} | settings
+        return self._stage("distill", name, settings, inputs | edges)
+
+    def evaluate(
+        self,
+        student: Stage,
+        *,
+        init: Stage,
+        teachers: Mapping[str, Stage | str] | None = None,
+        domains: Iterable[str] | None = None,
+        name: str = "evaluation",
+        **settings: Any,
+    ) -> Stage:
+        """Score student, init and teachers on held-out problems; say what was recovered."""
+        inputs = {
+            "student": self._model(name, "student", student),
+            "init": self._model(name, "init", init),
+        }
+        known = self._known(self.domains if domains is None else domains)
+        inputs |= self._data(name, Prompts(known), (Prompts,))
+        routes, edges = self._route(name, known, teachers or {}, init, strict=False)
+        return self._stage("evaluate", name, {"routes": routes} | settings, inputs | edges)
+
+    def sample(
+        self,
+        models: Stage | Mapping[str, Stage],
+        *,
+        prompts: Prompts,
+        name: str = "rollouts",
+        **settings: Any,
+    ) -> Stage:
+        """Scored responses of one model, or of each domain's own model."""
+        if isinstance(models, Stage):
+            models = dict.fromkeys(prompts.domains, models)
+        missing = [domain for domain in prompts.domains if domain not in models]
+        if missing:
+            raise ConfigError(
+                f"stage {name!r} (sample): no model for domain {missing[0]!r}; models are given "
+                f"for {', '.join(models) or 'none'}; add models[{missing[0]!r}]"
+            )
+        edges = {
+            f"models.{domain}": self._model(name, f"models.{domain}", models[domain])
+            for domain in prompts.domains
+        }
+        routes = {domain: f"models.{domain}" for domain in prompts.domains}
+        inputs = edges | self._data(name, prompts, (Prompts,))
+        return self._stage("sample", name, {"routes": routes} | settings, inputs)
+
+    def select(self, rollouts: Stage, *, name: str = "selection", **settings: Any) -> Stage:
+        """The rollouts worth imitating, as data for `sft`."""
+        if rollouts.kind not in ("sample", ""):
+            raise ConfigError(
+                f"stage {name!r} (select): it needs the rollouts of a sample stage, not "
+                f"{rollouts.name!r} ({rollouts.kind})"
+            )
+        return self._stage("select", name, settings, {"rollouts": rollouts.name})
+
+    def graph(self, target: Stage) -> Graph:
+        """The finished graph. Raises ConfigError for a setting that matched no stage."""
+        unused = [key for key in self._overrides if key not in self._used]
+        if unused:
+            stages = ", ".join(n for n, node in self._nodes.items() if node.kind != "domain")
+            near = difflib.get_close_matches(unused[0].rpartition(".")[0], self._nodes, n=1)
+            hint = f" did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(
+                f"--set {unused[0]}: no stage of this recipe has that name;{hint} stages: {stages}"
+            )
+        graph = Graph(nodes=self._nodes, target=target.name)
+        graph.order()
+        return graph
+
+    def _stage(
+        self, kind: str, name: str, settings: Mapping[str, Any], inputs: Mapping[str, str]
+    ) -> Stage:
+        values = {"seed": self.seed} | dict(settings)
+        for key, value in self._overrides.items():
+            pattern, _, field = key.rpartition(".")
+            if fnmatchcase(name, pattern):
+                self._used.add(key)
+                values[field] = value
+        config = build_config(kind, name, values)
+        return self._add(
+            Node(
+                name=name,
+                kind=kind,
+                version=VERSIONS[kind],
+                config=config.model_dump(mode="json"),
+                inputs=inputs,
+            )
+        )
+
+    def _add(self, node: Node) -> Stage:
+        if node.name in self._nodes:
+            raise GraphError(
+                f"two stages are called {node.name!r} ({self._nodes[node.name].kind} and "
+                f"{node.kind}); give one of them another name="
+            )
+        self._nodes[node.name] = node
+        return Stage(node.name, node.kind)
+
+    def _known(self, domains: str | Iterable[str]) -> tuple[str, ...]:
+        names = (domains,) if isinstance(domains, str) else tuple(domains)
+        for name in names:
+            if name not in self.suite.domains:
+                near = difflib.get_close_matches(name, self.domains, n=1)
+                hint = f" did you mean {near[0]!r}?" if near else ""
+                raise ConfigError(
+                    f"domain {name!r} is not in suite {self.suite.name!r};{hint} "
+                    f"choices: {', '.join(self.domains)}"
+                )
+        return names
+
+    def _data(self, stage: str, data: object, allowed: tuple[type, ...]) -> dict[str, str]:
+        if not isinstance(data, allowed):
+            wanted = {Demos: "r.demos(...)", Prompts: "r.prompts(...)", Stage: "a select stage"}
+            choices = " or ".join(wanted[kind] for kind in allowed)
+            raise ConfigError(f"stage {stage!r}: its data is {data!r}; it needs {choices}")
+        if isinstance(data, Stage):
+            if data.kind not in ("select", ""):
+                raise ConfigError(
+                    f"stage {stage!r}: its data is {data.name!r} ({data.kind}); it needs "
+                    "r.demos(...) or a select stage"
+                )
+            return {"data": data.name}
+        assert isinstance(data, Demos | Prompts)
+        for name in data.domains:
+            if name not in self._nodes:
+                pieces = domain_node(self.suite.domains[name], self._directory)
+                self._nodes[name] = Node(
+                    name=name,
+                    kind="domain",
+                    version=VERSIONS["domain"],
+                    config=pieces.config,
+                    data=pieces.data,
+                    runtime=pieces.runtime,
+                )
+        return {f"domains.{name}": name for name in data.domains}
+
+    def _model(self, stage: str, edge: str, value: object) -> str:
+        if not isinstance(value, Stage) or value.kind not in (*MODEL_KINDS, ""):
+            raise ConfigError(
+                f"stage {stage!r}: {edge} = {value!r} is not a model; it takes a stage of kind "
+                f"{', '.join(MODEL_KINDS)}"
+            )
+        return value.name
+
+    def _route(
+        self,
+        stage: str,
+        domains: tuple[str, ...],
+        teachers: Mapping[str, Stage | str],
+        start: Stage,
+        *,
+        strict: bool = True,
+    ) -> tuple[dict[str, str], dict[str, str]]:
+        """Domain to teacher name, and the teachers' edges; strict: every domain needs a teacher."""
+        unknown = [domain for domain in teachers if domain not in self.domains]
+        if unknown:
+            self._known(unknown[0])
+        missing = [domain for domain in domains if domain not in teachers]
+        if missing and strict:
+            raise ConfigError(
+                f"stage {stage!r} (distill): domain {missing[0]!r} has no teacher; teachers are "
+                f"given for {', '.join(teachers) or 'none'}; add teachers[{missing[0]!r}] = a "
+                f'stage, or "self" to hold the domain where the student starts'
+            )
+        routes: dict[str, str] = {}
+        edges: dict[str, str] = {}
+        for domain in domains:
+            teacher = teachers.get(domain)
+            if teacher is None or (teacher == SELF and not strict):
+                continue
+            if isinstance(teacher, str):
+                if teacher != SELF:
+                    raise ConfigError(
+                        f"stage {stage!r}: teachers[{domain!r}] = {teacher!r}; it takes a stage or "
+                        f'"{SELF}"'
+                    )
+                name, source = SELF, start
+            else:
+                name, source = teacher.name, teacher
+            routes[domain] = name
+            edges[f"teachers.{name}"] = self._model(stage, f"teachers[{domain!r}]", source)
+        return routes, edges
+
+    def _root(self, name: str) -> str:
+        """The stage that a model descends from by its starts."""
+        while name in self._nodes and "start" in self._nodes[name].inputs:
+            name = self._nodes[name].inputs["start"]
+        return name
+
+    def _same_vocabulary(self, stage: str, start: str, teacher: str) -> None:
+        """Refuse outside checkpoints whose vocabularies differ, before anything is computed."""
+        ours, theirs = self._root(start), self._root(teacher)
+        if ours == theirs or not (ours in self._external and theirs in self._external):
+            return
+        mine = vocabulary(self._external[ours].directory)
+        other = vocabulary(self._external[theirs].directory)
+        if mine is None or other is None or mine == other:
+            return
+        token = min(t for t in mine.keys() | other.keys() if mine.get(t) != other.get(t))
+        raise ConfigError(
+            f"stage {stage!r}: teacher {teacher!r} and student {start!r} differ in their "
+            f"vocabulary ({len(other)} and {len(mine)} tokens; token {token!r} has id "
+            f"{other.get(token)} in {self._external[theirs].directory / 'tokenizer.json'} and "
+            f"{mine.get(token)} in {self._external[ours].directory / 'tokenizer.json'}); a teacher "
+            "must come from the same tokenizer"
+        )
+
+    def _adopted(self, source: str) -> External | None:
+        if self._store is None or Path(source).is_dir():
+            return None
+        for artifact in self._store.list():
+            record = artifact.record
+            if record["kind"] == "model" and record["name"] == source:
+                return External(
+                    directory=artifact.path,
+                    files=tuple(sorted(record["files"])),
+                    sha256=record["payload"]["data"]["files"],
+                )
+        return None
+
+
+def stage_fields(kind: str) -> list[str]:
+    """Names of the settings that stages of a kind take."""
+    return list(CONFIGS[kind].model_fields)

@@ -1,0 +1,1 @@
+"""Shipped recipes, one per file; `posttrain recipes` lists them."""

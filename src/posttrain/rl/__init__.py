@@ -1,0 +1,1 @@
+"""Reinforcement learning without a backend: samples, advantages, corrections, rollouts."""

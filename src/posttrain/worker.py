@@ -1,0 +1,66 @@
+"""What runs inside a stage's process: from the engine's job to the stage's loop.
+
+The engine knows a stage only as the function `run_job`; everything about machine learning starts
+here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from posttrain.engine.process import Job
+from posttrain.stages.config import build_config
+
+EXECUTE = "posttrain.worker:run_job"
+PRELOAD = ("posttrain.stages.preload",)
+"""Imported once before stages fork from it."""
+
+TINY_BYTES = 16_000_000
+"""Weights of about four million parameters in float32."""
+
+
+def run_job(job: Job) -> dict[str, Any]:
+    """Run one stage; returns its summary metrics."""
+    import torch
+
+    from posttrain.stages import distill, evaluate, model, pretrain, rl, sample, select, sft
+    from posttrain.stages.context import Context
+    from posttrain.suites.domain import build_domain
+
+    torch.set_num_threads(useful_threads(job))
+    torch.use_deterministic_algorithms(True)
+    ctx = Context(name=job.name, work=Path(job.work), inputs=job.inputs, threads=job.threads)
+    if job.kind == "domain":
+        return build_domain(job.config, job.runtime, ctx.out, job.data)
+    if job.kind == "model":
+        metrics = model.run(Path(job.runtime["directory"]), job.runtime["files"], ctx)
+    else:
+        loops: dict[str, Any] = {
+            "pretrain": pretrain.run,
+            "sft": sft.run,
+            "rl": rl.run,
+            "distill": distill.run,
+            "evaluate": evaluate.run,
+            "sample": sample.run,
+            "select": select.run,
+        }
+        metrics = loops[job.kind](build_config(job.kind, job.name, job.config), ctx)
+    return dict(metrics)
+
+
+def useful_threads(job: Job) -> int:
+    """Threads for the stage's arithmetic: one for a tiny model, else all that it may have.
+
+    Below a few million parameters a matrix product is over before a second thread has woken, and
+    on a busy machine threads waiting for each other make it ten times slower. It depends on the
+    stage's inputs alone, so that the numbers do not depend on what else happens to run.
+    """
+    if job.kind == "pretrain":
+        return 1
+    weights = [
+        file.stat().st_size
+        for path in job.inputs.values()
+        for file in Path(path).glob("*.safetensors")
+    ]
+    return 1 if max(weights, default=0) < TINY_BYTES else job.threads
