@@ -60,7 +60,7 @@ def test_token_ratio_by_hand():
 
 
 def test_asymmetric_clip():
-    """clip_high 0.6 leaves ratio 1.5 alone; clip_low 0.6 leaves 0.5 alone."""
+    """clip_high 0.1 cuts ratio 1.5 to 1.1; clip_low 0.6 leaves 0.5 alone."""
     logp_N = torch.tensor([1.5, 0.5], dtype=torch.float64).log()
     loss, metrics = policy_gradient(
         logp_N,
@@ -71,10 +71,10 @@ def test_asymmetric_clip():
         num_rows=2,
         ratio="token",
         clip_low=0.6,
-        clip_high=0.6,
+        clip_high=0.1,
     )
-    assert loss.item() == pytest.approx(-1.5 + 0.5)
-    assert metrics["clip_low"].item() == metrics["clip_high"].item() == 0
+    assert loss.item() == pytest.approx(-1.1 + 0.5)
+    assert (metrics["clip_low"].item(), metrics["clip_high"].item()) == (0, 1)
 
 
 def test_sequence_ratio_by_hand():
