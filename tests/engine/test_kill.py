@@ -102,7 +102,8 @@ def check_resume(store: Store, toys: str) -> None:
     [row] = plan(graph, store)
     assert row.reason == "resumes at step 3"
     events = list(run(graph, store, execute=toys))
-    assert [e.payload["step"] for e in events if e.kind == "progress"] == [4, 5]
+    # The threads of a killed stage end one by one: the lock may be held a moment longer.
+    assert [e.payload["step"] for e in events if "step" in e.payload] == [4, 5]
     artifact = store.resolve("count")
     assert artifact.metrics == {"value": 15.0, "first_step": 4.0}
     assert set(artifact.files) == {"metrics.jsonl", "value.txt"}
@@ -162,6 +163,18 @@ def test_a_stage_killed_without_a_checkpoint_starts_clean(
     assert again is not None
     assert list(again.out.iterdir()) == []
     again.release()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_what_a_stage_started_ends_with_it(
+    store: Store, launch: Launch, number: signal.Signals
+) -> None:
+    node: dict[str, object] = {"name": "nest", "kind": "nest"}
+    runner = launch(node)
+    nested = pid_of(store.work_path(graph_of(node).fingerprints()["nest"]) / "pid")
+    runner.send_signal(number)
+    runner.communicate(timeout=PATIENCE)
+    wait_for(lambda: not alive(nested), "the end of the nested process")
 
 
 @pytest.mark.parametrize("whole_group", [True, False])

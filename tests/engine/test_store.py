@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -197,6 +198,23 @@ def test_only_one_holds_the_work_of_a_stage(store: Store, chain: Graph) -> None:
     assert again is not None
     again.discard()
     assert list((store.root / "work").iterdir()) == []
+
+
+def test_who_waited_for_the_work_holds_it_alone(store: Store, chain: Graph) -> None:
+    """The lock file goes away with its holder; a lock on the removed file would guard nothing."""
+    fingerprint = chain.fingerprints()["first"]
+    first = begin(store, chain, "first")
+    got: list[Work | None] = []
+    waiter = threading.Thread(target=lambda: got.append(store.begin(fingerprint)))
+    waiter.start()
+    waiter.join(0.3)
+    assert got == []
+    first.release()
+    waiter.join(20)
+    [second] = got
+    assert second is not None
+    assert store.begin(fingerprint, wait=False) is None
+    second.release()
 
 
 def test_metrics_and_diff_join_the_files(store: Store, chain: Graph) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -70,6 +71,14 @@ def pause(job: Job) -> dict[str, float]:
     return {"files_at_start": 0.0}
 
 
+def nest(job: Job) -> dict[str, float]:
+    """Stay, beside a process of its own that stays as well."""
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    Path(job.work, "pid").write_text(str(child.pid))
+    child.wait()
+    return {}
+
+
 def crash(job: Job) -> dict[str, float]:
     print("about to divide")
     return {"value": 1 / job.config["by"]}
@@ -122,6 +131,7 @@ KINDS = {
     "meet": meet,
     "steps": steps,
     "pause": pause,
+    "nest": nest,
     "crash": crash,
     "refuse": refuse,
     "die": die,

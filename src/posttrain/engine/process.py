@@ -99,7 +99,6 @@ def stage_main(job: Job, execute: str, lock: SharedLock) -> None:
     result.json."""
     # Ctrl-C in a terminal goes to the whole foreground group; only the runner is to act on it.
     os.setsid()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     work = Path(job.work)
     _print_into(work / LOG)
     _end_with_parent()
