@@ -1,4 +1,4 @@
-"""One torch thread for tensors this small: a second one only waits, and long when cores are busy."""
+"""One torch thread for tensors this small: a second one gains nothing and stalls on busy cores."""
 
 from collections.abc import Iterator
 
