@@ -77,12 +77,10 @@ class Learner(Protocol):
         *,
         count: float,
         lr: float,
-        key_B: Tensor | None = None,
     ) -> dict[str, float]:
         """One optimiser step on `sum(loss) / count`; returns the metric sums and `grad_norm`.
 
-        The split into micro-batches is the learner's business and changes nothing but rounding;
-        rows that differ in `key_B` (int64) never share one.
+        The split into micro-batches is the learner's business and changes nothing but rounding.
         """
         ...
 

@@ -32,27 +32,17 @@ def response_targets(rollouts: Rollouts) -> Tensor:
     return rollouts.tokens_BT[rollouts.response_mask_BT()]
 
 
-def split_by_tokens(
-    rollouts: Rollouts, max_tokens: int, key_B: Tensor | None = None
-) -> Iterator[MicroBatch]:
+def split_by_tokens(rollouts: Rollouts, max_tokens: int) -> Iterator[MicroBatch]:
     """Micro-batches of rows of like length whose padded size stays under `max_tokens`.
 
-    Rows of different `key_B` never share one, and all of one key come together. A single row longer
-    than `max_tokens` is a micro-batch of its own.
+    A single row longer than `max_tokens` is a micro-batch of its own.
     """
     length_B = rollouts.prompt_len_B + rollouts.response_len_B
-    if key_B is None:
-        key_B = torch.zeros_like(length_B)
     order_B = torch.argsort(length_B, stable=True)
-    order_B = order_B[torch.argsort(key_B[order_B], stable=True)]
-    lengths, keys = length_B[order_B].tolist(), key_B[order_B].tolist()
+    lengths = length_B[order_B].tolist()
     start = 0
     for end in range(1, len(lengths) + 1):
-        if (
-            end < len(lengths)
-            and keys[end] == keys[start]
-            and lengths[end] * (end + 1 - start) <= max_tokens
-        ):
+        if end < len(lengths) and lengths[end] * (end + 1 - start) <= max_tokens:
             continue
         index_B = order_B[start:end]
         yield MicroBatch(index_B=index_B, rollouts=rollouts.rows(index_B))
@@ -133,11 +123,10 @@ class LocalLearner:
         *,
         count: float,
         lr: float,
-        key_B: Tensor | None = None,
     ) -> dict[str, float]:
         """See `Learner.update`."""
         totals: dict[str, Tensor] = {}
-        for batch in split_by_tokens(rollouts, self.max_tokens, key_B):
+        for batch in split_by_tokens(rollouts, self.max_tokens):
             hidden_ND = hidden_states(self.model, batch.rollouts)
             loss_sum, metrics = loss(hidden_ND, self.head, batch)
             (loss_sum / count).backward()

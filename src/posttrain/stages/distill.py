@@ -10,8 +10,6 @@ Legend: B rows, N flat response tokens.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -107,9 +105,7 @@ def learn(
             weight_B=weight_B[rows_B],
             advantage_B=reward_B[rows_B],
         )
-        part = learner.update(
-            update.rows, update.loss, count=update.count, lr=lr, key_B=domain_B[rows_B]
-        )
+        part = learner.update(update.rows, update.loss, count=update.count, lr=lr)
         sums = {name: sums.get(name, 0.0) + part.get(name, 0.0) for name in sums | part}
         num_updates += 1
     metrics = {"lr": lr, "grad_norm": sums.pop("grad_norm") / num_updates}
@@ -150,28 +146,44 @@ class DistillUpdate:
         self.count = float(length_B.sum() if config.aggregation == "token" else len(length_B))
 
     def loss(self, hidden_ND: Tensor, head: Head, part: MicroBatch) -> tuple[Tensor, Metrics]:
+        """The sum of every domain's loss; one forward pass serves the rows of all teachers."""
+        length_B = part.rollouts.response_len_B
+        start_B = length_B.cumsum(0) - length_B
+        domain_B = self.domain_B[part.index_B]
+        total, metrics = hidden_ND.new_zeros(()), {}
+        for domain in domain_B.unique().tolist():
+            member_B = (domain_B == domain).nonzero()[:, 0]
+            flat_N = flat_index(start_B, length_B, member_B)
+            rows = MicroBatch(index_B=part.index_B[member_B], rollouts=part.rollouts.rows(member_B))
+            loss, sums = self._domain_loss(hidden_ND[flat_N], head, rows, self.domains[domain])
+            total = total + loss
+            metrics |= {name: metrics.get(name, 0.0) + value for name, value in sums.items()}
+        return total, metrics
+
+    def _domain_loss(
+        self, hidden_ND: Tensor, head: Head, part: MicroBatch, domain: str
+    ) -> tuple[Tensor, Metrics]:
         """The chosen estimator for rows of one domain, hence of one teacher."""
         config, length_B = self.config, part.rollouts.response_len_B
-        targets = self.targets[int(self.teacher_B[part.index_B[0]])]
         row_N = torch.arange(len(length_B)).repeat_interleave(length_B)
         token_N = response_targets(part.rollouts)
-        teacher_N = flat_index(
-            targets.start_B[self.rows_B[part.index_B]], length_B, torch.arange(len(length_B))
-        )
         weight_N, _ = aggregation_weights(
             row_N, len(length_B), aggregation=config.aggregation, constant=self.constant
         )
         weight_N = weight_N * self.weight_B[part.index_B][row_N]
-        projection: dict[str, Any] = {"bias_V": head.bias_V, "temperature": config.temperature}
-        needs_logp = (
+        logp_N, entropy_N, metrics = None, None, {}
+        if (
             config.estimator == "sampled_token"
             or config.reward_weight > 0
             or config.correction != "none"
-        )
-        logp_N = None
-        if needs_logp:
-            logp_N, entropy_N = token_logprobs(hidden_ND, head.weight_VD, token_N, **projection)
-        correction_N, metrics = torch.ones_like(weight_N), {}
+        ):
+            logp_N, entropy_N = token_logprobs(
+                hidden_ND,
+                head.weight_VD,
+                token_N,
+                bias_V=head.bias_V,
+                temperature=config.temperature,
+            )
         if config.correction != "none" and logp_N is not None:
             flat_N = flat_index(self.start_B, self.rows.response_len_B, part.index_B)
             correction_N, metrics = importance_correction(
@@ -181,44 +193,17 @@ class DistillUpdate:
                 low=config.correction_low,
                 high=config.correction_high,
             )
-        weight_N = weight_N * correction_N
-        if config.estimator == "full_vocabulary":
-            assert targets.hidden_NE is not None
-            total, _, per_token = full_vocabulary(
-                hidden_ND,
-                head.weight_VD,
-                targets.hidden_NE[teacher_N],
-                targets.head.weight_VD,
-                weight_N,
-                teacher_bias_V=targets.head.bias_V,
-                **projection,
-            )
-            kl_N, entropy_N = per_token["kl"], per_token["entropy"]
-        elif config.estimator == "top_k":
-            assert targets.top_ids_NK is not None and targets.top_logp_NK is not None
-            total, top_metrics, per_token = top_k(
-                hidden_ND,
-                head.weight_VD,
-                targets.top_ids_NK[teacher_N],
-                targets.top_logp_NK[teacher_N],
-                weight_N,
-                **projection,
-            )
-            metrics |= {name: top_metrics[name] for name in ("student_mass", "teacher_mass")}
-            kl_N, entropy_N = per_token["kl"], per_token["entropy"]
-        else:
-            assert targets.logp_N is not None and logp_N is not None
-            teacher_logp_N = targets.logp_N[teacher_N]
-            total, advantage_metrics = sampled_token(
-                logp_N, teacher_logp_N, weight_N, advantage_clip=config.advantage_clip
-            )
-            metrics |= {n: advantage_metrics[n] for n in ("advantage_abs", "clipped")}
-            kl_N = (logp_N - teacher_logp_N).detach()
+            weight_N = weight_N * correction_N
+        total, kl_N, exact_entropy_N, estimator_metrics = self._estimate(
+            hidden_ND, head, part, weight_N, logp_N
+        )
         if config.reward_weight > 0 and logp_N is not None:
+            advantage_N = self.advantage_B[part.index_B][row_N]
+            # The ratio of the current policy to itself is 1: the plain policy gradient.
             reward_total, _ = policy_gradient(
                 logp_N,
                 logp_N.detach(),
-                self.advantage_B[part.index_B][row_N],
+                advantage_N,
                 weight_N,
                 row_N,
                 num_rows=len(length_B),
@@ -227,12 +212,62 @@ class DistillUpdate:
                 clip_high=1.0,
             )
             total = total + config.reward_weight * reward_total
-        name = self.domains[int(self.domain_B[part.index_B[0]])]
-        metrics[f"kl/{name}"] = kl_N.sum()
-        metrics[f"entropy/{name}"] = entropy_N.sum()
-        metrics[f"tokens/{name}"] = torch.tensor(float(len(row_N)))
+        entropy_N = exact_entropy_N if entropy_N is None else entropy_N
+        assert entropy_N is not None
+        metrics = metrics | estimator_metrics
+        metrics[f"kl/{domain}"] = kl_N.sum()
+        metrics[f"entropy/{domain}"] = entropy_N.sum()
+        metrics[f"tokens/{domain}"] = torch.tensor(float(len(row_N)))
         metrics["loss"] = total.detach()
         return total, metrics
+
+    def _estimate(
+        self,
+        hidden_ND: Tensor,
+        head: Head,
+        part: MicroBatch,
+        weight_N: Tensor,
+        logp_N: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Metrics]:
+        """`(loss sum, kl_N, entropy_N or None, metric sums)` of the configured estimator."""
+        config, length_B = self.config, part.rollouts.response_len_B
+        targets = self.targets[int(self.teacher_B[part.index_B[0]])]
+        teacher_N = flat_index(
+            targets.start_B[self.rows_B[part.index_B]], length_B, torch.arange(len(length_B))
+        )
+        if config.estimator == "sampled_token":
+            assert targets.logp_N is not None and logp_N is not None
+            teacher_logp_N = targets.logp_N[teacher_N]
+            total, sums = sampled_token(
+                logp_N, teacher_logp_N, weight_N, advantage_clip=config.advantage_clip
+            )
+            kl_N = (logp_N - teacher_logp_N).detach()
+            return total, kl_N, None, {n: sums[n] for n in ("advantage_abs", "clipped")}
+        if config.estimator == "top_k":
+            assert targets.top_ids_NK is not None and targets.top_logp_NK is not None
+            total, sums, per_token = top_k(
+                hidden_ND,
+                head.weight_VD,
+                targets.top_ids_NK[teacher_N],
+                targets.top_logp_NK[teacher_N],
+                weight_N,
+                bias_V=head.bias_V,
+                temperature=config.temperature,
+            )
+            metrics = {name: sums[name] for name in ("student_mass", "teacher_mass")}
+            return total, per_token["kl"], per_token["entropy"], metrics
+        assert targets.hidden_NE is not None
+        total, _, per_token = full_vocabulary(
+            hidden_ND,
+            head.weight_VD,
+            targets.hidden_NE[teacher_N],
+            targets.head.weight_VD,
+            weight_N,
+            bias_V=head.bias_V,
+            teacher_bias_V=targets.head.bias_V,
+            temperature=config.temperature,
+        )
+        return total, per_token["kl"], per_token["entropy"], {}
 
 
 def domain_weights(

@@ -117,7 +117,7 @@ def suite() -> Suite:
             "add": _domain(
                 "add", "chain_sum", 3000, min_terms=2, max_terms=3, min_digits=1, max_digits=1
             ),
-            "reverse": _domain("reverse", "spell_backward", 12000, min_word_len=4, max_word_len=9),
+            "reverse": _domain("reverse", "spell_backward", 12000, min_word_len=5, max_word_len=10),
             "spiral": _domain("spiral", "spiral_matrix", 12000, min_n=2, max_n=4),
             "palindrome": _domain(
                 "palindrome", "palindrome_generation", 12000, min_length=4, max_length=8
