@@ -1,0 +1,134 @@
+"""What the tables of an evaluation show, as plain rows: shared by terminal, page and model card.
+
+Everything is read from the dictionary that `statistics.evaluation` returns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from posttrain.report.wording import percent
+
+DECODINGS = ("sampled", "greedy")
+DECODING_NAMES = {"sampled": "temperature 1", "greedy": "greedy"}
+MARGIN = 0.2
+"""A constant answer this close to a teacher makes the domain's scores say little."""
+
+Evaluation = Mapping[str, Any]
+
+
+def decoded(row: Mapping[str, Any], decoding: str) -> Mapping[str, Any]:
+    """One domain's init, teacher, student, recovery and note under one decoding."""
+    table: Mapping[str, Any] = row if decoding == "sampled" else row["greedy"]
+    return table
+
+
+def norms(evaluation: Evaluation, decoding: str) -> Mapping[str, Any]:
+    """norm, norm_low, norm_high, min_recovery under one decoding; None where there is none."""
+    table: Mapping[str, Any] = evaluation if decoding == "sampled" else evaluation["greedy"]
+    return table
+
+
+def weakest(evaluation: Evaluation) -> str | None:
+    """The domain with the lowest recovery at temperature 1."""
+    found = {
+        name: row["recovery"]["value"]
+        for name, row in evaluation["domains"].items()
+        if row["recovery"]
+    }
+    return min(found, key=lambda name: found[name], default=None)
+
+
+def has_teachers(evaluation: Evaluation) -> bool:
+    """Whether any domain has a teacher, hence whether there is anything to recover."""
+    return bool(evaluation["routes"])
+
+
+def notes(evaluation: Evaluation) -> list[str]:
+    """Why a recovery is missing, and which domains a constant answer nearly solves."""
+    found: list[str] = []
+    if not has_teachers(evaluation):
+        return found
+    for name, row in evaluation["domains"].items():
+        reasons = {decoding: decoded(row, decoding)["note"] for decoding in DECODINGS}
+        if reasons["sampled"] == reasons["greedy"]:
+            reasons.pop("greedy")
+            if reasons["sampled"]:
+                found.append(f"{name}: no recovery, {reasons['sampled']}")
+            continue
+        found += [
+            f"{name} ({DECODING_NAMES[decoding]}): no recovery, {reason}"
+            for decoding, reason in reasons.items()
+            if reason
+        ]
+    for name in constant_domains(evaluation):
+        row = evaluation["domains"][name]
+        found.append(
+            f"{name}: always answering {shorten(row['constant']['response'])!r} scores "
+            f"{percent(row['constant']['value'])}, within {100 * MARGIN:.0f} points of the teacher "
+            f"({percent(row['teacher']['value'])})"
+        )
+    return found
+
+
+def constant_domains(evaluation: Evaluation) -> list[str]:
+    """Domains in which the best constant answer comes within `MARGIN` of the teacher."""
+    return [
+        name
+        for name, row in evaluation["domains"].items()
+        if row["teacher"] and row["constant"]["value"] > row["teacher"]["value"] - MARGIN
+    ]
+
+
+def shorten(text: str, limit: int = 24) -> str:
+    """The first line of a text, cut to `limit` characters."""
+    line = text.strip().split("\n", 1)[0]
+    return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One model's accuracy in one domain."""
+
+    value: float
+    change: float
+    """Difference to the init in the same domain."""
+    own: bool
+    """Whether the model is that domain's teacher."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forgetting:
+    """Every model on every domain: what a specialist gains on its own and loses on the others."""
+
+    domains: list[str]
+    rows: dict[str, list[Cell]]
+    """Model, as people call it, to one cell per domain: init, the teachers, student."""
+    roles: dict[str, str]
+    """Model, as people call it, to "init", "teacher" or "student"."""
+
+
+def forgetting(evaluation: Evaluation, decoding: str = "sampled") -> Forgetting | None:
+    """The matrix of all models and domains; None without teachers."""
+    models, routes = evaluation["models"], evaluation["routes"]
+    teachers = list(dict.fromkeys(routes.values()))
+    if not teachers:
+        return None
+    domains = list(evaluation["domains"])
+    edges = {"init": "init"} | {name: f"teachers.{name}" for name in teachers}
+    edges["student"] = "student"
+    roles = dict.fromkeys(teachers, "teacher") | {"init": "init", "student": "student"}
+    rows = {
+        name: [
+            Cell(
+                value=models[edge][domain][decoding],
+                change=models[edge][domain][decoding] - models["init"][domain][decoding],
+                own=edge == f"teachers.{routes.get(domain)}",
+            )
+            for domain in domains
+        ]
+        for name, edge in edges.items()
+    }
+    return Forgetting(domains=domains, rows=rows, roles=roles)

@@ -1,0 +1,85 @@
+"""How numbers are written, the same in the terminal, the page and the model card."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+DASH = "—"
+"""Stands where a value is not given."""
+MINUS = "\N{MINUS SIGN}"
+RANGE = "\N{EN DASH}"
+
+
+def fixed(value: float, digits: int) -> str:
+    """`value` with `digits` decimals, a real minus sign, and no minus zero."""
+    text = f"{value:.{digits}f}"
+    if float(text) == 0:
+        text = f"{0:.{digits}f}"
+    return text.replace("-", MINUS)
+
+
+def percent(share: float, digits: int = 1) -> str:
+    """A share in [0, 1] as a percentage without its sign: 0.123 -> "12.3"."""
+    return fixed(100 * share, digits)
+
+
+def percent_range(value: Mapping[str, float], digits: int = 1) -> str:
+    """The interval of an accuracy in per cent: "60.1-68.3" with a long dash."""
+    return f"{percent(value['low'], digits)}{RANGE}{percent(value['high'], digits)}"
+
+
+def ratio_range(low: float, high: float) -> str:
+    """The interval of a recovery."""
+    return f"{fixed(low, 2)}{RANGE}{fixed(high, 2)}"
+
+
+def number(value: Any) -> str:
+    """Any logged value in few characters: 1234567 -> "1.23M", 0.01234 -> "0.0123"."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return DASH if value is None else str(value)
+    if not math.isfinite(value):
+        return str(value)
+    size = abs(value)
+    for unit, scale in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        # 999 950 would be written as 1000k.
+        if size >= scale * (10 if unit == "k" else 0.9995):
+            return f"{value / scale:.3g}{unit}".replace("-", MINUS)
+    if isinstance(value, int) or (size >= 1 and value == round(value)):
+        return f"{value:.0f}".replace("-", MINUS)
+    if size >= 1000:
+        return f"{value:.0f}".replace("-", MINUS)
+    return f"{value:.3g}".replace("-", MINUS)
+
+
+def clock(seconds: float) -> str:
+    """A running time as a clock shows it: "0:42", "12:05", "1:02:03"."""
+    whole = max(0, int(seconds))
+    minutes, rest = divmod(whole, 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def duration(seconds: float) -> str:
+    """A running time in words: "0.4 s", "42 s", "5 min 12 s", "1 h 2 min"."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s" if rest else f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min"
+
+
+def size(count: int) -> str:
+    """Bytes: "812 B", "1.4 MB"."""
+    amount, unit = float(count), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if amount < 999.5:
+            break
+        amount, unit = amount / 1000, larger
+    return f"{count} B" if unit == "B" else f"{amount:.3g} {unit}"
