@@ -15,16 +15,30 @@ from torch import Tensor
 
 from posttrain.backends.base import Head, LossFunction, MicroBatch
 from posttrain.backends.checkpoint import LanguageModel, output_head
+from posttrain.backends.packing import pack
 from posttrain.losses.ops import token_logprobs
 from posttrain.rl.types import Rollouts
 
 
 def hidden_states(model: Any, rollouts: Rollouts) -> Tensor:
-    """`hidden_ND`: last hidden states that predict the response tokens, row after row."""
-    tokens_BT = rollouts.tokens_BT
-    hidden_BTD = model.base_model(input_ids=tokens_BT[:, :-1], use_cache=False).last_hidden_state
-    # Position t predicts token t + 1.
-    return hidden_BTD[rollouts.response_mask_BT()[:, 1:]]
+    """`hidden_ND`: last hidden states that predict the response tokens, row after row.
+
+    Short rows share bins, so that hardly any padding is computed; long rows stay one to a bin.
+    """
+    # Position t predicts token t + 1, so the last token of a row need not be read.
+    length_B = rollouts.prompt_len_B + rollouts.response_len_B - 1
+    bins = pack(length_B)
+    row_CT, position_CT = bins.row_CT, bins.position_CT
+    tokens_CT = rollouts.tokens_BT[row_CT.clamp(min=0), position_CT]
+    hidden_CTD = model.base_model(
+        input_ids=tokens_CT,
+        position_ids=position_CT,
+        attention_mask=bins.mask(),
+        use_cache=False,
+    ).last_hidden_state
+    first_B = bins.start_B + rollouts.prompt_len_B - 1
+    flat_N = flat_index(first_B, rollouts.response_len_B, torch.arange(len(length_B)))
+    return hidden_CTD.flatten(0, 1)[flat_N]
 
 
 def response_targets(rollouts: Rollouts) -> Tensor:
