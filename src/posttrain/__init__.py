@@ -1,8 +1,29 @@
 """posttrain: a whole LLM post-training recipe as one short file."""
 
-from posttrain.recipe import Recipe, Stage
-from posttrain.suites.domain import Domain, Procedural, Suite, Table, VerifierSpec
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from posttrain.recipe import Recipe, Stage
+    from posttrain.suites.domain import Domain, Procedural, Suite, Table, VerifierSpec
 
 __version__ = "0.1.0"
 
 __all__ = ["Domain", "Procedural", "Recipe", "Stage", "Suite", "Table", "VerifierSpec"]
+
+_HOMES = dict.fromkeys(("Recipe", "Stage"), "posttrain.recipe") | dict.fromkeys(
+    ("Domain", "Procedural", "Suite", "Table", "VerifierSpec"), "posttrain.suites.domain"
+)
+
+
+def __getattr__(name: str) -> Any:
+    # Imported on first use: `posttrain --help` has no need of pydantic.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOMES]

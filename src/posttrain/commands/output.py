@@ -1,0 +1,38 @@
+"""Where the text for people goes, and where JSON goes: with --json, standard output holds nothing
+but one JSON object."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from rich.console import Console
+
+PIPE_WIDTH = 110
+"""Columns assumed where the output is not a terminal."""
+
+
+def console(*, as_json: bool = False) -> Console:
+    """For people: standard output, or standard error when JSON goes to standard output."""
+    found = Console(stderr=as_json, highlight=False)
+    if not found.is_terminal and "COLUMNS" not in os.environ:
+        found.width = PIPE_WIDTH
+    return found
+
+
+def emit(value: Mapping[str, Any]) -> None:
+    """Print one JSON object on one line."""
+    print(json.dumps(value, ensure_ascii=False), file=sys.stdout, flush=True)
+
+
+def age(created: str) -> str:
+    """How long ago a UTC time was, in one unit: "5 min", "3 h", "12 d"."""
+    seconds = max(0.0, (datetime.now(UTC) - datetime.fromisoformat(created)).total_seconds())
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds // size:.0f} {unit}"
+    return f"{seconds:.0f} s"
