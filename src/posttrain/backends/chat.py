@@ -23,7 +23,10 @@ class Chat:
     def prompt(self, text: str) -> list[int]:
         """Token ids of a user message up to where the assistant starts to speak."""
         if text not in self._prompts:
-            self._prompts[text] = self._encode(self._render(text, None))
+            ids = self._encode(self._render(text, None))
+            if self.tokenizer.chat_template is None:
+                ids = self._opening() + ids
+            self._prompts[text] = ids
         return self._prompts[text]
 
     def response(self, prompt: str, text: str) -> list[int]:
@@ -35,6 +38,9 @@ class Chat:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of a response, stop token and other special tokens left out."""
+        if ids and ids[-1] in self.stop_ids:
+            # Not every stop token is marked as special in its tokenizer.
+            ids = ids[:-1]
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
     def _response(self, prompt: str, text: str) -> list[int]:
@@ -59,6 +65,11 @@ class Chat:
                 messages, tokenize=False, add_generation_prompt=response is None
             )
         )
+
+    def _opening(self) -> list[int]:
+        """The BOS token where the tokenizer itself starts every text with it."""
+        first = list(self.tokenizer("")["input_ids"])[:1]
+        return first if first == [self.tokenizer.bos_token_id] else []
 
     def _encode(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])

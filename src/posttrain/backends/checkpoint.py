@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from posttrain.backends.base import Head
@@ -49,17 +50,22 @@ class LanguageModel:
 def load(path: str | Path, *, dtype: torch.dtype = torch.float32) -> LanguageModel:
     """Load a Hugging Face directory.
 
-    Raises ConfigError for a checkpoint that is not a causal LM, or whose logits are not a plain
-    linear map of the last hidden state (the losses work from hidden states and head).
+    Raises ConfigError for a checkpoint that is not a causal LM, that lacks weights or has damaged
+    ones, whose tokenizer has ids that the model lacks, or whose logits are not a plain linear map
+    of the last hidden state (the losses work from hidden states and head).
     """
     path = Path(path)
     try:
         config = AutoConfig.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation="sdpa", use_safetensors=True
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            use_safetensors=True,
+            output_loading_info=True,
         )
         tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ConfigError(
             f"{path}: transformers cannot load this checkpoint as a causal language model "
             f"({str(error).splitlines()[0]}); it must be a directory with config.json, "
@@ -71,7 +77,39 @@ def load(path: str | Path, *, dtype: torch.dtype = torch.float32) -> LanguageMod
                 f"{path}/config.json: {field} = {getattr(config, field)}: models that change their "
                 "logits after the output projection are not supported; choose a model without it"
             )
+    if loading["missing_keys"]:
+        missing = sorted(loading["missing_keys"])
+        raise ConfigError(
+            f"{path}: its weight files lack {len(missing)} of the tensors that config.json asks "
+            f"for, such as {missing[0]}; they would start at random. Complete the checkpoint, or "
+            "mend config.json"
+        )
+    rows = int(model.get_output_embeddings().weight.shape[0])
+    if len(tokenizer) > rows:
+        raise ConfigError(
+            f"{path}: the tokenizer has {len(tokenizer)} tokens and the model's output layer "
+            f"{rows} rows; call model.resize_token_embeddings(len(tokenizer)) and save it again"
+        )
+    _allow_saving(model.generation_config, path)
     return LanguageModel(model=model, tokenizer=tokenizer)
+
+
+def _allow_saving(generation_config: Any, path: Path) -> None:
+    """Refuse before training what `save_pretrained` would refuse after it.
+
+    Many published checkpoints give a temperature without `do_sample`; they mean to sample.
+    """
+    try:
+        generation_config.validate(strict=True)
+    except ValueError:
+        generation_config.do_sample = True
+    try:
+        generation_config.validate(strict=True)
+    except ValueError as error:
+        raise ConfigError(
+            f"{path}/generation_config.json: transformers would not save it again: "
+            f"{' '.join(str(error).split())}"
+        ) from error
 
 
 def save(language_model: LanguageModel, out: Path) -> None:

@@ -109,7 +109,11 @@ def flat_index(start_B: Tensor, count_B: Tensor, index_B: Tensor) -> Tensor:
 
 
 class LocalLearner:
-    """A `Learner`: AdamW on one model, gradients summed over micro-batches."""
+    """A `Learner`: AdamW on one model, gradients summed over micro-batches.
+
+    The model stays in evaluation mode, that is without dropout: a policy that learns must be the
+    one that sampled, and there is no random state that a resumed stage would have to find again.
+    """
 
     def __init__(
         self,
@@ -121,7 +125,7 @@ class LocalLearner:
         max_tokens: int = 8192,
     ) -> None:
         self.language_model = language_model
-        self.model = language_model.model.train()
+        self.model = language_model.model.eval()
         self.head: Head = output_head(self.model)
         self.max_tokens = max_tokens
         self.max_grad_norm = max_grad_norm
@@ -156,9 +160,7 @@ class LocalLearner:
     def logprobs(self, rollouts: Rollouts, *, temperature: float) -> Tensor:
         """See `Learner.logprobs`."""
         scorer = LocalScorer(self.language_model, max_tokens=self.max_tokens)
-        logp_N = response_logprobs(scorer.hidden(rollouts), self.head, rollouts, temperature)
-        self.model.train()
-        return logp_N
+        return response_logprobs(scorer.hidden(rollouts), self.head, rollouts, temperature)
 
     def state(self) -> dict[str, Tensor]:
         """Weights and optimiser moments by name, for a step checkpoint."""

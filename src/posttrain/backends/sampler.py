@@ -228,16 +228,18 @@ def draw(logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> tuple[Tens
 
 def check_full_attention(config: Any) -> None:
     """Raise ConfigError for a model whose layers keep anything but full-length keys and values."""
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     window = getattr(config, "sliding_window", None)
-    positions = getattr(config, "max_position_embeddings", 0)
-    harmless = {"full_attention"}
-    if window is None or window >= positions:
-        harmless.add("sliding_attention")
-    if kinds - harmless:
+    slides = window is not None and window < getattr(config, "max_position_embeddings", 0)
+    kinds = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None)
+    if not kinds:
+        # Mistral and its like: one window for all layers, and no list of layers.
+        kinds = ["sliding_attention" if slides else "full_attention"]
+    harmless = {"full_attention", "global"} | (set() if slides else {"sliding_attention"})
+    if set(kinds) - harmless:
         raise ConfigError(
-            f"config.json: layer_types = {sorted(kinds)}: the local sampler keeps full-length keys "
-            "and values for every layer; choose a model with full attention in all layers"
+            f"config.json: layers with {', '.join(sorted(set(kinds)))} (sliding_window = {window}):"
+            " the local sampler keeps full-length keys and values for every layer; choose a model "
+            "with full attention in all layers"
         )
 
 

@@ -1,0 +1,176 @@
+"""Prompts and responses as tokens, for tokenizers with and without a chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from posttrain.backends.chat import Chat
+from posttrain.backends.checkpoint import LanguageModel
+
+CHATML = (
+    "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# As reasoning models do: what was thought is not shown once the turn is over.
+THINKING = (
+    "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>think{% endif %}"
+)
+
+
+@pytest.fixture
+def language_model() -> LanguageModel:
+    """A byte-level BPE tokenizer with BOS, ChatML tokens and an end-of-text token; no weights."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    special = ["<bos>", "<eos>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator(["what is two plus two? four", "name a colour: blue"], trainer)
+    core.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", 0)]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        additional_special_tokens=special[2:],
+    )
+    model = SimpleNamespace(
+        generation_config=SimpleNamespace(eos_token_id=None), config=SimpleNamespace()
+    )
+    return LanguageModel(model=model, tokenizer=tokenizer)
+
+
+def with_template(
+    language_model: LanguageModel, template: str | None, stop: Any = None
+) -> tuple[Chat, Any]:
+    language_model.tokenizer.chat_template = template
+    language_model.model.generation_config.eos_token_id = stop
+    return Chat(language_model), language_model.tokenizer
+
+
+def test_the_tiny_tokenizer_is_one_token_per_character(make_model: Callable[..., Any]) -> None:
+    model = make_model()
+    chat, tokenizer = Chat(model), model.tokenizer
+    tokens = tokenizer.convert_ids_to_tokens(chat.prompt("a 4-1"))
+    assert tokens == ["<|user|>", *"a 4-1", "<|assistant|>"]
+    response = chat.response("a 4-1", "4-1=3")
+    assert tokenizer.convert_ids_to_tokens(response) == [*"4-1=3", "<|end|>"]
+    assert chat.decode(response) == "4-1=3"
+    assert chat.decode(response[:-1]) == "4-1=3"
+    assert chat.response("a 4-1", "") == [tokenizer.eos_token_id]
+
+
+def test_characters_that_the_tiny_tokenizer_lacks_become_one_unknown_token(
+    make_model: Callable[..., Any],
+) -> None:
+    model = make_model()
+    chat, tokenizer = Chat(model), model.tokenizer
+    unknown = tokenizer.convert_tokens_to_ids("<|unknown|>")
+    assert chat.prompt("4µ2")[1:-1] == [
+        tokenizer.convert_tokens_to_ids("4"),
+        unknown,
+        tokenizer.convert_tokens_to_ids("2"),
+    ]
+    assert chat.response("4", "µµ") == [unknown, unknown, tokenizer.eos_token_id]
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+def test_text_after_the_end_token_is_not_part_of_a_response(
+    language_model: LanguageModel, as_list: bool
+) -> None:
+    end = language_model.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    chat, tokenizer = with_template(language_model, CHATML, [1, end] if as_list else end)
+    prompt = chat.prompt("two plus two?")
+    assert tokenizer.decode(prompt) == (
+        "<bos><|im_start|>user\ntwo plus two?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert prompt.count(tokenizer.bos_token_id) == 1
+    response = chat.response("two plus two?", "four")
+    assert tokenizer.decode(response) == "four<|im_end|>"
+    assert chat.decode(response) == "four"
+
+
+def test_prompt_and_response_together_are_the_whole_template(
+    language_model: LanguageModel,
+) -> None:
+    end = language_model.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    chat, tokenizer = with_template(language_model, CHATML, end)
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "blue"}]
+    whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert tokenizer.decode(chat.prompt("q") + chat.response("q", "blue")) + "\n" == whole
+
+
+def test_a_stop_token_that_the_template_does_not_write_is_added(
+    language_model: LanguageModel,
+) -> None:
+    """A base model's end-of-text token, say, under a template that ends turns otherwise."""
+    chat, tokenizer = with_template(language_model, CHATML)
+    assert tokenizer.decode(chat.response("q", "blue")) == "blue<|im_end|>\n<eos>"
+
+
+def test_a_template_that_shows_finished_turns_otherwise_gives_the_bare_message(
+    language_model: LanguageModel,
+) -> None:
+    end = language_model.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    chat, tokenizer = with_template(language_model, THINKING, end)
+    assert tokenizer.decode(chat.prompt("q")) == "<|im_start|>q<|im_end|><|im_start|>think"
+    assert tokenizer.decode(chat.response("q", "blue")) == "blue<|im_end|>"
+
+
+def test_without_a_template_the_tokenizers_own_bos_opens_the_prompt(
+    language_model: LanguageModel,
+) -> None:
+    chat, tokenizer = with_template(language_model, None)
+    prompt, response = chat.prompt("name a colour:"), chat.response("name a colour:", " blue")
+    assert prompt == tokenizer("name a colour:")["input_ids"]
+    assert prompt[0] == tokenizer.bos_token_id
+    assert tokenizer.decode(response) == " blue<eos>"
+    assert chat.decode(response) == " blue"
+
+
+def test_without_a_template_and_without_bos_the_prompt_is_the_text(
+    language_model: LanguageModel,
+) -> None:
+    language_model.tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A <eos>", special_tokens=[("<eos>", 1)]
+    )
+    chat, tokenizer = with_template(language_model, None)
+    assert tokenizer.decode(chat.prompt("name a colour:")) == "name a colour:"
+
+
+def test_a_stop_token_that_is_an_ordinary_token_is_left_out_of_the_text(
+    language_model: LanguageModel,
+) -> None:
+    newline = language_model.tokenizer("\n", add_special_tokens=False)["input_ids"]
+    assert len(newline) == 1
+    chat, _ = with_template(language_model, None, newline[0])
+    response = chat.response("name a colour:", " blue\nred")
+    assert response[-1] == newline[0]
+    assert chat.decode(response) == " blue"
+
+
+def test_encodings_are_remembered(language_model: LanguageModel) -> None:
+    chat, tokenizer = with_template(language_model, CHATML)
+    first = (chat.prompt("q"), chat.response("q", "blue"))
+    chat = replace_tokenizer_by_none(chat)
+    assert (chat.prompt("q"), chat.response("q", "blue")) == first
+    assert replace(language_model, tokenizer=tokenizer).tokenizer is tokenizer
+
+
+def replace_tokenizer_by_none(chat: Chat) -> Chat:
+    chat.tokenizer = None
+    return chat

@@ -1,0 +1,157 @@
+"""Checkpoints as Hugging Face directories: what is saved is what others load, and bad ones are
+refused with the file and the way out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from posttrain.backends.checkpoint import LanguageModel, load, output_head, save
+from posttrain.engine.errors import ConfigError
+
+MakeModel = Callable[..., LanguageModel]
+IDS = torch.tensor([[7, 8, 9, 30, 31]])
+
+
+def edit(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.fixture
+def saved(make_model: MakeModel, tmp_path: Path) -> Path:
+    save(make_model(), tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "llama", "gpt2"])
+def test_transformers_loads_what_was_saved(
+    make_model: MakeModel, kind: str, tmp_path: Path
+) -> None:
+    language_model = make_model(kind, stop=[4, 9])
+    save(language_model, tmp_path / "deep" / "model")
+    path = tmp_path / "deep" / "model"
+    model = AutoModelForCausalLM.from_pretrained(path).eval()
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    again = load(path)
+    with torch.no_grad():
+        expected = language_model.model(input_ids=IDS).logits
+        assert torch.equal(model(input_ids=IDS).logits, expected)
+        assert torch.equal(again.model(input_ids=IDS).logits, expected)
+    assert again.stop_ids == (4, 9)
+    assert tokenizer.get_vocab() == language_model.tokenizer.get_vocab()
+    assert tokenizer.chat_template == language_model.tokenizer.chat_template
+    assert tokenizer("r Abc").input_ids == language_model.tokenizer("r Abc").input_ids
+    assert not list(path.glob("*.bin")) and not list(path.glob("*.py"))
+
+
+def test_saving_twice_gives_the_same_bytes(make_model: MakeModel, tmp_path: Path) -> None:
+    save(make_model(), tmp_path / "one")
+    save(load(tmp_path / "one"), tmp_path / "two")
+    for name in ("model.safetensors", "config.json", "generation_config.json", "tokenizer.json"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "llama", "gpt2"])
+def test_the_head_turns_hidden_states_into_logits(make_model: MakeModel, kind: str) -> None:
+    model = make_model(kind).model
+    head = output_head(model)
+    with torch.no_grad():
+        hidden = model.base_model(input_ids=IDS).last_hidden_state
+        logits = torch.nn.functional.linear(hidden, head.weight_VD, head.bias_V)
+        torch.testing.assert_close(logits, model(input_ids=IDS).logits)
+
+
+def test_stop_ids_come_from_the_generation_config_else_from_the_tokenizer(
+    make_model: MakeModel,
+) -> None:
+    assert make_model(stop=9).stop_ids == (9,)
+    assert make_model(stop=[9, 4]).stop_ids == (9, 4)
+    language_model = make_model()
+    language_model.model.generation_config.eos_token_id = None
+    assert language_model.stop_ids == (language_model.tokenizer.eos_token_id,)
+    language_model.tokenizer.eos_token = None
+    with pytest.raises(ConfigError, match="end-of-sequence token; set eos_token_id"):
+        _ = language_model.stop_ids
+
+
+def test_padding_is_the_stop_token_where_a_tokenizer_has_none(make_model: MakeModel) -> None:
+    language_model = make_model(stop=9)
+    assert language_model.pad_id == language_model.tokenizer.pad_token_id
+    language_model.tokenizer.pad_token = None
+    assert language_model.pad_id == 9
+
+
+def test_half_precision_weights_are_loaded_for_training(
+    make_model: MakeModel, tmp_path: Path
+) -> None:
+    language_model = make_model()
+    language_model.model.to(torch.bfloat16)
+    save(language_model, tmp_path)
+    assert load(tmp_path).model.dtype == torch.float32
+    assert load(tmp_path, dtype=torch.bfloat16).model.dtype == torch.bfloat16
+
+
+def test_a_directory_without_a_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"config\.json, model\.safetensors and tokenizer files"):
+        load(tmp_path)
+
+
+def test_damaged_weights_are_refused(saved: Path) -> None:
+    content = (saved / "model.safetensors").read_bytes()
+    (saved / "model.safetensors").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ConfigError, match="transformers cannot load this checkpoint"):
+        load(saved)
+
+
+def test_weights_of_another_shape_are_refused(saved: Path) -> None:
+    edit(saved / "config.json", intermediate_size=48)
+    with pytest.raises(ConfigError, match="transformers cannot load this checkpoint"):
+        load(saved)
+
+
+def test_missing_weights_are_refused_rather_than_drawn_at_random(saved: Path) -> None:
+    tensors = load_file(saved / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, saved / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"lack 1 of the tensors.* model\.layers\.1\.mlp\.up"):
+        load(saved)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(
+    make_model: MakeModel, tmp_path: Path
+) -> None:
+    language_model = make_model()
+    language_model.tokenizer.add_tokens(["<|more|>"])
+    save(language_model, tmp_path)
+    with pytest.raises(ConfigError, match="101 tokens and the model's output layer 100 rows"):
+        load(tmp_path)
+
+
+def test_a_model_that_bends_its_logits_is_refused(saved: Path) -> None:
+    edit(saved / "config.json", logit_scale=0.5)
+    with pytest.raises(ConfigError, match=r"logit_scale = 0\.5"):
+        load(saved)
+    edit(saved / "config.json", logit_scale=1.0)
+    assert load(saved).stop_ids
+
+
+def test_a_generation_config_that_could_not_be_saved_again_is_mended_or_refused(
+    saved: Path, tmp_path: Path
+) -> None:
+    """Published checkpoints give a temperature without do_sample; saving them again fails, which
+    would cost a whole stage."""
+    path = saved / "generation_config.json"
+    edit(path, temperature=0.6, top_p=0.9)
+    save(load(saved), tmp_path / "again")
+    again = GenerationConfig.from_pretrained(tmp_path / "again")
+    assert (again.temperature, again.top_p, again.do_sample) == (0.6, 0.9, True)
+    edit(path, length_penalty=0.5, num_beams=1)
+    with pytest.raises(ConfigError, match=r"generation_config\.json"):
+        load(saved)

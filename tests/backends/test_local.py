@@ -1,0 +1,221 @@
+"""The learner and scorer: right positions, splitting that changes nothing, exact continuation.
+
+Legend: B rows, T positions, N flat response tokens, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from posttrain.backends.base import Head, Metrics, MicroBatch
+from posttrain.backends.checkpoint import LanguageModel
+from posttrain.backends.local import (
+    LocalLearner,
+    LocalScorer,
+    flat_index,
+    hidden_states,
+    response_logprobs,
+    response_targets,
+    split_by_tokens,
+)
+from posttrain.losses.ops import token_logprobs
+from posttrain.rl.types import Rollouts
+from posttrain.stages.batches import sequences
+
+MakeModel = Callable[..., LanguageModel]
+LENGTHS = [(3, 2), (7, 5), (1, 1), (4, 6), (5, 5), (2, 9), (6, 3)]
+
+
+def batch(seed: int = 0) -> Rollouts:
+    """Seven rows of different lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    prompts, responses = (
+        [torch.randint(5, 90, (pair[i],), generator=generator).tolist() for pair in LENGTHS]
+        for i in range(2)
+    )
+    return sequences(prompts, responses, pad_id=0)
+
+
+def learner(language_model: LanguageModel, **options: float) -> LocalLearner:
+    settings = {"weight_decay": 0.1, "max_grad_norm": 1.0, "max_tokens": 8192} | options
+    return LocalLearner(language_model, betas=(0.9, 0.98), **settings)  # type: ignore[arg-type]
+
+
+def cross_entropy(hidden_ND: Tensor, head: Head, part: MicroBatch) -> tuple[Tensor, Metrics]:
+    targets_N = response_targets(part.rollouts)
+    logp_N, _ = token_logprobs(hidden_ND, head.weight_VD, targets_N, bias_V=head.bias_V)
+    return -logp_N.sum(), {"loss": -logp_N.sum().detach(), "rows": torch.tensor(len(part.index_B))}
+
+
+def weights(language_model: LanguageModel) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in language_model.model.named_parameters()}
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "llama", "gpt2"])
+def test_hidden_states_predict_the_response_tokens(make_model: MakeModel, kind: str) -> None:
+    """Row by row without padding, position t - 1 of the whole model's logits predicts token t."""
+    language_model, rollouts = make_model(kind), batch()
+    with torch.no_grad():
+        hidden_ND = hidden_states(language_model.model, rollouts)
+        expected = []
+        for row, (start, length) in zip(rollouts.tokens_BT, LENGTHS, strict=True):
+            logits_TV = language_model.model(input_ids=row[None, : start + length]).logits[0]
+            expected.append(logits_TV[start - 1 : -1])
+    head = LocalScorer(language_model).head
+    logits_NV = torch.nn.functional.linear(hidden_ND, head.weight_VD, head.bias_V)
+    torch.testing.assert_close(logits_NV, torch.cat(expected), atol=2e-5, rtol=1e-5)
+    flat = [token for response in rollouts.responses() for token in response]
+    assert response_targets(rollouts).tolist() == flat
+
+
+def test_split_keeps_to_the_budget_and_loses_no_row() -> None:
+    rollouts = batch()
+    for max_tokens in (1, 12, 24, 30, 10_000):
+        seen = []
+        for part in split_by_tokens(rollouts, max_tokens):
+            size = part.rollouts.tokens_BT.numel()
+            assert size <= max_tokens or len(part.index_B) == 1
+            seen += part.index_B.tolist()
+            for number, index in enumerate(part.index_B.tolist()):
+                width = sum(LENGTHS[index])
+                ours = part.rollouts.tokens_BT[number, :width]
+                assert ours.tolist() == rollouts.tokens_BT[index, :width].tolist()
+        assert sorted(seen) == list(range(len(LENGTHS)))
+        # Rows of like length are neighbours: little padding.
+        assert [sum(LENGTHS[i]) for i in seen] == sorted(map(sum, LENGTHS))
+    assert len(list(split_by_tokens(rollouts, 10_000))) == 1
+    assert len(list(split_by_tokens(rollouts, 1))) == len(LENGTHS)
+
+
+def test_rows_of_one_length_keep_their_order() -> None:
+    rollouts = sequences([[5, 6]] * 6, [[n] for n in range(10, 16)], pad_id=0)
+    order = [i for part in split_by_tokens(rollouts, 6) for i in part.index_B.tolist()]
+    assert order == list(range(6))
+
+
+@pytest.mark.parametrize("max_tokens", [1, 13, 30])
+def test_many_micro_batches_learn_what_one_does(make_model: MakeModel, max_tokens: int) -> None:
+    """In float64, so that nothing but rounding of 1e-16 can hide a difference of the gradients."""
+    results = []
+    for budget in (10_000, max_tokens):
+        language_model = make_model("llama")
+        language_model.model.double()
+        trainer = learner(language_model, max_tokens=budget)
+        rollouts = batch()
+        metrics = trainer.update(rollouts, cross_entropy, count=rollouts.num_tokens, lr=0.01)
+        results.append((metrics, weights(language_model)))
+    (one, whole), (many, split) = results
+    assert one == pytest.approx(many, rel=1e-12)
+    assert one["rows"] == len(LENGTHS)
+    for name in whole:
+        torch.testing.assert_close(whole[name], split[name], atol=1e-10, rtol=1e-8)
+
+
+def test_update_is_adamw_on_the_mean_loss_with_a_clipped_gradient(make_model: MakeModel) -> None:
+    ours, theirs = make_model(), make_model()
+    rollouts = batch()
+    metrics = learner(ours, max_grad_norm=0.5).update(
+        rollouts, cross_entropy, count=rollouts.num_tokens, lr=0.01
+    )
+    optimizer = torch.optim.AdamW(
+        theirs.model.parameters(), lr=0.01, betas=(0.9, 0.98), weight_decay=0.1
+    )
+    labels_BT = rollouts.tokens_BT.masked_fill(~rollouts.response_mask_BT(), -100)
+    loss = theirs.model(input_ids=rollouts.tokens_BT, labels=labels_BT).loss
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(theirs.model.parameters(), 0.5)
+    optimizer.step()
+    assert metrics["loss"] / rollouts.num_tokens == pytest.approx(loss.item(), rel=1e-5)
+    assert metrics["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+    assert norm > 0.5
+    for name, expected in weights(theirs).items():
+        # Adam's first step is lr * sign(gradient): where that is nearly 0 the sign is rounding.
+        difference = (weights(ours)[name] - expected).abs()
+        assert (difference > 1e-4).float().mean() < 0.01, name
+
+
+def test_learning_has_no_dropout(make_model: MakeModel) -> None:
+    """GPT-2 drops a tenth of its activations in training mode; a policy must not."""
+    losses = []
+    for seed in (0, 1):
+        language_model, rollouts = make_model("gpt2"), batch()
+        language_model.model.train()
+        trainer = learner(language_model)
+        torch.manual_seed(seed)
+        losses.append(trainer.update(rollouts, cross_entropy, count=1, lr=1e-3)["loss"])
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "gpt2"])
+def test_a_restored_learner_goes_on_with_the_same_bits(make_model: MakeModel, kind: str) -> None:
+    def steps(trainer: LocalLearner, first: int, last: int) -> None:
+        for step in range(first, last):
+            rollouts = batch(step)
+            trainer.update(rollouts, cross_entropy, count=rollouts.num_tokens, lr=0.01)
+
+    whole = make_model(kind)
+    steps(learner(whole), 0, 5)
+
+    stopped = make_model(kind)
+    first_half = learner(stopped)
+    steps(first_half, 0, 2)
+    state = {name: tensor.clone() for name, tensor in first_half.state().items()}
+    steps(first_half, 2, 3)
+
+    resumed = make_model(kind, seed=9)
+    second_half = learner(resumed)
+    second_half.restore(state)
+    steps(second_half, 2, 5)
+    for name, expected in weights(whole).items():
+        assert torch.equal(weights(resumed)[name], expected), name
+
+
+def test_a_restored_state_is_a_copy(make_model: MakeModel) -> None:
+    language_model, rollouts = make_model(), batch()
+    trainer = learner(language_model)
+    trainer.update(rollouts, cross_entropy, count=1, lr=0.01)
+    state = {name: tensor.clone() for name, tensor in trainer.state().items()}
+    kept = {name: tensor.clone() for name, tensor in state.items()}
+    trainer.restore(state)
+    trainer.update(rollouts, cross_entropy, count=1, lr=0.01)
+    for name in kept:
+        assert torch.equal(state[name], kept[name]), name
+
+
+@pytest.mark.parametrize("max_tokens", [1, 13, 10_000])
+def test_the_scorer_answers_in_the_order_of_the_rows(
+    make_model: MakeModel, max_tokens: int
+) -> None:
+    language_model, rollouts = make_model(), batch()
+    scorer = LocalScorer(language_model, max_tokens=max_tokens)
+    hidden_ND = scorer.hidden(rollouts)
+    with torch.no_grad():
+        expected = hidden_states(language_model.model, rollouts)
+    torch.testing.assert_close(hidden_ND, expected, atol=1e-5, rtol=1e-5)
+    assert not hidden_ND.requires_grad
+
+
+def test_logprobs_of_the_learner_are_those_of_its_weights(make_model: MakeModel) -> None:
+    language_model, rollouts = make_model(), batch()
+    trainer = learner(language_model, max_tokens=13)
+    before = trainer.logprobs(rollouts, temperature=0.7)
+    scorer = LocalScorer(language_model)
+    expected = response_logprobs(scorer.hidden(rollouts), scorer.head, rollouts, 0.7)
+    torch.testing.assert_close(before, expected, atol=1e-5, rtol=1e-5)
+    assert not before.requires_grad
+    trainer.update(rollouts, cross_entropy, count=rollouts.num_tokens, lr=0.01)
+    assert trainer.logprobs(rollouts, temperature=0.7).mean() > before.mean()
+
+
+def test_flat_index_finds_the_tokens_of_chosen_rows() -> None:
+    rollouts = batch()
+    count_B = rollouts.response_len_B
+    start_B = count_B.cumsum(0) - count_B
+    index_B = torch.tensor([5, 0, 3])
+    flat_N = flat_index(start_B, count_B, index_B)
+    expected = [token for i in (5, 0, 3) for token in rollouts.responses()[i]]
+    assert response_targets(rollouts)[flat_N].tolist() == expected
