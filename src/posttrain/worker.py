@@ -30,6 +30,8 @@ def run_job(job: Job) -> dict[str, Any]:
 
     torch.set_num_threads(useful_threads(job))
     torch.use_deterministic_algorithms(True)
+    # On by default with the line above; it writes every fresh tensor once for nothing.
+    torch.utils.deterministic.fill_uninitialized_memory = False
     ctx = Context(name=job.name, work=Path(job.work), inputs=job.inputs, threads=job.threads)
     if job.kind == "domain":
         return build_domain(job.config, job.runtime, ctx.out, job.data)

@@ -5,8 +5,8 @@ run to 400 characters, and a model this small would spend its whole budget readi
 domain has a compact notation for prompt and response, and turns a response back into
 reasoning-gym's own notation before reasoning-gym scores it.
 
-The domains ask for different circuits (running sums, reversal, a fixed walk over a grid, counting
-and mirroring), no constant answer does well in any of them, and each can be learned well within a
+The domains ask for different circuits (running sums, reversal, ordering, counting and
+mirroring), no constant answer does well in any of them, and each can be learned well within a
 minute on one core once a model specialises, but not all four at once: which is the situation that
 specialists and their distillation are for.
 """
@@ -62,22 +62,26 @@ class ReverseFormat:
         return response
 
 
-class SpiralFormat:
-    """`s 21 45` (rows of a grid) is answered `2154`, read in a clockwise spiral."""
+class SortFormat:
+    """`s< 50391` is answered `01359`; `s>` asks for descending order."""
 
     version = 1
 
     def prompt(self, item: Mapping[str, Any]) -> str:
-        """Rows of digits."""
-        return "s " + " ".join("".join(map(str, row)) for row in item["metadata"]["matrix"])
+        """The direction as a sign, then the digits."""
+        sign = "<" if item["metadata"]["direction"] == "ascending" else ">"
+        return f"s{sign} " + self._digits(item["metadata"]["original_numbers"])
 
     def demo(self, item: Mapping[str, Any]) -> str:
-        """The digits in spiral order."""
-        return "".join(map(str, item["metadata"]["solution"]))
+        """The digits in order."""
+        return self._digits(item["metadata"]["sorted_numbers"])
 
     def answer(self, response: str) -> str:
-        """Digits separated by spaces."""
-        return " ".join(response)
+        """A list of numbers as strings."""
+        return str(list(response))
+
+    def _digits(self, numbers: list[str]) -> str:
+        return "".join(str(int(float(number))) for number in numbers)
 
 
 class PalindromeFormat:
@@ -104,7 +108,7 @@ class PalindromeFormat:
 FORMATS: dict[str, Format] = {
     "add": AddFormat(),
     "reverse": ReverseFormat(),
-    "spiral": SpiralFormat(),
+    "sort": SortFormat(),
     "palindrome": PalindromeFormat(),
 }
 
@@ -118,7 +122,17 @@ def suite() -> Suite:
                 "add", "chain_sum", 3000, min_terms=2, max_terms=3, min_digits=1, max_digits=1
             ),
             "reverse": _domain("reverse", "spell_backward", 12000, min_word_len=5, max_word_len=10),
-            "spiral": _domain("spiral", "spiral_matrix", 12000, min_n=2, max_n=4),
+            "sort": _domain(
+                "sort",
+                "number_sorting",
+                12000,
+                min_numbers=8,
+                max_numbers=12,
+                min_decimals=0,
+                max_decimals=0,
+                min_value=0,
+                max_value=9,
+            ),
             "palindrome": _domain(
                 "palindrome", "palindrome_generation", 12000, min_length=4, max_length=8
             ),
