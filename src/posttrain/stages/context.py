@@ -45,6 +45,8 @@ class Context:
         self.inputs = {edge: Path(path) for edge, path in inputs.items()}
         self.threads = threads
         self.tokens = 0
+        self.metrics: dict[str, float] = {}
+        """Of the newest step, also where a resumed stage finds no step left to do."""
         self._seconds = 0.0
         self._began = time.monotonic()
         self._saved = time.monotonic()
@@ -70,12 +72,13 @@ class Context:
     def log(self, step: int, total: int, *, tokens: int, **metrics: float) -> None:
         """Add a line to metrics.jsonl; `tokens` is what this step processed."""
         self.tokens += tokens
+        self.metrics = {name: float(f"{value:.6g}") for name, value in metrics.items()}
         line = {
             "step": step,
             "total": total,
             "tokens": self.tokens,
             "seconds": round(self._seconds + time.monotonic() - self._began, 3),
-        } | {name: float(f"{value:.6g}") for name, value in metrics.items()}
+        } | self.metrics
         with self._metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
@@ -88,6 +91,7 @@ class Context:
         state = json.loads(marker.read_text())
         learner.restore(load_file(self.work / state["directory"] / "state.safetensors"))
         self.tokens, self._seconds = state["tokens"], state["seconds"]
+        self.metrics = state["metrics"]
         # Lines of steps after the checkpoint will be written again.
         if self._metrics.exists():
             os.truncate(self._metrics, state["metrics_bytes"])
@@ -110,6 +114,7 @@ class Context:
             "step": step,
             "directory": fresh.name,
             "tokens": self.tokens,
+            "metrics": self.metrics,
             "seconds": self._seconds + time.monotonic() - self._began,
             "metrics_bytes": self._metrics.stat().st_size if self._metrics.exists() else 0,
         }

@@ -37,7 +37,6 @@ def run(config: Pretrain, ctx: Context) -> dict[str, float]:
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
     )
-    metrics: dict[str, float] = {}
     for step in range(ctx.resume(learner), config.steps):
         rows = pool.draw(step, config.batch_size)
         prompts = [chat.prompt(row["prompt"]) for row in rows]
@@ -52,4 +51,4 @@ def run(config: Pretrain, ctx: Context) -> dict[str, float]:
         ctx.checkpoint(step + 1, learner)
     save(language_model, ctx.out)
     parameters = sum(parameter.numel() for parameter in learner.parameters)
-    return {"loss": metrics["loss"], "tokens": ctx.tokens, "parameters": parameters}
+    return {"loss": ctx.metrics["loss"], "tokens": ctx.tokens, "parameters": parameters}

@@ -53,7 +53,6 @@ def run(config: Rl, ctx: Context) -> dict[str, float]:
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
     )
-    metrics: dict[str, float] = {}
     for step in range(ctx.resume(learner), config.steps):
         scored = sample_and_verify(
             sampler,
@@ -70,7 +69,7 @@ def run(config: Rl, ctx: Context) -> dict[str, float]:
         ctx.log(step + 1, config.steps, tokens=scored.rollouts.num_tokens, **metrics)
         ctx.checkpoint(step + 1, learner)
     save(language_model, ctx.out)
-    return {"reward": metrics["reward"], "tokens": ctx.tokens}
+    return {"reward": ctx.metrics["reward"], "tokens": ctx.tokens}
 
 
 def learn(

@@ -35,7 +35,6 @@ def run(config: Sft, ctx: Context) -> dict[str, float]:
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
     )
-    metrics: dict[str, float] = {}
     for step in range(ctx.resume(learner), steps):
         rows = pool.draw(step, config.batch_size)
         batch = sequences(
@@ -47,7 +46,7 @@ def run(config: Sft, ctx: Context) -> dict[str, float]:
         ctx.log(step + 1, steps, tokens=batch.num_tokens, **metrics)
         ctx.checkpoint(step + 1, learner)
     save(language_model, ctx.out)
-    return {"loss": metrics["loss"], "tokens": ctx.tokens}
+    return {"loss": ctx.metrics["loss"], "tokens": ctx.tokens}
 
 
 def imitate(learner: LocalLearner, batch: Rollouts, *, lr: float) -> dict[str, float]:
