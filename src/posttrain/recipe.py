@@ -201,14 +201,7 @@ class Recipe:
 
     def graph(self, target: Stage) -> Graph:
         """The finished graph. Raises ConfigError for a setting that matched no stage."""
-        unused = [key for key in self._overrides if key not in self._used]
-        if unused:
-            stages = ", ".join(n for n, node in self._nodes.items() if node.kind != "domain")
-            near = difflib.get_close_matches(unused[0].rpartition(".")[0], self._nodes, n=1)
-            hint = f" did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(
-                f"--set {unused[0]}: no stage of this recipe has that name;{hint} stages: {stages}"
-            )
+        self._all_used()
         graph = Graph(nodes=self._nodes, target=target.name)
         graph.order()
         return graph
@@ -219,7 +212,9 @@ class Recipe:
         values = {"seed": self.seed} | dict(settings)
         for key, value in self._overrides.items():
             pattern, _, field = key.rpartition(".")
-            if fnmatchcase(name, pattern):
+            # A glob is for those of its stages that have the setting; a name is for that stage.
+            known = field in CONFIGS[kind].model_fields or not _is_glob(pattern)
+            if known and fnmatchcase(name, pattern):
                 self._used.add(key)
                 values[field] = value
         config = build_config(kind, name, values)
@@ -233,6 +228,28 @@ class Recipe:
             )
         )
 
+    def _all_used(self) -> None:
+        unused = [key for key in self._overrides if key not in self._used]
+        if not unused:
+            return
+        pattern, _, field = unused[0].rpartition(".")
+        stages = [n for n, node in self._nodes.items() if node.kind not in ("domain", "model")]
+        matched = [name for name in stages if fnmatchcase(name, pattern)]
+        if matched and _is_glob(pattern):
+            fields = {f for n in matched for f in CONFIGS[self._nodes[n].kind].model_fields}
+            near = difflib.get_close_matches(field, fields, n=1)
+            hint = f" did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(
+                f"--set {unused[0]}: none of the stages {', '.join(matched)} has a setting "
+                f"{field!r};{hint} choices: {', '.join(sorted(fields))}"
+            )
+        near = difflib.get_close_matches(pattern, stages, n=1)
+        hint = f" did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(
+            f"--set {unused[0]}: no stage of this recipe with settings has that name;{hint} "
+            f"stages: {', '.join(stages)}"
+        )
+
     def _add(self, node: Node) -> Stage:
         if node.name in self._nodes:
             raise GraphError(
@@ -244,6 +261,10 @@ class Recipe:
 
     def _known(self, domains: str | Iterable[str]) -> tuple[str, ...]:
         names = (domains,) if isinstance(domains, str) else tuple(domains)
+        if not names:
+            raise ConfigError(
+                f"no domain is given where one is needed; choices: {', '.join(self.domains)}"
+            )
         for name in names:
             if name not in self.suite.domains:
                 near = difflib.get_close_matches(name, self.domains, n=1)
@@ -268,7 +289,13 @@ class Recipe:
             return {"data": data.name}
         assert isinstance(data, Demos | Prompts)
         for name in data.domains:
-            if name not in self._nodes:
+            node = self._nodes.get(name)
+            if node is not None and node.kind != "domain":
+                raise GraphError(
+                    f"the {node.kind} stage {name!r} has the name of a domain that stage "
+                    f"{stage!r} needs; give it another name="
+                )
+            if node is None:
                 pieces = domain_node(self.suite.domains[name], self._directory)
                 self._nodes[name] = Node(
                     name=name,
@@ -324,7 +351,13 @@ class Recipe:
             else:
                 name, source = teacher.name, teacher
             routes[domain] = name
-            edges[f"teachers.{name}"] = self._model(stage, f"teachers[{domain!r}]", source)
+            edge = f"teachers.{name}"
+            if edges.get(edge, source.name) != source.name:
+                raise ConfigError(
+                    f"stage {stage!r}: a teacher is called {SELF!r}, which means the student's own "
+                    "start; give that stage another name="
+                )
+            edges[edge] = self._model(stage, f"teachers[{domain!r}]", source)
         return routes, edges
 
     def _root(self, name: str) -> str:
@@ -363,6 +396,10 @@ class Recipe:
                     sha256=record["payload"]["data"]["files"],
                 )
         return None
+
+
+def _is_glob(pattern: str) -> bool:
+    return any(character in pattern for character in "*?[")
 
 
 def stage_fields(kind: str) -> list[str]:

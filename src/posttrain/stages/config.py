@@ -9,14 +9,25 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from posttrain.engine.errors import ConfigError
 
 Positive = Field(gt=0)
-Share = Field(ge=0, le=1)
+Weight = Annotated[float, Field(ge=0)]
+
+
+def _refuse_unread(config: BaseModel, *fields: str, because: str) -> None:
+    """Raise ValueError for a setting that was changed and that nothing reads."""
+    for name in fields:
+        value, default = getattr(config, name), type(config).model_fields[name].default
+        if value != default:
+            raise ValueError(
+                f"{name} = {value}: it is not read with {because}; leave it out, or change the "
+                "other setting"
+            )
 
 
 class Config(BaseModel):
@@ -24,7 +35,7 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**31)
     """Every random choice of the stage follows from it."""
 
 
@@ -45,6 +56,12 @@ class Optimizer(BaseModel):
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradients are scaled down to this norm."""
+
+    @model_validator(mode="after")
+    def _lr_end_is_read(self) -> Self:
+        if self.lr_schedule == "constant":
+            _refuse_unread(self, "lr_end", because="lr_schedule = constant")
+        return self
 
 
 class Pretrain(Config, Optimizer):
@@ -85,8 +102,35 @@ class Correction(BaseModel):
 
     correction: Literal["none", "truncated", "icepop"] = "none"
     """`truncated`: min(ratio, high). `icepop`: tokens whose ratio is outside [low, high] drop."""
-    correction_low: float = Field(0.5, ge=0)
-    correction_high: float = Field(5.0, gt=0)
+    correction_low: float = Field(0.5, ge=0, le=1)
+    correction_high: float = Field(5.0, ge=1)
+
+    @model_validator(mode="after")
+    def _bounds_are_read(self) -> Self:
+        if self.correction != "icepop":
+            _refuse_unread(self, "correction_low", because=f"correction = {self.correction}")
+        if self.correction == "none":
+            _refuse_unread(self, "correction_high", because="correction = none")
+        return self
+
+
+class Aggregation(BaseModel):
+    """How the losses of tokens are averaged."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    aggregation: Literal["token", "sequence", "constant"] = "token"
+    """Mean over tokens, over rows of row means, or over rows of sums divided by a constant."""
+    aggregation_constant: int | None = Field(None, gt=0)
+    """The constant; `max_new_tokens` if not given."""
+
+    @model_validator(mode="after")
+    def _constant_is_read(self) -> Self:
+        if self.aggregation != "constant":
+            _refuse_unread(
+                self, "aggregation_constant", because=f"aggregation = {self.aggregation}"
+            )
+        return self
 
 
 class Rollout(BaseModel):
@@ -100,7 +144,7 @@ class Rollout(BaseModel):
     """Optimiser steps per batch of rollouts, each on an equal share of its rows."""
 
 
-class Rl(Config, Optimizer, Rollout, Correction):
+class Rl(Config, Optimizer, Rollout, Correction, Aggregation):
     """GRPO and its relatives on verifiable rewards: `r.rl(start=..., prompts=...)`."""
 
     steps: int = Positive
@@ -110,18 +154,20 @@ class Rl(Config, Optimizer, Rollout, Correction):
     advantage: Literal["group_mean", "group_zscore", "leave_one_out", "batch"] = "group_zscore"
     ratio: Literal["token", "sequence"] = "token"
     """`sequence` is GSPO's geometric mean over the response."""
-    clip_low: float = Field(0.2, gt=0)
+    clip_low: float = Field(0.2, gt=0, le=1)
     clip_high: float = Field(0.2, gt=0)
-    aggregation: Literal["token", "sequence", "constant"] = "token"
-    """Mean over tokens, over rows of row means, or over rows of sums divided by a constant."""
-    aggregation_constant: int | None = Field(None, gt=0)
-    """The constant; `max_new_tokens` if not given."""
     kl_coef: float = Field(0.0, ge=0)
     """Weight of the KL divergence to the stage's start; 0 loads no reference."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     kl_in: Literal["loss", "reward"] = "loss"
     drop_zero_variance: bool = True
     """Leave out groups whose rewards are all alike: they carry no gradient."""
+
+    @model_validator(mode="after")
+    def _kl_is_read(self) -> Self:
+        if self.kl_coef == 0:
+            _refuse_unread(self, "kl_estimator", "kl_in", because="kl_coef = 0")
+        return self
 
     @model_validator(mode="after")
     def _k1_is_a_reward(self) -> Self:
@@ -134,7 +180,7 @@ class Rl(Config, Optimizer, Rollout, Correction):
         return self
 
 
-class Distill(Config, Optimizer, Rollout, Correction):
+class Distill(Config, Optimizer, Rollout, Correction, Aggregation):
     """On-policy distillation from one teacher per domain: `r.distill(start=..., teachers=...)`."""
 
     steps: int = Positive
@@ -149,13 +195,30 @@ class Distill(Config, Optimizer, Rollout, Correction):
     reward_weight: float = Field(0.0, ge=0)
     """Weight of the group-mean advantage of the verifiable reward; 0 calls no verifier."""
     aggregation: Literal["token", "sequence", "constant"] = "sequence"
-    aggregation_constant: int | None = Field(None, gt=0)
     balance: Literal["none", "tokens"] = "none"
     """`tokens` weighs domains so that each contributes its share of prompts in tokens too."""
-    domain_weights: dict[str, float] = Field(default_factory=dict)
+    domain_weights: dict[str, Weight] = Field(default_factory=dict)
     """Weight of a domain's loss; 1 where none is given."""
     routes: dict[str, str] = Field(default_factory=dict)
     """Domain to teacher; filled in by the recipe."""
+
+    @model_validator(mode="after")
+    def _estimator_reads(self) -> Self:
+        if self.estimator != "top_k":
+            _refuse_unread(self, "top_k", because=f"estimator = {self.estimator}")
+        if self.estimator != "sampled_token":
+            _refuse_unread(self, "advantage_clip", because=f"estimator = {self.estimator}")
+        return self
+
+    @model_validator(mode="after")
+    def _weights_name_domains(self) -> Self:
+        unknown = [name for name in self.domain_weights if name not in self.routes]
+        if unknown and self.routes:
+            raise ValueError(
+                f"domain_weights: {unknown[0]!r} is not a domain of its prompts; choices: "
+                f"{', '.join(self.routes)}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _reward_needs_groups(self) -> Self:
@@ -214,6 +277,12 @@ class Select(Config):
     how: Literal["correct", "best", "shortest_correct"] = "correct"
     """All with full reward, the best of each prompt, or the shortest with full reward."""
     max_per_prompt: int = Field(4, gt=0)
+
+    @model_validator(mode="after")
+    def _number_is_read(self) -> Self:
+        if self.how == "shortest_correct":
+            _refuse_unread(self, "max_per_prompt", because="how = shortest_correct")
+        return self
 
 
 class DomainData(BaseModel):
