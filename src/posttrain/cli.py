@@ -41,6 +41,9 @@ StorePath = Annotated[
 Seed = Annotated[
     int | None, typer.Option("--seed", min=0, help="Seed of every stage.  [default: 0]")
 ]
+ReportPath = Annotated[
+    Path, typer.Option("--report", metavar="PATH", help="Where the report goes.")
+]
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object; text for people goes to stderr.")
 ]
@@ -123,9 +126,7 @@ def run(
         typer.Option("--jobs", min=1, help="Stages at once.  [default: number of cores]"),
     ] = None,
     seed: Seed = None,
-    report: Annotated[
-        Path, typer.Option("--report", metavar="PATH", help="Where the report goes.")
-    ] = DEFAULT_REPORT,
+    report: ReportPath = DEFAULT_REPORT,
     no_report: Annotated[bool, typer.Option("--no-report", help="Write no report.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -156,6 +157,196 @@ def plan(
         recipe=recipe, store=store, settings=settings or (), suite=suite, seed=seed
     )
     work.plan(request, as_json=as_json)
+
+
+@app.command(rich_help_panel=MAKE)
+def recipes(as_json: Json = False) -> None:
+    """List the shipped recipes, each with its source."""
+    from posttrain.commands import report as work
+
+    work.recipes(as_json=as_json)
+
+
+@app.command(rich_help_panel=LOOK)
+def ls(store: StorePath = DEFAULT_STORE, as_json: Json = False) -> None:
+    """List all artifacts, newest first."""
+    from posttrain.commands import look
+
+    look.ls(store, as_json=as_json)
+
+
+@app.command(rich_help_panel=LOOK)
+def show(artifact: ArtifactName, store: StorePath = DEFAULT_STORE, as_json: Json = False) -> None:
+    """Show the record of an artifact: inputs, settings, metrics, files, provenance."""
+    from posttrain.commands import look
+
+    look.show(store, artifact, as_json=as_json)
+
+
+@app.command(rich_help_panel=LOOK)
+def lineage(
+    artifact: ArtifactName, store: StorePath = DEFAULT_STORE, as_json: Json = False
+) -> None:
+    """Show what an artifact descends from."""
+    from posttrain.commands import look
+
+    look.lineage(store, artifact, as_json=as_json)
+
+
+@app.command(rich_help_panel=LOOK)
+def diff(
+    a: ArtifactName,
+    b: ArtifactName,
+    store: StorePath = DEFAULT_STORE,
+    as_json: Json = False,
+) -> None:
+    """Show in which settings, data and ancestors two artifacts differ, and their metrics."""
+    from posttrain.commands import compare
+
+    compare.diff(store, a, b, as_json=as_json)
+
+
+@app.command(rich_help_panel=LOOK)
+def verify(
+    artifacts: Annotated[
+        list[str] | None, typer.Argument(metavar="[ARTIFACT]...", help="Artifacts to check.")
+    ] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Check the whole store, as without any ARTIFACT.")
+    ] = False,
+    store: StorePath = DEFAULT_STORE,
+    as_json: Json = False,
+) -> None:
+    """Recompute the hashes of files, data and records along whole ancestries.
+
+    Ends with exit code 1 when something is not what was made.
+    """
+    from posttrain.commands import compare
+
+    names = [] if everything else artifacts or []
+    if not compare.verify(store, names, as_json=as_json):
+        raise typer.Exit(1)
+
+
+@app.command(rich_help_panel=LOOK)
+def report(
+    target: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[RECIPE|ARTIFACT]", help="What it is about.  [default: the newest evaluation]"
+        ),
+    ] = None,
+    settings: Settings = None,
+    suite: SuiteName = None,
+    store: StorePath = DEFAULT_STORE,
+    seed: Seed = None,
+    report: ReportPath = DEFAULT_REPORT,
+) -> None:
+    """Write the report again, from what is in the store."""
+    from posttrain.commands import report as work
+
+    work.report(target, settings=settings or (), suite=suite, seed=seed, store=store, path=report)
+
+
+@app.command(rich_help_panel=LOOK)
+def chat(
+    model: Annotated[
+        str, typer.Argument(metavar="ARTIFACT|DIR", help="A model of the store, or a checkpoint.")
+    ],
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", metavar="TEXT", help="Answer this one message.")
+    ] = None,
+    temperature: Annotated[
+        float, typer.Option("--temperature", min=0.0, help="0 always takes the likeliest token.")
+    ] = 1.0,
+    max_new_tokens: Annotated[
+        int | None, typer.Option("--max-new-tokens", min=1, help="Longest response.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the sampling.")] = 0,
+    store: StorePath = DEFAULT_STORE,
+) -> None:
+    """Talk to a model, one message at a time."""
+    from posttrain.commands import chat as work
+
+    work.chat(
+        store,
+        model,
+        prompt=prompt,
+        temperature=temperature,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+    )
+
+
+@app.command(rich_help_panel=KEEP)
+def adopt(
+    source: Annotated[
+        str, typer.Argument(metavar="DIR", help="A checkpoint directory, or a Hub id.")
+    ],
+    name: Annotated[
+        str, typer.Option("--name", metavar="NAME", help="What recipes call it: --set base=NAME.")
+    ],
+    copy: Annotated[
+        bool, typer.Option("--copy", help="Copy the files; without it they are linked.")
+    ] = False,
+    store: StorePath = DEFAULT_STORE,
+    as_json: Json = False,
+) -> None:
+    """Bring a checkpoint from outside into the store, with its history if it was exported."""
+    from posttrain.commands import keep
+
+    keep.adopt(store, source, name=name, copy=copy, as_json=as_json)
+
+
+@app.command(rich_help_panel=KEEP)
+def export(
+    artifact: ArtifactName,
+    target: Annotated[Path, typer.Argument(metavar="DIR", help="A new directory.")],
+    store: StorePath = DEFAULT_STORE,
+    as_json: Json = False,
+) -> None:
+    """Copy an artifact out of the store: a checkpoint that stands alone, with its history."""
+    from posttrain.commands import keep
+
+    keep.export(store, artifact, target, as_json=as_json)
+
+
+@app.command(rich_help_panel=KEEP)
+def gc(
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--keep", metavar="RECIPE|ARTIFACT", help="Keep this and all it needs; repeatable."
+        ),
+    ] = None,
+    only: Annotated[
+        bool, typer.Option("--only", help="Keep nothing but what --keep names.")
+    ] = False,
+    unfinished: Annotated[
+        bool, typer.Option("--unfinished", help="Remove checkpoints of unfinished stages too.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what would go.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    store: StorePath = DEFAULT_STORE,
+    as_json: Json = False,
+) -> None:
+    """Remove artifacts that nothing needs.
+
+    Kept is what an evaluation, a model from outside, or the newest artifact of each name descends
+    from, themselves included, and what --keep names: an artifact, or all stages of a recipe. The
+    rest is listed and, after a question, removed.
+    """
+    from posttrain.commands import keep as work
+
+    work.gc(
+        store,
+        keep=keep or (),
+        only=only,
+        unfinished=unfinished,
+        dry_run=dry_run,
+        yes=yes,
+        as_json=as_json,
+    )
 
 
 if __name__ == "__main__":

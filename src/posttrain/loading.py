@@ -114,6 +114,11 @@ def shipped_recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(RECIPES.glob("[!_]*.py"))}
 
 
+def is_recipe(text: str) -> bool:
+    """Whether `text` is a recipe's name or file, where an artifact could be meant too."""
+    return text in shipped_recipes() or text.endswith(".py")
+
+
 def find_recipe(spec: str) -> Path:
     """The file of a recipe. Raises ConfigError with the choices when there is none."""
     shipped = shipped_recipes()
@@ -228,12 +233,13 @@ def _parameters(
     function: Callable[..., Any], recipe: str, texts: Mapping[str, str]
 ) -> dict[str, Any]:
     """Values for the recipe's own parameters, checked against their annotations."""
-    builder, *parameters = inspect.signature(function).parameters.values() or [None]
-    if builder is None or builder.kind is inspect.Parameter.KEYWORD_ONLY:
+    parameters = list(inspect.signature(function).parameters.values())
+    if not parameters or parameters[0].kind is inspect.Parameter.KEYWORD_ONLY:
         raise ConfigError(
             f"recipe {recipe!r}: its function has to take the builder first: def recipe(r, ...)"
         )
-    known = {p.name: p for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD}
+    starred = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    known = {p.name: p for p in parameters[1:] if p.kind not in starred}
     for key in texts:
         if key not in known:
             names = choices_text(key, [*known, "suite", "seed"], label="parameters")

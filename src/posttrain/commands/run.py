@@ -15,7 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from posttrain.commands.output import console, emit
-from posttrain.engine.errors import ConfigError, Interrupted, PosttrainError
+from posttrain.commands.page import check_report_path, write_report_of
+from posttrain.engine.errors import Interrupted, PosttrainError
 from posttrain.engine.events import Event
 from posttrain.engine.planner import PlanRow
 from posttrain.engine.planner import plan as plan_graph
@@ -111,7 +112,7 @@ def run(
     began = time.monotonic()
     out = console(as_json=as_json)
     if report is not None:
-        _check_writable(report)
+        check_report_path(report)
     store, loaded = request.load()
     rows = plan_graph(loaded.graph, store)
     _summary(out, loaded, rows, store)
@@ -131,9 +132,20 @@ def run(
             raise
         failure = error
     target = None if failure else store.find(loaded.graph.fingerprints()[loaded.graph.target])
-    evaluation = None
-    if target is not None:
-        evaluation = _conclude(out, loaded, store, target, report)
+    evaluation = None if target is None else read_evaluation(target)
+    if evaluation is not None:
+        out.print()
+        out.print(evaluation_table(evaluation))
+    if target is not None and report is not None:
+        written = write_report_of(
+            report,
+            store=store,
+            artifact=target,
+            loaded=loaded,
+            seconds=time.monotonic() - began if "ran" in outcome.status.values() else None,
+        )
+        state = "" if written else " (unchanged)"
+        out.print(Text(f"report: {report.absolute()}{state}"), soft_wrap=True)
     seconds = time.monotonic() - began
     out.print(Text(f"{loaded.name}: {_count(outcome)} in {duration(seconds)}", "bold"))
     if as_json:
@@ -169,16 +181,6 @@ def _make(
         for event in events:
             outcome.update(event)
             view.update(event)
-
-
-def _conclude(
-    out: Console, loaded: Loaded, store: Store, target: Artifact, report: Path | None
-) -> Mapping[str, Any] | None:
-    """Print what an evaluation found and write the report."""
-    evaluation = read_evaluation(target)
-    if evaluation is not None:
-        out.print(evaluation_table(evaluation))
-    return evaluation
 
 
 def read_evaluation(artifact: Artifact) -> Mapping[str, Any] | None:
@@ -246,16 +248,3 @@ def _count(outcome: Outcome) -> str:
         return f"all {len(stages)} stages cached"
     found = ("ran", "cached", "failed", "blocked")
     return ", ".join(f"{statuses.count(s)} {s}" for s in found if s in statuses)
-
-
-def _check_writable(report: Path) -> None:
-    if report.is_dir():
-        raise ConfigError(
-            f"--report {report}: that is a directory; name a file, such as "
-            f"{report / 'report.html'}, or give --no-report"
-        )
-    if not report.absolute().parent.is_dir():
-        raise ConfigError(
-            f"--report {report}: the directory {report.absolute().parent} does not exist; make it, "
-            "or give --no-report"
-        )

@@ -1,0 +1,74 @@
+"""`chat`: talk to a checkpoint, one message at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.text import Text
+
+from posttrain.backends.chat import Chat
+from posttrain.backends.checkpoint import load
+from posttrain.backends.sampler import LocalSampler
+from posttrain.commands.find import find_model
+from posttrain.commands.output import console
+
+MAX_NEW_TOKENS = 256
+"""Length of a response unless the model has fewer positions left."""
+
+
+def chat(
+    root: Path,
+    name: str,
+    *,
+    prompt: str | None,
+    temperature: float,
+    max_new_tokens: int | None,
+    seed: int,
+) -> None:
+    """Answer `prompt`, or every line typed until the end of the input.
+
+    Each message is answered by itself: what was said before is not part of the prompt, as in
+    training. Raises ConfigError for a checkpoint that cannot be loaded or a message without room.
+    """
+    speaker = Speaker(find_model(root, name), temperature=temperature, limit=max_new_tokens)
+    if prompt is not None:
+        print(speaker.answer(prompt, seed=seed))
+        return
+    out = console()
+    out.print(Text(f"{name}: each message is answered by itself; an empty line ends", "dim"))
+    turn = 0
+    while True:
+        try:
+            message = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if not message:
+            return
+        out.print(Text(speaker.answer(message, seed=seed + turn), "green"))
+        turn += 1
+
+
+class Speaker:
+    """A loaded checkpoint that answers messages."""
+
+    def __init__(self, directory: Path, *, temperature: float, limit: int | None) -> None:
+        language_model = load(directory)
+        self.temperature = temperature
+        self.limit = limit
+        self.positions = getattr(language_model.model.config, "max_position_embeddings", None)
+        self.chat = Chat(language_model)
+        self.sampler = LocalSampler(language_model)
+
+    def answer(self, message: str, *, seed: int) -> str:
+        """One response to one message; greedy at temperature 0."""
+        ids = self.chat.prompt(message)
+        room = MAX_NEW_TOKENS if self.positions is None else self.positions - len(ids)
+        rollouts = self.sampler.sample(
+            [ids],
+            group_size=1,
+            max_new_tokens=self.limit or max(1, min(MAX_NEW_TOKENS, room)),
+            temperature=self.temperature,
+            seed=seed,
+        )
+        return self.chat.decode(rollouts.responses()[0])
