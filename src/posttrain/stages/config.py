@@ -164,6 +164,15 @@ class Rl(Config, Optimizer, Rollout, Correction, Aggregation):
     """Leave out groups whose rewards are all alike: they carry no gradient."""
 
     @model_validator(mode="after")
+    def _ratio_is_read(self) -> Self:
+        if self.updates_per_batch == 1:
+            because = "updates_per_batch = 1 (the ratio is then exactly 1)"
+            _refuse_unread(self, "clip_low", "clip_high", because=because)
+            if self.correction == "none":
+                _refuse_unread(self, "ratio", because=because)
+        return self
+
+    @model_validator(mode="after")
     def _kl_is_read(self) -> Self:
         if self.kl_coef == 0:
             _refuse_unread(self, "kl_estimator", "kl_in", because="kl_coef = 0")
