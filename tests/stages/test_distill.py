@@ -1,0 +1,320 @@
+"""The distill stage: routing, estimators, weights, and what is refused before any step."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from posttrain.backends.checkpoint import LanguageModel
+from posttrain.engine.errors import ConfigError
+from posttrain.stages.config import Distill, build_config
+from posttrain.stages.distill import domain_weights
+
+RunStage = Callable[..., Any]
+ROUTES = {"short": "first", "words": "second"}
+BASE: dict[str, Any] = {
+    "steps": 4,
+    "prompts_per_step": 12,
+    "max_new_tokens": 6,
+    "lr": 0.01,
+    "warmup_steps": 1,
+    "routes": ROUTES,
+}
+ESTIMATORS = ("sampled_token", "top_k", "full_vocabulary")
+EXACT = ({"estimator": "full_vocabulary"}, {"estimator": "top_k", "top_k": 100})
+
+
+@pytest.fixture
+def distill(
+    run_stage: RunStage, models: Mapping[str, str], domains: Mapping[str, str]
+) -> Callable[..., Any]:
+    """Distil `start` from two teachers with BASE and the given changes."""
+
+    def run(*, first: str = models["one"], second: str = models["two"], **changes: Any) -> Any:
+        inputs = {"start": models["start"], "teachers.first": first, "teachers.second": second}
+        return run_stage("distill", BASE | changes, {**inputs, **domains})
+
+    return run
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_metrics_are_named_as_documented_and_finite(
+    distill: Callable[..., Any], estimator: str
+) -> None:
+    ran = distill(estimator=estimator, correction="icepop", reward_weight=0.5, samples_per_prompt=2)
+    expected = {"step", "total", "tokens", "seconds", "lr", "grad_norm", "loss", "kl", "entropy"}
+    expected |= {f"{name}/{d}" for name in ("kl", "entropy", "token_share") for d in ROUTES}
+    expected |= {"rows/first", "rows/second", "response_length", "finished_share", "reward"}
+    expected |= {"correction_masked", "correction_truncated", "sampler_ratio", "correction"}
+    expected |= {"top_k": {"student_mass", "teacher_mass"}}.get(estimator, set())
+    expected |= {"sampled_token": {"advantage_abs", "clipped"}}.get(estimator, set())
+    for line in ran.lines:
+        assert expected <= set(line)
+        assert all(math.isfinite(value) for value in line.values())
+        assert line["rows/first"] == line["rows/second"] == 12
+        shares = {name: line[f"token_share/{name}"] for name in ROUTES}
+        assert sum(shares.values()) == pytest.approx(1, abs=1e-5)
+        for name in ("kl", "entropy"):
+            mean = sum(shares[domain] * line[f"{name}/{domain}"] for domain in ROUTES)
+            assert line[name] == pytest.approx(mean, rel=1e-3, abs=1e-5)
+        assert 0 < line["entropy"] < math.log(100)
+        assert line["sampler_ratio"] == pytest.approx(1, abs=1e-4)
+    assert ran.metrics == {"kl": ran.lines[-1]["kl"], "tokens": ran.lines[-1]["tokens"]}
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_the_student_comes_nearer_to_each_teacher(
+    distill: Callable[..., Any], estimator: str
+) -> None:
+    ran = distill(steps=30, prompts_per_step=32, estimator=estimator, lr=0.01)
+    for name in ROUTES:
+        first = sum(line[f"kl/{name}"] for line in ran.lines[:3])
+        last = sum(line[f"kl/{name}"] for line in ran.lines[-3:])
+        assert last < 0.8 * first, name
+
+
+SETTINGS: list[dict[str, Any]] = [
+    {"seed": 1},
+    {"steps": 5},
+    {"lr": 0.02},
+    {"lr_end": 0.5},
+    {"lr_schedule": "linear"},
+    {"warmup_steps": 2},
+    {"beta1": 0.5},
+    {"beta2": 0.5},
+    {"weight_decay": 0.5},
+    {"max_grad_norm": 1e-9},
+    {"prompts_per_step": 10},
+    {"samples_per_prompt": 2},
+    {"max_new_tokens": 5},
+    {"temperature": 0.7},
+    {"updates_per_batch": 2},
+    {"aggregation": "token"},
+    {"aggregation": "token", "balance": "tokens"},
+    {"aggregation": "constant"},
+    {"aggregation": "constant", "aggregation_constant": 50, "max_grad_norm": 100.0},
+    {"domain_weights": {"short": 0.5}},
+    {"domain_weights": {"words": 0.0}},
+    {"estimator": "top_k"},
+    {"estimator": "top_k", "top_k": 8},
+    {"estimator": "sampled_token"},
+    {"estimator": "sampled_token", "advantage_clip": 0.5},
+    {"estimator": "sampled_token", "advantage_clip": None},
+    {"reward_weight": 0.5, "samples_per_prompt": 2},
+    {"reward_weight": 1.5, "samples_per_prompt": 2},
+    {"correction": "truncated", "correction_high": 1.0},
+    {"correction": "icepop", "correction_high": 1.0},
+    {"correction": "icepop", "correction_low": 1.0},
+    {"routes": {"short": "second", "words": "first"}},
+    {"routes": {"short": "first", "words": "first"}},
+]
+
+
+def test_every_setting_changes_the_result(distill: Callable[..., Any], same: Any) -> None:
+    results = {"base": distill()} | {str(changes): distill(**changes) for changes in SETTINGS}
+    names = list(results)
+    alike = [
+        (one, other)
+        for i, one in enumerate(names)
+        for other in names[i + 1 :]
+        if same(results[one], results[other])
+    ]
+    assert alike == []
+
+
+@pytest.mark.parametrize("settings", EXACT)
+def test_a_student_that_is_its_teacher_stays_what_it_is(
+    run_stage: RunStage,
+    models: Mapping[str, str],
+    domains: Mapping[str, str],
+    settings: dict[str, Any],
+) -> None:
+    """One domain, so that student and teacher compute the same batch, bit for bit: the loss is 0,
+    the gradient is 0, and Adam, which would blow any rounding up to a full step, does nothing."""
+    inputs = dict.fromkeys(("start", "teachers.self"), models["start"])
+    inputs["domains.short"] = domains["domains.short"]
+    ran = run_stage("distill", BASE | settings | {"routes": {"short": "self"}}, inputs)
+    start = load_file(f"{models['start']}/model.safetensors")
+    for line in ran.lines:
+        assert abs(line["kl"]) < 1e-6
+        assert line["grad_norm"] < 1e-6
+    changed = [n for n, value in ran.weights().items() if not torch.equal(start[n], value)]
+    assert changed == []
+
+
+@pytest.mark.parametrize("settings", EXACT)
+def test_with_several_domains_only_rounding_is_left(
+    distill: Callable[..., Any], models: Mapping[str, str], settings: dict[str, Any]
+) -> None:
+    first = distill(first=models["start"], second=models["start"], **settings).lines[0]
+    other = distill(**settings).lines[0]
+    for name in ROUTES:
+        assert abs(first[f"kl/{name}"]) < 1e-5 < other[f"kl/{name}"]
+    assert first["grad_norm"] < 1e-5 * other["grad_norm"] + 1e-5
+
+
+def test_the_self_teacher_holds_its_domain(
+    distill: Callable[..., Any], models: Mapping[str, str]
+) -> None:
+    """`words` is to stay where it is while `short` moves to its teacher."""
+    ran = distill(steps=20, prompts_per_step=32, second=models["start"], lr=0.005)
+    assert abs(ran.lines[0]["kl/words"]) < 1e-5
+    assert ran.lines[-1]["kl/words"] < 0.25 * ran.lines[-1]["kl/short"]
+
+
+def test_each_row_is_read_by_its_own_teacher(
+    run_stage: RunStage, models: Mapping[str, str], domains: Mapping[str, str]
+) -> None:
+    """At step 1 the student is the same everywhere, so a domain's KL depends on its teacher alone:
+    that of both domains together is that of each alone."""
+    together: dict[str, float] = {}
+    for routes in ({"short": "first", "words": "second"}, {"short": "first"}, {"words": "second"}):
+        inputs = {"start": models["start"]}
+        inputs |= {f"domains.{name}": domains[f"domains.{name}"] for name in routes}
+        inputs |= {"teachers.first": models["one"], "teachers.second": models["two"]}
+        changes = {"routes": routes, "steps": 1, "prompts_per_step": 400 * len(routes)}
+        line = run_stage("distill", BASE | changes, inputs).lines[0]
+        for name in routes:
+            value = together.setdefault(name, line[f"kl/{name}"])
+            # Other prompts and random numbers, but 400 rows each.
+            assert line[f"kl/{name}"] == pytest.approx(value, rel=0.15)
+    assert together["short"] != pytest.approx(together["words"], rel=0.02)
+
+
+def test_masked_tokens_do_not_learn(distill: Callable[..., Any], models: Mapping[str, str]) -> None:
+    """Sampler and learner never agree to the last bit: bounds [1, 1] mask nearly every token."""
+    usual = distill(correction="icepop").lines
+    strict = distill(correction="icepop", correction_low=1.0, correction_high=1.0).lines
+    for loose, tight in zip(usual, strict, strict=True):
+        assert loose["correction_masked"] == 0
+        assert 0.3 < tight["correction_masked"] <= 1
+
+
+def test_the_reward_pulls_beside_the_teacher(distill: Callable[..., Any]) -> None:
+    """The same teachers, with a reward that outweighs them and without one."""
+    settings = {"steps": 25, "samples_per_prompt": 4, "prompts_per_step": 16, "warmup_steps": 0}
+    ran = distill(**settings, reward_weight=30.0)
+    assert "reward" not in distill().lines[0]
+    first = sum(line["reward"] for line in ran.lines[:3])
+    assert sum(line["reward"] for line in ran.lines[-3:]) > first + 0.3
+
+
+def test_weights_by_hand() -> None:
+    """4 rows of `a` with 2 tokens and 2 of `b` with 12: shares of rows 2/3 and 1/3, of tokens 1/4
+    and 3/4, so the balance is 8/3 and 4/9; with weights 1 and 3 that makes 8/3 and 4/3."""
+    length_B, domain_B = torch.tensor([2, 12, 2, 2, 12, 2]), torch.tensor([0, 1, 0, 0, 1, 0])
+    config = Distill(
+        steps=1, aggregation="token", balance="tokens", domain_weights={"b": 3.0}, routes={}
+    )
+    weight_B = domain_weights(config, ["a", "b"], length_B, domain_B)
+    torch.testing.assert_close(weight_B, torch.tensor([8 / 3, 4 / 3, 8 / 3, 8 / 3, 4 / 3, 8 / 3]))
+    plain = Distill(steps=1, domain_weights={"b": 3.0})
+    weight_B = domain_weights(plain, ["a", "b"], length_B, domain_B)
+    assert weight_B.tolist() == [1, 3, 1, 1, 3, 1]
+
+
+def test_balance_survives_a_domain_without_rows() -> None:
+    config = Distill(steps=1, aggregation="token", balance="tokens")
+    length_B, domain_B = torch.tensor([2, 4]), torch.tensor([0, 0])
+    weight_B = domain_weights(config, ["a", "b"], length_B, domain_B)
+    assert weight_B.tolist() == [1, 1]
+
+
+def test_a_domain_of_weight_zero_teaches_nothing(
+    distill: Callable[..., Any], models: Mapping[str, str], same: Any
+) -> None:
+    """The teacher of a domain that counts nothing may be any other: nothing changes."""
+    settings = {"domain_weights": {"words": 0.0}}
+    assert same(distill(**settings), distill(**settings, second=models["one"]))
+    assert not same(distill(), distill(second=models["one"]))
+
+
+def other_template(path: Path) -> None:
+    file = path / "chat_template.jinja"
+    file.write_text(file.read_text() + " ")
+
+
+def other_token(path: Path) -> None:
+    file = path / "tokenizer.json"
+    content = json.loads(file.read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    file.write_text(json.dumps(content))
+
+
+def other_stop(path: Path) -> None:
+    file = path / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": 4}))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (other_template, "chat template"),
+        (other_token, "id of token 'a'"),
+        (other_stop, "stop token ids"),
+    ],
+)
+def test_teachers_of_another_tongue_are_refused_before_the_first_step(
+    distill: Callable[..., Any],
+    models: Mapping[str, str],
+    tmp_path: Path,
+    change: Callable[[Path], None],
+    message: str,
+) -> None:
+    shutil.copytree(models["two"], tmp_path / "other")
+    change(tmp_path / "other")
+    with pytest.raises(ConfigError, match=f"teacher 'second'.*{message}"):
+        distill(second=str(tmp_path / "other"))
+    assert not list(tmp_path.glob("work-*/metrics.jsonl"))
+
+
+def test_a_teacher_with_another_vocabulary_size_is_refused(
+    distill: Callable[..., Any],
+    make_model: Callable[..., LanguageModel],
+    save_model: Callable[[LanguageModel], str],
+) -> None:
+    second = save_model(make_model(vocabulary=104))
+    with pytest.raises(ConfigError, match="output layer rows is 104 there and 100 here"):
+        distill(second=second)
+
+
+def test_a_teacher_of_another_size_and_architecture_will_do(
+    distill: Callable[..., Any],
+    make_model: Callable[..., LanguageModel],
+    save_model: Callable[[LanguageModel], str],
+    models: Mapping[str, str],
+) -> None:
+    generation = json.loads(Path(models["one"], "generation_config.json").read_text())
+    second = save_model(make_model("gpt2", stop=generation["eos_token_id"]))
+    for estimator in ESTIMATORS:
+        ran = distill(second=second, estimator=estimator)
+        assert ran.lines[0]["kl/words"] > 0.1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"top_k": 8}, "top_k = 8: it is not read with estimator = full_vocabulary"),
+        ({"advantage_clip": 1.0}, "not read with estimator = full_vocabulary"),
+        ({"estimator": "top_k", "advantage_clip": None}, "not read with estimator = top_k"),
+        ({"aggregation_constant": 8}, "not read with aggregation = sequence"),
+        ({"balance": "tokens"}, "set aggregation = token"),
+        ({"reward_weight": 0.5}, "set samples_per_prompt to 2 or more"),
+        ({"domain_weights": {"word": 2.0}}, "'word' is not a domain .* choices: short, words"),
+        ({"domain_weights": {"words": -1.0}}, "domain_weights.words"),
+        ({"estimator": "k1"}, "'k1' is not allowed"),
+        ({"teachers": {}}, "unknown option"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_config("distill", "student", BASE | changes)

@@ -1,0 +1,215 @@
+"""The rl stage: every setting changes what is learned, in the way that it says."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from posttrain.engine.errors import ConfigError
+from posttrain.stages.config import build_config
+
+RunStage = Callable[..., Any]
+BASE: dict[str, Any] = {
+    "steps": 4,
+    "prompts_per_step": 6,
+    "group_size": 4,
+    "max_new_tokens": 6,
+    "lr": 0.02,
+    "warmup_steps": 1,
+}
+
+
+@pytest.fixture
+def rl(
+    run_stage: RunStage, models: Mapping[str, str], domains: Mapping[str, str]
+) -> Callable[..., Any]:
+    """Run rl from `start` with BASE and the given changes."""
+
+    def run(**changes: Any) -> Any:
+        return run_stage("rl", BASE | changes, {"start": models["start"], **domains})
+
+    return run
+
+
+def test_metrics_are_named_as_documented_and_finite(rl: Callable[..., Any]) -> None:
+    ran = rl(kl_coef=0.1, correction="icepop", updates_per_batch=2)
+    assert [line["step"] for line in ran.lines] == [1, 2, 3, 4]
+    expected = {"step", "total", "tokens", "seconds", "lr", "grad_norm", "entropy", "kl_reference"}
+    expected |= {"reward", "reward/short", "reward/words", "response_length", "finished_share"}
+    expected |= {"kept_share", "clip_low", "clip_high", "ratio", "approx_kl"}
+    expected |= {"correction_masked", "correction_truncated", "sampler_ratio", "correction"}
+    for line in ran.lines:
+        assert expected <= set(line)
+        assert all(math.isfinite(value) for value in line.values())
+        assert 0 < line["reward"] < 1
+        assert line["reward"] == pytest.approx(
+            (line["reward/short"] + line["reward/words"]) / 2, abs=1e-5
+        )
+        assert 0 < line["kept_share"] <= 1
+        assert 0 < line["entropy"] < math.log(100)
+        assert 0 < line["finished_share"] <= 1
+    assert ran.metrics == {"reward": ran.lines[-1]["reward"], "tokens": ran.lines[-1]["tokens"]}
+
+
+def test_two_runs_are_the_same_run(
+    rl: Callable[..., Any], same: Callable[..., bool], models: Mapping[str, str]
+) -> None:
+    one = rl()
+    assert same(one, rl())
+    start = load_file(f"{models['start']}/model.safetensors")
+    assert any(not torch.equal(start[name], value) for name, value in one.weights().items())
+
+
+ONE_UPDATE: list[dict[str, Any]] = [
+    {"seed": 1},
+    {"lr": 0.01},
+    {"steps": 5},
+    {"warmup_steps": 2},
+    {"lr_schedule": "constant"},
+    {"lr_schedule": "linear"},
+    {"lr_end": 0.5},
+    {"beta1": 0.5},
+    {"beta2": 0.5},
+    {"weight_decay": 0.5},
+    {"max_grad_norm": 1e-9},
+    {"prompts_per_step": 5},
+    {"group_size": 3},
+    {"max_new_tokens": 5},
+    {"temperature": 0.7},
+    {"updates_per_batch": 2},
+    {"advantage": "group_mean"},
+    {"advantage": "leave_one_out"},
+    {"advantage": "batch"},
+    {"aggregation": "sequence"},
+    {"aggregation": "constant"},
+    {"drop_zero_variance": False},
+    {"kl_coef": 0.5},
+    {"kl_coef": 0.5, "kl_estimator": "k2"},
+    {"kl_coef": 0.5, "kl_in": "reward"},
+    {"kl_coef": 0.5, "kl_in": "reward", "kl_estimator": "k1"},
+    {"kl_coef": 0.5, "kl_in": "reward", "kl_estimator": "k2"},
+    {"correction": "truncated", "correction_high": 1.0},
+    {"correction": "icepop", "correction_high": 1.0},
+    {"correction": "icepop", "correction_low": 1.0},
+]
+
+
+def test_every_setting_changes_the_result(rl: Callable[..., Any], same: Any) -> None:
+    results = {"base": rl()} | {str(changes): rl(**changes) for changes in ONE_UPDATE}
+    names = list(results)
+    alike = [
+        (one, other)
+        for i, one in enumerate(names)
+        for other in names[i + 1 :]
+        if same(results[one], results[other])
+    ]
+    assert alike == []
+
+
+def test_settings_of_several_updates_change_the_result(rl: Callable[..., Any], same: Any) -> None:
+    several = {"updates_per_batch": 3, "lr": 0.05, "warmup_steps": 0}
+    base = rl(**several)
+    assert any(line["clip_low"] > 0 or line["clip_high"] > 0 for line in base.lines)
+    assert any(abs(line["ratio"] - 1) > 1e-3 for line in base.lines)
+    for changes in ({"ratio": "sequence"}, {"clip_low": 0.01}, {"clip_high": 0.01}):
+        assert not same(base, rl(**several, **changes)), changes
+    tight = rl(**several, clip_low=0.01, clip_high=0.01)
+    assert tight.lines[0]["clip_low"] + tight.lines[0]["clip_high"] > (
+        base.lines[0]["clip_low"] + base.lines[0]["clip_high"]
+    )
+
+
+def first_step(ran: Any) -> float:
+    return float(ran.lines[0]["grad_norm"])
+
+
+def test_leave_one_out_is_the_group_mean_scaled(rl: Callable[..., Any]) -> None:
+    """r - mean of the others = (r - mean) G / (G - 1): the gradient grows by 4/3 for G = 4."""
+    mean = first_step(rl(steps=1, advantage="group_mean"))
+    others = first_step(rl(steps=1, advantage="leave_one_out"))
+    assert others == pytest.approx(mean * 4 / 3, rel=1e-4)
+
+
+def test_the_constant_divides_the_gradient(rl: Callable[..., Any]) -> None:
+    by_limit = first_step(rl(steps=1, aggregation="constant"))
+    by_twelve = first_step(rl(steps=1, aggregation="constant", aggregation_constant=12))
+    assert by_limit == pytest.approx(2 * by_twelve, rel=1e-4)
+
+
+def test_the_share_of_masked_tokens_is_logged(rl: Callable[..., Any]) -> None:
+    """Two engines never agree to the last bit: with bounds [1, 1] nearly every token is masked, and
+    with the usual ones none is."""
+    usual = rl(correction="icepop")
+    strict = rl(correction="icepop", correction_low=1.0, correction_high=1.0)
+    for loose, tight in zip(usual.lines, strict.lines, strict=True):
+        assert loose["correction_masked"] == 0
+        assert loose["sampler_ratio"] == pytest.approx(1, abs=1e-4)
+        assert 0.3 < tight["correction_masked"] <= 1
+
+
+def test_a_kl_penalty_holds_the_policy_near_its_start(rl: Callable[..., Any]) -> None:
+    settings = {"steps": 12, "prompts_per_step": 8, "lr": 0.003, "advantage": "group_mean"}
+    for extra in (
+        {"kl_estimator": "k3"},
+        {"kl_estimator": "k2"},
+        {"kl_in": "reward", "kl_estimator": "k1"},
+    ):
+        free = rl(**settings, **extra, kl_coef=1e-6)
+        held = rl(**settings, **extra, kl_coef=1.0)
+        # The policy of the first step is the reference itself.
+        assert abs(held.lines[0]["kl_reference"]) < 1e-4
+        assert held.lines[-1]["kl_reference"] < 0.5 * free.lines[-1]["kl_reference"]
+
+
+def test_reward_rises(rl: Callable[..., Any]) -> None:
+    ran = rl(steps=25, prompts_per_step=16, lr=0.01, warmup_steps=0)
+    first = sum(line["reward"] for line in ran.lines[:3]) / 3
+    last = sum(line["reward"] for line in ran.lines[-3:]) / 3
+    assert last > first + 0.2
+
+
+def test_a_step_without_any_contrast_changes_nothing(
+    run_stage: RunStage, models: Mapping[str, str], undemonstrated: str
+) -> None:
+    """A random model never hits an exact answer: every group is dropped and no update is made."""
+    inputs = {"start": models["start"], "domains.bare": undemonstrated}
+    ran = run_stage("rl", BASE, inputs)
+    assert [line["kept_share"] for line in ran.lines] == [0, 0, 0, 0]
+    start = load_file(f"{models['start']}/model.safetensors")
+    assert all(torch.equal(start[name], value) for name, value in ran.weights().items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kl_coef": 0.1, "kl_estimator": "k1"}, "gradient of log"),
+        ({"kl_estimator": "k2"}, "kl_estimator = k2: it is not read with kl_coef = 0"),
+        ({"kl_in": "reward"}, "not read with kl_coef = 0"),
+        ({"clip_low": 0.1}, "not read with updates_per_batch = 1"),
+        ({"clip_high": 0.3}, "not read with updates_per_batch = 1"),
+        ({"ratio": "sequence"}, "not read with updates_per_batch = 1"),
+        ({"aggregation_constant": 5}, "not read with aggregation = token"),
+        ({"correction_low": 0.4}, "not read with correction = none"),
+        ({"correction_high": 4.0}, "not read with correction = none"),
+        ({"correction": "truncated", "correction_low": 0.4}, "not read with correction = trunc"),
+        ({"correction": "icepop", "correction_low": 1.5}, "correction_low"),
+        ({"correction": "icepop", "correction_high": 0.5}, "correction_high"),
+        ({"lr_schedule": "constant", "lr_end": 0.5}, "not read with lr_schedule = constant"),
+        ({"clip_low": 1.5, "updates_per_batch": 2}, "clip_low"),
+        ({"group_size": 1}, "group_size"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"seed": -1}, "seed"),
+        ({"advantage": "zscore"}, "advantage"),
+        ({"lr": float("nan")}, "lr"),
+        ({"grup_size": 4}, "did you mean 'group_size'"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as raised:
+        build_config("rl", "mine", BASE | changes)
+    assert "stage 'mine' (rl)" in str(raised.value)
