@@ -70,6 +70,16 @@ def test_metrics_are_named_as_documented_and_finite(
     assert ran.metrics == {"kl": ran.lines[-1]["kl"], "tokens": ran.lines[-1]["tokens"]}
 
 
+@pytest.mark.parametrize("updates", [1, 3])
+def test_the_logged_loss_is_what_is_descended(distill: Callable[..., Any], updates: int) -> None:
+    """With token means and no weights it is the mean KL per token."""
+    token = distill(aggregation="token", updates_per_batch=updates).lines
+    assert [line["loss"] for line in token] == pytest.approx([line["kl"] for line in token])
+    constant = distill(aggregation="constant", aggregation_constant=4, steps=1).lines[0]
+    mean_sum = constant["kl"] * constant["response_length"]
+    assert constant["loss"] == pytest.approx(mean_sum / 4, rel=1e-4)
+
+
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_the_student_comes_nearer_to_each_teacher(
     distill: Callable[..., Any], estimator: str

@@ -91,7 +91,7 @@ def learn(
     weight_B = domain_weights(config, domains, rollouts.response_len_B, domain_B)
     reward_B = advantages(scored.reward_B, scored.group_B, mode="group_mean")
     sums: dict[str, float] = {}
-    num_updates = 0
+    count, num_updates = 0.0, 0
     for rows_B in equal_parts(len(rollouts), config.updates_per_batch, seed=config.seed, step=step):
         update = DistillUpdate(
             config,
@@ -106,8 +106,9 @@ def learn(
         )
         part = learner.update(update.rows, update.loss, count=update.count, lr=lr)
         sums = {name: sums.get(name, 0.0) + part.get(name, 0.0) for name in sums | part}
-        num_updates += 1
+        count, num_updates = count + update.count, num_updates + 1
     metrics = {"lr": lr, "grad_norm": sums.pop("grad_norm") / num_updates}
+    metrics["loss"] = sums.pop("loss") / count
     metrics |= describe(sums, domains, rollouts.num_tokens)
     metrics["response_length"] = float(rollouts.response_len_B.float().mean())
     metrics["finished_share"] = float(rollouts.finished_B.float().mean())
