@@ -361,8 +361,10 @@ class Recipe:
         return routes, edges
 
     def _root(self, name: str) -> str:
-        """The stage that a model descends from by its starts."""
-        while name in self._nodes and "start" in self._nodes[name].inputs:
+        """The stage that a model descends from by its starts; in a cycle any stage of it."""
+        passed: set[str] = set()
+        while name in self._nodes and name not in passed and "start" in self._nodes[name].inputs:
+            passed.add(name)
             name = self._nodes[name].inputs["start"]
         return name
 
