@@ -2,43 +2,53 @@
 
 Source: MOPD, arXiv 2606.30406; MiMo-V2-Flash, arXiv 2601.02780, section 4.
 Base, one general SFT, then per domain a light SFT and RL on that domain only, all from the same SFT
-checkpoint; the student starts there too, samples its own responses, and each prompt's teacher
-corrects them token by token.
+checkpoint. The student starts there too, answers prompts of all domains itself, and the teacher of
+each prompt's domain corrects it token by token.
+Left out: outcome reward in the distillation (set student.reward_weight), a second round.
 """
 
-from posttrain import Recipe
+from typing import Literal
 
-BUDGETS = {"short": {"pretrain": 400, "distill": 120},
-           "long": {"pretrain": 400, "distill": 400}}
+from posttrain import Recipe, Stage
+
+DISTILL_STEPS = {"short": 320, "long": 1600}
 
 
-def recipe(r: Recipe, base: str = "tiny", budget: str = "short"):
-    steps = BUDGETS[budget]
+def recipe(r: Recipe, base: str = "tiny", budget: Literal["short", "long"] = "short") -> Stage:
     if base == "tiny":
-        start = r.pretrain(
-            data=r.demos(r.domains), steps=steps["pretrain"], lr=4e-3, loss_on="response"
-        )
+        start = r.pretrain(data=r.demos(r.domains), steps=350, lr=4e-3, loss_on="response")
     else:
         start = r.model(base)
-    s = r.sft(start=start, data=r.demos(r.domains), steps=40, lr=5e-4)
-    teachers = {}
-    for d in r.domains:
-        light = r.sft(start=s, data=r.demos(d), steps=150, batch_size=128, lr=2e-3, name=f"{d}_sft")
-        teachers[d] = r.rl(
-            start=light,
-            prompts=r.prompts(d),
-            steps=40,
-            lr=3e-4,
-            max_new_tokens=24,
-            name=f"{d}_teacher",
-        )
+    sft = r.sft(start=start, data=r.demos(r.domains), steps=40, lr=5e-4)
+
+    teachers = {d: specialist(r, d, sft) for d in r.domains}
     student = r.distill(
-        start=s,
+        start=sft,
         teachers=teachers,
         prompts=r.prompts(r.domains),
-        steps=steps["distill"],
-        lr=1.5e-3,
+        steps=DISTILL_STEPS[budget],
+        lr=1.2e-3,
         updates_per_batch=4,
         max_new_tokens=24,
     )
-    return r.evaluate(student, teachers=teachers, init=s, max_new_tokens=24)
+    return r.evaluate(student, teachers=teachers, init=sft, max_new_tokens=24)
+
+
+def specialist(r: Recipe, domain: str, sft: Stage) -> Stage:
+    light = r.sft(
+        start=sft,
+        data=r.demos(domain),
+        steps=150,
+        batch_size=128,
+        lr=1.5e-3,
+        name=f"{domain}_sft",
+    )
+    return r.rl(
+        start=light,
+        prompts=r.prompts(domain),
+        steps=50,
+        lr=1e-4,
+        advantage="group_mean",
+        max_new_tokens=24,
+        name=f"{domain}_teacher",
+    )
