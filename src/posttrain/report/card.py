@@ -1,0 +1,151 @@
+"""The model card of a checkpoint: README.md with parents, data, settings, metrics and scores."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from posttrain.engine.record import SHORT
+from posttrain.report.gather import DOMAIN_EDGE
+from posttrain.report.views import flat
+from posttrain.report.wording import DASH, fixed, number, percent, percent_range
+
+WHAT = {
+    "pretrain": "pre-trained from nothing",
+    "sft": "supervised fine-tuning",
+    "rl": "reinforcement learning on verifiable rewards",
+    "distill": "on-policy distillation from one teacher per domain",
+    "model": "taken in from outside",
+}
+
+
+def model_card(
+    *,
+    name: str,
+    kind: str,
+    fingerprint: str,
+    config: Mapping[str, Any],
+    inputs: Mapping[str, Mapping[str, str]],
+    metrics: Mapping[str, Any],
+    scores: Sequence[Mapping[str, Any]] | None = None,
+    base_model: str | None = None,
+) -> str:
+    """README.md of a checkpoint, with the YAML head that the Hugging Face Hub reads.
+
+    `inputs` maps edges to name, kind and fingerprint; `scores` holds the evaluations that include
+    this model, as `gather.scores_of` gives them; `base_model` is the Hub id it descends from, if
+    any.
+    """
+    parents = {edge: s for edge, s in inputs.items() if s["kind"] != "domain"}
+    data = {
+        edge.removeprefix(DOMAIN_EDGE): s for edge, s in inputs.items() if s["kind"] == "domain"
+    }
+    parts = [
+        _head(kind, data, base_model),
+        f"# {name}",
+        f"Made by posttrain: {WHAT.get(kind, kind)}. Fingerprint `{fingerprint}`.",
+        *(["## Scores", *_scores(scores)] if scores else []),
+        "## How it was made",
+        _table(
+            ("edge", "stage", "kind", "fingerprint"),
+            [
+                (edge, s["name"], s["kind"], f"`{s['fingerprint'][:SHORT]}`")
+                for edge, s in parents.items()
+            ],
+        )
+        or "It has no parents.",
+        *_titled(
+            "## Data",
+            _table(
+                ("domain", "fingerprint"),
+                [(domain, f"`{s['fingerprint'][:SHORT]}`") for domain, s in data.items()],
+            ),
+        ),
+        *_titled("## Settings", _table(("setting", "value"), list(flat(config).items()))),
+        *_titled(
+            "## Metrics at the end of training",
+            _table(("metric", "value"), [(key, number(v)) for key, v in metrics.items()]),
+        ),
+        "## How to load it",
+        _USE,
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+_USE = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+path = "."  # this directory
+model = AutoModelForCausalLM.from_pretrained(path)
+tokenizer = AutoTokenizer.from_pretrained(path)
+chat = [{"role": "user", "content": "..."}]
+inputs = tokenizer.apply_chat_template(
+    chat, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+)
+output = model.generate(**inputs, max_new_tokens=64)
+print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+```"""
+
+
+def _head(kind: str, domains: Mapping[str, Any], base_model: str | None) -> str:
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
+    if base_model is not None:
+        lines.append(f"base_model: {json.dumps(base_model)}")
+    # A JSON string is a YAML string, whatever is in it.
+    lines += ["tags:", *(f"- {json.dumps(tag)}" for tag in ("posttrain", kind, *domains)), "---"]
+    return "\n".join(lines)
+
+
+def _scores(scores: Sequence[Mapping[str, Any]]) -> list[str]:
+    found = []
+    for item in scores:
+        evaluation, model = item["evaluation"], item["model"]
+        rows = [
+            (
+                domain,
+                _accuracy(evaluation, model, domain, "sampled"),
+                _accuracy(evaluation, model, domain, "greedy"),
+                _recovery(row) if model == "student" else "",
+            )
+            for domain, row in evaluation["domains"].items()
+        ]
+        columns = ("domain", "temperature 1", "greedy", "recovery")
+        width = 4 if model == "student" and evaluation["routes"] else 3
+        split = "held-out" if evaluation["split"] == "heldout" else evaluation["split"]
+        norm = evaluation["norm"] if model == "student" else None
+        found += [
+            f"Accuracy in per cent on {split} problems, with 95 % bootstrap intervals where they "
+            f"were computed (`{item['name']}-{item['fingerprint'][:SHORT]}`, as {model}).",
+            _table(columns[:width], [row[:width] for row in rows]),
+            *([] if norm is None else [f"Norm (mean recovery): {fixed(norm, 2)}."]),
+        ]
+    return found
+
+
+def _accuracy(evaluation: Mapping[str, Any], model: str, domain: str, decoding: str) -> str:
+    text = percent(evaluation["models"][model][domain][decoding])
+    row = evaluation["domains"][domain]
+    cells = row if decoding == "sampled" else row["greedy"]
+    role = "teacher" if model == f"teachers.{evaluation['routes'].get(domain)}" else model
+    return f"{text} ({percent_range(cells[role])})" if cells.get(role) else text
+
+
+def _recovery(row: Mapping[str, Any]) -> str:
+    return fixed(row["recovery"]["value"], 2) if row["recovery"] else f"{DASH} ({row['note']})"
+
+
+def _titled(title: str, body: str) -> list[str]:
+    return [title, body] if body else []
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; empty without rows."""
+    if not rows:
+        return ""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")

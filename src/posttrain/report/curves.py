@@ -1,0 +1,220 @@
+"""Which training curves a report shows: metrics of many stages turned into small panels.
+
+Colour means domain. Stages of one kind that learn one domain each (specialists) share their panels;
+a stage that learns several draws a line per domain where it logs `<metric>/<domain>`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from posttrain.report.gather import StageFacts
+from posttrain.report.wording import number
+
+MAX_POINTS = 120
+"""Longer curves are drawn as the means of that many runs of steps."""
+LOG_SPAN = 10
+INK = 0
+"""Colour number of lines that belong to no single domain."""
+COUNTERS = frozenset({"step", "total", "tokens", "seconds"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """How a logged metric is called."""
+
+    title: str
+    hint: str = ""
+    log: bool = False
+    """Drawn on a logarithmic scale where the values span a factor of `LOG_SPAN`."""
+
+
+METRICS = {
+    "loss": Metric(title="Loss", log=True),
+    "reward": Metric(title="Reward", hint="mean verifier score of the samples"),
+    "kl": Metric(title="Reverse KL", hint="to the teacher, nats per token", log=True),
+    "entropy": Metric(title="Entropy", hint="nats per token"),
+    "response_length": Metric(title="Response length", hint="mean, tokens"),
+    "clip_share": Metric(title="Clip share", hint="tokens whose gradient the clip stops"),
+    "clip_low": Metric(title="Clipped below"),
+    "clip_high": Metric(title="Clipped above"),
+    "clipped": Metric(title="Clip share", hint="tokens whose advantage is clipped"),
+    "correction_masked": Metric(
+        title="Mask share", hint="tokens dropped: sampler and learner differ"
+    ),
+    "correction_truncated": Metric(title="Truncated ratios", hint="share of tokens"),
+    "kept_share": Metric(title="Rows with signal", hint="share whose group has unequal rewards"),
+    "finished_share": Metric(title="Finished", hint="share of responses that ended by themselves"),
+    "token_share": Metric(title="Token share", hint="of all tokens in the batch"),
+    "kl_reference": Metric(title="KL to the start", hint="nats per token"),
+    "student_mass": Metric(title="Student's mass on the teacher's top k"),
+    "teacher_mass": Metric(title="Teacher's mass on its top k"),
+    "advantage_abs": Metric(title="Advantage", hint="mean size"),
+    "approx_kl": Metric(title="KL of the update", hint="nats per token"),
+    "ratio": Metric(title="Probability ratio", hint="mean"),
+    "sampler_ratio": Metric(title="Learner to sampler ratio", hint="mean"),
+    "grad_norm": Metric(title="Gradient norm", hint="before clipping"),
+    "lr": Metric(title="Learning rate"),
+    "rows": Metric(title="Rows per teacher"),
+}
+SHOWN = {
+    "supervised": ("loss",),
+    "rl": ("reward", "entropy", "response_length", "clip_share", "correction_masked"),
+    "distill": (
+        *("kl", "entropy", "response_length", "token_share", "clipped", "correction_masked"),
+        "reward",
+    ),
+}
+"""Metrics that are shown, the rest is folded away."""
+HINTS = {
+    ("supervised", "loss"): "cross-entropy, nats per token",
+    ("distill", "loss"): "as the estimator weighs it",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """One curve."""
+
+    label: str
+    colour: int
+    dash: int
+    """0 is solid; several stages of one domain differ by it."""
+    x: list[float]
+    y: list[float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    """One small plot."""
+
+    key: str
+    title: str
+    hint: str
+    lines: list[Line]
+    log: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """The curves of the stages of one kind, or of one stage."""
+
+    title: str
+    panels: list[Panel]
+    folded: list[Panel]
+    constant: list[str] = field(default_factory=list)
+    """Metrics that never change, in words: a plot of them would say nothing."""
+    legend: list[Line] = field(default_factory=list)
+
+
+def sections(stages: Sequence[StageFacts], colours: dict[str, int]) -> list[Section]:
+    """All curves of a lineage, in the order of the recipe."""
+    logged = [stage for stage in stages if len(stage.lines) > 1]
+    supervised = [stage for stage in logged if stage.kind in ("pretrain", "sft")]
+    found = []
+    if supervised:
+        found.append(_section("Supervised stages", "supervised", supervised, colours))
+    reinforced = [stage for stage in logged if stage.kind == "rl"]
+    if reinforced:
+        found.append(_section("Reinforcement learning", "rl", reinforced, colours))
+    for stage in logged:
+        if stage.kind == "distill":
+            found.append(_section(f"Distillation: {stage.name}", "distill", [stage], colours))
+    return found
+
+
+def _section(
+    title: str, family: str, stages: Sequence[StageFacts], colours: dict[str, int]
+) -> Section:
+    shown: list[Panel] = []
+    folded: list[Panel] = []
+    constant = []
+    keys = dict.fromkeys(
+        key.partition("/")[0] for stage in stages for line in stage.lines for key in line
+    )
+    if "clip_low" in keys or "clip_high" in keys:
+        keys["clip_share"] = None
+    order = [key for key in SHOWN[family] if key in keys]
+    order += [key for key in keys if key not in order and key not in COUNTERS]
+    for key in order:
+        lines = [line for stage in stages for line in _lines(stage, stages, key, colours)]
+        values = {y for line in lines for y in line.y}
+        if not values:
+            continue
+        metric = METRICS.get(key, Metric(title=key))
+        if len(values) == 1:
+            constant.append(f"{metric.title.lower()} {number(values.pop())}")
+            continue
+        panel = Panel(
+            key=key,
+            title=metric.title,
+            hint=HINTS.get((family, key), metric.hint),
+            lines=lines,
+            log=metric.log and 0 < LOG_SPAN * min(values) < max(values),
+        )
+        (shown if key in SHOWN[family] else folded).append(panel)
+    return Section(
+        title=title,
+        panels=shown,
+        folded=folded,
+        constant=constant,
+        legend=_legend(shown + folded),
+    )
+
+
+def _lines(
+    stage: StageFacts, stages: Sequence[StageFacts], key: str, colours: dict[str, int]
+) -> list[Line]:
+    """The curves of one metric in one stage: one per domain where it has those, else one."""
+    full = dict.fromkeys(k for line in stage.lines for k in line if k.startswith(f"{key}/"))
+    if full and len(stages) == 1:
+        # What is logged per teacher gets the colour of that teacher's domain.
+        owner = {teacher: domain for domain, teacher in stage.config.get("routes", {}).items()}
+        found = []
+        for name in (k.partition("/")[2] for k in full):
+            x, y = _thin(_points(stage, (f"{key}/{name}",)))
+            colour = colours.get(name) or colours.get(owner.get(name, ""), INK)
+            found.append(Line(label=name, colour=colour, dash=0, x=x, y=y))
+        return found
+    parts = ("clip_low", "clip_high") if key == "clip_share" else (key,)
+    points = _points(stage, parts)
+    if not points:
+        return []
+    x, y = _thin(points)
+    twins = [other.label for other in stages if other.domain == stage.domain]
+    return [
+        Line(
+            label=stage.name if len(stages) > 1 else "all domains",
+            colour=INK if stage.domain is None else colours[stage.domain],
+            dash=twins.index(stage.label),
+            x=x,
+            y=y,
+        )
+    ]
+
+
+def _points(stage: StageFacts, keys: Sequence[str]) -> list[tuple[float, float]]:
+    """(step, sum of the metrics `keys`) for every line that has all of them."""
+    return [
+        (line["step"], sum(line[key] for key in keys))
+        for line in stage.lines
+        if "step" in line and all(key in line for key in keys)
+    ]
+
+
+def _thin(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    """At most `MAX_POINTS` points, each the mean of as many neighbours."""
+    width = -(-len(points) // MAX_POINTS)
+    x, y = [], []
+    for start in range(0, len(points), width):
+        part = points[start : start + width]
+        x.append(sum(step for step, _ in part) / len(part))
+        y.append(sum(value for _, value in part) / len(part))
+    return x, y
+
+
+def _legend(panels: Iterable[Panel]) -> list[Line]:
+    """Every line that occurs, once; empty where there is only one."""
+    found = {(line.label, line.colour, line.dash): line for panel in panels for line in panel.lines}
+    return list(found.values()) if len(found) > 1 else []

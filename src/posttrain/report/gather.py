@@ -1,0 +1,158 @@
+"""What a report is made of, read from the store once: every stage of an artifact's lineage."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from posttrain.engine.record import SHORT, Artifact
+from posttrain.engine.store import Store
+from posttrain.engine.work import METRICS
+
+EVALUATION = "evaluation.json"
+TRANSCRIPTS = "transcripts.json"
+DOMAIN_EDGE = "domains."
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageFacts:
+    """One stage of a lineage: its record, and the lines it logged."""
+
+    record: Mapping[str, Any]
+    edges: Mapping[str, str]
+    """Edge label -> label of what it descends from directly."""
+    lines: list[dict[str, float]] = field(default_factory=list)
+    """metrics.jsonl, numbers only; [] where there is none."""
+
+    @property
+    def name(self) -> str:
+        """What people call it."""
+        return str(self.record["name"])
+
+    @property
+    def kind(self) -> str:
+        """Its kind."""
+        return str(self.record["kind"])
+
+    @property
+    def fingerprint(self) -> str:
+        """The first digits of its fingerprint, as they stand in its label."""
+        return str(self.record["fingerprint"])[:SHORT]
+
+    @property
+    def label(self) -> str:
+        """`name-fingerprint`: unique in a lineage."""
+        return f"{self.name}-{self.fingerprint}"
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """Its settings."""
+        config: Mapping[str, Any] = self.record["payload"]["config"]
+        return config
+
+    @property
+    def metrics(self) -> Mapping[str, Any]:
+        """Its summary numbers."""
+        metrics: Mapping[str, Any] = self.record["metrics"]
+        return metrics
+
+    @property
+    def provenance(self) -> Mapping[str, Any]:
+        """Facts about the run that made it."""
+        provenance: Mapping[str, Any] = self.record["provenance"]
+        return provenance
+
+    @property
+    def seconds(self) -> float:
+        """How long it took; 0 where that was not recorded."""
+        return float(self.provenance.get("seconds") or 0.0)
+
+    @cached_property
+    def domains(self) -> dict[str, str]:
+        """Domain -> label of the domain artifact it reads."""
+        return {
+            edge.removeprefix(DOMAIN_EDGE): label
+            for edge, label in self.edges.items()
+            if edge.startswith(DOMAIN_EDGE)
+        }
+
+    @property
+    def domain(self) -> str | None:
+        """The one domain it is about, None for none or several."""
+        return next(iter(self.domains)) if len(self.domains) == 1 else None
+
+
+def gather(store: Store, artifact: Artifact) -> list[StageFacts]:
+    """The lineage of `artifact`, ancestors first, itself last.
+
+    Raises StoreError when the record of an ancestor is damaged.
+    """
+    return [
+        StageFacts(
+            record=ancestor.record,
+            edges=ancestor.edges,
+            lines=[] if ancestor.artifact is None else _lines(ancestor.artifact),
+        )
+        for ancestor in store.lineage(artifact)
+    ]
+
+
+def _lines(artifact: Artifact) -> list[dict[str, float]]:
+    if METRICS not in artifact.files:
+        return []
+    text = artifact.file(METRICS).read_text(encoding="utf-8")
+    return [_numbers(json.loads(line)) for line in text.splitlines()]
+
+
+def _numbers(line: Mapping[str, Any]) -> dict[str, float]:
+    """The finite numbers of a line of metrics."""
+    return {
+        key: float(value)
+        for key, value in line.items()
+        if isinstance(value, int | float) and math.isfinite(value)
+    }
+
+
+def read_json(artifact: Artifact, name: str) -> Any:
+    """The content of one of its JSON files, None where it has no such file."""
+    if name not in artifact.files:
+        return None
+    return json.loads(artifact.file(name).read_text(encoding="utf-8"))
+
+
+def scores_of(store: Store, artifact: Artifact) -> list[dict[str, Any]]:
+    """The evaluations in the store that scored this model, oldest first.
+
+    Each as {"name", "fingerprint", "model": its edge there, "evaluation": content of
+    evaluation.json}.
+    """
+    found = []
+    for other in store.list():
+        for edge, source in other.inputs.items():
+            if source["fingerprint"] != artifact.fingerprint or EVALUATION not in other.files:
+                continue
+            content = read_json(other, EVALUATION)
+            if edge in content["models"]:
+                found.append(
+                    {
+                        "name": other.name,
+                        "fingerprint": other.fingerprint,
+                        "model": edge,
+                        "evaluation": content,
+                    }
+                )
+    return found
+
+
+def domain_colours(stages: list[StageFacts]) -> dict[str, int]:
+    """Domain -> number of its colour, 1 to `COLOURS`, the same everywhere in a report."""
+    names = dict.fromkeys(name for stage in stages for name in stage.domains)
+    return {name: number % COLOURS + 1 for number, name in enumerate(sorted(names))}
+
+
+COLOURS = 8
+"""Colours that the style sheet has; a ninth domain gets the first one again."""

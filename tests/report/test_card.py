@@ -1,0 +1,117 @@
+"""Model cards: a head the Hub can read, and tables with the parents, data, settings and scores."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import yaml
+
+from posttrain.engine.record import Artifact
+from posttrain.engine.store import Store
+from posttrain.report.card import model_card
+from posttrain.report.gather import scores_of
+
+
+def card_of(store: Store, name: str, **options: Any) -> str:
+    artifact = store.resolve(name)
+    return model_card(
+        name=artifact.name,
+        kind=artifact.kind,
+        fingerprint=artifact.fingerprint,
+        config=artifact.payload["config"],
+        inputs=artifact.inputs,
+        metrics=artifact.metrics,
+        scores=scores_of(store, artifact),
+        **options,
+    )
+
+
+def head(card: str) -> dict[str, Any]:
+    _, text, _ = card.split("---\n", 2)
+    return yaml.safe_load(text)
+
+
+def table(card: str, title: str) -> list[list[str]]:
+    """The cells of the first table under a heading."""
+    lines = card[card.index(f"## {title}\n") :].splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("|"))
+    end = next(i for i in range(start, len(lines)) if not lines[i].startswith("|"))
+    return [[cell.strip() for cell in x.strip("|").split(" | ")] for x in lines[start:end]]
+
+
+def test_head_is_yaml(store: Store, finished: Artifact):
+    found = head(card_of(store, "student", base_model="Qwen/Qwen3-0.6B"))
+    assert found["library_name"] == "transformers"
+    assert found["base_model"] == "Qwen/Qwen3-0.6B"
+    assert found["tags"] == ["posttrain", "distill", "add", "letters", "reverse", "spiral"]
+    assert "base_model" not in head(card_of(store, "student"))
+
+
+def test_names_that_mean_something_in_yaml_are_quoted():
+    card = model_card(
+        name="x",
+        kind="rl",
+        fingerprint="0" * 64,
+        config={},
+        inputs={"domains.no": {"name": "no", "kind": "domain", "fingerprint": "1" * 64}},
+        metrics={},
+        base_model="a: [b",
+    )
+    assert head(card)["tags"] == ["posttrain", "rl", "no"]
+    assert head(card)["base_model"] == "a: [b"
+
+
+def test_parents_and_data(store: Store, finished: Artifact):
+    card = card_of(store, "student")
+    student = store.resolve("student")
+    edges = {row[0]: row for row in table(card, "How it was made")[2:]}
+    assert set(edges) == {"start", *(f"teachers.{d}_teacher" for d in head(card)["tags"][2:])}
+    assert edges["start"][1:] == ["sft", "sft", f"`{student.inputs['start']['fingerprint'][:12]}`"]
+    assert [row[0] for row in table(card, "Data")[2:]] == ["add", "letters", "reverse", "spiral"]
+    assert student.fingerprint in card
+
+
+def test_settings_and_metrics(store: Store, finished: Artifact):
+    card = card_of(store, "student")
+    assert ["routes.add", "add_teacher"] in table(card, "Settings")
+    assert ["advantage_clip", "null"] in table(card, "Settings")
+    assert ["tokens", "144k"] in table(card, "Metrics at the end of training")
+
+
+def test_scores_of_student_and_teacher(store: Store, finished: Artifact, scores: Any):
+    result = scores()
+    rows = table(card_of(store, "student"), "Scores")
+    assert rows[0] == ["domain", "temperature 1", "greedy", "recovery"]
+    add = result["domains"]["add"]
+    assert rows[2][1].startswith(f"{100 * add['student']['value']:.1f} (")
+    assert rows[2][3] == f"{add['recovery']['value']:.2f}"
+    rows = table(card_of(store, "add_teacher"), "Scores")
+    assert rows[0] == ["domain", "temperature 1", "greedy"]
+    assert rows[2][1].startswith(f"{100 * add['teacher']['value']:.1f} (")
+    # Beside its own domain only the mean was kept.
+    assert (
+        rows[3][1] == f"{100 * result['models']['teachers.add_teacher']['letters']['sampled']:.1f}"
+    )
+
+
+def test_a_model_that_was_never_scored(store: Store, finished: Artifact):
+    card = card_of(store, "base")
+    assert "## Scores" not in card
+    assert "It has no parents." in card
+    assert "from_pretrained" in card
+
+
+def test_bars_in_values_do_not_break_tables():
+    card = model_card(
+        name="x", kind="rl", fingerprint="0" * 64, config={"p": "a|b\nc"}, inputs={}, metrics={}
+    )
+    assert "| p | a\\|b c |" in card
+
+
+@pytest.mark.parametrize("name", ["sft", "student"])
+def test_scores_of_finds_the_edge(store: Store, finished: Artifact, name: str):
+    found = scores_of(store, store.resolve(name))
+    assert [(item["name"], item["model"]) for item in found] == [
+        ("evaluation", {"sft": "init"}.get(name, name))
+    ]

@@ -1,0 +1,65 @@
+"""How numbers are written."""
+
+from __future__ import annotations
+
+import pytest
+
+from posttrain.report import wording
+
+MINUS = "\N{MINUS SIGN}"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0"),
+        (7, "7"),
+        (7.0, "7"),
+        (0.01234, "0.0123"),
+        (-0.5, f"{MINUS}0.5"),
+        (9999, "9999"),
+        (12345, "12.3k"),
+        (999_999, "1M"),
+        (1_234_567, "1.23M"),
+        (2.5e9, "2.5G"),
+        (1e-7, f"1e{MINUS}07"),
+        (float("inf"), "inf"),
+        (None, "—"),
+        (True, "True"),
+        ("text", "text"),
+    ],
+)
+def test_number(value: object, text: str):
+    assert wording.number(value) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "clock", "duration"),
+    [
+        (0.44, "0:00", "0.4 s"),
+        (42.4, "0:42", "42 s"),
+        (60, "1:00", "1 min"),
+        (312, "5:12", "5 min 12 s"),
+        (3723, "1:02:03", "1 h 2 min"),
+    ],
+)
+def test_times(seconds: float, clock: str, duration: str):
+    assert wording.clock(seconds) == clock
+    assert wording.duration(seconds) == duration
+
+
+def test_no_minus_zero():
+    assert wording.fixed(-0.001, 2) == "0.00"
+    assert wording.fixed(-0.01, 2) == f"{MINUS}0.01"
+
+
+def test_shares():
+    assert wording.percent(0.1234) == "12.3"
+    assert wording.percent_range({"low": 0.1, "high": 0.256}) == "10.0\N{EN DASH}25.6"
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (1_400_000, "1.4 MB")]
+)
+def test_size(count: int, text: str):
+    assert wording.size(count) == text
