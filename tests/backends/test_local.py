@@ -22,6 +22,7 @@ from posttrain.backends.local import (
     response_targets,
     split_by_tokens,
 )
+from posttrain.engine.errors import ConfigError
 from posttrain.losses.ops import token_logprobs
 from posttrain.rl.types import Rollouts
 from posttrain.stages.batches import sequences
@@ -70,6 +71,13 @@ def test_hidden_states_predict_the_response_tokens(make_model: MakeModel, kind: 
     torch.testing.assert_close(logits_NV, torch.cat(expected), atol=2e-5, rtol=1e-5)
     flat = [token for response in rollouts.responses() for token in response]
     assert response_targets(rollouts).tolist() == flat
+
+
+def test_a_row_longer_than_the_model_is_refused(make_model: MakeModel) -> None:
+    language_model = make_model(positions=11)
+    with pytest.raises(ConfigError, match=r"a row of 12 tokens.* 11 positions"):
+        learner(language_model).update(batch(), cross_entropy, count=1, lr=0.01)
+    learner(make_model(positions=12)).update(batch(), cross_entropy, count=1, lr=0.01)
 
 
 def test_split_keeps_to_the_budget_and_loses_no_row() -> None:

@@ -16,15 +16,26 @@ from torch import Tensor
 from posttrain.backends.base import Head, LossFunction, MicroBatch
 from posttrain.backends.checkpoint import LanguageModel, output_head
 from posttrain.backends.packing import pack
+from posttrain.engine.errors import ConfigError
 from posttrain.losses.ops import token_logprobs
 from posttrain.rl.types import Rollouts
+
+POSITIONS = "max_position_embeddings"
 
 
 def hidden_states(model: Any, rollouts: Rollouts) -> Tensor:
     """`hidden_ND`: last hidden states that predict the response tokens, row after row.
 
     Short rows share bins, so that hardly any padding is computed; long rows stay one to a bin.
+    Raises ConfigError for a row longer than the model has positions.
     """
+    longest, limit = rollouts.tokens_BT.shape[1], getattr(model.config, POSITIONS, None)
+    if limit is not None and longest > limit:
+        raise ConfigError(
+            f"a row of {longest} tokens, prompt and response, does not fit the {limit} positions "
+            "of the model; leave long rows out of the data, or use a model with more positions "
+            f"({POSITIONS} in its config.json, max_positions of a pretrain stage)"
+        )
     # Position t predicts token t + 1, so the last token of a row need not be read.
     length_B = rollouts.prompt_len_B + rollouts.response_len_B - 1
     bins = pack(length_B)

@@ -1,0 +1,189 @@
+"""Checkpoint and resume as files: whatever moment a stage is killed at, it finds a whole state."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from posttrain.engine.errors import ConfigError
+from posttrain.engine.work import read_step
+from posttrain.stages import context
+from posttrain.stages.context import Context
+
+
+class Counter:
+    """A learner whose state is one number: the sum of the steps it took."""
+
+    def __init__(self) -> None:
+        self.total = 0.0
+
+    def step(self, number: int) -> None:
+        self.total += number
+
+    def state(self) -> dict[str, Tensor]:
+        return {"total": torch.tensor([self.total], dtype=torch.float64)}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        self.total = float(tensors["total"])
+
+
+class Killed(Exception):
+    """Where the process ends."""
+
+
+def new(work: Path) -> Context:
+    return Context(name="mine", work=work, inputs={}, threads=1)
+
+
+def work_on(work: Path, steps: int, *, stop_after: int | None = None) -> tuple[Counter, Context]:
+    """A stage's loop with a checkpoint after every step."""
+    ctx, learner = new(work), Counter()
+    for step in range(ctx.resume(learner), steps):
+        learner.step(step + 1)
+        ctx.log(step + 1, steps, tokens=10, loss=1 / (step + 1))
+        ctx.save(step + 1, learner)
+        if step + 1 == stop_after:
+            break
+    return learner, ctx
+
+
+def lines(work: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (work / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_stopped_stage_goes_on_where_it_was(tmp_path: Path) -> None:
+    work_on(tmp_path, 6, stop_after=4)
+    assert read_step(tmp_path) == 4
+    learner, ctx = work_on(tmp_path, 6)
+    assert learner.total == 21
+    assert ctx.tokens == 60
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    assert [line["tokens"] for line in lines(tmp_path)] == [10, 20, 30, 40, 50, 60]
+
+
+def test_seconds_go_on_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(context.time, "monotonic", lambda: now)
+    ctx, learner = new(tmp_path), Counter()
+    now = 107.0
+    ctx.log(1, 3, tokens=1)
+    ctx.save(1, learner)
+    now = 500.0
+    again = new(tmp_path)
+    again.resume(learner)
+    now = 502.0
+    again.log(2, 3, tokens=1)
+    assert [line["seconds"] for line in lines(tmp_path)] == [7.0, 9.0]
+
+
+def test_lines_after_the_checkpoint_are_written_again(tmp_path: Path) -> None:
+    learner, ctx = work_on(tmp_path, 9, stop_after=3)
+    ctx.log(4, 9, tokens=10, loss=0.0)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "los')
+    resumed = new(tmp_path)
+    assert resumed.resume(learner) == 3
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
+    assert resumed.tokens == 30
+
+
+def test_without_a_checkpoint_metrics_start_anew(tmp_path: Path) -> None:
+    ctx = new(tmp_path)
+    ctx.log(1, 9, tokens=10)
+    assert new(tmp_path).resume(Counter()) == 0
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("moment", ["save_file", "replace", "fsync", "rmtree"])
+def test_a_kill_at_any_moment_of_saving_leaves_a_whole_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """Killed while the state is written, before or at the marker's rename, or while the old state
+    is removed: the stage goes on from the old or the new state, and ends with the same sum."""
+    work_on(tmp_path, 6, stop_after=3)
+
+    def die(*args: object, **kwargs: object) -> None:
+        if moment == "rmtree" and str(args[0]).endswith("step-4"):
+            return
+        if moment == "save_file":
+            Path(str(args[1])).write_bytes(b"half a sta")
+        raise Killed
+
+    target = {"save_file": context, "rmtree": context.shutil}.get(moment, context.os)
+    with monkeypatch.context() as patch:
+        patch.setattr(target, moment, die)
+        with pytest.raises(Killed):
+            work_on(tmp_path, 6)
+    assert read_step(tmp_path) == (4 if moment == "rmtree" else 3)
+    learner, ctx = work_on(tmp_path, 6)
+    assert learner.total == 21
+    assert ctx.tokens == 60
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    assert [path.name for path in tmp_path.glob("step-*")] == ["step-6"]
+
+
+def test_after_the_last_step_its_metrics_are_still_known(tmp_path: Path) -> None:
+    """Killed between the last checkpoint and the end: no step is left to compute them again."""
+    work_on(tmp_path, 4)
+    _, ctx = work_on(tmp_path, 4)
+    assert ctx.metrics == {"loss": 0.25}
+    assert ctx.tokens == 40
+
+
+def test_checkpoints_are_as_far_apart_as_configured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(context.time, "monotonic", lambda: now)
+    ctx, learner, saved = new(tmp_path), Counter(), []
+    for step in range(1, 31):
+        now = float(step)
+        ctx.checkpoint(step, learner)
+        saved.append(read_step(tmp_path))
+    assert context.SECONDS_BETWEEN_CHECKPOINTS == 10
+    assert saved == [None] * 9 + [10] * 10 + [20] * 10 + [30]
+
+
+def test_numbers_are_rounded_and_those_not_finite_are_kept(tmp_path: Path) -> None:
+    ctx = new(tmp_path)
+    ctx.log(1, 2, tokens=3, loss=1 / 3, kl=float("nan"))
+    (line,) = lines(tmp_path)
+    assert line["loss"] == 0.333333
+    assert line["kl"] != line["kl"]
+
+
+def test_domains_and_their_problems(tmp_path: Path) -> None:
+    for name, rows in (("b", 2), ("a", 0)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.jsonl").write_text('{"prompt": "größe"}\n' * rows)
+    inputs = {f"domains.{n}": str(tmp_path / n) for n in "ba"} | {"start": str(tmp_path)}
+    ctx = Context(name="mine", work=tmp_path, inputs=inputs, threads=1)
+    assert ctx.domains == {"a": tmp_path / "a", "b": tmp_path / "b"}
+    assert ctx.problems("b", "train") == [{"prompt": "größe"}] * 2
+    with pytest.raises(ConfigError, match="domain 'a': its train split has no problems"):
+        ctx.problems("a", "train")
+
+
+def test_tensors_that_are_views_come_back_whole(tmp_path: Path) -> None:
+    """safetensors takes no views: weights that are slices or transposed are saved as they are."""
+
+    class Views:
+        def __init__(self) -> None:
+            self.tensors = {"slice": torch.arange(12.0).reshape(3, 4).T[1:]}
+
+        def state(self) -> dict[str, Tensor]:
+            return self.tensors
+
+        def restore(self, tensors: dict[str, Tensor]) -> None:
+            self.tensors = tensors
+
+    ctx, learner = new(tmp_path), Views()
+    expected = learner.tensors["slice"].clone()
+    ctx.save(1, learner)
+    learner.tensors = {}
+    assert new(tmp_path).resume(learner) == 1
+    assert torch.equal(learner.tensors["slice"], expected)

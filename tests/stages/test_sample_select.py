@@ -1,0 +1,158 @@
+"""sample and select: scored responses, and which of them become demonstrations."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from posttrain.engine.errors import ConfigError
+from posttrain.rewards.verifiers import load_verifier
+from posttrain.stages.config import Select, build_config
+from posttrain.stages.select import choose
+
+BASE: dict[str, Any] = {
+    "k": 3,
+    "num_prompts": 70,
+    "max_new_tokens": 6,
+    "routes": {"short": "models.short", "words": "models.words"},
+}
+
+
+@pytest.fixture
+def sample(
+    run_stage: Callable[..., Any], models: Mapping[str, str], domains: Mapping[str, str]
+) -> Callable[..., Any]:
+    def run(**changes: Any) -> Any:
+        inputs = {"models.short": models["one"], "models.words": models["two"], **domains}
+        return run_stage("sample", BASE | changes, inputs)
+
+    return run
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_every_prompt_is_sampled_k_times_and_scored(
+    sample: Callable[..., Any], domains: Mapping[str, str]
+) -> None:
+    ran = sample()
+    rows = rows_of(ran.out / "rollouts.jsonl")
+    assert ran.metrics["rows"] == len(rows) == 2 * 70 * 3
+    assert ran.metrics["reward"] == pytest.approx(sum(r["reward"] for r in rows) / len(rows))
+    assert set(Counter((row["domain"], row["id"]) for row in rows).values()) == {3}
+    assert {(row["domain"], row["model"]) for row in rows} == {
+        ("short", "models.short"),
+        ("words", "models.words"),
+    }
+    assert {row["temperature"] for row in rows} == {1.0}
+    judges = {name: load_verifier(Path(domains[f"domains.{name}"])) for name in ("short", "words")}
+    for row in rows:
+        score = judges[row["domain"]].score(row["response"], row)
+        assert row["reward"] == (score if row["finished"] else 0)
+    assert {row["finished"] for row in rows} == {True, False}
+    assert [line["step"] for line in ran.lines] == [1, 2]
+
+
+def test_every_setting_changes_the_rollouts(sample: Callable[..., Any]) -> None:
+    changes = [{}, {"seed": 1}, {"k": 2}, {"num_prompts": 60}, {"max_new_tokens": 4}]
+    changes += [{"temperature": 0.5}, {"temperature": 0.0}]
+    changes += [{"routes": {"short": "models.words", "words": "models.short"}}]
+    texts = {(sample(**change).out / "rollouts.jsonl").read_text() for change in changes}
+    assert len(texts) == len(changes)
+    assert (sample().out / "rollouts.jsonl").read_text() in texts
+
+
+def test_batches_of_prompts_do_not_share_random_numbers(sample: Callable[..., Any]) -> None:
+    """70 prompts are sampled in two calls, whose first rows must not draw alike; greedy ones do."""
+    rows = rows_of(sample(k=1).out / "rollouts.jsonl")
+    assert len({row["response"] for row in rows[:70]}) > 35
+    greedy = rows_of(sample(temperature=0.0).out / "rollouts.jsonl")
+    by_prompt: dict[str, set[str]] = {}
+    for row in greedy:
+        by_prompt.setdefault(row["id"], set()).add(row["response"])
+    assert all(len(responses) == 1 for responses in by_prompt.values())
+
+
+ROWS = [
+    {"id": "1", "domain": "d", "prompt": "p", "response": text, "reward": reward, "finished": done}
+    for text, reward, done in [
+        ("long and right", 1.0, True),
+        ("half", 0.5, True),
+        ("right", 1.0, True),
+        ("right", 1.0, True),
+        ("right but cu", 1.0, False),
+        ("wrong", 0.0, True),
+        ("also right", 1.0, True),
+    ]
+]
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"how": "correct"}, ["long and right", "right", "also right"]),
+        ({"how": "correct", "max_per_prompt": 2}, ["long and right", "right"]),
+        ({"how": "best"}, ["long and right", "right", "also right", "half"]),
+        ({"how": "best", "max_per_prompt": 1}, ["long and right"]),
+        ({"how": "shortest_correct"}, ["right"]),
+    ],
+)
+def test_selection_by_hand(
+    run_stage: Callable[..., Any], tmp_path: Path, settings: dict[str, Any], expected: list[str]
+) -> None:
+    source = tmp_path / "rollouts"
+    source.mkdir()
+    (source / "rollouts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    ran = run_stage("select", settings, {"rollouts": str(source)})
+    rows = rows_of(ran.out / "data.jsonl")
+    assert [row["demo"] for row in rows] == expected
+    assert {(row["id"], row["domain"], row["prompt"]) for row in rows} == {("1", "d", "p")}
+    assert ran.metrics == {
+        "rows": len(expected),
+        "kept_share": pytest.approx(len(expected) / len(ROWS)),
+    }
+
+
+def test_problems_of_two_domains_with_one_id_stay_apart(
+    run_stage: Callable[..., Any], tmp_path: Path
+) -> None:
+    source = tmp_path / "rollouts"
+    source.mkdir()
+    rows = [ROWS[2], ROWS[2] | {"domain": "e"}]
+    (source / "rollouts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ran = run_stage("select", {"how": "shortest_correct"}, {"rollouts": str(source)})
+    assert [row["domain"] for row in rows_of(ran.out / "data.jsonl")] == ["d", "e"]
+
+
+def test_nothing_to_select_is_an_error(run_stage: Callable[..., Any], tmp_path: Path) -> None:
+    source = tmp_path / "rollouts"
+    source.mkdir()
+    (source / "rollouts.jsonl").write_text(json.dumps(ROWS[5]) + "\n" + json.dumps(ROWS[4]) + "\n")
+    with pytest.raises(ConfigError, match="keeps none of 2 rollouts"):
+        run_stage("select", {}, {"rollouts": str(source)})
+
+
+def test_selected_rollouts_train_a_model(
+    sample: Callable[..., Any], run_stage: Callable[..., Any], models: Mapping[str, str]
+) -> None:
+    """Rejection sampling as a whole: sample, select, sft."""
+    rollouts = sample(k=6)
+    selected = run_stage("select", {"how": "correct"}, {"rollouts": str(rollouts.out)})
+    (selected.out / "record.json").write_text(
+        '{"format": 1, "name": "selection", "kind": "select", "fingerprint": "2222"}'
+    )
+    settings = {"steps": 30, "batch_size": 16, "lr": 0.01, "warmup_steps": 0}
+    ran = run_stage("sft", settings, {"start": models["one"], "data": str(selected.out)})
+    assert ran.lines[-1]["loss"] < ran.lines[0]["loss"]
+
+
+def test_choose_keeps_the_settings_apart() -> None:
+    assert choose(Select(how="shortest_correct"), ROWS[:2]) == [ROWS[0]]
+    with pytest.raises(ConfigError, match="max_per_prompt = 2: it is not read with how = shortest"):
+        build_config("select", "mine", {"how": "shortest_correct", "max_per_prompt": 2})

@@ -1,0 +1,256 @@
+"""Supervised stages: sft and pretrain learn the demonstrations, and every setting counts."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from posttrain.backends.checkpoint import LanguageModel
+from posttrain.engine.errors import ConfigError
+from posttrain.schedules import learning_rate
+from posttrain.stages.batches import Pool
+from posttrain.stages.config import Sft, build_config
+
+RunStage = Callable[..., Any]
+BASE: dict[str, Any] = {"steps": 4, "batch_size": 8, "lr": 0.01, "warmup_steps": 1}
+TINY: dict[str, Any] = {
+    **BASE,
+    "hidden_size": 16,
+    "num_layers": 1,
+    "num_heads": 2,
+    "head_dim": 8,
+    "intermediate_size": 32,
+    "max_positions": 32,
+}
+
+
+@pytest.fixture
+def sft(
+    run_stage: RunStage, models: Mapping[str, str], domains: Mapping[str, str]
+) -> Callable[..., Any]:
+    def run(**changes: Any) -> Any:
+        return run_stage("sft", BASE | changes, {"start": models["start"], **domains})
+
+    return run
+
+
+@pytest.fixture
+def pretrain(run_stage: RunStage, domains: Mapping[str, str]) -> Callable[..., Any]:
+    def run(**changes: Any) -> Any:
+        return run_stage("pretrain", TINY | changes, dict(domains))
+
+    return run
+
+
+def test_metrics_and_lines(sft: Callable[..., Any]) -> None:
+    ran = sft()
+    assert [line["step"] for line in ran.lines] == [1, 2, 3, 4]
+    for line in ran.lines:
+        assert set(line) == {"step", "total", "tokens", "seconds", "loss", "grad_norm", "lr"}
+        assert all(math.isfinite(value) for value in line.values())
+    assert ran.metrics == {"loss": ran.lines[-1]["loss"], "tokens": ran.lines[-1]["tokens"]}
+    # 4 rows of 3 characters and 4 of 6 per step, and an end token each.
+    assert ran.lines[0]["tokens"] == 4 * 4 + 4 * 7
+
+
+def test_the_loss_is_that_of_the_response_tokens(
+    sft: Callable[..., Any], models: Mapping[str, str], domains: Mapping[str, str]
+) -> None:
+    """Step 1 against transformers' own loss, row by row, on labels that leave out the prompt."""
+    problems = {
+        name: [
+            json.loads(line)
+            for line in Path(domains[f"domains.{name}"], "train.jsonl").read_text().splitlines()
+        ]
+        for name in ("short", "words")
+    }
+    model = AutoModelForCausalLM.from_pretrained(models["start"])
+    tokenizer = AutoTokenizer.from_pretrained(models["start"])
+    total, tokens = 0.0, 0
+    for row in Pool(problems, seed=0).draw(0, 24):
+        prompt = [{"role": "user", "content": row["prompt"]}]
+        answer = [*prompt, {"role": "assistant", "content": row["demo"]}]
+        start = len(tokenizer.apply_chat_template(prompt, add_generation_prompt=True).input_ids)
+        ids = torch.tensor([tokenizer.apply_chat_template(answer).input_ids])
+        labels = ids.clone()
+        labels[:, :start] = -100
+        with torch.no_grad():
+            loss = model(input_ids=ids, labels=labels).loss.item()
+        total, tokens = total + loss * (ids.shape[1] - start), tokens + ids.shape[1] - start
+    line = sft(steps=1, batch_size=24).lines[0]
+    assert line["tokens"] == tokens
+    assert line["loss"] == pytest.approx(total / tokens, rel=1e-5)
+
+
+def test_the_loss_falls(sft: Callable[..., Any]) -> None:
+    ran = sft(steps=40)
+    assert ran.lines[-1]["loss"] < 0.5 * ran.lines[0]["loss"]
+
+
+SETTINGS: list[dict[str, Any]] = [
+    {"seed": 1},
+    {"steps": 5},
+    {"steps": None, "epochs": 0.1},
+    {"batch_size": 6},
+    {"lr": 0.02},
+    {"lr_schedule": "constant"},
+    {"lr_schedule": "linear"},
+    {"lr_end": 0.5},
+    {"warmup_steps": 2},
+    {"beta1": 0.5},
+    {"beta2": 0.5},
+    {"weight_decay": 0.5},
+    {"max_grad_norm": 0.01},
+]
+MORE: list[dict[str, Any]] = [
+    {"loss_on": "response"},
+    {"hidden_size": 24},
+    {"num_layers": 2},
+    {"num_heads": 1},
+    {"head_dim": 16},
+    {"intermediate_size": 48},
+    {"max_positions": 48},
+]
+
+
+def test_every_setting_of_sft_changes_the_result(sft: Callable[..., Any], same: Any) -> None:
+    results = {"base": sft()} | {str(changes): sft(**changes) for changes in SETTINGS}
+    names = list(results)
+    alike = [
+        (one, other)
+        for i, one in enumerate(names)
+        for other in names[i + 1 :]
+        if same(results[one], results[other])
+    ]
+    assert alike == []
+
+
+def test_every_setting_of_pretrain_changes_the_checkpoint(pretrain: Callable[..., Any]) -> None:
+    changes = [{}, *(c for c in SETTINGS if "epochs" not in c), *MORE]
+    results = {str(change): pretrain(**change).out for change in changes}
+    files = {
+        (out / "model.safetensors").read_bytes() + (out / "config.json").read_bytes()
+        for out in results.values()
+    }
+    assert len(files) == len(changes)
+
+
+def test_a_pretrained_model_is_of_the_size_asked_for_and_learns(
+    pretrain: Callable[..., Any],
+) -> None:
+    ran = pretrain(steps=60, lr=0.02, max_positions=24)
+    assert ran.lines[-1]["loss"] < 0.6 * ran.lines[0]["loss"]
+    model = AutoModelForCausalLM.from_pretrained(ran.out)
+    assert model.config.max_position_embeddings == 24
+    assert ran.metrics["parameters"] == sum(p.numel() for p in model.parameters())
+    assert ran.metrics["loss"] == ran.lines[-1]["loss"]
+
+
+def test_pretraining_on_responses_counts_their_tokens_only(pretrain: Callable[..., Any]) -> None:
+    everything, responses = pretrain().lines[0], pretrain(loss_on="response").lines[0]
+    assert responses["tokens"] == 4 * 4 + 4 * 7
+    # <|user|>, the name, a space, the word and <|assistant|>, of which the first is given.
+    assert everything["tokens"] == responses["tokens"] + 4 * (6 + 3 + 1) + 4 * (6 + 6 + 1)
+
+
+def test_documents_longer_than_the_model_are_refused(pretrain: Callable[..., Any]) -> None:
+    with pytest.raises(ConfigError, match=r"a row of \d+ tokens.* 12 positions"):
+        pretrain(max_positions=12)
+
+
+def test_rows_of_a_data_artifact_are_learned(
+    run_stage: RunStage, models: Mapping[str, str], tmp_path: Path, same: Any
+) -> None:
+    rows = [
+        {"id": str(i), "domain": name, "prompt": f"{name} {i}", "demo": str(i)}
+        for i in range(20)
+        for name in ("y", "x")
+    ]
+    data = tmp_path / "data"
+    data.mkdir()
+    inputs = {"start": models["start"], "data": str(data)}
+    (data / "record.json").write_text(
+        '{"format": 1, "name": "selection", "kind": "select", "fingerprint": "2222"}'
+    )
+    results = []
+    for ordered in (rows, sorted(rows, key=lambda row: row["domain"])):
+        (data / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ordered))
+        results.append(run_stage("sft", BASE | {"steps": 30}, inputs))
+    assert results[0].lines[-1]["loss"] < 0.7 * results[0].lines[0]["loss"]
+    assert same(*results), "the order in which domains come must not matter"
+    (data / "data.jsonl").write_text("")
+    with pytest.raises(ConfigError, match="'my_sft': its data has no rows"):
+        run_stage("sft", BASE, inputs)
+
+
+def test_a_domain_without_demonstrations_is_refused(
+    run_stage: RunStage, models: Mapping[str, str], undemonstrated: str, tmp_path: Path
+) -> None:
+    inputs = {"start": models["start"], "domains.bare": undemonstrated}
+    with pytest.raises(ConfigError, match="domain 'bare' has no demonstration for problem"):
+        run_stage("sft", BASE, inputs)
+    assert not list(tmp_path.glob("work-*/metrics.jsonl"))
+
+
+def test_epochs_are_passes_over_all_rows(
+    sft: Callable[..., Any], domains: Mapping[str, str]
+) -> None:
+    num_rows = sum(
+        len(Path(path, "train.jsonl").read_text().splitlines()) for path in domains.values()
+    )
+    ran = sft(steps=None, epochs=0.5, batch_size=10)
+    assert len(ran.lines) == math.ceil(0.5 * num_rows / 10)
+
+
+def test_a_step_without_learning_rate_would_change_nothing_and_is_refused() -> None:
+    for changes in ({"lr": 0.0}, {"steps": 0}, {"batch_size": 0}, {"epochs": 1.0}):
+        with pytest.raises(ConfigError, match="stage 'mine'"):
+            build_config("sft", "mine", BASE | changes)
+    with pytest.raises(ConfigError, match="exactly one of steps and epochs"):
+        build_config("sft", "mine", BASE | {"steps": None})
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [0.5, 1.0, 1.0, 1.0, 1.0, 1.0]),
+        ("linear", [0.5, 1.0, 1.0, 0.8, 0.6, 0.4]),
+        ("cosine", [0.5, 1.0, 1.0, 0.882843, 0.6, 0.317157]),
+    ],
+)
+def test_learning_rates_by_hand(schedule: Any, expected: list[float]) -> None:
+    """Two steps of warm-up, then four of which the first has progress 0 and the last 3/4, towards
+    0.2: linear 1 - 0.8 p, cosine 0.2 + 0.8 (1 + cos(pi p)) / 2."""
+    lr_end = 0.05 if schedule == "constant" else 0.2
+    config = Sft(steps=6, lr=1.0, lr_schedule=schedule, lr_end=lr_end, warmup_steps=2)
+    rates = [learning_rate(config, step, 6) for step in range(6)]
+    assert rates == pytest.approx(expected, abs=1e-6)
+
+
+def test_warm_up_may_outlast_the_stage() -> None:
+    config = Sft(steps=3, lr=1.0, warmup_steps=10)
+    assert [learning_rate(config, step, 3) for step in range(3)] == pytest.approx([0.1, 0.2, 0.3])
+
+
+def test_dropout_of_the_start_changes_nothing(
+    run_stage: RunStage,
+    make_model: Callable[..., LanguageModel],
+    save_model: Callable[[LanguageModel], str],
+    domains: Mapping[str, str],
+    same: Any,
+) -> None:
+    """Without it a resumed stage could not find the random numbers again."""
+    inputs = {"start": save_model(make_model("gpt2")), **domains}
+    torch.manual_seed(0)
+    one = run_stage("sft", BASE, inputs)
+    torch.manual_seed(1)
+    assert same(one, run_stage("sft", BASE, inputs))
+    assert load_file(one.out / "model.safetensors")
