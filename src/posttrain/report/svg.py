@@ -53,8 +53,8 @@ def inline(text: str, *, prefix: str, title: str) -> str:
     svg = re.sub(r"font-family: [^;\"]*;? ?", "", svg)
     svg = re.sub(r"font: (?:[\w ]+ )?([\d.]+px) [^;\"]*", r"font-size: \1", svg)
     svg = re.sub(r' transform="rotate\(-?0 [^"]*"', "", svg)
-    # A hundredth of a pixel is more than any screen shows.
-    svg = re.sub(r"\d+\.\d{3,}", lambda m: f"{float(m[0]):.2f}".rstrip("0").rstrip("."), svg)
+    # A hundredth of a pixel is more than any screen shows. Texts keep their digits.
+    svg = re.sub(r'="[^"]*"', lambda m: re.sub(r"\d+\.\d{3,}", _rounded, m[0]), svg)
     head = re.search(r"<svg[^>]*>", svg)
     assert head is not None
     view = re.search(r'viewBox="[\d. -]+"', head[0])
@@ -65,6 +65,10 @@ def inline(text: str, *, prefix: str, title: str) -> str:
     )
     body = re.sub(r"\s*\n\s*", " ", re.sub(r">\s+<", "><", svg[head.end() :]))
     return opening + body.strip()
+
+
+def _rounded(match: re.Match[str]) -> str:
+    return f"{float(match[0]):.2f}".rstrip("0").rstrip(".")
 
 
 def _attribute(text: str) -> str:
