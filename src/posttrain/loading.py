@@ -274,7 +274,8 @@ def _convert(text: str, annotation: Any, where: str) -> Any:
     """`text` as a value of the annotated type. Raises ConfigError with type or choices."""
     union = get_origin(annotation) in (Union, UnionType)
     alternatives = get_args(annotation) if union else (annotation,)
-    for alternative in alternatives:
+    # Any text is a str, so that comes last.
+    for alternative in sorted(alternatives, key=lambda a: a is str):
         fits, value = _fit(text, alternative)
         if fits:
             return value

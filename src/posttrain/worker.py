@@ -6,10 +6,14 @@ here.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from posttrain.engine.process import Job
+from posttrain.engine.record import read_record
+from posttrain.recipe import MODEL_KINDS
+from posttrain.report.card import model_card
 from posttrain.stages.config import build_config
 
 EXECUTE = "posttrain.worker:run_job"
@@ -48,7 +52,25 @@ def run_job(job: Job) -> dict[str, Any]:
             "select": select.run,
         }
         metrics = loops[job.kind](build_config(job.kind, job.name, job.config), ctx)
+    if job.kind in MODEL_KINDS:
+        write_card(job, ctx.out, metrics)
     return dict(metrics)
+
+
+def write_card(job: Job, out: Path, metrics: Mapping[str, Any]) -> None:
+    """README.md beside the weights. Scores are not in it: they come after; an export has them."""
+    card = model_card(
+        name=job.name,
+        kind=job.kind,
+        fingerprint=job.fingerprint,
+        config=job.config,
+        inputs={edge: read_record(Path(path)) for edge, path in job.inputs.items()},
+        metrics=metrics,
+    )
+    path = out / "README.md"
+    # It may be a link to a file of somebody else.
+    path.unlink(missing_ok=True)
+    path.write_text(card, encoding="utf-8")
 
 
 def useful_threads(job: Job) -> int:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import transformers
 from rich.text import Text
 
 from posttrain.backends.chat import Chat
@@ -53,6 +55,8 @@ class Speaker:
     """A loaded checkpoint that answers messages."""
 
     def __init__(self, directory: Path, *, temperature: float, limit: int | None) -> None:
+        messages: Any = transformers.utils.logging
+        messages.disable_progress_bar()
         language_model = load(directory)
         self.temperature = temperature
         self.limit = limit

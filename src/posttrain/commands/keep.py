@@ -15,13 +15,17 @@ from posttrain.commands.find import find_artifact
 from posttrain.commands.output import console, emit
 from posttrain.commands.run import PACKAGES
 from posttrain.engine.ancestry import Removed
+from posttrain.engine.atomic import guarded, write_whole
 from posttrain.engine.errors import ConfigError, StoreError
 from posttrain.engine.provenance import capture
-from posttrain.engine.record import Artifact
+from posttrain.engine.record import SHORT
 from posttrain.engine.store import Store
 from posttrain.engine.transfer import read_history
 from posttrain.external import find_external
 from posttrain.loading import is_recipe, load_recipe
+from posttrain.recipe import MODEL_KINDS
+from posttrain.report.card import model_card
+from posttrain.report.gather import scores_of
 from posttrain.report.wording import size
 from posttrain.stages.config import VERSIONS
 
@@ -97,27 +101,40 @@ def count_parameters(directory: Path) -> int:
 
 
 def export(root: Path, name: str, target: Path, *, as_json: bool) -> None:
-    """Copy an artifact out of the store; a model with a card that has its scores."""
+    """Copy an artifact out of the store; a model with a card that has its scores by now."""
     store = Store(root)
     artifact = find_artifact(store, name)
     path = store.export(artifact, target)
+    scores = []
+    if artifact.kind in MODEL_KINDS:
+        scores = scores_of(store, artifact)
+        card = model_card(
+            name=artifact.name,
+            kind=artifact.kind,
+            fingerprint=artifact.fingerprint,
+            config=artifact.payload["config"],
+            inputs=artifact.inputs,
+            metrics=artifact.metrics,
+            scores=scores,
+        )
+        with guarded(path, "writing the model card"):
+            write_whole(path / "README.md", card.encode())
+    evaluations = [f"{s['name']}-{s['fingerprint'][:SHORT]}" for s in scores]
+    files = sorted(file.name for file in path.iterdir())
     if as_json:
-        emit({"artifact": artifact.label, "path": str(path), "files": sorted(artifact.files)})
+        emit(
+            {
+                "artifact": artifact.label,
+                "path": str(path),
+                "files": files,
+                "evaluations": evaluations,
+            }
+        )
         return
-    console().print(
-        Text.assemble((artifact.label, "bold"), f" -> {path} ({size(artifact.bytes)})"),
-        soft_wrap=True,
-    )
-
-
-def evaluations_of(store: Store, artifact: Artifact) -> list[Artifact]:
-    """The evaluations in the store that scored this model, newest first."""
-    return [
-        other
-        for other in reversed(store.list())
-        if other.kind == "evaluate"
-        and any(s["fingerprint"] == artifact.fingerprint for s in other.inputs.values())
-    ]
+    text = Text.assemble((artifact.label, "bold"), f" -> {path} ({size(artifact.bytes)})")
+    if scores:
+        text.append(f", card with the scores of {', '.join(evaluations)}")
+    console().print(text, soft_wrap=True)
 
 
 def gc(
@@ -157,9 +174,7 @@ def _confirm() -> bool:
     try:
         return typer.confirm("Remove them?")
     except typer.Abort:
-        raise ConfigError(
-            "nobody answered; give --yes to remove without asking"
-        ) from None
+        raise ConfigError("nobody answered; give --yes to remove without asking") from None
 
 
 def _list(out: Console, store: Store, found: Sequence[Removed]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -111,11 +112,15 @@ def show(root: Path, name: str, *, as_json: bool) -> None:
     table.add_column("value", overflow="fold")
     for section, rows in sections.items():
         for row, (key, value) in enumerate(rows.items()):
-            table.add_row("" if row else section, Text(key, "dim"), Text(str(value)))
+            table.add_row("" if row else section, Text(key, "dim"), Text(_text(value)))
     out.print(table)
     evaluation = read_evaluation(artifact)
     if evaluation is not None:
         out.print(evaluation_table(evaluation))
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _fact(key: str, value: Any) -> str:
@@ -132,7 +137,7 @@ def _fact(key: str, value: Any) -> str:
         return " ".join(value)
     if key == "seconds":
         return duration(value)
-    return str(value)
+    return _text(value)
 
 
 def lineage(root: Path, name: str, *, as_json: bool) -> None:

@@ -1,0 +1,50 @@
+# make demo    install and run the MOPD recipe
+# make test    install with the dev extra, lint, type-check, run the tests
+# make lint    the first two of these
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CONSTRAINTS := -c constraints.txt
+
+# PyPI's torch for Linux brings gigabytes of CUDA; a machine without an NVIDIA GPU takes the CPU
+# build where this index can be reached, and PyPI's otherwise.
+TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,https://download.pytorch.org/whl/cpu)
+TORCH_OPTIONS := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX) --retries 1)
+
+# An environment knows where it was made: one that was moved or copied is made anew.
+PLACED := $(shell grep -qsF "$(CURDIR)/$(BIN)/python" $(BIN)/pip && $(BIN)/python -c "" && echo yes)
+ifneq ($(PLACED),yes)
+$(shell rm -f $(VENV)/.python $(VENV)/.torch $(VENV)/.installed $(VENV)/.installed-dev)
+endif
+
+.PHONY: demo test lint
+
+demo: $(VENV)/.installed
+	$(BIN)/posttrain run mopd
+
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+$(VENV)/.python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
+	    f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}: make PYTHON=python3.12")'
+	$(if $(filter yes,$(PLACED)),,$(PYTHON) -m venv --clear $(VENV))
+	touch $@
+
+$(VENV)/.torch: $(VENV)/.python constraints.txt
+	$(BIN)/python -m pip install -q --no-deps $(TORCH_OPTIONS) $(CONSTRAINTS) torch
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml
+	$(BIN)/python -m pip install -q $(CONSTRAINTS) -e .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.torch pyproject.toml
+	$(BIN)/python -m pip install -q $(CONSTRAINTS) -e '.[dev]'
+	touch $@ $(VENV)/.installed
