@@ -57,7 +57,8 @@ def test_a_whole_run(store: Store, finished: Artifact):
     assert len(panel(supervised, "loss").lines) == 6
     assert [p.key for p in rl.panels] == ["reward", "entropy", "response_length", "clip_share"]
     assert {"lr", "grad_norm", "clip_low", "kept_share"} <= {p.key for p in rl.folded}
-    assert "mask share 0" in rl.constant
+    assert rl.folded_constant == ["finished 0.98"]
+    assert rl.constant == ["mask share 0"]
     labels = [line.label for line in panel(distill, "kl").lines]
     assert labels == ["add", "letters", "reverse", "spiral"]
     assert [line.colour for line in panel(distill, "kl").lines] == [1, 2, 3, 4]

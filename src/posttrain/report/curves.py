@@ -54,6 +54,8 @@ METRICS = {
     "approx_kl": Metric(title="KL of the update", hint="nats per token"),
     "ratio": Metric(title="Probability ratio", hint="mean"),
     "sampler_ratio": Metric(title="Learner to sampler ratio", hint="mean"),
+    "correction": Metric(title="Correction", hint="factor of a token's loss, mean"),
+    "correction_square": Metric(title="Correction squared", hint="mean"),
     "grad_norm": Metric(title="Gradient norm", hint="before clipping"),
     "lr": Metric(title="Learning rate"),
     "rows": Metric(title="Rows per teacher"),
@@ -105,6 +107,7 @@ class Section:
     folded: list[Panel]
     constant: list[str] = field(default_factory=list)
     """Metrics that never change, in words: a plot of them would say nothing."""
+    folded_constant: list[str] = field(default_factory=list)
     legend: list[Line] = field(default_factory=list)
 
 
@@ -124,12 +127,18 @@ def sections(stages: Sequence[StageFacts], colours: dict[str, int]) -> list[Sect
     return found
 
 
+def in_sentence(title: str) -> str:
+    """A title inside a sentence: "Clip share" -> "clip share", but "KL to the start"."""
+    return title if title[:2].isupper() else title[:1].lower() + title[1:]
+
+
 def _section(
     title: str, family: str, stages: Sequence[StageFacts], colours: dict[str, int]
 ) -> Section:
     shown: list[Panel] = []
     folded: list[Panel] = []
-    constant = []
+    constant: list[str] = []
+    folded_constant: list[str] = []
     keys = dict.fromkeys(
         key.partition("/")[0] for stage in stages for line in stage.lines for key in line
     )
@@ -144,7 +153,8 @@ def _section(
             continue
         metric = METRICS.get(key, Metric(title=key))
         if len(values) == 1:
-            constant.append(f"{metric.title.lower()} {number(values.pop())}")
+            words = f"{in_sentence(metric.title)} {number(values.pop())}"
+            (constant if key in SHOWN[family] else folded_constant).append(words)
             continue
         panel = Panel(
             key=key,
@@ -159,6 +169,7 @@ def _section(
         panels=shown,
         folded=folded,
         constant=constant,
+        folded_constant=folded_constant,
         legend=_legend(shown + folded),
     )
 

@@ -18,7 +18,7 @@ from markupsafe import Markup
 from posttrain.engine.record import Artifact
 from posttrain.engine.store import Store
 from posttrain.report import scores, views, wording
-from posttrain.report.curves import Panel, sections
+from posttrain.report.curves import Panel, in_sentence, sections
 from posttrain.report.gather import (
     EVALUATION,
     TRANSCRIPTS,
@@ -62,6 +62,7 @@ def write_report(
         lstrip_blocks=True,
     )
     environment.globals |= {"wording": wording, "scores": scores, "dash_array": dash_array}
+    environment.globals["in_sentence"] = in_sentence
     page = environment.get_template("report.html").render(
         style=Markup((_HERE / "report.css").read_text(encoding="utf-8")),
         tag=_tag(artifact.fingerprint),

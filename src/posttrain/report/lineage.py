@@ -13,11 +13,11 @@ from posttrain.report.gather import DOMAIN_EDGE, StageFacts
 from posttrain.report.layers import Layout, layout
 from posttrain.report.wording import number
 
-CARD_WIDTH = 168
+CARD_WIDTH = 176
 CARD_HEIGHT = 74
 COLUMN = CARD_WIDTH + 16
 ROW = CARD_HEIGHT + 50
-NAME_LENGTH = 21
+NAME_LENGTH = 19
 """Characters of a name that fit into a card."""
 SPINE = ("start", "student", "data", "rollouts")
 """Edges along which the left side of the drawing goes back."""

@@ -78,7 +78,9 @@ def score_plot(domains: Mapping[str, Mapping[str, Any]], *, title: str, prefix: 
                 value = {key: 100 * share for key, share in row[model].items()}
                 look = MODELS[model]
                 axes.plot([value["low"], value["high"]], [y, y], color=look["color"], linewidth=1.8)
-                axes.plot(value["value"], y, markersize=6, markeredgewidth=1.6, **look)
+                axes.plot(
+                    value["value"], y, markersize=6, markeredgewidth=1.6, clip_on=False, **look
+                )
             constant = 100 * row["constant"]
             axes.plot(
                 [constant, constant],

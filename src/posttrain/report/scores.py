@@ -113,10 +113,11 @@ class Forgetting:
 def forgetting(evaluation: Evaluation, decoding: str = "sampled") -> Forgetting | None:
     """The matrix of all models and domains; None without teachers."""
     models, routes = evaluation["models"], evaluation["routes"]
-    teachers = list(dict.fromkeys(routes.values()))
+    domains = list(evaluation["domains"])
+    # In the order of their domains, so that what they gained stands on the diagonal.
+    teachers = list(dict.fromkeys(routes[name] for name in domains if name in routes))
     if not teachers:
         return None
-    domains = list(evaluation["domains"])
     edges = {"init": "init"} | {name: f"teachers.{name}" for name in teachers}
     edges["student"] = "student"
     roles = dict.fromkeys(teachers, "teacher") | {"init": "init", "student": "student"}
