@@ -106,10 +106,10 @@ def test_diff(store: Store, cli: Callable[..., Any], done: Path) -> None:
     students = [a for a in Store(store.root).list() if a.name == "student"]
     old, new = (artifact.label for artifact in students)
     found = cli("diff", old, new, "--json").json
-    assert [d["path"] for d in found["differences"]] == ["start < start"]
+    assert [d["path"] for d in found["differences"]] == ["start / start"]
     (field,) = found["differences"][0]["fields"]
     assert (field["field"], field["b"]) == ("config.lr", 0.5)
-    assert "start < start" in cli("diff", old, new).out
+    assert "start / start" in cli("diff", old, new).out
     ambiguous = cli("show", "student")
     assert ambiguous.code == 2
     assert old in ambiguous.err and new in ambiguous.err

@@ -24,7 +24,7 @@ class Difference:
     """One pair of artifacts, at the same place of two ancestries, that differ by themselves."""
 
     path: str
-    """Edges that lead to it, such as "student.start"; "" for the two artifacts themselves."""
+    """Edges that lead to it, such as "start / start"; "" for the two artifacts themselves."""
     a: str
     b: str
     fields: Sequence[tuple[str, Any, Any]]
@@ -121,7 +121,7 @@ def _compare(
             known_b,
             known_a[ours[edge]["fingerprint"]],
             known_b[theirs[edge]["fingerprint"]],
-            f"{path} < {edge}" if path else edge,
+            f"{path} / {edge}" if path else edge,
             seen,
         )
 

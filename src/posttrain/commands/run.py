@@ -137,12 +137,14 @@ def run(
         out.print()
         out.print(evaluation_table(evaluation))
     if target is not None and report is not None:
+        ran = "ran" in outcome.status.values()
         written = write_report_of(
             report,
             store=store,
             artifact=target,
             loaded=loaded,
-            seconds=time.monotonic() - began if "ran" in outcome.status.values() else None,
+            seconds=time.monotonic() - began if ran else None,
+            anew=ran,
         )
         state = "" if written else " (unchanged)"
         out.print(Text(f"report: {report.absolute()}{state}"), soft_wrap=True)
