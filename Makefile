@@ -7,11 +7,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONSTRAINTS := -c constraints.txt
 
-# PyPI's torch for Linux brings gigabytes of CUDA; a machine without an NVIDIA GPU takes the CPU
-# build where this index can be reached, and PyPI's otherwise.
-TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,https://download.pytorch.org/whl/cpu)
-TORCH_OPTIONS := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX) --retries 1)
-
 # An environment knows where it was made: one that was moved or copied is made anew.
 PLACED := $(shell grep -qsF "$(CURDIR)/$(BIN)/python" $(BIN)/pip && $(BIN)/python -c "" && echo yes)
 ifneq ($(PLACED),yes)
@@ -38,7 +33,7 @@ $(VENV)/.python:
 	touch $@
 
 $(VENV)/.torch: $(VENV)/.python constraints.txt
-	$(BIN)/python -m pip install -q --no-deps $(TORCH_OPTIONS) $(CONSTRAINTS) torch
+	$(BIN)/python -m pip install -q $(CONSTRAINTS) torch
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml
