@@ -1,0 +1,346 @@
+"""Recipes as graphs: what every shipped one builds, and what is refused before anything runs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from posttrain.backends.checkpoint import LanguageModel, save
+from posttrain.engine.errors import ConfigError, GraphError
+from posttrain.engine.graph import Graph
+from posttrain.engine.store import Store
+from posttrain.loading import load_recipe, shipped_recipes
+from posttrain.recipe import Recipe, Stage
+from posttrain.rewards.spec import VerifierSpec
+from posttrain.suites.domain import Domain, Suite, Table
+
+DOMAINS = ("add", "sort", "turn")
+STEPS = {"steps": 5}
+
+
+@pytest.fixture
+def make_recipe(tmp_path: Path) -> Callable[..., Recipe]:
+    """A builder over three domains in one small table."""
+    rows = [{"prompt": f"{i} apples", "answer": str(i), "demo": str(i)} for i in range(100)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    table, verifier = Table(train="rows.jsonl", demo="demo"), VerifierSpec(name="exact")
+    domains = {name: Domain(name=name, source=table, verifier=verifier) for name in DOMAINS}
+
+    def make(**options: Any) -> Recipe:
+        return Recipe(Suite(name="mine", domains=domains), tmp_path, **options)
+
+    return make
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path, make_model: Callable[..., LanguageModel]) -> Callable[..., str]:
+    """`checkpoint(name, extra=token)` saves a model, with one more token in its tokenizer."""
+
+    def make(name: str, extra: str | None = None) -> str:
+        language_model = make_model()
+        if extra is not None:
+            language_model.tokenizer.add_tokens([extra])
+        save(language_model, tmp_path / name)
+        return str(tmp_path / name)
+
+    return make
+
+
+def load(tmp_path: Path, name: str = "mopd", *settings: str, **options: Any) -> Graph:
+    store = Store(tmp_path / "no-store")
+    return load_recipe(name, store=store, settings=settings, **options).graph
+
+
+def whole(r: Recipe, **specialist: Any) -> Graph:
+    """Base, sft, a teacher per domain, student and evaluation."""
+    base = r.pretrain(data=r.demos(r.domains), **STEPS)
+    tuned = r.sft(start=base, data=r.demos(r.domains), **STEPS)
+    teachers = {
+        d: r.rl(start=tuned, prompts=r.prompts(d), name=f"{d}_rl", **STEPS) for d in r.domains
+    }
+    student = r.distill(start=tuned, teachers=teachers, prompts=r.prompts(r.domains), **STEPS)
+    return r.graph(r.evaluate(student, teachers=teachers, init=tuned))
+
+
+@pytest.mark.parametrize("name", list(shipped_recipes()))
+def test_every_shipped_recipe_builds_a_graph_on_the_core_suite(name: str, tmp_path: Path) -> None:
+    graph = load(tmp_path, name)
+    assert len(graph.fingerprints()) == len(graph.order())
+    assert graph.fingerprints() == load(tmp_path, name).fingerprints()
+    assert not (tmp_path / "no-store").exists(), "building a graph makes nothing"
+
+
+def test_building_imports_no_torch() -> None:
+    program = (
+        "import sys; from pathlib import Path; from posttrain.engine.store import Store;"
+        "from posttrain.loading import load_recipe, shipped_recipes\n"
+        "for name in shipped_recipes():\n"
+        "    load_recipe(name, store=Store(Path('no-store'))).graph.fingerprints()\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'reasoning_gym', 'datasets', 'matplotlib'}\n"
+        "sys.exit(', '.join(sorted(heavy & sys.modules.keys())) or None)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def changed(before: Graph, after: Graph) -> set[str]:
+    old, new = before.fingerprints(), after.fingerprints()
+    assert old.keys() == new.keys()
+    return {name for name in old if old[name] != new[name]}
+
+
+def test_a_specialists_steps_concern_it_the_distillation_and_the_evaluation(
+    tmp_path: Path,
+) -> None:
+    before = load(tmp_path)
+    after = load(tmp_path, "mopd", "add_teacher.steps=7")
+    assert changed(before, after) == {"add_teacher", "student", "evaluation"}
+    after = load(tmp_path, "mopd", "add_sft.steps=7")
+    assert changed(before, after) == {"add_sft", "add_teacher", "student", "evaluation"}
+
+
+def test_the_seed_concerns_every_stage_but_the_data(tmp_path: Path) -> None:
+    before, after = load(tmp_path), load(tmp_path, seed=1)
+    domains = {name for name, node in before.nodes.items() if node.kind == "domain"}
+    assert changed(before, after) == set(before.nodes) - domains
+
+
+def test_mopd_has_its_shape(tmp_path: Path) -> None:
+    """Every specialist and the student start from the same sft checkpoint, each specialist sees one
+    domain, and each domain is distilled from its own specialist."""
+    graph = load(tmp_path)
+    domains = sorted(name for name, node in graph.nodes.items() if node.kind == "domain")
+    assert len(domains) >= 4
+    student = graph.nodes["student"]
+    assert student.config["routes"] == {name: f"{name}_teacher" for name in domains}
+    assert student.inputs["start"] == "sft"
+    for name in domains:
+        light, teacher = graph.nodes[f"{name}_sft"], graph.nodes[f"{name}_teacher"]
+        assert light.inputs == {"start": "sft", f"domains.{name}": name}
+        assert teacher.inputs == {"start": light.name, f"domains.{name}": name}
+        assert student.inputs[f"teachers.{teacher.name}"] == teacher.name
+    assert set(graph.nodes["sft"].inputs) == {"start", *(f"domains.{n}" for n in domains)}
+    assert graph.nodes["evaluation"].inputs["init"] == "sft"
+
+
+def test_overrides_reach_the_stages_they_name(make_recipe: Callable[..., Recipe]) -> None:
+    overrides = {"add_rl.steps": 9, "*_rl.group_size": 3, "s*.lr": 0.5, "*.seed": 4}
+    graph = whole(make_recipe(overrides=overrides))
+    config = {name: node.config for name, node in graph.nodes.items() if node.kind != "domain"}
+    assert [config[f"{d}_rl"]["steps"] for d in DOMAINS] == [9, 5, 5]
+    assert {config[f"{d}_rl"]["group_size"] for d in DOMAINS} == {3}
+    assert (config["sft"]["lr"], config["student"]["lr"]) == (0.5, 0.5)
+    assert config["base"]["lr"] != 0.5
+    assert {c["seed"] for c in config.values()} == {4}
+
+
+def test_a_glob_passes_over_stages_without_the_setting(
+    make_recipe: Callable[..., Recipe],
+) -> None:
+    graph = whole(make_recipe(overrides={"*.steps": 2}))
+    steps = {n: node.config.get("steps") for n, node in graph.nodes.items()}
+    assert {steps[n] for n in ("base", "sft", "add_rl", "student")} == {2}
+    assert steps["evaluation"] is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"studnet.steps": 2}, "no stage of this recipe .* did you mean 'student'"),
+        (
+            {"base.step": 2},
+            "stage 'base' .pretrain., field 'step': unknown .* did you mean 'steps'",
+        ),
+        ({"evaluation.steps": 2}, "stage 'evaluation' .evaluate., field 'steps': unknown option"),
+        ({"*_rl.stepz": 2}, "none of the stages add_rl, sort_rl, turn_rl .* did you mean 'steps'"),
+        ({"*_ppo.steps": 2}, "no stage of this recipe"),
+        ({"add.steps": 2}, "no stage of this recipe with settings has that name"),
+        ({"add_rl.steps": "many"}, "'many' is not allowed"),
+        ({"add_rl.steps": 2.5}, "2.5 is not allowed"),
+    ],
+)
+def test_overrides_that_fit_nothing_are_refused(
+    make_recipe: Callable[..., Recipe], overrides: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        whole(make_recipe(overrides=overrides))
+
+
+def test_an_unknown_option_names_the_nearest(make_recipe: Callable[..., Recipe]) -> None:
+    r = make_recipe()
+    with pytest.raises(ConfigError, match=r"field 'batchsize': unknown .* 'batch_size'"):
+        r.pretrain(data=r.demos("add"), steps=3, batchsize=2)
+    with pytest.raises(ConfigError, match="field 'steps': a value is needed"):
+        r.pretrain(data=r.demos("add"))
+
+
+def test_an_unknown_domain_names_the_nearest(make_recipe: Callable[..., Recipe]) -> None:
+    r = make_recipe()
+    with pytest.raises(ConfigError, match="'sorrt' is not in suite 'mine'; did you mean 'sort'"):
+        r.prompts(["add", "sorrt"])
+    with pytest.raises(ConfigError, match=r"no domain is given .* choices: add, sort, turn"):
+        r.demos([])
+
+
+def start(r: Recipe) -> Stage:
+    return r.pretrain(data=r.demos(r.domains), **STEPS)
+
+
+def test_a_domain_without_teacher_is_refused(make_recipe: Callable[..., Recipe]) -> None:
+    r = make_recipe()
+    base = start(r)
+    teachers = {"add": base, "sort": base}
+    with pytest.raises(ConfigError, match=r"domain 'turn' has no teacher; .* add, sort; .*self"):
+        r.distill(start=base, teachers=teachers, prompts=r.prompts(r.domains), **STEPS)
+    # A teacher of a domain that has no prompts here is at home elsewhere.
+    r.distill(start=base, teachers=teachers, prompts=r.prompts("add"), **STEPS)
+    with pytest.raises(ConfigError, match="'tum' is not in suite"):
+        r.distill(start=base, teachers={"tum": base}, prompts=r.prompts("add"), name="x", **STEPS)
+
+
+def test_self_is_the_start_of_the_student(make_recipe: Callable[..., Recipe]) -> None:
+    r = make_recipe()
+    base = start(r)
+    other = r.sft(start=base, data=r.demos("add"), **STEPS)
+    student = r.distill(
+        start=base, teachers={"add": other, "sort": "self"}, prompts=r.prompts(["add", "sort"]),
+        **STEPS,
+    )  # fmt: skip
+    node = r.graph(r.evaluate(student, teachers={"add": other, "sort": "self"}, init=base))
+    config, inputs = node.nodes["student"].config, node.nodes["student"].inputs
+    assert config["routes"] == {"add": "sft", "sort": "self"}
+    assert (inputs["teachers.sft"], inputs["teachers.self"]) == ("sft", "base")
+    # The start is scored as init already.
+    assert node.nodes["evaluation"].config["routes"] == {"add": "sft"}
+    assert "teachers.self" not in node.nodes["evaluation"].inputs
+
+
+def test_teachers_are_stages_or_self(make_recipe: Callable[..., Recipe]) -> None:
+    r = make_recipe()
+    base = start(r)
+    with pytest.raises(ConfigError, match=r"teachers\['add'\] = 'base'; it takes a stage or"):
+        r.distill(start=base, teachers={"add": "base"}, prompts=r.prompts("add"), **STEPS)
+    named = r.sft(start=base, data=r.demos("add"), name="self", **STEPS)
+    with pytest.raises(ConfigError, match="a teacher is called 'self'"):
+        r.distill(
+            start=base, teachers={"add": named, "sort": "self"},
+            prompts=r.prompts(["add", "sort"]), **STEPS,
+        )  # fmt: skip
+
+
+def test_two_stages_of_one_name_are_refused(make_recipe: Callable[..., Recipe]) -> None:
+    r = make_recipe()
+    base = start(r)
+    r.sft(start=base, data=r.demos("add"), **STEPS)
+    with pytest.raises(GraphError, match=r"two stages are called 'sft' .* another name="):
+        r.sft(start=base, data=r.demos("sort"), **STEPS)
+
+
+def test_a_stage_may_not_have_the_name_of_a_domain(make_recipe: Callable[..., Recipe]) -> None:
+    r = make_recipe()
+    base = r.pretrain(data=r.demos("add"), **STEPS)
+    with pytest.raises(GraphError, match="two stages are called 'add'"):
+        r.sft(start=base, data=r.demos("add"), name="add", **STEPS)
+    r.sft(start=base, data=r.demos("add"), name="sort", **STEPS)
+    with pytest.raises(GraphError, match="the sft stage 'sort' has the name of a domain"):
+        r.rl(start=base, prompts=r.prompts("sort"), **STEPS)
+
+
+def test_a_cycle_is_printed(make_recipe: Callable[..., Recipe]) -> None:
+    r = make_recipe()
+    first = r.sft(start=r.stage("second"), data=r.demos("add"), name="first", **STEPS)
+    second = r.rl(start=first, prompts=r.prompts("add"), name="second", **STEPS)
+    with pytest.raises(GraphError, match=r"cycle: (first -> second -> first|second -> first -> s)"):
+        r.graph(second)
+
+
+def test_a_stage_may_be_named_before_it_is_defined(make_recipe: Callable[..., Recipe]) -> None:
+    r = make_recipe()
+    tuned = r.sft(start=r.stage("base"), data=r.demos("add"), **STEPS)
+    with pytest.raises(GraphError, match=r"'base', which is not a stage"):
+        r.graph(tuned)
+    start(r)
+    assert r.graph(tuned).order()[-2:] == ["base", "sft"]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda r, b: r.sft(start=b, data=r.prompts("add"), **STEPS), "it needs r.demos"),
+        (lambda r, b: r.rl(start=b, prompts=r.demos("add"), **STEPS), "it needs r.prompts"),
+        (lambda r, b: r.sft(start=b, data=b, **STEPS), "needs r.demos.* or a select stage"),
+        (lambda r, b: r.sft(start="base", data=r.demos("add"), **STEPS), "'base' is not a model"),
+        (lambda r, b: r.select(b), "needs the rollouts of a sample stage, not 'base'"),
+        (
+            lambda r, b: r.sample({"add": b}, prompts=r.prompts(["add", "sort"])),
+            "no model for domain 'sort'",
+        ),
+        (
+            lambda r, b: r.evaluate(r.select(r.sample(b, prompts=r.prompts("add"))), init=b),
+            "student = .* is not a model",
+        ),
+    ],
+)
+def test_edges_of_the_wrong_kind_are_refused(
+    make_recipe: Callable[..., Recipe], call: Callable[..., Any], message: str
+) -> None:
+    r = make_recipe()
+    with pytest.raises(ConfigError, match=message):
+        call(r, start(r))
+
+
+def test_rejection_sampling_is_a_graph(make_recipe: Callable[..., Recipe]) -> None:
+    r = make_recipe()
+    base = start(r)
+    rollouts = r.sample({"add": base, "sort": base}, prompts=r.prompts(["add", "sort"]), k=8)
+    graph = r.graph(r.sft(start=base, data=r.select(rollouts, how="best"), **STEPS))
+    assert graph.order()[-3:] == ["rollouts", "selection", "sft"]
+    assert graph.nodes["sft"].inputs == {"start": "base", "data": "selection"}
+
+
+def test_outside_checkpoints_are_identified_by_their_bytes(
+    make_recipe: Callable[..., Recipe], checkpoint: Callable[..., str], tmp_path: Path
+) -> None:
+    one, copy = checkpoint("one"), checkpoint("copy")
+
+    def fingerprint(source: str) -> str:
+        r = make_recipe()
+        return r.graph(r.model(source)).fingerprints()["base"]
+
+    assert fingerprint(one) == fingerprint(copy)
+    config = Path(copy, "config.json")
+    config.write_text(config.read_text() + " ")
+    assert fingerprint(one) != fingerprint(copy)
+    (tmp_path / "empty").mkdir()
+    for source in ("nowhere", str(tmp_path / "empty")):
+        with pytest.raises(ConfigError, match="model '"):
+            make_recipe().model(source)
+
+
+def test_teachers_of_another_vocabulary_are_refused_at_plan_time(
+    make_recipe: Callable[..., Recipe], checkpoint: Callable[..., str]
+) -> None:
+    r = make_recipe()
+    base = r.model(checkpoint("one"))
+    twin = r.model(checkpoint("twin"), name="twin")
+    other = r.model(checkpoint("other", extra="<|more|>"), name="other")
+    student = {"start": base, "prompts": r.prompts("add"), **STEPS}
+    r.distill(teachers={"add": twin}, name="fine", **student)
+    tuned = r.sft(start=other, data=r.demos("add"), **STEPS)
+    with pytest.raises(ConfigError, match=r"teacher 'sft' and student 'base' .*101 and 100 .*more"):
+        r.distill(teachers={"add": tuned}, **student)
+
+
+def test_a_user_checkpoint_takes_the_place_of_the_tiny_base(
+    checkpoint: Callable[..., str], tmp_path: Path
+) -> None:
+    graph = load(tmp_path, "mopd", f"base={checkpoint('one')}")
+    assert graph.nodes["base"].kind == "model"
+    missing: Mapping[str, Any] = load(tmp_path).nodes
+    assert missing["base"].kind == "pretrain"
