@@ -32,15 +32,13 @@ Settings = Annotated[
 ]
 SuiteName = Annotated[
     str | None,
-    typer.Option("--suite", metavar="NAME|PATH", help="Domains to use.  [default: core]"),
+    typer.Option("--suite", metavar="NAME|PATH", help="Domains to use. Default: core."),
 ]
 StorePath = Annotated[
     Path,
     typer.Option("--store", metavar="DIR", envvar="POSTTRAIN_STORE", help="Where artifacts are."),
 ]
-Seed = Annotated[
-    int | None, typer.Option("--seed", min=0, help="Seed of every stage.  [default: 0]")
-]
+Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Seed of every stage. Default: 0.")]
 ReportPath = Annotated[
     Path, typer.Option("--report", metavar="PATH", help="Where the report goes.")
 ]
@@ -123,7 +121,7 @@ def run(
     store: StorePath = DEFAULT_STORE,
     jobs: Annotated[
         int | None,
-        typer.Option("--jobs", min=1, help="Stages at once.  [default: number of cores]"),
+        typer.Option("--jobs", min=1, help="Stages at once. Default: number of cores."),
     ] = None,
     seed: Seed = None,
     report: ReportPath = DEFAULT_REPORT,
@@ -209,7 +207,7 @@ def diff(
 @app.command(rich_help_panel=LOOK)
 def verify(
     artifacts: Annotated[
-        list[str] | None, typer.Argument(metavar="[ARTIFACT]...", help="Artifacts to check.")
+        list[str] | None, typer.Argument(metavar="ARTIFACT", help="Artifacts to check.")
     ] = None,
     everything: Annotated[
         bool, typer.Option("--all", help="Check the whole store, as without any ARTIFACT.")
@@ -233,7 +231,7 @@ def report(
     target: Annotated[
         str | None,
         typer.Argument(
-            metavar="[RECIPE|ARTIFACT]", help="What it is about.  [default: the newest evaluation]"
+            metavar="[RECIPE|ARTIFACT]", help="What it is about. Default: the newest evaluation."
         ),
     ] = None,
     settings: Settings = None,

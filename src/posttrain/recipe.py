@@ -24,7 +24,7 @@ from posttrain.engine.graph import Graph, Node
 from posttrain.engine.store import Store
 from posttrain.external import External, find_external, vocabulary
 from posttrain.stages.config import CONFIGS, VERSIONS, build_config
-from posttrain.suites.domain import Suite, domain_node
+from posttrain.suites.domain import Suite, Table, domain_node
 
 MODEL_KINDS = ("model", "pretrain", "sft", "rl", "distill")
 
@@ -86,8 +86,20 @@ class Recipe:
         return Prompts(self._known(domains))
 
     def demos(self, domains: str | Iterable[str]) -> Demos:
-        """The demonstrations of one domain or of several."""
-        return Demos(self._known(domains))
+        """The demonstrations of one domain or of several.
+
+        Raises ConfigError for a domain that has none.
+        """
+        known = self._known(domains)
+        for name in known:
+            source = self.suite.domains[name].source
+            if isinstance(source, Table) and source.demo is None:
+                raise ConfigError(
+                    f"domain {name!r} of suite {self.suite.name!r} has no demonstrations: name "
+                    "their column with demo = ... in the suite, or leave the domain out of "
+                    "r.demos(...)"
+                )
+        return Demos(known)
 
     def model(self, source: str | Path, *, name: str = "base") -> Stage:
         """A checkpoint from outside: a directory, an adopted name or a Hub id."""
@@ -215,6 +227,11 @@ class Recipe:
             # A glob is for those of its stages that have the setting; a name is for that stage.
             known = field in CONFIGS[kind].model_fields or not _is_glob(pattern)
             if known and fnmatchcase(name, pattern):
+                if field == "routes":
+                    raise ConfigError(
+                        f"--set {key}: which teacher serves which domain is part of the graph; "
+                        "change `teachers` in the recipe"
+                    )
                 self._used.add(key)
                 values[field] = value
         config = build_config(kind, name, values)

@@ -25,7 +25,7 @@ SURFACE = {
     "show": {"ARTIFACT", "--store", "--json"},
     "lineage": {"ARTIFACT", "--store", "--json"},
     "diff": {"ARTIFACT", "--store", "--json"},
-    "verify": {"[ARTIFACT]...", "--all", "--store", "--json"},
+    "verify": {"ARTIFACT", "--all", "--store", "--json"},
     "report": {"[RECIPE|ARTIFACT]", "--set", "--suite", "--store", "--seed", "--report"},
     "chat": {
         "ARTIFACT|DIR",

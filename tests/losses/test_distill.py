@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from posttrain.losses.distill import (
-    check_estimator,
     full_vocabulary,
     sampled_token,
     teacher_top_k_targets,
@@ -414,16 +413,6 @@ def test_bfloat16_states_keep_float32_losses():
         assert fine.grad is not None
         error = (rough.grad.double() - fine.grad).norm() / fine.grad.norm()
         assert error.item() < 0.03
-
-
-def test_check_estimator():
-    for name in ("sampled_token", "top_k", "full_vocabulary"):
-        check_estimator(name)
-    for name in ("k1", "k1_loss"):
-        with pytest.raises(ValueError, match="zero expected gradient; use 'sampled_token'"):
-            check_estimator(name)
-    with pytest.raises(ValueError, match="'jsd' is not one of sampled_token, top_k, full_voc"):
-        check_estimator("jsd")
 
 
 def test_vocabularies_must_agree():

@@ -16,8 +16,6 @@ Shape suffixes: N flat response tokens of all rows, D student's and E teacher's 
 V vocabulary, K top-k.
 """
 
-from typing import Literal, get_args
-
 import torch
 from torch import Tensor
 
@@ -35,22 +33,8 @@ from posttrain.losses.ops import (
     weighted_sum,
 )
 
-DistillEstimator = Literal["sampled_token", "top_k", "full_vocabulary"]
-
 PerToken = dict[str, Tensor]
 """Detached values per token, for reports: `kl`, `entropy` and, with targets, `logp`."""
-
-
-def check_estimator(name: str) -> None:
-    """Raise ValueError unless `name` is `sampled_token`, `top_k` or `full_vocabulary`."""
-    choices = ", ".join(get_args(DistillEstimator))
-    if name in ("k1", "k1_loss"):
-        raise ValueError(
-            f"estimator: {name!r}: log(p/t) of sampled tokens as a differentiable loss has zero "
-            f"expected gradient; use 'sampled_token', where it is an advantage. Choices: {choices}"
-        )
-    if name not in get_args(DistillEstimator):
-        raise ValueError(f"estimator: {name!r} is not one of {choices}")
 
 
 def sampled_token(

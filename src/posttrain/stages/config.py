@@ -11,7 +11,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from posttrain.engine.errors import ConfigError
 
@@ -210,6 +210,17 @@ class Distill(Config, Optimizer, Rollout, Correction, Aggregation):
     """Weight of a domain's loss; 1 where none is given."""
     routes: dict[str, str] = Field(default_factory=dict)
     """Domain to teacher; filled in by the recipe."""
+
+    @field_validator("estimator", mode="before")
+    @classmethod
+    def _estimator_is_no_k1_loss(cls, value: object) -> object:
+        if value in ("k1", "k1_loss"):
+            raise ValueError(
+                f"estimator = {value}: log(student / teacher) of sampled tokens, back-propagated "
+                "as a loss, has zero gradient in expectation and would teach nothing; use "
+                "sampled_token, where it is a detached advantage, or top_k or full_vocabulary"
+            )
+        return value
 
     @model_validator(mode="after")
     def _estimator_reads(self) -> Self:

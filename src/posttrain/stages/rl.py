@@ -96,7 +96,7 @@ def learn(
     advantage_B = advantages(reward_B, scored.group_B, mode=config.advantage)
     kept_B = torch.ones_like(reward_B, dtype=torch.bool)
     if config.drop_zero_variance:
-        kept_B = ~zero_variance(reward_B, scored.group_B)
+        kept_B = ~zero_variance(scored.reward_B, scored.group_B)
     metrics["kept_share"] = float(kept_B.float().mean())
     if not bool(kept_B.any()):
         return metrics
