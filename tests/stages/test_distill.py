@@ -321,7 +321,8 @@ def test_a_teacher_of_another_size_and_architecture_will_do(
         ({"reward_weight": 0.5}, "set samples_per_prompt to 2 or more"),
         ({"domain_weights": {"word": 2.0}}, "'word' is not a domain .* choices: short, words"),
         ({"domain_weights": {"words": -1.0}}, "domain_weights.words"),
-        ({"estimator": "k1"}, "'k1' is not allowed"),
+        ({"estimator": "k1"}, "estimator = k1: .* zero gradient .* use sampled_token"),
+        ({"estimator": "jsd"}, "'jsd' is not allowed"),
         ({"teachers": {}}, "unknown option"),
     ],
 )
