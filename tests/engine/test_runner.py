@@ -250,6 +250,16 @@ def test_death_by_a_signal_is_reported(store: Store, make_graph: MakeGraph, toys
     assert "last line: last words" in message
 
 
+def test_a_disk_that_fills_while_a_stage_works(
+    store: Store, make_graph: MakeGraph, toys: str
+) -> None:
+    _, message, exit_code = collect(make_graph(Node(name="bad", kind="fill")), store, toys)
+    assert exit_code == 2
+    assert "stage bad failed: disk full while the stage was working: " in message
+    assert "Free some space" in message and "log:" not in message
+    assert store.list() == []
+
+
 def test_a_silent_end_is_reported(store: Store, make_graph: MakeGraph, toys: str) -> None:
     _, message, _ = collect(make_graph(Node(name="bad", kind="leave")), store, toys)
     assert "its process ended with status 3 and left no result" in message

@@ -1,5 +1,6 @@
 """Toy stages for the engine tests: `execute` runs in a stage process and looks at its kind."""
 
+import errno
 import json
 import os
 import signal
@@ -99,6 +100,14 @@ def leave(job: Job) -> dict[str, float]:
     os._exit(3)
 
 
+def fill(job: Job) -> dict[str, float]:
+    """Find the disk full, as a library does that wraps the system's error in one of its own."""
+    try:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError as error:
+        raise RuntimeError("cannot write the file") from error
+
+
 def report(job: Job) -> dict[str, float]:
     """What a stage sees of its job."""
     Path(job.out, "job.json").write_text(
@@ -137,5 +146,6 @@ KINDS = {
     "die": die,
     "leave": leave,
     "report": report,
+    "fill": fill,
     "forge": forge,
 }

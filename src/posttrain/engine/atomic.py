@@ -22,17 +22,36 @@ def guarded(root: Path, doing: str) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in _FULL:
-            raise StoreError(
-                f"disk full while {doing}: {free_space(root)} free where {root} is. What was there "
-                f"before is unchanged. Free some space (`posttrain gc` removes what no recipe "
-                f"needs), then run the same command again."
-            ) from error
+            raise StoreError(disk_full(root, f"while {doing}")) from error
         if error.errno in _FORBIDDEN:
             raise StoreError(
                 f"not allowed to write while {doing}: {error.filename or root}: {error.strerror}; "
                 f"check the owner and the mount, or choose another store directory"
             ) from error
         raise
+
+
+def disk_full(root: Path, when: str) -> str:
+    """The message for a full disk below `root`."""
+    return (
+        f"disk full {when}: {free_space(root)} free where {root} is. What was there before is "
+        f"unchanged. Free some space (`posttrain gc` removes what no recipe needs), then run the "
+        f"same command again."
+    )
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether `error`, or what it was raised from, is the system saying that no space is left.
+
+    Libraries written in other languages raise errors of their own, which carry only its text.
+    """
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _FULL:
+            return True
+        if os.strerror(errno.ENOSPC) in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def free_space(path: Path) -> str:

@@ -12,6 +12,7 @@ the lock, shared with the runner, keeps others out of the work directory until t
 """
 
 import contextlib
+import errno
 import faulthandler
 import importlib
 import importlib.util
@@ -31,12 +32,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
 
-from posttrain.engine.atomic import write_whole
+from posttrain.engine.atomic import is_disk_full, write_whole
 from posttrain.engine.errors import ConfigError, PosttrainError
 from posttrain.engine.fingerprint import plain
 
 RESULT: Final = "result.json"
 LOG: Final = "log.txt"
+DISK_FULL_STATUS: Final = errno.ENOSPC
+"""Exit status of a stage process that found no space left."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +111,9 @@ def stage_main(job: Job, execute: str, lock: SharedLock) -> None:
     except PosttrainError as error:
         result = {"error": str(error), "exit_code": error.exit_code}
     except BaseException as error:
+        if is_disk_full(error):
+            # There may be no room for a traceback or a result, but a status always gets through.
+            os._exit(DISK_FULL_STATUS)
         traceback.print_exc()
         result = {"error": traceback.format_exception_only(error)[-1].strip()}
     write_whole(work / RESULT, json.dumps(result).encode("ascii"))

@@ -13,8 +13,16 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any, Final
 
-from posttrain.engine.atomic import free_space
-from posttrain.engine.process import LOG, RESULT, Job, SharedLock, hidden_main, stage_main
+from posttrain.engine.atomic import disk_full, free_space
+from posttrain.engine.process import (
+    DISK_FULL_STATUS,
+    LOG,
+    RESULT,
+    Job,
+    SharedLock,
+    hidden_main,
+    stage_main,
+)
 from posttrain.engine.work import METRICS, Work, read_step
 
 _GRACE_SECONDS: Final = 5.0
@@ -88,6 +96,10 @@ class Running:
         if code == 0 and "metrics" in result:
             metrics: Mapping[str, Any] = result["metrics"]
             return metrics
+        if code == DISK_FULL_STATUS:
+            return Failure(
+                error=disk_full(self.work.path, "while the stage was working"), exit_code=2
+            )
         if "exit_code" in result:
             return Failure(error=result["error"], exit_code=result["exit_code"])
         # Processes that the stage started may have outlived it.
