@@ -109,13 +109,13 @@ def _procedural(config: Mapping[str, Any], where: str) -> tuple[dict[str, list[P
         if idle == PATIENCE:
             break
         idle += 1
-        prompt = text_format.prompt(item)
-        key = prompt_digest(prompt)
+        problem = text_format.key(item)
+        key = prompt_digest(problem)
         if key in seen:
             duplicates += 1
             continue
         seen.add(key)
-        split = split_of(prompt)
+        split = split_of(problem)
         if len(splits[split]) == wanted[split]:
             continue
         idle = 0
@@ -128,7 +128,7 @@ def _procedural(config: Mapping[str, Any], where: str) -> tuple[dict[str, list[P
             {
                 "id": f"{name}-{key[:12]}",
                 "domain": name,
-                "prompt": prompt,
+                "prompt": text_format.prompt(item),
                 "answer": str(item["answer"]),
                 "demo": text_format.demo(item),
                 "meta": {"entry": _as_json(item, source["dataset"], where)},

@@ -24,11 +24,15 @@ from posttrain.suites.domain import Domain, Format, Procedural, Suite
 class AddFormat:
     """`a 4-1-7` is answered step by step, `4-1=3-7=-4`; the answer follows the last `=`."""
 
-    version = 1
+    version = 2
 
     def prompt(self, item: Mapping[str, Any]) -> str:
         """The expression without spaces."""
         return "a " + item["metadata"]["expression"].replace(" ", "")
+
+    def key(self, item: Mapping[str, Any]) -> str:
+        """The prompt."""
+        return self.prompt(item)
 
     def demo(self, item: Mapping[str, Any]) -> str:
         """Each partial sum written out."""
@@ -47,11 +51,15 @@ class AddFormat:
 class ReverseFormat:
     """`r monkey` is answered `yeknom`."""
 
-    version = 1
+    version = 2
 
     def prompt(self, item: Mapping[str, Any]) -> str:
         """The word, case kept: reasoning-gym compares it exactly."""
         return "r " + item["metadata"]["word"]
+
+    def key(self, item: Mapping[str, Any]) -> str:
+        """The word whatever its case."""
+        return str(item["metadata"]["word"]).lower()
 
     def demo(self, item: Mapping[str, Any]) -> str:
         """The word backwards."""
@@ -65,12 +73,18 @@ class ReverseFormat:
 class SortFormat:
     """`s< 50391` is answered `01359`; `s>` asks for descending order."""
 
-    version = 1
+    version = 2
 
     def prompt(self, item: Mapping[str, Any]) -> str:
         """The direction as a sign, then the digits."""
         sign = "<" if item["metadata"]["direction"] == "ascending" else ">"
         return f"s{sign} " + self._digits(item["metadata"]["original_numbers"])
+
+    def key(self, item: Mapping[str, Any]) -> str:
+        """Direction and digits: the same digits in another order have the same answer."""
+        return item["metadata"]["direction"] + "".join(
+            sorted(self._digits(item["metadata"]["original_numbers"]))
+        )
 
     def demo(self, item: Mapping[str, Any]) -> str:
         """The digits in order."""
@@ -87,11 +101,15 @@ class SortFormat:
 class PalindromeFormat:
     """`p ccbaa` is answered by any palindrome of these letters, such as `acbca`."""
 
-    version = 1
+    version = 2
 
     def prompt(self, item: Mapping[str, Any]) -> str:
         """The letters as given."""
         return "p " + "".join(item["metadata"]["letters"])
+
+    def key(self, item: Mapping[str, Any]) -> str:
+        """The letters in alphabetical order: in another order they have the same answers."""
+        return "".join(sorted(item["metadata"]["letters"]))
 
     def demo(self, item: Mapping[str, Any]) -> str:
         """The palindrome whose first half is in alphabetical order."""
@@ -134,7 +152,7 @@ def suite() -> Suite:
                 max_value=9,
             ),
             "palindrome": _domain(
-                "palindrome", "palindrome_generation", 12000, min_length=4, max_length=8
+                "palindrome", "palindrome_generation", 8000, min_length=4, max_length=8
             ),
         },
     )

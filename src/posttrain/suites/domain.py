@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +196,7 @@ def _procedural_node(
         "format_version": source.format_version,
         "counts": source.counts(),
         "seed": source.seed,
+        "reasoning_gym": version_of("reasoning-gym"),
     }
     return _node(domain, literals, verifier, {}, {})
 

@@ -14,7 +14,7 @@ from posttrain.rewards.choices import choices_text
 
 
 class Format(Protocol):
-    """Three translations between reasoning-gym's notation and the text that the model sees."""
+    """The translations between reasoning-gym's notation and the text that the model sees."""
 
     @property
     def version(self) -> int:
@@ -23,6 +23,13 @@ class Format(Protocol):
 
     def prompt(self, item: dict[str, Any]) -> str:
         """The user message for a reasoning-gym item (keys question, answer, metadata)."""
+        ...
+
+    def key(self, item: dict[str, Any]) -> str:
+        """What makes two items the same problem: they get one row, in one split.
+
+        Usually the prompt; less where prompts that differ ask the same (letters in another order).
+        """
         ...
 
     def demo(self, item: dict[str, Any]) -> str:
@@ -43,6 +50,10 @@ class PlainFormat:
     version = 1
 
     def prompt(self, item: dict[str, Any]) -> str:
+        """The item's question."""
+        return str(item["question"])
+
+    def key(self, item: dict[str, Any]) -> str:
         """The item's question."""
         return str(item["question"])
 

@@ -1,5 +1,6 @@
-"""Which split a problem belongs to. The text of the problem alone decides, so two splits can never
-share one, whatever the seed, the order of the rows or the domain.
+"""Which split a problem belongs to. Its text alone decides, so two splits can never share one,
+whatever the seed, the order of the rows or the domain. For a procedural domain the text is the
+format's `key`, which is the same for prompts that ask the same thing.
 """
 
 from __future__ import annotations
