@@ -90,14 +90,18 @@ def vocabulary(directory: Path) -> dict[str, int] | None:
 def _download(source: str) -> Path:
     # Only a Hub id needs it, and it takes a third of a second to import.
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+    )
 
     name, _, revision = source.partition("@")
     try:
         return Path(
             snapshot_download(name, revision=revision or None, allow_patterns=list(MODEL_FILES))
         )
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ConfigError(
             f"model {source!r}: neither a directory nor to be had from the Hub "
             f"({str(error).splitlines()[0]}); check the id, the revision and the connection"

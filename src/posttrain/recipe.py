@@ -154,8 +154,7 @@ class Recipe:
         routes, edges = self._route(name, prompts.domains, teachers, start)
         for edge in edges.values():
             self._same_vocabulary(name, start.name, edge)
-        settings = {"routes": routes} | settings
-        return self._stage("distill", name, settings, inputs | edges)
+        return self._stage("distill", name, settings, inputs | edges, routes)
 
     def evaluate(
         self,
@@ -175,7 +174,7 @@ class Recipe:
         known = self._known(self.domains if domains is None else domains)
         inputs |= self._data(name, Prompts(known), (Prompts,))
         routes, edges = self._route(name, known, teachers or {}, init, strict=False)
-        return self._stage("evaluate", name, {"routes": routes} | settings, inputs | edges)
+        return self._stage("evaluate", name, settings, inputs | edges, routes)
 
     def sample(
         self,
@@ -200,7 +199,7 @@ class Recipe:
         }
         routes = {domain: f"models.{domain}" for domain in prompts.domains}
         inputs = edges | self._data(name, prompts, (Prompts,))
-        return self._stage("sample", name, {"routes": routes} | settings, inputs)
+        return self._stage("sample", name, settings, inputs, routes)
 
     def select(self, rollouts: Stage, *, name: str = "selection", **settings: Any) -> Stage:
         """The rollouts worth imitating, as data for `sft`."""
@@ -219,21 +218,30 @@ class Recipe:
         return graph
 
     def _stage(
-        self, kind: str, name: str, settings: Mapping[str, Any], inputs: Mapping[str, str]
+        self,
+        kind: str,
+        name: str,
+        settings: Mapping[str, Any],
+        inputs: Mapping[str, str],
+        routes: Mapping[str, str] | None = None,
     ) -> Stage:
-        values = {"seed": self.seed} | dict(settings)
+        values = dict(settings)
+        if "seed" in CONFIGS[kind].model_fields:
+            values = {"seed": self.seed} | values
         for key, value in self._overrides.items():
             pattern, _, field = key.rpartition(".")
             # A glob is for those of its stages that have the setting; a name is for that stage.
             known = field in CONFIGS[kind].model_fields or not _is_glob(pattern)
             if known and fnmatchcase(name, pattern):
-                if field == "routes":
-                    raise ConfigError(
-                        f"--set {key}: which teacher serves which domain is part of the graph; "
-                        "change `teachers` in the recipe"
-                    )
                 self._used.add(key)
                 values[field] = value
+        if "routes" in values and "routes" in CONFIGS[kind].model_fields:
+            raise ConfigError(
+                f"stage {name!r} ({kind}), field 'routes': which model serves which domain follows "
+                "from the stages that the recipe passes; change those instead"
+            )
+        if routes is not None:
+            values["routes"] = dict(routes)
         config = build_config(kind, name, values)
         return self._add(
             Node(
@@ -345,6 +353,13 @@ class Recipe:
         unknown = [domain for domain in teachers if domain not in self.domains]
         if unknown:
             self._known(unknown[0])
+        stray = [domain for domain in teachers if domain not in domains]
+        if stray and strict:
+            raise ConfigError(
+                f"stage {stage!r}: teachers[{stray[0]!r}] would never be asked, since its prompts "
+                f"are those of {', '.join(domains)}; add the domain to the prompts or leave the "
+                "teacher out"
+            )
         missing = [domain for domain in domains if domain not in teachers]
         if missing and strict:
             raise ConfigError(
@@ -409,18 +424,10 @@ class Recipe:
         for artifact in self._store.list():
             record = artifact.record
             if record["kind"] == "model" and record["name"] == source:
-                return External(
-                    directory=artifact.path,
-                    files=tuple(sorted(record["files"])),
-                    sha256=record["payload"]["data"]["files"],
-                )
+                # Hashed again: linked files may have changed since they were adopted.
+                return find_external(artifact.path)
         return None
 
 
 def _is_glob(pattern: str) -> bool:
     return any(character in pattern for character in "*?[")
-
-
-def stage_fields(kind: str) -> list[str]:
-    """Names of the settings that stages of a kind take."""
-    return list(CONFIGS[kind].model_fields)

@@ -40,7 +40,8 @@ def run_job(job: Job) -> dict[str, Any]:
     if job.kind == "domain":
         return build_domain(job.config, job.runtime, ctx.out, job.data)
     if job.kind == "model":
-        metrics = model.run(Path(job.runtime["directory"]), job.runtime["files"], ctx)
+        directory = Path(job.runtime["directory"])
+        metrics = model.run(directory, job.runtime["files"], job.data["files"], ctx)
     else:
         loops: dict[str, Any] = {
             "pretrain": pretrain.run,
@@ -77,14 +78,15 @@ def useful_threads(job: Job) -> int:
     """Threads for the stage's arithmetic: one for a tiny model, else all that it may have.
 
     Below a few million parameters a matrix product is over before a second thread has woken, and
-    on a busy machine threads waiting for each other make it ten times slower. It depends on the
-    stage's inputs alone, so that the numbers do not depend on what else happens to run.
+    on a busy machine threads waiting for each other make it ten times slower. It follows from the
+    stage's settings and inputs and from its share of the cores, which is fixed before the run, so
+    that the numbers do not depend on what else happens to run.
     """
     if job.kind == "pretrain":
-        return 1
-    weights = [
-        file.stat().st_size
-        for path in job.inputs.values()
-        for file in Path(path).glob("*.safetensors")
-    ]
-    return 1 if max(weights, default=0) < TINY_BYTES else job.threads
+        config = job.config
+        width = 4 * config["num_heads"] * config["head_dim"] + 3 * config["intermediate_size"]
+        largest = 4 * config["num_layers"] * config["hidden_size"] * width
+    else:
+        weights = (Path(path).glob("*.safetensors") for path in job.inputs.values())
+        largest = max((file.stat().st_size for files in weights for file in files), default=0)
+    return 1 if largest < TINY_BYTES else job.threads

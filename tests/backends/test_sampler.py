@@ -12,8 +12,8 @@ import pytest
 import torch
 from transformers import Gemma2Config, GPTNeoConfig, MistralConfig, Qwen2Config
 
-from posttrain.backends.checkpoint import LanguageModel
-from posttrain.backends.sampler import LocalSampler, check_full_attention, draw
+from posttrain.backends.checkpoint import LanguageModel, check_full_attention
+from posttrain.backends.sampler import LocalSampler, draw
 from posttrain.engine.errors import ConfigError
 from posttrain.rl.types import Rollouts
 

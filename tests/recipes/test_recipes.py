@@ -198,8 +198,16 @@ def test_a_domain_without_teacher_is_refused(make_recipe: Callable[..., Recipe])
     teachers = {"add": base, "sort": base}
     with pytest.raises(ConfigError, match=r"domain 'turn' has no teacher; .* add, sort; .*self"):
         r.distill(start=base, teachers=teachers, prompts=r.prompts(r.domains), **STEPS)
-    # A teacher of a domain that has no prompts here is at home elsewhere.
-    r.distill(start=base, teachers=teachers, prompts=r.prompts("add"), **STEPS)
+    with pytest.raises(ConfigError, match=r"teachers\['sort'\] would never be asked"):
+        r.distill(start=base, teachers=teachers, prompts=r.prompts("add"), **STEPS)
+    with pytest.raises(ConfigError, match="field 'routes': which model serves which domain"):
+        r.distill(
+            start=base,
+            teachers={"add": base},
+            prompts=r.prompts("add"),
+            routes={"add": "sort"},
+            **STEPS,
+        )
     with pytest.raises(ConfigError, match="'tum' is not in suite"):
         r.distill(start=base, teachers={"tum": base}, prompts=r.prompts("add"), name="x", **STEPS)
 

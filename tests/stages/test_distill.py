@@ -21,7 +21,7 @@ from posttrain.stages.distill import domain_weights
 RunStage = Callable[..., Any]
 ROUTES = {"short": "first", "words": "second"}
 BASE: dict[str, Any] = {
-    "steps": 4,
+    "steps": 5,
     "prompts_per_step": 12,
     "max_new_tokens": 6,
     "lr": 0.01,
@@ -93,7 +93,7 @@ def test_the_student_comes_nearer_to_each_teacher(
 
 SETTINGS: list[dict[str, Any]] = [
     {"seed": 1},
-    {"steps": 5},
+    {"steps": 6},
     {"lr": 0.02},
     {"lr_end": 0.5},
     {"lr_schedule": "linear"},
@@ -120,9 +120,9 @@ SETTINGS: list[dict[str, Any]] = [
     {"estimator": "sampled_token", "advantage_clip": None},
     {"reward_weight": 0.5, "samples_per_prompt": 2},
     {"reward_weight": 1.5, "samples_per_prompt": 2},
-    {"correction": "truncated", "correction_high": 1.0},
-    {"correction": "icepop", "correction_high": 1.0},
-    {"correction": "icepop", "correction_low": 1.0},
+    {"estimator": "sampled_token", "correction": "truncated", "correction_high": 1.0},
+    {"estimator": "sampled_token", "correction": "icepop", "correction_high": 1.0},
+    {"estimator": "sampled_token", "correction": "icepop", "correction_low": 1.0},
     {"routes": {"short": "second", "words": "first"}},
     {"routes": {"short": "first", "words": "first"}},
 ]
@@ -199,10 +199,28 @@ def test_each_row_is_read_by_its_own_teacher(
     assert together["short"] != pytest.approx(together["words"], rel=0.02)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"correction": "icepop"}, "there is nothing to correct"),
+        ({"estimator": "top_k", "correction": "truncated"}, "there is nothing to correct"),
+        ({"estimator": "sampled_token", "updates_per_batch": 2}, "no longer the student's own"),
+        (
+            {"reward_weight": 1.0, "samples_per_prompt": 2, "updates_per_batch": 2},
+            "no longer the student's own",
+        ),
+    ],
+)
+def test_corrections_go_with_policy_gradients(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_config("distill", "student", {"steps": 1} | settings)
+
+
 def test_masked_tokens_do_not_learn(distill: Callable[..., Any], models: Mapping[str, str]) -> None:
     """Sampler and learner never agree to the last bit: bounds [1, 1] mask nearly every token."""
-    usual = distill(correction="icepop").lines
-    strict = distill(correction="icepop", correction_low=1.0, correction_high=1.0).lines
+    sampled = {"estimator": "sampled_token", "correction": "icepop"}
+    usual = distill(**sampled).lines
+    strict = distill(**sampled, correction_low=1.0, correction_high=1.0).lines
     for loose, tight in zip(usual, strict, strict=True):
         assert loose["correction_masked"] == 0
         assert 0.3 < tight["correction_masked"] <= 1

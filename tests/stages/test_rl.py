@@ -15,7 +15,7 @@ from posttrain.stages.config import build_config
 
 RunStage = Callable[..., Any]
 BASE: dict[str, Any] = {
-    "steps": 4,
+    "steps": 5,
     "prompts_per_step": 6,
     "group_size": 4,
     "max_new_tokens": 6,
@@ -38,7 +38,7 @@ def rl(
 
 def test_metrics_are_named_as_documented_and_finite(rl: Callable[..., Any]) -> None:
     ran = rl(kl_coef=0.1, correction="icepop", updates_per_batch=2)
-    assert [line["step"] for line in ran.lines] == [1, 2, 3, 4]
+    assert [line["step"] for line in ran.lines] == [1, 2, 3, 4, 5]
     expected = {"step", "total", "tokens", "seconds", "lr", "grad_norm", "entropy", "kl_reference"}
     expected |= {"reward", "reward/short", "reward/words", "response_length", "finished_share"}
     expected |= {"kept_share", "clip_low", "clip_high", "ratio", "approx_kl"}
@@ -68,7 +68,7 @@ def test_two_runs_are_the_same_run(
 ONE_UPDATE: list[dict[str, Any]] = [
     {"seed": 1},
     {"lr": 0.01},
-    {"steps": 5},
+    {"steps": 6},
     {"warmup_steps": 2},
     {"lr_schedule": "constant"},
     {"lr_schedule": "linear"},
@@ -179,7 +179,7 @@ def test_a_step_without_any_contrast_changes_nothing(
     """A random model never hits an exact answer: every group is dropped and no update is made."""
     inputs = {"start": models["start"], "domains.bare": undemonstrated}
     ran = run_stage("rl", BASE, inputs)
-    assert [line["kept_share"] for line in ran.lines] == [0, 0, 0, 0]
+    assert [line["kept_share"] for line in ran.lines] == [0, 0, 0, 0, 0]
     start = load_file(f"{models['start']}/model.safetensors")
     assert all(torch.equal(start[name], value) for name, value in ran.weights().items())
 

@@ -98,7 +98,7 @@ ROWS = [
     [
         ({"how": "correct"}, ["long and right", "right", "also right"]),
         ({"how": "correct", "max_per_prompt": 2}, ["long and right", "right"]),
-        ({"how": "best"}, ["long and right", "right", "also right", "half"]),
+        ({"how": "best"}, ["long and right", "right", "also right"]),
         ({"how": "best", "max_per_prompt": 1}, ["long and right"]),
         ({"how": "shortest_correct"}, ["right"]),
     ],

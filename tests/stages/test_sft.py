@@ -20,7 +20,7 @@ from posttrain.stages.batches import Pool
 from posttrain.stages.config import Sft, build_config
 
 RunStage = Callable[..., Any]
-BASE: dict[str, Any] = {"steps": 4, "batch_size": 8, "lr": 0.01, "warmup_steps": 1}
+BASE: dict[str, Any] = {"steps": 5, "batch_size": 8, "lr": 0.01, "warmup_steps": 1}
 TINY: dict[str, Any] = {
     **BASE,
     "hidden_size": 16,
@@ -52,7 +52,7 @@ def pretrain(run_stage: RunStage, domains: Mapping[str, str]) -> Callable[..., A
 
 def test_metrics_and_lines(sft: Callable[..., Any]) -> None:
     ran = sft()
-    assert [line["step"] for line in ran.lines] == [1, 2, 3, 4]
+    assert [line["step"] for line in ran.lines] == [1, 2, 3, 4, 5]
     for line in ran.lines:
         assert set(line) == {"step", "total", "tokens", "seconds", "loss", "grad_norm", "lr"}
         assert all(math.isfinite(value) for value in line.values())
@@ -97,7 +97,7 @@ def test_the_loss_falls(sft: Callable[..., Any]) -> None:
 
 SETTINGS: list[dict[str, Any]] = [
     {"seed": 1},
-    {"steps": 5},
+    {"steps": 6},
     {"steps": None, "epochs": 0.1},
     {"batch_size": 6},
     {"lr": 0.02},
@@ -222,12 +222,12 @@ def test_a_step_without_learning_rate_would_change_nothing_and_is_refused() -> N
     ("schedule", "expected"),
     [
         ("constant", [0.5, 1.0, 1.0, 1.0, 1.0, 1.0]),
-        ("linear", [0.5, 1.0, 1.0, 0.8, 0.6, 0.4]),
-        ("cosine", [0.5, 1.0, 1.0, 0.882843, 0.6, 0.317157]),
+        ("linear", [0.5, 1.0, 1.0, 0.733333, 0.466667, 0.2]),
+        ("cosine", [0.5, 1.0, 1.0, 0.8, 0.4, 0.2]),
     ],
 )
 def test_learning_rates_by_hand(schedule: Any, expected: list[float]) -> None:
-    """Two steps of warm-up, then four of which the first has progress 0 and the last 3/4, towards
+    """Two steps of warm-up, then four of which the first has progress 0 and the last 1, towards
     0.2: linear 1 - 0.8 p, cosine 0.2 + 0.8 (1 + cos(pi p)) / 2."""
     lr_end = 0.05 if schedule == "constant" else 0.2
     config = Sft(steps=6, lr=1.0, lr_schedule=schedule, lr_end=lr_end, warmup_steps=2)
@@ -235,9 +235,11 @@ def test_learning_rates_by_hand(schedule: Any, expected: list[float]) -> None:
     assert rates == pytest.approx(expected, abs=1e-6)
 
 
-def test_warm_up_may_outlast_the_stage() -> None:
-    config = Sft(steps=3, lr=1.0, warmup_steps=10)
-    assert [learning_rate(config, step, 3) for step in range(3)] == pytest.approx([0.1, 0.2, 0.3])
+def test_warm_up_takes_at_most_half_of_the_stage() -> None:
+    config = Sft(steps=4, lr=1.0, warmup_steps=10)
+    rates = [learning_rate(config, step, 4) for step in range(4)]
+    assert rates == pytest.approx([0.5, 1.0, 1.0, 0.05])
+    assert learning_rate(Sft(steps=1, lr=1.0), 0, 1) == 1.0
 
 
 def test_dropout_of_the_start_changes_nothing(

@@ -1,7 +1,9 @@
 """The seam between a stage and the machinery: three Protocols that a stage may call.
 
-Every stage is written against these; `backends/local.py` is the reference that any other backend
-must agree with. Legend: N flat response tokens (row after row), D hidden, V vocabulary.
+`backends/local.py` and `backends/sampler.py` are the reference that any other backend must agree
+with; a stage names them in one place, where it builds them, and calls only what stands here.
+
+Legend: N flat response tokens (row after row), D hidden, V vocabulary.
 """
 
 from __future__ import annotations

@@ -56,21 +56,23 @@ def load(path: str | Path, *, dtype: torch.dtype = torch.float32) -> LanguageMod
     """
     path = Path(path)
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         model, loading = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=dtype,
             attn_implementation="sdpa",
             use_safetensors=True,
             output_loading_info=True,
+            trust_remote_code=False,
         )
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ConfigError(
             f"{path}: transformers cannot load this checkpoint as a causal language model "
             f"({str(error).splitlines()[0]}); it must be a directory with config.json, "
             "model.safetensors and tokenizer files"
         ) from error
+    check_full_attention(config)
     for field in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
         if getattr(config, field, None) not in (None, 1, 1.0):
             raise ConfigError(
@@ -92,6 +94,23 @@ def load(path: str | Path, *, dtype: torch.dtype = torch.float32) -> LanguageMod
         )
     _allow_saving(model.generation_config, path)
     return LanguageModel(model=model, tokenizer=tokenizer)
+
+
+def check_full_attention(config: Any) -> None:
+    """Raise ConfigError for a model whose layers keep anything but full-length keys and values."""
+    window = getattr(config, "sliding_window", None)
+    slides = window is not None and window < getattr(config, "max_position_embeddings", 0)
+    kinds = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None)
+    if not kinds:
+        # Mistral and its like: one window for all layers, and no list of layers.
+        kinds = ["sliding_attention" if slides else "full_attention"]
+    harmless = {"full_attention", "global"} | (set() if slides else {"sliding_attention"})
+    if set(kinds) - harmless:
+        raise ConfigError(
+            f"config.json: layers with {', '.join(sorted(set(kinds)))} (sliding_window = {window}):"
+            " the local backend packs short rows together and keeps full-length keys and values; "
+            "choose a model with full attention in all layers"
+        )
 
 
 def _allow_saving(generation_config: Any, path: Path) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from posttrain.backends.base import Head, LossFunction, MicroBatch
 from posttrain.backends.checkpoint import LanguageModel, output_head
 from posttrain.backends.packing import pack
-from posttrain.engine.errors import ConfigError
+from posttrain.engine.errors import ConfigError, StageError
 from posttrain.losses.ops import token_logprobs
 from posttrain.rl.types import Rollouts
 
@@ -162,6 +162,12 @@ class LocalLearner:
             for name, value in metrics.items():
                 totals[name] = totals[name] + value if name in totals else value
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+        if not bool(torch.isfinite(norm)):
+            raise StageError(
+                f"training diverged: the gradient norm is {float(norm)} at lr {lr:g}; lower lr or "
+                "max_grad_norm, or lengthen warmup_steps (the run resumes from its last step "
+                "checkpoint only with unchanged settings)"
+            )
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()

@@ -1,4 +1,4 @@
-"""Sampling with a slot cache: a finished row leaves at once, a waiting prompt takes its place.
+"""Sampling with a slot cache: finished rows make room, and waiting prompts take their place.
 
 Each prompt is prefilled once for its whole group. A token is drawn by inverse transform from one
 uniform number that depends only on (seed, row, position), so that a row's response does not depend
@@ -18,11 +18,12 @@ from transformers.cache_utils import DynamicCache
 
 from posttrain.backends.base import Head
 from posttrain.backends.cache import SlotCache
-from posttrain.backends.checkpoint import LanguageModel, output_head
+from posttrain.backends.checkpoint import LanguageModel, check_full_attention, output_head
 from posttrain.engine.errors import ConfigError
 from posttrain.rl.types import Rollouts, pad_rows
 
-# Rows are moved together only when this share of them has ended: moving copies the whole cache.
+# Rows move together when less than this share of them goes on, or when waiting prompts could have
+# an eighth of the slots; not whenever one ends, because moving copies the whole cache.
 COMPACT_BELOW = 0.75
 
 
@@ -224,23 +225,6 @@ def draw(logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> tuple[Tens
         token_B = torch.searchsorted(cumulative_BV, target_B1, right=True)[:, 0]
         token_B = token_B.clamp_(max=logits_BV.shape[1] - 1)
     return token_B, logp_BV.gather(1, token_B[:, None])[:, 0]
-
-
-def check_full_attention(config: Any) -> None:
-    """Raise ConfigError for a model whose layers keep anything but full-length keys and values."""
-    window = getattr(config, "sliding_window", None)
-    slides = window is not None and window < getattr(config, "max_position_embeddings", 0)
-    kinds = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None)
-    if not kinds:
-        # Mistral and its like: one window for all layers, and no list of layers.
-        kinds = ["sliding_attention" if slides else "full_attention"]
-    harmless = {"full_attention", "global"} | (set() if slides else {"sliding_attention"})
-    if set(kinds) - harmless:
-        raise ConfigError(
-            f"config.json: layers with {', '.join(sorted(set(kinds)))} (sliding_window = {window}):"
-            " the local sampler keeps full-length keys and values for every layer; choose a model "
-            "with full attention in all layers"
-        )
 
 
 def _mix(value: Tensor) -> Tensor:

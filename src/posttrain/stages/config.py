@@ -51,6 +51,7 @@ class Optimizer(BaseModel):
     lr_end: float = Field(0.05, ge=0, le=1)
     """Last learning rate as a share of `lr`."""
     warmup_steps: int = Field(10, ge=0)
+    """Steps of linear rise from 0 to `lr`; at most half of the stage."""
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.98, ge=0, lt=1)
     weight_decay: float = Field(0.0, ge=0)
@@ -161,7 +162,8 @@ class Rl(Config, Optimizer, Rollout, Correction, Aggregation):
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     kl_in: Literal["loss", "reward"] = "loss"
     drop_zero_variance: bool = True
-    """Leave out groups whose rewards are all alike: they carry no gradient."""
+    """Leave out groups whose rewards are all alike: they carry no gradient. With a KL penalty in
+    the loss they do, and stay."""
 
     @model_validator(mode="after")
     def _ratio_is_read(self) -> Self:
@@ -231,6 +233,24 @@ class Distill(Config, Optimizer, Rollout, Correction, Aggregation):
         return self
 
     @model_validator(mode="after")
+    def _correction_has_a_policy_gradient(self) -> Self:
+        policy_gradient = self.estimator == "sampled_token" or self.reward_weight > 0
+        if self.correction != "none" and not policy_gradient:
+            raise ValueError(
+                f"correction = {self.correction} with estimator = {self.estimator}: an exact "
+                "divergence does not depend on which token was sampled, so there is nothing to "
+                "correct; use estimator = sampled_token or correction = none"
+            )
+        if self.updates_per_batch > 1 and policy_gradient and self.correction == "none":
+            raise ValueError(
+                f"updates_per_batch = {self.updates_per_batch} with a policy gradient (estimator = "
+                f"{self.estimator}, reward_weight = {self.reward_weight}): after the first update "
+                "the tokens are no longer the student's own; set correction = truncated or icepop, "
+                "or updates_per_batch = 1"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _weights_name_domains(self) -> Self:
         unknown = [name for name in self.domain_weights if name not in self.routes]
         if unknown and self.routes:
@@ -291,11 +311,14 @@ class Sample(Config):
     """Domain to the model that samples it; filled in by the recipe."""
 
 
-class Select(Config):
+class Select(BaseModel):
     """Rollouts to imitate: `r.select(rollouts, how="correct")`."""
 
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
     how: Literal["correct", "best", "shortest_correct"] = "correct"
-    """All with full reward, the best of each prompt, or the shortest with full reward."""
+    """All with full reward, those that tie for the prompt's best reward above 0, or the shortest
+    with full reward."""
     max_per_prompt: int = Field(4, gt=0)
 
     @model_validator(mode="after")

@@ -15,10 +15,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from posttrain.engine.errors import ConfigError
+from posttrain.engine.atomic import fsync, write_whole
+from posttrain.engine.errors import ConfigError, StageError
 
 SECONDS_BETWEEN_CHECKPOINTS = 10.0
 
@@ -55,7 +57,7 @@ class Context:
 
     @property
     def domains(self) -> dict[str, Path]:
-        """Domain name to the artifact with its problems, in the order of the recipe."""
+        """Domain name to the artifact with its problems, by name."""
         prefix = "domains."
         found = {e.removeprefix(prefix): p for e, p in self.inputs.items() if e.startswith(prefix)}
         return dict(sorted(found.items()))
@@ -89,7 +91,14 @@ class Context:
             self._metrics.unlink(missing_ok=True)
             return 0
         state = json.loads(marker.read_text())
-        learner.restore(load_file(self.work / state["directory"] / "state.safetensors"))
+        path = self.work / state["directory"] / "state.safetensors"
+        try:
+            learner.restore(load_file(path))
+        except (OSError, SafetensorError, KeyError) as error:
+            raise StageError(
+                f"the step checkpoint {path} cannot be read ({error}); remove {self.work} to start "
+                "this stage anew"
+            ) from error
         self.tokens, self._seconds = state["tokens"], state["seconds"]
         self.metrics = state["metrics"]
         # Lines of steps after the checkpoint will be written again.
@@ -118,11 +127,11 @@ class Context:
             "seconds": self._seconds + time.monotonic() - self._began,
             "metrics_bytes": self._metrics.stat().st_size if self._metrics.exists() else 0,
         }
-        marker = self.work / "step.json.tmp"
-        marker.write_text(json.dumps(state))
-        with marker.open() as file:
-            os.fsync(file.fileno())
-        os.replace(marker, self.work / "step.json")
+        # The marker must not reach the disk before what it points at.
+        fsync(fresh / "state.safetensors")
+        fsync(fresh)
+        write_whole(self.work / "step.json", json.dumps(state).encode())
+        fsync(self.work)
         for old in self.work.glob("step-*"):
             if old != fresh:
                 shutil.rmtree(old)

@@ -171,12 +171,8 @@ class DistillUpdate:
             row_N, len(length_B), aggregation=config.aggregation, constant=self.constant
         )
         weight_N = weight_N * self.weight_B[part.index_B][row_N]
-        logp_N, entropy_N, metrics = None, None, {}
-        if (
-            config.estimator == "sampled_token"
-            or config.reward_weight > 0
-            or config.correction != "none"
-        ):
+        logp_N, entropy_N, correction_N, metrics = None, None, None, {}
+        if config.estimator == "sampled_token" or config.reward_weight > 0:
             logp_N, entropy_N = token_logprobs(
                 hidden_ND,
                 head.weight_VD,
@@ -184,8 +180,9 @@ class DistillUpdate:
                 bias_V=head.bias_V,
                 temperature=config.temperature,
             )
-        if config.correction != "none" and logp_N is not None:
             flat_N = flat_index(self.start_B, self.rows.response_len_B, part.index_B)
+            # For the policy-gradient terms only: an exact divergence does not depend on which token
+            # was sampled, so it has nothing to correct.
             correction_N, metrics = importance_correction(
                 logp_N,
                 self.sampler_logp_N[flat_N],
@@ -193,13 +190,13 @@ class DistillUpdate:
                 low=config.correction_low,
                 high=config.correction_high,
             )
-            weight_N = weight_N * correction_N
         total, kl_N, exact_entropy_N, estimator_metrics = self._estimate(
-            hidden_ND, head, part, weight_N, logp_N
+            hidden_ND, head, part, weight_N, logp_N, correction_N
         )
         if config.reward_weight > 0 and logp_N is not None:
             advantage_N = self.advantage_B[part.index_B][row_N]
-            # The ratio of the current policy to itself is 1: the plain policy gradient.
+            # A ratio of the current policy to itself, which is 1: the plain policy gradient. What
+            # the sampler did differently is in the correction.
             reward_total, _ = policy_gradient(
                 logp_N,
                 logp_N.detach(),
@@ -210,6 +207,7 @@ class DistillUpdate:
                 ratio="token",
                 clip_low=1.0,
                 clip_high=1.0,
+                correction_N=correction_N,
             )
             total = total + config.reward_weight * reward_total
         entropy_N = exact_entropy_N if entropy_N is None else entropy_N
@@ -228,6 +226,7 @@ class DistillUpdate:
         part: MicroBatch,
         weight_N: Tensor,
         logp_N: Tensor | None,
+        correction_N: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor | None, Metrics]:
         """`(loss sum, kl_N, entropy_N or None, metric sums)` of the configured estimator."""
         config, length_B = self.config, part.rollouts.response_len_B
@@ -239,7 +238,11 @@ class DistillUpdate:
             assert targets.logp_N is not None and logp_N is not None
             teacher_logp_N = targets.logp_N[teacher_N]
             total, sums = sampled_token(
-                logp_N, teacher_logp_N, weight_N, advantage_clip=config.advantage_clip
+                logp_N,
+                teacher_logp_N,
+                weight_N,
+                advantage_clip=config.advantage_clip,
+                correction_N=correction_N,
             )
             kl_N = (logp_N - teacher_logp_N).detach()
             return total, kl_N, None, {n: sums[n] for n in ("advantage_abs", "clipped")}

@@ -5,11 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 from posttrain.backends.checkpoint import load
+from posttrain.engine.errors import ConfigError
+from posttrain.engine.fingerprint import files_digest
 from posttrain.stages.context import Context
 
 
-def run(directory: Path, files: list[str], ctx: Context) -> dict[str, float]:
-    """Link `files` of `directory` into the artifact and check that they load as a model."""
+def run(directory: Path, files: list[str], sha256: str, ctx: Context) -> dict[str, float]:
+    """Link `files` of `directory` into the artifact and check that they load as a model.
+
+    Raises ConfigError if they are no longer the files whose digest `sha256` the plan has seen.
+    """
+    if files_digest(directory, files) != sha256:
+        raise ConfigError(f"{directory}: its files changed since this run was planned; run again")
     for name in files:
         target = ctx.out / name
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -95,7 +95,8 @@ def learn(
             metrics["kl_reference"] = float(kl_B.sum()) / scored.rollouts.num_tokens
     advantage_B = advantages(reward_B, scored.group_B, mode=config.advantage)
     kept_B = torch.ones_like(reward_B, dtype=torch.bool)
-    if config.drop_zero_variance:
+    # A penalty in the loss has a gradient on every row, also where the rewards have none.
+    if config.drop_zero_variance and not (config.kl_coef > 0 and config.kl_in == "loss"):
         kept_B = ~zero_variance(scored.reward_B, scored.group_B)
     metrics["kept_share"] = float(kept_B.float().mean())
     if not bool(kept_B.any()):

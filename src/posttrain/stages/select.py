@@ -24,7 +24,8 @@ def run(config: Select, ctx: Context) -> dict[str, float]:
     if not chosen:
         raise ConfigError(
             f"stage {ctx.name!r}: how = {config.how!r} keeps none of {len(rollouts)} rollouts; "
-            "sample from a better model, raise k, or use how = 'best'"
+            "sample from a better model, raise k, or use how = 'best' where the verifier gives "
+            "part scores"
         )
     write_jsonl(
         ctx.out / "data.jsonl",
@@ -41,7 +42,9 @@ def choose(config: Select, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows of one problem that stay: distinct responses, at most `max_per_prompt`."""
     distinct = list({row["response"]: row for row in rows}.values())
     if config.how == "best":
-        return sorted(distinct, key=lambda row: -row["reward"])[: config.max_per_prompt]
+        best = max((row["reward"] for row in distinct), default=0.0)
+        ties = [row for row in distinct if row["reward"] == best and best > 0]
+        return ties[: config.max_per_prompt]
     correct = [row for row in distinct if row["reward"] >= 1.0]
     if config.how == "shortest_correct":
         correct.sort(key=lambda row: len(row["response"]))
