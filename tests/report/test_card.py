@@ -95,6 +95,17 @@ def test_scores_of_student_and_teacher(store: Store, finished: Artifact, scores:
     )
 
 
+def test_a_norm_over_some_domains_says_so(store: Store, finished: Artifact, scores: Any):
+    item = {"name": "evaluation", "fingerprint": "2" * 64, "model": "student"}
+    card = {"name": "x", "kind": "distill", "fingerprint": "0" * 64, "config": {}, "inputs": {}}
+    texts = [
+        model_card(**card, metrics={}, scores=[item | {"evaluation": scores(**options)}])
+        for options in ({}, {"flat": "letters"})
+    ]
+    assert "Norm (mean recovery): 0." in texts[0]
+    assert "Norm (mean recovery over 3 of 4 domains): 0." in texts[1]
+
+
 def test_a_model_that_was_never_scored(store: Store, finished: Artifact):
     card = card_of(store, "base")
     assert "## Scores" not in card

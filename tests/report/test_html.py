@@ -154,6 +154,7 @@ def test_headline(page: Page, scores: Callable[..., dict[str, Any]]):
     # Sixteen stages take 3.25 s, 6.5 s, ... = 3.25 * 136 s.
     assert ("Time, all stages", "7 min 22 s") in tiles
     assert "seed 7" in page.words
+    assert "4 domains</small>" not in page.text
 
 
 def test_specialists_own_domain_is_marked_in_the_matrix(page: Page):
@@ -285,3 +286,5 @@ def test_suppressed_recovery_is_a_dash_with_its_reason(
     page = Page(path.read_text(encoding="utf-8"))
     assert page.text.count('<td class="recovery none">—</td>') == 2
     assert "letters: no recovery, teacher and init cannot be told apart" in page.words
+    # Two tiles and two cells of the table.
+    assert page.text.count("<small>3 of 4 domains</small>") == 4

@@ -115,9 +115,13 @@ def test_recovery_is_suppressed_where_the_teacher_has_no_clear_gain(teacher: str
     )
     row = result["domains"]["a"]
     assert row["recovery"] is None
-    assert row["note"] == "teacher and init cannot be told apart"
+    worse = teacher == "worse"
+    assert row["note"] == (
+        "teacher is worse than init" if worse else "teacher and init cannot be told apart"
+    )
     # The suppressed domain counts neither for Norm nor for the minimum.
     assert result["norm"] == result["min_recovery"] == pytest.approx(1.0)
+    assert result["norm_domains"] == result["greedy"]["norm_domains"] == 1
 
 
 def test_decodings_are_judged_apart():
@@ -134,7 +138,8 @@ def test_decodings_are_judged_apart():
     assert result["norm"] == pytest.approx(1.0)
     assert result["greedy"] == dict.fromkeys(
         ("norm", "norm_low", "norm_high", "min_recovery"), None
-    )
+    ) | {"norm_domains": 0}
+    assert result["norm_domains"] == 1
 
 
 def test_domain_without_a_teacher_has_accuracies_only():

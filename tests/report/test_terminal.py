@@ -82,6 +82,17 @@ def test_suppressed_recovery_is_a_dash_with_a_reason(scores: Make):
     assert not any("no recovery" in line for line in draw(scores(), 120))
 
 
+def test_a_norm_over_some_domains_says_so(scores: Make):
+    lines = draw(scores(flat="letters"), 120)
+    assert row(lines, "Norm (mean)").startswith("Norm (mean) 3 of 4 ")
+    assert row(lines, "greedy", after="Norm (mean)").startswith("greedy 3 of 4 ")
+    assert " of " not in row(lines, "minimum")
+    assert " of " not in row(draw(scores(), 120), "Norm (mean)")
+    older = scores(flat="letters")
+    del older["norm_domains"], older["greedy"]["norm_domains"]
+    assert " of " not in row(draw(older, 120), "Norm (mean)")
+
+
 def test_constant_close_to_the_teacher_is_pointed_out(scores: Make):
     lines = draw(scores(constant=0.62), 160)
     warned = [line for line in lines if "always answering '4-1=3'" in line]

@@ -194,9 +194,12 @@ def read_evaluation(artifact: Artifact) -> Mapping[str, Any] | None:
 
 
 def evaluation_summary(evaluation: Mapping[str, Any]) -> dict[str, Any]:
-    """What `run --json` tells about an evaluation: the domains, Norm, and the same greedily."""
-    keys = ("domains", "norm", "norm_low", "norm_high", "min_recovery", "greedy")
-    return {key: evaluation[key] for key in keys}
+    """What `run --json` tells about an evaluation: the domains, Norm, and the same greedily.
+
+    `norm_domains` is not there where the evaluation was made before it was kept.
+    """
+    keys = ("domains", "norm", "norm_low", "norm_high", "min_recovery", "norm_domains", "greedy")
+    return {key: evaluation[key] for key in keys if key in evaluation}
 
 
 def plan(request: Request, *, as_json: bool) -> None:

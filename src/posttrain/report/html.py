@@ -30,7 +30,7 @@ from posttrain.report.gather import (
 from posttrain.report.lineage import lineage_svg
 from posttrain.report.svg import dash_array
 
-LAYOUT = 1
+LAYOUT = 2
 """Raised by hand when the page changes, so that older pages are written again."""
 _HERE = Path(__file__).parent
 _HEAD_BYTES = 2000

@@ -26,9 +26,20 @@ def decoded(row: Mapping[str, Any], decoding: str) -> Mapping[str, Any]:
 
 
 def norms(evaluation: Evaluation, decoding: str) -> Mapping[str, Any]:
-    """norm, norm_low, norm_high, min_recovery under one decoding; None where there is none."""
+    """norm, norm_low, norm_high, min_recovery under one decoding, None where there is none, and
+    norm_domains."""
     table: Mapping[str, Any] = evaluation if decoding == "sampled" else evaluation["greedy"]
     return table
+
+
+def norm_coverage(evaluation: Evaluation, decoding: str) -> str:
+    """How many domains Norm averages, such as "3 of 4"; empty where it is all of them.
+
+    Also empty for an evaluation from before `norm_domains` was kept.
+    """
+    total = len(evaluation["domains"])
+    counted = norms(evaluation, decoding).get("norm_domains", total)
+    return f"{counted} of {total}" if 0 < counted < total else ""
 
 
 def weakest(evaluation: Evaluation) -> str | None:

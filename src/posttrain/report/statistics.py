@@ -3,7 +3,8 @@
 recovery = (student - init) / (teacher - init), per domain; Norm = its mean over domains (MOPD,
 arXiv 2606.30406, section on metrics). Intervals are 95 % percentile bootstraps over problems; all
 models are resampled on the same problems, since they answered the same ones (paired). Where the
-interval of teacher - init reaches 0 the two cannot be told apart, and recovery is not given.
+interval of teacher - init holds 0 the two cannot be told apart, and where it lies below 0 the
+teacher is worse: either way recovery is not given, and Norm is the mean over the other domains.
 
 Legend: S resamples, P problems, M models.
 """
@@ -94,7 +95,10 @@ def _domain(columns: Mapping[str, Array], weight_SP: Array) -> tuple[dict[str, A
     gain_S = mean_S["teacher"] - mean_S["init"]
     table["teacher_gain"] = _interval(gain, gain_S)
     if table["teacher_gain"]["low"] <= 0:
-        table["note"] = "teacher and init cannot be told apart"
+        worse = table["teacher_gain"]["high"] < 0
+        table["note"] = (
+            "teacher is worse than init" if worse else "teacher and init cannot be told apart"
+        )
         return table, None
     recovered = float(columns["student"].mean() - columns["init"].mean()) / gain
     # A resample in which the gain happens to vanish has no recovery.
@@ -106,15 +110,18 @@ def _domain(columns: Mapping[str, Array], weight_SP: Array) -> tuple[dict[str, A
 
 
 def _norm(domains: Mapping[str, Any], ratio_DS: list[Array], recovery: Any) -> dict[str, Any]:
+    """Norm, its interval and the lowest recovery; `norm_domains` counts the domains in it."""
     values = [recovery(row)["value"] for row in domains.values() if recovery(row)]
     if not values:
-        return {"norm": None, "norm_low": None, "norm_high": None, "min_recovery": None}
+        nothing = dict.fromkeys(("norm", "norm_low", "norm_high", "min_recovery"))
+        return nothing | {"norm_domains": 0}
     norm = _interval(float(np.mean(values)), np.mean(ratio_DS, axis=0))
     return {
         "norm": norm["value"],
         "norm_low": norm["low"],
         "norm_high": norm["high"],
         "min_recovery": min(values),
+        "norm_domains": len(values),
     }
 
 

@@ -24,6 +24,7 @@ from posttrain.report.scores import (
     decoded,
     forgetting,
     has_teachers,
+    norm_coverage,
     norms,
     notes,
 )
@@ -122,7 +123,10 @@ def _scores(evaluation: Evaluation, density: Density) -> Table:
         titles = [(label, d) for label in ("Norm (mean)", "minimum") for d in DECODINGS]
         for number, (label, decoding) in enumerate(titles):
             cell = columns[-1][len(rows) + number]
-            table.add_row(_row_title(label, decoding), "", "", "", cell)
+            title = _row_title(label, decoding)
+            if label != "minimum" and (coverage := norm_coverage(evaluation, decoding)):
+                title.append(f" {coverage}", "yellow")
+            table.add_row(title, "", "", "", cell)
     return table
 
 
