@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from posttrain.engine.errors import ConfigError
 from posttrain.engine.fingerprint import files_digest
@@ -43,12 +45,21 @@ class External:
     """Relative names, sorted."""
     sha256: str
     """One digest of all files."""
+    config: Mapping[str, Any]
+    """Content of config.json."""
+    generation_config: Mapping[str, Any]
+    """Content of generation_config.json; {} without one."""
+    vocabulary: Mapping[str, int] | None
+    """Token to id; None where tokenizer.json is missing or of another form."""
+    chat_template: tuple[str, str] | None
+    """The file it stands in, and its text; None where there is none."""
 
 
 def find_external(source: str | Path) -> External:
     """The checkpoint named by `source`. Hashes its files; downloads a Hub id not in the cache.
 
-    Raises ConfigError if there is none, or if it has no config or no safetensors weights.
+    Raises ConfigError if there is none, if it has no config or no safetensors weights, or if one of
+    its JSON files is broken.
     """
     directory = Path(source).expanduser()
     if not directory.is_dir():
@@ -71,20 +82,116 @@ def find_external(source: str | Path) -> External:
             "checkpoint needs config.json, *.safetensors and tokenizer files (convert .bin weights "
             "with save_pretrained(..., safe_serialization=True))"
         )
-    return External(directory=directory, files=tuple(files), sha256=files_digest(directory, files))
+    # Read before the weights are hashed, which takes a while.
+    return External(
+        directory=directory,
+        files=tuple(files),
+        config=_read_json(directory / "config.json"),
+        generation_config=_read_json(directory / "generation_config.json"),
+        vocabulary=_vocabulary(_read_json(directory / "tokenizer.json")),
+        chat_template=_chat_template(directory),
+        sha256=files_digest(directory, files),
+    )
 
 
-def vocabulary(directory: Path) -> dict[str, int] | None:
-    """Token to id, from tokenizer.json without loading a tokenizer; None if it has another form."""
-    path = directory / "tokenizer.json"
-    if not path.is_file():
-        return None
-    content = json.loads(path.read_text(encoding="utf-8"))
-    tokens = content.get("model", {}).get("vocab")
+def token_conflict(student: External, teacher: External) -> str | None:
+    """Where two checkpoints differ in what tokens mean, with both values and files; None if not.
+
+    Compared is what both have of vocabulary, output size, stop tokens and chat template, as
+    `stages/teachers.py` compares the loaded models. This needs no weights, so a plan can tell.
+    """
+    ours, theirs = student.vocabulary, teacher.vocabulary
+    if ours is not None and theirs is not None and ours != theirs:
+        token = min(t for t in ours.keys() | theirs.keys() if ours.get(t) != theirs.get(t))
+        return (
+            f"vocabulary ({len(theirs)} and {len(ours)} tokens; token {token!r} has id "
+            f"{theirs.get(token)} in {teacher.directory / 'tokenizer.json'} and "
+            f"{ours.get(token)} in {student.directory / 'tokenizer.json'})"
+        )
+    facts: tuple[tuple[str, Callable[[External], tuple[str, Any] | None]], ...] = (
+        ("vocab_size", _vocab_size),
+        ("eos_token_id", _stop_ids),
+        ("chat template", lambda external: external.chat_template),
+    )
+    for what, read in facts:
+        mine, other = read(student), read(teacher)
+        if mine is not None and other is not None and mine[1] != other[1]:
+            value, counterpart = _excerpts(other[1], mine[1])
+            return (
+                f"{what} ({value} in {teacher.directory / other[0]} and "
+                f"{counterpart} in {student.directory / mine[0]})"
+            )
+    return None
+
+
+def _vocab_size(external: External) -> tuple[str, Any] | None:
+    size = external.config.get("vocab_size")
+    return None if size is None else ("config.json", size)
+
+
+def _stop_ids(external: External) -> tuple[str, Any] | None:
+    """Those that end a response: the generation config's, else the config's."""
+    contents = (
+        ("generation_config.json", external.generation_config),
+        ("config.json", external.config),
+    )
+    for name, content in contents:
+        found = content.get("eos_token_id")
+        if found is not None:
+            return name, sorted(found) if isinstance(found, list) else [found]
+    return None
+
+
+def _excerpts(one: Any, other: Any) -> tuple[str, str]:
+    """Two values as texts; of long texts some characters from where they part."""
+    if not isinstance(one, str) or not isinstance(other, str):
+        return str(one), str(other)
+    length = max(len(one), len(other))
+    start = next(i for i in range(length) if one[i : i + 1] != other[i : i + 1])
+    place = f" at character {start + 1}"
+    return f"{one[start : start + 40]!r}{place}", f"{other[start : start + 40]!r}{place}"
+
+
+def _vocabulary(tokenizer: Mapping[str, Any]) -> dict[str, int] | None:
+    model = tokenizer.get("model")
+    tokens = model.get("vocab") if isinstance(model, dict) else None
     if not isinstance(tokens, dict):
         return None
-    added = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
+    added = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
     return {**tokens, **added}
+
+
+def _chat_template(directory: Path) -> tuple[str, str] | None:
+    """transformers reads chat_template.jinja first, then tokenizer_config.json."""
+    path = directory / "chat_template.jinja"
+    if path.is_file():
+        return path.name, path.read_text(encoding="utf-8")
+    template = _read_json(directory / "tokenizer_config.json").get("chat_template")
+    return ("tokenizer_config.json", template) if isinstance(template, str) else None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; {} where there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ConfigError(
+            f"{path}: not JSON ({error.msg} at line {error.lineno}, column {error.colno}); mend "
+            "it or fetch the checkpoint again"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path}: not JSON (no UTF-8 text at byte {error.start + 1}); fetch the checkpoint "
+            "again"
+        ) from error
+    if not isinstance(content, dict):
+        raise ConfigError(
+            f"{path}: holds a {type(content).__name__} where an object is needed; fetch the "
+            "checkpoint again"
+        )
+    return content
 
 
 def _download(source: str) -> Path:

@@ -22,7 +22,7 @@ from typing import Any
 from posttrain.engine.errors import ConfigError, GraphError
 from posttrain.engine.graph import Graph, Node
 from posttrain.engine.store import Store
-from posttrain.external import External, find_external, vocabulary
+from posttrain.external import External, find_external, token_conflict
 from posttrain.stages.config import CONFIGS, VERSIONS, build_config
 from posttrain.suites.domain import Suite, Table, domain_node
 
@@ -401,22 +401,16 @@ class Recipe:
         return name
 
     def _same_vocabulary(self, stage: str, start: str, teacher: str) -> None:
-        """Refuse outside checkpoints whose vocabularies differ, before anything is computed."""
+        """Refuse outside checkpoints whose tokens differ, before anything is computed."""
         ours, theirs = self._root(start), self._root(teacher)
         if ours == theirs or not (ours in self._external and theirs in self._external):
             return
-        mine = vocabulary(self._external[ours].directory)
-        other = vocabulary(self._external[theirs].directory)
-        if mine is None or other is None or mine == other:
-            return
-        token = min(t for t in mine.keys() | other.keys() if mine.get(t) != other.get(t))
-        raise ConfigError(
-            f"stage {stage!r}: teacher {teacher!r} and student {start!r} differ in their "
-            f"vocabulary ({len(other)} and {len(mine)} tokens; token {token!r} has id "
-            f"{other.get(token)} in {self._external[theirs].directory / 'tokenizer.json'} and "
-            f"{mine.get(token)} in {self._external[ours].directory / 'tokenizer.json'}); a teacher "
-            "must come from the same tokenizer"
-        )
+        conflict = token_conflict(self._external[ours], self._external[theirs])
+        if conflict is not None:
+            raise ConfigError(
+                f"stage {stage!r}: teacher {teacher!r} and student {start!r} differ in their "
+                f"{conflict}; a teacher must come from the same tokenizer"
+            )
 
     def _adopted(self, source: str) -> External | None:
         if self._store is None or Path(source).is_dir():

@@ -345,6 +345,21 @@ def test_teachers_of_another_vocabulary_are_refused_at_plan_time(
         r.distill(teachers={"add": tuned}, **student)
 
 
+def test_teachers_that_end_elsewhere_or_are_broken_are_refused_at_plan_time(
+    make_recipe: Callable[..., Recipe], checkpoint: Callable[..., str]
+) -> None:
+    one, two = checkpoint("one"), checkpoint("two")
+    path = Path(two, "generation_config.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": 9}))
+    r = make_recipe()
+    base, other = r.model(one), r.model(two, name="other")
+    with pytest.raises(ConfigError, match=r"eos_token_id \(\[9\] in .*two/generation_config.json"):
+        r.distill(start=base, teachers={"add": other}, prompts=r.prompts("add"), **STEPS)
+    Path(two, "tokenizer.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"two/tokenizer.json: not JSON .* line 1, column 2"):
+        make_recipe().model(two)
+
+
 def test_a_user_checkpoint_takes_the_place_of_the_tiny_base(
     checkpoint: Callable[..., str], tmp_path: Path
 ) -> None:
