@@ -155,8 +155,8 @@ def _hub_rows(location: Location, where: str) -> Iterator[dict[str, Any]]:
         from datasets import load_dataset
     except ImportError as error:
         raise ConfigError(
-            f"{where}: {location.text}: reading the Hub needs the data extra: "
-            "pip install 'posttrain[data]'"
+            f"{where}: {location.text}: reading the Hub needs datasets: "
+            "pip install pyarrow datasets"
         ) from error
     try:
         yield from load_dataset(
@@ -173,8 +173,7 @@ def _import_arrow(location: Location, where: str, module: str) -> Any:
         return importlib.import_module(f"pyarrow.{module}")
     except ImportError as error:
         raise ConfigError(
-            f"{where}: {location.text}: reading {location.kind} needs the data extra: "
-            "pip install 'posttrain[data]'"
+            f"{where}: {location.text}: reading {location.kind} needs pyarrow: pip install pyarrow"
         ) from error
 
 
