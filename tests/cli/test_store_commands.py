@@ -225,6 +225,41 @@ def test_adopt_copies_and_refuses(store: Store, cli: Callable[..., Any], done: P
     assert not (done / "third").exists()
 
 
+def test_a_linked_file_that_changed_is_another_model_in_the_plan(
+    store: Store, cli: Callable[..., Any], done: Path
+) -> None:
+    cli("export", "base", "out")
+    adopted = cli("adopt", "out", "--name", "mine", "--store", "second", "--json").json
+
+    def planned() -> dict[str, Any]:
+        found = cli("plan", *MINI, "--set", "base=mine", "--store", "second", "--json").json
+        return next(stage for stage in found["stages"] if stage["kind"] == "model")
+
+    before = planned()
+    assert (before["action"], before["fingerprint"]) == ("cached", adopted["fingerprint"])
+    config = done / "out" / "config.json"
+    config.write_text(config.read_text() + " ")
+    after = planned()
+    assert after["action"] == "run"
+    assert after["fingerprint"] != before["fingerprint"]
+
+
+def test_adopt_copies_what_lies_in_the_store(
+    store: Store, cli: Callable[..., Any], done: Path
+) -> None:
+    linked = done / "linked"
+    linked.mkdir()
+    for path in store.resolve("base").path.iterdir():
+        (linked / path.name).symlink_to(path)
+    for source, name in ((store.resolve("sft").path, "one"), (linked, "two")):
+        found = cli("adopt", source, "--name", name, "--json").json
+        files = list(Path(found["path"]).iterdir())
+        assert any(path.name == "model.safetensors" for path in files)
+        assert not any(path.is_symlink() for path in files)
+    assert cli("gc", "--only", "--keep", "one", "--keep", "two", "--yes").code == 0
+    assert cli("verify", "--json").json["artifacts"] == 2
+
+
 def test_export_refuses_a_directory_in_use(store: Store, cli: Callable[..., Any]) -> None:
     result = cli("export", "student", ".")
     assert result.code == 2

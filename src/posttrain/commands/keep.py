@@ -31,7 +31,10 @@ from posttrain.stages.config import VERSIONS
 
 
 def adopt(root: Path, source: str, *, name: str, copy: bool, as_json: bool) -> None:
-    """Bring a checkpoint from outside into the store, with its history if it has one."""
+    """Bring a checkpoint from outside into the store, with its history if it has one.
+
+    Files that lie in the store itself are copied: `gc` could remove what a link points at.
+    """
     store = Store(root)
     external = find_external(source)
     present = [a for a in store.list() if a.kind == "model" and a.name == name]
@@ -41,12 +44,16 @@ def adopt(root: Path, source: str, *, name: str, copy: bool, as_json: bool) -> N
                 f"--name {name}: the store has another model of that name ({artifact.label}); "
                 "choose another name"
             )
+    inside = any(
+        (external.directory / file).resolve().is_relative_to(root.resolve())
+        for file in external.files
+    )
     adopted = store.adopt(
         external.directory,
         name=name,
         kind="model",
         files=external.files,
-        link=not copy,
+        link=not (copy or inside),
         metrics={"parameters": count_parameters(external.directory)},
         provenance=dict(capture([], packages=PACKAGES).facts) | {"source": str(external.directory)},
         data={"files": external.sha256},
