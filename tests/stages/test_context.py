@@ -57,6 +57,7 @@ def lines(work: Path) -> list[dict[str, float]]:
 
 def test_a_stopped_stage_goes_on_where_it_was(tmp_path: Path) -> None:
     work_on(tmp_path, 6, stop_after=4)
+    # The engine reads the marker that the stage wrote: one name and form for both.
     assert read_step(tmp_path) == 4
     learner, ctx = work_on(tmp_path, 6)
     assert learner.total == 21

@@ -2,7 +2,7 @@
 
 work/<fp[:12]>/out/            files of the artifact to be
 work/<fp[:12]>/metrics.jsonl   one JSON object per line, written by the stage as it goes
-work/<fp[:12]>/step.json       {"step": n}: the newest step checkpoint the stage can go on from
+work/<fp[:12]>/step.json       {"step": n, ...}: the newest step checkpoint the stage can go on from
 work/<fp[:12]>/log.txt         what the stage printed, over all attempts
 work/<fp[:12]>/...             the checkpoints themselves, as the stage likes
 """
@@ -13,6 +13,7 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from posttrain.engine.atomic import write_whole
 from posttrain.engine.errors import StoreError
@@ -101,10 +102,10 @@ def read_step(path: Path) -> int | None:
         ) from error
 
 
-def write_step(path: Path, step: int) -> None:
+def write_step(path: Path, step: int, **facts: Any) -> None:
     """Mark, atomically, that a checkpoint of `step` is complete in the work directory `path`. For
-    stages."""
-    write_whole(path / STEP, json.dumps({"step": step}).encode("ascii"))
+    stages, which may keep `facts` (JSON) beside it."""
+    write_whole(path / STEP, json.dumps({"step": step} | facts).encode("ascii"))
 
 
 def _lock_path(path: Path) -> Path:

@@ -19,8 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from posttrain.engine.atomic import fsync, write_whole
+from posttrain.engine.atomic import fsync
 from posttrain.engine.errors import ConfigError, StageError
+from posttrain.engine.work import METRICS, STEP, write_step
 
 SECONDS_BETWEEN_CHECKPOINTS = 10.0
 
@@ -52,7 +53,7 @@ class Context:
         self._seconds = 0.0
         self._began = time.monotonic()
         self._saved = time.monotonic()
-        self._metrics = work / "metrics.jsonl"
+        self._metrics = work / METRICS
         self.out.mkdir(parents=True, exist_ok=True)
 
     @property
@@ -86,7 +87,7 @@ class Context:
 
     def resume(self, learner: Resumable) -> int:
         """Load the newest step checkpoint if there is one; returns the number of steps done."""
-        marker = self.work / "step.json"
+        marker = self.work / STEP
         if not marker.exists():
             self._metrics.unlink(missing_ok=True)
             return 0
@@ -120,7 +121,6 @@ class Context:
         tensors = {name: value.contiguous() for name, value in learner.state().items()}
         save_file(tensors, fresh / "state.safetensors")
         state = {
-            "step": step,
             "directory": fresh.name,
             "tokens": self.tokens,
             "metrics": self.metrics,
@@ -130,7 +130,7 @@ class Context:
         # The marker must not reach the disk before what it points at.
         fsync(fresh / "state.safetensors")
         fsync(fresh)
-        write_whole(self.work / "step.json", json.dumps(state).encode())
+        write_step(self.work, step, **state)
         fsync(self.work)
         for old in self.work.glob("step-*"):
             if old != fresh:
