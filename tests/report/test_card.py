@@ -13,7 +13,7 @@ from posttrain.report.card import model_card
 from posttrain.report.gather import scores_of
 
 
-def card_of(store: Store, name: str, **options: Any) -> str:
+def card_of(store: Store, name: str) -> str:
     artifact = store.resolve(name)
     return model_card(
         name=artifact.name,
@@ -23,7 +23,6 @@ def card_of(store: Store, name: str, **options: Any) -> str:
         inputs=artifact.inputs,
         metrics=artifact.metrics,
         scores=scores_of(store, artifact),
-        **options,
     )
 
 
@@ -41,11 +40,9 @@ def table(card: str, title: str) -> list[list[str]]:
 
 
 def test_head_is_yaml(store: Store, finished: Artifact):
-    found = head(card_of(store, "student", base_model="Qwen/Qwen3-0.6B"))
+    found = head(card_of(store, "student"))
     assert found["library_name"] == "transformers"
-    assert found["base_model"] == "Qwen/Qwen3-0.6B"
     assert found["tags"] == ["posttrain", "distill", "add", "letters", "reverse", "spiral"]
-    assert "base_model" not in head(card_of(store, "student"))
 
 
 def test_names_that_mean_something_in_yaml_are_quoted():
@@ -56,10 +53,8 @@ def test_names_that_mean_something_in_yaml_are_quoted():
         config={},
         inputs={"domains.no": {"name": "no", "kind": "domain", "fingerprint": "1" * 64}},
         metrics={},
-        base_model="a: [b",
     )
     assert head(card)["tags"] == ["posttrain", "rl", "no"]
-    assert head(card)["base_model"] == "a: [b"
 
 
 def test_parents_and_data(store: Store, finished: Artifact):

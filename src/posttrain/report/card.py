@@ -30,20 +30,18 @@ def model_card(
     inputs: Mapping[str, Mapping[str, str]],
     metrics: Mapping[str, Any],
     scores: Sequence[Mapping[str, Any]] | None = None,
-    base_model: str | None = None,
 ) -> str:
     """README.md of a checkpoint, with the YAML head that the Hugging Face Hub reads.
 
     `inputs` maps edges to name, kind and fingerprint; `scores` holds the evaluations that include
-    this model, as `gather.scores_of` gives them; `base_model` is the Hub id it descends from, if
-    any.
+    this model, as `gather.scores_of` gives them.
     """
     parents = {edge: s for edge, s in inputs.items() if s["kind"] != "domain"}
     data = {
         edge.removeprefix(DOMAIN_EDGE): s for edge, s in inputs.items() if s["kind"] == "domain"
     }
     parts = [
-        _head(kind, data, base_model),
+        _head(kind, data),
         f"# {name}",
         f"Made by posttrain: {WHAT.get(kind, kind)}. Fingerprint `{fingerprint}`.",
         *(["## Scores", *_scores(scores)] if scores else []),
@@ -89,10 +87,8 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
 ```"""
 
 
-def _head(kind: str, domains: Mapping[str, Any], base_model: str | None) -> str:
+def _head(kind: str, domains: Mapping[str, Any]) -> str:
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
-    if base_model is not None:
-        lines.append(f"base_model: {json.dumps(base_model)}")
     # A JSON string is a YAML string, whatever is in it.
     lines += ["tags:", *(f"- {json.dumps(tag)}" for tag in ("posttrain", kind, *domains)), "---"]
     return "\n".join(lines)

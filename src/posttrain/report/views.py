@@ -41,11 +41,6 @@ class Problem:
     answer: str
     speakers: list[Speaker]
 
-    @property
-    def verdicts(self) -> str:
-        """How each model's greedy answer fared, in one line."""
-        return ", ".join(f"{s.role} {s.answers[-1].verdict}" for s in self.speakers)
-
 
 def transcripts(
     texts: Mapping[str, Sequence[Mapping[str, Any]]],
