@@ -51,6 +51,27 @@ def test_transformers_loads_what_was_saved(
     assert not list(path.glob("*.bin")) and not list(path.glob("*.py"))
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_code_in_a_checkpoint_never_runs(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known: bool
+) -> None:
+    """Neither where transformers has the architecture itself nor where only the code would."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    ran = tmp_path / "ran"
+    (saved / "planted.py").write_text(
+        f"open({str(ran)!r}, 'w').close()\nclass Config: pass\nclass Model: pass\nclass Tok: pass\n"
+    )
+    classes = {"AutoConfig": "planted.Config", "AutoModelForCausalLM": "planted.Model"}
+    edit(saved / "config.json", auto_map=classes, **({} if known else {"model_type": "planted"}))
+    edit(saved / "tokenizer_config.json", auto_map={"AutoTokenizer": ["planted.Tok", None]})
+    if known:
+        assert load(saved).model.config.model_type == "qwen3"
+    else:
+        with pytest.raises(ConfigError, match="cannot load this checkpoint"):
+            load(saved)
+    assert not ran.exists()
+
+
 def test_saving_twice_gives_the_same_bytes(make_model: MakeModel, tmp_path: Path) -> None:
     save(make_model(), tmp_path / "one")
     save(load(tmp_path / "one"), tmp_path / "two")

@@ -22,7 +22,7 @@ from posttrain.backends.local import (
     response_targets,
     split_by_tokens,
 )
-from posttrain.engine.errors import ConfigError
+from posttrain.engine.errors import ConfigError, StageError
 from posttrain.losses.ops import token_logprobs
 from posttrain.rl.types import Rollouts
 from posttrain.stages.batches import sequences
@@ -78,6 +78,22 @@ def test_a_row_longer_than_the_model_is_refused(make_model: MakeModel) -> None:
     with pytest.raises(ConfigError, match=r"a row of 12 tokens.* 11 positions"):
         learner(language_model).update(batch(), cross_entropy, count=1, lr=0.01)
     learner(make_model(positions=12)).update(batch(), cross_entropy, count=1, lr=0.01)
+
+
+@pytest.mark.parametrize("factor", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_stops_before_the_update(
+    make_model: MakeModel, factor: float
+) -> None:
+    def diverged(hidden_ND: Tensor, head: Head, part: MicroBatch) -> tuple[Tensor, Metrics]:
+        loss, metrics = cross_entropy(hidden_ND, head, part)
+        return loss * factor, metrics
+
+    language_model = make_model()
+    before = weights(language_model)
+    with pytest.raises(StageError, match=r"diverged: the gradient norm is (nan|inf) at lr 0\.01"):
+        learner(language_model).update(batch(), diverged, count=1, lr=0.01)
+    after = weights(language_model)
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_split_keeps_to_the_budget_and_loses_no_row() -> None:
