@@ -11,7 +11,7 @@ from typing import Literal
 
 from posttrain import Recipe, Stage
 
-DISTILL_STEPS = {"short": 320, "long": 1200}
+DISTILL_STEPS = {"short": 430, "long": 1200}
 
 
 def recipe(r: Recipe, base: str = "tiny", budget: Literal["short", "long"] = "short") -> Stage:
