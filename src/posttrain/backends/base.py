@@ -8,7 +8,7 @@ Legend: N flat response tokens (row after row), D hidden, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -39,6 +39,21 @@ LossFunction = Callable[[Tensor, Head, MicroBatch], tuple[Tensor, Metrics]]
 """`(hidden_ND, head, micro_batch) -> (loss sum, metric sums)`. Both are sums, never means."""
 
 
+class Sampling(Protocol):
+    """One call to a sampler while it goes on."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Sample to the end; yields `row_B`, the rows that have just ended, as they end.
+
+        Which rows come together depends on what is sampled and on nothing else.
+        """
+        ...
+
+    def rollouts(self, row_B: Tensor | None = None) -> Rollouts:
+        """The rows `row_B`, all of which have ended, or all rows once the iteration is over."""
+        ...
+
+
 class Sampler(Protocol):
     """Draws responses."""
 
@@ -56,6 +71,18 @@ class Sampler(Protocol):
         `temperature` 0 is greedy decoding. Log-probs in the result are those of the distribution
         that was sampled from (temperature included; at temperature 0 those of the model itself).
         """
+        ...
+
+    def stream(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        group_size: int,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+    ) -> Sampling:
+        """The same as `sample`, row by row as they end."""
         ...
 
 

@@ -3,7 +3,8 @@
 transformers' own caches keep all rows at one length, so a finished row stays until the last one
 ends. Here every row writes at its own position: rows leave, move and are replaced at any step.
 
-Legend: S slots, B rows in this call, H key-value heads, T positions, C head dimension.
+Legend: S slots, B rows in this call, M rows that move, H key-value heads, T positions, C head
+dimension.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ class SlotLayer:
                 num_slots, heads, num_positions, values_BHTC.shape[-1]
             )
         columns = keys_BHTC.shape[2]
+        self.num_visible = max(self.num_visible, columns)
         self.keys_SHTC[slot_B, :, :columns] = keys_BHTC
         self.values_SHTC[slot_B, :, :columns] = values_BHTC
 
@@ -55,12 +57,12 @@ class SlotLayer:
             self.values_SHTC[:rows, :, : self.num_visible],
         )
 
-    def keep(self, row_B: Tensor) -> None:
-        """Move the rows that go on to the front."""
+    def move(self, source_M: Tensor, target_M: Tensor) -> None:
+        """Copy slots `source_M` to slots `target_M`; no slot is in both."""
         assert self.keys_SHTC is not None and self.values_SHTC is not None
-        visible = self.num_visible
-        self.keys_SHTC[: len(row_B), :, :visible] = self.keys_SHTC[row_B, :, :visible]
-        self.values_SHTC[: len(row_B), :, :visible] = self.values_SHTC[row_B, :, :visible]
+        for states_SHTC in (self.keys_SHTC, self.values_SHTC):
+            used = states_SHTC[:, :, : self.num_visible]
+            used[target_M] = used[source_M]
 
     def get_seq_length(self) -> int:
         """Longest row so far; models use it only where no position ids are given."""
@@ -83,10 +85,10 @@ class SlotCache(Cache):
         `length_B` counts the tokens stored so far; the token of this step goes to that index.
         """
         num_visible = int(length_B.max()) + 1
-        row_B = torch.arange(len(length_B))
+        row_B = torch.arange(len(length_B), device=length_B.device)
         for layer in self.layers:
             layer.row_B, layer.length_B, layer.num_visible = row_B, length_B, num_visible
-        mask_BT = torch.arange(num_visible) <= length_B[:, None]
+        mask_BT = torch.arange(num_visible, device=length_B.device) <= length_B[:, None]
         return mask_BT[:, None, None, :]
 
     def fill(self, slot_B: Tensor, prefilled: DynamicCache, row_B: Tensor) -> None:
@@ -94,7 +96,7 @@ class SlotCache(Cache):
         for mine, theirs in zip(self.layers, prefilled.layers, strict=True):
             mine.fill(slot_B, theirs.keys[row_B], theirs.values[row_B])
 
-    def keep(self, row_B: Tensor) -> None:
-        """Keep only these rows, in this order, in slots 0..len-1."""
+    def move(self, source_M: Tensor, target_M: Tensor) -> None:
+        """Copy slots `source_M` to slots `target_M`."""
         for layer in self.layers:
-            layer.keep(row_B)
+            layer.move(source_M, target_M)

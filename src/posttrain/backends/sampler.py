@@ -1,30 +1,31 @@
-"""Sampling with a slot cache: finished rows make room, and waiting prompts take their place.
+"""Sampling in slots: a row that ends makes room at once, and waiting prompts take its place.
 
-Each prompt is prefilled once for its whole group. A token is drawn by inverse transform from one
+Each prompt is read once for its whole group. A token is drawn by inverse transform from one
 uniform number that depends only on (seed, row, position), so that a row's response does not depend
 on which rows happen to run beside it. Log-probs come from the same pass.
 
-Legend: P prompts, B rows, T positions, R response positions, V vocabulary.
+Legend: P prompts, B rows, L rows in slots, E rows that have just ended, M rows that move,
+T positions, R response positions, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache
 
 from posttrain.backends.base import Head
-from posttrain.backends.cache import SlotCache
 from posttrain.backends.checkpoint import LanguageModel, check_full_attention, output_head
+from posttrain.backends.decoder import Decoder, TransformersDecoder
+from posttrain.backends.fused import FusedDecoder, is_fusable
 from posttrain.engine.errors import ConfigError
 from posttrain.rl.types import Rollouts, pad_rows
 
-# Rows move together when less than this share of them goes on, or when waiting prompts could have
-# an eighth of the slots; not whenever one ends, because moving copies the whole cache.
-COMPACT_BELOW = 0.75
+READ_SHARE = 8
+"""Waiting prompts are read when they can have this part of the slots, not whenever one is free: a
+forward pass over a few prompts costs nearly as much as one over many."""
 
 
 class LocalSampler:
@@ -33,9 +34,12 @@ class LocalSampler:
     def __init__(self, language_model: LanguageModel, *, max_rows: int = 256) -> None:
         self.model: Any = language_model.model
         self.head: Head = output_head(language_model.model)
-        self.stop_ids = torch.tensor(language_model.stop_ids)
+        self.device: torch.device = self.head.weight_VD.device
+        self.stop_V = torch.zeros(len(self.head.weight_VD), dtype=torch.bool, device=self.device)
+        self.stop_V[[i for i in language_model.stop_ids if i < len(self.stop_V)]] = True
         self.pad_id = language_model.pad_id
         self.max_rows = max_rows
+        self._buffer: Tensor | None = None
         check_full_attention(self.model.config)
 
     def sample(
@@ -48,18 +52,45 @@ class LocalSampler:
         seed: int,
     ) -> Rollouts:
         """See `Sampler.sample`. Raises ConfigError if a prompt leaves no room for a response."""
+        sampling = self.stream(
+            prompts,
+            group_size=group_size,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+        )
+        for _ in sampling:
+            pass
+        return sampling.rollouts()
+
+    def stream(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        group_size: int,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+    ) -> Sampling:
+        """See `Sampler.stream`. Raises ConfigError if a prompt leaves no room for a response."""
         self._check_lengths(prompts, max_new_tokens)
-        was_training = self.model.training
-        self.model.eval()
-        with torch.inference_mode():
-            run = _Run(self, prompts, group_size, max_new_tokens, temperature, seed)
-            while run.live or run.waiting:
-                run.admit()
-                run.step()
-                run.retire()
-        self.model.train(was_training)
-        # Outside inference mode, so that the result may take part in a gradient.
-        return run.rollouts()
+        return Sampling(
+            self,
+            prompts,
+            group_size=group_size,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+        )
+
+    def decoder(self, num_slots: int, num_positions: int) -> Decoder:
+        """The fastest decoder that computes this model."""
+        shape = {"num_slots": num_slots, "num_positions": num_positions}
+        if not is_fusable(self.model):
+            return TransformersDecoder(self.model, **shape)
+        decoder = FusedDecoder(self.model, **shape, buffer=self._buffer)
+        self._buffer = decoder.cache
+        return decoder
 
     def _check_lengths(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
         longest = max(map(len, prompts), default=0)
@@ -71,141 +102,162 @@ class LocalSampler:
             )
 
 
-class _Run:
-    """The state of one call to `sample`."""
+class Sampling:
+    """One call to the sampler while it goes on; see `base.Sampling`."""
 
     def __init__(
         self,
         sampler: LocalSampler,
         prompts: Sequence[Sequence[int]],
+        *,
         group_size: int,
         max_new_tokens: int,
         temperature: float,
         seed: int,
     ) -> None:
+        device = sampler.device
         self.model, self.head = sampler.model, sampler.head
-        self.stop_ids, self.pad_id = sampler.stop_ids, sampler.pad_id
+        self.stop_V, self.pad_id = sampler.stop_V, sampler.pad_id
         self.temperature, self.max_new_tokens = temperature, max_new_tokens
-        self.prompts_PT, self.prompt_len_P = pad_rows(prompts, sampler.pad_id)
         self.group_size = group_size
+        prompts_PT, prompt_len_P = pad_rows(prompts, sampler.pad_id)
+        self.prompts_PT, self.prompt_len_P = prompts_PT.to(device), prompt_len_P.to(device)
         num_rows = len(prompts) * group_size
         self.num_slots = min(num_rows, max(sampler.max_rows, group_size))
-        columns = self.prompts_PT.shape[1] + max_new_tokens
-        layers = self.model.config.num_hidden_layers
-        self.cache = SlotCache(layers, self.num_slots, columns)
         self.next_prompt = 0
-        self.row_seed_B = _mix(torch.arange(num_rows) + _mix(torch.tensor(seed)))
-        self.tokens_BR = torch.full((num_rows, max_new_tokens), sampler.pad_id)
-        self.logp_BR = torch.zeros(num_rows, max_new_tokens)
-        self.response_len_B = torch.zeros(num_rows, dtype=torch.int64)
-        self.finished_B = torch.zeros(num_rows, dtype=torch.bool)
-        # Of the rows now in slots: their number, tokens in the cache, tokens sampled, next logits.
-        self.row_L = torch.empty(0, dtype=torch.int64)
-        self.cached_L = torch.empty(0, dtype=torch.int64)
-        self.sampled_L = torch.empty(0, dtype=torch.int64)
-        self.done_L = torch.empty(0, dtype=torch.bool)
+        row_B = torch.arange(num_rows, device=device)
+        self.row_seed_B = _mix(row_B + _mix(torch.tensor(seed, device=device)))
+        self.tokens_BR = torch.full((num_rows, max_new_tokens), sampler.pad_id, device=device)
+        self.logp_BR = torch.zeros(num_rows, max_new_tokens, device=device)
+        self.response_len_B = torch.zeros(num_rows, dtype=torch.int64, device=device)
+        self.finished_B = torch.zeros(num_rows, dtype=torch.bool, device=device)
+        # Of the rows in slots: their number, how much of them is read, how much is drawn.
+        self.row_L = torch.empty(0, dtype=torch.int64, device=device)
+        self.length_L, self.drawn_L = self.row_L, self.row_L
+        self.uniform_LR = torch.empty(0, max_new_tokens, dtype=torch.float64, device=device)
         self.hidden_LD: Tensor | None = None
+        self.decoder = sampler.decoder(
+            self.num_slots, self.prompts_PT.shape[1] + max_new_tokens
+        )
 
-    @property
-    def live(self) -> int:
-        return len(self.row_L)
+    def __iter__(self) -> Iterator[Tensor]:
+        """See `base.Sampling.__iter__`."""
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            while len(self.row_L) or self.waiting:
+                ended_E = self._advance()
+                if ended_E is not None:
+                    yield ended_E
+        finally:
+            self.model.train(was_training)
 
     @property
     def waiting(self) -> bool:
+        """Whether some prompts have no slot yet."""
         return self.next_prompt < len(self.prompt_len_P)
 
-    def admit(self) -> None:
-        """Prefill waiting prompts into free slots, one prefill per prompt for its whole group."""
-        room = (self.num_slots - self.live) // self.group_size
-        if not self.waiting or room == 0:
-            return
-        index_P = torch.arange(
-            self.next_prompt, min(self.next_prompt + room, len(self.prompt_len_P))
-        )
-        self.next_prompt += len(index_P)
-        length_P = self.prompt_len_P[index_P]
-        tokens_PT = self.prompts_PT[index_P, : int(length_P.max())]
-        prefilled = DynamicCache()
-        hidden_PTD = self.model.base_model(
-            input_ids=tokens_PT, past_key_values=prefilled, use_cache=True
-        ).last_hidden_state
-        hidden_PD = hidden_PTD[torch.arange(len(index_P)), length_P - 1]
-        copy_L = torch.arange(len(index_P)).repeat_interleave(self.group_size)
-        slot_L = torch.arange(self.live, self.live + len(copy_L))
-        self.cache.fill(slot_L, prefilled, copy_L)
-        member_L = torch.arange(self.group_size).repeat(len(index_P))
-        row_L = index_P[copy_L] * self.group_size + member_L
-        self.row_L = torch.cat([self.row_L, row_L])
-        self.cached_L = torch.cat([self.cached_L, length_P[copy_L]])
-        self.sampled_L = torch.cat([self.sampled_L, torch.zeros_like(row_L)])
-        self.done_L = torch.cat([self.done_L, torch.zeros_like(row_L, dtype=torch.bool)])
-        fresh_LD = hidden_PD[copy_L]
-        old = self.hidden_LD
-        self.hidden_LD = fresh_LD if old is None else torch.cat([old, fresh_LD])
+    # Not around the loop: whoever takes the rows in between must not compute in this mode.
+    @torch.inference_mode()
+    def _advance(self) -> Tensor | None:
+        """One token for every row in a slot; the rows that ended with it, or None."""
+        self._admit()
+        token_L = self._draw()
+        ended_L = self.stop_V[token_L]
+        stopped_L = ended_L.clone()
+        ended_L |= self.drawn_L == self.max_new_tokens
+        ended_E = None
+        if bool(ended_L.any()):
+            ended_E = self.row_L[ended_L]
+            self.response_len_B[ended_E] = self.drawn_L[ended_L]
+            self.finished_B[ended_E] = stopped_L[ended_L]
+            token_L = self._retire(ended_L, token_L)
+        if len(token_L):
+            self.hidden_LD = self.decoder.step(token_L, self.length_L)
+            self.length_L += 1
+        return ended_E
 
-    def step(self) -> None:
-        """Draw one token for every live row, and run those that go on through the model."""
+    def _admit(self) -> None:
+        """Read waiting prompts into free slots, each prompt once for its whole group."""
+        live = len(self.row_L)
+        room = (self.num_slots - live) // self.group_size
+        enough = room * self.group_size * READ_SHARE >= self.num_slots
+        if not self.waiting or room == 0 or (live and not enough):
+            return
+        first = self.next_prompt
+        self.next_prompt = min(first + room, len(self.prompt_len_P))
+        length_P = self.prompt_len_P[first : self.next_prompt]
+        tokens_PT = self.prompts_PT[first : self.next_prompt, : int(length_P.max())]
+        hidden_PD = self.decoder.prefill(tokens_PT, length_P, first=live, copies=self.group_size)
+        row_L = torch.arange(
+            first * self.group_size, self.next_prompt * self.group_size, device=length_P.device
+        )
+        position_R = torch.arange(self.max_new_tokens, device=length_P.device)
+        uniform_LR = _uniform(self.row_seed_B[row_L, None], position_R)
+        hidden_LD = hidden_PD.repeat_interleave(self.group_size, dim=0)
+        self.row_L = torch.cat([self.row_L, row_L])
+        self.length_L = torch.cat([self.length_L, length_P.repeat_interleave(self.group_size)])
+        self.drawn_L = torch.cat([self.drawn_L, torch.zeros_like(row_L)])
+        self.uniform_LR = torch.cat([self.uniform_LR, uniform_LR])
+        if self.hidden_LD is not None:
+            hidden_LD = torch.cat([self.hidden_LD, hidden_LD])
+        self.hidden_LD = hidden_LD
+
+    def _draw(self) -> Tensor:
+        """The next token of every row, written down with its log-prob."""
         assert self.hidden_LD is not None
         weight, bias = self.head.weight_VD, self.head.bias_V
         logits_LV = torch.nn.functional.linear(self.hidden_LD, weight, bias).float()
-        uniform_L = _uniform(self.row_seed_B[self.row_L], self.sampled_L)
+        uniform_L = self.uniform_LR.gather(1, self.drawn_L[:, None])[:, 0]
         token_L, logp_L = draw(logits_LV, uniform_L, self.temperature)
-        write = ~self.done_L
-        row, at = self.row_L[write], self.sampled_L[write]
-        self.tokens_BR[row, at] = token_L[write]
-        self.logp_BR[row, at] = logp_L[write]
-        self.sampled_L += 1
-        stopped_L = torch.isin(token_L, self.stop_ids) & write
-        self.finished_B[self.row_L[stopped_L]] = True
-        ended_L = write & (stopped_L | (self.sampled_L >= self.max_new_tokens))
-        self.response_len_B[self.row_L[ended_L]] = self.sampled_L[ended_L]
-        self.done_L |= ended_L
-        if bool(self.done_L.all()):
-            return
-        # Rows that ended but still hold a slot run along without effect; their position stands.
-        mask = self.cache.aim(self.cached_L)
-        self.hidden_LD = self.model.base_model(
-            input_ids=token_L[:, None],
-            position_ids=self.cached_L[:, None],
-            attention_mask=mask,
-            past_key_values=self.cache,
-            use_cache=True,
-        ).last_hidden_state[:, 0]
-        self.cached_L = self.cached_L + (~self.done_L).long()
+        at_L = self.row_L * self.max_new_tokens + self.drawn_L
+        self.tokens_BR.view(-1).index_copy_(0, at_L, token_L)
+        self.logp_BR.view(-1).index_copy_(0, at_L, logp_L)
+        self.drawn_L += 1
+        return token_L
 
-    def retire(self) -> None:
-        """Give up the slots of ended rows when enough of them have ended or others wait."""
-        ended = int(self.done_L.sum())
-        due = ended == self.live or ended > (1 - COMPACT_BELOW) * self.live
-        wanted = self.waiting and self.num_slots - self.live + ended >= self.group_size
-        if ended == 0 or not (due or (wanted and ended * 8 >= self.num_slots)):
-            return
-        keep_L = (~self.done_L).nonzero()[:, 0]
-        self.cache.keep(keep_L)
-        assert self.hidden_LD is not None
-        self.hidden_LD = self.hidden_LD[keep_L]
-        self.row_L, self.cached_L = self.row_L[keep_L], self.cached_L[keep_L]
-        self.sampled_L, self.done_L = self.sampled_L[keep_L], self.done_L[keep_L]
+    def _retire(self, ended_L: Tensor, token_L: Tensor) -> Tensor:
+        """Give up the slots of ended rows: the last rows move into the holes before them.
 
-    def rollouts(self) -> Rollouts:
-        """Everything sampled, as one right-padded batch."""
-        prompt_len_B = self.prompt_len_P.repeat_interleave(self.group_size)
-        num_rows, columns = len(prompt_len_B), self.prompts_PT.shape[1]
-        longest = int(self.response_len_B.max()) if num_rows else 0
-        tokens_BT = torch.full((num_rows, columns + longest), self.pad_id)
-        tokens_BT[:, :columns] = self.prompts_PT.repeat_interleave(self.group_size, dim=0)
-        position_R = torch.arange(longest)
-        valid_BR = position_R < self.response_len_B[:, None]
+        Returns the tokens of the rows that go on, in their new order.
+        """
+        keep_L = (~ended_L).nonzero()[:, 0]
+        live = len(keep_L)
+        source_M, target_M = keep_L[keep_L >= live], ended_L[:live].nonzero()[:, 0]
+        if len(source_M):
+            self.decoder.move(source_M, target_M)
+        order_L = torch.arange(live, device=ended_L.device)
+        order_L[target_M] = source_M
+        self.row_L, self.length_L = self.row_L[order_L], self.length_L[order_L]
+        self.drawn_L, self.uniform_LR = self.drawn_L[order_L], self.uniform_LR[order_L]
+        if not live:
+            self.hidden_LD = None
+        return token_L[order_L]
+
+    def rollouts(self, row_B: Tensor | None = None) -> Rollouts:
+        """See `base.Sampling.rollouts`."""
+        if row_B is None:
+            row_B = torch.arange(len(self.response_len_B), device=self.tokens_BR.device)
+        prompt_B = row_B // self.group_size
+        prompt_len_B, response_len_B = self.prompt_len_P[prompt_B], self.response_len_B[row_B]
+        num_rows, columns = len(row_B), self.prompts_PT.shape[1]
+        longest = int(response_len_B.max()) if num_rows else 0
+        used = int((prompt_len_B + response_len_B).max()) if num_rows else 0
+        tokens_BT = torch.full(
+            (num_rows, columns + longest), self.pad_id, device=self.tokens_BR.device
+        )
+        tokens_BT[:, :columns] = self.prompts_PT[prompt_B]
+        position_R = torch.arange(longest, device=tokens_BT.device)
+        valid_BR = position_R < response_len_B[:, None]
         at_BR = prompt_len_B[:, None] + position_R
-        row_BR = torch.arange(num_rows)[:, None].expand_as(at_BR)
-        tokens_BT[row_BR[valid_BR], at_BR[valid_BR]] = self.tokens_BR[:, :longest][valid_BR]
-        used = int((prompt_len_B + self.response_len_B).max()) if num_rows else 0
+        response_BR = torch.where(valid_BR, self.tokens_BR[row_B, :longest], self.pad_id)
+        tokens_BT.scatter_(1, at_BR, response_BR)
         return Rollouts(
             tokens_BT=tokens_BT[:, :used].clone(),
             prompt_len_B=prompt_len_B,
-            response_len_B=self.response_len_B.clone(),
-            logp_BR=self.logp_BR[:, :longest] * valid_BR,
-            finished_B=self.finished_B.clone(),
+            response_len_B=response_len_B,
+            logp_BR=self.logp_BR[row_B, :longest] * valid_BR,
+            finished_B=self.finished_B[row_B],
         )
 
 
@@ -219,8 +271,10 @@ def draw(logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> tuple[Tens
         logp_BV = torch.log_softmax(logits_BV, dim=-1)
         token_B = logits_BV.argmax(dim=-1)
     else:
-        logp_BV = torch.log_softmax(logits_BV / temperature, dim=-1)
-        cumulative_BV = logp_BV.double().exp_().cumsum(dim=-1)
+        if temperature != 1:
+            logits_BV = logits_BV / temperature
+        logp_BV = torch.log_softmax(logits_BV, dim=-1)
+        cumulative_BV = logp_BV.double().exp_().cumsum_(dim=-1)
         target_B1 = uniform_B[:, None] * cumulative_BV[:, -1:]
         token_B = torch.searchsorted(cumulative_BV, target_B1, right=True)[:, 0]
         token_B = token_B.clamp_(max=logits_BV.shape[1] - 1)
