@@ -20,8 +20,8 @@ from posttrain.backends.local import (
     hidden_states,
     response_logprobs,
     response_targets,
-    split_by_tokens,
 )
+from posttrain.backends.packing import forward_passes
 from posttrain.engine.errors import ConfigError, StageError
 from posttrain.losses.ops import token_logprobs
 from posttrain.rl.types import Rollouts
@@ -56,12 +56,15 @@ def weights(language_model: LanguageModel) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in language_model.model.named_parameters()}
 
 
+@pytest.mark.parametrize("budget", [20, 10_000])
 @pytest.mark.parametrize("kind", ["qwen3", "llama", "gpt2"])
-def test_hidden_states_predict_the_response_tokens(make_model: MakeModel, kind: str) -> None:
+def test_hidden_states_predict_the_response_tokens(
+    make_model: MakeModel, kind: str, budget: int
+) -> None:
     """Row by row without padding, position t - 1 of the whole model's logits predicts token t."""
     language_model, rollouts = make_model(kind), batch()
     with torch.no_grad():
-        hidden_ND = hidden_states(language_model.model, rollouts)
+        hidden_ND = LocalScorer(language_model, max_tokens=budget).hidden(rollouts)
         expected = []
         for row, (start, length) in zip(rollouts.tokens_BT, LENGTHS, strict=True):
             logits_TV = language_model.model(input_ids=row[None, : start + length]).logits[0]
@@ -96,29 +99,29 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_split_keeps_to_the_budget_and_loses_no_row() -> None:
-    rollouts = batch()
-    for max_tokens in (1, 12, 24, 30, 10_000):
-        seen = []
-        for part in split_by_tokens(rollouts, max_tokens):
-            size = part.rollouts.tokens_BT.numel()
-            assert size <= max_tokens or len(part.index_B) == 1
-            seen += part.index_B.tolist()
-            for number, index in enumerate(part.index_B.tolist()):
-                width = sum(LENGTHS[index])
-                ours = part.rollouts.tokens_BT[number, :width]
-                assert ours.tolist() == rollouts.tokens_BT[index, :width].tolist()
-        assert sorted(seen) == list(range(len(LENGTHS)))
-        # Rows of like length are neighbours: little padding.
-        assert [sum(LENGTHS[i]) for i in seen] == sorted(map(sum, LENGTHS))
-    assert len(list(split_by_tokens(rollouts, 10_000))) == 1
-    assert len(list(split_by_tokens(rollouts, 1))) == len(LENGTHS)
-
-
-def test_rows_of_one_length_keep_their_order() -> None:
-    rollouts = sequences([[5, 6]] * 6, [[n] for n in range(10, 16)], pad_id=0)
-    order = [i for part in split_by_tokens(rollouts, 6) for i in part.index_B.tolist()]
-    assert order == list(range(6))
+@pytest.mark.parametrize("kind", ["qwen3", "llama", "gpt2"])
+def test_a_shared_prompt_learns_what_padded_rows_do(make_model: MakeModel, kind: str) -> None:
+    """Groups of three: gradients of all weights against one right-padded batch of whole rows, in
+    float64, so that nothing but rounding of 1e-16 can hide a difference."""
+    language_model = make_model(kind)
+    generator = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(5, 90, (n,), generator=generator).tolist() for n in (6, 1, 9)]
+    lengths = (3, 8, 1, 5, 5, 2, 7, 4, 6)
+    responses = [torch.randint(5, 90, (n,), generator=generator).tolist() for n in lengths]
+    rollouts = sequences([p for p in prompts for _ in range(3)], responses, pad_id=0)
+    model = language_model.model.double()
+    logits_BTV = model(input_ids=rollouts.tokens_BT).logits[:, :-1]
+    logp_BT = torch.log_softmax(logits_BTV, -1).gather(2, rollouts.tokens_BT[:, 1:, None])[..., 0]
+    (-logp_BT[rollouts.response_mask_BT()[:, 1:]].sum() / 41).backward()
+    padded = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    (packed,) = forward_passes(rollouts, max_tokens=8192, hidden_size=32)
+    assert packed.num_needed == 6 + 1 + 9 + sum(lengths) - len(lengths)
+    part = MicroBatch(index_B=packed.index_B, rollouts=rollouts)
+    loss, _ = cross_entropy(hidden_states(model, packed), LocalScorer(language_model).head, part)
+    (loss / 41).backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, padded[name], atol=1e-10, rtol=1e-8)
 
 
 @pytest.mark.parametrize("max_tokens", [1, 13, 30])
@@ -217,8 +220,8 @@ def test_the_scorer_answers_in_the_order_of_the_rows(
     language_model, rollouts = make_model(), batch()
     scorer = LocalScorer(language_model, max_tokens=max_tokens)
     hidden_ND = scorer.hidden(rollouts)
-    with torch.no_grad():
-        expected = hidden_states(language_model.model, rollouts)
+    alone = [scorer.hidden(rollouts.rows(torch.tensor([n]))) for n in range(len(rollouts))]
+    expected = torch.cat(alone)
     torch.testing.assert_close(hidden_ND, expected, atol=1e-5, rtol=1e-5)
     assert not hidden_ND.requires_grad
 

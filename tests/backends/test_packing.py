@@ -1,56 +1,125 @@
-"""Rows that share bins: every position has one owner, and rows see only themselves."""
+"""Packing: every token that is needed is read once, and rows see their prompt and themselves."""
 
 from __future__ import annotations
+
+import itertools
 
 import pytest
 import torch
 
-from posttrain.backends.packing import MAX_SHARED_WIDTH, MIN_WIDTH, pack
+from posttrain.backends.packing import MIN_WIDTH, Packed, forward_passes
+from posttrain.rl.types import Rollouts
+from posttrain.stages.batches import sequences
 
-CASES = [
-    [1],
-    [5, 9],
-    [96, 1, 95, 1, 50, 46],
-    [97, 20, 30, 77],
-    [MAX_SHARED_WIDTH, 3, 4],
-    [MAX_SHARED_WIDTH + 1, 3, 4],
-    [7] * 200,
-]
-
-
-@pytest.mark.parametrize("lengths", CASES, ids=str)
-def test_every_row_lies_whole_in_one_bin(lengths: list[int]) -> None:
-    bins = pack(torch.tensor(lengths))
-    width = bins.row_CT.shape[1]
-    assert width >= max(lengths)
-    rows, positions = bins.row_CT.flatten(), bins.position_CT.flatten()
-    for row, length in enumerate(lengths):
-        start = int(bins.start_B[row])
-        assert start // width == (start + length - 1) // width
-        assert (rows == row).nonzero()[:, 0].tolist() == list(range(start, start + length))
-        assert positions[start : start + length].tolist() == list(range(length))
-    assert int((rows >= 0).sum()) == sum(lengths)
+# Prompts as (number, length), responses as lengths; neighbours with one number share the prompt.
+CASES: dict[str, list[tuple[tuple[int, int], int]]] = {
+    "one": [((0, 1), 1)],
+    "two prompts": [((0, 3), 5), ((1, 4), 9)],
+    "groups": [((g, 3 + g), 1 + (5 * g + m) % 7) for g in range(6) for m in range(4)],
+    "heavy tail": [((g, 8), 1 + (g * g * m) % 90) for g in range(12) for m in range(4)],
+    "not neighbours": [((0, 5), 4), ((1, 5), 4), ((0, 5), 3)],
+    "beyond the limit": [((0, 10), 200), ((0, 10), 300), ((1, 10), 5), ((1, 10), 700)],
+    "short": [((n, 3), 5) for n in range(50)],
+}
+HIDDEN = 64
 
 
-@pytest.mark.parametrize("lengths", CASES, ids=str)
-def test_a_position_sees_its_own_row_up_to_itself(lengths: list[int]) -> None:
-    bins = pack(torch.tensor(lengths))
-    mask = bins.mask()
-    if mask is None:
-        # Causal attention is enough where each row has a bin of its own.
-        assert bins.row_CT.shape[0] == len(lengths)
-        assert all(int(start) % bins.row_CT.shape[1] == 0 for start in bins.start_B)
-        return
-    for number in range(min(3, bins.row_CT.shape[0])):
-        row_T = bins.row_CT[number].tolist()
-        for position, row in enumerate(row_T):
-            if row >= 0:
-                seen = mask[number, 0, position].nonzero()[:, 0].tolist()
-                first = row_T.index(row)
-                assert seen == list(range(first, position + 1))
+def batch(case: list[tuple[tuple[int, int], int]]) -> Rollouts:
+    """Distinct tokens in every response, so that any mix-up shows."""
+    prompts = [[100 + 50 * number + i for i in range(length)] for (number, length), _ in case]
+    fresh = itertools.count(10_000)
+    responses = [[next(fresh) for _ in range(length)] for _, length in case]
+    return sequences(prompts, responses, pad_id=0)
 
 
-def test_short_rows_share_and_long_ones_do_not() -> None:
-    assert pack(torch.tensor([7] * 200)).row_CT.shape[0] == -(-200 // (MIN_WIDTH // 7))
-    assert not pack(torch.tensor([MAX_SHARED_WIDTH + 1, 3, 4])).shared
-    assert not pack(torch.tensor([90, 91])).shared
+def passes(name: str, **options: int) -> list[Packed]:
+    settings = {"max_tokens": 512, "hidden_size": HIDDEN} | options
+    return list(forward_passes(batch(CASES[name]), **settings))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("pack", [True, False])
+@pytest.mark.parametrize("name", CASES)
+def test_a_response_token_is_predicted_where_all_before_it_is_visible(
+    name: str, pack: bool
+) -> None:
+    """What a predicting position sees is its own row up to there, in order, and nothing else."""
+    rollouts = batch(CASES[name])
+    seen = []
+    for packed in passes(name, pack=pack):
+        mask = packed.mask(torch.float32)
+        width = packed.tokens_CT.shape[1]
+        causal_TT = torch.ones(width, width).tril().log()
+        flat = 0
+        for row in packed.index_B.tolist():
+            seen.append(row)
+            start, length = int(rollouts.prompt_len_B[row]), int(rollouts.response_len_B[row])
+            tokens = rollouts.tokens_BT[row].tolist()
+            for offset in range(length):
+                bin_number, at = divmod(int(packed.predicts_N[flat]), width)
+                flat += 1
+                visible_TT = causal_TT if mask is None else mask[bin_number, 0]
+                looked = (visible_TT[at] == 0).nonzero()[:, 0]
+                assert packed.tokens_CT[bin_number, looked].tolist() == tokens[: start + offset]
+                positions = packed.position_CT[bin_number, looked].tolist()
+                assert positions == list(range(start + offset))
+        assert flat == len(packed.predicts_N)
+        assert packed.index_B.tolist() == sorted(packed.index_B.tolist())
+    assert sorted(seen) == list(range(len(rollouts)))
+
+
+def test_a_prompt_is_read_once_for_its_group() -> None:
+    needed = sum(packed.num_needed for packed in passes("groups"))
+    assert needed == sum(
+        (length if m == 0 else 0) + response - 1
+        for m, ((_, length), response) in zip(
+            itertools.cycle(range(4)), CASES["groups"], strict=False
+        )
+    )
+    alone = sum(packed.num_needed for packed in passes("groups", pack=False))
+    assert alone == sum(length + response - 1 for (_, length), response in CASES["groups"])
+
+
+def test_only_neighbours_share_a_prompt() -> None:
+    assert sum(p.num_needed for p in passes("not neighbours")) == 3 * 5 + 3 + 3 + 2
+
+
+@pytest.mark.parametrize("max_tokens", [1, 100, 512])
+@pytest.mark.parametrize("name", CASES)
+def test_a_pass_keeps_to_the_budget_or_has_one_bin(name: str, max_tokens: int) -> None:
+    for packed in passes(name, max_tokens=max_tokens):
+        bins, width = packed.tokens_CT.shape
+        assert bins == 1 or bins * width <= max_tokens
+
+
+def test_little_is_computed_for_nothing() -> None:
+    """Groups of four with heavy-tailed responses, as many as a step samples."""
+    generator = torch.Generator().manual_seed(0)
+    for groups, hidden_size in ((64, 128), (8, 512)):
+        lengths = torch.empty(groups * 4).exponential_(1 / 32, generator=generator)
+        case = [((n // 4, 32), min(128, 1 + int(r))) for n, r in enumerate(lengths.tolist())]
+        found = list(forward_passes(batch(case), max_tokens=8192, hidden_size=hidden_size))
+        computed = sum(packed.tokens_CT.numel() for packed in found)
+        assert computed <= 1.1 * sum(packed.num_needed for packed in found)
+
+
+def test_short_rows_share_bins_and_rows_beyond_the_limit_do_not() -> None:
+    (short,) = passes("short", max_tokens=10_000)
+    assert short.shared and short.tokens_CT.shape[1] >= MIN_WIDTH
+    limit = 4 * HIDDEN
+    wide = [
+        p for p in passes("beyond the limit", max_tokens=10_000) if p.tokens_CT.shape[1] > limit
+    ]
+    assert wide and all(packed.mask(torch.float32) is None for packed in wide)
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_a_block_of_rows_stays_in_one_pass(pack: bool) -> None:
+    case = [((n // 2, 4), 1 + (n * 37) % 400) for n in range(20)]
+    for packed in forward_passes(batch(case), max_tokens=64, hidden_size=16, block=2, pack=pack):
+        rows = packed.index_B.tolist()
+        assert all(row ^ 1 in rows for row in rows)
+
+
+def test_the_same_batch_is_laid_out_the_same() -> None:
+    for one, two in zip(passes("heavy tail"), passes("heavy tail"), strict=True):
+        assert torch.equal(one.tokens_CT, two.tokens_CT) and torch.equal(one.index_B, two.index_B)

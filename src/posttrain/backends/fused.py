@@ -116,7 +116,9 @@ class FusedDecoder:
         self.layers = [_join_layer(layer, attention.scaling) for layer in body.layers]
         embedding_VD = body.embed_tokens.weight
         shape = (len(self.layers), 2, num_slots, self.num_keys, num_positions, self.width)
-        if buffer is None or any(have < want for have, want in zip(buffer.shape, shape)):
+        if buffer is None or any(
+            have < want for have, want in zip(buffer.shape, shape, strict=True)
+        ):
             buffer = embedding_VD.new_zeros(shape)
         self.cache = buffer
         """Keys and values of every layer: [layers, 2, S, H, T, C]. Never anything but finite
@@ -190,9 +192,7 @@ class FusedDecoder:
         swapped_LJC = torch.cat((heads_LJC[..., half:], heads_LJC[..., :half]), dim=-1)
         heads_LJC.mul_(cos_L1C).addcmul_(swapped_LJC, sin_L1C)
 
-    def _attend(
-        self, query_LQC: Tensor, states: tuple[Tensor, ...], mask_LT: Tensor
-    ) -> Tensor:
+    def _attend(self, query_LQC: Tensor, states: tuple[Tensor, ...], mask_LT: Tensor) -> Tensor:
         """Softmax attention of the new queries over all visible keys: `[L, Q * C]`."""
         rows, visible = mask_LT.shape
         key_LHTC, value_LHTC = (state_SHTC[:rows, :, :visible] for state_SHTC in states)

@@ -1,8 +1,7 @@
 """Learning and scoring with one transformers model in this process: the reference backend.
 
-Rows are right-padded, so that causal attention alone keeps padding out, and only the positions that
-predict response tokens reach the output head. Legend: B rows, T positions, N flat response tokens,
-D hidden.
+Rows are packed (`packing.py`), and only the positions that predict response tokens reach the output
+head. Legend: B rows, C bins, T positions, N flat response tokens, D hidden.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from posttrain.backends.base import Head, LossFunction, MicroBatch
 from posttrain.backends.checkpoint import LanguageModel, output_head
-from posttrain.backends.packing import pack
+from posttrain.backends.packing import Packed, forward_passes
 from posttrain.engine.errors import ConfigError, StageError
 from posttrain.losses.ops import token_logprobs
 from posttrain.rl.types import Rollouts
@@ -23,10 +22,20 @@ from posttrain.rl.types import Rollouts
 POSITIONS = "max_position_embeddings"
 
 
-def hidden_states(model: Any, rollouts: Rollouts) -> Tensor:
-    """`hidden_ND`: last hidden states that predict the response tokens, row after row.
+def hidden_states(model: Any, packed: Packed) -> Tensor:
+    """`hidden_ND`: last hidden states that predict the response tokens, row after row."""
+    hidden_CTD: Tensor = model.base_model(
+        input_ids=packed.tokens_CT,
+        position_ids=packed.position_CT,
+        attention_mask=packed.mask(model.dtype),
+        use_cache=False,
+    ).last_hidden_state
+    return hidden_CTD.flatten(0, 1)[packed.predicts_N]
 
-    Short rows share bins, so that hardly any padding is computed; long rows stay one to a bin.
+
+def passes(model: Any, rollouts: Rollouts, max_tokens: int) -> Iterator[Packed]:
+    """The forward passes over all rows.
+
     Raises ConfigError for a row longer than the model has positions.
     """
     longest, limit = rollouts.tokens_BT.shape[1], getattr(model.config, POSITIONS, None)
@@ -36,42 +45,12 @@ def hidden_states(model: Any, rollouts: Rollouts) -> Tensor:
             "of the model; leave long rows out of the data, or use a model with more positions "
             f"({POSITIONS} in its config.json, max_positions of a pretrain stage)"
         )
-    # Position t predicts token t + 1, so the last token of a row need not be read.
-    length_B = rollouts.prompt_len_B + rollouts.response_len_B - 1
-    bins = pack(length_B)
-    row_CT, position_CT = bins.row_CT, bins.position_CT
-    tokens_CT = rollouts.tokens_BT[row_CT.clamp(min=0), position_CT]
-    hidden_CTD = model.base_model(
-        input_ids=tokens_CT,
-        position_ids=position_CT,
-        attention_mask=bins.mask(),
-        use_cache=False,
-    ).last_hidden_state
-    first_B = bins.start_B + rollouts.prompt_len_B - 1
-    flat_N = flat_index(first_B, rollouts.response_len_B, torch.arange(len(length_B)))
-    return hidden_CTD.flatten(0, 1)[flat_N]
+    return forward_passes(rollouts, max_tokens=max_tokens, hidden_size=model.config.hidden_size)
 
 
 def response_targets(rollouts: Rollouts) -> Tensor:
     """`targets_N`: the response tokens themselves."""
     return rollouts.tokens_BT[rollouts.response_mask_BT()]
-
-
-def split_by_tokens(rollouts: Rollouts, max_tokens: int) -> Iterator[MicroBatch]:
-    """Micro-batches of rows of like length whose padded size stays under `max_tokens`.
-
-    A single row longer than `max_tokens` is a micro-batch of its own.
-    """
-    length_B = rollouts.prompt_len_B + rollouts.response_len_B
-    order_B = torch.argsort(length_B, stable=True)
-    lengths = length_B[order_B].tolist()
-    start = 0
-    for end in range(1, len(lengths) + 1):
-        if end < len(lengths) and lengths[end] * (end + 1 - start) <= max_tokens:
-            continue
-        index_B = order_B[start:end]
-        yield MicroBatch(index_B=index_B, rollouts=rollouts.rows(index_B))
-        start = end
 
 
 @torch.no_grad()
@@ -103,11 +82,11 @@ class LocalScorer:
         count_B = rollouts.response_len_B
         start_B = count_B.cumsum(0) - count_B
         hidden_ND: Tensor | None = None
-        for batch in split_by_tokens(rollouts, self.max_tokens):
-            part = hidden_states(self.model, batch.rollouts)
+        for packed in passes(self.model, rollouts, self.max_tokens):
+            part = hidden_states(self.model, packed)
             if hidden_ND is None:
                 hidden_ND = part.new_empty(rollouts.num_tokens, part.shape[1])
-            hidden_ND[flat_index(start_B, count_B, batch.index_B)] = part
+            hidden_ND[flat_index(start_B, count_B, packed.index_B)] = part
         assert hidden_ND is not None, "no rows to score"
         return hidden_ND
 
@@ -155,9 +134,11 @@ class LocalLearner:
     ) -> dict[str, float]:
         """See `Learner.update`."""
         totals: dict[str, Tensor] = {}
-        for batch in split_by_tokens(rollouts, self.max_tokens):
-            hidden_ND = hidden_states(self.model, batch.rollouts)
-            loss_sum, metrics = loss(hidden_ND, self.head, batch)
+        for packed in passes(self.model, rollouts, self.max_tokens):
+            hidden_ND = hidden_states(self.model, packed)
+            rows = rollouts.rows(packed.index_B)
+            part = MicroBatch(index_B=packed.index_B, rollouts=rows)
+            loss_sum, metrics = loss(hidden_ND, self.head, part)
             (loss_sum / count).backward()
             for name, value in metrics.items():
                 totals[name] = totals[name] + value if name in totals else value

@@ -1,88 +1,278 @@
-"""Several short rows in one: padding-free batches that any causal transformers model accepts.
+"""Rows into forward passes: a group's prompt once, no padding to speak of, any causal transformer.
 
-Rows are put into bins of equal width; position ids restart with every row and a block mask keeps
-the rows of a bin apart. Prompts and responses differ in length, and on short ones padding to the
-longest row would be half of all that is computed.
+Rows that stand next to each other with the same prompt become one unit: the prompt, then each
+response after it. Units are laid into bins. Position ids say where in its own row a token stands,
+and a mask lets a response see its prompt and itself and nothing else, so the numbers are those of
+one row at a time. Sharing the prompt is what a group of samples gains most from; filling the bins
+is what rows of mixed lengths gain most from.
 
-Legend: B rows, C bins, T positions of a bin.
+Legend: B rows, G segments (a prompt or a response), C bins, T positions of a bin or of a row,
+N flat response tokens, M all tokens that are read.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from posttrain.rl.types import Rollouts
+
 MIN_WIDTH = 96
-"""Bins are at least this wide, so that short rows have others to share with."""
-MAX_SHARED_WIDTH = 512
-"""Wider rows get a bin of their own: a block mask costs width squared."""
+"""Bins are at least about this wide, so that short rows have others to share with."""
+MAX_SHARED_WIDTH = 1024
+"""Nothing joins others beyond this width, or beyond four times the hidden size."""
+PASS_COST = 4e6
+"""What starting one more forward and backward pass costs beside what it computes: about a
+millisecond a layer, in units of `_cost` for a model of hidden size 1."""
+STRETCH = (1.0, 1.5, 2.0)
+NARROWER = (0.6, 0.8, 0.9, 1.0)
+"""Ways to lay out a batch that are tried: how much wider than its longest unit a bin may be, and
+below which share of that width the next unit has to wait for a pass with narrower bins."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bins:
-    """Where every position of every bin comes from."""
+class _Unit:
+    """A prompt and the responses to it that share it."""
 
-    row_CT: Tensor
-    """int64, the row that a position belongs to; -1 in unused positions."""
+    rows: tuple[int, ...]
+    width: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packed:
+    """The rows of one forward pass and where each of their tokens is."""
+
+    index_B: Tensor
+    """int64, which rows of the batch, ascending."""
+    tokens_CT: Tensor
     position_CT: Tensor
-    """int64, the position within that row; 0 in unused positions."""
-    start_B: Tensor
-    """int64, where each row begins when bins are laid end to end."""
+    """int64, the position of each token within its own row; 0 where unused."""
+    predicts_N: Tensor
+    """int64, for each response token, row after row, the position that predicts it when the bins
+    are laid end to end."""
+    unit_CT: Tensor
+    """int64, which unit a position belongs to; -1 where unused."""
+    owner_CT: Tensor
+    """int64, the row that a response token belongs to; -1 in prompts, -2 where unused."""
     shared: bool
     """Whether some bin holds more than one row."""
 
-    def mask(self) -> Tensor | None:
-        """bool `[C, 1, T, T]`, True where attention is allowed; None where causal is enough."""
+    @property
+    def num_needed(self) -> int:
+        """Positions that hold a token; the others are computed for nothing."""
+        return int((self.unit_CT >= 0).sum())
+
+    def mask(self, dtype: torch.dtype) -> Tensor | None:
+        """`[C, 1, T, T]`, 0 where a position may look and -inf elsewhere; None for causal."""
         if not self.shared:
             return None
-        same_CTT = self.row_CT[:, :, None] == self.row_CT[:, None, :]
-        width = self.row_CT.shape[1]
-        causal_TT = torch.ones(width, width, dtype=torch.bool).tril()
-        return (same_CTT & causal_TT)[:, None]
+        unit_CT, owner_CT = self.unit_CT, self.owner_CT
+        width = unit_CT.shape[1]
+        visible_CTT = unit_CT[:, :, None] == unit_CT[:, None, :]
+        visible_CTT &= (owner_CT[:, :, None] == owner_CT[:, None, :]) | (owner_CT == -1)[:, None, :]
+        visible_CTT &= torch.ones(width, width, dtype=torch.bool, device=unit_CT.device).tril()
+        mask_CTT = torch.zeros(visible_CTT.shape, dtype=dtype, device=unit_CT.device)
+        return mask_CTT.masked_fill_(~visible_CTT, -torch.inf)[:, None]
 
 
-def pack(length_B: Tensor) -> Bins:
-    """Bins for rows of these lengths (each at least 1), filled first-fit, longest rows first."""
-    lengths = length_B.tolist()
-    longest = max(lengths)
-    if longest > MAX_SHARED_WIDTH or len(lengths) == 1:
-        return _one_row_per_bin(length_B, longest)
-    width = max(longest, MIN_WIDTH)
-    room: list[int] = []
-    place = [(0, 0)] * len(lengths)
-    # Bins with too little room for the shortest row are not looked at again.
-    first_open, shortest = 0, min(lengths)
-    for row in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
-        length = lengths[row]
-        while first_open < len(room) and room[first_open] < shortest:
-            first_open += 1
-        chosen = next((b for b in range(first_open, len(room)) if room[b] >= length), len(room))
-        if chosen == len(room):
-            room.append(width)
-        place[row] = (chosen, width - room[chosen])
-        room[chosen] -= length
-    start_B = torch.tensor([number * width + offset for number, offset in place])
-    return _fill(length_B, start_B, len(room), width, shared=len(room) < len(lengths))
+def forward_passes(
+    rollouts: Rollouts, *, max_tokens: int, hidden_size: int, block: int = 1, pack: bool = True
+) -> Iterator[Packed]:
+    """All rows in passes of at most `max_tokens` positions, except where one unit is longer.
+
+    Wide bins are filled better and narrow ones spend less on attention over what the mask forbids;
+    the model's `hidden_size` says how much the latter weighs. Rows come in blocks of `block` that
+    share a prompt and stay in one pass: 2 for the two sides of a preference. Without `pack` every
+    row has a bin of its own, for models whose layers look further than a mask can forbid.
+    """
+    lengths = _Lengths(rollouts)
+    if pack:
+        limit = min(MAX_SHARED_WIDTH, max(MIN_WIDTH, 4 * hidden_size))
+        units = lengths.units(block, limit)
+        passes = _cheapest_bins(units, limit, max_tokens=max_tokens, hidden_size=hidden_size)
+    else:
+        passes = _one_row_per_bin(lengths.blocks(block), max_tokens=max_tokens)
+    for bins, width in passes:
+        yield lengths.lay_out(bins, width)
 
 
-def _one_row_per_bin(length_B: Tensor, width: int) -> Bins:
-    start_B = torch.arange(len(length_B)) * width
-    return _fill(length_B, start_B, len(length_B), width, shared=False)
+class _Lengths:
+    """What packing needs to know of a batch, as Python numbers."""
+
+    def __init__(self, rollouts: Rollouts) -> None:
+        self.tokens_BT = rollouts.tokens_BT
+        self.prompt: list[int] = rollouts.prompt_len_B.tolist()
+        self.response: list[int] = rollouts.response_len_B.tolist()
+        self.same_prompt = _same_prompt_as_before(rollouts)
+
+    def read(self, row: int) -> int:
+        """Response tokens of a row that are read: the last one predicts nothing that is wanted."""
+        return max(0, self.response[row] - 1)
+
+    def units(self, block: int, limit: int) -> list[_Unit]:
+        """Neighbours with one prompt, as many as fit a width of `limit`; blocks stay whole."""
+        units: list[_Unit] = []
+        rows: list[int] = []
+        width = 0
+        for first in range(0, len(self.prompt), block):
+            fresh = range(first, first + block)
+            added = sum(map(self.read, fresh))
+            fits = width + added <= limit
+            if rows and not (self.same_prompt[first] and fits):
+                units.append(_Unit(rows=tuple(rows), width=width))
+                rows, width = [], 0
+            width += added if rows else self.prompt[first] + added
+            rows += fresh
+        return [*units, _Unit(rows=tuple(rows), width=width)]
+
+    def blocks(self, block: int) -> list[list[_Unit]]:
+        """Every block of rows, each row a unit of its own."""
+        units = [
+            _Unit(rows=(row,), width=prompt + self.read(row))
+            for row, prompt in enumerate(self.prompt)
+        ]
+        return [units[first : first + block] for first in range(0, len(units), block)]
+
+    def lay_out(self, bins: Sequence[Sequence[_Unit]], width: int) -> Packed:
+        """The tensors of one forward pass: one bin after the other, one unit after the other."""
+        segments: list[tuple[int, int, int, int, int, int]] = []
+        placed: dict[int, tuple[int, int]] = {}
+        number = 0
+        for at, units in zip(range(0, len(bins) * width, width), bins, strict=True):
+            for unit in units:
+                prompt = self.prompt[unit.rows[0]]
+                segments.append((unit.rows[0], 0, at, prompt, number, -1))
+                last, at = at + prompt - 1, at + prompt
+                for row in unit.rows:
+                    segments.append((row, prompt, at, self.read(row), number, row))
+                    placed[row] = (last, at)
+                    at += self.read(row)
+                number += 1
+        return self._tensors(segments, placed, len(bins), width)
+
+    def _tensors(
+        self,
+        segments: list[tuple[int, int, int, int, int, int]],
+        placed: dict[int, tuple[int, int]],
+        num_bins: int,
+        width: int,
+    ) -> Packed:
+        device = self.tokens_BT.device
+        table_G = torch.tensor(segments, device=device).T
+        row_G, column_G, at_G, length_G, unit_G, owner_G = table_G
+        segment_M = torch.arange(len(segments), device=device).repeat_interleave(length_G)
+        offset_M = torch.arange(len(segment_M), device=device)
+        offset_M -= (length_G.cumsum(0) - length_G)[segment_M]
+        at_M, column_M = at_G[segment_M] + offset_M, column_G[segment_M] + offset_M
+        blank = torch.zeros(4, num_bins * width, dtype=torch.int64, device=device)
+        blank[2], blank[3] = -1, -2
+        tokens_M, position_M, unit_M, owner_M = blank
+        tokens_M[at_M] = self.tokens_BT[row_G[segment_M], column_M]
+        position_M[at_M] = column_M
+        unit_M[at_M], owner_M[at_M] = unit_G[segment_M], owner_G[segment_M]
+        rows = sorted(placed)
+        response_B = torch.tensor([self.response[row] for row in rows], device=device)
+        last_B, start_B = torch.tensor([placed[row] for row in rows], device=device).T
+        row_N = torch.arange(len(rows), device=device).repeat_interleave(response_B)
+        offset_N = torch.arange(len(row_N), device=device)
+        offset_N -= (response_B.cumsum(0) - response_B)[row_N]
+        shape = (num_bins, width)
+        return Packed(
+            index_B=torch.tensor(rows, device=device),
+            tokens_CT=tokens_M.view(shape),
+            position_CT=position_M.view(shape),
+            # The prompt's last token predicts the first of a response, and so on from there.
+            predicts_N=torch.where(offset_N == 0, last_B[row_N], start_B[row_N] + offset_N - 1),
+            unit_CT=unit_M.view(shape),
+            owner_CT=owner_M.view(shape),
+            shared=len(rows) > num_bins,
+        )
 
 
-def _fill(length_B: Tensor, start_B: Tensor, count: int, width: int, *, shared: bool) -> Bins:
-    row_N = torch.arange(len(length_B)).repeat_interleave(length_B)
-    before_B = length_B.cumsum(0) - length_B
-    position_N = torch.arange(int(length_B.sum())) - before_B[row_N]
-    at_N = start_B[row_N] + position_N
-    row_M = torch.full((count * width,), -1)
-    position_M = torch.zeros(count * width, dtype=torch.int64)
-    row_M[at_N], position_M[at_N] = row_N, position_N
-    return Bins(
-        row_CT=row_M.reshape(count, width),
-        position_CT=position_M.reshape(count, width),
-        start_B=start_B,
-        shared=shared,
+def _same_prompt_as_before(rollouts: Rollouts) -> list[bool]:
+    """For each row whether its prompt is that of the row before it."""
+    if len(rollouts) < 2:
+        return [False] * len(rollouts)
+    length_B = rollouts.prompt_len_B
+    columns = int(length_B.max())
+    tokens_BT = rollouts.tokens_BT[:, :columns]
+    beyond_BT = torch.arange(columns, device=length_B.device) >= length_B[:, None]
+    equal_BT = (tokens_BT[1:] == tokens_BT[:-1]) | beyond_BT[1:]
+    same_B = equal_BT.all(dim=1) & (length_B[1:] == length_B[:-1])
+    return [False, *same_B.tolist()]
+
+
+_Passes = list[tuple[list[list[_Unit]], int]]
+"""The bins of each forward pass, and their width."""
+
+
+def _cheapest_bins(units: list[_Unit], limit: int, *, max_tokens: int, hidden_size: int) -> _Passes:
+    """The layout of all units that computes least, of the few that are tried."""
+
+    units = sorted(units, key=lambda unit: (unit.width, -unit.rows[0]))
+    layouts = (
+        _fill_bins(units, limit, max_tokens=max_tokens, stretch=stretch, narrower=narrower)
+        for stretch in STRETCH
+        for narrower in NARROWER
     )
+    return min(layouts, key=lambda passes: _cost(passes, hidden_size))
+
+
+def _cost(passes: _Passes, hidden_size: int) -> float:
+    """Per position and layer 24 D^2 operations in the linear layers, and 4 W D in attention over
+    the whole bin, which reaches about half of their speed; in units of 8 D."""
+    return PASS_COST / hidden_size * len(passes) + sum(
+        len(bins) * width * (3 * hidden_size + width) for bins, width in passes
+    )
+
+
+def _fill_bins(
+    units: list[_Unit], limit: int, *, max_tokens: int, stretch: float, narrower: float
+) -> _Passes:
+    """Bins of one width for every pass, widest first; each bin takes the longest units that fit.
+
+    `units` come by rising width; those of one width keep their order, which makes the result a
+    function of the batch.
+    """
+    left = list(units)
+    widths = [unit.width for unit in left]
+    passes: _Passes = []
+    while left:
+        longest = widths[-1]
+        # A multiple of the longest, so that units of one length fill the bin.
+        width = max(longest, int(longest * stretch), longest * -(-MIN_WIDTH // longest))
+        width = max(longest, min(limit, width))
+        bins: list[list[_Unit]] = []
+        while left and (not bins or (len(bins) + 1) * width <= max_tokens):
+            if bins and widths[-1] < narrower * longest:
+                break
+            chosen: list[_Unit] = []
+            room = width
+            # A unit beyond the limit stays alone in its bin.
+            while (found := bisect_right(widths, room)) and not (chosen and longest > limit):
+                chosen.append(left.pop(found - 1))
+                room -= widths.pop(found - 1)
+            bins.append(chosen)
+        passes.append((bins, width))
+    return passes
+
+
+def _one_row_per_bin(blocks: list[list[_Unit]], *, max_tokens: int) -> _Passes:
+    """The same without sharing: blocks of like length together, longest first."""
+
+    def longest(block: list[_Unit]) -> int:
+        return max(unit.width for unit in block)
+
+    passes: _Passes = []
+    bins: list[list[_Unit]] = []
+    width = 0
+    for block in sorted(blocks, key=longest, reverse=True):
+        if not bins or (len(bins) + len(block)) * width > max_tokens:
+            bins, width = [], longest(block)
+            passes.append((bins, width))
+        bins += [[unit] for unit in block]
+    return passes

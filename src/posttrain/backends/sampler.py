@@ -136,9 +136,7 @@ class Sampling:
         self.length_L, self.drawn_L = self.row_L, self.row_L
         self.uniform_LR = torch.empty(0, max_new_tokens, dtype=torch.float64, device=device)
         self.hidden_LD: Tensor | None = None
-        self.decoder = sampler.decoder(
-            self.num_slots, self.prompts_PT.shape[1] + max_new_tokens
-        )
+        self.decoder = sampler.decoder(self.num_slots, self.prompts_PT.shape[1] + max_new_tokens)
 
     def __iter__(self) -> Iterator[Tensor]:
         """See `base.Sampling.__iter__`."""
