@@ -18,17 +18,17 @@ MAX_ELEMENTS = 2**26
 
 _GEMM_TOKENS = 256
 """Fewer tokens multiply slowly, and read and write a head's gradient more often."""
-_CHUNK_ELEMENTS = 2**21
-"""With a small vocabulary a chunk has more tokens, up to 8 MiB of float32."""
-_BLOCK_ELEMENTS = 2**19
-"""2 MiB of float32: a few such blocks fit the last-level cache, and an elementwise pass over one
+_CHUNK_ELEMENTS = 2**20
+"""With a small vocabulary a chunk has more tokens, up to 4 MiB of float32."""
+_BLOCK_ELEMENTS = 2**18
+"""1 MiB of float32: a few such blocks fit the last-level cache, and an elementwise pass over one
 is long enough for several threads to share."""
 
 
 def token_chunks(num_tokens: int, vocabulary: int, max_elements: int) -> Iterator[slice]:
     """Consecutive slices of the tokens that are projected together.
 
-    A slice has `max(256, 2^21 // vocabulary)` tokens, but at most `max_elements // vocabulary`, and
+    A slice has `max(256, 2^20 // vocabulary)` tokens, but at most `max_elements // vocabulary`, and
     at least one. Raises ValueError if `max_elements` is below 1.
     """
     if max_elements < 1:
