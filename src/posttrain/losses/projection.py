@@ -23,6 +23,8 @@ _CHUNK_ELEMENTS = 2**20
 _BLOCK_ELEMENTS = 2**18
 """1 MiB of float32: a few such blocks fit the last-level cache, and an elementwise pass over one
 is long enough for several threads to share."""
+_BLOCK_ROWS = 4
+"""Blocks have at least this many rows: threads share a softmax out by rows."""
 
 
 def token_chunks(num_tokens: int, vocabulary: int, max_elements: int) -> Iterator[slice]:
@@ -44,7 +46,8 @@ def row_blocks(logits_CV: Tensor) -> Iterator[slice]:
     """
     num_rows, vocabulary = logits_CV.shape
     on_cpu = logits_CV.device.type == "cpu"
-    yield from _slices(num_rows, max(1, _BLOCK_ELEMENTS // vocabulary) if on_cpu else num_rows)
+    step = max(_BLOCK_ROWS, _BLOCK_ELEMENTS // vocabulary) if on_cpu else max(1, num_rows)
+    yield from _slices(num_rows, step)
 
 
 def _slices(count: int, step: int) -> Iterator[slice]:
