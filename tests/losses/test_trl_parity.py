@@ -273,9 +273,19 @@ def test_sft_loss(trl: Any, tiny_model: Any):
     assert entropy_N.mean().item() == pytest.approx(logged, rel=1e-5)
 
 
+DIVERGENCES = [
+    (1.0, {"divergence": "reverse_kl"}),
+    (0.0, {"divergence": "forward_kl"}),
+    (0.5, {"divergence": "jsd", "jsd_beta": 0.5}),
+    (0.2, {"divergence": "jsd", "jsd_beta": 0.2}),
+]
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_reverse_kl(trl: Any, temperature: float):
-    """DistillationTrainer's divergence at beta = 1: loss, student entropy and gradients."""
+@pytest.mark.parametrize(("beta", "options"), DIVERGENCES)
+def test_divergences(trl: Any, beta: float, options: dict[str, Any], temperature: float):
+    """DistillationTrainer's divergence: loss, student entropy and gradients; GKDTrainer's: loss."""
+    from trl.experimental.gkd import GKDTrainer
     from trl.trainer.distillation_trainer import _chunked_divergence_loss
 
     generator = torch.Generator().manual_seed(0)
@@ -293,7 +303,7 @@ def test_reverse_kl(trl: Any, temperature: float):
         head_VD,
         teacher_head_VE,
         mask_BT,
-        1.0,
+        beta,
         num_items_in_batch=31,
         student_lm_head_bias=bias_V,
         teacher_lm_head_bias=teacher_bias_V,
@@ -308,8 +318,18 @@ def test_reverse_kl(trl: Any, temperature: float):
         bias_V=bias_V,
         teacher_bias_V=teacher_bias_V,
         temperature=temperature,
+        **options,
     )
     torch.testing.assert_close(loss / 31, theirs, **CLOSE)
+    gkd = GKDTrainer.generalized_jsd_loss(
+        hidden_BTD @ head_VD.T + bias_V,
+        teacher_hidden_BTE @ teacher_head_VE.T + teacher_bias_V,
+        labels=torch.where(mask_BT, 0, -100),
+        beta=beta,
+        temperature=temperature,
+        num_items_in_batch=31,
+    )
+    torch.testing.assert_close(loss / 31, gkd, **CLOSE)
     torch.testing.assert_close(metrics["entropy"], their_entropy, **CLOSE)
     torch.testing.assert_close(
         torch.autograd.grad(loss / 31, leaves), torch.autograd.grad(theirs, leaves), **CLOSE

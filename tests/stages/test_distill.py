@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from posttrain.backends.checkpoint import LanguageModel
 from posttrain.engine.errors import ConfigError
+from posttrain.stages import distill as stage
 from posttrain.stages.config import Distill, build_config
 from posttrain.stages.distill import domain_weights
 
@@ -29,7 +30,12 @@ BASE: dict[str, Any] = {
     "routes": ROUTES,
 }
 ESTIMATORS = ("sampled_token", "top_k", "full_vocabulary")
-EXACT = ({"estimator": "full_vocabulary"}, {"estimator": "top_k", "top_k": 100})
+EXACT = (
+    {"estimator": "full_vocabulary"},
+    {"divergence": "forward_kl"},
+    {"divergence": "jsd", "jsd_beta": 0.3},
+    {"estimator": "top_k", "top_k": 100},
+)
 
 
 @pytest.fixture
@@ -113,6 +119,10 @@ SETTINGS: list[dict[str, Any]] = [
     {"aggregation": "constant", "aggregation_constant": 50, "max_grad_norm": 100.0},
     {"domain_weights": {"short": 0.5}},
     {"domain_weights": {"words": 0.0}},
+    {"divergence": "forward_kl"},
+    {"divergence": "jsd"},
+    {"divergence": "jsd", "jsd_beta": 0.2},
+    {"teacher_cache": "bfloat16"},
     {"estimator": "top_k"},
     {"estimator": "top_k", "top_k": 8},
     {"estimator": "sampled_token"},
@@ -169,6 +179,43 @@ def test_with_several_domains_only_rounding_is_left(
     for name in ROUTES:
         assert abs(first[f"kl/{name}"]) < 1e-5 < other[f"kl/{name}"]
     assert first["grad_norm"] < 1e-5 * other["grad_norm"] + 1e-5
+
+
+def test_the_logged_kl_is_the_reverse_one(distill: Callable[..., Any]) -> None:
+    """At step 1 nothing has been learned yet, so only the loss depends on the divergence."""
+    lines = [
+        distill(steps=1, divergence=divergence).lines[0]
+        for divergence in ("reverse_kl", "forward_kl", "jsd")
+    ]
+    for line in lines[1:]:
+        assert line["loss"] != pytest.approx(lines[0]["loss"], rel=0.01)
+        for name in ("kl", "kl/short", "kl/words", "entropy"):
+            assert line[name] == pytest.approx(lines[0][name], rel=1e-6)
+
+
+def test_a_narrow_cache_rounds_the_teacher_only(distill: Callable[..., Any]) -> None:
+    wide, narrow = (distill(steps=1, teacher_cache=c).lines[0] for c in ("float32", "bfloat16"))
+    assert narrow["entropy"] == wide["entropy"]
+    assert narrow["kl"] != wide["kl"]
+    assert narrow["kl"] == pytest.approx(wide["kl"], rel=0.02)
+
+
+@pytest.mark.parametrize("estimator", ["full_vocabulary", "top_k"])
+def test_one_loss_call_serves_all_teachers(
+    distill: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, estimator: str
+) -> None:
+    """The batch fits one micro-batch: one call per step, whatever the number of domains."""
+    name = {"full_vocabulary": "full_vocabulary_of_each"}.get(estimator, estimator)
+    original, calls = getattr(stage, name), []
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(len(args[0]))
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(stage, name, counted)
+    ran = distill(steps=2, estimator=estimator)
+    assert sum(calls) == ran.lines[-1]["tokens"]
+    assert len(calls) == 2
 
 
 def test_the_self_teacher_holds_its_domain(
@@ -334,6 +381,14 @@ def test_a_teacher_of_another_size_and_architecture_will_do(
         ({"top_k": 8}, "top_k = 8: it is not read with estimator = full_vocabulary"),
         ({"advantage_clip": 1.0}, "not read with estimator = full_vocabulary"),
         ({"estimator": "top_k", "advantage_clip": None}, "not read with estimator = top_k"),
+        ({"jsd_beta": 0.3}, "jsd_beta = 0.3: it is not read with divergence = reverse_kl"),
+        ({"divergence": "jsd", "jsd_beta": 1.0}, "jsd_beta"),
+        ({"divergence": "kl"}, "divergence"),
+        ({"estimator": "top_k", "divergence": "jsd"}, "not read with estimator = top_k"),
+        (
+            {"estimator": "sampled_token", "teacher_cache": "bfloat16"},
+            "teacher_cache = bfloat16: it is not read with estimator = sampled_token",
+        ),
         ({"aggregation_constant": 8}, "not read with aggregation = sequence"),
         ({"balance": "tokens"}, "set aggregation = token"),
         ({"reward_weight": 0.5}, "set samples_per_prompt to 2 or more"),

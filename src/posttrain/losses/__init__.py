@@ -10,5 +10,6 @@ scalar sum over the tokens whose weight is not zero, so metrics add up over part
 | `sft.py` | cross-entropy |
 | `policy.py` | PPO-clip, GRPO, Dr.GRPO, GSPO; KL penalty to a reference |
 | `distill.py` | on-policy distillation: sampled token, teacher top-k, full vocabulary |
-| `divergence.py` | the chunked autograd functions under the last two |
+| `divergence.py` | the last two, and their gradients, chunk by chunk |
+| `projection.py` | hidden states to logits and back: chunks, blocks, gradients of the head |
 """

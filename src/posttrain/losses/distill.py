@@ -1,7 +1,7 @@
-"""On-policy distillation: reverse KL from the student to its teacher, on the student's own tokens.
+"""On-policy distillation: a divergence of student and teacher, on the student's own tokens.
 
 Three estimators of one objective, D = sum_v p(v) log(p(v) / t(v)) at every token of a response that
-the student p sampled, with t the teacher:
+the student p sampled, with t the teacher; the last of them knows two other divergences too:
 
 | name | needs of the teacher, per token | gradient |
 |---|---|---|
@@ -16,25 +16,36 @@ Shape suffixes: N flat response tokens of all rows, D student's and E teacher's 
 V vocabulary, K top-k.
 """
 
+from collections.abc import Sequence
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from posttrain.losses.divergence import FullVocabularyKL, TopKKL
-from posttrain.losses.ops import (
+from posttrain.losses.divergence import (
+    Divergence,
+    TeacherStates,
+    full_vocabulary_sum,
+    top_k_sum,
+    with_gradients,
+)
+from posttrain.losses.ops import Metrics, active_sum, known_choice, same_shape, weighted_sum
+from posttrain.losses.projection import (
     MAX_ELEMENTS,
-    Metrics,
-    active_sum,
+    block_buffer,
     check_projection,
     chunk_buffer,
     project,
-    same_shape,
+    row_blocks,
     softmax_dtype,
     token_chunks,
-    weighted_sum,
 )
 
 PerToken = dict[str, Tensor]
 """Detached values per token, for reports: `kl`, `entropy` and, with targets, `logp`."""
+
+JSD_BETA = 0.5
+"""The symmetric Jensen-Shannon divergence."""
 
 
 def sampled_token(
@@ -96,39 +107,94 @@ def full_vocabulary(
     targets_N: Tensor | None = None,
     bias_V: Tensor | None = None,
     teacher_bias_V: Tensor | None = None,
+    divergence: Divergence = "reverse_kl",
+    jsd_beta: float = JSD_BETA,
     temperature: float = 1.0,
     max_elements: int = MAX_ELEMENTS,
 ) -> tuple[Tensor, Metrics, PerToken]:
-    """Sum over tokens of `weight * KL(student || teacher)`, exact over the whole vocabulary.
+    """`full_vocabulary_of_each` with one teacher for all tokens."""
+    teacher = TeacherStates(
+        hidden_NE=teacher_hidden_NE, head_VE=teacher_head_VE, bias_V=teacher_bias_V
+    )
+    return full_vocabulary_of_each(
+        hidden_ND,
+        head_VD,
+        [teacher],
+        weight_N,
+        targets_N=targets_N,
+        bias_V=bias_V,
+        divergence=divergence,
+        jsd_beta=jsd_beta,
+        temperature=temperature,
+        max_elements=max_elements,
+    )
+
+
+def full_vocabulary_of_each(
+    hidden_ND: Tensor,
+    head_VD: Tensor,
+    teachers: Sequence[TeacherStates],
+    weight_N: Tensor,
+    *,
+    targets_N: Tensor | None = None,
+    bias_V: Tensor | None = None,
+    divergence: Divergence = "reverse_kl",
+    jsd_beta: float = JSD_BETA,
+    temperature: float = 1.0,
+    max_elements: int = MAX_ELEMENTS,
+) -> tuple[Tensor, Metrics, PerToken]:
+    """Sum over tokens of `weight * divergence(student, teacher)`, exact over the whole vocabulary.
+
+    The first `len(teachers[0].hidden_NE)` tokens belong to the first teacher, the next ones to the
+    second, and so on; a teacher may have none. `divergence`, of student p and teacher t:
+
+    - `reverse_kl`: KL(p || t).
+    - `forward_kl`: KL(t || p).
+    - `jsd`: `beta KL(t || m) + (1 - beta) KL(p || m)` with `m = (1 - beta) p + beta t` and
+      0 < beta < 1 (GKD, arXiv 2306.13649, Eq. 1, with the teacher as P; TRL's convention). Over
+      beta it tends to the forward KL as beta goes to 0, over 1 - beta to the reverse KL as beta
+      goes to 1; 1/2 is symmetric. Only here is `jsd_beta` read.
 
     Both softmaxes are of `logits / temperature`. Gradients of `hidden_ND`, `head_VD` and `bias_V`
-    are computed in the forward pass by chunks of `max_elements // V` tokens; the teacher gets none.
-    Its hidden size may differ, its vocabulary may not. `targets_N` (int64) are the sampled tokens
-    and do not change the loss.
+    are computed in the forward pass by chunks of tokens, at most `max_elements // V` each
+    (`posttrain.losses.projection.token_chunks`); teachers get none. Their hidden sizes may differ,
+    their vocabulary may not. `targets_N` (int64) are the sampled tokens and do not change the loss.
 
-    Metrics over the tokens of non-zero weight: `kl`, `entropy` (student), both in nats. Per token,
-    detached: `kl`, `entropy` and, with targets, `logp` and `teacher_logp`.
-    Raises ValueError if shapes do not fit or `temperature` is not positive.
+    Metrics over the tokens of non-zero weight, in nats: `kl`, the reverse KL whatever `divergence`
+    is, and `entropy` (student). Per token, detached: `kl`, `entropy` and, with targets,
+    `logp` and `teacher_logp`. Raises ValueError if shapes do not fit, if `temperature` is
+    not positive, for another `divergence`, or for a `jsd_beta` outside of (0, 1).
     """
+    known_choice("divergence", divergence, Divergence)
+    if not 0 < jsd_beta < 1:
+        raise ValueError(
+            f"jsd_beta: {jsd_beta} must be above 0 and below 1; the ends are the divergences "
+            "forward_kl and reverse_kl"
+        )
     check_projection(hidden_ND, head_VD, bias_V, temperature)
-    check_projection(teacher_hidden_NE, teacher_head_VE, teacher_bias_V, temperature)
     same_shape(weight_N=weight_N, hidden_N=hidden_ND[:, 0], targets_N=targets_N)
-    same_shape(hidden_N=hidden_ND[:, 0], teacher_hidden_N=teacher_hidden_NE[:, 0])
-    same_shape(head_V=head_VD[:, 0], teacher_head_V=teacher_head_VE[:, 0])
-    outputs: tuple[Tensor, ...] = FullVocabularyKL.apply(  # type: ignore[no-untyped-call]
-        hidden_ND,
-        head_VD.to(hidden_ND.dtype),
-        bias_V,
-        teacher_hidden_NE.detach(),
-        teacher_head_VE.detach().to(teacher_hidden_NE.dtype),
-        teacher_bias_V,
-        weight_N.detach(),
-        targets_N,
-        temperature,
-        max_elements,
-        torch.is_grad_enabled(),
+    for teacher in teachers:
+        check_projection(teacher.hidden_NE, teacher.head_VE, teacher.bias_V, temperature)
+        same_shape(head_V=head_VD[:, 0], teacher_head_V=teacher.head_VE[:, 0])
+    num_scored = sum(len(teacher.hidden_NE) for teacher in teachers)
+    if num_scored != len(hidden_ND):
+        raise ValueError(
+            f"teachers have {num_scored} hidden states together, the student has {len(hidden_ND)}; "
+            "each token needs one of exactly one teacher"
+        )
+    compute = partial(
+        full_vocabulary_sum,
+        teachers=teachers,
+        weight_N=weight_N.detach(),
+        targets_N=targets_N,
+        divergence=divergence,
+        beta=jsd_beta,
+        temperature=temperature,
+        max_elements=max_elements,
     )
-    loss, kl_N, entropy_N, logp_N, teacher_logp_N = outputs
+    loss, kl_N, entropy_N, logp_N, teacher_logp_N = with_gradients(
+        compute, hidden_ND, head_VD, bias_V
+    )
     per_token = {"kl": kl_N, "entropy": entropy_N}
     if targets_N is not None:
         per_token |= {"logp": logp_N, "teacher_logp": teacher_logp_N}
@@ -159,10 +225,15 @@ def teacher_top_k_targets(
     ids_NK = torch.empty(num_tokens, k, dtype=torch.int64, device=teacher_hidden_NE.device)
     logp_NK = ids_NK.new_empty(num_tokens, k, dtype=softmax_dtype(teacher_hidden_NE))
     buffer_CV = chunk_buffer(teacher_hidden_NE, vocabulary, max_elements)
+    block_RV = block_buffer(buffer_CV)
     for chunk in token_chunks(num_tokens, vocabulary, max_elements):
         logits_CV = buffer_CV[: chunk.stop - chunk.start]
         project(teacher_hidden_NE[chunk], head_VE, bias_V, temperature, logits_CV)
-        logp_NK[chunk], ids_NK[chunk] = torch.log_softmax(logits_CV, -1).topk(k, -1)
+        for rows in row_blocks(logits_CV):
+            at = slice(chunk.start + rows.start, chunk.start + rows.stop)
+            logp_RV = block_RV[: rows.stop - rows.start]
+            torch.log_softmax(logits_CV[rows], -1, out=logp_RV)
+            logp_NK[at], ids_NK[at] = logp_RV.topk(k, -1)
     return ids_NK, logp_NK
 
 
@@ -199,19 +270,16 @@ def top_k(
         targets_N=targets_N,
         top_ids_N=top_ids_NK[:, 0],
     )
-    outputs: tuple[Tensor, ...] = TopKKL.apply(  # type: ignore[no-untyped-call]
-        hidden_ND,
-        head_VD.to(hidden_ND.dtype),
-        bias_V,
-        top_ids_NK,
-        top_logp_NK.detach(),
-        weight_N.detach(),
-        targets_N,
-        temperature,
-        max_elements,
-        torch.is_grad_enabled(),
+    compute = partial(
+        top_k_sum,
+        top_ids_NK=top_ids_NK,
+        top_logp_NK=top_logp_NK.detach(),
+        weight_N=weight_N.detach(),
+        targets_N=targets_N,
+        temperature=temperature,
+        max_elements=max_elements,
     )
-    loss, kl_N, entropy_N, logp_N, mass_N = outputs
+    loss, kl_N, entropy_N, logp_N, mass_N = with_gradients(compute, hidden_ND, head_VD, bias_V)
     per_token = {"kl": kl_N, "entropy": entropy_N}
     if targets_N is not None:
         per_token["logp"] = logp_N

@@ -1,157 +1,252 @@
-"""Reverse KL to a teacher from hidden states and heads, gradients computed in the forward pass.
+"""Divergences from a student to its teachers, from hidden states and heads.
 
-Both models' logits exist only for one chunk of tokens at a time. As the divergence is a weighted
-sum, its gradient is known as soon as a chunk's value is, so each chunk is projected once: 8 NVD
-floating point operations instead of the 10 to 12 of checkpointed chunks. The price is that hidden
-and head gradients are held between forward and backward.
+Both models' logits exist only for one chunk of tokens at a time. As the loss is a weighted sum,
+its gradient is known as soon as a chunk's value is, so it is computed in the forward pass and each
+chunk is projected once: 8 NVD floating point operations instead of the 10 to 12 of checkpointed
+chunks. The price is that hidden and head gradients are held between forward and backward.
 
-Shape suffixes: N flat response tokens of all rows, C tokens of one chunk, V vocabulary, D student's
-and E teacher's hidden size, K top-k.
+Shape suffixes: N flat response tokens of all rows, C tokens of one chunk, R tokens of one block of
+it, V vocabulary, D student's and E teacher's hidden size, K top-k.
 """
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from posttrain.losses.ops import (
+from posttrain.losses.projection import (
     HeadGradients,
+    block_buffer,
     chunk_buffer,
     project,
+    row_blocks,
     softmax_dtype,
     token_chunks,
 )
 
+Divergence = Literal["reverse_kl", "forward_kl", "jsd"]
+Wanted = tuple[bool, ...]
+"""Whether the gradients of hidden states, head and bias are needed."""
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+Compute = Callable[[Tensor, Tensor, Tensor | None, Wanted], tuple[tuple[Tensor, ...], Gradients]]
+"""`(hidden, head, bias, wanted) -> ((loss, values per token ...), gradients of the loss)`."""
 
-def _saved_gradients(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradients stored in the forward pass, times the gradient that arrives at the loss."""
-    return tuple(
-        None if grad is None else grad * grad_loss.to(grad.dtype) for grad in ctx.saved_tensors
-    )
+_LARGEST_RATIO = 80.0
+"""Bound on |log p - log t| in the JSD: exp(80) is finite in float32, and beyond it the smaller of
+the two probabilities is below 2e-35 and adds nothing."""
 
 
-class FullVocabularyKL(torch.autograd.Function):
-    """Sum over tokens of `weight * KL(student || teacher)` over the whole vocabulary.
+class GradientsInForward(torch.autograd.Function):
+    """The outputs of a `Compute`, of which the first is differentiable, its gradients stored.
 
-    Returns the sum and, per token and detached: KL, student entropy, student and teacher
-    log-probability of the target (empty without targets).
+    The backward pass hands the stored gradients over instead of copying them, so that autograd can
+    make them a parameter's `.grad` as they are. A second pass over a retained graph computes them
+    again.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
+        compute: Compute,
+        track: bool,
         hidden_ND: Tensor,
         head_VD: Tensor,
         bias_V: Tensor | None,
-        teacher_hidden_NE: Tensor,
-        teacher_head_VE: Tensor,
-        teacher_bias_V: Tensor | None,
-        weight_N: Tensor,
-        targets_N: Tensor | None,
-        temperature: float,
-        max_elements: int,
-        track: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        num_tokens, vocabulary = hidden_ND.shape[0], head_VD.shape[0]
-        wanted = tuple(track and needed for needed in ctx.needs_input_grad[:3])
-        sums = HeadGradients(hidden_ND, head_VD, bias_V, wanted)
-        dtype = softmax_dtype(hidden_ND)
-        kl_N = hidden_ND.new_empty(num_tokens, dtype=dtype)
-        entropy_N = torch.empty_like(kl_N)
-        logp_N = kl_N.new_empty(0 if targets_N is None else num_tokens)
-        teacher_logp_N = torch.empty_like(logp_N)
-        first_CV = chunk_buffer(hidden_ND, vocabulary, max_elements)
-        second_CV, third_CV = torch.empty_like(first_CV), torch.empty_like(first_CV)
-        for chunk in token_chunks(num_tokens, vocabulary, max_elements):
-            size = chunk.stop - chunk.start
-            a_CV, b_CV, logp_CV = first_CV[:size], second_CV[:size], third_CV[:size]
-            project(hidden_ND[chunk], head_VD, bias_V, temperature, a_CV)
-            torch.log_softmax(a_CV, -1, out=logp_CV)
-            project(teacher_hidden_NE[chunk], teacher_head_VE, teacher_bias_V, temperature, b_CV)
-            torch.log_softmax(b_CV, -1, out=a_CV)
-            if targets_N is not None:
-                targets_C1 = targets_N[chunk, None]
-                logp_N[chunk] = logp_CV.gather(1, targets_C1)[:, 0]
-                teacher_logp_N[chunk] = a_CV.gather(1, targets_C1)[:, 0]
-            weighted_CV = torch.sub(logp_CV, a_CV, out=b_CV)
-            p_CV = torch.exp(logp_CV, out=a_CV)
-            entropy_N[chunk] = logp_CV.mul_(p_CV).sum(-1).neg_()
-            weighted_CV.mul_(p_CV)
-            kl_C1 = weighted_CV.sum(-1, keepdim=True)
-            kl_N[chunk] = kl_C1[:, 0]
-            if any(wanted):
-                # d KL / d logit_v = p_v (log(p_v / t_v) - KL)
-                grad_CV = weighted_CV.addcmul_(p_CV, kl_C1, value=-1)
-                sums.add(chunk, grad_CV.mul_(weight_N[chunk, None] / temperature))
-        ctx.save_for_backward(*sums.result())
-        ctx.mark_non_differentiable(kl_N, entropy_N, logp_N, teacher_logp_N)
-        return _weighted(kl_N, weight_N), kl_N, entropy_N, logp_N, teacher_logp_N
+    ) -> tuple[Tensor, ...]:
+        wanted = tuple(track and needed for needed in ctx.needs_input_grad[2:])
+        outputs, ctx.gradients = compute(hidden_ND, head_VD, bias_V, wanted)
+        ctx.compute, ctx.wanted = compute, wanted
+        ctx.save_for_backward(hidden_ND, head_VD, bias_V)
+        ctx.mark_non_differentiable(*outputs[1:])
+        return outputs
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return (*_saved_gradients(ctx, grads[0]), *(None,) * 8)
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            _, gradients = ctx.compute(*ctx.saved_tensors, ctx.wanted)
+        if grads[0] != 1:
+            for gradient in gradients:
+                if gradient is not None:
+                    gradient.mul_(grads[0])
+        return None, None, *gradients
 
 
-class TopKKL(torch.autograd.Function):
+def with_gradients(
+    compute: Compute, hidden_ND: Tensor, head_VD: Tensor, bias_V: Tensor | None
+) -> tuple[Tensor, ...]:
+    """The outputs of `compute`; the first carries its gradient to hidden states, head and bias.
+
+    The head is cast to the type of the hidden states. Without grad mode no gradient is computed.
+    """
+    outputs: tuple[Tensor, ...] = GradientsInForward.apply(  # type: ignore[no-untyped-call]
+        compute, torch.is_grad_enabled(), hidden_ND, head_VD.to(hidden_ND.dtype), bias_V
+    )
+    return outputs
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherStates:
+    """A teacher's last hidden states at consecutive tokens, and its output head. Constants.
+
+    Logits are computed in the wider of the two types, so that states may be kept in bfloat16
+    beside a float32 head; they are widened one chunk at a time.
+    """
+
+    hidden_NE: Tensor
+    head_VE: Tensor
+    bias_V: Tensor | None = None
+
+    def fill(self, first: int, chunk: slice, temperature: float, out_CV: Tensor) -> None:
+        """Write the logits of those tokens of `chunk` that are this teacher's into `out_CV`.
+
+        `first` is where the teacher's tokens begin among all tokens.
+        """
+        begin, end = max(chunk.start, first), min(chunk.stop, first + len(self.hidden_NE))
+        if begin >= end:
+            return
+        dtype = torch.promote_types(self.hidden_NE.dtype, self.head_VE.dtype)
+        hidden_CE = self.hidden_NE[begin - first : end - first].to(dtype)
+        rows_CV = out_CV[begin - chunk.start : end - chunk.start]
+        project(hidden_CE, self.head_VE.to(dtype), self.bias_V, temperature, rows_CV)
+
+
+@torch.no_grad()
+def full_vocabulary_sum(
+    hidden_ND: Tensor,
+    head_VD: Tensor,
+    bias_V: Tensor | None,
+    wanted: Wanted,
+    *,
+    teachers: Sequence[TeacherStates],
+    weight_N: Tensor,
+    targets_N: Tensor | None,
+    divergence: Divergence,
+    beta: float,
+    temperature: float,
+    max_elements: int,
+) -> tuple[tuple[Tensor, ...], Gradients]:
+    """Sum over tokens of `weight * divergence` over the whole vocabulary, with its gradients.
+
+    The first tokens are those of the first teacher, and so on. The outputs after the sum are per
+    token: reverse KL, student entropy, and log-probability of the target by student and teacher
+    (empty without targets).
+    """
+    num_tokens, vocabulary = hidden_ND.shape[0], head_VD.shape[0]
+    sums = HeadGradients(hidden_ND, head_VD, bias_V, wanted)
+    kl_N = hidden_ND.new_empty(num_tokens, dtype=softmax_dtype(hidden_ND))
+    loss_N, entropy_N = torch.empty_like(kl_N), torch.empty_like(kl_N)
+    logp_N = kl_N.new_empty(0 if targets_N is None else num_tokens)
+    teacher_logp_N = torch.empty_like(logp_N)
+    student_CV = chunk_buffer(hidden_ND, vocabulary, max_elements)
+    teacher_CV = torch.empty_like(student_CV)
+    blocks = block_buffer(student_CV), block_buffer(student_CV)
+    scale_N = weight_N * ((1 - beta if divergence == "jsd" else 1.0) / temperature)
+    for chunk in token_chunks(num_tokens, vocabulary, max_elements):
+        grad_CV = student_CV[: chunk.stop - chunk.start]
+        project(hidden_ND[chunk], head_VD, bias_V, temperature, grad_CV)
+        first = 0
+        for teacher in teachers:
+            teacher.fill(first, chunk, temperature, teacher_CV)
+            first += len(teacher.hidden_NE)
+        for rows in row_blocks(grad_CV):
+            at = slice(chunk.start + rows.start, chunk.start + rows.stop)
+            z_RV, u_RV = grad_CV[rows], teacher_CV[rows]
+            logp_RV, ratio_RV = (block[: rows.stop - rows.start] for block in blocks)
+            torch.log_softmax(z_RV, -1, out=logp_RV)
+            torch.log_softmax(u_RV, -1, out=ratio_RV)
+            if targets_N is not None:
+                target_R1 = targets_N[at, None]
+                logp_N[at] = logp_RV.gather(1, target_R1)[:, 0]
+                teacher_logp_N[at] = ratio_RV.gather(1, target_R1)[:, 0]
+            if divergence != "reverse_kl":
+                torch.exp(ratio_RV, out=z_RV)
+            torch.sub(logp_RV, ratio_RV, out=ratio_RV)
+            p_RV = torch.exp(logp_RV, out=u_RV)
+            entropy_N[at] = torch.linalg.vecdot(p_RV, logp_RV).neg_()
+            kl_N[at] = torch.linalg.vecdot(p_RV, ratio_RV)
+            if divergence == "reverse_kl":
+                # d KL(p || t) / d logit_v = p_v (log(p_v / t_v) - KL)
+                loss_N[at] = kl_N[at]
+                torch.mul(ratio_RV.sub_(kl_N[at, None]), p_RV, out=z_RV)
+            elif divergence == "forward_kl":
+                # d KL(t || p) / d logit_v = p_v - t_v
+                loss_N[at] = torch.linalg.vecdot(z_RV, ratio_RV).neg_()
+                torch.sub(p_RV, z_RV, out=z_RV)
+            else:
+                loss_N[at] = _jsd(z_RV, p_RV, ratio_RV, logp_RV, beta)
+        if any(wanted):
+            sums.add(chunk, grad_CV, scale_N[chunk])
+    loss = (loss_N * weight_N).sum()
+    return (loss, kl_N, entropy_N, logp_N, teacher_logp_N), sums.result()
+
+
+def _jsd(t_RV: Tensor, p_RV: Tensor, ratio_RV: Tensor, work_RV: Tensor, beta: float) -> Tensor:
+    """The generalised JSD per token; `t_RV` becomes its gradient over 1 - beta.
+
+    With m = (1 - beta) p + beta t, log(p / m) = -log(1 + beta (t / p - 1)), which is exactly 0
+    where p = t. d JSD / d logit_v = (1 - beta) p_v (log(p_v / m_v) - KL(p || m)): the derivatives
+    of m cancel.
+    """
+    ratio_RV.clamp_(-_LARGEST_RATIO, _LARGEST_RATIO)
+    over_m_RV = torch.neg(ratio_RV, out=work_RV).expm1_().mul_(beta).log1p_().neg_()
+    kl_student_R: Tensor = torch.linalg.vecdot(p_RV, over_m_RV)
+    # log(t / m) = log(p / m) - log(p / t)
+    kl_teacher_R: Tensor = torch.linalg.vecdot(t_RV, ratio_RV.sub_(over_m_RV)).neg_()
+    torch.mul(over_m_RV.sub_(kl_student_R[:, None]), p_RV, out=t_RV)
+    return beta * kl_teacher_R + (1 - beta) * kl_student_R
+
+
+@torch.no_grad()
+def top_k_sum(
+    hidden_ND: Tensor,
+    head_VD: Tensor,
+    bias_V: Tensor | None,
+    wanted: Wanted,
+    *,
+    top_ids_NK: Tensor,
+    top_logp_NK: Tensor,
+    weight_N: Tensor,
+    targets_N: Tensor | None,
+    temperature: float,
+    max_elements: int,
+) -> tuple[tuple[Tensor, ...], Gradients]:
     """Sum over tokens of `weight * sum over the teacher's top k of p log(p / t) - p + t`.
 
-    Returns the sum and, per token and detached: that divergence, student entropy, student
+    The outputs after the sum are per token: that divergence, student entropy, student
     log-probability of the target (empty without targets), student mass on the set.
     """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_ND: Tensor,
-        head_VD: Tensor,
-        bias_V: Tensor | None,
-        top_ids_NK: Tensor,
-        top_logp_NK: Tensor,
-        weight_N: Tensor,
-        targets_N: Tensor | None,
-        temperature: float,
-        max_elements: int,
-        track: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        num_tokens, vocabulary = hidden_ND.shape[0], head_VD.shape[0]
-        wanted = tuple(track and needed for needed in ctx.needs_input_grad[:3])
-        sums = HeadGradients(hidden_ND, head_VD, bias_V, wanted)
-        dtype = softmax_dtype(hidden_ND)
-        kl_N = hidden_ND.new_empty(num_tokens, dtype=dtype)
-        entropy_N, mass_N = torch.empty_like(kl_N), torch.empty_like(kl_N)
-        logp_N = kl_N.new_empty(0 if targets_N is None else num_tokens)
-        first_CV = chunk_buffer(hidden_ND, vocabulary, max_elements)
-        second_CV = torch.empty_like(first_CV)
-        for chunk in token_chunks(num_tokens, vocabulary, max_elements):
-            size = chunk.stop - chunk.start
-            a_CV, logp_CV = first_CV[:size], second_CV[:size]
-            ids_CK, teacher_logp_CK = top_ids_NK[chunk], top_logp_NK[chunk].to(dtype)
-            project(hidden_ND[chunk], head_VD, bias_V, temperature, a_CV)
-            torch.log_softmax(a_CV, -1, out=logp_CV)
+    num_tokens, vocabulary = hidden_ND.shape[0], head_VD.shape[0]
+    sums = HeadGradients(hidden_ND, head_VD, bias_V, wanted)
+    kl_N = hidden_ND.new_empty(num_tokens, dtype=softmax_dtype(hidden_ND))
+    entropy_N, mass_N = torch.empty_like(kl_N), torch.empty_like(kl_N)
+    logp_N = kl_N.new_empty(0 if targets_N is None else num_tokens)
+    student_CV = chunk_buffer(hidden_ND, vocabulary, max_elements)
+    block_RV = block_buffer(student_CV)
+    for chunk in token_chunks(num_tokens, vocabulary, max_elements):
+        grad_CV = student_CV[: chunk.stop - chunk.start]
+        project(hidden_ND[chunk], head_VD, bias_V, temperature, grad_CV)
+        for rows in row_blocks(grad_CV):
+            at = slice(chunk.start + rows.start, chunk.start + rows.stop)
+            z_RV, logp_RV = grad_CV[rows], block_RV[: rows.stop - rows.start]
+            ids_RK, teacher_logp_RK = top_ids_NK[at], top_logp_NK[at].to(kl_N.dtype)
+            torch.log_softmax(z_RV, -1, out=logp_RV)
             if targets_N is not None:
-                logp_N[chunk] = logp_CV.gather(1, targets_N[chunk, None])[:, 0]
-            logp_CK = logp_CV.gather(1, ids_CK)
-            p_CK = logp_CK.exp()
-            weighted_CK = p_CK * (logp_CK - teacher_logp_CK)
-            kl_N[chunk] = (weighted_CK + (teacher_logp_CK.exp() - p_CK)).sum(-1)
-            mass_N[chunk] = p_CK.sum(-1)
-            p_CV = torch.exp(logp_CV, out=a_CV)
-            entropy_N[chunk] = logp_CV.mul_(p_CV).sum(-1).neg_()
-            if any(wanted):
-                # The mass correction cancels the + 1 of d (p log p) / dp. With a = log(p / t) on
-                # the set and 0 outside: d loss / d logit_v = p_v (a_v - sum_u p_u a_u).
-                grad_CV = p_CV.mul_(-weighted_CK.sum(-1, keepdim=True))
-                grad_CV.scatter_add_(1, ids_CK, weighted_CK)
-                sums.add(chunk, grad_CV.mul_(weight_N[chunk, None] / temperature))
-        ctx.save_for_backward(*sums.result())
-        ctx.mark_non_differentiable(kl_N, entropy_N, logp_N, mass_N)
-        return _weighted(kl_N, weight_N), kl_N, entropy_N, logp_N, mass_N
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return (*_saved_gradients(ctx, grads[0]), *(None,) * 7)
-
-
-def _weighted(value_N: Tensor, weight_N: Tensor) -> Tensor:
-    """The sum of `weight * value` over tokens."""
-    return (value_N * weight_N).sum()
+                logp_N[at] = logp_RV.gather(1, targets_N[at, None])[:, 0]
+            logp_RK = logp_RV.gather(1, ids_RK)
+            p_RK = logp_RK.exp()
+            weighted_RK = p_RK * (logp_RK - teacher_logp_RK)
+            kl_N[at] = (weighted_RK + (teacher_logp_RK.exp() - p_RK)).sum(-1)
+            mass_N[at] = p_RK.sum(-1)
+            p_RV = torch.exp(logp_RV, out=z_RV)
+            entropy_N[at] = torch.linalg.vecdot(p_RV, logp_RV).neg_()
+            # The mass correction cancels the + 1 of d (p log p) / dp. With a = log(p / t) on
+            # the set and 0 outside: d loss / d logit_v = p_v (a_v - sum_u p_u a_u).
+            p_RV.mul_(-weighted_RK.sum(-1, keepdim=True)).scatter_add_(1, ids_RK, weighted_RK)
+        if any(wanted):
+            sums.add(chunk, grad_CV, weight_N[chunk] / temperature)
+    loss = (kl_N * weight_N).sum()
+    return (loss, kl_N, entropy_N, logp_N, mass_N), sums.result()

@@ -199,6 +199,15 @@ class Distill(Config, Optimizer, Rollout, Correction, Aggregation):
     """Drawn evenly over the domains."""
     samples_per_prompt: int = Field(1, gt=0)
     estimator: Literal["sampled_token", "top_k", "full_vocabulary"] = "full_vocabulary"
+    divergence: Literal["reverse_kl", "forward_kl", "jsd"] = "reverse_kl"
+    """What is lowered, of student p and teacher t: KL(p || t), KL(t || p) or the generalised JSD;
+    used by estimator full_vocabulary only."""
+    jsd_beta: float = Field(0.5, gt=0, lt=1)
+    """Near 0 the JSD weighs like the forward KL, near 1 like the reverse KL; used by divergence jsd
+    only."""
+    teacher_cache: Literal["float32", "bfloat16"] = "float32"
+    """Type in which the teachers' hidden states are kept; used by estimator full_vocabulary
+    only."""
     top_k: int = Field(64, gt=0)
     """Teacher tokens per position; used by estimator top_k only."""
     advantage_clip: float | None = Field(5.0, gt=0)
@@ -230,6 +239,11 @@ class Distill(Config, Optimizer, Rollout, Correction, Aggregation):
             _refuse_unread(self, "top_k", because=f"estimator = {self.estimator}")
         if self.estimator != "sampled_token":
             _refuse_unread(self, "advantage_clip", because=f"estimator = {self.estimator}")
+        if self.estimator != "full_vocabulary":
+            because = f"estimator = {self.estimator}"
+            _refuse_unread(self, "divergence", "teacher_cache", because=because)
+        if self.divergence != "jsd":
+            _refuse_unread(self, "jsd_beta", because=f"divergence = {self.divergence}")
         return self
 
     @model_validator(mode="after")

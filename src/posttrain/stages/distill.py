@@ -1,14 +1,17 @@
 """Multi-teacher on-policy distillation (MOPD): the student samples, its domain's teacher corrects.
 
 Per step: draw prompts of all domains, let the student answer, let each teacher read the answers of
-its own domains, and lower the reverse KL from student to teacher on the student's own tokens
-(MOPD, arXiv 2606.30406; MiMo-V2-Flash, arXiv 2601.02780, section 4; estimators and what each of
-them optimises: `losses/distill.py`). Routing is strict: a domain has one named teacher.
+its own domains, and lower a divergence, usually the reverse KL, from student to teacher on the
+student's own tokens (MOPD, arXiv 2606.30406; MiMo-V2-Flash, arXiv 2601.02780, section 4; estimators
+and what each of them optimises: `losses/distill.py`). Routing is strict: a domain has one named
+teacher.
 
 Legend: B rows, N flat response tokens.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -18,7 +21,8 @@ from posttrain.backends.chat import Chat
 from posttrain.backends.checkpoint import load, save
 from posttrain.backends.local import LocalLearner, flat_index, response_targets
 from posttrain.backends.sampler import LocalSampler
-from posttrain.losses.distill import full_vocabulary, sampled_token, top_k
+from posttrain.losses.distill import full_vocabulary_of_each, sampled_token, top_k
+from posttrain.losses.divergence import TeacherStates
 from posttrain.losses.ops import aggregation_weights, token_logprobs
 from posttrain.losses.policy import policy_gradient
 from posttrain.rl.advantage import advantages
@@ -146,27 +150,10 @@ class DistillUpdate:
         self.count = float(length_B.sum() if config.aggregation == "token" else len(length_B))
 
     def loss(self, hidden_ND: Tensor, head: Head, part: MicroBatch) -> tuple[Tensor, Metrics]:
-        """The sum of every domain's loss; one forward pass serves the rows of all teachers."""
-        length_B = part.rollouts.response_len_B
-        start_B = length_B.cumsum(0) - length_B
-        domain_B = self.domain_B[part.index_B]
-        total, metrics = hidden_ND.new_zeros(()), {}
-        for domain in domain_B.unique().tolist():
-            member_B = (domain_B == domain).nonzero()[:, 0]
-            flat_N = flat_index(start_B, length_B, member_B)
-            rows = MicroBatch(index_B=part.index_B[member_B], rollouts=part.rollouts.rows(member_B))
-            loss, sums = self._domain_loss(hidden_ND[flat_N], head, rows, self.domains[domain])
-            total = total + loss
-            metrics |= {name: metrics.get(name, 0.0) + value for name, value in sums.items()}
-        return total, metrics
-
-    def _domain_loss(
-        self, hidden_ND: Tensor, head: Head, part: MicroBatch, domain: str
-    ) -> tuple[Tensor, Metrics]:
-        """The chosen estimator for rows of one domain, hence of one teacher."""
+        """The chosen estimator for the rows of all teachers at once."""
+        hidden_ND, part = self._by_teacher(hidden_ND, part)
         config, length_B = self.config, part.rollouts.response_len_B
         row_N = torch.arange(len(length_B)).repeat_interleave(length_B)
-        token_N = response_targets(part.rollouts)
         weight_N, _ = aggregation_weights(
             row_N, len(length_B), aggregation=config.aggregation, constant=self.constant
         )
@@ -176,7 +163,7 @@ class DistillUpdate:
             logp_N, entropy_N = token_logprobs(
                 hidden_ND,
                 head.weight_VD,
-                token_N,
+                response_targets(part.rollouts),
                 bias_V=head.bias_V,
                 temperature=config.temperature,
             )
@@ -212,12 +199,34 @@ class DistillUpdate:
             total = total + config.reward_weight * reward_total
         entropy_N = exact_entropy_N if entropy_N is None else entropy_N
         assert entropy_N is not None
-        metrics = metrics | estimator_metrics
-        metrics[f"kl/{domain}"] = kl_N.sum()
-        metrics[f"entropy/{domain}"] = entropy_N.sum()
-        metrics[f"tokens/{domain}"] = torch.tensor(float(len(row_N)))
-        metrics["loss"] = total.detach()
+        metrics = metrics | estimator_metrics | {"loss": total.detach()}
+        domain_N = self.domain_B[part.index_B][row_N]
+        values = {"kl": kl_N, "entropy": entropy_N, "tokens": torch.ones_like(kl_N)}
+        for quantity, value_N in values.items():
+            sums = value_N.new_zeros(len(self.domains)).index_add(0, domain_N, value_N)
+            metrics |= {f"{quantity}/{d}": sums[i] for i, d in enumerate(self.domains)}
         return total, metrics
+
+    def _by_teacher(self, hidden_ND: Tensor, part: MicroBatch) -> tuple[Tensor, MicroBatch]:
+        """The same rows with those of one teacher next to each other, teachers in order."""
+        teacher_B = self.teacher_B[part.index_B]
+        if bool((teacher_B.diff() >= 0).all()):
+            return hidden_ND, part
+        order_B = teacher_B.argsort(stable=True)
+        length_B = part.rollouts.response_len_B
+        flat_N = flat_index(length_B.cumsum(0) - length_B, length_B, order_B)
+        rows = part.rollouts.rows(order_B)
+        ordered = MicroBatch(index_B=part.index_B[order_B], rollouts=rows)
+        return hidden_ND.index_select(0, flat_N), ordered
+
+    def _targets_of(self, part: MicroBatch) -> Iterator[tuple[Targets, Tensor]]:
+        """Each teacher of the ordered rows, and where their tokens stand in its targets."""
+        teacher_B = self.teacher_B[part.index_B]
+        for number in teacher_B.unique().tolist():
+            targets, index_B = self.targets[number], part.index_B[teacher_B == number]
+            length_B = self.rows.response_len_B[index_B]
+            start_B = targets.start_B[self.rows_B[index_B]]
+            yield targets, flat_index(start_B, length_B, torch.arange(len(length_B)))
 
     def _estimate(
         self,
@@ -229,14 +238,10 @@ class DistillUpdate:
         correction_N: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor | None, Metrics]:
         """`(loss sum, kl_N, entropy_N or None, metric sums)` of the configured estimator."""
-        config, length_B = self.config, part.rollouts.response_len_B
-        targets = self.targets[int(self.teacher_B[part.index_B[0]])]
-        teacher_N = flat_index(
-            targets.start_B[self.rows_B[part.index_B]], length_B, torch.arange(len(length_B))
-        )
+        config, targets_of = self.config, list(self._targets_of(part))
         if config.estimator == "sampled_token":
-            assert targets.logp_N is not None and logp_N is not None
-            teacher_logp_N = targets.logp_N[teacher_N]
+            assert logp_N is not None
+            teacher_logp_N = torch.cat([t.logp_N[at_N] for t, at_N in targets_of])
             total, sums = sampled_token(
                 logp_N,
                 teacher_logp_N,
@@ -247,27 +252,30 @@ class DistillUpdate:
             kl_N = (logp_N - teacher_logp_N).detach()
             return total, kl_N, None, {n: sums[n] for n in ("advantage_abs", "clipped")}
         if config.estimator == "top_k":
-            assert targets.top_ids_NK is not None and targets.top_logp_NK is not None
             total, sums, per_token = top_k(
                 hidden_ND,
                 head.weight_VD,
-                targets.top_ids_NK[teacher_N],
-                targets.top_logp_NK[teacher_N],
+                torch.cat([t.top_ids_NK[at_N] for t, at_N in targets_of]),
+                torch.cat([t.top_logp_NK[at_N] for t, at_N in targets_of]),
                 weight_N,
                 bias_V=head.bias_V,
                 temperature=config.temperature,
             )
             metrics = {name: sums[name] for name in ("student_mass", "teacher_mass")}
             return total, per_token["kl"], per_token["entropy"], metrics
-        assert targets.hidden_NE is not None
-        total, _, per_token = full_vocabulary(
+        total, _, per_token = full_vocabulary_of_each(
             hidden_ND,
             head.weight_VD,
-            targets.hidden_NE[teacher_N],
-            targets.head.weight_VD,
+            [
+                TeacherStates(
+                    hidden_NE=t.hidden_NE[at_N], head_VE=t.head.weight_VD, bias_V=t.head.bias_V
+                )
+                for t, at_N in targets_of
+            ],
             weight_N,
             bias_V=head.bias_V,
-            teacher_bias_V=targets.head.bias_V,
+            divergence=config.divergence,
+            jsd_beta=config.jsd_beta,
             temperature=config.temperature,
         )
         return total, per_token["kl"], per_token["entropy"], {}

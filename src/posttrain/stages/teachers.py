@@ -69,6 +69,7 @@ class Teachers:
         start_B[index_B] = rows.response_len_B.cumsum(0) - rows.response_len_B
         hidden_NE = scorer.hidden(rows)
         if config.estimator == "full_vocabulary":
+            hidden_NE = hidden_NE.to(getattr(torch, config.teacher_cache))
             return Targets(head=scorer.head, start_B=start_B, hidden_NE=hidden_NE)
         if config.estimator == "sampled_token":
             logp_N = response_logprobs(hidden_NE, scorer.head, rows, config.temperature)
