@@ -2,7 +2,8 @@
 
 Every loss returns the SUM over tokens of `weight * per-token loss`; the caller divides by the count
 of the whole step, so splitting a batch into parts changes nothing. Every metric is a detached
-scalar sum over the tokens whose weight is not zero, so metrics add up over parts too.
+scalar sum over the tokens whose weight is not zero, so metrics add up over parts too. Preference
+losses are sums over pairs in the same way.
 
 | file | what |
 |---|---|
@@ -10,5 +11,6 @@ scalar sum over the tokens whose weight is not zero, so metrics add up over part
 | `sft.py` | cross-entropy |
 | `policy.py` | PPO-clip, GRPO, Dr.GRPO, GSPO; KL penalty to a reference |
 | `distill.py` | on-policy distillation: sampled token, teacher top-k, full vocabulary |
+| `preference.py` | DPO, length-normalised DPO, SimPO, IPO, KTO, cross-entropy on the chosen |
 | `divergence.py` | the chunked autograd functions under the last two |
 """
