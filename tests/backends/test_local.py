@@ -115,6 +115,26 @@ def test_split_keeps_to_the_budget_and_loses_no_row() -> None:
     assert len(list(split_by_tokens(rollouts, 1))) == len(LENGTHS)
 
 
+def test_blocks_of_rows_stay_together_and_in_order() -> None:
+    """Blocks of two rows, of which the longer decides: 12, 10, 11 tokens, then 3 and 2."""
+    lengths = [(7, 5), (1, 1), (4, 6), (5, 5), (2, 9), (6, 3), (2, 1), (1, 1)]
+    prompts, responses = ([[5] * pair[i] for pair in lengths] for i in range(2))
+    rollouts = sequences(prompts, responses, pad_id=0)
+    for max_tokens, expected in (
+        (1, [[6, 7], [2, 3], [4, 5], [0, 1]]),
+        (40, [[6, 7, 2, 3], [4, 5], [0, 1]]),
+        (44, [[6, 7, 2, 3], [4, 5], [0, 1]]),
+        (48, [[6, 7, 2, 3], [4, 5, 0, 1]]),
+        (96, [[6, 7, 2, 3, 4, 5, 0, 1]]),
+    ):
+        parts = list(split_by_tokens(rollouts, max_tokens, group_rows=2))
+        assert [part.index_B.tolist() for part in parts] == expected
+        assert all(
+            part.rollouts.tokens_BT.numel() <= max_tokens or len(part.index_B) == 2
+            for part in parts
+        )
+
+
 def test_rows_of_one_length_keep_their_order() -> None:
     rollouts = sequences([[5, 6]] * 6, [[n] for n in range(10, 16)], pad_id=0)
     order = [i for part in split_by_tokens(rollouts, 6) for i in part.index_B.tolist()]

@@ -1,8 +1,8 @@
 """Learning and scoring with one transformers model in this process: the reference backend.
 
 Rows are right-padded, so that causal attention alone keeps padding out, and only the positions that
-predict response tokens reach the output head. Legend: B rows, T positions, N flat response tokens,
-D hidden.
+predict response tokens reach the output head. Legend: B rows, G blocks of adjacent rows, T
+positions, N flat response tokens, D hidden.
 """
 
 from __future__ import annotations
@@ -57,19 +57,24 @@ def response_targets(rollouts: Rollouts) -> Tensor:
     return rollouts.tokens_BT[rollouts.response_mask_BT()]
 
 
-def split_by_tokens(rollouts: Rollouts, max_tokens: int) -> Iterator[MicroBatch]:
+def split_by_tokens(
+    rollouts: Rollouts, max_tokens: int, *, group_rows: int = 1
+) -> Iterator[MicroBatch]:
     """Micro-batches of rows of like length whose padded size stays under `max_tokens`.
 
-    A single row longer than `max_tokens` is a micro-batch of its own.
+    Every block of `group_rows` adjacent rows stays together and in order, such as the two responses
+    of a preference pair; the number of rows has to be a multiple of it. A single block larger than
+    `max_tokens` is a micro-batch of its own.
     """
-    length_B = rollouts.prompt_len_B + rollouts.response_len_B
-    order_B = torch.argsort(length_B, stable=True)
-    lengths = length_B[order_B].tolist()
+    length_G = (rollouts.prompt_len_B + rollouts.response_len_B).reshape(-1, group_rows).amax(1)
+    order_G = torch.argsort(length_G, stable=True)
+    lengths = length_G[order_G].tolist()
     start = 0
     for end in range(1, len(lengths) + 1):
-        if end < len(lengths) and lengths[end] * (end + 1 - start) <= max_tokens:
+        if end < len(lengths) and lengths[end] * group_rows * (end + 1 - start) <= max_tokens:
             continue
-        index_B = order_B[start:end]
+        first_G1 = order_G[start:end, None] * group_rows
+        index_B = (first_G1 + torch.arange(group_rows)).flatten()
         yield MicroBatch(index_B=index_B, rollouts=rollouts.rows(index_B))
         start = end
 
@@ -152,10 +157,11 @@ class LocalLearner:
         *,
         count: float,
         lr: float,
+        group_rows: int = 1,
     ) -> dict[str, float]:
         """See `Learner.update`."""
         totals: dict[str, Tensor] = {}
-        for batch in split_by_tokens(rollouts, self.max_tokens):
+        for batch in split_by_tokens(rollouts, self.max_tokens, group_rows=group_rows):
             hidden_ND = hidden_states(self.model, batch.rollouts)
             loss_sum, metrics = loss(hidden_ND, self.head, batch)
             (loss_sum / count).backward()
