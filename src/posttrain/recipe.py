@@ -26,7 +26,7 @@ from posttrain.external import External, find_external, token_conflict
 from posttrain.stages.config import CONFIGS, VERSIONS, build_config
 from posttrain.suites.domain import Suite, Table, domain_node
 
-MODEL_KINDS = ("model", "pretrain", "sft", "rl", "distill")
+MODEL_KINDS = ("model", "pretrain", "sft", "dpo", "rl", "distill")
 
 
 @dataclass(frozen=True)
@@ -131,6 +131,33 @@ class Recipe:
         inputs = {"start": self._model(name, "start", start)}
         return self._stage("sft", name, settings, inputs | self._data(name, data, (Demos, Stage)))
 
+    def dpo(
+        self,
+        *,
+        start: Stage,
+        data: Stage,
+        reference: Stage | None = None,
+        name: str = "dpo",
+        **settings: Any,
+    ) -> Stage:
+        """Training of `start` on preference pairs, relative to `reference` (the start itself)."""
+        if data.kind not in ("pairs", ""):
+            raise ConfigError(
+                f"stage {name!r} (dpo): its data is {data.name!r} ({data.kind}); it needs a pairs "
+                "stage: data=r.pairs(...)"
+            )
+        inputs = {"start": self._model(name, "start", start), "data": data.name}
+        if reference is not None:
+            inputs["reference"] = self._model(name, "reference", reference)
+            self._same_vocabulary(name, start.name, reference.name, role="reference")
+        stage = self._stage("dpo", name, settings, inputs)
+        if reference is not None and self._nodes[name].config["loss"] == "simpo":
+            raise ConfigError(
+                f"stage {name!r} (dpo): loss = simpo reads no reference; leave reference= out, or "
+                "use another loss"
+            )
+        return stage
+
     def rl(self, *, start: Stage, prompts: Prompts, name: str = "rl", **settings: Any) -> Stage:
         """Reinforcement learning of `start` on the verifiable rewards of the prompts' domains."""
         inputs = {"start": self._model(name, "start", start)}
@@ -203,12 +230,30 @@ class Recipe:
 
     def select(self, rollouts: Stage, *, name: str = "selection", **settings: Any) -> Stage:
         """The rollouts worth imitating, as data for `sft`."""
-        if rollouts.kind not in ("sample", ""):
+        return self._stage("select", name, settings, self._rollouts("select", name, rollouts))
+
+    def pairs(
+        self, rollouts: Stage, *, against: Stage | None = None, name: str = "pairs", **settings: Any
+    ) -> Stage:
+        """Preference pairs out of rollouts, as data for `dpo`.
+
+        By reward among the responses to one problem, or with `against` the responses of a strong
+        model's stage against those of a weak one's.
+        """
+        inputs = self._rollouts("pairs", name, rollouts)
+        if against is not None:
+            inputs["against"] = self._rollouts("pairs", name, against)["rollouts"]
+            settings = {"how": "strong_against_weak"} | settings
+        stage = self._stage("pairs", name, settings, inputs)
+        how = self._nodes[name].config["how"]
+        if (how == "strong_against_weak") != (against is not None):
             raise ConfigError(
-                f"stage {name!r} (select): it needs the rollouts of a sample stage, not "
-                f"{rollouts.name!r} ({rollouts.kind})"
+                f"stage {name!r} (pairs): how = {how} "
+                + ("reads no" if against is not None else "needs a")
+                + " second stage; write r.pairs(strong, against=weak) for strong_against_weak and "
+                "r.pairs(rollouts) for best_against_worst"
             )
-        return self._stage("select", name, settings, {"rollouts": rollouts.name})
+        return stage
 
     def graph(self, target: Stage) -> Graph:
         """The finished graph. Raises ConfigError for a setting that matched no stage."""
@@ -332,6 +377,14 @@ class Recipe:
                 )
         return {f"domains.{name}": name for name in data.domains}
 
+    def _rollouts(self, kind: str, stage: str, rollouts: Stage) -> dict[str, str]:
+        if rollouts.kind not in ("sample", ""):
+            raise ConfigError(
+                f"stage {stage!r} ({kind}): it needs the rollouts of a sample stage, not "
+                f"{rollouts.name!r} ({rollouts.kind})"
+            )
+        return {"rollouts": rollouts.name}
+
     def _model(self, stage: str, edge: str, value: object) -> str:
         if not isinstance(value, Stage) or value.kind not in (*MODEL_KINDS, ""):
             raise ConfigError(
@@ -400,7 +453,9 @@ class Recipe:
             name = self._nodes[name].inputs["start"]
         return name
 
-    def _same_vocabulary(self, stage: str, start: str, teacher: str) -> None:
+    def _same_vocabulary(
+        self, stage: str, start: str, teacher: str, *, role: str = "teacher"
+    ) -> None:
         """Refuse outside checkpoints whose tokens differ, before anything is computed."""
         ours, theirs = self._root(start), self._root(teacher)
         if ours == theirs or not (ours in self._external and theirs in self._external):
@@ -408,8 +463,8 @@ class Recipe:
         conflict = token_conflict(self._external[ours], self._external[theirs])
         if conflict is not None:
             raise ConfigError(
-                f"stage {stage!r}: teacher {teacher!r} and student {start!r} differ in their "
-                f"{conflict}; a teacher must come from the same tokenizer"
+                f"stage {stage!r}: {role} {teacher!r} and student {start!r} differ in their "
+                f"{conflict}; a {role} must come from the same tokenizer"
             )
 
     def _adopted(self, source: str) -> External | None:

@@ -28,7 +28,18 @@ def run_job(job: Job) -> dict[str, Any]:
     """Run one stage; returns its summary metrics."""
     import torch
 
-    from posttrain.stages import distill, evaluate, model, pretrain, rl, sample, select, sft
+    from posttrain.stages import (
+        distill,
+        dpo,
+        evaluate,
+        model,
+        pairs,
+        pretrain,
+        rl,
+        sample,
+        select,
+        sft,
+    )
     from posttrain.stages.context import Context
     from posttrain.suites.domain import build_domain
 
@@ -46,11 +57,13 @@ def run_job(job: Job) -> dict[str, Any]:
         loops: dict[str, Any] = {
             "pretrain": pretrain.run,
             "sft": sft.run,
+            "dpo": dpo.run,
             "rl": rl.run,
             "distill": distill.run,
             "evaluate": evaluate.run,
             "sample": sample.run,
             "select": select.run,
+            "pairs": pairs.run,
         }
         metrics = loops[job.kind](build_config(job.kind, job.name, job.config), ctx)
     if job.kind in MODEL_KINDS:

@@ -102,7 +102,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(
 @pytest.mark.parametrize("kind", ["qwen3", "llama", "gpt2"])
 def test_a_shared_prompt_learns_what_padded_rows_do(make_model: MakeModel, kind: str) -> None:
     """Groups of three: gradients of all weights against one right-padded batch of whole rows, in
-    float64, so that nothing but rounding of 1e-16 can hide a difference."""
+    float64 but for the norms, which transformers computes in float32."""
     language_model = make_model(kind)
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randint(5, 90, (n,), generator=generator).tolist() for n in (6, 1, 9)]
@@ -121,7 +121,8 @@ def test_a_shared_prompt_learns_what_padded_rows_do(make_model: MakeModel, kind:
     loss, _ = cross_entropy(hidden_states(model, packed), LocalScorer(language_model).head, part)
     (loss / 41).backward()
     for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad, padded[name], atol=1e-10, rtol=1e-8)
+        scale = float(padded[name].abs().max())
+        torch.testing.assert_close(parameter.grad, padded[name], atol=1e-6 * scale + 1e-9, rtol=0)
 
 
 @pytest.mark.parametrize("max_tokens", [1, 13, 30])

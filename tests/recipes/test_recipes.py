@@ -312,6 +312,77 @@ def test_rejection_sampling_is_a_graph(make_recipe: Callable[..., Recipe]) -> No
     assert graph.nodes["sft"].inputs == {"start": "base", "data": "selection"}
 
 
+def test_preferences_are_a_graph(make_recipe: Callable[..., Recipe]) -> None:
+    """On-policy pairs, and those of a strong and a weak model; the reference is an edge of its own
+    where it is given."""
+    r = make_recipe()
+    base = start(r)
+    tuned = r.sft(start=base, data=r.demos("add"), **STEPS)
+    strong = r.sample(tuned, prompts=r.prompts(r.domains), name="strong")
+    weak = r.sample(base, prompts=r.prompts(r.domains), name="weak")
+    first = r.dpo(start=tuned, data=r.pairs(strong), name="first", **STEPS)
+    delta = r.pairs(strong, against=weak, name="delta")
+    second = r.dpo(start=first, data=delta, reference=tuned, loss="kto", **STEPS)
+    graph = r.graph(r.evaluate(second, init=tuned))
+    nodes = graph.nodes
+    assert nodes["pairs"].inputs == {"rollouts": "strong"}
+    assert nodes["delta"].inputs == {"rollouts": "strong", "against": "weak"}
+    hows = {name: nodes[name].config["how"] for name in ("pairs", "delta")}
+    assert hows == {"pairs": "best_against_worst", "delta": "strong_against_weak"}
+    assert nodes["first"].inputs == {"start": "sft", "data": "pairs"}
+    assert nodes["dpo"].inputs == {"start": "first", "data": "delta", "reference": "sft"}
+    assert graph.order()[-2:] == ["dpo", "evaluation"]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda r, b, s: r.pairs(b), r"'pairs' \(pairs\): it needs the rollouts of a sample stage"),
+        (lambda r, b, s: r.pairs(s, against=b), "rollouts of a sample stage, not 'base'"),
+        (
+            lambda r, b, s: r.pairs(s, how="strong_against_weak"),
+            r"how = strong_against_weak needs a second stage; write r.pairs\(strong, against=weak",
+        ),
+        (
+            lambda r, b, s: r.pairs(s, against=s, how="best_against_worst"),
+            "how = best_against_worst reads no second stage",
+        ),
+        (
+            lambda r, b, s: r.dpo(start=b, data=s),
+            r"its data is 'rollouts' \(sample\); it needs a pa",
+        ),
+        (lambda r, b, s: r.dpo(start=s, data=r.pairs(s), **STEPS), "start = .* is not a model"),
+        (
+            lambda r, b, s: r.dpo(start=b, data=r.pairs(s), reference=s, **STEPS),
+            "reference = .* is not a model",
+        ),
+        (
+            lambda r, b, s: r.dpo(start=b, data=r.pairs(s), reference=b, loss="simpo", **STEPS),
+            "loss = simpo reads no reference; leave reference= out",
+        ),
+        (lambda r, b, s: r.sft(start=b, data=r.pairs(s), **STEPS), "needs r.demos.* or a select"),
+    ],
+)
+def test_preference_edges_of_the_wrong_kind_are_refused(
+    make_recipe: Callable[..., Recipe], call: Callable[..., Any], message: str
+) -> None:
+    r = make_recipe()
+    base = start(r)
+    with pytest.raises(ConfigError, match=message):
+        call(r, base, r.sample(base, prompts=r.prompts("add")))
+
+
+def test_a_reference_of_another_vocabulary_is_refused_at_plan_time(
+    make_recipe: Callable[..., Recipe], checkpoint: Callable[..., str]
+) -> None:
+    r = make_recipe()
+    base = r.model(checkpoint("one"))
+    other = r.model(checkpoint("other", extra="<|more|>"), name="other")
+    pairs = r.pairs(r.sample(base, prompts=r.prompts("add")))
+    with pytest.raises(ConfigError, match="reference 'other' and student 'base' differ"):
+        r.dpo(start=base, data=pairs, reference=other, **STEPS)
+
+
 def test_outside_checkpoints_are_identified_by_their_bytes(
     make_recipe: Callable[..., Recipe], checkpoint: Callable[..., str], tmp_path: Path
 ) -> None:

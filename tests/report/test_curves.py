@@ -94,6 +94,17 @@ def test_rows_of_a_teacher_have_the_colour_of_its_domain():
     assert {line.label: line.colour for line in found} == {"t": 5, "self": INK}
 
 
+def test_preference_stages_share_their_panels():
+    values = {"loss": lambda n: 1 / n, "accuracy": lambda n: n / 5, "nll": lambda n: n}
+    stages = [stage(name, "dpo", lines(5, **values)) for name in ("first", "second")]
+    found = only(sections(stages, {}))
+    assert found.title == "Preference stages"
+    assert [p.key for p in found.panels] == ["loss", "accuracy"]
+    assert [p.key for p in found.folded] == ["nll"]
+    assert [line.label for line in panel(found, "accuracy").lines] == ["first", "second"]
+    assert panel(found, "loss").hint == "mean over pairs; over responses with kto"
+
+
 def test_steps_in_which_a_domain_was_not_drawn_are_left_out():
     rows = lines(3, **{"kl/add": lambda n: n, "kl/rev": lambda n: n})
     del rows[1]["kl/rev"]

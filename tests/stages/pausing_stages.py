@@ -1,6 +1,6 @@
 """Real stages that stop at a chosen step, so that a test can kill them there, and their runner.
 
-Started as a program it runs sft, rl and distill in a store:
+Started as a program it runs sft, rl, dpo and distill in a store:
 
     pausing_stages.py STORE MODEL MODEL PAUSES
 
@@ -48,7 +48,7 @@ def execute(job: Job) -> dict[str, Any]:
 
 
 def main(store: str, start: str, teacher: str, pauses: str) -> None:
-    """Run the three stages one after the other."""
+    """Run the four stages one after the other."""
     verifier = VerifierSpec(name="regex", options={"pattern": "^[0-9A-Z]"})
     rows = Table(train="rows.jsonl", demo="demo")
     suite = Suite(
@@ -61,7 +61,10 @@ def main(store: str, start: str, teacher: str, pauses: str) -> None:
     tuned = r.sft(start=base, data=r.demos(r.domains), batch_size=8, **OPTIM)
     rollout = {"max_new_tokens": 6, "prompts_per_step": 6, "updates_per_batch": 2}
     policy = r.rl(start=tuned, prompts=r.prompts("one"), group_size=4, **rollout, **OPTIM)
-    teachers = {"one": policy, "two": other}
+    rollouts = r.sample(policy, prompts=r.prompts(r.domains), k=6, num_prompts=30, max_new_tokens=6)
+    pairs = r.pairs(rollouts, max_per_prompt=2)
+    preferring = r.dpo(start=policy, data=pairs, reference=tuned, batch_size=8, **OPTIM)
+    teachers = {"one": preferring, "two": other}
     student = r.distill(
         start=tuned, teachers=teachers, prompts=r.prompts(r.domains), **rollout, **OPTIM
     )

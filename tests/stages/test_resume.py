@@ -1,4 +1,4 @@
-"""kill -9 in the middle of sft, rl and distill, then the same command: the same bits at the end."""
+"""kill -9 in the middle of sft, rl, dpo and distill, then the same command: the same bits."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from posttrain.engine.store import Store
 PROGRAM = Path(__file__).with_name("pausing_stages.py")
 # In the middle, with a checkpoint one step before, so that one step is made twice; and after the
 # last step's checkpoint, when only the end of the stage is left.
-PAUSES = ("sft-5", "sft-6", "rl-3", "student-5")
+PAUSES = ("sft-5", "sft-6", "rl-3", "dpo-5", "student-5")
 
 
 def start(store: Path, models: Mapping[str, str], pauses: Path) -> subprocess.Popen[bytes]:
@@ -65,8 +65,8 @@ def test_killed_stages_end_with_the_bits_of_those_left_alone(
     calm, killed = artifacts(tmp_path / "calm"), artifacts(tmp_path / "killed")
     assert calm.keys() == killed.keys()
     steps = {name: artifact.provenance["resumed_at_step"] for name, artifact in killed.items()}
-    assert (steps["sft"], steps["rl"], steps["student"]) == (6, 2, 4)
-    for name in ("sft", "rl", "student"):
+    assert [steps[n] for n in ("sft", "rl", "dpo", "student")] == [6, 2, 4, 4]
+    for name in ("sft", "rl", "dpo", "student"):
         ours, theirs = (a[name].path / "model.safetensors" for a in (calm, killed))
         assert ours.read_bytes() == theirs.read_bytes(), name
         assert log_of(calm[name]) == log_of(killed[name])

@@ -106,10 +106,12 @@ class Learner(Protocol):
         *,
         count: float,
         lr: float,
+        group_rows: int = 1,
     ) -> dict[str, float]:
         """One optimiser step on `sum(loss) / count`; returns the metric sums and `grad_norm`.
 
-        The split into micro-batches is the learner's business and changes nothing but rounding.
+        The split into micro-batches is the learner's business and changes nothing but rounding;
+        each block of `group_rows` adjacent rows reaches `loss` together and in order.
         """
         ...
 

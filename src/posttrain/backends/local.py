@@ -33,8 +33,10 @@ def hidden_states(model: Any, packed: Packed) -> Tensor:
     return hidden_CTD.flatten(0, 1)[packed.predicts_N]
 
 
-def passes(model: Any, rollouts: Rollouts, max_tokens: int) -> Iterator[Packed]:
-    """The forward passes over all rows.
+def passes(
+    model: Any, rollouts: Rollouts, max_tokens: int, group_rows: int = 1
+) -> Iterator[Packed]:
+    """The forward passes over all rows; every `group_rows` adjacent rows stay together.
 
     Raises ConfigError for a row longer than the model has positions.
     """
@@ -45,7 +47,9 @@ def passes(model: Any, rollouts: Rollouts, max_tokens: int) -> Iterator[Packed]:
             "of the model; leave long rows out of the data, or use a model with more positions "
             f"({POSITIONS} in its config.json, max_positions of a pretrain stage)"
         )
-    return forward_passes(rollouts, max_tokens=max_tokens, hidden_size=model.config.hidden_size)
+    return forward_passes(
+        rollouts, max_tokens=max_tokens, hidden_size=model.config.hidden_size, block=group_rows
+    )
 
 
 def response_targets(rollouts: Rollouts) -> Tensor:
@@ -131,10 +135,11 @@ class LocalLearner:
         *,
         count: float,
         lr: float,
+        group_rows: int = 1,
     ) -> dict[str, float]:
         """See `Learner.update`."""
         totals: dict[str, Tensor] = {}
-        for packed in passes(self.model, rollouts, self.max_tokens):
+        for packed in passes(self.model, rollouts, self.max_tokens, group_rows):
             hidden_ND = hidden_states(self.model, packed)
             rows = rollouts.rows(packed.index_B)
             part = MicroBatch(index_B=packed.index_B, rollouts=rows)

@@ -36,7 +36,7 @@ below which share of that width the next unit has to wait for a pass with narrow
 
 @dataclass(frozen=True, kw_only=True)
 class _Unit:
-    """A prompt and the responses to it that share it."""
+    """Rows that lie behind one another: those with one prompt share it."""
 
     rows: tuple[int, ...]
     width: int
@@ -121,11 +121,13 @@ class _Lengths:
         for first in range(0, len(self.prompt), block):
             fresh = range(first, first + block)
             added = sum(map(self.read, fresh))
-            fits = width + added <= limit
-            if rows and not (self.same_prompt[first] and fits):
+            added += sum(self.prompt[row] for row in fresh if not self.same_prompt[row])
+            if rows and not (self.same_prompt[first] and width + added <= limit):
                 units.append(_Unit(rows=tuple(rows), width=width))
                 rows, width = [], 0
-            width += added if rows else self.prompt[first] + added
+            if not rows and self.same_prompt[first]:
+                width = self.prompt[first]
+            width += added
             rows += fresh
         return [*units, _Unit(rows=tuple(rows), width=width)]
 
@@ -144,14 +146,15 @@ class _Lengths:
         number = 0
         for at, units in zip(range(0, len(bins) * width, width), bins, strict=True):
             for unit in units:
-                prompt = self.prompt[unit.rows[0]]
-                segments.append((unit.rows[0], 0, at, prompt, number, -1))
-                last, at = at + prompt - 1, at + prompt
                 for row in unit.rows:
+                    prompt = self.prompt[row]
+                    if row == unit.rows[0] or not self.same_prompt[row]:
+                        number += 1
+                        segments.append((row, 0, at, prompt, number, -1))
+                        last, at = at + prompt - 1, at + prompt
                     segments.append((row, prompt, at, self.read(row), number, row))
                     placed[row] = (last, at)
                     at += self.read(row)
-                number += 1
         return self._tensors(segments, placed, len(bins), width)
 
     def _tensors(

@@ -2,7 +2,8 @@
 
 Every loss returns the SUM over tokens of `weight * per-token loss`; the caller divides by the count
 of the whole step, so splitting a batch into parts changes nothing. Every metric is a detached
-scalar sum over the tokens whose weight is not zero, so metrics add up over parts too.
+scalar sum over the tokens whose weight is not zero, so metrics add up over parts too. Preference
+losses are sums over pairs in the same way.
 
 | file | what |
 |---|---|
@@ -12,4 +13,5 @@ scalar sum over the tokens whose weight is not zero, so metrics add up over part
 | `distill.py` | on-policy distillation: sampled token, teacher top-k, full vocabulary |
 | `divergence.py` | the last two, and their gradients, chunk by chunk |
 | `projection.py` | hidden states to logits and back: chunks, blocks, gradients of the head |
+| `preference.py` | DPO, length-normalised DPO, SimPO, IPO, KTO, cross-entropy on the chosen |
 """

@@ -15,6 +15,7 @@ from posttrain.report.wording import DASH, fixed, number, percent, percent_range
 WHAT = {
     "pretrain": "pre-trained from nothing",
     "sft": "supervised fine-tuning",
+    "dpo": "learning from preference pairs",
     "rl": "reinforcement learning on verifiable rewards",
     "distill": "on-policy distillation from one teacher per domain",
     "model": "taken in from outside",

@@ -59,9 +59,18 @@ METRICS = {
     "grad_norm": Metric(title="Gradient norm", hint="before clipping"),
     "lr": Metric(title="Learning rate"),
     "rows": Metric(title="Rows per teacher"),
+    "accuracy": Metric(title="Preference accuracy", hint="pairs whose chosen reward is higher"),
+    "margin": Metric(title="Reward margin", hint="chosen minus rejected, mean over pairs"),
+    "reward_chosen": Metric(title="Reward of the chosen"),
+    "reward_rejected": Metric(title="Reward of the rejected"),
+    "logp_chosen": Metric(title="Log-probability of the chosen", hint="nats per response"),
+    "logp_rejected": Metric(title="Log-probability of the rejected", hint="nats per response"),
+    "nll": Metric(title="Cross-entropy of the chosen", hint="nats per token"),
+    "kl_baseline": Metric(title="KTO's baseline", hint="nats per response"),
 }
 SHOWN = {
     "supervised": ("loss",),
+    "dpo": ("loss", "accuracy", "margin", "logp_chosen", "logp_rejected"),
     "rl": ("reward", "entropy", "response_length", "clip_share", "correction_masked"),
     "distill": (
         *("kl", "entropy", "response_length", "token_share", "clipped", "correction_masked"),
@@ -72,6 +81,7 @@ SHOWN = {
 HINTS = {
     ("supervised", "loss"): "cross-entropy, nats per token",
     ("distill", "loss"): "as the estimator weighs it",
+    ("dpo", "loss"): "mean over pairs; over responses with kto",
 }
 
 
@@ -118,6 +128,9 @@ def sections(stages: Sequence[StageFacts], colours: dict[str, int]) -> list[Sect
     found = []
     if supervised:
         found.append(_section("Supervised stages", "supervised", supervised, colours))
+    preferring = [stage for stage in logged if stage.kind == "dpo"]
+    if preferring:
+        found.append(_section("Preference stages", "dpo", preferring, colours))
     reinforced = [stage for stage in logged if stage.kind == "rl"]
     if reinforced:
         found.append(_section("Reinforcement learning", "rl", reinforced, colours))

@@ -24,12 +24,14 @@ SPINE = ("start", "student", "data", "rollouts")
 KEY_NUMBERS = {
     "pretrain": ("loss", "loss"),
     "sft": ("loss", "loss"),
+    "dpo": ("accuracy", "accuracy"),
     "rl": ("reward", "reward"),
     "distill": ("kl", "KL"),
     "evaluate": ("norm", "Norm"),
     "model": ("parameters", "parameters"),
     "select": ("rows", "rows"),
     "sample": ("rows", "rows"),
+    "pairs": ("rows", "pairs"),
     "domain": ("train", "problems"),
 }
 

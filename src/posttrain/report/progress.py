@@ -18,7 +18,13 @@ State = Literal["waiting", "running", "done", "cached", "failed", "blocked"]
 WINDOW_SECONDS = 10.0
 """Rates are averages over this long, so that they are steady but still follow a change."""
 
-KEY_METRICS = {"pretrain": ("loss",), "sft": ("loss",), "rl": ("reward",), "distill": ("kl",)}
+KEY_METRICS = {
+    "pretrain": ("loss",),
+    "sft": ("loss",),
+    "dpo": ("accuracy",),
+    "rl": ("reward",),
+    "distill": ("kl",),
+}
 ANY_METRIC = ("reward", "kl", "loss", "norm", "rows")
 """Shown for other kinds, the first that a stage logs."""
 UNITS = {"evaluate": "models", "sample": "domains"}
@@ -147,7 +153,7 @@ def tree(rows: list[PlanRow], graph: Graph) -> list[Branch]:
     """Stages under what they start from, depth first; domains are left out.
 
     A stage without a `start` stands under the model it is about: evaluate under its student, sample
-    under its first model, select under its rollouts.
+    under its first model, select and pairs under their rollouts.
     """
     names = [row.name for row in rows if row.kind != "domain"]
     children: dict[str | None, list[str]] = {}

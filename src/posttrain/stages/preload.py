@@ -7,7 +7,9 @@ from transformers.models.qwen3 import modeling_qwen3  # noqa: F401
 
 from posttrain.stages import (  # noqa: F401
     distill,
+    dpo,
     evaluate,
+    pairs,
     pretrain,
     rl,
     sample,

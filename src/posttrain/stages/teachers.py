@@ -85,11 +85,14 @@ class Teachers:
         return Targets(head=head, start_B=start_B, top_ids_NK=top_ids_NK, top_logp_NK=top_logp_NK)
 
 
-def check_same_tokens(student: LanguageModel, teacher: LanguageModel, name: str) -> None:
+def check_same_tokens(
+    student: LanguageModel, teacher: LanguageModel, name: str, *, role: str = "teacher"
+) -> None:
     """Raise ConfigError unless teacher and student mean the same by every token id.
 
     Compared are the vocabulary, the size of the output layer, the stop tokens and the chat
-    template: a difference in any of them distils the wrong tokens without a sign.
+    template: a difference in any of them compares the wrong tokens without a sign. `role` is what
+    the message calls the teacher.
     """
 
     def size(language_model: LanguageModel) -> int:
@@ -108,7 +111,7 @@ def check_same_tokens(student: LanguageModel, teacher: LanguageModel, name: str)
     for what, mine, other in differences:
         if mine != other:
             raise ConfigError(
-                f"teacher {name!r}: its vocabulary differs from the student's: {what} is "
-                f"{other!r} there and {mine!r} here; a teacher must come from the same tokenizer, "
+                f"{role} {name!r}: its vocabulary differs from the student's: {what} is "
+                f"{other!r} there and {mine!r} here; a {role} must come from the same tokenizer, "
                 "best from the same checkpoint as the student"
             )
