@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from posttrain.engine.hashes import FileHashes
 from posttrain.engine.process import Job
 from posttrain.engine.record import read_record
 from posttrain.recipe import MODEL_KINDS
@@ -41,7 +42,8 @@ def run_job(job: Job) -> dict[str, Any]:
         return build_domain(job.config, job.runtime, ctx.out, job.data)
     if job.kind == "model":
         directory = Path(job.runtime["directory"])
-        metrics = model.run(directory, job.runtime["files"], job.data["files"], ctx)
+        hashes = FileHashes(Path(job.hashes))
+        metrics = model.run(directory, job.runtime["files"], job.data["files"], ctx, hashes.digest)
     else:
         loops: dict[str, Any] = {
             "pretrain": pretrain.run,
