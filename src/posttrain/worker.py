@@ -55,6 +55,7 @@ def run_job(job: Job) -> dict[str, Any]:
             "select": select.run,
         }
         metrics = loops[job.kind](build_config(job.kind, job.name, job.config), ctx)
+        ctx.finish()
     if job.kind in MODEL_KINDS:
         write_card(job, ctx.out, metrics)
     return dict(metrics)
