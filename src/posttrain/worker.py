@@ -7,8 +7,9 @@ here.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from posttrain.engine.hashes import FileHashes
 from posttrain.engine.process import Job
@@ -16,6 +17,9 @@ from posttrain.engine.record import read_record
 from posttrain.recipe import MODEL_KINDS
 from posttrain.report.card import model_card
 from posttrain.stages.config import build_config
+
+if TYPE_CHECKING:  # it imports torch
+    from posttrain.stages.context import Context
 
 EXECUTE = "posttrain.worker:run_job"
 PRELOAD = ("posttrain.stages.preload",)
@@ -29,7 +33,6 @@ def run_job(job: Job) -> dict[str, Any]:
     """Run one stage; returns its summary metrics."""
     import torch
 
-    from posttrain.stages import distill, evaluate, model, pretrain, rl, sample, select, sft
     from posttrain.stages.context import Context
     from posttrain.suites.domain import build_domain
 
@@ -40,25 +43,33 @@ def run_job(job: Job) -> dict[str, Any]:
     ctx = Context(name=job.name, work=Path(job.work), inputs=job.inputs, threads=job.threads)
     if job.kind == "domain":
         return build_domain(job.config, job.runtime, ctx.out, job.data)
-    if job.kind == "model":
-        directory = Path(job.runtime["directory"])
-        hashes = FileHashes(Path(job.hashes))
-        metrics = model.run(directory, job.runtime["files"], job.data["files"], ctx, hashes.digest)
-    else:
-        loops: dict[str, Any] = {
-            "pretrain": pretrain.run,
-            "sft": sft.run,
-            "rl": rl.run,
-            "distill": distill.run,
-            "evaluate": evaluate.run,
-            "sample": sample.run,
-            "select": select.run,
-        }
-        metrics = loops[job.kind](build_config(job.kind, job.name, job.config), ctx)
+    with closing(ctx):
+        metrics = run_stage(job, ctx)
         ctx.finish()
     if job.kind in MODEL_KINDS:
         write_card(job, ctx.out, metrics)
     return dict(metrics)
+
+
+def run_stage(job: Job, ctx: Context) -> dict[str, Any]:
+    """The loop of the job's kind; returns its summary metrics."""
+    from posttrain.stages import distill, evaluate, model, pretrain, rl, sample, select, sft
+
+    if job.kind == "model":
+        directory = Path(job.runtime["directory"])
+        hashes = FileHashes(Path(job.hashes))
+        return model.run(directory, job.runtime["files"], job.data["files"], ctx, hashes.digest)
+    loops: dict[str, Any] = {
+        "pretrain": pretrain.run,
+        "sft": sft.run,
+        "rl": rl.run,
+        "distill": distill.run,
+        "evaluate": evaluate.run,
+        "sample": sample.run,
+        "select": select.run,
+    }
+    metrics: dict[str, Any] = loops[job.kind](build_config(job.kind, job.name, job.config), ctx)
+    return metrics
 
 
 def write_card(job: Job, out: Path, metrics: Mapping[str, Any]) -> None:

@@ -15,6 +15,7 @@ import shutil
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -61,7 +62,13 @@ class Context:
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         """The checkpoint that is being written."""
+        self.resources = ExitStack()
+        """What the stage opened; `close` closes it."""
         self.out.mkdir(parents=True, exist_ok=True)
+
+    def close(self) -> None:
+        """Close what the stage opened, also when it failed."""
+        self.resources.close()
 
     @property
     def domains(self) -> dict[str, Path]:
