@@ -121,7 +121,10 @@ def best_constant(
     specialist near this value has learned the majority answer and nothing else.
     """
     tries: Counter[str] = Counter()
-    gold = (text for p in problems for text in {p["demo"] or p["answer"], p["answer"]})
+    # Not a set: its order, which decides between equals, is another one in every process.
+    gold = (
+        text for p in problems for text in dict.fromkeys((p["demo"] or p["answer"], p["answer"]))
+    )
     for source in (gold, *texts.values()):
         tries.update(dict(Counter(source).most_common(5)))
     pending = {

@@ -24,6 +24,8 @@ from posttrain.stages.context import Context
 
 CHUNK_ROWS = 16
 """Responses that go to a verifier's process at a time."""
+MAX_WORKERS = 8
+"""A process takes about 100 MB where it needs reasoning-gym."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +47,7 @@ def verifiers(ctx: Context) -> VerifierPool:
 
     Call it first: what it starts gets ready while the models are loaded.
     """
-    pool = VerifierPool(ctx.domains, num_workers=ctx.threads)
+    pool = VerifierPool(ctx.domains, num_workers=min(ctx.threads, MAX_WORKERS))
     return ctx.resources.enter_context(pool)
 
 
