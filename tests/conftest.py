@@ -233,6 +233,7 @@ def run_stage(tmp_path: Path) -> Iterator[RunStage]:
             work=str(work),
             out=str(work / "out"),
             threads=1,
+            hashes=str(tmp_path / "hashes.json"),
         )
         metrics = run_job(job)
         log = work / "metrics.jsonl"

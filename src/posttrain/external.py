@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.engine.errors import ConfigError
-from posttrain.engine.fingerprint import files_digest
+from posttrain.engine.fingerprint import file_digest, files_digest
+from posttrain.engine.hashes import HashFile
 
 MODEL_FILES = (
     "config.json",
@@ -55,8 +56,10 @@ class External:
     """The file it stands in, and its text; None where there is none."""
 
 
-def find_external(source: str | Path) -> External:
+def find_external(source: str | Path, hash_file: HashFile = file_digest) -> External:
     """The checkpoint named by `source`. Hashes its files; downloads a Hub id not in the cache.
+
+    `hash_file` gives the sha256 of a file; that of a store need not read it again.
 
     Raises ConfigError if there is none, if it has no config or no safetensors weights, or if one of
     its JSON files is broken.
@@ -90,7 +93,7 @@ def find_external(source: str | Path) -> External:
         generation_config=_read_json(directory / "generation_config.json"),
         vocabulary=_vocabulary(_read_json(directory / "tokenizer.json")),
         chat_template=_chat_template(directory),
-        sha256=files_digest(directory, files),
+        sha256=files_digest(directory, files, hash_file),
     )
 
 

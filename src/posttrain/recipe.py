@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.engine.errors import ConfigError, GraphError
+from posttrain.engine.fingerprint import file_digest
 from posttrain.engine.graph import Graph, Node
 from posttrain.engine.store import Store
 from posttrain.external import External, find_external, token_conflict
@@ -73,6 +74,7 @@ class Recipe:
         self._overrides = dict(overrides or {})
         self._used: set[str] = set()
         self._store = store
+        self._hash_file = file_digest if store is None else store.hashes.digest
         self._nodes: dict[str, Node] = {}
         self._external: dict[str, External] = {}
 
@@ -104,7 +106,7 @@ class Recipe:
     def model(self, source: str | Path, *, name: str = "base") -> Stage:
         """A checkpoint from outside: a directory, an adopted name or a Hub id."""
         adopted = self._adopted(str(source))
-        external = adopted or find_external(source)
+        external = adopted or find_external(source, self._hash_file)
         self._external[name] = external
         node = Node(
             name=name,
@@ -366,7 +368,7 @@ class Recipe:
                     f"{stage!r} needs; give it another name="
                 )
             if node is None:
-                pieces = domain_node(self.suite.domains[name], self._directory)
+                pieces = domain_node(self.suite.domains[name], self._directory, self._hash_file)
                 self._nodes[name] = Node(
                     name=name,
                     kind="domain",
@@ -470,12 +472,9 @@ class Recipe:
     def _adopted(self, source: str) -> External | None:
         if self._store is None or Path(source).is_dir():
             return None
-        for artifact in self._store.list():
-            record = artifact.record
-            if record["kind"] == "model" and record["name"] == source:
-                # Hashed again: linked files may have changed since they were adopted.
-                return find_external(artifact.path)
-        return None
+        found = self._store.named("model", source)
+        # Not what its record says: linked files may have changed since they were adopted.
+        return find_external(found[0].path, self._hash_file) if found else None
 
 
 def _is_glob(pattern: str) -> bool:

@@ -7,14 +7,19 @@ here.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from posttrain.engine.hashes import FileHashes
 from posttrain.engine.process import Job
 from posttrain.engine.record import read_record
 from posttrain.recipe import MODEL_KINDS
 from posttrain.report.card import model_card
 from posttrain.stages.config import build_config
+
+if TYPE_CHECKING:  # it imports torch
+    from posttrain.stages.context import Context
 
 EXECUTE = "posttrain.worker:run_job"
 PRELOAD = ("posttrain.stages.preload",)
@@ -28,6 +33,26 @@ def run_job(job: Job) -> dict[str, Any]:
     """Run one stage; returns its summary metrics."""
     import torch
 
+    from posttrain.stages.context import Context
+    from posttrain.suites.domain import build_domain
+
+    torch.set_num_threads(useful_threads(job))
+    torch.use_deterministic_algorithms(True)
+    # On by default with the line above; it writes every fresh tensor once for nothing.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    ctx = Context(name=job.name, work=Path(job.work), inputs=job.inputs, threads=job.threads)
+    if job.kind == "domain":
+        return build_domain(job.config, job.runtime, ctx.out, job.data)
+    with closing(ctx):
+        metrics = run_stage(job, ctx)
+        ctx.finish()
+    if job.kind in MODEL_KINDS:
+        write_card(job, ctx.out, metrics)
+    return dict(metrics)
+
+
+def run_stage(job: Job, ctx: Context) -> dict[str, Any]:
+    """The loop of the job's kind; returns its summary metrics."""
     from posttrain.stages import (
         distill,
         dpo,
@@ -40,35 +65,24 @@ def run_job(job: Job) -> dict[str, Any]:
         select,
         sft,
     )
-    from posttrain.stages.context import Context
-    from posttrain.suites.domain import build_domain
 
-    torch.set_num_threads(useful_threads(job))
-    torch.use_deterministic_algorithms(True)
-    # On by default with the line above; it writes every fresh tensor once for nothing.
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    ctx = Context(name=job.name, work=Path(job.work), inputs=job.inputs, threads=job.threads)
-    if job.kind == "domain":
-        return build_domain(job.config, job.runtime, ctx.out, job.data)
     if job.kind == "model":
         directory = Path(job.runtime["directory"])
-        metrics = model.run(directory, job.runtime["files"], job.data["files"], ctx)
-    else:
-        loops: dict[str, Any] = {
-            "pretrain": pretrain.run,
-            "sft": sft.run,
-            "dpo": dpo.run,
-            "rl": rl.run,
-            "distill": distill.run,
-            "evaluate": evaluate.run,
-            "sample": sample.run,
-            "select": select.run,
-            "pairs": pairs.run,
-        }
-        metrics = loops[job.kind](build_config(job.kind, job.name, job.config), ctx)
-    if job.kind in MODEL_KINDS:
-        write_card(job, ctx.out, metrics)
-    return dict(metrics)
+        hashes = FileHashes(Path(job.hashes))
+        return model.run(directory, job.runtime["files"], job.data["files"], ctx, hashes.digest)
+    loops: dict[str, Any] = {
+        "pretrain": pretrain.run,
+        "sft": sft.run,
+        "dpo": dpo.run,
+        "rl": rl.run,
+        "distill": distill.run,
+        "evaluate": evaluate.run,
+        "sample": sample.run,
+        "select": select.run,
+        "pairs": pairs.run,
+    }
+    metrics: dict[str, Any] = loops[job.kind](build_config(job.kind, job.name, job.config), ctx)
+    return metrics
 
 
 def write_card(job: Job, out: Path, metrics: Mapping[str, Any]) -> None:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -144,6 +149,7 @@ def test_checkpoints_are_as_far_apart_as_configured(
     for step in range(1, 31):
         now = float(step)
         ctx.checkpoint(step, learner)
+        ctx.finish()
         saved.append(read_step(tmp_path))
     assert context.SECONDS_BETWEEN_CHECKPOINTS == 10
     assert saved == [None] * 9 + [10] * 10 + [20] * 10 + [30]
@@ -188,3 +194,89 @@ def test_tensors_that_are_views_come_back_whole(tmp_path: Path) -> None:
     learner.tensors = {}
     assert new(tmp_path).resume(learner) == 1
     assert torch.equal(learner.tensors["slice"], expected)
+
+
+class Held:
+    """`save_file` that waits in the middle until it is let go on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.begun, self.go_on = threading.Event(), threading.Event()
+        self.error: Exception | None = None
+        self.inside = 0
+        write = context.save_file
+
+        def held(*args: Any) -> None:
+            self.inside += 1
+            assert self.inside == 1, "two writers at once"
+            self.begun.set()
+            assert self.go_on.wait(20)
+            if self.error is not None:
+                raise self.error
+            write(*args)
+            self.inside -= 1
+
+        monkeypatch.setattr(context, "save_file", held)
+        monkeypatch.setattr(context, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+
+
+def test_the_loop_goes_on_while_a_checkpoint_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is saved is the state, the counts and the length of the log at the step, whatever the
+    loop does in the meantime; checkpoints that fall due while one is written are left out."""
+    held, ctx = Held(monkeypatch), new(tmp_path)
+    weights = torch.zeros(3)
+
+    class InPlace:
+        def state(self) -> dict[str, Tensor]:
+            return {"weights": weights, "again": weights[:2]}
+
+        def restore(self, tensors: dict[str, Tensor]) -> None:
+            weights.copy_(tensors["weights"])
+
+    learner = InPlace()
+    for step in range(1, 4):
+        weights += 1
+        ctx.log(step, 9, tokens=10, loss=1 / step)
+        ctx.checkpoint(step, learner)
+        assert held.begun.wait(20)
+    assert read_step(tmp_path) is None
+    held.go_on.set()
+    ctx.finish()
+    assert read_step(tmp_path) == 1
+    weights.fill_(-1)
+    resumed = new(tmp_path)
+    assert resumed.resume(learner) == 1
+    assert weights.tolist() == [1, 1, 1]
+    assert (resumed.tokens, resumed.metrics) == (10, {"loss": 1})
+    assert [line["step"] for line in lines(tmp_path)] == [1]
+    weights += 1
+    ctx.checkpoint(2, learner)
+    ctx.finish()
+    assert read_step(tmp_path) == 2
+
+
+def test_an_error_of_the_writer_comes_out_of_the_next_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, (learner, ctx) = Held(monkeypatch), (Counter(), new(tmp_path))
+    held.error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    ctx.checkpoint(1, learner)
+    held.go_on.set()
+    with pytest.raises(OSError, match="No space left"):
+        for step in range(2, 10_000):
+            ctx.checkpoint(step, learner)
+            time.sleep(0.001)
+    ctx.finish()  # it is told once
+    assert read_step(tmp_path) is None
+
+
+def test_an_error_of_the_last_checkpoint_ends_the_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, ctx = Held(monkeypatch), new(tmp_path)
+    held.error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    held.go_on.set()
+    ctx.checkpoint(1, Counter())
+    with pytest.raises(OSError, match="No space left"):
+        ctx.finish()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -156,3 +158,34 @@ def test_choose_keeps_the_settings_apart() -> None:
     assert choose(Select(how="shortest_correct"), ROWS[:2]) == [ROWS[0]]
     with pytest.raises(ConfigError, match="max_per_prompt = 2: it is not read with how = shortest"):
         build_config("select", "mine", {"how": "shortest_correct", "max_per_prompt": 2})
+
+
+def test_a_verifier_in_a_process_of_its_own_gives_the_same_rollouts(
+    run_stage: Callable[..., Any],
+    models: Mapping[str, str],
+    domains: Mapping[str, str],
+    tmp_path: Path,
+) -> None:
+    """The rule of `short` as a user's function; the processes that run it are gone afterwards."""
+    inputs = {"models.short": models["one"], "domains.short": domains["domains.short"]}
+    settings = BASE | {"num_prompts": 20, "routes": {"short": "models.short"}}
+    in_place = run_stage("sample", settings, inputs)
+
+    ours, pids = tmp_path / "ours", tmp_path / "pids"
+    shutil.copytree(domains["domains.short"], ours)
+    record = json.loads((ours / "domain.json").read_text())
+    record["config"]["verifier"] = {"name": "python:score", "options": {}}
+    (ours / "domain.json").write_text(json.dumps(record))
+    (ours / "verifier.py").write_text(
+        "import os, re\n"
+        "def score(response, problem):\n"
+        f"    with open({str(pids)!r}, 'a') as file: print(os.getpid(), file=file)\n"
+        "    return re.search('^[0-9A-Z]', response) is not None\n"
+    )
+    elsewhere = run_stage("sample", settings, inputs | {"domains.short": str(ours)})
+    rows = (in_place.out / "rollouts.jsonl").read_text()
+    assert (elsewhere.out / "rollouts.jsonl").read_text() == rows
+    assert '"reward": 1.0' in rows
+    workers = set(pids.read_text().split()) - {str(os.getpid())}
+    assert len(workers) == 1
+    assert not any(Path("/proc", pid).exists() for pid in workers)

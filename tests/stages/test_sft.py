@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from posttrain.backends.checkpoint import LanguageModel
 from posttrain.engine.errors import ConfigError
 from posttrain.schedules import learning_rate
+from posttrain.stages import context
 from posttrain.stages.batches import Pool
 from posttrain.stages.config import Sft, build_config
 
@@ -256,3 +259,17 @@ def test_dropout_of_the_start_changes_nothing(
     torch.manual_seed(1)
     assert same(one, run_stage("sft", BASE, inputs))
     assert load_file(one.out / "model.safetensors")
+
+
+def test_a_disk_that_is_full_at_the_last_checkpoint_fails_the_stage(
+    sft: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The only checkpoint is begun after the last step, so that no later step can tell of it."""
+
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(context, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    monkeypatch.setattr(context, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        sft(steps=1)

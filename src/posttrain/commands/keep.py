@@ -36,7 +36,7 @@ def adopt(root: Path, source: str, *, name: str, copy: bool, as_json: bool) -> N
     Files that lie in the store itself are copied: `gc` could remove what a link points at.
     """
     store = Store(root)
-    external = find_external(source)
+    external = find_external(source, store.hashes.digest)
     present = [a for a in store.list() if a.kind == "model" and a.name == name]
     for artifact in present:
         if artifact.payload["data"] != {"files": external.sha256}:

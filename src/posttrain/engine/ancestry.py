@@ -53,17 +53,20 @@ def lineage(store: "Store", artifact: Artifact) -> list[Ancestor]:
     Raises StoreError when the record of an ancestor is damaged.
     """
     index = store.index()
+    loaded: dict[str, Artifact] = {}
     found: dict[str, Ancestor] = {}
     stack: list[tuple[Artifact, bool]] = [(artifact, False)]
     while stack:
         current, expanded = stack.pop()
         if current.fingerprint in found:
             continue
-        sources = {
-            edge: store.load(index[short], source["fingerprint"])
-            for edge, source in current.inputs.items()
-            if (short := source["fingerprint"][:SHORT]) in index
-        }
+        sources = {}
+        for edge, source in current.inputs.items():
+            fingerprint = source["fingerprint"]
+            if fingerprint not in loaded and fingerprint[:SHORT] in index:
+                loaded[fingerprint] = store.load(index[fingerprint[:SHORT]], fingerprint)
+            if fingerprint in loaded:
+                sources[edge] = loaded[fingerprint]
         if not expanded:
             stack.append((current, True))
             stack += [(source, False) for source in reversed(sources.values())]

@@ -4,7 +4,7 @@ into the store."""
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,18 +16,22 @@ from posttrain.engine.record import RECORD, Artifact, Record, record_bytes
 from posttrain.engine.work import CODE_DIFF, METRICS, Work
 
 
-def describe_files(out: Path, *, forbidden: Path) -> dict[str, dict[str, Any]]:
+def describe_files(
+    out: Path, forbidden: Path, hash_linked: Callable[[Path], str]
+) -> dict[str, dict[str, Any]]:
     """Relative name -> {"sha256", "bytes"} for every file below `out`, links followed.
 
+    What a link points at is hashed by `hash_linked`; files that the stage wrote are always read.
     Raises StoreError for a link to a directory, a broken or relative link, or one into `forbidden`
     (work in progress goes away after the commit).
     """
     found = {}
     for path in _walk(out):
-        if path.is_symlink():
+        linked = path.is_symlink()
+        if linked:
             _check_link(path, forbidden)
         found[path.relative_to(out).as_posix()] = {
-            "sha256": file_digest(path),
+            "sha256": hash_linked(path) if linked else file_digest(path),
             "bytes": path.stat().st_size,
         }
     return found

@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -95,9 +95,14 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def files_digest(source: Path, files: Iterable[str]) -> str:
-    """One digest for several files below `source`: the digest of {relative name: sha256}."""
-    return digest({name: file_digest(source / name) for name in files})
+def files_digest(
+    source: Path, files: Iterable[str], hash_file: Callable[[Path], str] = file_digest
+) -> str:
+    """One digest for several files below `source`: the digest of {relative name: sha256}.
+
+    `hash_file` gives the sha256 of one file; `hashes.FileHashes.digest` need not read it again.
+    """
+    return digest({name: hash_file(source / name) for name in files})
 
 
 def diff_payloads(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:

@@ -4,7 +4,6 @@ files, runs nothing."""
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias
 
 from posttrain.engine.fingerprint import ABSENT, diff_payloads
@@ -50,7 +49,7 @@ def plan(graph: Graph, store: Store) -> list[PlanRow]:
         action: Action = "cached"
         reason = ""
         if artifact is None:
-            action, reason = _decide(graph, store, name, rows, first, index)
+            action, reason = _decide(graph, store, name, fingerprint, rows, first)
         rows[name] = PlanRow(
             name=name,
             kind=graph.nodes[name].kind,
@@ -67,13 +66,12 @@ def _decide(
     graph: Graph,
     store: Store,
     name: str,
+    fingerprint: str,
     rows: Mapping[str, PlanRow],
     first: Mapping[str, str],
-    index: Mapping[str, Path],
 ) -> tuple[Action, str]:
     """Action and reason for a stage that is not in the store."""
     node = graph.nodes[name]
-    fingerprint = graph.fingerprints()[name]
     if node.runtime.get("missing"):
         return "blocked", str(node.runtime["missing"])
     for edge, source in node.inputs.items():
@@ -84,24 +82,15 @@ def _decide(
     step = read_step(store.work_path(fingerprint))
     if step is not None:
         return "run", f"resumes at step {step}"
-    previous = _most_recent(store, index, node.kind, name)
-    if previous is None:
+    earlier = store.named(node.kind, name)
+    if not earlier:
         return "run", "new"
     found = [
         _describe(field, old, new, node.inputs, rows)
-        for field, old, new in diff_payloads(previous.payload, graph.payload(name))
+        for field, old, new in diff_payloads(earlier[-1].payload, graph.payload(name))
     ]
     shown = found[:_SHOWN] + ([f"and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else [])
     return "run", "; ".join(shown)
-
-
-def _most_recent(store: Store, index: Mapping[str, Path], kind: str, name: str) -> Artifact | None:
-    found = [
-        store.load(path)
-        for path in index.values()
-        if path.parent.name == kind and path.name[: -SHORT - 1] == name
-    ]
-    return max(found, key=lambda artifact: artifact.created, default=None)
 
 
 def _describe(

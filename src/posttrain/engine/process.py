@@ -63,6 +63,8 @@ class Job:
     """Directory for the files of the artifact. Empty at the start of a first attempt."""
     threads: int
     """Share of the processor cores this stage may use."""
+    hashes: str
+    """File in which the store remembers hashes of files from outside, for `FileHashes`."""
     environment: Mapping[str, str] = field(default_factory=dict)
     """Set in the process before the stage code is imported; the fork server has the older one."""
 

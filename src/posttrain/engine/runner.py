@@ -21,6 +21,7 @@ from posttrain.engine.errors import ConfigError, Interrupted, PosttrainError, St
 from posttrain.engine.events import Event
 from posttrain.engine.fingerprint import plain
 from posttrain.engine.graph import Graph
+from posttrain.engine.hashes import HASHES
 from posttrain.engine.planner import PlanRow, plan
 from posttrain.engine.process import LOG, Job
 from posttrain.engine.provenance import Provenance
@@ -105,9 +106,12 @@ class _Run:
     failures: dict[str, Failure] = field(default_factory=dict)
     blocked: dict[str, str] = field(default_factory=dict)
     waiting: set[str] = field(default_factory=set)
+    first: dict[str, str] = field(default_factory=dict)
+    """Fingerprint -> the first stage that has it."""
 
     def events(self) -> Generator[Event, None, None]:
         for name, row in self.rows.items():
+            self.first.setdefault(row.fingerprint, name)
             if row.artifact is None:
                 self.left.append(name)
             else:
@@ -161,8 +165,7 @@ class _Run:
 
     def _twin(self, name: str) -> str | None:
         """The first stage with the same fingerprint, if that is another one."""
-        fingerprint = self.rows[name].fingerprint
-        first = next(n for n, row in self.rows.items() if row.fingerprint == fingerprint)
+        first = self.first[self.rows[name].fingerprint]
         return None if first == name else first
 
     def _start(self, name: str) -> Iterator[Event]:
@@ -204,6 +207,7 @@ class _Run:
             work=str(work.path),
             out=str(work.out),
             threads=max(1, self.cores // min(self.jobs, self.graph.width(name))),
+            hashes=str(self.store.root / HASHES),
             environment=self.environment,
         )
 

@@ -89,6 +89,8 @@ class Running:
     def outcome(self) -> Mapping[str, Any] | Failure:
         """Metrics of a stage that ended well, or how it failed. The process has ended."""
         self.process.join()
+        # Processes that the stage started may have outlived it.
+        _signal_group(self.process, signal.SIGKILL)
         code = self.process.exitcode
         log = self.work.path / LOG
         path = self.work.path / RESULT
@@ -102,8 +104,6 @@ class Running:
             )
         if "exit_code" in result:
             return Failure(error=result["error"], exit_code=result["exit_code"])
-        # Processes that the stage started may have outlived it.
-        _signal_group(self.process, signal.SIGKILL)
         error = result.get("error") or _death(code, self.work.path)
         return Failure(error=error, log=str(log), last_line=_last_line(log))
 

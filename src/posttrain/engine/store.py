@@ -1,6 +1,7 @@
 """The store: a directory of committed artifacts and of work in progress.
 
     store.json                                  {"format": 1}; also the lock between runs and gc
+    hashes.json                                 hashes of large files from outside (hashes.py)
     artifacts/<kind>/<name>-<fp[:12]>/          record.json and files; committed, never changed
     work/<fp[:12]>/                             out/ being filled, step checkpoints, log.txt, ...
     work/<fp[:12]>.lock                         held by whoever works on it
@@ -26,6 +27,7 @@ from posttrain.engine.commit import add_reports, describe_files, move_into_place
 from posttrain.engine.errors import StoreError
 from posttrain.engine.fingerprint import digest, files_digest
 from posttrain.engine.graph import Node, payload
+from posttrain.engine.hashes import HASHES, FileHashes
 from posttrain.engine.record import (
     FORMAT,
     RECORD,
@@ -50,6 +52,7 @@ class Store:
 
     def __init__(self, root: Path) -> None:
         self.root = Path(root).absolute()
+        self.hashes = FileHashes(self.root / HASHES)
         self._check()
 
     # -- reading ---------------------------------------------------------------------------------
@@ -83,6 +86,11 @@ class Store:
         """All artifacts, oldest first."""
         found = [self.load(path) for path in self._directories()]
         return sorted(found, key=lambda artifact: (artifact.created, artifact.label))
+
+    def named(self, kind: str, name: str) -> Sequence[Artifact]:
+        """The artifacts of that kind and name, oldest first. Reads only their records."""
+        paths = [path for path in self._directories(kind) if path.name[: -SHORT - 1] == name]
+        return sorted(map(self.load, paths), key=lambda artifact: artifact.created)
 
     def resolve(self, text: str) -> Artifact:
         """The one artifact meant by a name, by the start of `name-fingerprint`, or of a fingerprint
@@ -185,7 +193,7 @@ class Store:
                     "fingerprint": fingerprint,
                     "payload": body,
                     "inputs": {edge: reference(source) for edge, source in inputs.items()},
-                    "files": describe_files(work.out, forbidden=self.root / "work"),
+                    "files": describe_files(work.out, self.root / "work", self.hashes.digest),
                     "metrics": metrics,
                     "provenance": provenance,
                     "history": history,
@@ -213,13 +221,9 @@ class Store:
         config: Mapping[str, Any] | None = None,
     ) -> Artifact:
         """Commit files from outside: see `transfer.adopt`."""
-        node = Node(
-            name=name,
-            kind=kind,
-            version=version,
-            config=config or {},
-            data={"files": files_digest(source, files)} if data is None else data,
-        )
+        if data is None:
+            data = {"files": files_digest(source, files, self.hashes.digest)}
+        node = Node(name=name, kind=kind, version=version, config=config or {}, data=data)
         return adopt(
             self,
             node,
@@ -252,13 +256,14 @@ class Store:
 
     # -- inside ----------------------------------------------------------------------------------
 
-    def _directories(self) -> Iterator[Path]:
+    def _directories(self, kind: str | None = None) -> Iterator[Path]:
+        """Committed directories, all or those of one kind."""
         try:
-            kinds = sorted(entry.path for entry in os.scandir(self.root / "artifacts"))
+            found = sorted(os.listdir(self.root / "artifacts"))
         except FileNotFoundError:
             return
-        for kind in kinds:
-            yield from sorted(Path(entry.path) for entry in os.scandir(kind))
+        for folder in (self.root / "artifacts" / name for name in found if kind in (None, name)):
+            yield from (folder / name for name in sorted(os.listdir(folder)))
 
     def _check(self) -> None:
         marker = self.root / "store.json"
@@ -287,3 +292,4 @@ class Store:
             with guarded(self.root, "making the store"):
                 self.root.mkdir(parents=True, exist_ok=True)
                 write_whole(marker, json.dumps({"format": FORMAT}).encode("ascii") + b"\n")
+            self.hashes.write()

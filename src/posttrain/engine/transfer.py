@@ -53,7 +53,7 @@ def adopt(
             raise StoreError(f"cannot adopt {name!r}: there is no file {source / name}")
     problems = history_problems(history)
     if history:
-        problems += vouching_problems({n: file_digest(source / n) for n in files}, history)
+        problems += vouching_problems({n: store.hashes.digest(source / n) for n in files}, history)
     if problems:
         raise StoreError(
             f"cannot adopt {source} with a history that does not fit; adopt it without one, "

@@ -24,6 +24,16 @@ from posttrain.suites.formats import Format
 FULL_SCORE = 0.999
 """Scores from here on count as solved; below, reasoning-gym gives part marks for near misses."""
 
+SLOW = (
+    "countdown",
+    "intermediate_integration",
+    "polynomial_multiplication",
+    "puzzle24",
+    "simple_integration",
+)
+"""Datasets whose `score_answer` takes longer than 200 microseconds for its own answers (up to two
+milliseconds, by sympy). The others were measured below that, most of them below 50."""
+
 _NAME = re.compile(r"^DATASET_NAME\s*(?::\s*str\s*)?=\s*[\"']([^\"']+)[\"']", re.MULTILINE)
 _EVALUATES = re.compile(r"\b(?:eval|parse_expr|sympify)\(")
 _CODE = re.compile(r"__|\blambda\b|\b(?:" + "|".join(dir(builtins)) + r")\s*\(")

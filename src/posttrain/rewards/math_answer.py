@@ -85,8 +85,6 @@ class MathVerifier:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,
-            # Ctrl-C goes to the run, which ends this process by closing its stdin.
-            start_new_session=True,
             env={**os.environ, "PYTHONPATH": path},
         )
         self._finalizer = weakref.finalize(self, _stop, self._process)

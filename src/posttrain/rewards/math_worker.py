@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+import signal
 import sys
 from typing import Any
 
@@ -37,6 +38,8 @@ def reply(answer: str, response: str | None) -> dict[str, Any]:
 
 def main() -> None:
     """Serves requests until stdin closes."""
+    # Ctrl-C goes to the run, which ends this process by closing its stdin.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
         request = json.loads(line)

@@ -43,6 +43,7 @@ __all__ = [
     "make_verifier",
     "parse_verifier",
     "resolve_verifier",
+    "verifier_name",
 ]
 
 
@@ -200,6 +201,12 @@ def make_verifier(config: Mapping[str, Any], runtime: Mapping[str, Any] | None =
         case "python":
             return python_verifier(Path((runtime or {})["verifier_file"]), spec.argument)
     raise ConfigError(f"unknown verifier {spec.name!r}; {choices_text(spec.kind, OPTIONS)}")
+
+
+def verifier_name(domain_dir: Path) -> str:
+    """The name of the verifier of a domain's artifact, such as `math` or `python:score`."""
+    record = json.loads((domain_dir / "domain.json").read_text(encoding="utf-8"))
+    return str(record["config"]["verifier"]["name"])
 
 
 def load_verifier(domain_dir: Path) -> Verifier:

@@ -3,6 +3,8 @@
 A step checkpoint holds weights and optimiser moments; there is no random state to keep, because
 every stage draws from generators seeded by (seed, step). That is why a resumed stage ends with the
 same bits as one that was never stopped.
+
+The loop only copies the tensors; a thread of its own writes them, one checkpoint at a time.
 """
 
 from __future__ import annotations
@@ -12,9 +14,12 @@ import os
 import shutil
 import time
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -54,7 +59,16 @@ class Context:
         self._began = time.monotonic()
         self._saved = time.monotonic()
         self._metrics = work / METRICS
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+        """The checkpoint that is being written."""
+        self.resources = ExitStack()
+        """What the stage opened; `close` closes it."""
         self.out.mkdir(parents=True, exist_ok=True)
+
+    def close(self) -> None:
+        """Close what the stage opened, also when it failed."""
+        self.resources.close()
 
     @property
     def domains(self) -> dict[str, Path]:
@@ -108,25 +122,51 @@ class Context:
         return int(state["step"])
 
     def checkpoint(self, step: int, learner: Resumable) -> None:
-        """Save the state after `step` steps, if the last checkpoint is old enough."""
-        if time.monotonic() - self._saved < SECONDS_BETWEEN_CHECKPOINTS:
+        """Begin to save the state after `step` steps, if the last checkpoint is old enough.
+
+        The learner may go on at once. Does nothing while a checkpoint is being written. Raises what
+        the one before it failed with.
+        """
+        if self._pending is not None and not self._pending.done():
             return
-        self.save(step, learner)
+        self.finish()
+        if time.monotonic() - self._saved >= SECONDS_BETWEEN_CHECKPOINTS:
+            self._begin(step, learner)
 
     def save(self, step: int, learner: Resumable) -> None:
-        """Save the state after `step` steps; the previous one stays until this one is whole."""
-        fresh = self.work / f"step-{step}"
-        shutil.rmtree(fresh, ignore_errors=True)
-        fresh.mkdir()
-        tensors = {name: value.contiguous() for name, value in learner.state().items()}
-        save_file(tensors, fresh / "state.safetensors")
+        """Save the state after `step` steps; it is whole on the disk when this returns."""
+        self.finish()
+        self._begin(step, learner)
+        self.finish()
+
+    def finish(self) -> None:
+        """Wait for the checkpoint that is being written. Raises what it failed with."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def _begin(self, step: int, learner: Resumable) -> None:
+        """Copy the state and hand it to the writer."""
+        # The next step changes weights and moments where they lie.
+        tensors = {
+            name: value.detach().clone(memory_format=torch.contiguous_format)
+            for name, value in learner.state().items()
+        }
         state = {
-            "directory": fresh.name,
+            "directory": f"step-{step}",
             "tokens": self.tokens,
             "metrics": self.metrics,
             "seconds": self._seconds + time.monotonic() - self._began,
             "metrics_bytes": self._metrics.stat().st_size if self._metrics.exists() else 0,
         }
+        self._pending = self._writer.submit(self._write, step, tensors, state)
+
+    def _write(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Write a checkpoint; the previous one stays until this one is whole."""
+        fresh = self.work / state["directory"]
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir()
+        save_file(tensors, fresh / "state.safetensors")
         # The marker must not reach the disk before what it points at.
         fsync(fresh / "state.safetensors")
         fsync(fresh)

@@ -43,13 +43,13 @@ from posttrain.stages.teachers import Targets, Teachers
 
 def run(config: Distill, ctx: Context) -> dict[str, float]:
     """Train `start` towards the teachers on the prompts of their domains."""
+    judges = verifiers(ctx) if config.reward_weight > 0 else None
     language_model = load(ctx.inputs["start"])
     domains = list(ctx.domains)
     names = sorted(set(config.routes.values()))
     teachers = Teachers({name: ctx.inputs[f"teachers.{name}"] for name in names}, language_model)
     chat = Chat(language_model)
     sampler = LocalSampler(language_model)
-    judges = verifiers(ctx) if config.reward_weight > 0 else {}
     pool = Pool({name: ctx.problems(name, "train") for name in domains}, seed=config.seed)
     learner = LocalLearner(
         language_model,

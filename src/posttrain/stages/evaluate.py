@@ -17,11 +17,11 @@ from posttrain.backends.chat import Chat
 from posttrain.backends.checkpoint import load
 from posttrain.backends.sampler import LocalSampler
 from posttrain.report.statistics import Scores, evaluation
-from posttrain.rewards.verifiers import Verifier
+from posttrain.rewards.pool import VerifierPool
 from posttrain.stages.batches import Problem
 from posttrain.stages.config import Evaluate
 from posttrain.stages.context import Context
-from posttrain.stages.rollouts import Scored, sample_and_verify, step_seed, verifiers
+from posttrain.stages.rollouts import Scored, sample_and_verify, step_seed, submit, verifiers
 
 
 def run(config: Evaluate, ctx: Context) -> dict[str, float]:
@@ -45,9 +45,7 @@ def run(config: Evaluate, ctx: Context) -> dict[str, float]:
             for shown, row in zip(transcripts[name], answer.shown, strict=False):
                 shown["responses"][edge] = row
         ctx.log(number + 1, len(models), tokens=sum(a.num_tokens for a in answers.values()))
-    constants = {
-        name: best_constant(rows, said[name], judges[name]) for name, rows in problems.items()
-    }
+    constants = {name: best_constant(rows, said[name], judges) for name, rows in problems.items()}
     result = evaluation(
         scores,
         routes=config.routes,
@@ -92,7 +90,7 @@ def answer_all(
     config: Evaluate,
     path: Path,
     problems: dict[str, list[Problem]],
-    judges: dict[str, Verifier],
+    judges: VerifierPool,
 ) -> dict[str, Answers]:
     """One model's sampled and greedy answers to all domains."""
     language_model = load(path)
@@ -115,7 +113,7 @@ def answer_all(
 
 
 def best_constant(
-    problems: list[Problem], texts: dict[str, list[str]], judge: Verifier
+    problems: list[Problem], texts: dict[str, list[str]], judges: VerifierPool
 ) -> dict[str, Any]:
     """The one response that scores best when given to every problem.
 
@@ -123,12 +121,19 @@ def best_constant(
     specialist near this value has learned the majority answer and nothing else.
     """
     tries: Counter[str] = Counter()
-    gold = (text for p in problems for text in {p["demo"] or p["answer"], p["answer"]})
+    # Not a set: its order, which decides between equals, is another one in every process.
+    gold = (
+        text for p in problems for text in dict.fromkeys((p["demo"] or p["answer"], p["answer"]))
+    )
     for source in (gold, *texts.values()):
         tries.update(dict(Counter(source).most_common(5)))
-    values = {
-        text: float(np.mean([judge.score(text, problem) for problem in problems]))
+    pending = {
+        text: submit(judges, range(len(problems)), [text] * len(problems), problems)
         for text, _ in tries.most_common(25)
+    }
+    values = {
+        text: float(np.mean([score for _, scores in parts for score in scores.result()]))
+        for text, parts in pending.items()
     }
     best = max(values, key=lambda text: values[text])
     return {"value": values[best], "response": best}

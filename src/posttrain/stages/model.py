@@ -1,4 +1,8 @@
-"""A checkpoint from outside as an artifact: its files are linked, not copied, and hashed."""
+"""A checkpoint from outside as an artifact: its files are linked, not copied, and hashed.
+
+A large file that the plan hashed, and that the file system calls unchanged since, is not read again
+for that (`engine/hashes.py`).
+"""
 
 from __future__ import annotations
 
@@ -6,16 +10,23 @@ from pathlib import Path
 
 from posttrain.backends.checkpoint import load
 from posttrain.engine.errors import ConfigError
-from posttrain.engine.fingerprint import files_digest
+from posttrain.engine.fingerprint import file_digest, files_digest
+from posttrain.engine.hashes import HashFile
 from posttrain.stages.context import Context
 
 
-def run(directory: Path, files: list[str], sha256: str, ctx: Context) -> dict[str, float]:
+def run(
+    directory: Path,
+    files: list[str],
+    sha256: str,
+    ctx: Context,
+    hash_file: HashFile = file_digest,
+) -> dict[str, float]:
     """Link `files` of `directory` into the artifact and check that they load as a model.
 
     Raises ConfigError if they are no longer the files whose digest `sha256` the plan has seen.
     """
-    if files_digest(directory, files) != sha256:
+    if files_digest(directory, files, hash_file) != sha256:
         raise ConfigError(f"{directory}: its files changed since this run was planned; run again")
     for name in files:
         target = ctx.out / name

@@ -41,12 +41,12 @@ from posttrain.stages.rollouts import (
 
 def run(config: Rl, ctx: Context) -> dict[str, float]:
     """Train `start` on the prompts of its domains."""
+    judges = verifiers(ctx)
     language_model = load(ctx.inputs["start"])
     chat = Chat(language_model)
     sampler = LocalSampler(language_model)
     reference = LocalScorer(load(ctx.inputs["start"])) if config.kl_coef > 0 else None
-    judges = verifiers(ctx)
-    pool = Pool({name: ctx.problems(name, "train") for name in judges}, seed=config.seed)
+    pool = Pool({name: ctx.problems(name, "train") for name in ctx.domains}, seed=config.seed)
     learner = LocalLearner(
         language_model,
         betas=(config.beta1, config.beta2),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,15 @@ from torch import Tensor
 
 from posttrain.backends.base import Sampler
 from posttrain.backends.chat import Chat
-from posttrain.rewards.verifiers import Verifier, load_verifier
+from posttrain.rewards.pool import VerifierPool
 from posttrain.rl.types import Rollouts
 from posttrain.stages.batches import Problem
 from posttrain.stages.context import Context
+
+CHUNK_ROWS = 16
+"""Responses that go to a verifier's process at a time."""
+MAX_WORKERS = 8
+"""A process takes about 100 MB where it needs reasoning-gym."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,16 +42,20 @@ class Scored:
     """float32 in [0, 1]; all zero where nothing was verified."""
 
 
-def verifiers(ctx: Context) -> dict[str, Verifier]:
-    """The verifier of every domain that the stage has."""
-    return {name: load_verifier(path) for name, path in ctx.domains.items()}
+def verifiers(ctx: Context) -> VerifierPool:
+    """The verifiers of all domains that the stage has; they end with the stage.
+
+    Call it first: what it starts gets ready while the models are loaded.
+    """
+    pool = VerifierPool(ctx.domains, num_workers=min(ctx.threads, MAX_WORKERS))
+    return ctx.resources.enter_context(pool)
 
 
 def sample_and_verify(
     sampler: Sampler,
     chat: Chat,
     problems: Sequence[Problem],
-    judges: dict[str, Verifier],
+    judges: VerifierPool | None,
     *,
     group_size: int,
     max_new_tokens: int,
@@ -54,7 +64,7 @@ def sample_and_verify(
 ) -> Scored:
     """Sample a group per problem and score every response with its domain's verifier.
 
-    A response that was cut at the length limit scores 0: it has not given its answer. With no
+    A response that was cut at the length limit scores 0: it has not given its answer. Without
     `judges`, rewards are 0 and texts are left out.
     """
     rollouts = sampler.sample(
@@ -67,14 +77,11 @@ def sample_and_verify(
     rows = [problem for problem in problems for _ in range(group_size)]
     texts: list[str] = []
     reward_B = torch.zeros(len(rows))
-    if judges:
+    if judges is not None:
         texts = [chat.decode(ids) for ids in rollouts.responses()]
-        finished = rollouts.finished_B.tolist()
-        scores = [
-            judges[problem["domain"]].score(text, problem) if done else 0.0
-            for problem, text, done in zip(rows, texts, finished, strict=True)
-        ]
-        reward_B = torch.tensor(scores, dtype=torch.float32)
+        finished = rollouts.finished_B.nonzero()[:, 0].tolist()
+        for part, scores in submit(judges, finished, texts, rows):
+            reward_B[part] = torch.tensor(scores.result(), dtype=torch.float32)
     return Scored(
         rollouts=rollouts,
         problems=rows,
@@ -82,6 +89,27 @@ def sample_and_verify(
         texts=texts,
         reward_B=reward_B,
     )
+
+
+def submit(
+    judges: VerifierPool, index: Iterable[int], texts: Sequence[str], problems: Sequence[Problem]
+) -> list[tuple[list[int], Future[list[float]]]]:
+    """Begin to verify the rows in `index` of `texts`, responses to `problems`.
+
+    Returns parts of `index`, each of one domain and of few rows, with their scores to come.
+    """
+    by_domain: dict[str, list[int]] = {}
+    for row in index:
+        by_domain.setdefault(problems[row]["domain"], []).append(row)
+    parts = [
+        (domain, rows[start : start + CHUNK_ROWS])
+        for domain, rows in by_domain.items()
+        for start in range(0, len(rows), CHUNK_ROWS)
+    ]
+    return [
+        (part, judges.submit(domain, [texts[i] for i in part], [problems[i] for i in part]))
+        for domain, part in parts
+    ]
 
 
 def equal_parts(num_rows: int, num_parts: int, *, seed: int, step: int) -> Iterator[Tensor]:

@@ -16,8 +16,8 @@ def run(config: Sample, ctx: Context) -> dict[str, float]:
     """Write rollouts.jsonl: problem, response, reward, finished, model, temperature."""
     judges = verifiers(ctx)
     rows, rewards = [], []
-    total = len(judges)
-    for number, name in enumerate(judges):
+    total = len(ctx.domains)
+    for number, name in enumerate(ctx.domains):
         edge = config.routes[name]
         language_model = load(ctx.inputs[edge])
         chat, sampler = Chat(language_model), LocalSampler(language_model)

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.engine.errors import ConfigError
-from posttrain.engine.fingerprint import plain
+from posttrain.engine.fingerprint import file_digest, plain
+from posttrain.engine.hashes import HashFile
 from posttrain.rewards.gym import check_params
 from posttrain.rewards.spec import ResolvedVerifier, VerifierSpec, resolve_verifier
 from posttrain.suites.build import build_domain
@@ -148,11 +149,12 @@ class DomainNode:
     """Not identity: {"files": {split: location}, "verifier_file": path, "data": copy of data}."""
 
 
-def domain_node(domain: Domain, base_dir: Path) -> DomainNode:
+def domain_node(domain: Domain, base_dir: Path, hash_file: HashFile = file_digest) -> DomainNode:
     """Checks a domain as far as that is possible without computing, and says what identifies it.
 
     JSONL tables are checked row by row, Parquet tables and folders by their schema. Relative paths
-    are relative to `base_dir`.
+    are relative to `base_dir`. `hash_file` gives the sha256 of a table; that of a store need not
+    read it again.
 
     Raises:
         ConfigError: a file, column, row, dataset, parameter, format or verifier is wrong.
@@ -161,7 +163,7 @@ def domain_node(domain: Domain, base_dir: Path) -> DomainNode:
     verifier = resolve_verifier(_spec(domain), base_dir, where=f"{where}: verifier")
     if isinstance(domain.source, Procedural):
         return _procedural_node(domain, domain.source, verifier, where)
-    return _table_node(domain, domain.source, verifier, base_dir, where)
+    return _table_node(domain, domain.source, verifier, base_dir, where, hash_file)
 
 
 def _spec(domain: Domain) -> VerifierSpec:
@@ -202,7 +204,12 @@ def _procedural_node(
 
 
 def _table_node(
-    domain: Domain, source: Table, verifier: ResolvedVerifier, base_dir: Path, where: str
+    domain: Domain,
+    source: Table,
+    verifier: ResolvedVerifier,
+    base_dir: Path,
+    where: str,
+    hash_file: HashFile,
 ) -> DomainNode:
     locations = {
         split: parse_location(text, base_dir, where=f"{where}: {split}")
@@ -221,7 +228,7 @@ def _table_node(
         "id": source.id,
     }
     _check_tables(locations, columns_of(literals, verifier.config["name"]), where)
-    data = {split: place.digest() for split, place in local.items()}
+    data = {split: place.digest(hash_file) for split, place in local.items()}
     files = {split: place.text for split, place in locations.items()}
     return _node(domain, literals, verifier, data, {"files": files})
 

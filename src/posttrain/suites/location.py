@@ -16,6 +16,7 @@ from pathlib import Path
 
 from posttrain.engine.errors import ConfigError
 from posttrain.engine.fingerprint import digest, file_digest
+from posttrain.engine.hashes import HashFile
 from posttrain.rewards.choices import choices_text
 
 _HUB = re.compile(
@@ -45,7 +46,7 @@ class Location:
         """What messages and READMEs call it: no directories of this machine."""
         return self.text if self.path is None else self.text.rpartition("/")[2]
 
-    def digest(self) -> str:
+    def digest(self, hash_file: HashFile = file_digest) -> str:
         """sha256 of the file; for a folder, of the sha256 of its data files in reading order.
 
         Raises:
@@ -54,8 +55,8 @@ class Location:
         if self.path is None:
             raise ConfigError(f"{self.text}: a Hub table has no local bytes")
         if self.kind == "folder":
-            return digest([file_digest(file) for file in self.arrow_files()])
-        return file_digest(self.path)
+            return digest([hash_file(file) for file in self.arrow_files()])
+        return hash_file(self.path)
 
     def arrow_files(self) -> list[Path]:
         """Data files of a `save_to_disk` folder, in the order in which its rows are read."""

@@ -1,0 +1,115 @@
+"""Hashes of large files from outside, remembered by what the file system says about each file.
+
+    {"format": 1, "files": {path: [device, inode, size, mtime_ns, ctime_ns, sha256]}}
+
+A file is hashed again when any of these differs. Two changes within one tick of the clock look the
+same, so a file is remembered only if its times were clearly in the past when it was read, as git
+does it. Several processes may share the file: each adds what it knows to what it finds there, and
+an entry that gets lost costs one more hash. A damaged file counts as empty. `verify` asks nothing
+here: it reads the bytes.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Final, TypeAlias
+
+from posttrain.engine.atomic import write_whole
+from posttrain.engine.fingerprint import file_digest
+
+HashFile: TypeAlias = Callable[[Path], str]
+"""sha256 (64 hex digits) of a file: `fingerprint.file_digest`, or `FileHashes.digest`."""
+
+HASHES: Final = "hashes.json"
+REMEMBERED_BYTES: Final = 1_000_000
+"""Smaller files are hashed every time: that takes a millisecond or two."""
+SETTLED_NS: Final = 3_000_000_000
+"""How long before it is read a file must have been left alone. The coarsest clock of a file system
+in use (FAT) ticks every two seconds."""
+
+_FORMAT: Final = 1
+_State: TypeAlias = tuple[int, ...]
+"""device, inode, size, mtime_ns, ctime_ns."""
+
+
+class FileHashes:
+    """The memory in one file, shared by every process that uses the same store."""
+
+    def __init__(self, path: Path) -> None:
+        """`path` is read when it is first needed. Nothing is written while its directory is not
+        there: then this is the memory of one process, until `write` finds the directory."""
+        self._path = path
+        self._known: dict[str, tuple[_State, str]] = {}
+        self._unwritten = False
+
+    def digest(self, path: Path) -> str:
+        """sha256 (64 hex digits) of the bytes of a file, a link followed: remembered or read now.
+
+        Raises OSError for a file that cannot be read.
+        """
+        place = os.path.realpath(path)
+        state = _state(place)
+        if state[2] < REMEMBERED_BYTES:
+            return file_digest(Path(place))
+        if self._known.get(place, ((), ""))[0] != state:
+            # Another process may have hashed it in the meantime.
+            self._known = {**self._known, **_read(self._path)}
+        found = self._known.get(place)
+        if found is not None and found[0] == state:
+            return found[1]
+        began = time.time_ns()
+        sha256 = file_digest(Path(place))
+        settled = max(state[3], state[4]) < began - SETTLED_NS
+        if settled and _state(place) == state:
+            self._known[place] = (state, sha256)
+            self._unwritten = True
+            self.write()
+        return sha256
+
+    def write(self) -> None:
+        """Put what is new into the file, beside what others put there; entries of files that are
+        gone are left out. Does nothing where that is not possible: the hashes can be had again."""
+        if not self._unwritten or not self._path.parent.is_dir():
+            return
+        merged = {**_read(self._path), **self._known}
+        files = {
+            place: [*state, sha256]
+            for place, (state, sha256) in sorted(merged.items())
+            if os.path.exists(place)
+        }
+        try:
+            write_whole(self._path, json.dumps({"format": _FORMAT, "files": files}).encode("ascii"))
+        except OSError:
+            return
+        self._unwritten = False
+
+
+def _state(place: str) -> _State:
+    found = os.stat(place)
+    return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+
+def _read(path: Path) -> dict[str, tuple[_State, str]]:
+    """What is remembered in the file; whatever is not of its form is left out."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        return {}
+    files = content.get("files")
+    entries: Mapping[str, Any] = files if isinstance(files, dict) else {}
+    return {place: (tuple(e[:5]), e[5]) for place, e in entries.items() if _is_entry(e)}
+
+
+def _is_entry(entry: Any) -> bool:
+    return (
+        isinstance(entry, list)
+        and len(entry) == 6
+        and all(type(value) is int for value in entry[:5])
+        and isinstance(entry[5], str)
+        and len(entry[5]) == 64
+        and set(entry[5]) <= set("0123456789abcdef")
+    )

@@ -1,0 +1,94 @@
+"""The process in which slow verifiers run, started by `pool.py`, one for each worker of the pool.
+
+Request, one JSON object per line on stdin: {"domain", "rows": [[response, problem], ...]}. Replies:
+{"ready": true} at first, then one line per row: {"score": float}, or {"error": message,
+"exit_code": int}, which ends the request.
+What a verifier prints goes to standard error, which is the log of the stage.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import queue
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from posttrain.engine.errors import PosttrainError
+from posttrain.rewards.verifiers import Verifier, load_verifier
+
+
+def replies(verifier_of: Any, request: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The replies to one request; `verifier_of` gives the verifier of a domain."""
+    domain = request["domain"]
+    for response, problem in request["rows"]:
+        try:
+            yield {"score": verifier_of(domain).score(response, problem)}
+        except PosttrainError as error:
+            yield {"error": str(error), "exit_code": error.exit_code}
+            return
+        except BaseException as error:  # also the SystemExit of a user's sys.exit()
+            traceback.print_exc()
+            yield {
+                "error": f"domain {domain!r}: its verifier raised {type(error).__name__}: {error} "
+                f"on problem {problem['id']}; response was {response[:200]!r}. The traceback is in "
+                "the log of the stage",
+                "exit_code": 1,
+            }
+            return
+
+
+def main() -> None:
+    """Serve requests until stdin closes: then the stage is gone."""
+    # Ctrl-C goes to the run, which ends this process.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    source, target = _take_pipes()
+    requests: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(source, requests), daemon=True).start()
+    domains: dict[str, str] = json.loads(sys.argv[1])
+
+    @functools.cache
+    def verifier_of(domain: str) -> Verifier:
+        return load_verifier(Path(domains[domain]))
+
+    for domain in domains:
+        # Imports take a second, in which the stage loads its models. What fails here fails again
+        # when it is asked for, and is told then.
+        with contextlib.suppress(Exception):
+            verifier_of(domain)
+    _send(target, {"ready": True})
+    while True:
+        for reply in replies(verifier_of, json.loads(requests.get())):
+            _send(target, reply)
+
+
+def _send(target: IO[bytes], reply: Mapping[str, Any]) -> None:
+    target.write(json.dumps(reply).encode("ascii") + b"\n")
+
+
+def _take_pipes() -> tuple[IO[bytes], IO[bytes]]:
+    """Stdin and stdout for the protocol alone; a verifier reads nothing and prints to stderr."""
+    source, target = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb", buffering=0)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    os.dup2(2, 1)
+    return source, target
+
+
+def _listen(source: IO[bytes], requests: queue.SimpleQueue[bytes]) -> None:
+    """A thread of its own, so that the end of the stage is seen in the middle of an answer too."""
+    for line in source:
+        requests.put(line)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
