@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from posttrain.backends.architecture import path_of
 from posttrain.backends.base import Head, LossFunction, MicroBatch
 from posttrain.backends.checkpoint import LanguageModel, output_head
+from posttrain.backends.lockstep import padded_hidden_states
 from posttrain.backends.packing import pack
 from posttrain.engine.errors import ConfigError, StageError
 from posttrain.losses.ops import token_logprobs
@@ -36,6 +38,8 @@ def hidden_states(model: Any, rollouts: Rollouts) -> Tensor:
             "of the model; leave long rows out of the data, or use a model with more positions "
             f"({POSITIONS} in its config.json, max_positions of a pretrain stage)"
         )
+    if path_of(model) == "plain":
+        return padded_hidden_states(model, rollouts)
     # Position t predicts token t + 1, so the last token of a row need not be read.
     length_B = rollouts.prompt_len_B + rollouts.response_len_B - 1
     bins = pack(length_B)
