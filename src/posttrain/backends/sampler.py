@@ -16,9 +16,12 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
+from posttrain.backends.architecture import path_of
 from posttrain.backends.base import Head
 from posttrain.backends.cache import SlotCache
-from posttrain.backends.checkpoint import LanguageModel, check_full_attention, output_head
+from posttrain.backends.checkpoint import LanguageModel, output_head
+from posttrain.backends.drawing import draw, row_seeds, uniform
+from posttrain.backends.lockstep import Lockstep
 from posttrain.engine.errors import ConfigError
 from posttrain.rl.types import Rollouts, pad_rows
 
@@ -36,7 +39,6 @@ class LocalSampler:
         self.stop_ids = torch.tensor(language_model.stop_ids)
         self.pad_id = language_model.pad_id
         self.max_rows = max_rows
-        check_full_attention(self.model.config)
 
     def sample(
         self,
@@ -49,6 +51,22 @@ class LocalSampler:
     ) -> Rollouts:
         """See `Sampler.sample`. Raises ConfigError if a prompt leaves no room for a response."""
         self._check_lengths(prompts, max_new_tokens)
+        if path_of(self.model) == "plain":
+            lockstep = Lockstep(
+                self.model,
+                self.head,
+                prompts,
+                stop_ids=self.stop_ids,
+                pad_id=self.pad_id,
+                group_size=group_size,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                seed=seed,
+                max_rows=self.max_rows,
+            )
+            for _ in lockstep:
+                pass
+            return lockstep.rollouts()
         was_training = self.model.training
         self.model.eval()
         with torch.inference_mode():
@@ -94,7 +112,7 @@ class _Run:
         layers = self.model.config.num_hidden_layers
         self.cache = SlotCache(layers, self.num_slots, columns)
         self.next_prompt = 0
-        self.row_seed_B = _mix(torch.arange(num_rows) + _mix(torch.tensor(seed)))
+        self.row_seed_B = row_seeds(num_rows, seed)
         self.tokens_BR = torch.full((num_rows, max_new_tokens), sampler.pad_id)
         self.logp_BR = torch.zeros(num_rows, max_new_tokens)
         self.response_len_B = torch.zeros(num_rows, dtype=torch.int64)
@@ -148,7 +166,7 @@ class _Run:
         assert self.hidden_LD is not None
         weight, bias = self.head.weight_VD, self.head.bias_V
         logits_LV = torch.nn.functional.linear(self.hidden_LD, weight, bias).float()
-        uniform_L = _uniform(self.row_seed_B[self.row_L], self.sampled_L)
+        uniform_L = uniform(self.row_seed_B[self.row_L], self.sampled_L)
         token_L, logp_L = draw(logits_LV, uniform_L, self.temperature)
         write = ~self.done_L
         row, at = self.row_L[write], self.sampled_L[write]
@@ -207,39 +225,3 @@ class _Run:
             logp_BR=self.logp_BR[:, :longest] * valid_BR,
             finished_B=self.finished_B.clone(),
         )
-
-
-def draw(logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """One token per row and its log-prob: inverse transform, or the arg max at temperature 0.
-
-    Draws the first token whose cumulative probability passes the row's uniform number. The
-    cumulative sum is in float64: in float32 its end can stop short of 1 on a large vocabulary.
-    """
-    if temperature == 0:
-        logp_BV = torch.log_softmax(logits_BV, dim=-1)
-        token_B = logits_BV.argmax(dim=-1)
-    else:
-        logp_BV = torch.log_softmax(logits_BV / temperature, dim=-1)
-        cumulative_BV = logp_BV.double().exp_().cumsum(dim=-1)
-        target_B1 = uniform_B[:, None] * cumulative_BV[:, -1:]
-        token_B = torch.searchsorted(cumulative_BV, target_B1, right=True)[:, 0]
-        token_B = token_B.clamp_(max=logits_BV.shape[1] - 1)
-    return token_B, logp_BV.gather(1, token_B[:, None])[:, 0]
-
-
-def _mix(value: Tensor) -> Tensor:
-    """The splitmix64 finaliser on int64 (multiplication wraps): spreads nearby integers apart."""
-    value = value + -7046029254386353131
-    value = (value ^ _shift(value, 30)) * -4658895280553007687
-    value = (value ^ _shift(value, 27)) * -7723592293110705685
-    return value ^ _shift(value, 31)
-
-
-def _shift(value: Tensor, bits: int) -> Tensor:
-    """Logical right shift; torch's `>>` on int64 keeps the sign."""
-    return (value >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _uniform(seed_B: Tensor, position_B: Tensor) -> Tensor:
-    """float64 in [0, 1) from (row seed, position)."""
-    return _shift(_mix(seed_B ^ _mix(position_B)), 11).double() * 2.0**-53
