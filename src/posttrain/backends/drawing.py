@@ -78,14 +78,14 @@ class Drawn:
         self.response_len_B = torch.zeros(num_rows, dtype=torch.int64)
         self.finished_B = torch.zeros(num_rows, dtype=torch.bool)
 
-    def record(self, row_L: Tensor, at: int, token_L: Tensor, logp_L: Tensor) -> Tensor:
-        """Store token number `at` of these rows. Returns a bool per row: whether it ended here."""
-        self.tokens_BR[row_L, at] = token_L
-        self.logp_BR[row_L, at] = logp_L
+    def record(self, row_L: Tensor, at_L: Tensor, token_L: Tensor, logp_L: Tensor) -> Tensor:
+        """Store token number `at_L` of these rows. Returns a bool per row: whether it ended."""
+        self.tokens_BR[row_L, at_L] = token_L
+        self.logp_BR[row_L, at_L] = logp_L
         stopped_L = torch.isin(token_L, self.stop_ids)
         self.finished_B[row_L[stopped_L]] = True
-        ended_L = stopped_L | (at + 1 >= self.max_new_tokens)
-        self.response_len_B[row_L[ended_L]] = at + 1
+        ended_L = stopped_L | (at_L + 1 >= self.max_new_tokens)
+        self.response_len_B[row_L[ended_L]] = at_L[ended_L] + 1
         return ended_L
 
     def rollouts(self) -> Rollouts:

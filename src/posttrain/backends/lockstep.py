@@ -1,10 +1,11 @@
 """Sampling and reading for every causal LM: through transformers' own cache, without padding.
 
 Layers with a window or a recurrent state keep no full-length keys and values that slots could
-hold, and padding before a token would enter the state. So prompts of one length are prefilled
-together, once for each group; their states are copied to the group's rows, which then move in
-lockstep. Rows that have ended leave when enough of them have; the next prompts follow when all
-rows of a batch are done.
+hold, and padding before a token would enter the state. So all rows of a batch are at one position.
+Prompts of like length are prefilled together up to the length of the shortest. Then all move in
+lockstep: a longer prompt is read on, once for its group, and where it ends its state is copied to
+the group's rows, which draw. Rows that have ended leave when enough of them have; the next prompts
+follow when all rows of a batch are done.
 
 Legend: P prompts, B rows, L rows that are running, T positions, N flat response tokens, D hidden.
 """
@@ -77,29 +78,41 @@ class Lockstep:
         return self.drawn.rollouts()
 
     def _batches(self) -> Iterator[Tensor]:
-        """Prompt numbers of one batch after another: all of one length, in their order."""
+        """Prompt numbers of one batch after another, shortest prompts first.
+
+        A step through the rest of a prompt costs what a step of drawing does, and a batch of its
+        own takes up to `max_new_tokens` of these. So lengths differ by at most half of that.
+        """
         length_P = self.drawn.prompt_len_P
-        for length in length_P.unique().tolist():
-            index_P = (length_P == length).nonzero()[:, 0]
-            yield from index_P.split(self.prompts_per_batch)
+        order_P = torch.argsort(length_P, stable=True)
+        lengths, start = length_P[order_P].tolist(), 0
+        for end in range(1, len(lengths) + 1):
+            full = end - start == self.prompts_per_batch
+            if (
+                full
+                or end == len(lengths)
+                or lengths[end] - lengths[start] > self.drawn.max_new_tokens // 2
+            ):
+                yield order_P[start:end]
+                start = end
 
 
 class _Batch:
-    """The rows of prompts of one length, from their prefill to their last token."""
+    """Prompts of like length and their rows, from the prefill to the last token."""
 
     # Not on the iteration as a whole: inference mode would leak into whoever takes the rows.
     @torch.inference_mode()
     def __init__(self, run: Lockstep, index_P: Tensor) -> None:
-        self.run, self.sampled = run, 0
-        self.device = run.head.weight_VD.device
+        self.run, self.device = run, run.head.weight_VD.device
         self.rows = CachedRows(run.model)
-        length, group = int(run.drawn.prompt_len_P[index_P[0]]), run.group_size
-        hidden_PD = self.rows.read(run.drawn.prompts_PT[index_P, :length])[:, -1]
-        copy_L = torch.arange(len(index_P)).repeat_interleave(group)
-        self.rows.select(copy_L)
-        self.hidden_LD = hidden_PD[copy_L.to(self.device)]
-        self.row_L = index_P[copy_L] * group + torch.arange(group).repeat(len(index_P))
-        self.done_L = torch.zeros_like(self.row_L, dtype=torch.bool)
+        # Of everything in the cache: its prompt, its row or -1 while the prompt is being read,
+        # whether it has ended, and the hidden state at the last token.
+        self.prompt_L = index_P
+        self.row_L = torch.full_like(index_P, -1)
+        self.done_L = torch.zeros_like(index_P, dtype=torch.bool)
+        shortest = int(run.drawn.prompt_len_P[index_P].min())
+        self.hidden_LD = self.rows.read(run.drawn.prompts_PT[index_P, :shortest])[:, -1]
+        self._begin()
 
     @property
     def running(self) -> bool:
@@ -107,38 +120,62 @@ class _Batch:
 
     @torch.inference_mode()
     def step(self) -> Tensor:
-        """Draw one token for every row and read it. Returns the numbers of rows that ended."""
-        run = self.run
-        weight, bias = run.head.weight_VD, run.head.bias_V
-        logits_LV = torch.nn.functional.linear(self.hidden_LD, weight, bias).float()
-        position_L = torch.full_like(self.row_L, self.sampled)
-        uniform_L = uniform(run.seed_B[self.row_L], position_L).to(self.device)
-        drawn_L, drawn_logp_L = draw(logits_LV, uniform_L, run.temperature)
-        token_L, logp_L = drawn_L.cpu(), drawn_logp_L.cpu()
-        live_L = ~self.done_L
+        """One more token for everything that runs. Returns the numbers of the rows that ended."""
+        run, drawn = self.run, self.run.drawn
+        # Ended rows that are still here run along without effect.
+        token_L = torch.full_like(self.row_L, drawn.pad_id)
+        reading_L = self.row_L < 0
+        if bool(reading_L.any()):
+            token_L[reading_L] = drawn.prompts_PT[self.prompt_L[reading_L], self.rows.length]
+        draws_L = ~reading_L & ~self.done_L
         ended_L = torch.zeros_like(self.done_L)
-        ended_L[live_L] = run.drawn.record(
-            self.row_L[live_L], self.sampled, token_L[live_L], logp_L[live_L]
-        )
-        self.sampled += 1
+        if bool(draws_L.any()):
+            row_L = self.row_L[draws_L]
+            at_L = self.rows.length - drawn.prompt_len_P[self.prompt_L[draws_L]]
+            hidden_LD = self.hidden_LD[draws_L.to(self.device)]
+            weight, bias = run.head.weight_VD, run.head.bias_V
+            logits_LV = torch.nn.functional.linear(hidden_LD, weight, bias).float()
+            uniform_L = uniform(run.seed_B[row_L], at_L).to(self.device)
+            drawn_L, logp_L = draw(logits_LV, uniform_L, run.temperature)
+            token_L[draws_L] = drawn_L.cpu()
+            ended_L[draws_L] = drawn.record(row_L, at_L, token_L[draws_L], logp_L.cpu())
         self.done_L |= ended_L
         ended_rows_L = self.row_L[ended_L]
         if self.running:
             token_L = self._retire(token_L)
-            # Rows that ended and are still here run along without effect.
             self.hidden_LD = self.rows.read(token_L[:, None])[:, -1]
+            self._begin()
         # A copy of the indices that may take part in whatever the caller does with them.
         with torch.inference_mode(False):
             return ended_rows_L.clone()
+
+    def _begin(self) -> None:
+        """Where a prompt ends at this position, make its group's rows of it."""
+        group, length_P = self.run.group_size, self.run.drawn.prompt_len_P
+        begins_L = (self.row_L < 0) & (length_P[self.prompt_L] == self.rows.length)
+        if not bool(begins_L.any()):
+            return
+        count_L = torch.where(begins_L, group, 1)
+        copy_L = torch.arange(len(count_L)).repeat_interleave(count_L)
+        member_L = torch.arange(len(copy_L)) - (count_L.cumsum(0) - count_L)[copy_L]
+        self._take(copy_L)
+        new_L = self.prompt_L * group + member_L
+        self.row_L = torch.where(begins_L[copy_L], new_L, self.row_L)
 
     def _retire(self, token_L: Tensor) -> Tensor:
         """Drop the ended rows when there are enough of them; returns the tokens that are left."""
         keep_L = (~self.done_L).nonzero()[:, 0]
         if len(keep_L) >= COMPACT_BELOW * len(self.row_L):
             return token_L
-        self.rows.select(keep_L)
-        self.row_L, self.done_L = self.row_L[keep_L], self.done_L[keep_L]
+        self._take(keep_L)
         return token_L[keep_L]
+
+    def _take(self, index_L: Tensor) -> None:
+        """Put `index_L` of what is in the cache in place of all that is there."""
+        self.rows.select(index_L)
+        self.hidden_LD = self.hidden_LD[index_L.to(self.device)]
+        self.prompt_L, self.row_L = self.prompt_L[index_L], self.row_L[index_L]
+        self.done_L = self.done_L[index_L]
 
 
 def padded_hidden_states(model: Any, rollouts: Rollouts) -> Tensor:
