@@ -75,6 +75,8 @@ PROMPTS = [[11, 12, 13], [20, 21, 22, 23, 25, 26, 27, 29, 30, 31], [30], [41, 42
 def test_packed_families_read_and_sample_what_the_plain_path_does(
     make_family: MakeModel, kind: str
 ) -> None:
+    if kind not in CONFIG_MAPPING:
+        pytest.skip(f"this version of transformers has no {kind}")
     known = vars(CONFIG_MAPPING[kind]())
     changes: dict[str, Any] = {}
     if "layer_types" in known:

@@ -129,8 +129,8 @@ def check_plain(model: Any, name: str) -> None:
         reason = "is an encoder-decoder"
     elif body is model or "input_ids" not in accepted:
         reason = "has no decoder of its own below the output layer"
-    elif "indexed_attention" in (getattr(model.config, "layer_types", None) or ()):
-        reason = "attends to keys that an index picks, other ones in a padded row"
+    elif getattr(model.config, "index_topk", None) is not None:
+        reason = "attends to keys that an index picks, which may be others in a padded row"
     elif any(_bounds_steps(module) for module in model.modules()):
         reason = "bounds the step sizes of its recurrence for a whole row but not token by token"
     elif cache_argument(accepted) not in accepted or not model._supports_default_dynamic_cache():
