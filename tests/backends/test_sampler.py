@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Gemma2Config, GPTNeoConfig, MistralConfig, Qwen2Config
 
-from posttrain.backends.checkpoint import LanguageModel, check_full_attention
+from posttrain.backends.checkpoint import LanguageModel
 from posttrain.backends.sampler import LocalSampler, draw
 from posttrain.engine.errors import ConfigError
 from posttrain.rl.types import Rollouts
@@ -218,13 +217,3 @@ def test_a_prompt_that_leaves_no_room_is_refused(make_model: MakeModel) -> None:
     assert len(sample(sampler, [[5] * 8])) == 1
     with pytest.raises(ConfigError, match=r"max_new_tokens = 12: .* 9 tokens .* 20 positions.* 11"):
         sample(sampler, [[5] * 9])
-
-
-def test_models_without_full_attention_are_refused() -> None:
-    for config in (MistralConfig(), Gemma2Config(), GPTNeoConfig()):
-        with pytest.raises(ConfigError, match="choose a model with full attention"):
-            check_full_attention(config)
-    check_full_attention(Qwen2Config())
-    check_full_attention(MistralConfig(sliding_window=None))
-    # A window that no sequence can outgrow is full attention.
-    check_full_attention(MistralConfig(sliding_window=64, max_position_embeddings=64))

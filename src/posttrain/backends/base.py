@@ -53,6 +53,10 @@ class Sampling(Protocol):
         """The rows `row_B`, all of which have ended, or all rows once the iteration is over."""
         ...
 
+    def responses(self, row_B: Tensor) -> list[list[int]]:
+        """Response token ids of the rows `row_B`, all of which have ended; stop token included."""
+        ...
+
 
 class Sampler(Protocol):
     """Draws responses."""

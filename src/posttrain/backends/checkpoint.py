@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from posttrain.backends.architecture import check_plain, path_of
 from posttrain.backends.base import Head
 from posttrain.engine.errors import ConfigError
 
@@ -51,8 +52,9 @@ def load(path: str | Path, *, dtype: torch.dtype = torch.float32) -> LanguageMod
     """Load a Hugging Face directory.
 
     Raises ConfigError for a checkpoint that is not a causal LM, that lacks weights or has damaged
-    ones, whose tokenizer has ids that the model lacks, or whose logits are not a plain linear map
-    of the last hidden state (the losses work from hidden states and head).
+    ones, whose tokenizer has ids that the model lacks, whose logits are not a plain linear map
+    of the last hidden state (the losses work from hidden states and head), or which `check_plain`
+    refuses.
     """
     path = Path(path)
     try:
@@ -60,7 +62,6 @@ def load(path: str | Path, *, dtype: torch.dtype = torch.float32) -> LanguageMod
         model, loading = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=dtype,
-            attn_implementation="sdpa",
             use_safetensors=True,
             output_loading_info=True,
             trust_remote_code=False,
@@ -72,7 +73,6 @@ def load(path: str | Path, *, dtype: torch.dtype = torch.float32) -> LanguageMod
             f"({str(error).splitlines()[0]}); it must be a directory with config.json, "
             "model.safetensors and tokenizer files"
         ) from error
-    check_full_attention(config)
     for field in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
         if getattr(config, field, None) not in (None, 1, 1.0):
             raise ConfigError(
@@ -92,25 +92,10 @@ def load(path: str | Path, *, dtype: torch.dtype = torch.float32) -> LanguageMod
             f"{path}: the tokenizer has {len(tokenizer)} tokens and the model's output layer "
             f"{rows} rows; call model.resize_token_embeddings(len(tokenizer)) and save it again"
         )
+    if path_of(model) == "plain":
+        check_plain(model, str(path))
     _allow_saving(model.generation_config, path)
     return LanguageModel(model=model, tokenizer=tokenizer)
-
-
-def check_full_attention(config: Any) -> None:
-    """Raise ConfigError for a model whose layers keep anything but full-length keys and values."""
-    window = getattr(config, "sliding_window", None)
-    slides = window is not None and window < getattr(config, "max_position_embeddings", 0)
-    kinds = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None)
-    if not kinds:
-        # Mistral and its like: one window for all layers, and no list of layers.
-        kinds = ["sliding_attention" if slides else "full_attention"]
-    harmless = {"full_attention", "global"} | (set() if slides else {"sliding_attention"})
-    if set(kinds) - harmless:
-        raise ConfigError(
-            f"config.json: layers with {', '.join(sorted(set(kinds)))} (sliding_window = {window}):"
-            " the local backend packs short rows together and keeps full-length keys and values; "
-            "choose a model with full attention in all layers"
-        )
 
 
 def _allow_saving(generation_config: Any, path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from posttrain.backends.architecture import backbone, path_of
 from posttrain.backends.base import Head, LossFunction, MicroBatch
 from posttrain.backends.checkpoint import LanguageModel, output_head
 from posttrain.backends.packing import Packed, forward_passes
@@ -23,12 +24,16 @@ POSITIONS = "max_position_embeddings"
 
 
 def hidden_states(model: Any, packed: Packed) -> Tensor:
-    """`hidden_ND`: last hidden states that predict the response tokens, row after row."""
-    hidden_CTD: Tensor = model.base_model(
-        input_ids=packed.tokens_CT,
-        position_ids=packed.position_CT,
-        attention_mask=packed.mask(model.dtype),
-        use_cache=False,
+    """`hidden_ND`: last hidden states that predict the response tokens, row after row.
+
+    On the plain path every row has a bin of its own and is padded on the right: causal layers,
+    attending or recurrent, never see what comes after a token, and no position ids are needed.
+    """
+    inputs = {}
+    if path_of(model) == "packed":
+        inputs = {"position_ids": packed.position_CT, "attention_mask": packed.mask(model.dtype)}
+    hidden_CTD: Tensor = backbone(model)(
+        input_ids=packed.tokens_CT, use_cache=False, **inputs
     ).last_hidden_state
     return hidden_CTD.flatten(0, 1)[packed.predicts_N]
 
@@ -48,7 +53,11 @@ def passes(
             f"({POSITIONS} in its config.json, max_positions of a pretrain stage)"
         )
     return forward_passes(
-        rollouts, max_tokens=max_tokens, hidden_size=model.config.hidden_size, block=group_rows
+        rollouts,
+        max_tokens=max_tokens,
+        hidden_size=model.config.hidden_size,
+        block=group_rows,
+        pack=path_of(model) == "packed",
     )
 
 

@@ -1,11 +1,11 @@
 """Sampling in slots: a row that ends makes room at once, and waiting prompts take its place.
 
-Each prompt is read once for its whole group. A token is drawn by inverse transform from one
-uniform number that depends only on (seed, row, position), so that a row's response does not depend
-on which rows happen to run beside it. Log-probs come from the same pass.
+Each prompt is read once for its whole group. A row's random numbers depend only on (seed, row,
+position), so its response does not depend on which rows happen to run beside it. Log-probs come
+from the same pass. Models for which slots do not work are sampled in lockstep (`lockstep.py`).
 
-Legend: P prompts, B rows, L rows in slots, E rows that have just ended, M rows that move,
-T positions, R response positions, V vocabulary.
+Legend: P prompts, L rows in slots, E rows that have just ended, M rows that move, T positions,
+R response positions, V vocabulary.
 """
 
 from __future__ import annotations
@@ -16,12 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from posttrain.backends.base import Head
-from posttrain.backends.checkpoint import LanguageModel, check_full_attention, output_head
+from posttrain.backends.architecture import path_of
+from posttrain.backends.base import Head, Sampling
+from posttrain.backends.checkpoint import LanguageModel, output_head
 from posttrain.backends.decoder import Decoder, TransformersDecoder
+from posttrain.backends.drawing import Drawn, draw, row_seeds, uniform
 from posttrain.backends.fused import FusedDecoder, is_fusable
+from posttrain.backends.lockstep import Lockstep
 from posttrain.engine.errors import ConfigError
-from posttrain.rl.types import Rollouts, pad_rows
+from posttrain.rl.types import Rollouts
 
 READ_SHARE = 8
 """Waiting prompts are read when they can have this part of the slots, not whenever one is free: a
@@ -34,13 +37,10 @@ class LocalSampler:
     def __init__(self, language_model: LanguageModel, *, max_rows: int = 256) -> None:
         self.model: Any = language_model.model
         self.head: Head = output_head(language_model.model)
-        self.device: torch.device = self.head.weight_VD.device
-        self.stop_V = torch.zeros(len(self.head.weight_VD), dtype=torch.bool, device=self.device)
-        self.stop_V[[i for i in language_model.stop_ids if i < len(self.stop_V)]] = True
+        self.stop_ids = torch.tensor(language_model.stop_ids)
         self.pad_id = language_model.pad_id
         self.max_rows = max_rows
         self._buffer: Tensor | None = None
-        check_full_attention(self.model.config)
 
     def sample(
         self,
@@ -74,14 +74,18 @@ class LocalSampler:
     ) -> Sampling:
         """See `Sampler.stream`. Raises ConfigError if a prompt leaves no room for a response."""
         self._check_lengths(prompts, max_new_tokens)
-        return Sampling(
-            self,
+        drawn = Drawn(
             prompts,
             group_size=group_size,
             max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            seed=seed,
+            pad_id=self.pad_id,
+            stop_ids=self.stop_ids,
+            num_ids=len(self.head.weight_VD),
         )
+        settings: dict[str, Any] = {"temperature": temperature, "seed": seed}
+        if path_of(self.model) == "plain":
+            return Lockstep(self.model, self.head, drawn, max_rows=self.max_rows, **settings)
+        return Slots(self, drawn, **settings)
 
     def decoder(self, num_slots: int, num_positions: int) -> Decoder:
         """The fastest decoder that computes this model."""
@@ -102,44 +106,27 @@ class LocalSampler:
             )
 
 
-class Sampling:
-    """One call to the sampler while it goes on; see `base.Sampling`."""
+class Slots:
+    """A `Sampling` whose rows stand in slots 0..L-1 of a decoder."""
 
     def __init__(
-        self,
-        sampler: LocalSampler,
-        prompts: Sequence[Sequence[int]],
-        *,
-        group_size: int,
-        max_new_tokens: int,
-        temperature: float,
-        seed: int,
+        self, sampler: LocalSampler, drawn: Drawn, *, temperature: float, seed: int
     ) -> None:
-        device = sampler.device
-        self.model, self.head = sampler.model, sampler.head
-        self.stop_V, self.pad_id = sampler.stop_V, sampler.pad_id
-        self.temperature, self.max_new_tokens = temperature, max_new_tokens
-        self.group_size = group_size
-        prompts_PT, prompt_len_P = pad_rows(prompts, sampler.pad_id)
-        self.prompts_PT, self.prompt_len_P = prompts_PT.to(device), prompt_len_P.to(device)
-        num_rows = len(prompts) * group_size
-        self.num_slots = min(num_rows, max(sampler.max_rows, group_size))
+        self.model, self.head, self.drawn = sampler.model, sampler.head, drawn
+        self.temperature = temperature
+        num_rows, self.limit = drawn.tokens_BR.shape
+        self.num_slots = min(num_rows, max(sampler.max_rows, drawn.group_size))
+        self.decoder = sampler.decoder(self.num_slots, drawn.prompts_PT.shape[1] + self.limit)
+        self.row_seed_B = row_seeds(num_rows, seed)
         self.next_prompt = 0
-        row_B = torch.arange(num_rows, device=device)
-        self.row_seed_B = _mix(row_B + _mix(torch.tensor(seed, device=device)))
-        self.tokens_BR = torch.full((num_rows, max_new_tokens), sampler.pad_id, device=device)
-        self.logp_BR = torch.zeros(num_rows, max_new_tokens, device=device)
-        self.response_len_B = torch.zeros(num_rows, dtype=torch.int64, device=device)
-        self.finished_B = torch.zeros(num_rows, dtype=torch.bool, device=device)
         # Of the rows in slots: their number, how much of them is read, how much is drawn.
-        self.row_L = torch.empty(0, dtype=torch.int64, device=device)
+        self.row_L = torch.empty(0, dtype=torch.int64)
         self.length_L, self.drawn_L = self.row_L, self.row_L
-        self.uniform_LR = torch.empty(0, max_new_tokens, dtype=torch.float64, device=device)
+        self.uniform_LR = torch.empty(0, self.limit, dtype=torch.float64)
         self.hidden_LD: Tensor | None = None
-        self.decoder = sampler.decoder(self.num_slots, self.prompts_PT.shape[1] + max_new_tokens)
 
     def __iter__(self) -> Iterator[Tensor]:
-        """See `base.Sampling.__iter__`."""
+        """See `Sampling.__iter__`."""
         was_training = self.model.training
         self.model.eval()
         try:
@@ -150,69 +137,67 @@ class Sampling:
         finally:
             self.model.train(was_training)
 
+    def rollouts(self, row_B: Tensor | None = None) -> Rollouts:
+        """See `Sampling.rollouts`."""
+        return self.drawn.rollouts(row_B)
+
+    def responses(self, row_B: Tensor) -> list[list[int]]:
+        """See `Sampling.responses`."""
+        return self.drawn.responses(row_B)
+
     @property
     def waiting(self) -> bool:
         """Whether some prompts have no slot yet."""
-        return self.next_prompt < len(self.prompt_len_P)
+        return self.next_prompt < len(self.drawn.prompt_len_P)
 
     # Not around the loop: whoever takes the rows in between must not compute in this mode.
     @torch.inference_mode()
     def _advance(self) -> Tensor | None:
         """One token for every row in a slot; the rows that ended with it, or None."""
         self._admit()
-        token_L = self._draw()
-        ended_L = self.stop_V[token_L]
-        stopped_L = ended_L.clone()
-        ended_L |= self.drawn_L == self.max_new_tokens
+        assert self.hidden_LD is not None
+        weight, bias = self.head.weight_VD, self.head.bias_V
+        logits_LV = torch.nn.functional.linear(self.hidden_LD, weight, bias).float()
+        uniform_L = self.uniform_LR.gather(1, self.drawn_L[:, None])[:, 0].to(weight.device)
+        token_L, logp_L = draw(logits_LV, uniform_L, self.temperature)
+        token_L = token_L.cpu()
+        ended_L = self.drawn.record(self.row_L, self.drawn_L, token_L, logp_L.cpu())
+        self.drawn_L = self.drawn_L + 1
         ended_E = None
         if bool(ended_L.any()):
             ended_E = self.row_L[ended_L]
-            self.response_len_B[ended_E] = self.drawn_L[ended_L]
-            self.finished_B[ended_E] = stopped_L[ended_L]
             token_L = self._retire(ended_L, token_L)
         if len(token_L):
-            self.hidden_LD = self.decoder.step(token_L, self.length_L)
-            self.length_L += 1
+            length_L = self.length_L.to(weight.device)
+            self.hidden_LD = self.decoder.step(token_L.to(weight.device), length_L)
+            self.length_L = self.length_L + 1
         return ended_E
 
     def _admit(self) -> None:
         """Read waiting prompts into free slots, each prompt once for its whole group."""
-        live = len(self.row_L)
-        room = (self.num_slots - live) // self.group_size
-        enough = room * self.group_size * READ_SHARE >= self.num_slots
+        live, group, drawn = len(self.row_L), self.drawn.group_size, self.drawn
+        room = (self.num_slots - live) // group
+        enough = room * group * READ_SHARE >= self.num_slots
         if not self.waiting or room == 0 or (live and not enough):
             return
         first = self.next_prompt
-        self.next_prompt = min(first + room, len(self.prompt_len_P))
-        length_P = self.prompt_len_P[first : self.next_prompt]
-        tokens_PT = self.prompts_PT[first : self.next_prompt, : int(length_P.max())]
-        hidden_PD = self.decoder.prefill(tokens_PT, length_P, first=live, copies=self.group_size)
-        row_L = torch.arange(
-            first * self.group_size, self.next_prompt * self.group_size, device=length_P.device
+        self.next_prompt = min(first + room, len(drawn.prompt_len_P))
+        length_P = drawn.prompt_len_P[first : self.next_prompt]
+        tokens_PT = drawn.prompts_PT[first : self.next_prompt, : int(length_P.max())]
+        device = self.head.weight_VD.device
+        hidden_PD = self.decoder.prefill(
+            tokens_PT.to(device), length_P.to(device), first=live, copies=group
         )
-        position_R = torch.arange(self.max_new_tokens, device=length_P.device)
-        uniform_LR = _uniform(self.row_seed_B[row_L, None], position_R)
-        hidden_LD = hidden_PD.repeat_interleave(self.group_size, dim=0)
+        row_L = torch.arange(first * group, self.next_prompt * group)
+        uniform_LR = uniform(self.row_seed_B[row_L, None], torch.arange(self.limit))
+        hidden_LD = hidden_PD.repeat_interleave(group, dim=0)
         self.row_L = torch.cat([self.row_L, row_L])
-        self.length_L = torch.cat([self.length_L, length_P.repeat_interleave(self.group_size)])
+        self.length_L = torch.cat([self.length_L, length_P.repeat_interleave(group)])
         self.drawn_L = torch.cat([self.drawn_L, torch.zeros_like(row_L)])
         self.uniform_LR = torch.cat([self.uniform_LR, uniform_LR])
         if self.hidden_LD is not None:
             hidden_LD = torch.cat([self.hidden_LD, hidden_LD])
         self.hidden_LD = hidden_LD
-
-    def _draw(self) -> Tensor:
-        """The next token of every row, written down with its log-prob."""
-        assert self.hidden_LD is not None
-        weight, bias = self.head.weight_VD, self.head.bias_V
-        logits_LV = torch.nn.functional.linear(self.hidden_LD, weight, bias).float()
-        uniform_L = self.uniform_LR.gather(1, self.drawn_L[:, None])[:, 0]
-        token_L, logp_L = draw(logits_LV, uniform_L, self.temperature)
-        at_L = self.row_L * self.max_new_tokens + self.drawn_L
-        self.tokens_BR.view(-1).index_copy_(0, at_L, token_L)
-        self.logp_BR.view(-1).index_copy_(0, at_L, logp_L)
-        self.drawn_L += 1
-        return token_L
 
     def _retire(self, ended_L: Tensor, token_L: Tensor) -> Tensor:
         """Give up the slots of ended rows: the last rows move into the holes before them.
@@ -223,75 +208,12 @@ class Sampling:
         live = len(keep_L)
         source_M, target_M = keep_L[keep_L >= live], ended_L[:live].nonzero()[:, 0]
         if len(source_M):
-            self.decoder.move(source_M, target_M)
-        order_L = torch.arange(live, device=ended_L.device)
+            device = self.head.weight_VD.device
+            self.decoder.move(source_M.to(device), target_M.to(device))
+        order_L = torch.arange(live)
         order_L[target_M] = source_M
         self.row_L, self.length_L = self.row_L[order_L], self.length_L[order_L]
         self.drawn_L, self.uniform_LR = self.drawn_L[order_L], self.uniform_LR[order_L]
         if not live:
             self.hidden_LD = None
         return token_L[order_L]
-
-    def rollouts(self, row_B: Tensor | None = None) -> Rollouts:
-        """See `base.Sampling.rollouts`."""
-        if row_B is None:
-            row_B = torch.arange(len(self.response_len_B), device=self.tokens_BR.device)
-        prompt_B = row_B // self.group_size
-        prompt_len_B, response_len_B = self.prompt_len_P[prompt_B], self.response_len_B[row_B]
-        num_rows, columns = len(row_B), self.prompts_PT.shape[1]
-        longest = int(response_len_B.max()) if num_rows else 0
-        used = int((prompt_len_B + response_len_B).max()) if num_rows else 0
-        tokens_BT = torch.full(
-            (num_rows, columns + longest), self.pad_id, device=self.tokens_BR.device
-        )
-        tokens_BT[:, :columns] = self.prompts_PT[prompt_B]
-        position_R = torch.arange(longest, device=tokens_BT.device)
-        valid_BR = position_R < response_len_B[:, None]
-        at_BR = prompt_len_B[:, None] + position_R
-        response_BR = torch.where(valid_BR, self.tokens_BR[row_B, :longest], self.pad_id)
-        tokens_BT.scatter_(1, at_BR, response_BR)
-        return Rollouts(
-            tokens_BT=tokens_BT[:, :used].clone(),
-            prompt_len_B=prompt_len_B,
-            response_len_B=response_len_B,
-            logp_BR=self.logp_BR[row_B, :longest] * valid_BR,
-            finished_B=self.finished_B[row_B],
-        )
-
-
-def draw(logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """One token per row and its log-prob: inverse transform, or the arg max at temperature 0.
-
-    Draws the first token whose cumulative probability passes the row's uniform number. The
-    cumulative sum is in float64: in float32 its end can stop short of 1 on a large vocabulary.
-    """
-    if temperature == 0:
-        logp_BV = torch.log_softmax(logits_BV, dim=-1)
-        token_B = logits_BV.argmax(dim=-1)
-    else:
-        if temperature != 1:
-            logits_BV = logits_BV / temperature
-        logp_BV = torch.log_softmax(logits_BV, dim=-1)
-        cumulative_BV = logp_BV.double().exp_().cumsum_(dim=-1)
-        target_B1 = uniform_B[:, None] * cumulative_BV[:, -1:]
-        token_B = torch.searchsorted(cumulative_BV, target_B1, right=True)[:, 0]
-        token_B = token_B.clamp_(max=logits_BV.shape[1] - 1)
-    return token_B, logp_BV.gather(1, token_B[:, None])[:, 0]
-
-
-def _mix(value: Tensor) -> Tensor:
-    """The splitmix64 finaliser on int64 (multiplication wraps): spreads nearby integers apart."""
-    value = value + -7046029254386353131
-    value = (value ^ _shift(value, 30)) * -4658895280553007687
-    value = (value ^ _shift(value, 27)) * -7723592293110705685
-    return value ^ _shift(value, 31)
-
-
-def _shift(value: Tensor, bits: int) -> Tensor:
-    """Logical right shift; torch's `>>` on int64 keeps the sign."""
-    return (value >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _uniform(seed_B: Tensor, position_B: Tensor) -> Tensor:
-    """float64 in [0, 1) from (row seed, position)."""
-    return _shift(_mix(seed_B ^ _mix(position_B)), 11).double() * 2.0**-53

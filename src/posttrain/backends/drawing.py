@@ -1,0 +1,127 @@
+"""What all samplers share: the draw, a random number per row and position, and the record of it.
+
+A token is drawn by inverse transform from one uniform number that depends only on (seed, row,
+position), so that a row's response depends neither on the rows beside it nor on the sampler.
+
+Legend: P prompts, B rows, L rows that are running, E rows that have just ended, T positions,
+R response positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from posttrain.rl.types import Rollouts, pad_rows
+
+
+def draw(logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """One token per row and its log-prob: inverse transform, or the arg max at temperature 0.
+
+    Draws the first token whose cumulative probability passes the row's uniform number. The
+    cumulative sum is in float64: in float32 its end can stop short of 1 on a large vocabulary.
+    """
+    if temperature == 0:
+        logp_BV = torch.log_softmax(logits_BV, dim=-1)
+        token_B = logits_BV.argmax(dim=-1)
+    else:
+        if temperature != 1:
+            logits_BV = logits_BV / temperature
+        logp_BV = torch.log_softmax(logits_BV, dim=-1)
+        cumulative_BV = logp_BV.double().exp_().cumsum_(dim=-1)
+        target_B1 = uniform_B[:, None] * cumulative_BV[:, -1:]
+        token_B = torch.searchsorted(cumulative_BV, target_B1, right=True)[:, 0]
+        token_B = token_B.clamp_(max=logits_BV.shape[1] - 1)
+    return token_B, logp_BV.gather(1, token_B[:, None])[:, 0]
+
+
+def row_seeds(num_rows: int, seed: int) -> Tensor:
+    """`seed_B`, int64: what rows 0 .. num_rows - 1 draw from in a call with this seed."""
+    return _mix(torch.arange(num_rows) + _mix(torch.tensor(seed)))
+
+
+def uniform(seed_B: Tensor, position_B: Tensor) -> Tensor:
+    """float64 in [0, 1) from (row seed, position in the response)."""
+    return _shift(_mix(seed_B ^ _mix(position_B)), 11).double() * 2.0**-53
+
+
+def _mix(value: Tensor) -> Tensor:
+    """The splitmix64 finaliser on int64 (multiplication wraps): spreads nearby integers apart."""
+    value = value + -7046029254386353131
+    value = (value ^ _shift(value, 30)) * -4658895280553007687
+    value = (value ^ _shift(value, 27)) * -7723592293110705685
+    return value ^ _shift(value, 31)
+
+
+def _shift(value: Tensor, bits: int) -> Tensor:
+    """Logical right shift; torch's `>>` on int64 keeps the sign."""
+    return (value >> bits) & ((1 << (64 - bits)) - 1)
+
+
+class Drawn:
+    """The tokens drawn so far for every row, on the CPU, and the rollouts that they make."""
+
+    def __init__(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        group_size: int,
+        max_new_tokens: int,
+        pad_id: int,
+        stop_ids: Tensor,
+        num_ids: int,
+    ) -> None:
+        """`num_ids` is the size of the output layer: no id beyond it is ever drawn."""
+        self.prompts_PT, self.prompt_len_P = pad_rows(prompts, pad_id)
+        self.group_size, self.pad_id = group_size, pad_id
+        self.max_new_tokens = max_new_tokens
+        self.stops_V = torch.zeros(num_ids, dtype=torch.bool)
+        self.stops_V[stop_ids[stop_ids < num_ids]] = True
+        num_rows = len(prompts) * group_size
+        self.tokens_BR = torch.full((num_rows, max_new_tokens), pad_id)
+        self.logp_BR = torch.zeros(num_rows, max_new_tokens)
+        self.response_len_B = torch.zeros(num_rows, dtype=torch.int64)
+        self.finished_B = torch.zeros(num_rows, dtype=torch.bool)
+
+    def record(self, row_L: Tensor, at_L: Tensor, token_L: Tensor, logp_L: Tensor) -> Tensor:
+        """Store token number `at_L` of these rows. Returns a bool per row: whether it ended."""
+        flat_L = row_L * self.max_new_tokens + at_L
+        self.tokens_BR.view(-1).index_copy_(0, flat_L, token_L)
+        self.logp_BR.view(-1).index_copy_(0, flat_L, logp_L)
+        stopped_L = self.stops_V[token_L]
+        ended_L = stopped_L | (at_L + 1 >= self.max_new_tokens)
+        if bool(ended_L.any()):
+            ended_E = row_L[ended_L]
+            self.finished_B[ended_E] = stopped_L[ended_L]
+            self.response_len_B[ended_E] = at_L[ended_L] + 1
+        return ended_L
+
+    def responses(self, row_B: Tensor) -> list[list[int]]:
+        """Token ids of these rows, all of which have ended; stop token included."""
+        lengths = self.response_len_B[row_B].tolist()
+        rows = self.tokens_BR[row_B].tolist()
+        return [row[:length] for row, length in zip(rows, lengths, strict=True)]
+
+    def rollouts(self, row_B: Tensor | None = None) -> Rollouts:
+        """The rows `row_B`, all of which have ended, or all rows, as one right-padded batch."""
+        if row_B is None:
+            row_B = torch.arange(len(self.response_len_B))
+        prompt_B = row_B // self.group_size
+        prompt_len_B, response_len_B = self.prompt_len_P[prompt_B], self.response_len_B[row_B]
+        longest = int(response_len_B.max()) if len(row_B) else 0
+        used = int((prompt_len_B + response_len_B).max()) if len(row_B) else 0
+        tokens_BT = torch.full((len(row_B), self.prompts_PT.shape[1] + longest), self.pad_id)
+        tokens_BT[:, : self.prompts_PT.shape[1]] = self.prompts_PT[prompt_B]
+        position_R = torch.arange(longest)
+        valid_BR = position_R < response_len_B[:, None]
+        response_BR = torch.where(valid_BR, self.tokens_BR[row_B, :longest], self.pad_id)
+        tokens_BT.scatter_(1, prompt_len_B[:, None] + position_R, response_BR)
+        return Rollouts(
+            tokens_BT=tokens_BT[:, :used].clone(),
+            prompt_len_B=prompt_len_B,
+            response_len_B=response_len_B,
+            logp_BR=self.logp_BR[row_B, :longest] * valid_BR,
+            finished_B=self.finished_B[row_B],
+        )
