@@ -57,6 +57,10 @@ class Sampling(Protocol):
         """Response token ids of the rows `row_B`, all of which have ended; stop token included."""
         ...
 
+    def finished(self, row_B: Tensor) -> Tensor:
+        """bool for each of the rows `row_B`: whether a stop token ended it, not the limit."""
+        ...
+
 
 class Sampler(Protocol):
     """Draws responses."""

@@ -67,6 +67,10 @@ class Lockstep:
         """See `Sampling.responses`."""
         return self.drawn.responses(row_B)
 
+    def finished(self, row_B: Tensor) -> Tensor:
+        """See `Sampling.finished`."""
+        return self.drawn.finished_B[row_B]
+
     def _batches(self) -> Iterator[Tensor]:
         """Prompt numbers of one batch after another, shortest prompts first.
 

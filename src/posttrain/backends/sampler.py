@@ -145,6 +145,10 @@ class Slots:
         """See `Sampling.responses`."""
         return self.drawn.responses(row_B)
 
+    def finished(self, row_B: Tensor) -> Tensor:
+        """See `Sampling.finished`."""
+        return self.drawn.finished_B[row_B]
+
     @property
     def waiting(self) -> bool:
         """Whether some prompts have no slot yet."""

@@ -12,6 +12,7 @@ Legend: B rows, N flat response tokens.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ from posttrain.losses.policy import policy_gradient
 from posttrain.rl.advantage import advantages
 from posttrain.rl.corrections import importance_correction
 from posttrain.schedules import learning_rate
-from posttrain.stages.batches import Pool
+from posttrain.stages.batches import Pool, Problem
 from posttrain.stages.config import Distill
 from posttrain.stages.context import Context
 from posttrain.stages.rollouts import (
@@ -38,7 +39,7 @@ from posttrain.stages.rollouts import (
     step_seed,
     verifiers,
 )
-from posttrain.stages.teachers import Targets, Teachers
+from posttrain.stages.teachers import Reading, Targets, Teachers
 
 
 def run(config: Distill, ctx: Context) -> dict[str, float]:
@@ -47,7 +48,8 @@ def run(config: Distill, ctx: Context) -> dict[str, float]:
     language_model = load(ctx.inputs["start"])
     domains = list(ctx.domains)
     names = sorted(set(config.routes.values()))
-    teachers = Teachers({name: ctx.inputs[f"teachers.{name}"] for name in names}, language_model)
+    paths = {name: ctx.inputs[f"teachers.{name}"] for name in names}
+    teachers = Teachers(paths, language_model, aside=spare_thread(ctx))
     chat = Chat(language_model)
     sampler = LocalSampler(language_model)
     pool = Pool({name: ctx.problems(name, "train") for name in domains}, seed=config.seed)
@@ -58,28 +60,47 @@ def run(config: Distill, ctx: Context) -> dict[str, float]:
         max_grad_norm=config.max_grad_norm,
     )
     for step in range(ctx.resume(learner), config.steps):
+        problems = pool.draw(step, config.prompts_per_step)
+        reading = teachers.reading(config, teacher_numbers(config, teachers, problems))
         scored = sample_and_verify(
             sampler,
             chat,
-            pool.draw(step, config.prompts_per_step),
+            problems,
             judges,
             group_size=config.samples_per_prompt,
             max_new_tokens=config.max_new_tokens,
             temperature=config.temperature,
             seed=step_seed(config.seed, step),
+            reader=reading,
         )
         lr = learning_rate(config, step, config.steps)
-        metrics = learn(config, learner, teachers, domains, scored, lr=lr, step=step)
+        metrics = learn(config, learner, reading, domains, scored, lr=lr, step=step)
         ctx.log(step + 1, config.steps, tokens=scored.rollouts.num_tokens, **metrics)
         ctx.checkpoint(step + 1, learner)
     save(language_model, ctx.out)
     return {"kl": ctx.metrics["kl"], "tokens": ctx.tokens}
 
 
+def spare_thread(ctx: Context) -> ThreadPoolExecutor | None:
+    """A thread for the teachers where the stage has more cores than its arithmetic uses.
+
+    Where it uses all of them, threads would only take turns.
+    """
+    if ctx.threads <= torch.get_num_threads():
+        return None
+    return ctx.resources.enter_context(ThreadPoolExecutor(1, thread_name_prefix="teachers"))
+
+
+def teacher_numbers(config: Distill, teachers: Teachers, problems: list[Problem]) -> Tensor:
+    """`teacher_B` of the responses to these problems, group after group."""
+    numbers = [teachers.names.index(config.routes[p["domain"]]) for p in problems]
+    return torch.tensor(numbers).repeat_interleave(config.samples_per_prompt)
+
+
 def learn(
     config: Distill,
     learner: LocalLearner,
-    teachers: Teachers,
+    reading: Reading,
     domains: list[str],
     scored: Scored,
     *,
@@ -89,9 +110,8 @@ def learn(
     """All updates on one batch of the student's rollouts; returns the step's metrics."""
     rollouts = scored.rollouts
     domain_B = torch.tensor([domains.index(p["domain"]) for p in scored.problems])
-    teacher_of = torch.tensor([teachers.names.index(config.routes[d]) for d in domains])
-    teacher_B = teacher_of[domain_B]
-    targets = teachers.targets(config, rollouts, teacher_B)
+    teacher_B = reading.teacher_B
+    targets = reading.targets(rollouts)
     weight_B = domain_weights(config, domains, rollouts.response_len_B, domain_B)
     reward_B = advantages(scored.reward_B, scored.group_B, mode="group_mean")
     sums: dict[str, float] = {}
@@ -118,7 +138,7 @@ def learn(
     metrics["finished_share"] = float(rollouts.finished_B.float().mean())
     if config.reward_weight > 0:
         metrics["reward"] = float(scored.reward_B.mean())
-    for number, name in enumerate(teachers.names):
+    for number, name in enumerate(reading.teachers.names):
         metrics[f"rows/{name}"] = float((teacher_B == number).sum())
     return metrics
 

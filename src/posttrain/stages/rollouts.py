@@ -10,12 +10,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from posttrain.backends.base import Sampler
+from posttrain.backends.base import Sampler, Sampling
 from posttrain.backends.chat import Chat
 from posttrain.rewards.pool import VerifierPool
 from posttrain.rl.types import Rollouts
@@ -23,9 +23,17 @@ from posttrain.stages.batches import Problem
 from posttrain.stages.context import Context
 
 CHUNK_ROWS = 16
-"""Responses that go to a verifier's process at a time."""
+"""Responses that go to a verifier at a time."""
 MAX_WORKERS = 8
 """A process takes about 100 MB where it needs reasoning-gym."""
+
+
+class Reader(Protocol):
+    """Something that reads responses as they end, such as the teachers of a distillation."""
+
+    def read(self, row_B: Tensor, sampling: Sampling) -> None:
+        """Rows `row_B` of `sampling` have ended."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,13 +69,15 @@ def sample_and_verify(
     max_new_tokens: int,
     temperature: float,
     seed: int,
+    reader: Reader | None = None,
 ) -> Scored:
     """Sample a group per problem and score every response with its domain's verifier.
 
-    A response that was cut at the length limit scores 0: it has not given its answer. Without
+    Responses are verified, and read by a `reader`, as they end, beside those still being sampled. A
+    response that was cut at the length limit scores 0: it has not given its answer. Without
     `judges`, rewards are 0 and texts are left out.
     """
-    rollouts = sampler.sample(
+    sampling = sampler.stream(
         [chat.prompt(problem["prompt"]) for problem in problems],
         group_size=group_size,
         max_new_tokens=max_new_tokens,
@@ -75,20 +85,40 @@ def sample_and_verify(
         seed=seed,
     )
     rows = [problem for problem in problems for _ in range(group_size)]
-    texts: list[str] = []
+    texts = [""] * len(rows) if judges is not None else []
+    verdicts: list[tuple[list[int], Future[list[float]]]] = []
+    for row_B in gathered(sampling, CHUNK_ROWS):
+        if reader is not None:
+            reader.read(row_B, sampling)
+        if judges is not None:
+            index = row_B.tolist()
+            for row, ids in zip(index, sampling.responses(row_B), strict=True):
+                texts[row] = chat.decode(ids)
+            complete = sampling.finished(row_B).tolist()
+            ended = [row for row, whole in zip(index, complete, strict=True) if whole]
+            verdicts += submit(judges, ended, texts, rows)
     reward_B = torch.zeros(len(rows))
-    if judges is not None:
-        texts = [chat.decode(ids) for ids in rollouts.responses()]
-        finished = rollouts.finished_B.nonzero()[:, 0].tolist()
-        for part, scores in submit(judges, finished, texts, rows):
-            reward_B[part] = torch.tensor(scores.result(), dtype=torch.float32)
+    for part, scores in verdicts:
+        reward_B[part] = torch.tensor(scores.result(), dtype=torch.float32)
     return Scored(
-        rollouts=rollouts,
+        rollouts=sampling.rollouts(),
         problems=rows,
         group_B=torch.arange(len(problems)).repeat_interleave(group_size),
         texts=texts,
         reward_B=reward_B,
     )
+
+
+def gathered(rows: Iterable[Tensor], count: int) -> Iterator[Tensor]:
+    """The row numbers that come, at least `count` at a time, in ascending order; then the rest."""
+    waiting: list[Tensor] = []
+    for row_B in rows:
+        waiting.append(row_B)
+        if sum(map(len, waiting)) >= count:
+            yield torch.cat(waiting).sort().values
+            waiting = []
+    if waiting:
+        yield torch.cat(waiting).sort().values
 
 
 def submit(

@@ -1,6 +1,7 @@
 """The frozen teachers of a distillation, and what each of them says about the student's tokens.
 
-Teachers are read one at a time, each only on the rows of its own domains. For the exact estimator
+Each teacher reads only the rows of its own domains, while others are still being sampled where a
+core is free for it. For the exact estimator
 what is kept of a teacher is the last hidden state of every token, from which the loss rebuilds
 logits through that teacher's head, a chunk of tokens at a time (DeepSeek-V4, arXiv 2606.19348,
 section 5.2.2).
@@ -11,6 +12,7 @@ Legend: B rows, N flat response tokens of one teacher's rows, E teacher's hidden
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from posttrain.backends.base import Head
+from posttrain.backends.base import Head, Sampling
 from posttrain.backends.checkpoint import LanguageModel, load
 from posttrain.backends.local import LocalScorer, response_logprobs
 from posttrain.engine.errors import ConfigError
@@ -40,10 +42,21 @@ class Targets:
     logp_N: Tensor | None = None
 
 
+READ_SHARE = 4
+"""Rows are read when this part of the batch has ended: fewer rows fill a forward pass badly."""
+
+
 class Teachers:
     """All teachers of a stage by name."""
 
-    def __init__(self, paths: Mapping[str, Path], student: LanguageModel) -> None:
+    def __init__(
+        self,
+        paths: Mapping[str, Path],
+        student: LanguageModel,
+        *,
+        aside: ThreadPoolExecutor | None = None,
+    ) -> None:
+        """`aside`, of one thread, reads responses while others are still being sampled."""
         self.names = list(paths)
         by_path: dict[Path, LocalScorer] = {}
         for name, path in paths.items():
@@ -52,37 +65,96 @@ class Teachers:
                 check_same_tokens(student, teacher, name)
                 by_path[path] = LocalScorer(teacher)
         self.scorers = {name: by_path[path] for name, path in paths.items()}
+        self.aside = aside
 
-    def targets(self, config: Distill, rollouts: Rollouts, teacher_B: Tensor) -> list[Targets]:
-        """Score every row with its own teacher; `teacher_B` (int64) indexes `names`."""
-        return [
-            self._targets(config, name, rollouts, (teacher_B == number).nonzero()[:, 0])
-            for number, name in enumerate(self.names)
-        ]
+    def reading(self, config: Distill, teacher_B: Tensor) -> Reading:
+        """Begin to score a batch; row b is for teacher `teacher_B[b]` (int64, indexes `names`)."""
+        return Reading(self, config, teacher_B)
 
-    def _targets(self, config: Distill, name: str, rollouts: Rollouts, index_B: Tensor) -> Targets:
-        scorer = self.scorers[name]
+
+class Reading:
+    """The scoring of one batch, row by row as responses end. A `Reader`.
+
+    Rows are read some at a time, so that a forward pass has enough of them; which ones together
+    follows from the order in which they ended, and so from what was sampled.
+    """
+
+    def __init__(self, teachers: Teachers, config: Distill, teacher_B: Tensor) -> None:
+        self.teachers, self.config, self.teacher_B = teachers, config, teacher_B
+        self.aside = teachers.aside
+        self.parts: list[tuple[int, Tensor, Future[Scores] | Scores]] = []
+        self.waiting: list[Tensor] = []
+
+    def read(self, row_B: Tensor, sampling: Sampling) -> None:
+        """Score these rows of `sampling`, once enough of them have ended."""
+        if self.aside is None:
+            return
+        self.waiting.append(row_B)
+        if sum(map(len, self.waiting)) * READ_SHARE >= len(self.teacher_B):
+            row_B = torch.cat(self.waiting).sort().values
+            self.waiting = []
+            self._score(row_B, sampling.rollouts(row_B))
+
+    def targets(self, rollouts: Rollouts) -> list[Targets]:
+        """What each teacher says of its rows; reads those that are left of the whole batch."""
+        if self.aside is None:
+            self._score(torch.arange(len(rollouts)), rollouts)
+        elif self.waiting:
+            row_B = torch.cat(self.waiting).sort().values
+            self._score(row_B, rollouts.rows(row_B))
+        return [self._joined(number, rollouts) for number in range(len(self.teachers.names))]
+
+    def _score(self, row_B: Tensor, rows: Rollouts) -> None:
+        teacher_B = self.teacher_B[row_B]
+        for number in teacher_B.unique().tolist():
+            member_B = (teacher_B == number).nonzero()[:, 0]
+            work = (self.teachers.scorers[self.teachers.names[number]], rows.rows(member_B))
+            scores: Future[Scores] | Scores
+            if self.aside is None:
+                scores = read_rows(self.config, *work)
+            else:
+                scores = self.aside.submit(read_rows, self.config, *work)
+            self.parts.append((number, row_B[member_B], scores))
+
+    def _joined(self, number: int, rollouts: Rollouts) -> Targets:
+        """The parts of one teacher, its rows in the order of the batch."""
+        head = self.teachers.scorers[self.teachers.names[number]].head
         start_B = torch.full((len(rollouts),), -1)
-        if len(index_B) == 0:
-            return Targets(head=scorer.head, start_B=start_B)
-        rows = rollouts.rows(index_B)
-        start_B[index_B] = rows.response_len_B.cumsum(0) - rows.response_len_B
-        hidden_NE = scorer.hidden(rows)
-        if config.estimator == "full_vocabulary":
-            hidden_NE = hidden_NE.to(getattr(torch, config.teacher_cache))
-            return Targets(head=scorer.head, start_B=start_B, hidden_NE=hidden_NE)
-        if config.estimator == "sampled_token":
-            logp_N = response_logprobs(hidden_NE, scorer.head, rows, config.temperature)
-            return Targets(head=scorer.head, start_B=start_B, logp_N=logp_N)
-        head = scorer.head
-        top_ids_NK, top_logp_NK = teacher_top_k_targets(
-            hidden_NE,
-            head.weight_VD,
-            min(config.top_k, head.weight_VD.shape[0]),
-            bias_V=head.bias_V,
-            temperature=config.temperature,
-        )
-        return Targets(head=head, start_B=start_B, top_ids_NK=top_ids_NK, top_logp_NK=top_logp_NK)
+        parts = [(row_B, scores) for of, row_B, scores in self.parts if of == number]
+        if not parts:
+            return Targets(head=head, start_B=start_B)
+        found = [s.result() if isinstance(s, Future) else s for _, s in parts]
+        at = 0
+        for row_B, _ in parts:
+            count_B = rollouts.response_len_B[row_B]
+            start_B[row_B] = at + count_B.cumsum(0) - count_B
+            at += int(count_B.sum())
+        joined = {name: torch.cat([scores[name] for scores in found]) for name in found[0]}
+        return Targets(head=head, start_B=start_B, **joined)
+
+
+Scores = dict[str, Tensor]
+"""Fields of `Targets` for some rows of one teacher."""
+
+
+@torch.no_grad()
+def read_rows(config: Distill, scorer: LocalScorer, rows: Rollouts) -> Scores:
+    """What the estimator needs of a teacher, for each response token of `rows`."""
+    hidden_NE = scorer.hidden(rows)
+    if config.estimator == "full_vocabulary":
+        return {"hidden_NE": hidden_NE.to(getattr(torch, config.teacher_cache))}
+    if config.estimator == "sampled_token":
+        logp_N = response_logprobs(hidden_NE, scorer.head, rows, config.temperature)
+        return {"logp_N": logp_N}
+    head = scorer.head
+    top_ids_NK, top_logp_NK = teacher_top_k_targets(
+        hidden_NE,
+        head.weight_VD,
+        min(config.top_k, head.weight_VD.shape[0]),
+        bias_V=head.bias_V,
+        temperature=config.temperature,
+    )
+    return {"top_ids_NK": top_ids_NK, "top_logp_NK": top_logp_NK}
 
 
 def check_same_tokens(
