@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -37,6 +38,15 @@ PARTS = (
     "engine",
 )
 PACKAGES = ("posttrain", "torch", "transformers", "trl", "accelerate", "liger-kernel")
+
+QUIET = {
+    "TQDM_DISABLE": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "PYTHONWARNINGS": "ignore",
+}
+"""For the parts: nothing is looked up, and no bars or warnings stand between the lines."""
 
 
 def main() -> None:
@@ -95,8 +105,8 @@ def run_all(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], list[s
             command += ["--threads", str(arguments.threads)]
             command += ["--repetitions", str(arguments.repetitions)]
             command += ["--quick"] if arguments.quick else []
-            threads = {"OMP_NUM_THREADS": str(arguments.threads), "TOKENIZERS_PARALLELISM": "false"}
-            done = subprocess.run(command, env=os.environ | threads)
+            threads = {"OMP_NUM_THREADS": str(arguments.threads)}
+            done = subprocess.run(command, env=os.environ | QUIET | threads)
             seconds = time.monotonic() - began
             print(f"    {name} took {seconds:.0f} s", file=sys.stderr, flush=True)
             if done.returncode:
@@ -113,6 +123,7 @@ def run_part(arguments: argparse.Namespace) -> None:
     from suite.measure import Options
 
     torch.set_num_threads(arguments.threads)
+    logging.getLogger("ContinuousBatchingLogger").setLevel(logging.ERROR)
     options = Options(
         threads=arguments.threads,
         repetitions=arguments.repetitions,

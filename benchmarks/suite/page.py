@@ -32,10 +32,19 @@ def page(rows: Sequence[Mapping[str, Any]], conditions: Mapping[str, Any]) -> st
             "",
             "## Notes",
             "",
-            *(f"- {row['path']}: {row['note']}." for row in rows if row["note"]),
+            *notes(rows),
             "",
         ]
     )
+
+
+def notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Every note once, with the rows that it stands at."""
+    paths: dict[str, list[str]] = {}
+    for row in rows:
+        if row["note"]:
+            paths.setdefault(row["note"], []).append(row["path"])
+    return [f"- {'; '.join(where)}: {note}." for note, where in paths.items()]
 
 
 def sentence(conditions: Mapping[str, Any]) -> str:

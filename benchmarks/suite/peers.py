@@ -6,27 +6,17 @@ gradient checkpointing, no logging, evaluation or saving, AdamW as they make it.
 
 from __future__ import annotations
 
-import logging
 import threading
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
-from transformers.utils import logging as transformers_logging
 
 from suite.measure import Work, sampled
 from suite.models import END_ID, MAX_NEW_TOKENS, PAD_ID, text_of
-
-transformers_logging.set_verbosity_error()
-transformers_logging.disable_progress_bar()
-datasets.disable_progress_bars()
-logging.getLogger("ContinuousBatchingLogger").setLevel(logging.ERROR)
-warnings.filterwarnings("ignore", module="(trl|transformers|accelerate|torch)")
 
 LEARNING_RATE = 1e-6
 ENDLESS = 1_000_000
