@@ -118,6 +118,8 @@ def alone(
     )
 
 
-def not_measured(path: str, unit: str, why: str, *, target: float | None = None) -> Row:
+def not_measured(
+    path: str, unit: str, why: str, *, sense: Sense = ">=", target: float | None = None
+) -> Row:
     """A row that says that there is no number, and why."""
-    return Row(path=path, unit=unit, target=target, note=f"not measured: {why}")
+    return Row(path=path, unit=unit, sense=sense, target=target, note=f"not measured: {why}")
