@@ -32,8 +32,8 @@ def one(options: Options, size: Size, batch: int) -> list[Row]:
     # Small batches take moments and vary most.
     repetitions = options.repetitions * (3 if batch <= 16 and not options.quick else 1)
     sides: dict[str, Side] = {
-        "ours": lambda i: mine(prompts, workload.GROUP, 100 + i),
-        "generate": lambda i: generate(prompts, workload.GROUP, 100 + i),
+        "ours": lambda i: mine(some(prompts, i), workload.GROUP, 100 + i),
+        "generate": lambda i: generate(some(prompts, i), workload.GROUP, 100 + i),
     }
     name = f"sampling, {size.name}, batch {batch}"
     timed = interleave(sides, repetitions, what=name)
@@ -51,10 +51,17 @@ def one(options: Options, size: Size, batch: int) -> list[Row]:
         limit_share=statistics.median(shares),
         note=agreement(timed["ours"], timed["generate"]),
     )
-    return [judged, continuous(options, name, path, prompts)]
+    return [judged, continuous(options, name, size, path, prompts)]
 
 
-def continuous(options: Options, name: str, path: Path, prompts: list[list[int]]) -> Row:
+def some(prompts: list[list[int]], repetition: int) -> list[list[int]]:
+    """All prompts; four for the warm-up, which would otherwise take as long as a repetition."""
+    return prompts if repetition >= 0 else prompts[:4]
+
+
+def continuous(
+    options: Options, name: str, size: Size, path: Path, prompts: list[list[int]]
+) -> Row:
     """The same against continuous batching, ours measured beside it."""
     mine, peer = ours.Sampling(path), peers.ContinuousBatching(path)
     try:
@@ -63,7 +70,7 @@ def continuous(options: Options, name: str, path: Path, prompts: list[list[int]]
                 "ours": lambda i: mine(prompts, workload.GROUP, 200 + i),
                 "continuous batching": lambda i: peer(prompts, workload.GROUP, 200 + i),
             },
-            options.few(2),
+            options.few(1 if size is M and len(prompts) > 4 else 2),
             what=name,
         )
     finally:

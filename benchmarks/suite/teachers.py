@@ -40,9 +40,10 @@ def one(options: Options, size: Size) -> list[Row]:
 
     rows = []
     for what, side in (("step", whole), ("scoring and update alone", learning)):
+        repetitions = options.repetitions if what == "step" else options.few(3)
         path = f"{what}, {size.name}, 1 to {counts[-1]} teachers"
         timed = interleave(
-            {f"{count} teachers": side(count) for count in counts}, options.repetitions, what=path
+            {f"{count} teachers": side(count) for count in counts}, repetitions, what=path
         )
         medians = {name: statistics.median(seconds(series)) for name, series in timed.items()}
         rows.append(
@@ -53,9 +54,12 @@ def one(options: Options, size: Size) -> list[Row]:
                 ratio=max(medians.values()) / min(medians.values()),
                 sense="<=",
                 target=TARGET if what == "step" else None,
-                repetitions=options.repetitions,
+                repetitions=repetitions,
                 note="ratio: longest to shortest",
-                details={"medians": medians},
+                details={
+                    "medians": medians,
+                    "tokens": {n: sum(one.work.tokens for one in t) for n, t in timed.items()},
+                },
             )
         )
     return rows
