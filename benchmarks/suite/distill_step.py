@@ -15,7 +15,7 @@ from suite.rows import Row, compared
 
 STEPS = ((S, 64, 4.0), (M, 8, 3.2))
 MICRO_BATCH = {"S": 64, "M": 16}
-"""Rows of TRL's forward passes; the fastest of several that were tried, see README.md."""
+"""Rows of TRL's forward passes; README.md says what was tried."""
 
 
 def run(options: Options) -> list[Row]:
