@@ -39,9 +39,9 @@ def one(options: Options, size: Size) -> list[Row]:
         return work
 
     rows = []
-    for what, side in (("step", whole), ("scoring and update alone", learning)):
-        repetitions = options.repetitions if what == "step" else options.few(3)
-        path = f"{what}, {size.name}, 1 to {counts[-1]} teachers"
+    for what, side in (("whole step", whole), ("scoring and update alone", learning)):
+        repetitions = options.repetitions if what == "whole step" else options.few(3)
+        path = f"distillation with 1 to {counts[-1]} teachers, {size.name}, {what}"
         timed = interleave(
             {f"{count} teachers": side(count) for count in counts}, repetitions, what=path
         )
@@ -53,7 +53,7 @@ def one(options: Options, size: Size) -> list[Row]:
                 ours=max(medians.values()),
                 ratio=max(medians.values()) / min(medians.values()),
                 sense="<=",
-                target=TARGET if what == "step" else None,
+                target=TARGET if what == "whole step" else None,
                 repetitions=repetitions,
                 note="ratio: longest to shortest",
                 details={
