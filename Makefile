@@ -1,6 +1,7 @@
 # make demo    install and run the MOPD recipe
 # make test    install with the dev extra, lint, type-check, run the tests
 # make lint    the first two of these
+# make bench   install what we are compared with, run the benchmark suite (benchmarks/README.md)
 
 PYTHON ?= python3
 VENV := .venv
@@ -10,16 +11,20 @@ CONSTRAINTS := -c constraints.txt
 # An environment knows where it was made: one that was moved or copied is made anew.
 PLACED := $(shell grep -qsF "$(CURDIR)/$(BIN)/python" $(BIN)/pip && $(BIN)/python -c "" && echo yes)
 ifneq ($(PLACED),yes)
-$(shell rm -f $(VENV)/.python $(VENV)/.torch $(VENV)/.installed $(VENV)/.installed-dev)
+$(shell rm -f $(VENV)/.python $(VENV)/.torch $(VENV)/.installed $(VENV)/.installed-dev \
+    $(VENV)/.installed-bench)
 endif
 
-.PHONY: demo test lint
+.PHONY: demo test lint bench
 
 demo: $(VENV)/.installed
 	$(BIN)/posttrain run mopd
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+bench: $(VENV)/.installed-bench
+	$(BIN)/python benchmarks/bench.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check
@@ -42,4 +47,10 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml
 
 $(VENV)/.installed-dev: $(VENV)/.torch pyproject.toml
 	$(BIN)/python -m pip install -q $(CONSTRAINTS) -e '.[dev]'
+	touch $@ $(VENV)/.installed
+
+# Liger asks for triton, 270 MB that only a GPU needs; its chunked losses are plain torch.
+$(VENV)/.installed-bench: $(VENV)/.torch pyproject.toml
+	$(BIN)/python -m pip install -q $(CONSTRAINTS) -e '.[bench]'
+	$(BIN)/python -m pip install -q $(CONSTRAINTS) --no-deps liger-kernel
 	touch $@ $(VENV)/.installed

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -22,9 +20,10 @@ import tempfile
 import threading
 import time
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from suite.machine import machine
 
 HERE = Path(__file__).resolve().parent
 LIMITS = {
@@ -188,24 +187,6 @@ def row(name: str, value: float, sense: str, target: float) -> dict[str, Any]:
         "sense": sense,
         "target": target,
         "met": met,
-    }
-
-
-def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
-    cpu = next(
-        (
-            line.partition(":")[2].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ),
-        platform.processor(),
-    )
-    return {
-        "cpu": cpu,
-        "cores": len(os.sched_getaffinity(0)),
-        "python": platform.python_version(),
-        "packages": {name: version(name) for name in ("torch", "transformers", "reasoning-gym")},
     }
 
 
