@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from many_stages import measure as measure_many_stages
-
 from mopd import measure as measure_mopd
 from suite.measure import Options, say
 from suite.rows import Row, alone, not_measured

@@ -5,7 +5,6 @@ Legend: B rows, N flat response tokens, T positions, V vocabulary, D hidden size
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from posttrain.backends.local import LocalLearner, LocalScorer, response_logprob
 from posttrain.backends.sampler import LocalSampler
 from posttrain.losses.distill import full_vocabulary
 from posttrain.rl.types import Rollouts
-from posttrain.stages import distill, rl, sft
+from posttrain.stages import distill, dpo, rl, sft
 from posttrain.stages.batches import sequences
 from posttrain.stages.config import build_config
 from posttrain.stages.rollouts import Scored
@@ -89,10 +88,12 @@ class Distillation:
 
     def learn(self, scored: Scored) -> dict[str, float]:
         """Teachers score, the student takes one step."""
+        problems = scored.problems[:: self.group]
+        numbers_B = distill.teacher_numbers(self.config, self.teachers, problems)
         return distill.learn(
             self.config,
             self.learner,
-            self.teachers,
+            self.teachers.reading(self.config, numbers_B),
             self.domains,
             scored,
             lr=LEARNING_RATE,
@@ -199,8 +200,6 @@ class Preference:
         chosen: list[list[int]],
         rejected: list[list[int]],
     ) -> None:
-        from posttrain.stages import dpo
-
         self.language_model = load(start)
         responses = [row for pair in zip(chosen, rejected, strict=True) for row in pair]
         rows = sequences(
@@ -219,18 +218,12 @@ class Preference:
             reference_B=dpo.counted_sums(rows, logp_N, counted_V),
             baseline=None,
         )
-        self.learn = dpo.learn
         self.learner = new_learner(self.language_model)
         self.tokens = 2 * sum(map(len, prompts)) + sum(map(len, responses))
 
-    @staticmethod
-    def exists() -> bool:
-        """Whether posttrain has the stage."""
-        return importlib.util.find_spec("posttrain.stages.dpo") is not None
-
     def step(self) -> Work:
         """One step; counts the prompt once per response, as both sides could read it."""
-        self.learn(self.learner, self.update, lr=LEARNING_RATE)
+        dpo.learn(self.learner, self.update, lr=LEARNING_RATE)
         return Work(tokens=self.tokens)
 
 
