@@ -18,10 +18,10 @@ from posttrain.backends.local import (
     LocalScorer,
     flat_index,
     hidden_states,
+    passes,
     response_logprobs,
     response_targets,
 )
-from posttrain.backends.packing import forward_passes
 from posttrain.engine.errors import ConfigError, StageError
 from posttrain.losses.ops import token_logprobs
 from posttrain.rl.types import Rollouts
@@ -115,10 +115,12 @@ def test_a_shared_prompt_learns_what_padded_rows_do(make_model: MakeModel, kind:
     (-logp_BT[rollouts.response_mask_BT()[:, 1:]].sum() / 41).backward()
     padded = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
-    (packed,) = forward_passes(rollouts, max_tokens=8192, hidden_size=32)
-    assert packed.num_needed == 6 + 1 + 9 + sum(lengths) - len(lengths)
-    part = MicroBatch(index_B=packed.index_B, rollouts=rollouts)
-    loss, _ = cross_entropy(hidden_states(model, packed), LocalScorer(language_model).head, part)
+    (forward,) = passes(model, rollouts, 8192)
+    tokens = sum(len(part.at_M) for part in forward.parts)
+    assert tokens == 6 + 1 + 9 + sum(lengths) - len(lengths)
+    index_B = forward.index_B
+    part = MicroBatch(index_B=index_B, rollouts=rollouts.rows(index_B))
+    loss, _ = cross_entropy(hidden_states(model, forward), LocalScorer(language_model).head, part)
     (loss / 41).backward()
     for name, parameter in model.named_parameters():
         scale = float(padded[name].abs().max())

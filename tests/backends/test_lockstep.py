@@ -108,8 +108,8 @@ def test_logprobs_are_those_of_a_fresh_forward_pass(make_family: MakeModel, kind
 
 def together(model: Any, rollouts: Rollouts) -> Tensor:
     """`hidden_ND` by the learner's one forward pass."""
-    (packed,) = passes(model, rollouts, 10_000)
-    return hidden_states(model, packed)
+    (forward,) = passes(model, rollouts, 10_000)
+    return hidden_states(model, forward)
 
 
 def alone(model: Any, rollouts: Rollouts) -> Tensor:

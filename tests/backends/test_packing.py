@@ -68,19 +68,19 @@ def test_a_response_token_is_predicted_where_all_before_it_is_visible(
 
 
 def test_a_prompt_is_read_once_for_its_group() -> None:
-    needed = sum(packed.num_needed for packed in passes("groups"))
+    needed = sum(len(packed.at_M) for packed in passes("groups"))
     assert needed == sum(
         (length if m == 0 else 0) + response - 1
         for m, ((_, length), response) in zip(
             itertools.cycle(range(4)), CASES["groups"], strict=False
         )
     )
-    alone = sum(packed.num_needed for packed in passes("groups", pack=False))
+    alone = sum(len(packed.at_M) for packed in passes("groups", pack=False))
     assert alone == sum(length + response - 1 for (_, length), response in CASES["groups"])
 
 
 def test_only_neighbours_share_a_prompt() -> None:
-    assert sum(p.num_needed for p in passes("not neighbours")) == 3 * 5 + 3 + 3 + 2
+    assert sum(len(p.at_M) for p in passes("not neighbours")) == 3 * 5 + 3 + 3 + 2
 
 
 @pytest.mark.parametrize("max_tokens", [1, 100, 512])
@@ -99,7 +99,7 @@ def test_little_is_computed_for_nothing() -> None:
         case = [((n // 4, 32), min(128, 1 + int(r))) for n, r in enumerate(lengths.tolist())]
         found = list(forward_passes(batch(case), max_tokens=8192, hidden_size=hidden_size))
         computed = sum(packed.tokens_CT.numel() for packed in found)
-        assert computed <= 1.1 * sum(packed.num_needed for packed in found)
+        assert computed <= 1.1 * sum(len(packed.at_M) for packed in found)
 
 
 def test_short_rows_share_bins_and_rows_beyond_the_limit_do_not() -> None:

@@ -7,14 +7,17 @@ head. Legend: B rows, C bins, T positions, N flat response tokens, D hidden.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from posttrain.backends import flat
 from posttrain.backends.architecture import backbone, path_of
 from posttrain.backends.base import Head, LossFunction, MicroBatch
 from posttrain.backends.checkpoint import LanguageModel, output_head
+from posttrain.backends.flat import is_flat
 from posttrain.backends.packing import Packed, forward_passes
 from posttrain.engine.errors import ConfigError, StageError
 from posttrain.losses.ops import token_logprobs
@@ -23,12 +26,27 @@ from posttrain.rl.types import Rollouts
 POSITIONS = "max_position_embeddings"
 
 
-def hidden_states(model: Any, packed: Packed) -> Tensor:
+@dataclass(frozen=True, kw_only=True)
+class ForwardPass:
+    """Rows that go through a model at once; of several widths where the model is flat."""
+
+    parts: tuple[Packed, ...]
+
+    @property
+    def index_B(self) -> Tensor:
+        """int64, the rows, in the order in which `hidden_states` returns them."""
+        return torch.cat([part.index_B for part in self.parts])
+
+
+def hidden_states(model: Any, forward: ForwardPass) -> Tensor:
     """`hidden_ND`: last hidden states that predict the response tokens, row after row.
 
     On the plain path every row has a bin of its own and is padded on the right: causal layers,
     attending or recurrent, never see what comes after a token, and no position ids are needed.
     """
+    if is_flat(model) and path_of(model) == "packed":
+        return flat.hidden_states(model, forward.parts)
+    (packed,) = forward.parts
     inputs = {}
     if path_of(model) == "packed":
         inputs = {"position_ids": packed.position_CT, "attention_mask": packed.mask(model.dtype)}
@@ -40,7 +58,7 @@ def hidden_states(model: Any, packed: Packed) -> Tensor:
 
 def passes(
     model: Any, rollouts: Rollouts, max_tokens: int, group_rows: int = 1
-) -> Iterator[Packed]:
+) -> Iterator[ForwardPass]:
     """The forward passes over all rows; every `group_rows` adjacent rows stay together.
 
     Raises ConfigError for a row longer than the model has positions.
@@ -52,13 +70,18 @@ def passes(
             "of the model; leave long rows out of the data, or use a model with more positions "
             f"({POSITIONS} in its config.json, max_positions of a pretrain stage)"
         )
-    return forward_passes(
+    packable = path_of(model) == "packed"
+    flattened = packable and is_flat(model)
+    parts = forward_passes(
         rollouts,
         max_tokens=max_tokens,
         hidden_size=model.config.hidden_size,
         block=group_rows,
-        pack=path_of(model) == "packed",
+        pack=packable,
+        flat=flattened,
     )
+    for chosen in flat.together(parts, max_tokens if flattened else 0):
+        yield ForwardPass(parts=chosen)
 
 
 def response_targets(rollouts: Rollouts) -> Tensor:
@@ -95,11 +118,11 @@ class LocalScorer:
         count_B = rollouts.response_len_B
         start_B = count_B.cumsum(0) - count_B
         hidden_ND: Tensor | None = None
-        for packed in passes(self.model, rollouts, self.max_tokens):
-            part = hidden_states(self.model, packed)
+        for forward in passes(self.model, rollouts, self.max_tokens):
+            part = hidden_states(self.model, forward)
             if hidden_ND is None:
                 hidden_ND = part.new_empty(rollouts.num_tokens, part.shape[1])
-            hidden_ND[flat_index(start_B, count_B, packed.index_B)] = part
+            hidden_ND[flat_index(start_B, count_B, forward.index_B)] = part
         assert hidden_ND is not None, "no rows to score"
         return hidden_ND
 
@@ -148,10 +171,10 @@ class LocalLearner:
     ) -> dict[str, float]:
         """See `Learner.update`."""
         totals: dict[str, Tensor] = {}
-        for packed in passes(self.model, rollouts, self.max_tokens, group_rows):
-            hidden_ND = hidden_states(self.model, packed)
-            rows = rollouts.rows(packed.index_B)
-            part = MicroBatch(index_B=packed.index_B, rollouts=rows)
+        for forward in passes(self.model, rollouts, self.max_tokens, group_rows):
+            hidden_ND = hidden_states(self.model, forward)
+            rows = rollouts.rows(forward.index_B)
+            part = MicroBatch(index_B=forward.index_B, rollouts=rows)
             loss_sum, metrics = loss(hidden_ND, self.head, part)
             (loss_sum / count).backward()
             for name, value in metrics.items():

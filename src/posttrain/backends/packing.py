@@ -25,9 +25,6 @@ MIN_WIDTH = 96
 """Bins are at least about this wide, so that short rows have others to share with."""
 MAX_SHARED_WIDTH = 1024
 """Nothing joins others beyond this width, or beyond four times the hidden size."""
-PASS_COST = 4e6
-"""What starting one more forward and backward pass costs beside what it computes: about a
-millisecond a layer, in units of `_cost` for a model of hidden size 1."""
 STRETCH = (1.0, 1.5, 2.0)
 NARROWER = (0.6, 0.8, 0.9, 1.0)
 """Ways to lay out a batch that are tried: how much wider than its longest unit a bin may be, and
@@ -54,17 +51,14 @@ class Packed:
     predicts_N: Tensor
     """int64, for each response token, row after row, the position that predicts it when the bins
     are laid end to end."""
+    at_M: Tensor
+    """int64, ascending, where the tokens stand when the bins are laid end to end."""
     unit_CT: Tensor
     """int64, which unit a position belongs to; -1 where unused."""
     owner_CT: Tensor
     """int64, the row that a response token belongs to; -1 in prompts, -2 where unused."""
     shared: bool
     """Whether some bin holds more than one row."""
-
-    @property
-    def num_needed(self) -> int:
-        """Positions that hold a token; the others are computed for nothing."""
-        return int((self.unit_CT >= 0).sum())
 
     def mask(self, dtype: torch.dtype) -> Tensor | None:
         """`[C, 1, T, T]`, 0 where a position may look and -inf elsewhere; None for causal."""
@@ -80,20 +74,28 @@ class Packed:
 
 
 def forward_passes(
-    rollouts: Rollouts, *, max_tokens: int, hidden_size: int, block: int = 1, pack: bool = True
+    rollouts: Rollouts,
+    *,
+    max_tokens: int,
+    hidden_size: int,
+    block: int = 1,
+    pack: bool = True,
+    flat: bool = False,
 ) -> Iterator[Packed]:
     """All rows in passes of at most `max_tokens` positions, except where one unit is longer.
 
     Wide bins are filled better and narrow ones spend less on attention over what the mask forbids;
     the model's `hidden_size` says how much the latter weighs. Rows come in blocks of `block` that
     share a prompt and stay in one pass: 2 for the two sides of a preference. Without `pack` every
-    row has a bin of its own, for models whose layers look further than a mask can forbid.
+    row has a bin of its own, for models whose layers look further than a mask can forbid. With
+    `flat` only attention will see the bins (`flat.py`).
     """
     lengths = _Lengths(rollouts)
     if pack:
         limit = min(MAX_SHARED_WIDTH, max(MIN_WIDTH, 4 * hidden_size))
         units = lengths.units(block, limit)
-        passes = _cheapest_bins(units, limit, max_tokens=max_tokens, hidden_size=hidden_size)
+        costs = _Costs.flat(hidden_size) if flat else _Costs.bins(hidden_size)
+        passes = _cheapest_bins(units, limit, max_tokens=max_tokens, costs=costs)
     else:
         passes = _one_row_per_bin(lengths.blocks(block), max_tokens=max_tokens)
     for bins, width in passes:
@@ -190,6 +192,7 @@ class _Lengths:
             position_CT=position_M.view(shape),
             # The prompt's last token predicts the first of a response, and so on from there.
             predicts_N=torch.where(offset_N == 0, last_B[row_N], start_B[row_N] + offset_N - 1),
+            at_M=at_M,
             unit_CT=unit_M.view(shape),
             owner_CT=owner_M.view(shape),
             shared=len(rows) > num_bins,
@@ -213,24 +216,41 @@ _Passes = list[tuple[list[list[_Unit]], int]]
 """The bins of each forward pass, and their width."""
 
 
-def _cheapest_bins(units: list[_Unit], limit: int, *, max_tokens: int, hidden_size: int) -> _Passes:
-    """The layout of all units that computes least, of the few that are tried."""
+@dataclass(frozen=True, kw_only=True)
+class _Costs:
+    """What a layout costs, in positions times width of attention."""
 
+    start: float
+    """Of one more width."""
+    position: float
+    """Of a position in the linear layers, 24 D^2 operations against 4 W D in attention, which
+    reaches about half of their speed."""
+
+    @classmethod
+    def bins(cls, hidden_size: int) -> _Costs:
+        """Every width is a forward and backward pass, which takes as long as some 100 positions:
+        small products are slow, and every pass adds to the gradients of all weights."""
+        return cls(start=100.0 * 3 * hidden_size, position=3.0 * hidden_size)
+
+    @classmethod
+    def flat(cls, hidden_size: int) -> _Costs:
+        """A width is a few more operations in every layer, and padding costs attention alone."""
+        return cls(start=20.0 * 3 * hidden_size, position=0.0)
+
+    def of(self, passes: _Passes) -> float:
+        """Of all positions of these passes."""
+        return sum(self.start + len(b) * width * (self.position + width) for b, width in passes)
+
+
+def _cheapest_bins(units: list[_Unit], limit: int, *, max_tokens: int, costs: _Costs) -> _Passes:
+    """The layout of all units that costs least, of the few that are tried."""
     units = sorted(units, key=lambda unit: (unit.width, -unit.rows[0]))
     layouts = (
         _fill_bins(units, limit, max_tokens=max_tokens, stretch=stretch, narrower=narrower)
         for stretch in STRETCH
         for narrower in NARROWER
     )
-    return min(layouts, key=lambda passes: _cost(passes, hidden_size))
-
-
-def _cost(passes: _Passes, hidden_size: int) -> float:
-    """Per position and layer 24 D^2 operations in the linear layers, and 4 W D in attention over
-    the whole bin, which reaches about half of their speed; in units of 8 D."""
-    return PASS_COST / hidden_size * len(passes) + sum(
-        len(bins) * width * (3 * hidden_size + width) for bins, width in passes
-    )
+    return min(layouts, key=costs.of)
 
 
 def _fill_bins(
