@@ -102,24 +102,25 @@ def learn(
     if not bool(kept_B.any()):
         return metrics
     index_B = kept_B.nonzero()[:, 0]
-    old_logp_N = reference_of_ratio(config, learner, scored)
+    cuts = equal_parts(len(index_B), config.updates_per_batch, seed=config.seed, step=step)
+    parts = [index_B[part_B] for part_B in cuts]
+    old_logp_N = old_logprobs(config, learner, scored, parts)
     start_B = scored.rollouts.response_len_B.cumsum(0) - scored.rollouts.response_len_B
     sums: dict[str, float] = {}
-    num_updates = 0
-    for part_B in equal_parts(len(index_B), config.updates_per_batch, seed=config.seed, step=step):
-        rows_B = index_B[part_B]
+    for number, rows_B in enumerate(parts):
         flat_N = flat_index(start_B, scored.rollouts.response_len_B, rows_B)
+        # Before the first update the old policy is the current one: its forward pass serves both.
+        current = number == 0 and config.correction != "none"
         update = PolicyUpdate(
             config,
             advantage_B=advantage_B[rows_B],
             rows=scored.rollouts.rows(rows_B),
-            old_logp_N=None if old_logp_N is None else old_logp_N[flat_N],
+            old_logp_N=None if old_logp_N is None or current else old_logp_N[flat_N],
             reference_logp_N=None if reference_logp_N is None else reference_logp_N[flat_N],
         )
         part = learner.update(update.rows, update.loss, count=update.count, lr=lr)
         sums = {name: sums.get(name, 0.0) + value for name, value in part.items()}
-        num_updates += 1
-    metrics["grad_norm"] = sums.pop("grad_norm") / num_updates
+    metrics["grad_norm"] = sums.pop("grad_norm") / len(parts)
     tokens = sums.pop("tokens")
     return metrics | {name: value / tokens for name, value in sums.items()}
 
@@ -193,18 +194,28 @@ class PolicyUpdate:
         return total, metrics
 
 
-def reference_of_ratio(config: Rl, learner: LocalLearner, scored: Scored) -> Tensor | None:
-    """`old_logp_N` of the whole batch; None where the first update is the only one.
+def old_logprobs(
+    config: Rl, learner: LocalLearner, scored: Scored, parts: list[Tensor]
+) -> Tensor | None:
+    """`logp_N` of the whole batch under the policy before the first of its updates on `parts`.
 
-    With one update per batch the old policy is the current one, and the ratio is exactly 1. With
-    several, the policy before the first update is the reference; the sampler has just reported its
-    log-probs, and they are recomputed only where a correction compares the two engines.
+    None with one update, where the old policy is the current one and the ratio is exactly 1. With
+    several, the sampler has just reported the log-probs; where a correction compares the two
+    engines the learner computes its own, for the rows of all updates but the first.
     """
     if config.updates_per_batch == 1:
         return None
+    rollouts = scored.rollouts
     if config.correction == "none":
-        return scored.rollouts.sampler_logp_N()
-    return learner.logprobs(scored.rollouts, temperature=config.temperature)
+        return rollouts.sampler_logp_N()
+    logp_N = torch.zeros(rollouts.num_tokens)
+    if len(parts) > 1:
+        later_B = torch.cat(parts[1:]).sort().values
+        length_B = rollouts.response_len_B
+        flat_N = flat_index(length_B.cumsum(0) - length_B, length_B, later_B)
+        later = rollouts.rows(later_B)
+        logp_N[flat_N] = learner.logprobs(later, temperature=config.temperature)
+    return logp_N
 
 
 def reward_kl(config: Rl, scored: Scored, reference_logp_N: Tensor) -> Tensor:

@@ -1,0 +1,177 @@
+"""The fast paths against the general ones: fused decode steps, and forward passes over flat rows.
+
+Legend: P prompts, L rows, D hidden, N flat response tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from posttrain.backends import local
+from posttrain.backends.checkpoint import LanguageModel
+from posttrain.backends.decoder import TransformersDecoder
+from posttrain.backends.fused import FusedDecoder, is_fusable
+from posttrain.backends.sampler import LocalSampler
+from posttrain.backends.tiny import character_tokenizer
+from posttrain.rl.types import Rollouts
+from posttrain.stages.batches import sequences
+
+MakeModel = Callable[..., LanguageModel]
+SHAPE: dict[str, Any] = {
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.3,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}
+YARN |= {"original_max_position_embeddings": 32}
+CONFIGS: dict[str, PretrainedConfig] = {
+    "llama": LlamaConfig(**SHAPE),
+    "llama, biases": LlamaConfig(attention_bias=True, mlp_bias=True, **SHAPE),
+    "llama, yarn": LlamaConfig(rope_parameters=YARN, **SHAPE),
+    "mistral, one head": MistralConfig(
+        sliding_window=None, **(SHAPE | {"num_attention_heads": 1, "num_key_value_heads": 1})
+    ),
+    "qwen2, tied": Qwen2Config(tie_word_embeddings=True, **SHAPE),
+    "qwen3": Qwen3Config(head_dim=16, **SHAPE),
+    "qwen3, biases": Qwen3Config(head_dim=8, attention_bias=True, **SHAPE),
+}
+PROMPTS = [[11, 12, 13], [20, 21, 22, 23, 24, 25, 26], [30], [40, 41, 42, 43, 44, 45]]
+
+
+def build(config: PretrainedConfig) -> LanguageModel:
+    """Norm weights and biases far from their initial ones and zeros, or none would be missed."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+        elif "bias" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.generation_config = GenerationConfig(eos_token_id=list(range(0, 100, 7)), pad_token_id=0)
+    return LanguageModel(model=model, tokenizer=character_tokenizer([]))
+
+
+@pytest.fixture(params=CONFIGS)
+def language_model(request: pytest.FixtureRequest) -> LanguageModel:
+    return build(CONFIGS[request.param])
+
+
+def test_other_families_take_the_general_path() -> None:
+    assert all(is_fusable(build(config).model) for config in CONFIGS.values())
+    shape = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    others = [
+        Phi3Config(num_attention_heads=2, pad_token_id=0, **shape),
+        LlamaConfig(hidden_act="gelu", num_attention_heads=2, **shape),
+        LlamaConfig(
+            num_attention_heads=2,
+            rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
+            **shape,
+        ),
+    ]
+    assert not any(is_fusable(build(config).model) for config in others)
+
+
+@torch.no_grad()
+def test_every_step_is_that_of_the_model(language_model: LanguageModel) -> None:
+    """Six steps with rows of unequal length, one move and one late prompt."""
+    generator = torch.Generator().manual_seed(1)
+    steps: list[list[Tensor]] = []
+    for kind in (FusedDecoder, TransformersDecoder):
+        decoder = kind(language_model.model, num_slots=6, num_positions=24)
+        prompts_PT = torch.tensor([[5, 6, 7, 8], [9, 10, 0, 0]])
+        hidden = [decoder.prefill(prompts_PT, torch.tensor([4, 2]), first=0, copies=2)]
+        length_L = torch.tensor([4, 4, 2, 2])
+        generator.manual_seed(1)
+        for step in range(6):
+            if step == 3:
+                decoder.move(torch.tensor([3]), torch.tensor([1]))
+                length_L = length_L[[0, 3, 2]]
+                late = decoder.prefill(torch.tensor([[3]]), torch.tensor([1]), first=3, copies=1)
+                hidden.append(late)
+                length_L = torch.cat([length_L, torch.tensor([1])])
+            token_L = torch.randint(1, 99, (len(length_L),), generator=generator)
+            hidden.append(decoder.step(token_L, length_L))
+            length_L = length_L + 1
+        steps.append(hidden)
+    for ours, theirs in zip(*steps, strict=True):
+        scale = float(theirs.abs().max())
+        torch.testing.assert_close(ours, theirs, atol=1e-5 * scale, rtol=0)
+
+
+def test_the_cache_of_an_earlier_call_is_used_again_and_forgotten() -> None:
+    language_model = build(CONFIGS["qwen3"])
+    settings: dict[str, Any] = {"group_size": 2, "temperature": 1.0, "seed": 3}
+    fresh = LocalSampler(language_model).sample(PROMPTS, max_new_tokens=9, **settings)
+    sampler = LocalSampler(language_model)
+    sampler.sample([[50] * 30] * 5, max_new_tokens=40, **settings)
+    buffer = sampler._buffer
+    again = sampler.sample(PROMPTS, max_new_tokens=9, **settings)
+    assert sampler._buffer is buffer
+    assert again.responses() == fresh.responses()
+    torch.testing.assert_close(again.logp_BR, fresh.logp_BR, atol=1e-6, rtol=0)
+    sampler.sample([[50] * 60] * 5, max_new_tokens=60, **settings)
+    assert sampler._buffer is not buffer
+
+
+def groups() -> Rollouts:
+    """Groups of three with prompts of several lengths, and one response of one token."""
+    generator = torch.Generator().manual_seed(1)
+    lengths = (3, 8, 1, 5, 5, 2, 7, 4, 6, 20, 21, 1)
+    responses = [torch.randint(5, 90, (n,), generator=generator).tolist() for n in lengths]
+    return sequences([p for p in PROMPTS for _ in range(3)], responses, pad_id=0)
+
+
+@pytest.mark.parametrize("max_tokens", [1, 40, 8192])
+def test_flat_passes_learn_what_bins_do(
+    language_model: LanguageModel, max_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hidden states and the gradients of all weights, in float64 but for the norms."""
+    model, rollouts = language_model.model.double(), groups()
+    length_B = rollouts.response_len_B
+    start_B = length_B.cumsum(0) - length_B
+    weight_N = torch.linspace(-1, 1, rollouts.num_tokens, dtype=torch.float64)
+    found: list[tuple[Tensor, dict[str, Tensor]]] = []
+    for flat in (True, False):
+        monkeypatch.setattr(local, "is_flat", lambda _, flat=flat: flat)
+        model.zero_grad()
+        hidden_ND = torch.zeros(rollouts.num_tokens, 32, dtype=torch.float64)
+        for forward in local.passes(model, rollouts, max_tokens):
+            part_ND = local.hidden_states(model, forward)
+            flat_N = local.flat_index(start_B, length_B, forward.index_B)
+            (part_ND.pow(3).sum(1) * weight_N[flat_N]).sum().backward()
+            hidden_ND[flat_N] = part_ND.detach()
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        found.append((hidden_ND, {name: grad.clone() for name, grad in gradients.items()}))
+    (ours, mine), (theirs, expected) = found
+    torch.testing.assert_close(ours, theirs, atol=1e-6 * float(theirs.abs().max()), rtol=0)
+    assert mine.keys() == expected.keys() and len(mine) > 3
+    for name, gradient in expected.items():
+        scale = float(gradient.abs().max())
+        torch.testing.assert_close(mine[name], gradient, atol=2e-6 * scale + 1e-9, rtol=0)
+
+
+def test_a_flat_pass_leaves_the_model_as_it_was(language_model: LanguageModel) -> None:
+    model = language_model.model
+    for forward in local.passes(model, groups(), 8192):
+        local.hidden_states(model, forward)
+    assert model.config._attn_implementation == "sdpa"
