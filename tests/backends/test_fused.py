@@ -168,10 +168,3 @@ def test_flat_passes_learn_what_bins_do(
     for name, gradient in expected.items():
         scale = float(gradient.abs().max())
         torch.testing.assert_close(mine[name], gradient, atol=2e-6 * scale + 1e-9, rtol=0)
-
-
-def test_a_flat_pass_leaves_the_model_as_it_was(language_model: LanguageModel) -> None:
-    model = language_model.model
-    for forward in local.passes(model, groups(), 8192):
-        local.hidden_states(model, forward)
-    assert model.config._attn_implementation == "sdpa"

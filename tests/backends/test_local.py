@@ -6,6 +6,8 @@ Legend: B rows, T positions, N flat response tokens, D hidden.
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -41,9 +43,9 @@ def batch(seed: int = 0) -> Rollouts:
     return sequences(prompts, responses, pad_id=0)
 
 
-def learner(language_model: LanguageModel, **options: float) -> LocalLearner:
+def learner(language_model: LanguageModel, **options: Any) -> LocalLearner:
     settings = {"weight_decay": 0.1, "max_grad_norm": 1.0, "max_tokens": 8192} | options
-    return LocalLearner(language_model, betas=(0.9, 0.98), **settings)  # type: ignore[arg-type]
+    return LocalLearner(language_model, betas=(0.9, 0.98), **settings)
 
 
 def cross_entropy(hidden_ND: Tensor, head: Head, part: MicroBatch) -> tuple[Tensor, Metrics]:
@@ -143,6 +145,23 @@ def test_many_micro_batches_learn_what_one_does(make_model: MakeModel, max_token
     assert one["rows"] == len(LENGTHS)
     for name in whole:
         torch.testing.assert_close(whole[name], split[name], atol=1e-10, rtol=1e-8)
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "llama", "gpt2"])
+def test_workers_change_no_bit(make_model: MakeModel, kind: str) -> None:
+    """Several passes, so that there is something to add up in another order."""
+    found = []
+    with ThreadPoolExecutor(3) as workers:
+        for helpers in (None, workers):
+            language_model = make_model(kind)
+            trainer = learner(language_model, max_tokens=30, workers=helpers)
+            assert len(list(passes(language_model.model, batch(), 30))) > 1
+            for _ in range(3):
+                metrics = trainer.update(batch(), cross_entropy, count=31.0, lr=0.01)
+            found.append((metrics, weights(language_model)))
+    (one, alone), (other, together) = found
+    assert one == other
+    assert all(torch.equal(alone[name], together[name]) for name in alone)
 
 
 def test_update_is_adamw_on_the_mean_loss_with_a_clipped_gradient(make_model: MakeModel) -> None:

@@ -35,7 +35,7 @@ def read(
 ) -> tuple[list[Targets], Rollouts]:
     student = load(models["start"])
     paths = {name: Path(models[name]) for name in ("one", "two")}
-    reading = Teachers(paths, student, aside=aside).reading(config, TEACHER_B)
+    reading = Teachers(paths, student, workers=aside).reading(config, TEACHER_B)
     sampling = LocalSampler(student, max_rows=8).stream(
         PROMPTS, group_size=2, max_new_tokens=8, temperature=1.0, seed=0
     )
@@ -116,7 +116,7 @@ def test_they_begin_while_rows_are_still_being_sampled(
     sampling: Any = Slow()
     with ThreadPoolExecutor(1, thread_name_prefix="aside") as aside:
         paths = {name: Path(models[name]) for name in ("one", "two")}
-        teachers = Teachers(paths, load(models["start"]), aside=aside)
+        teachers = Teachers(paths, load(models["start"]), workers=aside)
         reading = teachers.reading(settings(), TEACHER_B)
         for row_B in sampling:
             reading.read(row_B, sampling)

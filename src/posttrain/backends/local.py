@@ -6,7 +6,8 @@ head. Legend: B rows, C bins, T positions, N flat response tokens, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,15 +16,18 @@ from torch import Tensor
 
 from posttrain.backends import flat
 from posttrain.backends.architecture import backbone, path_of
-from posttrain.backends.base import Head, LossFunction, MicroBatch
+from posttrain.backends.base import Head, LossFunction, Metrics, MicroBatch
 from posttrain.backends.checkpoint import LanguageModel, output_head
 from posttrain.backends.flat import is_flat
-from posttrain.backends.packing import Packed, forward_passes
+from posttrain.backends.packing import Packed, flat_passes, forward_passes
 from posttrain.engine.errors import ConfigError, StageError
 from posttrain.losses.ops import token_logprobs
 from posttrain.rl.types import Rollouts
 
 POSITIONS = "max_position_embeddings"
+MAX_TOKENS = 2048
+"""Tokens of a forward pass: enough for matrix products at full speed, and few enough that what one
+layer writes is still in the processor's cache when the next one reads it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,18 +74,15 @@ def passes(
             "of the model; leave long rows out of the data, or use a model with more positions "
             f"({POSITIONS} in its config.json, max_positions of a pretrain stage)"
         )
-    packable = path_of(model) == "packed"
-    flattened = packable and is_flat(model)
-    parts = forward_passes(
-        rollouts,
-        max_tokens=max_tokens,
-        hidden_size=model.config.hidden_size,
-        block=group_rows,
-        pack=packable,
-        flat=flattened,
-    )
-    for chosen in flat.together(parts, max_tokens if flattened else 0):
-        yield ForwardPass(parts=chosen)
+    size, packable = model.config.hidden_size, path_of(model) == "packed"
+    if packable and is_flat(model):
+        every = flat_passes(rollouts, max_tokens=max_tokens, hidden_size=size, block=group_rows)
+        yield from (ForwardPass(parts=parts) for parts in every)
+        return
+    for part in forward_passes(
+        rollouts, max_tokens=max_tokens, hidden_size=size, block=group_rows, pack=packable
+    ):
+        yield ForwardPass(parts=(part,))
 
 
 def response_targets(rollouts: Rollouts) -> Tensor:
@@ -107,7 +108,7 @@ def response_logprobs(
 class LocalScorer:
     """A `Scorer` over a frozen model."""
 
-    def __init__(self, language_model: LanguageModel, *, max_tokens: int = 8192) -> None:
+    def __init__(self, language_model: LanguageModel, *, max_tokens: int = MAX_TOKENS) -> None:
         self.model = language_model.model.eval()
         self.head: Head = output_head(self.model)
         self.max_tokens = max_tokens
@@ -148,13 +149,16 @@ class LocalLearner:
         betas: tuple[float, float],
         weight_decay: float,
         max_grad_norm: float,
-        max_tokens: int = 8192,
+        max_tokens: int = MAX_TOKENS,
+        workers: Executor | None = None,
     ) -> None:
+        """`workers` compute the forward passes of an update beside each other."""
         self.language_model = language_model
         self.model = language_model.model.eval()
         self.head: Head = output_head(self.model)
         self.max_tokens = max_tokens
         self.max_grad_norm = max_grad_norm
+        self.workers = workers
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=0.0, betas=betas, weight_decay=weight_decay, fused=True
@@ -171,12 +175,15 @@ class LocalLearner:
     ) -> dict[str, float]:
         """See `Learner.update`."""
         totals: dict[str, Tensor] = {}
-        for forward in passes(self.model, rollouts, self.max_tokens, group_rows):
-            hidden_ND = hidden_states(self.model, forward)
+
+        def run(forward: ForwardPass) -> tuple[Tensor, Metrics]:
             rows = rollouts.rows(forward.index_B)
             part = MicroBatch(index_B=forward.index_B, rollouts=rows)
-            loss_sum, metrics = loss(hidden_ND, self.head, part)
-            (loss_sum / count).backward()
+            loss_sum, metrics = loss(hidden_states(self.model, forward), self.head, part)
+            return loss_sum / count, metrics
+
+        every = passes(self.model, rollouts, self.max_tokens, group_rows)
+        for metrics in self._accumulate(run, every):
             for name, value in metrics.items():
                 totals[name] = totals[name] + value if name in totals else value
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
@@ -191,6 +198,32 @@ class LocalLearner:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return {name: float(value) for name, value in totals.items()} | {"grad_norm": float(norm)}
+
+    def _accumulate(
+        self,
+        run: Callable[[ForwardPass], tuple[Tensor, Metrics]],
+        every: Iterator[ForwardPass],
+    ) -> Iterator[Metrics]:
+        """Add the gradients of all passes to the weights', in their order whoever computes them, so
+        that the sums are the same with workers and without; yields the metrics of each."""
+        if self.workers is None:
+            for forward in every:
+                loss, metrics = run(forward)
+                loss.backward()
+                yield metrics
+            return
+
+        def gradients(forward: ForwardPass) -> tuple[tuple[Tensor | None, ...], Metrics]:
+            loss, metrics = run(forward)
+            return torch.autograd.grad(loss, self.parameters, allow_unused=True), metrics
+
+        for found, metrics in self.workers.map(gradients, every):
+            for parameter, gradient in zip(self.parameters, found, strict=True):
+                if parameter.grad is None:
+                    parameter.grad = gradient
+                elif gradient is not None:
+                    parameter.grad += gradient
+            yield metrics
 
     def logprobs(self, rollouts: Rollouts, *, temperature: float) -> Tensor:
         """See `Learner.logprobs`."""

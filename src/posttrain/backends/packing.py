@@ -15,6 +15,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -25,6 +26,8 @@ MIN_WIDTH = 96
 """Bins are at least about this wide, so that short rows have others to share with."""
 MAX_SHARED_WIDTH = 1024
 """Nothing joins others beyond this width, or beyond four times the hidden size."""
+WORTH_TWO = 1024
+"""Tokens that are worth two passes."""
 STRETCH = (1.0, 1.5, 2.0)
 NARROWER = (0.6, 0.8, 0.9, 1.0)
 """Ways to lay out a batch that are tried: how much wider than its longest unit a bin may be, and
@@ -74,32 +77,59 @@ class Packed:
 
 
 def forward_passes(
-    rollouts: Rollouts,
-    *,
-    max_tokens: int,
-    hidden_size: int,
-    block: int = 1,
-    pack: bool = True,
-    flat: bool = False,
+    rollouts: Rollouts, *, max_tokens: int, hidden_size: int, block: int = 1, pack: bool = True
 ) -> Iterator[Packed]:
     """All rows in passes of at most `max_tokens` positions, except where one unit is longer.
 
     Wide bins are filled better and narrow ones spend less on attention over what the mask forbids;
     the model's `hidden_size` says how much the latter weighs. Rows come in blocks of `block` that
     share a prompt and stay in one pass: 2 for the two sides of a preference. Without `pack` every
-    row has a bin of its own, for models whose layers look further than a mask can forbid. With
-    `flat` only attention will see the bins (`flat.py`).
+    row has a bin of its own, for models whose layers look further than a mask can forbid.
     """
     lengths = _Lengths(rollouts)
     if pack:
-        limit = min(MAX_SHARED_WIDTH, max(MIN_WIDTH, 4 * hidden_size))
-        units = lengths.units(block, limit)
-        costs = _Costs.flat(hidden_size) if flat else _Costs.bins(hidden_size)
-        passes = _cheapest_bins(units, limit, max_tokens=max_tokens, costs=costs)
+        limit = _shared_width(hidden_size)
+        units, costs = lengths.units(block, limit), _Costs.bins(hidden_size)
+        layout = _cheapest_bins(units, limit, max_tokens=max_tokens, costs=costs)
     else:
-        passes = _one_row_per_bin(lengths.blocks(block), max_tokens=max_tokens)
-    for bins, width in passes:
+        layout = _one_row_per_bin(lengths.blocks(block), max_tokens=max_tokens)
+    for bins, width in layout:
         yield lengths.lay_out(bins, width)
+
+
+def flat_passes(
+    rollouts: Rollouts, *, max_tokens: int, hidden_size: int, block: int = 1
+) -> Iterator[tuple[Packed, ...]]:
+    """The same for models of which only attention sees bins (`flat.py`): a pass has several widths.
+
+    Passes have like numbers of tokens, `max_tokens` and a bin at most. A batch worth it makes two
+    at least, whether or not there is a second core for one, so that the sums are the same on every
+    machine.
+    """
+    lengths = _Lengths(rollouts)
+    limit = _shared_width(hidden_size)
+    units = lengths.units(block, limit)
+    total = sum(unit.width for unit in units)
+    count = max(-(-total // max_tokens), 2 if total >= WORTH_TWO else 1)
+    layout = _cheapest_bins(units, limit, max_tokens=max_tokens, costs=_Costs.flat(hidden_size))
+    read = 0
+    passes: list[list[tuple[list[_Unit], int]]] = [[] for _ in range(count)]
+    for bins, width in layout:
+        for one in bins:
+            # A bin belongs where its middle lies.
+            size = sum(unit.width for unit in one)
+            passes[(2 * read + size) * count // (2 * total)].append((one, width))
+            read += size
+    for chosen in filter(None, passes):
+        yield tuple(
+            lengths.lay_out([one for one, _ in same], width)
+            for width, same in groupby(chosen, key=lambda one: one[1])
+        )
+
+
+def _shared_width(hidden_size: int) -> int:
+    """The width beyond which nothing joins others."""
+    return min(MAX_SHARED_WIDTH, max(MIN_WIDTH, 4 * hidden_size))
 
 
 class _Lengths:
@@ -228,9 +258,9 @@ class _Costs:
 
     @classmethod
     def bins(cls, hidden_size: int) -> _Costs:
-        """Every width is a forward and backward pass, which takes as long as some 100 positions:
+        """Every width is a forward and backward pass, which takes as long as some 50 positions:
         small products are slow, and every pass adds to the gradients of all weights."""
-        return cls(start=100.0 * 3 * hidden_size, position=3.0 * hidden_size)
+        return cls(start=50.0 * 3 * hidden_size, position=3.0 * hidden_size)
 
     @classmethod
     def flat(cls, hidden_size: int) -> _Costs:
@@ -268,7 +298,7 @@ def _fill_bins(
         longest = widths[-1]
         # A multiple of the longest, so that units of one length fill the bin.
         width = max(longest, int(longest * stretch), longest * -(-MIN_WIDTH // longest))
-        width = max(longest, min(limit, width))
+        width = max(longest, min(limit, max_tokens, width))
         bins: list[list[_Unit]] = []
         while left and (not bins or (len(bins) + 1) * width <= max_tokens):
             if bins and widths[-1] < narrower * longest:

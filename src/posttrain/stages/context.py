@@ -16,6 +16,7 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -65,6 +66,15 @@ class Context:
         self.resources = ExitStack()
         """What the stage opened; `close` closes it."""
         self.out.mkdir(parents=True, exist_ok=True)
+
+    @cached_property
+    def workers(self) -> ThreadPoolExecutor | None:
+        """Threads for what can be done beside each other, where the stage has more cores than one
+        operation uses; None otherwise. With no core to spare threads would only take turns."""
+        count = self.threads // torch.get_num_threads()
+        if count < 2:
+            return None
+        return self.resources.enter_context(ThreadPoolExecutor(count, thread_name_prefix="work"))
 
     def close(self) -> None:
         """Close what the stage opened, also when it failed."""

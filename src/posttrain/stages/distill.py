@@ -12,7 +12,6 @@ Legend: B rows, N flat response tokens.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -32,6 +31,7 @@ from posttrain.schedules import learning_rate
 from posttrain.stages.batches import Pool, Problem
 from posttrain.stages.config import Distill
 from posttrain.stages.context import Context
+from posttrain.stages.learner import new_learner
 from posttrain.stages.rollouts import (
     Scored,
     equal_parts,
@@ -49,16 +49,11 @@ def run(config: Distill, ctx: Context) -> dict[str, float]:
     domains = list(ctx.domains)
     names = sorted(set(config.routes.values()))
     paths = {name: ctx.inputs[f"teachers.{name}"] for name in names}
-    teachers = Teachers(paths, language_model, aside=spare_thread(ctx))
+    teachers = Teachers(paths, language_model, workers=ctx.workers)
     chat = Chat(language_model)
     sampler = LocalSampler(language_model)
     pool = Pool({name: ctx.problems(name, "train") for name in domains}, seed=config.seed)
-    learner = LocalLearner(
-        language_model,
-        betas=(config.beta1, config.beta2),
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-    )
+    learner = new_learner(config, language_model, ctx)
     for step in range(ctx.resume(learner), config.steps):
         problems = pool.draw(step, config.prompts_per_step)
         reading = teachers.reading(config, teacher_numbers(config, teachers, problems))
@@ -79,16 +74,6 @@ def run(config: Distill, ctx: Context) -> dict[str, float]:
         ctx.checkpoint(step + 1, learner)
     save(language_model, ctx.out)
     return {"kl": ctx.metrics["kl"], "tokens": ctx.tokens}
-
-
-def spare_thread(ctx: Context) -> ThreadPoolExecutor | None:
-    """A thread for the teachers where the stage has more cores than its arithmetic uses.
-
-    Where it uses all of them, threads would only take turns.
-    """
-    if ctx.threads <= torch.get_num_threads():
-        return None
-    return ctx.resources.enter_context(ThreadPoolExecutor(1, thread_name_prefix="teachers"))
 
 
 def teacher_numbers(config: Distill, teachers: Teachers, problems: list[Problem]) -> Tensor:

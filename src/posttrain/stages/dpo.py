@@ -39,6 +39,7 @@ from posttrain.schedules import learning_rate
 from posttrain.stages.batches import Pool
 from posttrain.stages.config import Dpo
 from posttrain.stages.context import Context
+from posttrain.stages.learner import new_learner
 from posttrain.stages.preferences import Rows, encode, encode_mismatched, read_pairs
 from posttrain.stages.teachers import check_same_tokens
 
@@ -68,12 +69,7 @@ def run(config: Dpo, ctx: Context) -> dict[str, float]:
     del reference
     pool = Pool(by_domain, seed=config.seed)
     steps = config.steps or math.ceil((config.epochs or 0) * len(pairs) / config.batch_size)
-    learner = LocalLearner(
-        language_model,
-        betas=(config.beta1, config.beta2),
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-    )
+    learner = new_learner(config, language_model, ctx)
     for step in range(ctx.resume(learner), steps):
         drawn = torch.tensor([pair["row"] for pair in pool.draw(step, config.batch_size)])
         index_B = (2 * drawn[:, None] + torch.arange(2)).flatten()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from posttrain.backends.chat import Chat
 from posttrain.backends.checkpoint import save
-from posttrain.backends.local import LocalLearner
 from posttrain.backends.tiny import character_tokenizer, new_model
 from posttrain.schedules import learning_rate
 from posttrain.stages.batches import Pool, sequences
 from posttrain.stages.config import Pretrain
 from posttrain.stages.context import Context
+from posttrain.stages.learner import new_learner
 from posttrain.stages.sft import demonstrations, imitate
 
 
@@ -31,12 +31,7 @@ def run(config: Pretrain, ctx: Context) -> dict[str, float]:
     )
     chat = Chat(language_model)
     pool = Pool(demos, seed=config.seed)
-    learner = LocalLearner(
-        language_model,
-        betas=(config.beta1, config.beta2),
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-    )
+    learner = new_learner(config, language_model, ctx)
     for step in range(ctx.resume(learner), config.steps):
         rows = pool.draw(step, config.batch_size)
         prompts = [chat.prompt(row["prompt"]) for row in rows]

@@ -30,6 +30,7 @@ from posttrain.schedules import learning_rate
 from posttrain.stages.batches import Pool
 from posttrain.stages.config import Rl
 from posttrain.stages.context import Context
+from posttrain.stages.learner import new_learner
 from posttrain.stages.rollouts import (
     Scored,
     equal_parts,
@@ -47,12 +48,7 @@ def run(config: Rl, ctx: Context) -> dict[str, float]:
     sampler = LocalSampler(language_model)
     reference = LocalScorer(load(ctx.inputs["start"])) if config.kl_coef > 0 else None
     pool = Pool({name: ctx.problems(name, "train") for name in ctx.domains}, seed=config.seed)
-    learner = LocalLearner(
-        language_model,
-        betas=(config.beta1, config.beta2),
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-    )
+    learner = new_learner(config, language_model, ctx)
     for step in range(ctx.resume(learner), config.steps):
         scored = sample_and_verify(
             sampler,

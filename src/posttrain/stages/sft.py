@@ -19,6 +19,7 @@ from posttrain.schedules import learning_rate
 from posttrain.stages.batches import Pool, Problem, sequences
 from posttrain.stages.config import Sft
 from posttrain.stages.context import Context
+from posttrain.stages.learner import new_learner
 
 
 def run(config: Sft, ctx: Context) -> dict[str, float]:
@@ -29,12 +30,7 @@ def run(config: Sft, ctx: Context) -> dict[str, float]:
     pool = Pool(demos, seed=config.seed)
     num_rows = sum(map(len, demos.values()))
     steps = config.steps or math.ceil((config.epochs or 0) * num_rows / config.batch_size)
-    learner = LocalLearner(
-        language_model,
-        betas=(config.beta1, config.beta2),
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-    )
+    learner = new_learner(config, language_model, ctx)
     for step in range(ctx.resume(learner), steps):
         rows = pool.draw(step, config.batch_size)
         batch = sequences(

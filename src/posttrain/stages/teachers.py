@@ -12,7 +12,7 @@ Legend: B rows, N flat response tokens of one teacher's rows, E teacher's hidden
 from __future__ import annotations
 
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,9 +54,9 @@ class Teachers:
         paths: Mapping[str, Path],
         student: LanguageModel,
         *,
-        aside: ThreadPoolExecutor | None = None,
+        workers: Executor | None = None,
     ) -> None:
-        """`aside`, of one thread, reads responses while others are still being sampled."""
+        """`workers` read responses while others are still being sampled."""
         self.names = list(paths)
         by_path: dict[Path, LocalScorer] = {}
         for name, path in paths.items():
@@ -65,7 +65,7 @@ class Teachers:
                 check_same_tokens(student, teacher, name)
                 by_path[path] = LocalScorer(teacher)
         self.scorers = {name: by_path[path] for name, path in paths.items()}
-        self.aside = aside
+        self.workers = workers
 
     def reading(self, config: Distill, teacher_B: Tensor) -> Reading:
         """Begin to score a batch; row b is for teacher `teacher_B[b]` (int64, indexes `names`)."""
@@ -75,20 +75,18 @@ class Teachers:
 class Reading:
     """The scoring of one batch, row by row as responses end. A `Reader`.
 
-    Rows are read some at a time, so that a forward pass has enough of them; which ones together
-    follows from the order in which they ended, and so from what was sampled.
+    Rows are read some at a time, so that a forward pass has enough of them. Which ones together
+    follows from the order in which they ended, and so from what was sampled: not from the clock,
+    and not from whether there is a core to spare.
     """
 
     def __init__(self, teachers: Teachers, config: Distill, teacher_B: Tensor) -> None:
         self.teachers, self.config, self.teacher_B = teachers, config, teacher_B
-        self.aside = teachers.aside
         self.parts: list[tuple[int, Tensor, Future[Scores] | Scores]] = []
         self.waiting: list[Tensor] = []
 
     def read(self, row_B: Tensor, sampling: Sampling) -> None:
         """Score these rows of `sampling`, once enough of them have ended."""
-        if self.aside is None:
-            return
         self.waiting.append(row_B)
         if sum(map(len, self.waiting)) * READ_SHARE >= len(self.teacher_B):
             row_B = torch.cat(self.waiting).sort().values
@@ -96,12 +94,12 @@ class Reading:
             self._score(row_B, sampling.rollouts(row_B))
 
     def targets(self, rollouts: Rollouts) -> list[Targets]:
-        """What each teacher says of its rows; reads those that are left of the whole batch."""
-        if self.aside is None:
-            self._score(torch.arange(len(rollouts)), rollouts)
-        elif self.waiting:
-            row_B = torch.cat(self.waiting).sort().values
-            self._score(row_B, rollouts.rows(row_B))
+        """What each teacher says of its rows; reads those of the whole batch that are left."""
+        left_B = torch.ones(len(rollouts), dtype=torch.bool)
+        for _, row_B, _ in self.parts:
+            left_B[row_B] = False
+        if bool(left_B.any()):
+            self._score(left_B.nonzero()[:, 0], rollouts.rows(left_B))
         return [self._joined(number, rollouts) for number in range(len(self.teachers.names))]
 
     def _score(self, row_B: Tensor, rows: Rollouts) -> None:
@@ -110,10 +108,10 @@ class Reading:
             member_B = (teacher_B == number).nonzero()[:, 0]
             work = (self.teachers.scorers[self.teachers.names[number]], rows.rows(member_B))
             scores: Future[Scores] | Scores
-            if self.aside is None:
+            if self.teachers.workers is None:
                 scores = read_rows(self.config, *work)
             else:
-                scores = self.aside.submit(read_rows, self.config, *work)
+                scores = self.teachers.workers.submit(read_rows, self.config, *work)
             self.parts.append((number, row_B[member_B], scores))
 
     def _joined(self, number: int, rollouts: Rollouts) -> Targets:

@@ -1,0 +1,19 @@
+"""The learner of a stage, as its settings say."""
+
+from __future__ import annotations
+
+from posttrain.backends.checkpoint import LanguageModel
+from posttrain.backends.local import LocalLearner
+from posttrain.stages.config import Optimizer
+from posttrain.stages.context import Context
+
+
+def new_learner(config: Optimizer, language_model: LanguageModel, ctx: Context) -> LocalLearner:
+    """AdamW on all weights of `language_model`, with the cores that the stage has."""
+    return LocalLearner(
+        language_model,
+        betas=(config.beta1, config.beta2),
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        workers=ctx.workers,
+    )
