@@ -86,7 +86,7 @@ def test_a_preference_recipe_runs_to_its_end(tmp_path: Path) -> None:
     assert found["pairs"].inputs["rollouts"]["name"] == "rollouts"
     ancestors = [ancestor.record["name"] for ancestor in store.lineage(found["evaluation"])]
     assert {"second", "first", "delta", "pairs", "good", "bad", "rollouts", "sft"} <= set(ancestors)
-    assert found["second"].metrics["loss"] < 1
+    assert 0 < found["second"].metrics["loss"] < 10
     assert "learning from preference pairs" in (found["second"].path / "README.md").read_text()
     pairs = [json.loads(line) for line in (found["pairs"].path / "pairs.jsonl").open()]
     assert all(row["rewards"] == [1.0, 0.0] for row in pairs)
