@@ -115,7 +115,9 @@ def measure(repetitions: int = 5, jobs: int = 2) -> dict[str, Any]:
 def timed(command: list[str]) -> tuple[str, float]:
     """Standard output and wall seconds of one command. Raises CalledProcessError when it fails."""
     began = time.monotonic()
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
     return done.stdout, time.monotonic() - began
 
 

@@ -1,11 +1,16 @@
 """Every call into posttrain that the suite makes.
 
+Threads are used as the stages use them (`posttrain.worker.useful_threads`): a tiny model computes
+on one, and the others compute other forward passes beside it; a larger model computes on all.
+
 Legend: B rows, N flat response tokens, T positions, V vocabulary, D hidden size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +26,9 @@ from posttrain.rl.types import Rollouts
 from posttrain.stages import distill, dpo, rl, sft
 from posttrain.stages.batches import sequences
 from posttrain.stages.config import build_config
-from posttrain.stages.rollouts import Scored
-from posttrain.stages.teachers import Teachers
+from posttrain.stages.rollouts import Scored, sample_and_verify
+from posttrain.stages.teachers import Reading, Teachers
+from posttrain.worker import TINY_BYTES
 from suite.measure import Work, sampled
 from suite.models import MAX_NEW_TOKENS
 
@@ -53,15 +59,33 @@ def work(rollouts: Rollouts) -> Work:
     return sampled(rollouts.response_len_B.tolist())
 
 
+class Cores:
+    """The threads of this process as a stage on these weights would use them."""
+
+    def __init__(self, weights: Path) -> None:
+        size = (weights / "model.safetensors").stat().st_size
+        self.all = torch.get_num_threads()
+        self.arithmetic = 1 if size < TINY_BYTES else self.all
+        beside = self.all // self.arithmetic
+        self.workers = ThreadPoolExecutor(beside) if beside > 1 else None
+
+    def __enter__(self) -> None:
+        torch.set_num_threads(self.arithmetic)
+
+    def __exit__(self, *exception: object) -> None:
+        torch.set_num_threads(self.all)
+
+
 class Distillation:
     """Whole steps of the distill stage: sample, score, one update, with one or more teachers."""
 
     def __init__(self, student: Path, teachers: Mapping[str, Path], *, group: int) -> None:
         self.language_model = load(student)
         self.domains = list(teachers)
-        self.teachers = Teachers(teachers, self.language_model)
+        self.cores = Cores(student)
+        self.teachers = Teachers(teachers, self.language_model, workers=self.cores.workers)
         self.sampler, self.chat = LocalSampler(self.language_model), Chat(self.language_model)
-        self.learner = new_learner(self.language_model)
+        self.learner = new_learner(self.language_model, self.cores)
         self.group = group
         self.config: Any = build_config(
             "distill",
@@ -84,27 +108,43 @@ class Distillation:
 
     def sample(self, problems: list[dict[str, Any]], seed: int) -> Scored:
         """The student's answers."""
-        return answers(self.sampler, self.chat, problems, self.group, seed)
+        with self.cores:
+            return self._sample(problems, None, seed)
 
     def learn(self, scored: Scored) -> dict[str, float]:
         """Teachers score, the student takes one step."""
-        problems = scored.problems[:: self.group]
-        numbers_B = distill.teacher_numbers(self.config, self.teachers, problems)
-        return distill.learn(
-            self.config,
-            self.learner,
-            self.teachers.reading(self.config, numbers_B),
-            self.domains,
-            scored,
-            lr=LEARNING_RATE,
-            step=0,
-        )
+        with self.cores:
+            return self._learn(scored, self._reading(scored.problems[:: self.group]))
 
     def step(self, problems: list[dict[str, Any]], seed: int) -> Work:
-        """One whole step."""
-        scored = self.sample(problems, seed)
-        self.learn(scored)
+        """One whole step, in which teachers read answers while others are being sampled."""
+        with self.cores:
+            reading = self._reading(problems)
+            scored = self._sample(problems, reading, seed)
+            self._learn(scored, reading)
         return work(scored.rollouts)
+
+    def _reading(self, problems: list[dict[str, Any]]) -> Reading:
+        numbers_B = distill.teacher_numbers(self.config, self.teachers, problems)
+        return self.teachers.reading(self.config, numbers_B)
+
+    def _sample(self, problems: list[dict[str, Any]], reading: Reading | None, seed: int) -> Scored:
+        return sample_and_verify(
+            self.sampler,
+            self.chat,
+            problems,
+            None,
+            group_size=self.group,
+            max_new_tokens=MAX_NEW_TOKENS,
+            temperature=1.0,
+            seed=seed,
+            reader=reading,
+        )
+
+    def _learn(self, scored: Scored, reading: Reading) -> dict[str, float]:
+        return distill.learn(
+            self.config, self.learner, reading, self.domains, scored, lr=LEARNING_RATE, step=0
+        )
 
     def models(self) -> list[Any]:
         """Student and teachers, as transformers models."""
@@ -117,36 +157,31 @@ def answers(
     problems: list[dict[str, Any]],
     group: int,
     seed: int,
-    reward: Callable[[str], float] | None = None,
+    reward: Callable[[str], float],
 ) -> Scored:
     """Samples with their rewards, as the stages make them; the reward is computed in place."""
-    rollouts = sampler.sample(
-        [chat.prompt(problem["prompt"]) for problem in problems],
+    scored = sample_and_verify(
+        sampler,
+        chat,
+        problems,
+        None,
         group_size=group,
         max_new_tokens=MAX_NEW_TOKENS,
         temperature=1.0,
         seed=seed,
     )
-    texts, reward_B = [], torch.zeros(len(rollouts))
-    if reward is not None:
-        texts = [chat.decode(ids) for ids in rollouts.responses()]
-        reward_B = torch.tensor([reward(text) for text in texts])
-    return Scored(
-        rollouts=rollouts,
-        problems=[problem for problem in problems for _ in range(group)],
-        group_B=torch.arange(len(problems)).repeat_interleave(group),
-        texts=texts,
-        reward_B=reward_B,
-    )
+    texts = [chat.decode(ids) for ids in scored.rollouts.responses()]
+    reward_B = torch.tensor([reward(text) for text in texts])
+    return replace(scored, texts=texts, reward_B=reward_B)
 
 
 class Grpo:
     """Whole steps of the rl stage: sample, reward, one update, without a KL penalty."""
 
     def __init__(self, policy: Path, reward: Callable[[str], float], *, group: int) -> None:
-        self.language_model = load(policy)
+        self.language_model, self.cores = load(policy), Cores(policy)
         self.sampler, self.chat = LocalSampler(self.language_model), Chat(self.language_model)
-        self.learner = new_learner(self.language_model)
+        self.learner = new_learner(self.language_model, self.cores)
         self.reward, self.group = reward, group
         self.config: Any = build_config(
             "rl",
@@ -163,11 +198,13 @@ class Grpo:
     def sample(self, texts: Sequence[str], seed: int) -> Scored:
         """The policy's answers with their rewards."""
         problems = [{"domain": "words", "prompt": text} for text in texts]
-        return answers(self.sampler, self.chat, problems, self.group, seed, self.reward)
+        with self.cores:
+            return answers(self.sampler, self.chat, problems, self.group, seed, self.reward)
 
     def learn(self, scored: Scored) -> dict[str, float]:
         """One step on scored answers."""
-        return rl.learn(self.config, self.learner, None, scored, lr=LEARNING_RATE, step=0)
+        with self.cores:
+            return rl.learn(self.config, self.learner, None, scored, lr=LEARNING_RATE, step=0)
 
     def step(self, texts: Sequence[str], seed: int) -> Work:
         """One whole step."""
@@ -180,13 +217,14 @@ class Supervised:
     """Steps of the sft stage."""
 
     def __init__(self, start: Path) -> None:
-        self.language_model = load(start)
-        self.learner = new_learner(self.language_model)
+        self.language_model, self.cores = load(start), Cores(start)
+        self.learner = new_learner(self.language_model, self.cores)
 
     def step(self, prompts: list[list[int]], responses: list[list[int]]) -> Work:
         """One step on these rows; counts all their tokens."""
-        batch = sequences(prompts, responses, self.language_model.pad_id)
-        sft.imitate(self.learner, batch, lr=LEARNING_RATE)
+        with self.cores:
+            batch = sequences(prompts, responses, self.language_model.pad_id)
+            sft.imitate(self.learner, batch, lr=LEARNING_RATE)
         return Work(tokens=sum(map(len, prompts)) + sum(map(len, responses)))
 
 
@@ -200,7 +238,7 @@ class Preference:
         chosen: list[list[int]],
         rejected: list[list[int]],
     ) -> None:
-        self.language_model = load(start)
+        self.language_model, self.cores = load(start), Cores(start)
         responses = [row for pair in zip(chosen, rejected, strict=True) for row in pair]
         rows = sequences(
             [prompt for prompt in prompts for _ in range(2)],
@@ -218,18 +256,25 @@ class Preference:
             reference_B=dpo.counted_sums(rows, logp_N, counted_V),
             baseline=None,
         )
-        self.learner = new_learner(self.language_model)
+        self.learner = new_learner(self.language_model, self.cores)
         self.tokens = 2 * sum(map(len, prompts)) + sum(map(len, responses))
 
     def step(self) -> Work:
         """One step; counts the prompt once per response, as both sides could read it."""
-        dpo.learn(self.learner, self.update, lr=LEARNING_RATE)
+        with self.cores:
+            dpo.learn(self.learner, self.update, lr=LEARNING_RATE)
         return Work(tokens=self.tokens)
 
 
-def new_learner(language_model: LanguageModel) -> LocalLearner:
+def new_learner(language_model: LanguageModel, cores: Cores) -> LocalLearner:
     """A learner with the settings that TRL's trainers have by default."""
-    return LocalLearner(language_model, betas=(0.9, 0.999), weight_decay=0.0, max_grad_norm=1.0)
+    return LocalLearner(
+        language_model,
+        betas=(0.9, 0.999),
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        workers=cores.workers,
+    )
 
 
 def distillation_loss(
