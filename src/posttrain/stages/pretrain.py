@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from posttrain.backends.chat import Chat
 from posttrain.backends.checkpoint import save
 from posttrain.backends.local import LocalLearner
@@ -29,6 +31,7 @@ def run(config: Pretrain, ctx: Context) -> dict[str, float]:
         max_positions=config.max_positions,
         seed=config.seed,
     )
+    language_model.model.to(ctx.device)
     chat = Chat(language_model)
     pool = Pool(demos, seed=config.seed)
     learner = LocalLearner(
@@ -36,6 +39,8 @@ def run(config: Pretrain, ctx: Context) -> dict[str, float]:
         betas=(config.beta1, config.beta2),
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
+        dtype=getattr(torch, config.precision),
+        compile=ctx.compile,
     )
     for step in range(ctx.resume(learner), config.steps):
         rows = pool.draw(step, config.batch_size)

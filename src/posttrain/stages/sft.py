@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 
+import torch
 from torch import Tensor
 
 from posttrain.backends.base import Head, Metrics, MicroBatch
@@ -23,7 +24,7 @@ from posttrain.stages.context import Context
 
 def run(config: Sft, ctx: Context) -> dict[str, float]:
     """Train from `start` on demonstrations, or on the rows of a `data` artifact."""
-    language_model = load(ctx.inputs["start"])
+    language_model = load(ctx.inputs["start"], device=ctx.device)
     chat = Chat(language_model)
     demos = demonstrations(ctx)
     pool = Pool(demos, seed=config.seed)
@@ -34,6 +35,8 @@ def run(config: Sft, ctx: Context) -> dict[str, float]:
         betas=(config.beta1, config.beta2),
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
+        dtype=getattr(torch, config.precision),
+        compile=ctx.compile,
     )
     for step in range(ctx.resume(learner), steps):
         rows = pool.draw(step, config.batch_size)
