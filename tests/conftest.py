@@ -216,7 +216,12 @@ def run_stage(tmp_path: Path) -> Iterator[RunStage]:
     from posttrain.worker import run_job
 
     def run(
-        kind: str, settings: Mapping[str, Any], inputs: Mapping[str, str], work: Path | None = None
+        kind: str,
+        settings: Mapping[str, Any],
+        inputs: Mapping[str, str],
+        work: Path | None = None,
+        *,
+        environment: Mapping[str, str] | None = None,
     ) -> Ran:
         number = len(list(tmp_path.glob("work-*")))
         work = tmp_path / f"work-{number}" if work is None else work
@@ -234,6 +239,7 @@ def run_stage(tmp_path: Path) -> Iterator[RunStage]:
             out=str(work / "out"),
             threads=1,
             hashes=str(tmp_path / "hashes.json"),
+            environment=environment or {},
         )
         metrics = run_job(job)
         log = work / "metrics.jsonl"

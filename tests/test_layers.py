@@ -33,7 +33,9 @@ ALLOWED: dict[str, set[str]] = {
     "package": {"recipe", "domains"},
     "recipes": {"package"},
     "loading": {"engine", "recipe", "domains"},
-    "worker": {"engine", "report", "recipe", "domains", "stages", "stages.config"},
+    "worker": {
+        "engine", "report", "recipe", "domains", "backends", "stages", "stages.config",
+    },
     "commands": {
         "engine", "external", "report", "backends", "stages", "stages.config", "recipe", "loading",
         "worker", "domains",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -121,8 +121,15 @@ def run(
     store: StorePath = DEFAULT_STORE,
     jobs: Annotated[
         int | None,
-        typer.Option("--jobs", min=1, help="Stages at once. Default: number of cores."),
+        typer.Option("--jobs", min=1, help="Stages at once. Default: number of cores; 1 on CUDA."),
     ] = None,
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"],
+        typer.Option("--device", help="Where models compute. auto: CUDA where torch sees one."),
+    ] = "auto",
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Compile the model that learns; on CUDA only.")
+    ] = False,
     seed: Seed = None,
     report: ReportPath = DEFAULT_REPORT,
     no_report: Annotated[bool, typer.Option("--no-report", help="Write no report.")] = False,
@@ -134,7 +141,14 @@ def run(
     request = work.Request(
         recipe=recipe, store=store, settings=settings or (), suite=suite, seed=seed
     )
-    failure = work.run(request, jobs=jobs, report=None if no_report else report, as_json=as_json)
+    failure = work.run(
+        request,
+        jobs=jobs,
+        device=device,
+        compile=compile,
+        report=None if no_report else report,
+        as_json=as_json,
+    )
     if failure is not None:
         raise failure
 

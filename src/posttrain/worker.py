@@ -6,6 +6,7 @@ here.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
@@ -25,6 +26,10 @@ EXECUTE = "posttrain.worker:run_job"
 PRELOAD = ("posttrain.stages.preload",)
 """Imported once before stages fork from it."""
 
+DEVICE, COMPILE = "POSTTRAIN_DEVICE", "POSTTRAIN_COMPILE"
+"""Entries of a job's environment: the type of device that computes, the CPU without one, and, if it
+is there, that the learner is to be compiled."""
+
 TINY_BYTES = 16_000_000
 """Weights of about four million parameters in float32."""
 
@@ -33,14 +38,27 @@ def run_job(job: Job) -> dict[str, Any]:
     """Run one stage; returns its summary metrics."""
     import torch
 
+    from posttrain.backends.device import check_precision
     from posttrain.stages.context import Context
     from posttrain.suites.domain import build_domain
 
+    device = torch.device(job.environment.get(DEVICE, "cpu"))
+    if device.type == "cuda":
+        # What cuBLAS needs for the same bits every time; read when it is first used.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    check_precision(getattr(torch, job.config.get("precision", "float32")), device)
     torch.set_num_threads(useful_threads(job))
     torch.use_deterministic_algorithms(True)
     # On by default with the line above; it writes every fresh tensor once for nothing.
     torch.utils.deterministic.fill_uninitialized_memory = False
-    ctx = Context(name=job.name, work=Path(job.work), inputs=job.inputs, threads=job.threads)
+    ctx = Context(
+        name=job.name,
+        work=Path(job.work),
+        inputs=job.inputs,
+        threads=job.threads,
+        device=device,
+        compile=COMPILE in job.environment,
+    )
     if job.kind == "domain":
         return build_domain(job.config, job.runtime, ctx.out, job.data)
     with closing(ctx):

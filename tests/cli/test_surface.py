@@ -18,7 +18,7 @@ from posttrain.cli import app, main
 HEAVY = ("torch", "transformers", "numpy", "matplotlib", "reasoning_gym", "datasets", "pyarrow")
 RECIPE = {"RECIPE", "--set", "--suite", "--store", "--seed"}
 SURFACE = {
-    "run": RECIPE | {"--jobs", "--report", "--no-report", "--json"},
+    "run": RECIPE | {"--jobs", "--device", "--compile", "--report", "--no-report", "--json"},
     "plan": RECIPE | {"--json"},
     "recipes": {"--json"},
     "ls": {"--store", "--json"},

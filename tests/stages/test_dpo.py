@@ -245,6 +245,7 @@ def test_micro_batches_of_whole_pairs_change_only_rounding(
             counted_V=counted_tokens(config, language_model),
             reference_B=None if loss == "simpo" else reference_B,
             baseline=torch.tensor(0.3) if loss == "kto" else None,
+            device=learner.device,
         )
         results.append(
             learner.update(update.rows, update.loss, count=update.count, lr=0.0, group_rows=2)

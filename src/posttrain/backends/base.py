@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from posttrain.rl.types import Rollouts
@@ -27,7 +28,10 @@ class Head:
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:
-    """The rows of one forward pass: which they are in the batch, and the rollouts themselves."""
+    """The rows of one forward pass: which they are in the batch, and the rollouts themselves.
+
+    Both are on the learner's device.
+    """
 
     index_B: Tensor
     """int64, the rows' positions in the whole batch."""
@@ -100,12 +104,18 @@ class Scorer(Protocol):
     head: Head
 
     def hidden(self, rollouts: Rollouts) -> Tensor:
-        """`hidden_ND`, the last hidden states that predict the response tokens. No gradient."""
+        """`hidden_ND`, the last hidden states that predict the response tokens. No gradient.
+
+        On the device of `head`; rollouts are on the CPU.
+        """
         ...
 
 
 class Learner(Protocol):
     """Holds the trainable model and its optimiser."""
+
+    device: torch.device
+    """Where a loss is computed; its constants must be there, rollouts are on the CPU."""
 
     def update(
         self,
@@ -124,5 +134,5 @@ class Learner(Protocol):
         ...
 
     def logprobs(self, rollouts: Rollouts, *, temperature: float) -> Tensor:
-        """`logp_N` of the response tokens under the current weights. No gradient."""
+        """`logp_N` of the response tokens under the current weights, on the CPU. No gradient."""
         ...

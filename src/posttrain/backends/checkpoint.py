@@ -48,8 +48,13 @@ class LanguageModel:
         return self.stop_ids[0] if pad is None else pad
 
 
-def load(path: str | Path, *, dtype: torch.dtype = torch.float32) -> LanguageModel:
-    """Load a Hugging Face directory.
+def load(
+    path: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> LanguageModel:
+    """Load a Hugging Face directory onto a device.
 
     Raises ConfigError for a checkpoint that is not a causal LM, that lacks weights or has damaged
     ones, whose tokenizer has ids that the model lacks, whose logits are not a plain linear map
@@ -95,7 +100,7 @@ def load(path: str | Path, *, dtype: torch.dtype = torch.float32) -> LanguageMod
     if path_of(model) == "plain":
         check_plain(model, str(path))
     _allow_saving(model.generation_config, path)
-    return LanguageModel(model=model, tokenizer=tokenizer)
+    return LanguageModel(model=model.to(device), tokenizer=tokenizer)
 
 
 def _allow_saving(generation_config: Any, path: Path) -> None:

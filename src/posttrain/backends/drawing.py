@@ -20,8 +20,7 @@ from posttrain.rl.types import Rollouts, pad_rows
 def draw(logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """One token per row and its log-prob: inverse transform, or the arg max at temperature 0.
 
-    Draws the first token whose cumulative probability passes the row's uniform number. The
-    cumulative sum is in float64: in float32 its end can stop short of 1 on a large vocabulary.
+    Draws the first token whose cumulative probability passes the row's uniform number.
     """
     if temperature == 0:
         logp_BV = torch.log_softmax(logits_BV, dim=-1)
@@ -30,11 +29,27 @@ def draw(logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> tuple[Tens
         if temperature != 1:
             logits_BV = logits_BV / temperature
         logp_BV = torch.log_softmax(logits_BV, dim=-1)
-        cumulative_BV = logp_BV.double().exp_().cumsum_(dim=-1)
-        target_B1 = uniform_B[:, None] * cumulative_BV[:, -1:]
+        cumulative_BV = cumulative(logp_BV.double().exp_())
+        target_B1 = (uniform_B[:, None] * cumulative_BV[:, -1:]).to(cumulative_BV.dtype)
         token_B = torch.searchsorted(cumulative_BV, target_B1, right=True)[:, 0]
         token_B = token_B.clamp_(max=logits_BV.shape[1] - 1)
     return token_B, logp_BV.gather(1, token_B[:, None])[:, 0]
+
+
+def cumulative(probability_BV: Tensor) -> Tensor:
+    """Cumulative sums along the vocabulary, in place; float64, or integers 2^53 times as large.
+
+    In float32 the end can stop short of 1 on a large vocabulary. Off the CPU floats are summed in
+    no fixed order, which deterministic mode refuses; integers give one sum in any order.
+    """
+    if probability_BV.device.type == "cpu":
+        return probability_BV.cumsum_(dim=-1)
+    return fixed_point(probability_BV).cumsum_(dim=-1)
+
+
+def fixed_point(probability_BV: Tensor) -> Tensor:
+    """Probabilities in units of 2^-53, int64: what float64 resolves just below 1."""
+    return probability_BV.mul_(2.0**53).long()
 
 
 def row_seeds(num_rows: int, seed: int) -> Tensor:

@@ -94,9 +94,9 @@ class _Block:
     def __init__(self, part: Packed, start: int, dtype: torch.dtype) -> None:
         self.shape, self.at_M = part.tokens_CT.shape, part.at_M
         self.tokens = slice(start, start + len(part.at_M))
-        self.flat_S = torch.zeros(part.tokens_CT.numel(), dtype=torch.int64)
+        self.flat_S = torch.zeros_like(part.tokens_CT.flatten())
         """For each position of the bins its token; any token where there is none."""
-        self.flat_S[part.at_M] = torch.arange(len(part.at_M))
+        self.flat_S[part.at_M] = torch.arange(len(part.at_M), device=part.at_M.device)
         self.mask = part.mask(dtype)
         # Where queries come from and what is taken out: all tokens, or those of `at`.
         self.query_tokens, self.query_S = self.tokens, self.flat_S
@@ -109,7 +109,7 @@ class _Block:
         block.at_M = self.at_M[wanted_W[inside_W] - self.tokens.start]
         block.query_tokens = slice(first, first + count)
         block.query_S = torch.zeros_like(self.flat_S)
-        block.query_S[block.at_M] = torch.arange(count)
+        block.query_S[block.at_M] = torch.arange(count, device=block.at_M.device)
         return block
 
     def attend(

@@ -133,7 +133,7 @@ class FusedDecoder:
         position_1T = torch.arange(positions, device=embedding_VD.device)[None]
         cos_1TC, sin_1TC = body.rotary_emb(embedding_VD, position_1T)
         self.cos_T1C = cos_1TC[0, :, None].contiguous()
-        sign_C = torch.ones(self.width, device=embedding_VD.device)
+        sign_C = sin_1TC.new_ones(self.width)
         sign_C[: self.width // 2] = -1
         # rotate_half(x) * sin is swapped(x) * (sign * sin), which needs no negation of x.
         self.sin_T1C = (sin_1TC[0] * sign_C)[:, None].contiguous()
@@ -204,14 +204,18 @@ class FusedDecoder:
 
 
 def _inverse_size(input: Tensor, epsilon: float) -> Tensor:
-    """1 / root mean square along the last axis, with the epsilon of the model's norm."""
-    size = torch.linalg.vector_norm(input, dim=-1, keepdim=True)
+    """1 / root mean square along the last axis, with the epsilon of the model's norm.
+
+    At least float32, as in the models' own norms.
+    """
+    dtype = torch.promote_types(input.dtype, torch.float32)
+    size = torch.linalg.vector_norm(input, dim=-1, keepdim=True, dtype=dtype)
     return size.square_().mul_(1 / input.shape[-1]).add_(epsilon).rsqrt_()
 
 
 def _normalised(hidden_LD: Tensor, epsilon: float) -> Tensor:
     """The norm before a layer's products, without its weight, which is in theirs."""
-    return hidden_LD * _inverse_size(hidden_LD, epsilon)
+    return (hidden_LD * _inverse_size(hidden_LD, epsilon)).to(hidden_LD.dtype)
 
 
 def _affine(input_LD: Tensor, weight_DF: Tensor, bias_F: Tensor | None) -> Tensor:

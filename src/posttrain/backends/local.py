@@ -1,7 +1,10 @@
 """Learning and scoring with one transformers model in this process: the reference backend.
 
 Rows are packed (`packing.py`), and only the positions that predict response tokens reach the output
-head. Legend: B rows, C bins, T positions, N flat response tokens, D hidden.
+head. Rollouts stay on the CPU, where packing is planned; a forward pass goes to the device of the
+model, and hidden states and losses are there.
+
+Legend: B rows, C bins, T positions, N flat response tokens, D hidden.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from posttrain.backends.base import Head, LossFunction, Metrics, MicroBatch
 from posttrain.backends.checkpoint import LanguageModel, output_head
 from posttrain.backends.flat import is_flat
 from posttrain.backends.packing import Packed, flat_passes, forward_passes
+from posttrain.backends.precision import computing_copy, give_gradients, take_weights
 from posttrain.engine.errors import ConfigError, StageError
 from posttrain.losses.ops import token_logprobs
 from posttrain.rl.types import Rollouts
@@ -35,6 +39,8 @@ class ForwardPass:
     """Rows that go through a model at once; of several widths where the model is flat."""
 
     parts: tuple[Packed, ...]
+    flat: bool = False
+    """Whether only attention is to see bins."""
 
     @property
     def index_B(self) -> Tensor:
@@ -42,28 +48,37 @@ class ForwardPass:
         return torch.cat([part.index_B for part in self.parts])
 
 
-def hidden_states(model: Any, forward: ForwardPass) -> Tensor:
+def hidden_states(model: Any, forward: ForwardPass, body: Any = None) -> Tensor:
     """`hidden_ND`: last hidden states that predict the response tokens, row after row.
 
     On the plain path every row has a bin of its own and is padded on the right: causal layers,
     attending or recurrent, never see what comes after a token, and no position ids are needed.
+    `body` is a compiled form of the model's backbone.
     """
-    if is_flat(model) and path_of(model) == "packed":
-        return flat.hidden_states(model, forward.parts)
-    (packed,) = forward.parts
-    inputs = {}
+    parts = [part.to(model.device) for part in forward.parts]
+    if forward.flat:
+        return flat.hidden_states(model, parts)
+    (packed,), inputs = parts, {}
     if path_of(model) == "packed":
         inputs = {"position_ids": packed.position_CT, "attention_mask": packed.mask(model.dtype)}
-    hidden_CTD: Tensor = backbone(model)(
+    body = backbone(model) if body is None else body
+    hidden_CTD: Tensor = body(
         input_ids=packed.tokens_CT, use_cache=False, **inputs
     ).last_hidden_state
     return hidden_CTD.flatten(0, 1)[packed.predicts_N]
 
 
 def passes(
-    model: Any, rollouts: Rollouts, max_tokens: int, group_rows: int = 1
+    model: Any,
+    rollouts: Rollouts,
+    max_tokens: int,
+    group_rows: int = 1,
+    *,
+    compiled: bool = False,
 ) -> Iterator[ForwardPass]:
     """The forward passes over all rows; every `group_rows` adjacent rows stay together.
+
+    A `compiled` model is called as a whole, so it gets bins.
 
     Raises ConfigError for a row longer than the model has positions.
     """
@@ -75,9 +90,9 @@ def passes(
             f"({POSITIONS} in its config.json, max_positions of a pretrain stage)"
         )
     size, packable = model.config.hidden_size, path_of(model) == "packed"
-    if packable and is_flat(model):
+    if packable and not compiled and is_flat(model):
         every = flat_passes(rollouts, max_tokens=max_tokens, hidden_size=size, block=group_rows)
-        yield from (ForwardPass(parts=parts) for parts in every)
+        yield from (ForwardPass(parts=parts, flat=True) for parts in every)
         return
     for part in forward_passes(
         rollouts, max_tokens=max_tokens, hidden_size=size, block=group_rows, pack=packable
@@ -94,15 +109,18 @@ def response_targets(rollouts: Rollouts) -> Tensor:
 def response_logprobs(
     hidden_ND: Tensor, head: Head, rollouts: Rollouts, temperature: float
 ) -> Tensor:
-    """`logp_N` of the response tokens from the hidden states that predict them. No gradient."""
+    """`logp_N` of the response tokens from the hidden states that predict them. No gradient.
+
+    On the CPU, as the rollouts are.
+    """
     logp_N, _ = token_logprobs(
         hidden_ND,
         head.weight_VD,
-        response_targets(rollouts),
+        response_targets(rollouts).to(hidden_ND.device),
         bias_V=head.bias_V,
         temperature=temperature,
     )
-    return logp_N
+    return logp_N.cpu()
 
 
 class LocalScorer:
@@ -123,7 +141,8 @@ class LocalScorer:
             part = hidden_states(self.model, forward)
             if hidden_ND is None:
                 hidden_ND = part.new_empty(rollouts.num_tokens, part.shape[1])
-            hidden_ND[flat_index(start_B, count_B, forward.index_B)] = part
+            flat_N = flat_index(start_B, count_B, forward.index_B)
+            hidden_ND[flat_N.to(part.device)] = part
         assert hidden_ND is not None, "no rows to score"
         return hidden_ND
 
@@ -131,7 +150,8 @@ class LocalScorer:
 def flat_index(start_B: Tensor, count_B: Tensor, index_B: Tensor) -> Tensor:
     """Where the response tokens of the rows `index_B` stand in a flat `_N` tensor."""
     count = count_B[index_B]
-    offset_N = torch.arange(int(count.sum())) - (count.cumsum(0) - count).repeat_interleave(count)
+    offset_N = torch.arange(int(count.sum()), device=count.device)
+    offset_N -= (count.cumsum(0) - count).repeat_interleave(count)
     return start_B[index_B].repeat_interleave(count) + offset_N
 
 
@@ -140,6 +160,8 @@ class LocalLearner:
 
     The model stays in evaluation mode, that is without dropout: a policy that learns must be the
     one that sampled, and there is no random state that a resumed stage would have to find again.
+    With a `dtype` other than float32 a copy of the model in that type computes, weights and
+    optimiser stay as they are. `compile` compiles the model below its head, for any shape.
     """
 
     def __init__(
@@ -150,16 +172,23 @@ class LocalLearner:
         weight_decay: float,
         max_grad_norm: float,
         max_tokens: int = MAX_TOKENS,
+        dtype: torch.dtype = torch.float32,
+        compile: bool = False,
         workers: Executor | None = None,
     ) -> None:
         """`workers` compute the forward passes of an update beside each other."""
-        self.language_model = language_model
-        self.model = language_model.model.eval()
+        self.master = language_model.model.eval()
+        self.policy = computing_copy(language_model, dtype)
+        """What computes, and what a sampler has to sample from."""
+        self.model = self.policy.model.eval()
+        self.device: torch.device = self.model.device
         self.head: Head = output_head(self.model)
+        self.body = torch.compile(backbone(self.model), dynamic=True) if compile else None
         self.max_tokens = max_tokens
         self.max_grad_norm = max_grad_norm
         self.workers = workers
-        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.parameters = [p for p in self.master.parameters() if p.requires_grad]
+        self.copies = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=0.0, betas=betas, weight_decay=weight_decay, fused=True
         )
@@ -177,12 +206,15 @@ class LocalLearner:
         totals: dict[str, Tensor] = {}
 
         def run(forward: ForwardPass) -> tuple[Tensor, Metrics]:
-            rows = rollouts.rows(forward.index_B)
-            part = MicroBatch(index_B=forward.index_B, rollouts=rows)
-            loss_sum, metrics = loss(hidden_states(self.model, forward), self.head, part)
+            rows = rollouts.rows(forward.index_B).to(self.device)
+            part = MicroBatch(index_B=forward.index_B.to(self.device), rollouts=rows)
+            hidden_ND = hidden_states(self.model, forward, self.body)
+            loss_sum, metrics = loss(hidden_ND, self.head, part)
             return loss_sum / count, metrics
 
-        every = passes(self.model, rollouts, self.max_tokens, group_rows)
+        every = passes(
+            self.model, rollouts, self.max_tokens, group_rows, compiled=self.body is not None
+        )
         for metrics in self._accumulate(run, every):
             for name, value in metrics.items():
                 totals[name] = totals[name] + value if name in totals else value
@@ -197,6 +229,7 @@ class LocalLearner:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        take_weights(self.copies, self.parameters)
         return {name: float(value) for name, value in totals.items()} | {"grad_norm": float(norm)}
 
     def _accumulate(
@@ -210,29 +243,32 @@ class LocalLearner:
             for forward in every:
                 loss, metrics = run(forward)
                 loss.backward()
+                give_gradients(self.copies, self.parameters)
                 yield metrics
             return
 
         def gradients(forward: ForwardPass) -> tuple[tuple[Tensor | None, ...], Metrics]:
             loss, metrics = run(forward)
-            return torch.autograd.grad(loss, self.parameters, allow_unused=True), metrics
+            return torch.autograd.grad(loss, self.copies, allow_unused=True), metrics
 
         for found, metrics in self.workers.map(gradients, every):
             for parameter, gradient in zip(self.parameters, found, strict=True):
+                if gradient is None:
+                    continue
                 if parameter.grad is None:
-                    parameter.grad = gradient
-                elif gradient is not None:
+                    parameter.grad = gradient.to(parameter.dtype)
+                else:
                     parameter.grad += gradient
             yield metrics
 
     def logprobs(self, rollouts: Rollouts, *, temperature: float) -> Tensor:
         """See `Learner.logprobs`."""
-        scorer = LocalScorer(self.language_model, max_tokens=self.max_tokens)
+        scorer = LocalScorer(self.policy, max_tokens=self.max_tokens)
         return response_logprobs(scorer.hidden(rollouts), self.head, rollouts, temperature)
 
     def state(self) -> dict[str, Tensor]:
         """Weights and optimiser moments by name, for a step checkpoint."""
-        tensors = {f"weight.{n}": p.detach() for n, p in self.model.named_parameters()}
+        tensors = {f"weight.{n}": p.detach() for n, p in self.master.named_parameters()}
         for position, parameter in enumerate(self.parameters):
             for name, value in self.optimizer.state[parameter].items():
                 tensors[f"optimizer.{position}.{name}"] = value
@@ -241,9 +277,11 @@ class LocalLearner:
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Put back what `state` gave; the next update is then bit-identical."""
         with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
+            for name, parameter in self.master.named_parameters():
                 parameter.copy_(tensors[f"weight.{name}"])
         for name, value in tensors.items():
             kind, position, *rest = name.split(".")
             if kind == "optimizer":
-                self.optimizer.state[self.parameters[int(position)]][rest[0]] = value.clone()
+                parameter = self.parameters[int(position)]
+                self.optimizer.state[parameter][rest[0]] = value.clone().to(parameter.device)
+        take_weights(self.copies, self.parameters)

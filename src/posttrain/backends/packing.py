@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 import torch
@@ -62,6 +62,19 @@ class Packed:
     """int64, the row that a response token belongs to; -1 in prompts, -2 where unused."""
     shared: bool
     """Whether some bin holds more than one row."""
+
+    def to(self, device: torch.device) -> Packed:
+        """The same pass on another device; this one itself where it is on it."""
+        return replace(
+            self,
+            index_B=self.index_B.to(device),
+            tokens_CT=self.tokens_CT.to(device),
+            position_CT=self.position_CT.to(device),
+            predicts_N=self.predicts_N.to(device),
+            at_M=self.at_M.to(device),
+            unit_CT=self.unit_CT.to(device),
+            owner_CT=self.owner_CT.to(device),
+        )
 
     def mask(self, dtype: torch.dtype) -> Tensor | None:
         """`[C, 1, T, T]`, 0 where a position may look and -inf elsewhere; None for causal."""

@@ -6,9 +6,9 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -29,7 +29,10 @@ from posttrain.loading import Loaded, load_recipe
 from posttrain.report.live import LiveView
 from posttrain.report.terminal import evaluation_table
 from posttrain.report.wording import duration
-from posttrain.worker import EXECUTE, PRELOAD
+from posttrain.worker import COMPILE, DEVICE, EXECUTE, PRELOAD
+
+if TYPE_CHECKING:  # it imports torch
+    from posttrain.backends.device import Device
 
 PACKAGES = (
     "posttrain",
@@ -103,7 +106,13 @@ class Outcome:
 
 
 def run(
-    request: Request, *, jobs: int | None, report: Path | None, as_json: bool
+    request: Request,
+    *,
+    jobs: int | None,
+    device: Device = "auto",
+    compile: bool = False,
+    report: Path | None,
+    as_json: bool,
 ) -> PosttrainError | None:
     """Make what the recipe asks for, show it, write the report; returns what went wrong, if so.
 
@@ -119,7 +128,8 @@ def run(
     outcome = Outcome(rows=rows)
     failure = None
     try:
-        _make(loaded, store, rows, outcome, jobs=jobs or usable_cores(), out=out)
+        how = choose(rows, loaded, jobs=jobs, device=device, compile=compile)
+        _make(loaded, store, rows, outcome, how=how, out=out)
     except Interrupted:
         raise
     except KeyboardInterrupt:
@@ -163,21 +173,63 @@ def run(
     return failure
 
 
+@dataclass(frozen=True, kw_only=True)
+class How:
+    """How stages are to be run: what is no part of their identity."""
+
+    jobs: int
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Of every stage's process."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """For the records; empty where nothing is to be run."""
+
+
+def choose(
+    rows: Sequence[PlanRow], loaded: Loaded, *, jobs: int | None, device: Device, compile: bool
+) -> How:
+    """How the stages that are not cached are run; without such stages torch is not imported.
+
+    On CUDA one stage runs at a time by default: they would share the memory of one card. Raises
+    ConfigError for a device that is not there, `compile` on the CPU, and a precision that the
+    hardware does not compute.
+    """
+    todo = [loaded.graph.nodes[row.name] for row in rows if row.action != "cached"]
+    if not todo:
+        return How(jobs=jobs or usable_cores())
+    import torch
+
+    from posttrain.backends.device import check_precision, choose_device, device_name
+
+    chosen = choose_device(device, compile=compile)
+    for precision in {node.config.get("precision", "float32") for node in todo}:
+        check_precision(getattr(torch, precision), chosen)
+    environment = {DEVICE: chosen.type} | ({COMPILE: "1"} if compile else {})
+    facts = {"device": device_name(chosen), "compile": compile}
+    default = 1 if chosen.type == "cuda" else usable_cores()
+    return How(jobs=jobs or default, environment=environment, facts=facts)
+
+
 def _make(
     loaded: Loaded,
     store: Store,
     rows: list[PlanRow],
     outcome: Outcome,
     *,
-    jobs: int,
+    how: How,
     out: Console,
 ) -> None:
-    todo = any(row.action != "cached" for row in rows)
     provenance = Provenance()
-    if todo:
-        provenance = capture(loaded.sources, packages=PACKAGES, exclude=[store.root])
+    if how.facts:
+        captured = capture(loaded.sources, packages=PACKAGES, exclude=[store.root])
+        provenance = replace(captured, facts={**captured.facts, **how.facts})
     events = run_graph(
-        loaded.graph, store, execute=EXECUTE, preload=PRELOAD, jobs=jobs, provenance=provenance
+        loaded.graph,
+        store,
+        execute=EXECUTE,
+        preload=PRELOAD,
+        jobs=how.jobs,
+        provenance=provenance,
+        environment=how.environment,
     )
     with closing(events), LiveView(rows, loaded.graph, out) as view:
         for event in events:

@@ -60,15 +60,31 @@ class Rollouts:
             finished_B=self.finished_B[index],
         )
 
+    def to(self, device: torch.device) -> Rollouts:
+        """The same rows on another device; these themselves where they are on it."""
+        return replace(
+            self,
+            tokens_BT=self.tokens_BT.to(device),
+            prompt_len_B=self.prompt_len_B.to(device),
+            response_len_B=self.response_len_B.to(device),
+            logp_BR=self.logp_BR.to(device),
+            finished_B=self.finished_B.to(device),
+        )
+
     def response_mask_BT(self) -> Tensor:
         """bool, True at positions that hold a response token."""
-        position_T = torch.arange(self.tokens_BT.shape[1])
+        position_T = torch.arange(self.tokens_BT.shape[1], device=self.tokens_BT.device)
         start_B1 = self.prompt_len_B[:, None]
         return (position_T >= start_B1) & (position_T < start_B1 + self.response_len_B[:, None])
 
+    def row_N(self) -> Tensor:
+        """int64, the row of each response token, row after row."""
+        row_B = torch.arange(len(self), device=self.response_len_B.device)
+        return row_B.repeat_interleave(self.response_len_B)
+
     def sampler_logp_N(self) -> Tensor:
         """`logp_BR` of all response tokens, row after row: the order of every `_N` tensor."""
-        position_R = torch.arange(self.logp_BR.shape[1])
+        position_R = torch.arange(self.logp_BR.shape[1], device=self.logp_BR.device)
         return self.logp_BR[position_R < self.response_len_B[:, None]]
 
     def responses(self) -> list[list[int]]:

@@ -36,12 +36,15 @@ def _steps_or_epochs(steps: int | None, epochs: float | None) -> None:
 
 
 class Config(BaseModel):
-    """Base of all stage settings: frozen, and an unknown name is an error."""
+    """Base of the settings of stages that compute with models: an unknown name is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     seed: int = Field(0, ge=0, lt=2**31)
     """Every random choice of the stage follows from it."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Type in which models compute. Weights that are trained stay in float32, and so does every
+    softmax of a loss."""
 
 
 class Optimizer(BaseModel):
@@ -291,6 +294,8 @@ class Distill(Config, Optimizer, Rollout, Correction, Aggregation):
             _refuse_unread(self, "divergence", "teacher_cache", because=because)
         if self.divergence != "jsd":
             _refuse_unread(self, "jsd_beta", because=f"divergence = {self.divergence}")
+        if self.precision != "float32":
+            _refuse_unread(self, "teacher_cache", because=f"precision = {self.precision}")
         return self
 
     @model_validator(mode="after")

@@ -47,8 +47,20 @@ class Resumable(Protocol):
 class Context:
     """The job's inputs and outputs, seen from inside the stage."""
 
-    def __init__(self, *, name: str, work: Path, inputs: Mapping[str, str], threads: int) -> None:
+    def __init__(
+        self,
+        *,
+        name: str,
+        work: Path,
+        inputs: Mapping[str, str],
+        threads: int,
+        device: torch.device | None = None,
+        compile: bool = False,
+    ) -> None:
+        """`device` is where models compute, the CPU by default; `compile` is for the learner."""
         self.name = name
+        self.device = torch.device("cpu") if device is None else device
+        self.compile = compile
         self.work = work
         self.out = work / "out"
         self.inputs = {edge: Path(path) for edge, path in inputs.items()}
@@ -72,7 +84,7 @@ class Context:
         """Threads for what can be done beside each other, where the stage has more cores than one
         operation uses; None otherwise. With no core to spare threads would only take turns."""
         count = self.threads // torch.get_num_threads()
-        if count < 2:
+        if count < 2 or self.device.type != "cpu":
             return None
         return self.resources.enter_context(ThreadPoolExecutor(count, thread_name_prefix="work"))
 
@@ -159,7 +171,7 @@ class Context:
         """Copy the state and hand it to the writer."""
         # The next step changes weights and moments where they lie.
         tensors = {
-            name: value.detach().clone(memory_format=torch.contiguous_format)
+            name: value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
             for name, value in learner.state().items()
         }
         state = {

@@ -45,15 +45,15 @@ from posttrain.stages.teachers import Reading, Targets, Teachers
 def run(config: Distill, ctx: Context) -> dict[str, float]:
     """Train `start` towards the teachers on the prompts of their domains."""
     judges = verifiers(ctx) if config.reward_weight > 0 else None
-    language_model = load(ctx.inputs["start"])
-    domains = list(ctx.domains)
+    language_model = load(ctx.inputs["start"], device=ctx.device)
+    domains, dtype = list(ctx.domains), getattr(torch, config.precision)
     names = sorted(set(config.routes.values()))
     paths = {name: ctx.inputs[f"teachers.{name}"] for name in names}
-    teachers = Teachers(paths, language_model, workers=ctx.workers)
+    teachers = Teachers(paths, language_model, dtype=dtype, device=ctx.device, workers=ctx.workers)
     chat = Chat(language_model)
-    sampler = LocalSampler(language_model)
     pool = Pool({name: ctx.problems(name, "train") for name in domains}, seed=config.seed)
     learner = new_learner(config, language_model, ctx)
+    sampler = LocalSampler(learner.policy)
     for step in range(ctx.resume(learner), config.steps):
         problems = pool.draw(step, config.prompts_per_step)
         reading = teachers.reading(config, teacher_numbers(config, teachers, problems))
@@ -112,6 +112,7 @@ def learn(
             teacher_B=teacher_B[rows_B],
             weight_B=weight_B[rows_B],
             advantage_B=reward_B[rows_B],
+            device=learner.device,
         )
         part = learner.update(update.rows, update.loss, count=update.count, lr=lr)
         sums = {name: sums.get(name, 0.0) + part.get(name, 0.0) for name in sums | part}
@@ -129,7 +130,7 @@ def learn(
 
 
 class DistillUpdate:
-    """The rows of one optimiser step with the constants of their loss."""
+    """The rows of one optimiser step with the constants of their loss, which are on `device`."""
 
     def __init__(
         self,
@@ -143,22 +144,25 @@ class DistillUpdate:
         teacher_B: Tensor,
         weight_B: Tensor,
         advantage_B: Tensor,
+        device: torch.device,
     ) -> None:
         self.config, self.domains, self.targets = config, domains, targets
-        self.rows_B, self.domain_B, self.teacher_B = rows_B, domain_B, teacher_B
-        self.weight_B, self.advantage_B = weight_B, advantage_B
+        self.rows_B, self.domain_B = rows_B.to(device), domain_B.to(device)
+        self.teacher_B, self.weight_B = teacher_B.to(device), weight_B.to(device)
+        self.advantage_B = advantage_B.to(device)
         self.rows = scored.rollouts.rows(rows_B)
         self.constant = config.aggregation_constant or config.max_new_tokens
-        self.sampler_logp_N = self.rows.sampler_logp_N()
+        self.sampler_logp_N = self.rows.sampler_logp_N().to(device)
         length_B = self.rows.response_len_B
-        self.start_B = length_B.cumsum(0) - length_B
+        self.length_B = length_B.to(device)
+        self.start_B = (length_B.cumsum(0) - length_B).to(device)
         self.count = float(length_B.sum() if config.aggregation == "token" else len(length_B))
 
     def loss(self, hidden_ND: Tensor, head: Head, part: MicroBatch) -> tuple[Tensor, Metrics]:
         """The chosen estimator for the rows of all teachers at once."""
         hidden_ND, part = self._by_teacher(hidden_ND, part)
         config, length_B = self.config, part.rollouts.response_len_B
-        row_N = torch.arange(len(length_B)).repeat_interleave(length_B)
+        row_N = part.rollouts.row_N()
         weight_N, _ = aggregation_weights(
             row_N, len(length_B), aggregation=config.aggregation, constant=self.constant
         )
@@ -172,7 +176,7 @@ class DistillUpdate:
                 bias_V=head.bias_V,
                 temperature=config.temperature,
             )
-            flat_N = flat_index(self.start_B, self.rows.response_len_B, part.index_B)
+            flat_N = flat_index(self.start_B, self.length_B, part.index_B)
             # For the policy-gradient terms only: an exact divergence does not depend on which token
             # was sampled, so it has nothing to correct.
             correction_N, metrics = importance_correction(
@@ -229,9 +233,10 @@ class DistillUpdate:
         teacher_B = self.teacher_B[part.index_B]
         for number in teacher_B.unique().tolist():
             targets, index_B = self.targets[number], part.index_B[teacher_B == number]
-            length_B = self.rows.response_len_B[index_B]
+            length_B = self.length_B[index_B]
             start_B = targets.start_B[self.rows_B[index_B]]
-            yield targets, flat_index(start_B, length_B, torch.arange(len(length_B)))
+            all_B = torch.arange(len(length_B), device=length_B.device)
+            yield targets, flat_index(start_B, length_B, all_B)
 
     def _estimate(
         self,

@@ -51,14 +51,15 @@ MEANS = ("length_normalised", "simpo", "ipo")
 
 def run(config: Dpo, ctx: Context) -> dict[str, float]:
     """Train `start` on the pairs of its data."""
-    language_model = load(ctx.inputs["start"])
+    language_model = load(ctx.inputs["start"], device=ctx.device)
     chat, pad_id = Chat(language_model), language_model.pad_id
     by_domain = read_pairs(ctx)
     pairs = list(chain.from_iterable(by_domain.values()))
     rows = encode(pairs, chat, pad_id)
     counted_V = counted_tokens(config, language_model)
+    learner = new_learner(config, language_model, ctx)
     # The start is its own reference: read here, before a step or a checkpoint changes its weights.
-    reference = reference_model(config, ctx, language_model)
+    reference = reference_model(config, ctx, learner.policy)
     reference_B, baseline = None, None
     if reference is not None:
         reference_B = response_sums(LocalScorer(reference), rows, counted_V)
@@ -69,7 +70,6 @@ def run(config: Dpo, ctx: Context) -> dict[str, float]:
     del reference
     pool = Pool(by_domain, seed=config.seed)
     steps = config.steps or math.ceil((config.epochs or 0) * len(pairs) / config.batch_size)
-    learner = new_learner(config, language_model, ctx)
     for step in range(ctx.resume(learner), steps):
         drawn = torch.tensor([pair["row"] for pair in pool.draw(step, config.batch_size)])
         index_B = (2 * drawn[:, None] + torch.arange(2)).flatten()
@@ -79,6 +79,7 @@ def run(config: Dpo, ctx: Context) -> dict[str, float]:
             counted_V=counted_V,
             reference_B=None if reference_B is None else reference_B[index_B],
             baseline=None if baseline is None else baseline.value(learner, index_B),
+            device=learner.device,
         )
         metrics = learn(learner, update, lr=learning_rate(config, step, steps))
         ctx.log(step + 1, steps, tokens=update.rows.num_tokens, **metrics)
@@ -100,7 +101,7 @@ def learn(learner: LocalLearner, update: PairUpdate, *, lr: float) -> dict[str, 
 
 
 class PairUpdate:
-    """The pairs of one optimiser step with the constants of their loss."""
+    """The pairs of one optimiser step with the constants of their loss, which are on `device`."""
 
     def __init__(
         self,
@@ -110,9 +111,11 @@ class PairUpdate:
         counted_V: Tensor,
         reference_B: Tensor | None,
         baseline: Tensor | None,
+        device: torch.device,
     ) -> None:
-        self.config, self.rows, self.counted_V = config, rows, counted_V
-        self.reference_B, self.baseline = reference_B, baseline
+        self.config, self.rows, self.counted_V = config, rows, counted_V.to(device)
+        self.reference_B = None if reference_B is None else reference_B.to(device)
+        self.baseline = None if baseline is None else baseline.to(device)
         # KTO is a mean over responses, the others are means over pairs.
         self.count = float(len(rows) if config.loss == "kto" else len(rows) // 2)
 
@@ -122,7 +125,7 @@ class PairUpdate:
         assert bool((index_B[1::2] == index_B[::2] + 1).all()), "a pair was taken apart"
         targets_N = response_targets(part.rollouts)
         logp_N, _ = token_logprobs(hidden_ND, head.weight_VD, targets_N, bias_V=head.bias_V)
-        row_N = torch.arange(len(length_B)).repeat_interleave(length_B)
+        row_N = part.rollouts.row_N()
         counted_N = self.counted_V[targets_N]
         score_B = response_scores(
             logp_N,
@@ -186,7 +189,8 @@ def reference_model(
         return None
     if "reference" not in ctx.inputs:
         return language_model
-    reference = load(ctx.inputs["reference"])
+    dtype = getattr(torch, config.precision)
+    reference = load(ctx.inputs["reference"], dtype=dtype, device=ctx.device)
     check_same_tokens(language_model, reference, "reference", role="reference")
     return reference
 
@@ -213,5 +217,5 @@ def response_sums(scorer: LocalScorer, rows: Rows, counted_V: Tensor) -> Tensor:
 
 def counted_sums(batch: Rollouts, logp_N: Tensor, counted_V: Tensor) -> Tensor:
     """`row_sums` over the counted tokens of each response."""
-    row_N = torch.arange(len(batch)).repeat_interleave(batch.response_len_B)
-    return row_sums(logp_N, counted_V[response_targets(batch)], row_N, len(batch))
+    counted_N = counted_V[response_targets(batch)]
+    return row_sums(logp_N, counted_N, batch.row_N(), len(batch))

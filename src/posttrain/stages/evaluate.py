@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from posttrain.backends.chat import Chat
-from posttrain.backends.checkpoint import load
+from posttrain.backends.checkpoint import LanguageModel, load
 from posttrain.backends.sampler import LocalSampler
 from posttrain.report.statistics import Scores, evaluation
 from posttrain.rewards.pool import VerifierPool
@@ -38,7 +38,9 @@ def run(config: Evaluate, ctx: Context) -> dict[str, float]:
         for name, rows in ((n, r[: config.transcripts]) for n, r in problems.items())
     }
     for number, (edge, path) in enumerate(models.items()):
-        answers = answer_all(config, path, problems, judges)
+        dtype = getattr(torch, config.precision)
+        language_model = load(path, dtype=dtype, device=ctx.device)
+        answers = answer_all(config, language_model, problems, judges)
         scores[edge] = {name: answer.scores for name, answer in answers.items()}
         for name, answer in answers.items():
             said.setdefault(name, {})[edge] = answer.texts
@@ -88,12 +90,11 @@ class Answers:
 
 def answer_all(
     config: Evaluate,
-    path: Path,
+    language_model: LanguageModel,
     problems: dict[str, list[Problem]],
     judges: VerifierPool,
 ) -> dict[str, Answers]:
     """One model's sampled and greedy answers to all domains."""
-    language_model = load(path)
     chat, sampler = Chat(language_model), LocalSampler(language_model)
     answers = {}
     for number, (name, rows) in enumerate(problems.items()):

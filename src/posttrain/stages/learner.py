@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import torch
+
 from posttrain.backends.checkpoint import LanguageModel
 from posttrain.backends.local import LocalLearner
-from posttrain.stages.config import Optimizer
+from posttrain.stages.config import Distill, Dpo, Pretrain, Rl, Sft
 from posttrain.stages.context import Context
 
 
-def new_learner(config: Optimizer, language_model: LanguageModel, ctx: Context) -> LocalLearner:
-    """AdamW on all weights of `language_model`, with the cores that the stage has."""
+def new_learner(
+    config: Pretrain | Sft | Dpo | Rl | Distill, language_model: LanguageModel, ctx: Context
+) -> LocalLearner:
+    """AdamW on all weights of `language_model`, on the device and the cores that the stage has."""
     return LocalLearner(
         language_model,
         betas=(config.beta1, config.beta2),
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
+        dtype=getattr(torch, config.precision),
+        compile=ctx.compile,
         workers=ctx.workers,
     )

@@ -29,6 +29,7 @@ def run(config: Pretrain, ctx: Context) -> dict[str, float]:
         max_positions=config.max_positions,
         seed=config.seed,
     )
+    language_model.model.to(ctx.device)
     chat = Chat(language_model)
     pool = Pool(demos, seed=config.seed)
     learner = new_learner(config, language_model, ctx)

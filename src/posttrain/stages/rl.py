@@ -43,12 +43,15 @@ from posttrain.stages.rollouts import (
 def run(config: Rl, ctx: Context) -> dict[str, float]:
     """Train `start` on the prompts of its domains."""
     judges = verifiers(ctx)
-    language_model = load(ctx.inputs["start"])
+    dtype = getattr(torch, config.precision)
+    language_model = load(ctx.inputs["start"], device=ctx.device)
     chat = Chat(language_model)
-    sampler = LocalSampler(language_model)
-    reference = LocalScorer(load(ctx.inputs["start"])) if config.kl_coef > 0 else None
+    reference = None
+    if config.kl_coef > 0:
+        reference = LocalScorer(load(ctx.inputs["start"], dtype=dtype, device=ctx.device))
     pool = Pool({name: ctx.problems(name, "train") for name in ctx.domains}, seed=config.seed)
     learner = new_learner(config, language_model, ctx)
+    sampler = LocalSampler(learner.policy)
     for step in range(ctx.resume(learner), config.steps):
         scored = sample_and_verify(
             sampler,
@@ -113,6 +116,7 @@ def learn(
             rows=scored.rollouts.rows(rows_B),
             old_logp_N=None if old_logp_N is None or current else old_logp_N[flat_N],
             reference_logp_N=None if reference_logp_N is None else reference_logp_N[flat_N],
+            device=learner.device,
         )
         part = learner.update(update.rows, update.loss, count=update.count, lr=lr)
         sums = {name: sums.get(name, 0.0) + value for name, value in part.items()}
@@ -122,7 +126,7 @@ def learn(
 
 
 class PolicyUpdate:
-    """The rows of one optimiser step with the constants of their loss."""
+    """The rows of one optimiser step with the constants of their loss, which are on `device`."""
 
     def __init__(
         self,
@@ -132,20 +136,26 @@ class PolicyUpdate:
         rows: Rollouts,
         old_logp_N: Tensor | None,
         reference_logp_N: Tensor | None,
+        device: torch.device,
     ) -> None:
-        self.config, self.rows, self.advantage_B = config, rows, advantage_B
-        self.old_logp_N, self.reference_logp_N = old_logp_N, reference_logp_N
+        self.config, self.rows = config, rows
+        self.advantage_B = advantage_B.to(device)
+        self.old_logp_N = None if old_logp_N is None else old_logp_N.to(device)
+        self.reference_logp_N = None
+        if reference_logp_N is not None:
+            self.reference_logp_N = reference_logp_N.to(device)
         self.constant = config.aggregation_constant or config.max_new_tokens
-        self.sampler_logp_N = rows.sampler_logp_N()
+        self.sampler_logp_N = rows.sampler_logp_N().to(device)
         length_B = rows.response_len_B
-        self.start_B = length_B.cumsum(0) - length_B
+        self.length_B = length_B.to(device)
+        self.start_B = (length_B.cumsum(0) - length_B).to(device)
         self.count = float(length_B.sum() if config.aggregation == "token" else len(length_B))
 
     def loss(self, hidden_ND: Tensor, head: Head, part: MicroBatch) -> tuple[Tensor, Metrics]:
         """The clipped surrogate, plus the KL penalty where it belongs to the loss."""
         config, length_B = self.config, part.rollouts.response_len_B
-        row_N = torch.arange(len(length_B)).repeat_interleave(length_B)
-        flat_N = flat_index(self.start_B, self.rows.response_len_B, part.index_B)
+        row_N = part.rollouts.row_N()
+        flat_N = flat_index(self.start_B, self.length_B, part.index_B)
         logp_N, entropy_N = token_logprobs(
             hidden_ND,
             head.weight_VD,
@@ -186,7 +196,7 @@ class PolicyUpdate:
             )
             total = total + config.kl_coef * penalty
             metrics["kl_reference"] = penalty_metrics["kl"]
-        metrics["tokens"] = torch.tensor(float(len(logp_N)))
+        metrics["tokens"] = logp_N.new_tensor(float(len(logp_N)))
         return total, metrics
 
 
@@ -216,12 +226,10 @@ def old_logprobs(
 
 def reward_kl(config: Rl, scored: Scored, reference_logp_N: Tensor) -> Tensor:
     """`kl_B`: the estimate of KL(policy || reference) summed over each response."""
-    length_B = scored.rollouts.response_len_B
-    row_N = torch.arange(len(length_B)).repeat_interleave(length_B)
     kl_N = kl_estimate(
         scored.rollouts.sampler_logp_N(), reference_logp_N, estimator=config.kl_estimator
     )
-    return torch.zeros(len(length_B)).index_add(0, row_N, kl_N)
+    return torch.zeros(len(scored.rollouts)).index_add(0, scored.rollouts.row_N(), kl_N)
 
 
 def batch_metrics(scored: Scored) -> dict[str, float]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from posttrain.backends.chat import Chat
 from posttrain.backends.checkpoint import load
 from posttrain.backends.sampler import LocalSampler
@@ -14,12 +16,12 @@ PROMPTS_PER_CALL = 64
 
 def run(config: Sample, ctx: Context) -> dict[str, float]:
     """Write rollouts.jsonl: problem, response, reward, finished, model, temperature."""
-    judges = verifiers(ctx)
+    judges, dtype = verifiers(ctx), getattr(torch, config.precision)
     rows, rewards = [], []
     total = len(ctx.domains)
     for number, name in enumerate(ctx.domains):
         edge = config.routes[name]
-        language_model = load(ctx.inputs[edge])
+        language_model = load(ctx.inputs[edge], dtype=dtype, device=ctx.device)
         chat, sampler = Chat(language_model), LocalSampler(language_model)
         problems = ctx.problems(name, "train")[: config.num_prompts]
         tokens = 0

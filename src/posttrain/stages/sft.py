@@ -24,7 +24,7 @@ from posttrain.stages.learner import new_learner
 
 def run(config: Sft, ctx: Context) -> dict[str, float]:
     """Train from `start` on demonstrations, or on the rows of a `data` artifact."""
-    language_model = load(ctx.inputs["start"])
+    language_model = load(ctx.inputs["start"], device=ctx.device)
     chat = Chat(language_model)
     demos = demonstrations(ctx)
     pool = Pool(demos, seed=config.seed)

@@ -31,7 +31,10 @@ from posttrain.stages.config import Distill
 
 @dataclass(frozen=True, kw_only=True)
 class Targets:
-    """One teacher's view of its rows; which fields are filled depends on the estimator."""
+    """One teacher's view of its rows; which fields are filled depends on the estimator.
+
+    All of it is on the teacher's device.
+    """
 
     head: Head
     start_B: Tensor
@@ -54,6 +57,8 @@ class Teachers:
         paths: Mapping[str, Path],
         student: LanguageModel,
         *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
         workers: Executor | None = None,
     ) -> None:
         """`workers` read responses while others are still being sampled."""
@@ -61,7 +66,7 @@ class Teachers:
         by_path: dict[Path, LocalScorer] = {}
         for name, path in paths.items():
             if path not in by_path:
-                teacher = load(path)
+                teacher = load(path, dtype=dtype, device=device)
                 check_same_tokens(student, teacher, name)
                 by_path[path] = LocalScorer(teacher)
         self.scorers = {name: by_path[path] for name, path in paths.items()}
@@ -117,18 +122,19 @@ class Reading:
     def _joined(self, number: int, rollouts: Rollouts) -> Targets:
         """The parts of one teacher, its rows in the order of the batch."""
         head = self.teachers.scorers[self.teachers.names[number]].head
+        device = head.weight_VD.device
         start_B = torch.full((len(rollouts),), -1)
         parts = [(row_B, scores) for of, row_B, scores in self.parts if of == number]
         if not parts:
-            return Targets(head=head, start_B=start_B)
+            return Targets(head=head, start_B=start_B.to(device))
         found = [s.result() if isinstance(s, Future) else s for _, s in parts]
         at = 0
         for row_B, _ in parts:
             count_B = rollouts.response_len_B[row_B]
             start_B[row_B] = at + count_B.cumsum(0) - count_B
             at += int(count_B.sum())
-        joined = {name: torch.cat([scores[name] for scores in found]) for name in found[0]}
-        return Targets(head=head, start_B=start_B, **joined)
+        joined = {n: torch.cat([scores[n] for scores in found]).to(device) for n in found[0]}
+        return Targets(head=head, start_B=start_B.to(device), **joined)
 
 
 Scores = dict[str, Tensor]
@@ -140,7 +146,9 @@ def read_rows(config: Distill, scorer: LocalScorer, rows: Rollouts) -> Scores:
     """What the estimator needs of a teacher, for each response token of `rows`."""
     hidden_NE = scorer.hidden(rows)
     if config.estimator == "full_vocabulary":
-        return {"hidden_NE": hidden_NE.to(getattr(torch, config.teacher_cache))}
+        if config.precision == "float32":
+            hidden_NE = hidden_NE.to(getattr(torch, config.teacher_cache))
+        return {"hidden_NE": hidden_NE}
     if config.estimator == "sampled_token":
         logp_N = response_logprobs(hidden_NE, scorer.head, rows, config.temperature)
         return {"logp_N": logp_N}

@@ -1,0 +1,56 @@
+"""Computing in another type than the one that is trained.
+
+The optimiser keeps its float32 weights and a copy of the model computes: sampling, forward and
+backward passes read the same bfloat16 weights, and gradients are added up in float32. These are the
+rules of FSDP's mixed precision (`param_dtype` bfloat16, `reduce_dtype` float32).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from posttrain.backends.checkpoint import LanguageModel
+
+
+def computing_copy(language_model: LanguageModel, dtype: torch.dtype) -> LanguageModel:
+    """The model itself if it is of this type, else a copy whose parameters are.
+
+    Buffers keep their type, and so do parameters that transformers keeps in float32 when it loads
+    a checkpoint in another type.
+    """
+    master: Any = language_model.model
+    if master.dtype == dtype:
+        return language_model
+    model = copy.deepcopy(master)
+    kept = getattr(master, "_keep_in_fp32_modules_strict", None) or ()
+    for name, parameter in model.named_parameters():
+        if not any(f".{part}." in f".{name}." for part in kept):
+            parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
+    return replace(language_model, model=model)
+
+
+@torch.no_grad()
+def take_weights(copies: Iterable[Tensor], masters: Iterable[Tensor]) -> None:
+    """Round the newest weights into the copies; nothing where a copy is its master."""
+    for mine, theirs in zip(copies, masters, strict=True):
+        if mine is not theirs:
+            mine.copy_(theirs)
+
+
+def give_gradients(copies: Iterable[Tensor], masters: Iterable[Tensor]) -> None:
+    """Add the copies' gradients to the masters', in the type of these, and drop them."""
+    for mine, theirs in zip(copies, masters, strict=True):
+        if mine is theirs or mine.grad is None:
+            continue
+        if theirs.grad is None:
+            theirs.grad = mine.grad.to(theirs.dtype)
+        else:
+            theirs.grad += mine.grad
+        mine.grad = None
