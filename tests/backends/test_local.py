@@ -137,7 +137,7 @@ def test_many_micro_batches_learn_what_one_does(make_model: MakeModel, max_token
     for budget in (10_000, max_tokens):
         language_model = make_model("gpt2")
         language_model.model.double()
-        trainer = learner(language_model, max_tokens=budget)
+        trainer = learner(language_model, max_tokens=budget, dtype=torch.float64)
         rollouts = batch()
         metrics = trainer.update(rollouts, cross_entropy, count=rollouts.num_tokens, lr=0.01)
         results.append((metrics, weights(language_model)))
