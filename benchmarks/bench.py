@@ -4,8 +4,8 @@
     python benchmarks/bench.py --only sampling loss          # some parts
     python benchmarks/bench.py --only grpo_step --quick      # does it work? numbers mean nothing
 
-The whole suite writes results/bench_<date>.json (a list of rows), a Markdown page beside it and,
-if no part failed, a copy at results/latest.json. A selection prints its rows, and writes them only
+The whole suite writes results/bench_<date>.json (a list of rows), a Markdown page beside it, and in
+results/latest.json the newest row of every path. A selection prints its rows, and writes them only
 where --out says. Every part runs in a process of its own. What is measured, and how fairly:
 README.md.
 """
@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -55,18 +56,27 @@ def main() -> None:
     if arguments.part is not None:
         run_part(arguments)
         return
-    began = time.monotonic()
-    conditions: dict[str, Any] = {"load": os.getloadavg()[0]}
-    rows, failed = run_all(arguments)
-    conditions |= describe(arguments, minutes=(time.monotonic() - began) / 60)
-    rows = [row | {"conditions": conditions} for row in rows]
     from suite.page import page
 
-    print(page(rows, conditions))
+    began, load = time.monotonic(), os.getloadavg()[0]
     whole = arguments.only is None and not arguments.quick
     out = arguments.out or (HERE / "results" if whole else None)
-    if out is not None:
-        write(out, rows, page(rows, conditions), latest=whole and not failed)
+    target = None if out is None else fresh(out)
+    rows: list[dict[str, Any]] = []
+    failed = []
+    conditions: dict[str, Any] = {}
+    for name, found in run_all(arguments):
+        if found is None:
+            failed.append(name)
+            continue
+        minutes = (time.monotonic() - began) / 60
+        conditions = {"load": load} | describe(arguments, minutes=minutes)
+        rows += [row | {"conditions": conditions} for row in found]
+        # After every part, so that nothing is lost where a later one fails or is stopped.
+        if target is not None:
+            write(target, rows, page(rows, conditions))
+    if rows:
+        print(page(rows, conditions))
     if failed:
         sys.exit(f"these parts failed: {', '.join(failed)}")
 
@@ -92,10 +102,10 @@ def parse() -> argparse.Namespace:
     return arguments
 
 
-def run_all(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]]:
-    """The rows of all chosen parts, and the names of those that failed."""
-    rows: list[dict[str, Any]] = []
-    failed = []
+def run_all(
+    arguments: argparse.Namespace,
+) -> Iterator[tuple[str, list[dict[str, Any]] | None]]:
+    """Every chosen part, as it ends, with its rows; None where it failed."""
     chosen = [name for name in PARTS if arguments.only is None or name in arguments.only]
     with tempfile.TemporaryDirectory() as folder:
         for position, name in enumerate(chosen):
@@ -109,11 +119,8 @@ def run_all(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], list[s
             done = subprocess.run(command, env=os.environ | QUIET | threads)
             seconds = time.monotonic() - began
             print(f"    {name} took {seconds:.0f} s", file=sys.stderr, flush=True)
-            if done.returncode:
-                failed.append(name)
-            else:
-                rows += json.loads((Path(folder) / f"{name}.rows.json").read_text())
-    return rows, failed
+            rows = Path(folder) / f"{name}.rows.json"
+            yield name, None if done.returncode else json.loads(rows.read_text())
 
 
 def run_part(arguments: argparse.Namespace) -> None:
@@ -144,22 +151,44 @@ def describe(arguments: argparse.Namespace, *, minutes: float) -> dict[str, Any]
         "threads": arguments.threads,
         "quick": arguments.quick,
         "minutes": round(minutes, 1),
+        "commit": commit(),
         "machine": machine(PACKAGES),
     }
 
 
-def write(out: Path, rows: list[dict[str, Any]], text: str, *, latest: bool) -> None:
-    """The dated files, never over older ones, and the copy of the newest."""
+def commit() -> str:
+    """Of the code that was measured; with a plus sign where files had been changed."""
+    try:
+        name = git("rev-parse", "--short=10", "HEAD")
+        return name + ("+" if git("status", "--porcelain", "src") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def git(*words: str) -> str:
+    """What a git command says about the tree of this file."""
+    done = subprocess.run(["git", *words], cwd=HERE, check=True, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def fresh(out: Path) -> Path:
+    """The dated JSON file of this run, never over an older one."""
     out.mkdir(parents=True, exist_ok=True)
-    stem = f"bench_{rows[0]['conditions']['date'] if rows else 'empty'}"
-    number = 1
+    stem, number = f"bench_{datetime.now(UTC).strftime('%Y-%m-%d')}", 1
     while (target := out / f"{stem}{'' if number == 1 else f'_{number}'}.json").exists():
         number += 1
+    return target
+
+
+def write(target: Path, rows: list[dict[str, Any]], text: str) -> None:
+    """The run's files, and in latest.json the newest row of every path."""
     target.write_text(json.dumps(rows, indent=1) + "\n")
     target.with_suffix(".md").write_text(text)
-    if latest:
-        (out / "latest.json").write_text(target.read_text())
-    print(f"written: {target}", file=sys.stderr)
+    latest = target.with_name("latest.json")
+    newest = {row["path"]: row for row in json.loads(latest.read_text())} if latest.exists() else {}
+    newest |= {row["path"]: row for row in rows}
+    latest.write_text(json.dumps(list(newest.values()), indent=1) + "\n")
+    print(f"    written: {target}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -222,6 +222,7 @@ def run_stage(tmp_path: Path) -> Iterator[RunStage]:
         work: Path | None = None,
         *,
         environment: Mapping[str, str] | None = None,
+        threads: int = 1,
     ) -> Ran:
         number = len(list(tmp_path.glob("work-*")))
         work = tmp_path / f"work-{number}" if work is None else work
@@ -237,7 +238,7 @@ def run_stage(tmp_path: Path) -> Iterator[RunStage]:
             inputs=inputs,
             work=str(work),
             out=str(work / "out"),
-            threads=1,
+            threads=threads,
             hashes=str(tmp_path / "hashes.json"),
             environment=environment or {},
         )

@@ -255,6 +255,7 @@ class Preference:
             counted_V=counted_V,
             reference_B=dpo.counted_sums(rows, logp_N, counted_V),
             baseline=None,
+            device=torch.device("cpu"),
         )
         self.learner = new_learner(self.language_model, self.cores)
         self.tokens = 2 * sum(map(len, prompts)) + sum(map(len, responses))

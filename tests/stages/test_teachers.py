@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,16 +16,25 @@ from posttrain.backends.checkpoint import load
 from posttrain.backends.local import LocalScorer
 from posttrain.backends.sampler import LocalSampler
 from posttrain.rl.types import Rollouts
+from posttrain.stages import teachers as stage
 from posttrain.stages.config import Distill, build_config
 from posttrain.stages.rollouts import gathered
 from posttrain.stages.teachers import Targets, Teachers
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of a few rows, though the batches of these tests are small."""
+    monkeypatch.setattr(stage, "READ_TOKENS", 30)
+
 
 PROMPTS = [[10 + n, 20, 30 + n % 3] for n in range(12)]
 TEACHER_B = torch.tensor([n % 2 for n in range(12)]).repeat_interleave(2)
 
 
 def settings(**changes: Any) -> Distill:
-    config = build_config("distill", "student", {"steps": 1, "routes": {"a": "one"}} | changes)
+    values = {"steps": 1, "routes": {"a": "one"}, "samples_per_prompt": 2} | changes
+    config = build_config("distill", "student", values)
     assert isinstance(config, Distill)
     return config
 
@@ -40,7 +49,9 @@ def read(
         PROMPTS, group_size=2, max_new_tokens=8, temperature=1.0, seed=0
     )
     for row_B in gathered(sampling, 2):
-        reading.read(row_B, sampling)
+        # Without a thread all is read at the end, in one piece.
+        if aside is not None:
+            reading.read(row_B, sampling)
     rollouts = sampling.rollouts()
     return reading.targets(rollouts), rollouts
 
@@ -113,6 +124,9 @@ def test_they_begin_while_rows_are_still_being_sampled(
         def rollouts(self, row_B: Tensor | None = None) -> Rollouts:
             return self.drawn.rollouts(row_B)
 
+        def num_tokens(self, rows: list[int]) -> int:
+            return self.drawn.num_tokens(rows)
+
     sampling: Any = Slow()
     with ThreadPoolExecutor(1, thread_name_prefix="aside") as aside:
         paths = {name: Path(models[name]) for name in ("one", "two")}
@@ -140,3 +154,29 @@ def test_rows_are_gathered_in_order_and_none_is_lost() -> None:
     rows = [torch.tensor(part) for part in ([5], [2, 9], [0], [7, 1, 3], [4])]
     assert [part.tolist() for part in gathered(rows, 3)] == [[2, 5, 9], [0, 1, 3, 7], [4]]
     assert list(gathered([], 3)) == []
+
+
+@pytest.mark.parametrize("kind", ["sft", "rl", "distill"])
+def test_a_second_core_changes_no_bit(
+    kind: str,
+    run_stage: Callable[..., Any],
+    same: Callable[..., bool],
+    models: Mapping[str, str],
+    domains: Mapping[str, str],
+) -> None:
+    """A tiny model computes on one thread; what a stage of two cores does beside each other is cut
+    and added up as on one. The batches are large enough for two passes an update."""
+    settings: dict[str, Any] = {"steps": 3, "lr": 0.01, "warmup_steps": 1}
+    inputs = {"start": models["start"], **domains}
+    if kind == "sft":
+        settings |= {"batch_size": 120}
+    else:
+        settings |= {"prompts_per_step": 120, "max_new_tokens": 8}
+    if kind == "rl":
+        settings |= {"group_size": 2, "kl_coef": 0.1}
+    if kind == "distill":
+        settings |= {"routes": {"short": "first", "words": "second"}, "updates_per_batch": 2}
+        inputs |= {"teachers.first": models["one"], "teachers.second": models["two"]}
+    one, two = (run_stage(kind, settings, inputs, threads=threads) for threads in (1, 2))
+    assert same(one, two)
+    assert [line["tokens"] for line in one.lines] == [line["tokens"] for line in two.lines]

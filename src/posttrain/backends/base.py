@@ -61,6 +61,10 @@ class Sampling(Protocol):
         """Response token ids of the rows `row_B`, all of which have ended; stop token included."""
         ...
 
+    def num_tokens(self, rows: Sequence[int]) -> int:
+        """Tokens of these rows of one group, all of which have ended; their prompt counts once."""
+        ...
+
     def finished(self, row_B: Tensor) -> Tensor:
         """bool for each of the rows `row_B`: whether a stop token ended it, not the limit."""
         ...

@@ -119,6 +119,11 @@ class Drawn:
         rows = self.tokens_BR[row_B].tolist()
         return [row[:length] for row, length in zip(rows, lengths, strict=True)]
 
+    def num_tokens(self, rows: Sequence[int]) -> int:
+        """Tokens of these rows of one group, all of which have ended; their prompt counts once."""
+        prompt = int(self.prompt_len_P[rows[0] // self.group_size])
+        return prompt + int(self.response_len_B[list(rows)].sum())
+
     def rollouts(self, row_B: Tensor | None = None) -> Rollouts:
         """The rows `row_B`, all of which have ended, or all rows, as one right-padded batch."""
         if row_B is None:

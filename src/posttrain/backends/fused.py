@@ -19,10 +19,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from posttrain.backends.decoder import read_prompts
+from posttrain.backends.product import Product
 
 FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Those whose angles do not depend on how long a row has become."""
+
+
+ROUND = 16
+"""Positions of the cache come in multiples of it."""
 
 
 def is_fusable(model: Any) -> bool:
@@ -38,18 +43,14 @@ def is_fusable(model: Any) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class _Layer:
-    """The weights of one decoder layer, joined and transposed so that a step multiplies by them."""
+    """The weights of one decoder layer, joined where they read the same input."""
 
-    qkv_DJ: Tensor
-    qkv_bias_J: Tensor | None
+    qkv: Product
     qk_scale_JC: Tensor | None
     """Weights of the query and key norms where the model has them."""
-    out_JD: Tensor
-    out_bias_D: Tensor | None
-    gate_up_DF: Tensor
-    gate_up_bias_F: Tensor | None
-    down_FD: Tensor
-    down_bias_D: Tensor | None
+    out: Product
+    gate_up: Product
+    down: Product
     epsilon: float
     qk_epsilon: float
 
@@ -84,15 +85,11 @@ def _join_layer(layer: Any, scale: float) -> _Layer:
             ]
         )
     return _Layer(
-        qkv_DJ=weight_JD.T,
-        qkv_bias_J=bias_J,
+        qkv=Product(weight_JD, bias_J),
         qk_scale_JC=qk_scale_JC,
-        out_JD=attention.o_proj.weight.T,
-        out_bias_D=attention.o_proj.bias,
-        gate_up_DF=gate_up_FD.T,
-        gate_up_bias_F=gate_up_bias_F,
-        down_FD=mlp.down_proj.weight.T,
-        down_bias_D=mlp.down_proj.bias,
+        out=Product(attention.o_proj.weight, attention.o_proj.bias),
+        gate_up=Product(gate_up_FD, gate_up_bias_F),
+        down=Product(mlp.down_proj.weight, mlp.down_proj.bias),
         epsilon=layer.input_layernorm.variance_epsilon,
         qk_epsilon=attention.q_norm.variance_epsilon if has_norms else 0.0,
     )
@@ -115,6 +112,8 @@ class FusedDecoder:
         self.num_queries = len(attention.q_proj.weight) // self.width
         self.layers = [_join_layer(layer, attention.scaling) for layer in body.layers]
         embedding_VD = body.embed_tokens.weight
+        # A few shapes only, so that an earlier buffer fits and products find the same alignment.
+        num_positions = -(-num_positions // ROUND) * ROUND
         shape = (len(self.layers), 2, num_slots, self.num_keys, num_positions, self.width)
         if buffer is None or any(
             have < want for have, want in zip(buffer.shape, shape, strict=True)
@@ -164,18 +163,16 @@ class FusedDecoder:
         cos_L1C, sin_L1C = self.cos_T1C[length_L], self.sin_T1C[length_L]
         for layer, cache, states in zip(self.layers, self.cache, self.states, strict=True):
             normed_LD = _normalised(hidden_LD, layer.epsilon)
-            heads_LJC = _affine(normed_LD, layer.qkv_DJ, layer.qkv_bias_J)
-            heads_LJC = heads_LJC.view(rows, -1, self.width)
+            heads_LJC = layer.qkv(normed_LD).view(rows, -1, self.width)
             self._turn(heads_LJC[:, : self.num_queries + self.num_keys], layer, cos_L1C, sin_L1C)
             fresh_MC = heads_LJC[:, self.num_queries :].reshape(-1, self.width)
             cache.view(-1, self.width).index_copy_(0, at_M, fresh_MC)
             attended_LJ = self._attend(heads_LJC[:, : self.num_queries], states, mask_LT)
-            hidden_LD = _add_affine(hidden_LD, attended_LJ, layer.out_JD, layer.out_bias_D)
+            hidden_LD = layer.out(attended_LJ).add_(hidden_LD)
             normed_LD = _normalised(hidden_LD, layer.epsilon)
-            gate_up_LF = _affine(normed_LD, layer.gate_up_DF, layer.gate_up_bias_F)
-            gate_LF, up_LF = gate_up_LF.chunk(2, dim=1)
+            gate_LF, up_LF = layer.gate_up(normed_LD).chunk(2, dim=1)
             inner_LF = functional.silu(gate_LF).mul_(up_LF)
-            hidden_LD = _add_affine(hidden_LD, inner_LF, layer.down_FD, layer.down_bias_D)
+            hidden_LD = layer.down(inner_LF).add_(hidden_LD)
         normed_LD: Tensor = self.model.model.norm(hidden_LD)
         return normed_LD
 
@@ -216,16 +213,3 @@ def _inverse_size(input: Tensor, epsilon: float) -> Tensor:
 def _normalised(hidden_LD: Tensor, epsilon: float) -> Tensor:
     """The norm before a layer's products, without its weight, which is in theirs."""
     return (hidden_LD * _inverse_size(hidden_LD, epsilon)).to(hidden_LD.dtype)
-
-
-def _affine(input_LD: Tensor, weight_DF: Tensor, bias_F: Tensor | None) -> Tensor:
-    if bias_F is None:
-        return torch.mm(input_LD, weight_DF)
-    return torch.addmm(bias_F, input_LD, weight_DF)
-
-
-def _add_affine(
-    hidden_LD: Tensor, input_LF: Tensor, weight_FD: Tensor, bias_D: Tensor | None
-) -> Tensor:
-    hidden_LD = torch.addmm(hidden_LD, input_LF, weight_FD)
-    return hidden_LD if bias_D is None else hidden_LD.add_(bias_D)

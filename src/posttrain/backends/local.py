@@ -256,7 +256,8 @@ class LocalLearner:
                 if gradient is None:
                     continue
                 if parameter.grad is None:
-                    parameter.grad = gradient.to(parameter.dtype)
+                    # As backward() would: a tensor of its own, laid out as the weight is.
+                    parameter.grad = torch.empty_like(parameter).copy_(gradient)
                 else:
                     parameter.grad += gradient
             yield metrics

@@ -12,7 +12,7 @@ Legend: P prompts, B rows, L rows that are running, T positions, N flat response
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -66,6 +66,10 @@ class Lockstep:
     def responses(self, row_B: Tensor) -> list[list[int]]:
         """See `Sampling.responses`."""
         return self.drawn.responses(row_B)
+
+    def num_tokens(self, rows: Sequence[int]) -> int:
+        """See `Sampling.num_tokens`."""
+        return self.drawn.num_tokens(rows)
 
     def finished(self, row_B: Tensor) -> Tensor:
         """See `Sampling.finished`."""

@@ -10,7 +10,8 @@ R response positions, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,12 +24,17 @@ from posttrain.backends.decoder import Decoder, TransformersDecoder
 from posttrain.backends.drawing import Drawn, draw, row_seeds, uniform
 from posttrain.backends.fused import FusedDecoder, is_fusable
 from posttrain.backends.lockstep import Lockstep
+from posttrain.backends.product import Product
 from posttrain.engine.errors import ConfigError
 from posttrain.rl.types import Rollouts
 
 READ_SHARE = 8
 """Waiting prompts are read when they can have this part of the slots, not whenever one is free: a
 forward pass over a few prompts costs nearly as much as one over many."""
+
+
+MAX_COPIED = 2**24
+"""Elements up to which the output layer is laid out anew for each call."""
 
 
 class LocalSampler:
@@ -92,7 +98,8 @@ class LocalSampler:
         shape = {"num_slots": num_slots, "num_positions": num_positions}
         if not is_fusable(self.model):
             return TransformersDecoder(self.model, **shape)
-        decoder = FusedDecoder(self.model, **shape, buffer=self._buffer)
+        buffer, self._buffer = self._buffer, None
+        decoder = FusedDecoder(self.model, **shape, buffer=buffer)
         self._buffer = decoder.cache
         return decoder
 
@@ -106,6 +113,13 @@ class LocalSampler:
             )
 
 
+def _projection(head: Head) -> Callable[[Tensor], Tensor]:
+    """The output layer. Large ones are not copied for the few rows of a step."""
+    if head.weight_VD.numel() > MAX_COPIED:
+        return partial(torch.nn.functional.linear, weight=head.weight_VD, bias=head.bias_V)
+    return Product(head.weight_VD.detach(), None if head.bias_V is None else head.bias_V.detach())
+
+
 class Slots:
     """A `Sampling` whose rows stand in slots 0..L-1 of a decoder."""
 
@@ -114,6 +128,7 @@ class Slots:
     ) -> None:
         self.model, self.head, self.drawn = sampler.model, sampler.head, drawn
         self.temperature = temperature
+        self.project = _projection(self.head)
         num_rows, self.limit = drawn.tokens_BR.shape
         self.num_slots = min(num_rows, max(sampler.max_rows, drawn.group_size))
         self.decoder = sampler.decoder(self.num_slots, drawn.prompts_PT.shape[1] + self.limit)
@@ -145,6 +160,10 @@ class Slots:
         """See `Sampling.responses`."""
         return self.drawn.responses(row_B)
 
+    def num_tokens(self, rows: Sequence[int]) -> int:
+        """See `Sampling.num_tokens`."""
+        return self.drawn.num_tokens(rows)
+
     def finished(self, row_B: Tensor) -> Tensor:
         """See `Sampling.finished`."""
         return self.drawn.finished_B[row_B]
@@ -160,8 +179,8 @@ class Slots:
         """One token for every row in a slot; the rows that ended with it, or None."""
         self._admit()
         assert self.hidden_LD is not None
-        weight, bias = self.head.weight_VD, self.head.bias_V
-        logits_LV = torch.nn.functional.linear(self.hidden_LD, weight, bias).float()
+        weight = self.head.weight_VD
+        logits_LV = self.project(self.hidden_LD).float()
         uniform_L = self.uniform_LR.gather(1, self.drawn_L[:, None])[:, 0].to(weight.device)
         token_L, logp_L = draw(logits_LV, uniform_L, self.temperature)
         token_L = token_L.cpu()
@@ -169,7 +188,9 @@ class Slots:
         self.drawn_L = self.drawn_L + 1
         ended_E = None
         if bool(ended_L.any()):
-            ended_E = self.row_L[ended_L]
+            # Free of this mode, for whoever indexes with it where gradients are recorded.
+            with torch.inference_mode(False):
+                ended_E = self.row_L[ended_L].clone()
             token_L = self._retire(ended_L, token_L)
         if len(token_L):
             length_L = self.length_L.to(weight.device)

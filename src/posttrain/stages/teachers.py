@@ -1,10 +1,9 @@
 """The frozen teachers of a distillation, and what each of them says about the student's tokens.
 
-Each teacher reads only the rows of its own domains, while others are still being sampled where a
-core is free for it. For the exact estimator
-what is kept of a teacher is the last hidden state of every token, from which the loss rebuilds
-logits through that teacher's head, a chunk of tokens at a time (DeepSeek-V4, arXiv 2606.19348,
-section 5.2.2).
+Each teacher reads only the rows of its own domains, while others are still being sampled. For the
+exact estimator what is kept of a teacher is the last hidden state of every token, from which the
+loss rebuilds logits through that teacher's head, a chunk of tokens at a time (DeepSeek-V4, arXiv
+2606.19348, section 5.2.2).
 
 Legend: B rows, N flat response tokens of one teacher's rows, E teacher's hidden size, K top-k.
 """
@@ -45,8 +44,8 @@ class Targets:
     logp_N: Tensor | None = None
 
 
-READ_SHARE = 4
-"""Rows are read when this part of the batch has ended: fewer rows fill a forward pass badly."""
+READ_TOKENS = 1024
+"""Rows are read when they have this many tokens: fewer fill a forward pass badly."""
 
 
 class Teachers:
@@ -80,22 +79,31 @@ class Teachers:
 class Reading:
     """The scoring of one batch, row by row as responses end. A `Reader`.
 
-    Rows are read some at a time, so that a forward pass has enough of them. Which ones together
-    follows from the order in which they ended, and so from what was sampled: not from the clock,
+    Whole groups are read some at a time, so that a forward pass has enough tokens. Which together
+    follows from the order in which rows ended, and so from what was sampled: not from the clock,
     and not from whether there is a core to spare.
     """
 
     def __init__(self, teachers: Teachers, config: Distill, teacher_B: Tensor) -> None:
         self.teachers, self.config, self.teacher_B = teachers, config, teacher_B
         self.parts: list[tuple[int, Tensor, Future[Scores] | Scores]] = []
-        self.waiting: list[Tensor] = []
+        # Ended rows by group: a group is read when it is whole, so that its prompt is read once.
+        self.groups: dict[int, list[int]] = {}
+        self.whole: list[int] = []
+        self.num_tokens = 0
 
     def read(self, row_B: Tensor, sampling: Sampling) -> None:
-        """Score these rows of `sampling`, once enough of them have ended."""
-        self.waiting.append(row_B)
-        if sum(map(len, self.waiting)) * READ_SHARE >= len(self.teacher_B):
-            row_B = torch.cat(self.waiting).sort().values
-            self.waiting = []
+        """Score these rows of `sampling` with others, once enough of them have ended."""
+        size = self.config.samples_per_prompt
+        for row in row_B.tolist():
+            group = self.groups.setdefault(row // size, [])
+            group.append(row)
+            if len(group) == size:
+                self.whole += group
+                self.num_tokens += sampling.num_tokens(self.groups.pop(row // size))
+        if self.num_tokens >= READ_TOKENS:
+            row_B = torch.tensor(sorted(self.whole))
+            self.whole, self.num_tokens = [], 0
             self._score(row_B, sampling.rollouts(row_B))
 
     def targets(self, rollouts: Rollouts) -> list[Targets]:
@@ -105,7 +113,10 @@ class Reading:
             left_B[row_B] = False
         if bool(left_B.any()):
             self._score(left_B.nonzero()[:, 0], rollouts.rows(left_B))
-        return [self._joined(number, rollouts) for number in range(len(self.teachers.names))]
+        joined = [self._joined(number, rollouts) for number in range(len(self.teachers.names))]
+        # The joined copies serve all updates of the batch.
+        self.parts = []
+        return joined
 
     def _score(self, row_B: Tensor, rows: Rollouts) -> None:
         teacher_B = self.teacher_B[row_B]
