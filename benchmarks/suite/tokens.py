@@ -66,8 +66,8 @@ def row(
         sense="<=",
         target=TARGET,
         repetitions=1,
-        note=f"{needed * passes} are needed, for prompts once per group, in {passes} model(s); counted "
-        "where tokens enter a model, so padding inside attention is not in it",
+        note=f"{needed * passes} are needed, for prompts once per group, in {passes} model(s); "
+        "counted where tokens enter a model, so padding inside attention is not in it",
     )
 
 
