@@ -27,7 +27,7 @@ from suite.machine import machine
 
 HERE = Path(__file__).resolve().parent
 LIMITS = {
-    "short": {"seconds": 360, "norm": 0.85, "min_recovery": 0.6},
+    "short": {"seconds": 240, "norm": 0.85, "min_recovery": 0.6},
     "long": {"seconds": 1500, "norm": 0.93, "min_recovery": 0.8},
 }
 GIB = 2**30

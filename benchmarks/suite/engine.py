@@ -46,4 +46,5 @@ def mopd(options: Options) -> Row:
         [found["seconds"]],
         target=MOPD_SECONDS,
         note=f"seed 0, mean recovery {norm:.2f}; mopd.py has several seeds",
+        details={"stages": found["stages"], "evaluation": found["evaluation"]},
     )

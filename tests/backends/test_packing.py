@@ -7,7 +7,13 @@ import itertools
 import pytest
 import torch
 
-from posttrain.backends.packing import MIN_WIDTH, Packed, forward_passes
+from posttrain.backends.packing import (
+    MIN_WIDTH,
+    WORTH_TWO,
+    Packed,
+    flat_passes,
+    forward_passes,
+)
 from posttrain.rl.types import Rollouts
 from posttrain.stages.batches import sequences
 
@@ -123,3 +129,44 @@ def test_a_block_of_rows_stays_in_one_pass(pack: bool) -> None:
 def test_the_same_batch_is_laid_out_the_same() -> None:
     for one, two in zip(passes("heavy tail"), passes("heavy tail"), strict=True):
         assert torch.equal(one.tokens_CT, two.tokens_CT) and torch.equal(one.index_B, two.index_B)
+
+
+def flat(case: list[tuple[tuple[int, int], int]], **options: int) -> list[tuple[Packed, ...]]:
+    settings = {"max_tokens": 512, "hidden_size": HIDDEN} | options
+    return list(flat_passes(batch(case), **settings))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_flat_passes_hold_every_row_once_and_what_predicts_it(name: str) -> None:
+    rollouts = batch(CASES[name])
+    seen = []
+    for parts in flat(CASES[name]):
+        for part in parts:
+            tokens_S = part.tokens_CT.flatten()
+            flat_at = 0
+            for row in part.index_B.tolist():
+                seen.append(row)
+                start, length = int(rollouts.prompt_len_B[row]), int(rollouts.response_len_B[row])
+                expected = rollouts.tokens_BT[row, start - 1 : start + length - 1].tolist()
+                predicts_R = part.predicts_N[flat_at : flat_at + length]
+                assert tokens_S[predicts_R].tolist() == expected
+                assert set(predicts_R.tolist()) <= set(part.at_M.tolist())
+                flat_at += length
+    assert sorted(seen) == list(range(len(rollouts)))
+
+
+@pytest.mark.parametrize("max_tokens", [100, 300, 2048])
+def test_flat_passes_are_of_like_size(max_tokens: int) -> None:
+    case = [((g, 8), 1 + (7 * g + 3 * m) % 30) for g in range(60) for m in range(2)]
+    sizes = [sum(len(part.at_M) for part in parts) for parts in flat(case, max_tokens=max_tokens)]
+    widest = max(part.tokens_CT.shape[1] for parts in flat(case) for part in parts)
+    assert sum(sizes) >= WORTH_TWO and len(sizes) >= max(2, sum(sizes) // max_tokens)
+    assert max(sizes) <= max_tokens + widest
+    assert max(sizes) - min(sizes) <= 2 * widest
+
+
+def test_flat_passes_keep_blocks_whole() -> None:
+    case = [((n // 2, 4), 1 + (n * 37) % 400) for n in range(20)]
+    for parts in flat(case, max_tokens=64, block=2):
+        rows = [row for part in parts for row in part.index_B.tolist()]
+        assert all(row ^ 1 in rows for row in rows)

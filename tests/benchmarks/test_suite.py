@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 import bench
-from suite import limits, measure, models, workload
+from suite import limits, measure, models, ours, workload
 from suite.measure import Timed, Work, agreement, interleave, sampled
 
 
@@ -81,3 +83,23 @@ def test_every_part_is_there() -> None:
     folder = bench.HERE / "suite"
     for part in bench.PARTS:
         assert "\ndef run(options: Options) -> list[Row]:" in (folder / f"{part}.py").read_text()
+
+
+@pytest.mark.slow
+def test_ours_does_a_step_of_every_kind(tmp_path: Path) -> None:
+    """On the small model with a few prompts: what the suite calls is there and counts its tokens."""
+    torch.set_num_threads(1)
+    start, teacher = (models.save(models.S, tmp_path, seed=seed) for seed in (1, 2))
+    texts, prompts = workload.texts(models.S, 2), workload.prompts(models.S, 2)
+    rows, others = (workload.mixed_rows(models.S, 2, seed=seed) for seed in (0, 1))
+    distillation = ours.Distillation(start, {"a": teacher, "b": teacher}, group=2)
+    for done in (
+        distillation.step(distillation.problems(texts), 0),
+        ours.Grpo(start, workload.reward, group=2).step(texts, 0),
+        ours.Sampling(start)(prompts, 2, 0),
+    ):
+        assert len(done.lengths) == 4 and done.tokens == sum(done.lengths)
+    read = 2 * sum(map(len, prompts)) + sum(map(len, [*rows, *others]))
+    assert ours.Preference(start, prompts, rows, others).step().tokens == read
+    supervised = ours.Supervised(start).step(prompts, rows)
+    assert supervised.tokens == sum(map(len, prompts)) + sum(map(len, rows))
