@@ -87,7 +87,7 @@ def test_every_part_is_there() -> None:
 
 @pytest.mark.slow
 def test_ours_does_a_step_of_every_kind(tmp_path: Path) -> None:
-    """On the small model with a few prompts: what the suite calls is there and counts its tokens."""
+    """On the small model with few prompts: what the suite calls is there and counts its tokens."""
     torch.set_num_threads(1)
     start, teacher = (models.save(models.S, tmp_path, seed=seed) for seed in (1, 2))
     texts, prompts = workload.texts(models.S, 2), workload.prompts(models.S, 2)
