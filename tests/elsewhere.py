@@ -82,7 +82,8 @@ class Elsewhere(TorchFunctionMode):
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._mark(leaf, there)
-        if there and func is torch.nn.functional.linear:
+        # GPT-2 calls the second one by name.
+        if there and func in (torch.nn.functional.linear, torch.addmm):
             self.linear.add(result.dtype)
         return result
 
