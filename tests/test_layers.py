@@ -24,21 +24,23 @@ ALLOWED: dict[str, set[str]] = {
     "report": {"engine"},
     "external": {"engine"},
     "backends": {"engine", "losses", "rl"},
-    "stages.config": {"engine"},
-    "schedules": {"stages.config"},
+    "schedules": {"engine"},
+    "stages.settings": {"engine", "schedules"},
+    "stages.config": {"engine", "stages.settings"},
     "stages": {
-        "engine", "losses", "rl", "domains", "report", "backends", "stages.config", "schedules",
+        "engine", "losses", "rl", "domains", "report", "backends", "schedules", "stages.settings",
     },
-    "recipe": {"engine", "external", "domains", "stages.config"},
-    "package": {"recipe", "domains"},
+    "language": {"engine", "external", "domains", "stages.config"},
+    "recipe": {"engine", "external", "domains", "stages.config", "language"},
+    "package": {"recipe", "language", "domains", "schedules"},
     "recipes": {"package"},
-    "loading": {"engine", "recipe", "domains"},
+    "loading": {"engine", "recipe", "language", "domains"},
     "worker": {
-        "engine", "report", "recipe", "domains", "backends", "stages", "stages.config",
+        "engine", "report", "language", "domains", "backends", "stages", "stages.config",
     },
     "commands": {
-        "engine", "external", "report", "backends", "stages", "stages.config", "recipe", "loading",
-        "worker", "domains",
+        "engine", "external", "report", "backends", "stages", "stages.config", "recipe", "language",
+        "loading", "worker", "domains",
     },
     "cli": {"engine", "commands", "package"},
     "__main__": {"cli"},
@@ -54,9 +56,11 @@ THIRD_PARTY: dict[str, set[str]] = {
     "report": {"numpy", "jinja2", "markupsafe", "matplotlib", "rich"},
     "external": {"huggingface_hub"},
     "backends": {"torch", "transformers", "tokenizers", "safetensors"},
+    "stages.settings": {"pydantic"},
     "stages.config": {"pydantic"},
     "schedules": set(),
     "stages": {"torch", "numpy", "safetensors", "transformers", "reasoning_gym"},
+    "language": set(),
     "recipe": set(),
     "package": set(),
     "recipes": set(),
@@ -73,8 +77,9 @@ ids = [str(path.relative_to(ROOT)) for path in FILES]
 
 def unit_of(module: str) -> str:
     """The unit of a module named from the package's root, such as `stages.config`."""
-    first = module.split(".")[0]
-    return module if module in ALLOWED else ALIASES.get(first, first)
+    parts = module.split(".")
+    pair = ".".join(parts[:2])
+    return pair if pair in ALLOWED else ALIASES.get(parts[0], parts[0])
 
 
 def imports(path: Path) -> Iterator[tuple[str, str]]:

@@ -6,24 +6,34 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from posttrain.recipe import Recipe, Stage
+    from posttrain import schedules
+    from posttrain.language.handles import Stage
+    from posttrain.recipe import Recipe
     from posttrain.suites.domain import Domain, Procedural, Suite, Table, VerifierSpec
 
 __version__ = "0.1.0"
 
-__all__ = ["Domain", "Procedural", "Recipe", "Stage", "Suite", "Table", "VerifierSpec"]
+__all__ = ["Domain", "Procedural", "Recipe", "Stage", "Suite", "Table", "VerifierSpec", "schedules"]
 
-_HOMES = dict.fromkeys(("Recipe", "Stage"), "posttrain.recipe") | dict.fromkeys(
-    ("Domain", "Procedural", "Suite", "Table", "VerifierSpec"), "posttrain.suites.domain"
-)
+_MODULES = ("schedules",)
+"""Modules that a recipe uses by name."""
+_HOMES = {
+    "Recipe": "posttrain.recipe",
+    "Stage": "posttrain.language.handles",
+    **dict.fromkeys(
+        ("Domain", "Procedural", "Suite", "Table", "VerifierSpec"), "posttrain.suites.domain"
+    ),
+}
 
 
 def __getattr__(name: str) -> Any:
     # Imported on first use: `posttrain --help` has no need of pydantic.
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *_HOMES]
+    return [*globals(), *_MODULES, *_HOMES]

@@ -22,7 +22,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 from posttrain.engine.errors import ConfigError, PosttrainError
 from posttrain.engine.graph import Graph
 from posttrain.engine.store import Store
-from posttrain.recipe import Recipe, Stage
+from posttrain.language.handles import Stage
+from posttrain.recipe import Recipe
 from posttrain.rewards.choices import choices_text
 from posttrain.suites.load import load_suite
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from posttrain.engine.hashes import FileHashes
 from posttrain.engine.process import Job
 from posttrain.engine.record import read_record
-from posttrain.recipe import MODEL_KINDS
+from posttrain.language.handles import MODEL_KINDS
 from posttrain.report.card import model_card
 from posttrain.stages.config import build_config
 

@@ -11,7 +11,8 @@ import pytest
 from posttrain.engine.record import Artifact
 from posttrain.engine.runner import run
 from posttrain.engine.store import Store
-from posttrain.recipe import Recipe, Stage
+from posttrain.language.handles import Stage
+from posttrain.recipe import Recipe
 from posttrain.rewards.spec import VerifierSpec
 from posttrain.suites.domain import Domain, Suite, Table
 from posttrain.worker import EXECUTE, PRELOAD

@@ -15,8 +15,9 @@ from posttrain.backends.checkpoint import LanguageModel, save
 from posttrain.engine.errors import ConfigError, GraphError
 from posttrain.engine.graph import Graph
 from posttrain.engine.store import Store
+from posttrain.language.handles import Stage
 from posttrain.loading import load_recipe, shipped_recipes
-from posttrain.recipe import Recipe, Stage
+from posttrain.recipe import Recipe
 from posttrain.rewards.spec import VerifierSpec
 from posttrain.suites.domain import Domain, Suite, Table
 

@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 from posttrain.backends.checkpoint import LanguageModel
 from posttrain.engine.errors import ConfigError
 from posttrain.stages import distill as stage
-from posttrain.stages.config import Distill, build_config
+from posttrain.stages.config import build_config
 from posttrain.stages.distill import domain_weights
+from posttrain.stages.settings.distill import Distill
 
 RunStage = Callable[..., Any]
 ROUTES = {"short": "first", "words": "second"}

@@ -19,10 +19,11 @@ from posttrain.backends.checkpoint import LanguageModel, load
 from posttrain.backends.local import LocalLearner
 from posttrain.engine.errors import ConfigError
 from posttrain.stages.batches import Pool
-from posttrain.stages.config import Dpo, build_config
+from posttrain.stages.config import build_config
 from posttrain.stages.context import Context
 from posttrain.stages.dpo import PairUpdate, counted_tokens
 from posttrain.stages.preferences import Rows, encode_mismatched
+from posttrain.stages.settings.preference import Dpo
 
 RunStage = Callable[..., Any]
 BASE: dict[str, Any] = {"steps": 5, "batch_size": 8, "lr": 0.003, "warmup_steps": 1}

@@ -14,8 +14,9 @@ import pytest
 
 from posttrain.engine.errors import ConfigError
 from posttrain.rewards.verifiers import load_verifier
-from posttrain.stages.config import Select, build_config
+from posttrain.stages.config import build_config
 from posttrain.stages.select import choose
+from posttrain.stages.settings.data import Select
 
 BASE: dict[str, Any] = {
     "k": 3,

@@ -20,7 +20,8 @@ from posttrain.engine.errors import ConfigError
 from posttrain.schedules import learning_rate
 from posttrain.stages import context
 from posttrain.stages.batches import Pool
-from posttrain.stages.config import Sft, build_config
+from posttrain.stages.config import build_config
+from posttrain.stages.settings.imitate import Sft
 
 RunStage = Callable[..., Any]
 BASE: dict[str, Any] = {"steps": 5, "batch_size": 8, "lr": 0.01, "warmup_steps": 1}

@@ -17,8 +17,9 @@ from posttrain.backends.local import LocalScorer
 from posttrain.backends.sampler import LocalSampler
 from posttrain.rl.types import Rollouts
 from posttrain.stages import teachers as stage
-from posttrain.stages.config import Distill, build_config
+from posttrain.stages.config import build_config
 from posttrain.stages.rollouts import gathered
+from posttrain.stages.settings.distill import Distill
 from posttrain.stages.teachers import Targets, Teachers
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from posttrain.engine.errors import ConfigError
 from posttrain.engine.record import Artifact
 from posttrain.engine.store import Store
-from posttrain.recipe import MODEL_KINDS
+from posttrain.language.handles import MODEL_KINDS
 
 
 def find_artifact(store: Store, text: str) -> Artifact:

@@ -22,8 +22,8 @@ from posttrain.engine.record import SHORT
 from posttrain.engine.store import Store
 from posttrain.engine.transfer import read_history
 from posttrain.external import find_external
+from posttrain.language.handles import MODEL_KINDS
 from posttrain.loading import is_recipe, load_recipe
-from posttrain.recipe import MODEL_KINDS
 from posttrain.report.card import model_card
 from posttrain.report.gather import scores_of
 from posttrain.report.wording import size

@@ -29,7 +29,6 @@ from posttrain.rl.advantage import advantages
 from posttrain.rl.corrections import importance_correction
 from posttrain.schedules import learning_rate
 from posttrain.stages.batches import Pool, Problem
-from posttrain.stages.config import Distill
 from posttrain.stages.context import Context
 from posttrain.stages.learner import new_learner
 from posttrain.stages.rollouts import (
@@ -39,6 +38,7 @@ from posttrain.stages.rollouts import (
     step_seed,
     verifiers,
 )
+from posttrain.stages.settings.distill import Distill
 from posttrain.stages.teachers import Reading, Targets, Teachers
 
 

@@ -37,10 +37,10 @@ from posttrain.losses.preference import (
 from posttrain.rl.types import Rollouts
 from posttrain.schedules import learning_rate
 from posttrain.stages.batches import Pool
-from posttrain.stages.config import Dpo
 from posttrain.stages.context import Context
 from posttrain.stages.learner import new_learner
 from posttrain.stages.preferences import Rows, encode, encode_mismatched, read_pairs
+from posttrain.stages.settings.preference import Dpo
 from posttrain.stages.teachers import check_same_tokens
 
 ROWS_PER_CALL = 1024

@@ -19,9 +19,9 @@ from posttrain.backends.sampler import LocalSampler
 from posttrain.report.statistics import Scores, evaluation
 from posttrain.rewards.pool import VerifierPool
 from posttrain.stages.batches import Problem
-from posttrain.stages.config import Evaluate
 from posttrain.stages.context import Context
 from posttrain.stages.rollouts import Scored, sample_and_verify, step_seed, submit, verifiers
+from posttrain.stages.settings.models import Evaluate
 
 
 def run(config: Evaluate, ctx: Context) -> dict[str, float]:

@@ -6,8 +6,11 @@ import torch
 
 from posttrain.backends.checkpoint import LanguageModel
 from posttrain.backends.local import LocalLearner
-from posttrain.stages.config import Distill, Dpo, Pretrain, Rl, Sft
 from posttrain.stages.context import Context
+from posttrain.stages.settings.distill import Distill
+from posttrain.stages.settings.imitate import Pretrain, Sft
+from posttrain.stages.settings.preference import Dpo
+from posttrain.stages.settings.rl import Rl
 
 
 def new_learner(

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.engine.errors import ConfigError
-from posttrain.stages.config import Pairs
 from posttrain.stages.context import Context
 from posttrain.stages.rollouts import write_jsonl
+from posttrain.stages.settings.preference import Pairs
 
 Rollout = dict[str, Any]
 

@@ -7,9 +7,9 @@ from posttrain.backends.checkpoint import save
 from posttrain.backends.tiny import character_tokenizer, new_model
 from posttrain.schedules import learning_rate
 from posttrain.stages.batches import Pool, sequences
-from posttrain.stages.config import Pretrain
 from posttrain.stages.context import Context
 from posttrain.stages.learner import new_learner
+from posttrain.stages.settings.imitate import Pretrain
 from posttrain.stages.sft import demonstrations, imitate
 
 

@@ -28,7 +28,6 @@ from posttrain.rl.corrections import importance_correction
 from posttrain.rl.types import Rollouts
 from posttrain.schedules import learning_rate
 from posttrain.stages.batches import Pool
-from posttrain.stages.config import Rl
 from posttrain.stages.context import Context
 from posttrain.stages.learner import new_learner
 from posttrain.stages.rollouts import (
@@ -38,6 +37,7 @@ from posttrain.stages.rollouts import (
     step_seed,
     verifiers,
 )
+from posttrain.stages.settings.rl import Rl
 
 
 def run(config: Rl, ctx: Context) -> dict[str, float]:

@@ -7,9 +7,9 @@ import torch
 from posttrain.backends.chat import Chat
 from posttrain.backends.checkpoint import load
 from posttrain.backends.sampler import LocalSampler
-from posttrain.stages.config import Sample
 from posttrain.stages.context import Context
 from posttrain.stages.rollouts import sample_and_verify, step_seed, verifiers, write_jsonl
+from posttrain.stages.settings.data import Sample
 
 PROMPTS_PER_CALL = 64
 

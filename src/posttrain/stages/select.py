@@ -6,9 +6,9 @@ import json
 from typing import Any
 
 from posttrain.engine.errors import ConfigError
-from posttrain.stages.config import Select
 from posttrain.stages.context import Context
 from posttrain.stages.rollouts import write_jsonl
+from posttrain.stages.settings.data import Select
 
 
 def run(config: Select, ctx: Context) -> dict[str, float]:

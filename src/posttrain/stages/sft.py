@@ -17,9 +17,9 @@ from posttrain.losses.sft import cross_entropy
 from posttrain.rl.types import Rollouts
 from posttrain.schedules import learning_rate
 from posttrain.stages.batches import Pool, Problem, sequences
-from posttrain.stages.config import Sft
 from posttrain.stages.context import Context
 from posttrain.stages.learner import new_learner
+from posttrain.stages.settings.imitate import Sft
 
 
 def run(config: Sft, ctx: Context) -> dict[str, float]:

@@ -25,7 +25,7 @@ from posttrain.backends.local import LocalScorer, response_logprobs
 from posttrain.engine.errors import ConfigError
 from posttrain.losses.distill import teacher_top_k_targets
 from posttrain.rl.types import Rollouts
-from posttrain.stages.config import Distill
+from posttrain.stages.settings.distill import Distill
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,1 @@
+"""What stands behind the verbs of a recipe: handles, the builder of the graph, routing."""

@@ -1,0 +1,224 @@
+"""The graph under construction: its nodes, the settings of --set, the check of every edge."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from posttrain.engine.errors import ConfigError, GraphError
+from posttrain.engine.fingerprint import file_digest
+from posttrain.engine.graph import Graph, Node
+from posttrain.engine.store import Store
+from posttrain.external import External, find_external, token_conflict
+from posttrain.language.handles import MODEL_KINDS, Demos, Prompts, Stage
+from posttrain.stages.config import CONFIGS, VERSIONS, build_config
+from posttrain.suites.domain import Suite, domain_node
+
+
+class Builder:
+    """Collects the stages of one recipe; `posttrain.recipe.Recipe` has the verbs."""
+
+    def __init__(
+        self,
+        suite: Suite,
+        suite_directory: Path,
+        *,
+        seed: int = 0,
+        overrides: Mapping[str, Any] | None = None,
+        store: Store | None = None,
+    ) -> None:
+        self.suite = suite
+        self.seed = seed
+        self.directory = suite_directory
+        self.store = store
+        self.hash_file = file_digest if store is None else store.hashes.digest
+        self.nodes: dict[str, Node] = {}
+        self.external: dict[str, External] = {}
+        self._overrides = dict(overrides or {})
+        self._used: set[str] = set()
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """Names of the suite's domains."""
+        return tuple(self.suite.domains)
+
+    def graph(self, target: Stage) -> Graph:
+        """The finished graph. Raises ConfigError for a setting that matched no stage."""
+        self._all_used()
+        graph = Graph(nodes=self.nodes, target=target.name)
+        graph.order()
+        return graph
+
+    def stage(
+        self,
+        kind: str,
+        name: str,
+        settings: Mapping[str, Any],
+        inputs: Mapping[str, str],
+        routes: Mapping[str, str] | None = None,
+    ) -> Stage:
+        """Add a stage with its checked settings, overrides included."""
+        values = dict(settings)
+        if "seed" in CONFIGS[kind].model_fields:
+            values = {"seed": self.seed} | values
+        for key, value in self._overrides.items():
+            pattern, _, field = key.rpartition(".")
+            # A glob is for those of its stages that have the setting; a name is for that stage.
+            known = field in CONFIGS[kind].model_fields or not _is_glob(pattern)
+            if known and fnmatchcase(name, pattern):
+                self._used.add(key)
+                values[field] = value
+        if "routes" in values and "routes" in CONFIGS[kind].model_fields:
+            raise ConfigError(
+                f"stage {name!r} ({kind}), field 'routes': which model serves which domain follows "
+                "from the stages that the recipe passes; change those instead"
+            )
+        if routes is not None:
+            values["routes"] = dict(routes)
+        config = build_config(kind, name, values)
+        return self.add(
+            Node(
+                name=name,
+                kind=kind,
+                version=VERSIONS[kind],
+                config=config.model_dump(mode="json"),
+                inputs=inputs,
+            )
+        )
+
+    def add(self, node: Node) -> Stage:
+        """Add a node. Raises GraphError for a name that is taken."""
+        if node.name in self.nodes:
+            raise GraphError(
+                f"two stages are called {node.name!r} ({self.nodes[node.name].kind} and "
+                f"{node.kind}); give one of them another name="
+            )
+        self.nodes[node.name] = node
+        return Stage(node.name, node.kind)
+
+    def known(self, domains: str | Iterable[str]) -> tuple[str, ...]:
+        """The names of these domains. Raises ConfigError for one that the suite does not have."""
+        names = (domains,) if isinstance(domains, str) else tuple(domains)
+        if not names:
+            raise ConfigError(
+                f"no domain is given where one is needed; choices: {', '.join(self.domains)}"
+            )
+        for name in names:
+            if name not in self.suite.domains:
+                near = difflib.get_close_matches(name, self.domains, n=1)
+                hint = f" did you mean {near[0]!r}?" if near else ""
+                raise ConfigError(
+                    f"domain {name!r} is not in suite {self.suite.name!r};{hint} "
+                    f"choices: {', '.join(self.domains)}"
+                )
+        return names
+
+    def data(self, stage: str, data: object, allowed: tuple[type, ...]) -> dict[str, str]:
+        """The edges of a stage's data; domains get their nodes."""
+        if not isinstance(data, allowed):
+            wanted = {Demos: "r.demos(...)", Prompts: "r.prompts(...)", Stage: "a select stage"}
+            choices = " or ".join(wanted[kind] for kind in allowed)
+            raise ConfigError(f"stage {stage!r}: its data is {data!r}; it needs {choices}")
+        if isinstance(data, Stage):
+            if data.kind not in ("select", ""):
+                raise ConfigError(
+                    f"stage {stage!r}: its data is {data.name!r} ({data.kind}); it needs "
+                    "r.demos(...) or a select stage"
+                )
+            return {"data": data.name}
+        assert isinstance(data, Demos | Prompts)
+        for name in data.domains:
+            node = self.nodes.get(name)
+            if node is not None and node.kind != "domain":
+                raise GraphError(
+                    f"the {node.kind} stage {name!r} has the name of a domain that stage "
+                    f"{stage!r} needs; give it another name="
+                )
+            if node is None:
+                pieces = domain_node(self.suite.domains[name], self.directory, self.hash_file)
+                self.nodes[name] = Node(
+                    name=name,
+                    kind="domain",
+                    version=VERSIONS["domain"],
+                    config=pieces.config,
+                    data=pieces.data,
+                    runtime=pieces.runtime,
+                )
+        return {f"domains.{name}": name for name in data.domains}
+
+    def rollouts(self, kind: str, stage: str, rollouts: Stage) -> dict[str, str]:
+        """The edge of rollouts that a data operator reads."""
+        if rollouts.kind not in ("sample", ""):
+            raise ConfigError(
+                f"stage {stage!r} ({kind}): it needs the rollouts of a sample stage, not "
+                f"{rollouts.name!r} ({rollouts.kind})"
+            )
+        return {"rollouts": rollouts.name}
+
+    def model(self, stage: str, edge: str, value: object) -> str:
+        """The name of a stage that makes a language model, for the edge `edge`."""
+        if not isinstance(value, Stage) or value.kind not in (*MODEL_KINDS, ""):
+            raise ConfigError(
+                f"stage {stage!r}: {edge} = {value!r} is not a model; it takes a stage of kind "
+                f"{', '.join(MODEL_KINDS)}"
+            )
+        return value.name
+
+    def _root(self, name: str) -> str:
+        """The stage that a model descends from by its starts; in a cycle any stage of it."""
+        passed: set[str] = set()
+        while name in self.nodes and name not in passed and "start" in self.nodes[name].inputs:
+            passed.add(name)
+            name = self.nodes[name].inputs["start"]
+        return name
+
+    def same_vocabulary(
+        self, stage: str, start: str, teacher: str, *, role: str = "teacher"
+    ) -> None:
+        """Refuse outside checkpoints whose tokens differ, before anything is computed."""
+        ours, theirs = self._root(start), self._root(teacher)
+        if ours == theirs or not (ours in self.external and theirs in self.external):
+            return
+        conflict = token_conflict(self.external[ours], self.external[theirs])
+        if conflict is not None:
+            raise ConfigError(
+                f"stage {stage!r}: {role} {teacher!r} and student {start!r} differ in their "
+                f"{conflict}; a {role} must come from the same tokenizer"
+            )
+
+    def adopted(self, source: str) -> External | None:
+        """An adopted checkpoint of that name, None if there is none."""
+        if self.store is None or Path(source).is_dir():
+            return None
+        found = self.store.named("model", source)
+        # Not what its record says: linked files may have changed since they were adopted.
+        return find_external(found[0].path, self.hash_file) if found else None
+
+    def _all_used(self) -> None:
+        unused = [key for key in self._overrides if key not in self._used]
+        if not unused:
+            return
+        pattern, _, field = unused[0].rpartition(".")
+        stages = [n for n, node in self.nodes.items() if node.kind not in ("domain", "model")]
+        matched = [name for name in stages if fnmatchcase(name, pattern)]
+        if matched and _is_glob(pattern):
+            fields = {f for n in matched for f in CONFIGS[self.nodes[n].kind].model_fields}
+            near = difflib.get_close_matches(field, fields, n=1)
+            hint = f" did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(
+                f"--set {unused[0]}: none of the stages {', '.join(matched)} has a setting "
+                f"{field!r};{hint} choices: {', '.join(sorted(fields))}"
+            )
+        near = difflib.get_close_matches(pattern, stages, n=1)
+        hint = f" did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(
+            f"--set {unused[0]}: no stage of this recipe with settings has that name;{hint} "
+            f"stages: {', '.join(stages)}"
+        )
+
+
+def _is_glob(pattern: str) -> bool:
+    return any(character in pattern for character in "*?[")

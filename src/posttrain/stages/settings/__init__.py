@@ -1,0 +1,1 @@
+"""What a recipe may write, one room per kind of stage; `stages/config.py` is the register."""

@@ -1,0 +1,39 @@
+"""Settings of the stages that learn from given text."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from posttrain.stages.settings.base import Config, Optimizer, Positive, steps_or_epochs
+
+
+class Pretrain(Config, Optimizer):
+    """A tiny model from nothing: `r.pretrain(data=...)`."""
+
+    steps: int = Positive
+    batch_size: int = Field(128, gt=0)
+    """Documents per step, drawn evenly over the domains."""
+    loss_on: Literal["all", "response"] = "all"
+    """Learn every token of a document, or only those of its response."""
+    hidden_size: int = Field(64, gt=0)
+    num_layers: int = Field(3, gt=0)
+    num_heads: int = Field(2, gt=0)
+    head_dim: int = Field(32, gt=0)
+    intermediate_size: int = Field(256, gt=0)
+    max_positions: int = Field(128, gt=0)
+
+
+class Sft(Config, Optimizer):
+    """Supervised fine-tuning on demonstrations: `r.sft(start=..., data=...)`."""
+
+    steps: int | None = Field(None, gt=0)
+    epochs: float | None = Field(None, gt=0)
+    """Passes over the data; give this or `steps`."""
+    batch_size: int = Field(64, gt=0)
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        steps_or_epochs(self.steps, self.epochs)
+        return self

@@ -1,0 +1,70 @@
+"""Settings of what has to do with preferences: pairs, and the stages that learn from them."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from posttrain.stages.settings.base import Config, Optimizer, refuse_unread, steps_or_epochs
+
+
+class Pairs(BaseModel):
+    """Preference pairs out of rollouts: `r.pairs(rollouts)`, `r.pairs(strong, against=weak)`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    how: Literal["best_against_worst", "strong_against_weak"] = "best_against_worst"
+    """By reward among the responses of one stage, or by which of two stages a response is from."""
+    max_per_prompt: int = Field(1, gt=0)
+    """The n-th best goes against the n-th worst, or the strong stage's n-th with the weak one's."""
+    min_margin: float | None = Field(None, gt=0, le=1)
+    """Least reward of the chosen response minus that of the rejected one. Without it any
+    difference will do for best_against_worst, and rewards are not looked at otherwise."""
+    min_chosen_reward: float | None = Field(None, gt=0, le=1)
+    """Least reward of the chosen response."""
+    max_length_gap: int | None = Field(None, ge=0)
+    """Most characters by which the two responses may differ in length."""
+
+
+class Dpo(Config, Optimizer):
+    """Learning from preferences: `r.dpo(start=..., data=r.pairs(...))`."""
+
+    steps: int | None = Field(None, gt=0)
+    epochs: float | None = Field(None, gt=0)
+    """Passes over the pairs; give this or `steps`."""
+    batch_size: int = Field(32, gt=0)
+    """Pairs per step, drawn evenly over the domains."""
+    loss: Literal["sigmoid", "length_normalised", "simpo", "ipo", "kto"] = "sigmoid"
+    """`sigmoid` is DPO. `kto` learns from each response by itself. `simpo` needs no reference."""
+    beta: float = Field(0.1, gt=0)
+    """Reward per nat of the score. DPO 0.1, length_normalised 5 (Tülu 3), simpo 2 to 2.5."""
+    gamma: float = Field(0.5, ge=0)
+    """Margin that `simpo` asks for between the rewards."""
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    """Share of pairs thought to be labelled the wrong way round."""
+    desirable_weight: float = Field(1.0, gt=0)
+    undesirable_weight: float = Field(1.0, gt=0)
+    """Weights of chosen and rejected responses in `kto`."""
+    nll_weight: float = Field(0.0, ge=0)
+    """Weight of the cross-entropy of the chosen response. Llama 3: 0.2."""
+    mask_formatting: bool = False
+    """Leave special tokens, the end of the turn among them, out of the preference loss."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        steps_or_epochs(self.steps, self.epochs)
+        return self
+
+    @model_validator(mode="after")
+    def _loss_reads(self) -> Self:
+        because = f"loss = {self.loss}"
+        if self.loss != "simpo":
+            refuse_unread(self, "gamma", because=because)
+        if self.loss in ("ipo", "kto"):
+            refuse_unread(self, "label_smoothing", because=because)
+        if self.loss == "kto":
+            refuse_unread(self, "nll_weight", because=because)
+        else:
+            refuse_unread(self, "desirable_weight", "undesirable_weight", because=because)
+        return self
