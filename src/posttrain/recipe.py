@@ -128,9 +128,10 @@ class Recipe:
     def rl(self, *, start: Stage, prompts: Prompts, name: str = "rl", **settings: Any) -> Stage:
         """Reinforcement learning of `start` on the verifiable rewards of the prompts' domains."""
         inputs = {"start": self._build.model(name, "start", start)}
-        return self._build.stage(
-            "rl", name, settings, inputs | self._build.data(name, prompts, (Prompts,))
-        )
+        inputs |= self._build.data(name, prompts, (Prompts,))
+        stage = self._build.stage("rl", name, settings, inputs)
+        self._build.named_domains(stage, prompts.domains, "domain_kl")
+        return stage
 
     def distill(
         self,

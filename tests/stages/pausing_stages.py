@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from posttrain import schedules
 from posttrain.engine.process import Job
 from posttrain.engine.runner import run
 from posttrain.engine.store import Store
@@ -60,7 +61,16 @@ def main(store: str, start: str, teacher: str, pauses: str) -> None:
     other = r.model(teacher, name="teacher")
     tuned = r.sft(start=base, data=r.demos(r.domains), batch_size=8, **OPTIM)
     rollout = {"max_new_tokens": 6, "prompts_per_step": 6, "updates_per_batch": 2}
-    policy = r.rl(start=tuned, prompts=r.prompts("one"), group_size=4, **rollout, **OPTIM)
+    policy = r.rl(
+        start=tuned,
+        prompts=r.prompts("one"),
+        group_size=4,
+        kl_coef=0.1,
+        reference_every=2,
+        temperature=schedules.on_plateau(1.0, 1.3, change=0.1, patience=1, gain=9.0),
+        **rollout,
+        **OPTIM,
+    )
     rollouts = r.sample(policy, prompts=r.prompts(r.domains), k=6, num_prompts=30, max_new_tokens=6)
     pairs = r.pairs(rollouts, max_per_prompt=2)
     preferring = r.dpo(start=policy, data=pairs, reference=tuned, batch_size=8, **OPTIM)

@@ -175,6 +175,16 @@ class Builder:
             name = self.nodes[name].inputs["start"]
         return name
 
+    def named_domains(self, stage: Stage, domains: tuple[str, ...], *fields: str) -> None:
+        """Refuse a setting by domain that names a domain which the stage does not have."""
+        for field in fields:
+            for name in self.nodes[stage.name].config[field]:
+                if name not in domains:
+                    raise ConfigError(
+                        f"stage {stage.name!r} ({stage.kind}), field {field!r}: {name!r} is not a "
+                        f"domain of its prompts; choices: {', '.join(domains)}"
+                    )
+
     def same_vocabulary(
         self, stage: str, start: str, teacher: str, *, role: str = "teacher"
     ) -> None:

@@ -68,6 +68,7 @@ class Context:
         self.tokens = 0
         self.metrics: dict[str, float] = {}
         """Of the newest step, also where a resumed stage finds no step left to do."""
+        self._history: dict[str, list[float]] = {}
         self._seconds = 0.0
         self._began = time.monotonic()
         self._saved = time.monotonic()
@@ -118,8 +119,17 @@ class Context:
             "tokens": self.tokens,
             "seconds": round(self._seconds + time.monotonic() - self._began, 3),
         } | self.metrics
+        self._remember(self.metrics)
         with self._metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+
+    def history(self, metric: str) -> list[float]:
+        """The logged values of a metric so far, oldest first; those before a resume are there."""
+        return self._history.get(metric, [])
+
+    def _remember(self, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            self._history.setdefault(name, []).append(value)
 
     def resume(self, learner: Resumable) -> int:
         """Load the newest step checkpoint if there is one; returns the number of steps done."""
@@ -141,6 +151,8 @@ class Context:
         # Lines of steps after the checkpoint will be written again.
         if self._metrics.exists():
             os.truncate(self._metrics, state["metrics_bytes"])
+            for line in self._metrics.read_text(encoding="utf-8").splitlines():
+                self._remember(json.loads(line))
         return int(state["step"])
 
     def checkpoint(self, step: int, learner: Resumable) -> None:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from posttrain.engine.errors import ConfigError
-from posttrain.schedules import History, Schedule, is_schedule, possible_values, value_at
+from posttrain.schedules import History, Schedule, is_schedule, possible_values, steps, value_at
 
 Positive = Field(gt=0)
 Weight = Annotated[float, Field(ge=0)]
@@ -21,7 +21,8 @@ Weight = Annotated[float, Field(ge=0)]
 def refuse_unread(config: BaseModel, *fields: str, because: str) -> None:
     """Raise ValueError for a setting that was changed and that nothing reads."""
     for name in fields:
-        value, default = getattr(config, name), type(config).model_fields[name].default
+        field = type(config).model_fields[name]
+        value, default = getattr(config, name), field.get_default(call_default_factory=True)
         if value != default:
             raise ValueError(
                 f"{name} = {value}: it is not read with {because}; leave it out, or change the "
@@ -75,7 +76,8 @@ class Config(BaseModel):
     @model_validator(mode="after")
     def _scheduled_values_fit(self) -> Self:
         plain = {name: getattr(self, name) for name in type(self).model_fields}
-        plain["schedules"] = {}
+        # As constants, so that what a schedule makes sense of stays sensible, and nothing recurs.
+        plain["schedules"] = {n: steps({0: getattr(self, n)}) for n in self.schedules}
         for name, schedule in self.schedules.items():
             for value in possible_values(schedule)[1:]:
                 try:

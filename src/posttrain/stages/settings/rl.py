@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -13,12 +13,26 @@ from posttrain.stages.settings.base import (
     Optimizer,
     Positive,
     Rollout,
+    Weight,
     refuse_unread,
 )
 
 
 class Rl(Config, Optimizer, Rollout, Correction, Aggregation):
     """GRPO and its relatives on verifiable rewards: `r.rl(start=..., prompts=...)`."""
+
+    SCHEDULABLE: ClassVar[frozenset[str]] = frozenset(
+        {
+            "lr",
+            "prompts_per_step",
+            "group_size",
+            "max_new_tokens",
+            "temperature",
+            "clip_low",
+            "clip_high",
+            "kl_coef",
+        }
+    )
 
     steps: int = Positive
     prompts_per_step: int = Field(32, gt=0)
@@ -33,9 +47,21 @@ class Rl(Config, Optimizer, Rollout, Correction, Aggregation):
     """Weight of the KL divergence to the stage's start; 0 loads no reference."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     kl_in: Literal["loss", "reward"] = "loss"
+    domain_kl: dict[str, Weight] = Field(default_factory=dict)
+    """Factor on `kl_coef` in a domain; 1 where none is given. DeepSeek-V3.2: near 0 for math."""
+    reference_every: int | None = Field(None, gt=0)
+    """The reference becomes the policy every so many steps (R1-Zero: 400)."""
+    mask_unfinished: bool = False
+    """Leave responses that were cut at the length limit out of the loss (DAPO's overlong
+    filtering)."""
     drop_zero_variance: bool = True
     """Leave out groups whose rewards are all alike: they carry no gradient. With a KL penalty in
     the loss they do, and stay."""
+
+    @property
+    def uses_reference(self) -> bool:
+        """Whether any step has a KL penalty."""
+        return self.kl_coef > 0 or "kl_coef" in self.schedules
 
     @model_validator(mode="after")
     def _ratio_is_read(self) -> Self:
@@ -48,8 +74,9 @@ class Rl(Config, Optimizer, Rollout, Correction, Aggregation):
 
     @model_validator(mode="after")
     def _kl_is_read(self) -> Self:
-        if self.kl_coef == 0:
-            refuse_unread(self, "kl_estimator", "kl_in", because="kl_coef = 0")
+        if not self.uses_reference:
+            names = ("kl_estimator", "kl_in", "domain_kl", "reference_every")
+            refuse_unread(self, *names, because="kl_coef = 0")
         return self
 
     @model_validator(mode="after")

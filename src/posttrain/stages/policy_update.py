@@ -1,0 +1,133 @@
+"""The loss of a policy-gradient step: which rows, which constants, and how they become one number.
+
+Legend: B rows, N flat response tokens, D hidden.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from posttrain.backends.base import Head, Metrics, MicroBatch
+from posttrain.backends.local import LocalLearner, flat_index, response_targets
+from posttrain.losses.ops import aggregation_weights, kl_estimate, token_logprobs
+from posttrain.losses.policy import kl_penalty, policy_gradient
+from posttrain.rl.corrections import importance_correction
+from posttrain.rl.types import Rollouts
+from posttrain.stages.rollouts import Scored
+from posttrain.stages.settings.rl import Rl
+
+
+class PolicyUpdate:
+    """The rows of one optimiser step with the constants of their loss, which are on `device`."""
+
+    def __init__(
+        self,
+        config: Rl,
+        *,
+        advantage_B: Tensor,
+        rows: Rollouts,
+        old_logp_N: Tensor | None,
+        reference_logp_N: Tensor | None,
+        kl_weight_B: Tensor,
+        device: torch.device,
+    ) -> None:
+        self.config, self.rows = config, rows
+        self.kl_weight_B = kl_weight_B.to(device)
+        self.advantage_B = advantage_B.to(device)
+        self.old_logp_N = None if old_logp_N is None else old_logp_N.to(device)
+        self.reference_logp_N = None
+        if reference_logp_N is not None:
+            self.reference_logp_N = reference_logp_N.to(device)
+        self.constant = config.aggregation_constant or config.max_new_tokens
+        self.sampler_logp_N = rows.sampler_logp_N().to(device)
+        length_B = rows.response_len_B
+        self.length_B = length_B.to(device)
+        self.start_B = (length_B.cumsum(0) - length_B).to(device)
+        self.count = float(length_B.sum() if config.aggregation == "token" else len(length_B))
+
+    def loss(self, hidden_ND: Tensor, head: Head, part: MicroBatch) -> tuple[Tensor, Metrics]:
+        """The clipped surrogate, plus the KL penalty where it belongs to the loss."""
+        config, length_B = self.config, part.rollouts.response_len_B
+        row_N = part.rollouts.row_N()
+        flat_N = flat_index(self.start_B, self.length_B, part.index_B)
+        logp_N, entropy_N = token_logprobs(
+            hidden_ND,
+            head.weight_VD,
+            response_targets(part.rollouts),
+            bias_V=head.bias_V,
+            temperature=config.temperature,
+        )
+        weight_N, _ = aggregation_weights(
+            row_N, len(length_B), aggregation=config.aggregation, constant=self.constant
+        )
+        old_logp_N = logp_N.detach() if self.old_logp_N is None else self.old_logp_N[flat_N]
+        correction_N, metrics = importance_correction(
+            old_logp_N,
+            self.sampler_logp_N[flat_N],
+            mode=config.correction,
+            low=config.correction_low,
+            high=config.correction_high,
+        )
+        total, policy_metrics = policy_gradient(
+            logp_N,
+            old_logp_N,
+            self.advantage_B[part.index_B][row_N],
+            weight_N,
+            row_N,
+            num_rows=len(length_B),
+            ratio=config.ratio,
+            clip_low=config.clip_low,
+            clip_high=config.clip_high,
+            correction_N=correction_N,
+        )
+        metrics = metrics | policy_metrics | {"entropy": entropy_N.sum()}
+        if self.reference_logp_N is not None and config.kl_in == "loss":
+            penalty, penalty_metrics = kl_penalty(
+                logp_N,
+                self.reference_logp_N[flat_N],
+                weight_N * self.kl_weight_B[part.index_B][row_N],
+                estimator=config.kl_estimator,
+            )
+            total = total + config.kl_coef * penalty
+            metrics["kl_reference"] = penalty_metrics["kl"]
+        metrics["tokens"] = logp_N.new_tensor(float(len(logp_N)))
+        return total, metrics
+
+
+def old_logprobs(
+    config: Rl, learner: LocalLearner, scored: Scored, parts: list[Tensor]
+) -> Tensor | None:
+    """`logp_N` of the whole batch under the policy before the first of its updates on `parts`.
+
+    None with one update, where the old policy is the current one and the ratio is exactly 1. With
+    several, the sampler has just reported the log-probs; where a correction compares the two
+    engines the learner computes its own, for the rows of all updates but the first.
+    """
+    if config.updates_per_batch == 1:
+        return None
+    rollouts = scored.rollouts
+    if config.correction == "none":
+        return rollouts.sampler_logp_N()
+    logp_N = torch.zeros(rollouts.num_tokens)
+    if len(parts) > 1:
+        later_B = torch.cat(parts[1:]).sort().values
+        length_B = rollouts.response_len_B
+        flat_N = flat_index(length_B.cumsum(0) - length_B, length_B, later_B)
+        later = rollouts.rows(later_B)
+        logp_N[flat_N] = learner.logprobs(later, temperature=config.temperature)
+    return logp_N
+
+
+def reward_kl(config: Rl, scored: Scored, reference_logp_N: Tensor) -> Tensor:
+    """`kl_B`: the estimate of KL(policy || reference) summed over each response."""
+    kl_N = kl_estimate(
+        scored.rollouts.sampler_logp_N(), reference_logp_N, estimator=config.kl_estimator
+    )
+    return torch.zeros(len(scored.rollouts)).index_add(0, scored.rollouts.row_N(), kl_N)
+
+
+def kl_weights(config: Rl, scored: Scored) -> Tensor:
+    """`kl_weight_B`: the factor on `kl_coef` of each row's domain, 1 where none is given."""
+    weights = [config.domain_kl.get(p["domain"], 1.0) for p in scored.problems]
+    return torch.tensor(weights, dtype=torch.float32)
