@@ -8,8 +8,8 @@ values. All return `(loss sum, metrics)` with sums over the tokens of non-zero w
 is the k3 estimate of KL(old || new) of each token.
 
 With old == new all of them have the gradient of the plain policy gradient, `-w A`, at each token;
-with GMPO, Kimi's loss and the ratios of rows that holds where the tokens of a row have one weight
-and one advantage, and the gradient of Kimi's is as many times larger as the row has tokens.
+with GMPO and Kimi's loss that holds where the tokens of a row have one weight and one advantage,
+and the gradient of Kimi's is as many times larger as the row has tokens.
 
 Shape suffixes: N flat response tokens of all rows, B rows.
 """
