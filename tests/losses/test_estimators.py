@@ -17,7 +17,7 @@ from posttrain.losses.distill import (
     top_k,
 )
 from posttrain.losses.ops import kl_estimate, token_logprobs
-from posttrain.losses.policy import kl_penalty
+from posttrain.losses.policy import kl_penalty, unbiased_kl_penalty
 from posttrain.stages.config import build_config
 
 WORDS = 12
@@ -100,6 +100,28 @@ def test_k3_as_a_loss_descends_the_forward_kl(student_V: Tensor, teacher_V: Tens
     loss, _ = kl_penalty(logp_N, teacher_V, p_N, estimator="k3")
     (grad_V,) = torch.autograd.grad(loss, student_V)
     torch.testing.assert_close(grad_V, forward_kl_gradient(student_V, teacher_V))
+
+
+@pytest.mark.parametrize("distance", [0.0, 0.7])
+def test_the_unbiased_kl_has_value_and_gradient_of_the_reverse_kl(
+    student_V: Tensor, teacher_V: Tensor, distance: float
+):
+    """Tokens from an old policy, where k2 has another gradient; and with old == student."""
+    logp_N, _ = every_logp(student_V)
+    generator = torch.Generator().manual_seed(5)
+    noise_V = torch.randn(len(logp_N), generator=generator, dtype=torch.float64)
+    old_V = torch.log_softmax(student_V.detach() + distance * noise_V, -1)
+    loss, metrics = unbiased_kl_penalty(logp_N, old_V, teacher_V, old_V.exp())
+    (grad_V,) = torch.autograd.grad(loss, student_V)
+    reverse_V = reverse_kl_gradient(student_V, teacher_V)
+    torch.testing.assert_close(grad_V, reverse_V)
+    p_V = torch.softmax(student_V.detach(), -1)
+    torch.testing.assert_close(loss.detach(), (p_V * (p_V.log() - teacher_V)).sum())
+    assert metrics["kl"] > 0
+    if distance > 0:
+        off_policy, _ = kl_penalty(every_logp(student_V)[0], teacher_V, old_V.exp(), estimator="k2")
+        (off_policy_V,) = torch.autograd.grad(off_policy, student_V)
+        assert (off_policy_V - reverse_V).norm() > 0.1 * reverse_V.norm()
 
 
 @pytest.mark.parametrize("corrected", [True, False])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from posttrain.losses.policy import kl_penalty, policy_gradient
+from posttrain.losses.policy import kl_penalty, policy_gradient, unbiased_kl_penalty
 
 CLIP = {"clip_low": 0.2, "clip_high": 0.2}
 
@@ -229,3 +229,61 @@ def test_kl_penalty_refuses_k1():
         kl_penalty(zeros, zeros, zeros, estimator="k1")
     with pytest.raises(ValueError, match=r"'k5' is not one of"):
         kl_penalty(zeros, zeros, zeros, estimator="k5")
+
+
+def test_product_ratio_by_hand():
+    """Ratios 3 and 1/2: product 3/2, weights 1/2 each: loss -3/2 for A = 1, and so both gradients.
+
+    The clip at 1.2 stops both tokens: loss -1.2.
+    """
+    logp_N = torch.tensor([3, 0.5], dtype=torch.float64).log().requires_grad_()
+    rest = (torch.zeros(2), torch.ones(2), torch.full((2,), 0.5), torch.zeros(2, dtype=torch.int64))
+    product = {"num_rows": 1, "ratio": "product", "clip_low": 0.2}
+    loss, metrics = policy_gradient(logp_N, *rest, **product, clip_high=1.0)
+    assert loss.item() == pytest.approx(-1.5)
+    assert torch.autograd.grad(loss, logp_N)[0].tolist() == pytest.approx([-1.5, -1.5])
+    assert metrics["ratio"].item() == pytest.approx(3)
+    loss, metrics = policy_gradient(logp_N, *rest, **product, clip_high=0.2)
+    assert loss.item() == pytest.approx(-1.2)
+    assert torch.autograd.grad(loss, logp_N)[0].tolist() == [0, 0]
+    assert metrics["clip_high"].item() == 2
+
+
+def test_dual_clip_by_hand():
+    """A = -1, clip 0.2, bound 3. Ratios 5, 2, 1/2: losses 5 -> 3 (stopped), 2, 0.8 (lower clip).
+
+    A = 1 and ratio 5 stay with the upper clip, -1.2.
+    """
+    logp_N = torch.tensor([5, 2, 0.5, 5], dtype=torch.float64).log().requires_grad_()
+    advantage_N = torch.tensor([-1.0, -1.0, -1.0, 1.0])
+    rest = (torch.zeros(4), advantage_N, torch.ones(4), torch.zeros(4, dtype=torch.int64))
+    options = {"num_rows": 1, "ratio": "token", **CLIP}
+    loss, metrics = policy_gradient(logp_N, *rest, **options, dual_clip=3.0)
+    assert loss.item() == pytest.approx(3 + 2 + 0.8 - 1.2)
+    assert torch.autograd.grad(loss, logp_N)[0].tolist() == pytest.approx([0.0, 2.0, 0.0, 0.0])
+    assert metrics["clip_dual"].item() == 1
+    plain, plain_metrics = policy_gradient(logp_N, *rest, **options)
+    assert plain.item() == pytest.approx(5 + 2 + 0.8 - 1.2)
+    assert set(metrics) - set(plain_metrics) == {"clip_dual"}
+    with pytest.raises(ValueError, match=r"dual_clip: 1\.0 must be above 1"):
+        policy_gradient(logp_N, *rest, **options, dual_clip=1.0)
+
+
+def test_unbiased_kl_penalty_by_hand():
+    """p = 1/2, old 1/8, reference 1/4, weight 3. Ratio 4, d = log 2, k3 = d - 1/2.
+
+    Value 4 (d - 1/2), slope 4 (d - 1/2) + 4 * 1/2 = 4 d. A NaN of weight 0 stays out.
+    """
+    d = math.log(2)
+    logp_N = torch.tensor([0.5, math.nan], dtype=torch.float64).log().requires_grad_()
+    old_logp_N = torch.tensor([0.125, math.nan], dtype=torch.float64).log().requires_grad_()
+    ref_logp_N = torch.tensor([0.25, math.nan], dtype=torch.float64).log().requires_grad_()
+    weight_N = torch.tensor([3.0, 0.0])
+    loss, metrics = unbiased_kl_penalty(logp_N, old_logp_N, ref_logp_N, weight_N)
+    loss.backward()
+    assert loss.item() == pytest.approx(12 * (d - 0.5))
+    assert metrics["kl"].item() == pytest.approx(4 * (d - 0.5))
+    assert logp_N.grad is not None and logp_N.grad[0].item() == pytest.approx(12 * d)
+    assert old_logp_N.grad is None and ref_logp_N.grad is None
+    with pytest.raises(ValueError, match=r"ref_logp_N \(1,\)"):
+        unbiased_kl_penalty(logp_N, old_logp_N, ref_logp_N[:1], weight_N)

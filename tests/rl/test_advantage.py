@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from posttrain.rl.advantage import advantages, zero_variance
+from posttrain.rl.advantage import advantages, whitened, zero_variance
 
 MODES = ["group_mean", "group_zscore", "leave_one_out", "batch"]
 REWARDS_B = torch.tensor([1.0, 4.0, 0.0, 6.0, 2.0], dtype=torch.float64)
@@ -22,13 +22,14 @@ def test_by_hand():
         "group_zscore": [0.0, -1 / (2**0.5 + 0.1), -1 / 1.1, 1 / (2**0.5 + 0.1), 1 / 1.1],
         "leave_one_out": [0.0, -2.0, -1.5, 2.0, 1.5],
         "batch": [x / (5.8**0.5 + 0.1) for x in (0.0, -1.0, -1.0, 1.0, 1.0)],
+        "global": [x / (5.8**0.5 + 0.1) for x in (-1.6, 1.4, -2.6, 3.4, -0.6)],
     }
     for mode, values in expected.items():
         result_B = advantages(REWARDS_B, GROUP_B, mode=mode, epsilon=0.1)
         assert result_B.tolist() == pytest.approx(values, abs=1e-12), mode
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [*MODES, "global"])
 def test_row_order(mode: str):
     order_B = torch.tensor([3, 0, 4, 2, 1])
     shuffled_B = advantages(REWARDS_B[order_B], GROUP_B[order_B], mode=mode)
@@ -55,8 +56,26 @@ def test_a_group_without_contrast_gets_exactly_zero(mode: str):
     assert zero_variance(rewards_B, group_B).tolist() == [True] * 8 + [False] * 2
 
 
+def test_global_has_no_groups():
+    """The groups change nothing; a batch of equal float32 rewards gets exactly 0."""
+    grouped_B = advantages(REWARDS_B, GROUP_B, mode="global")
+    ungrouped_B = advantages(REWARDS_B, torch.arange(5), mode="global")
+    assert grouped_B.tolist() == ungrouped_B.tolist()
+    torch.testing.assert_close(grouped_B, whitened(REWARDS_B))
+    equal_B = advantages(torch.full((7,), 0.1), torch.arange(7), mode="global")
+    assert equal_B.tolist() == [0.0] * 7
+
+
+def test_whitened_by_hand():
+    """1, 4, 0, 6, 2: mean 2.6, std sqrt 5.8 as above. Equal values, one, none: zeros."""
+    expected = [x / (5.8**0.5 + 0.1) for x in (-1.6, 1.4, -2.6, 3.4, -0.6)]
+    assert whitened(REWARDS_B, epsilon=0.1).tolist() == pytest.approx(expected)
+    for values in ([0.1] * 7, [3.0], []):
+        assert whitened(torch.tensor(values)).tolist() == [0.0] * len(values)
+
+
 def test_one_row():
-    for mode in MODES:
+    for mode in [*MODES, "global"]:
         assert advantages(torch.tensor([3.0]), torch.tensor([0]), mode=mode).tolist() == [0.0]
 
 

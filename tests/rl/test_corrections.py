@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from posttrain.rl.corrections import importance_correction
+from posttrain.rl.corrections import importance_correction, off_policy_mask
 
 SAMPLER_N = torch.tensor([-1.0, -2.0, -3.0, -0.5], dtype=torch.float64)
 RATIO_N = torch.tensor([1.0, 0.4, 8.0, 2.0], dtype=torch.float64)
@@ -84,3 +84,95 @@ def test_errors():
     for low, high in ((-0.1, 2.0), (0.5, 0.9), (1.1, 2.0)):
         with pytest.raises(ValueError, match=f"low: {low}, high: {high}"):
             importance_correction(TRAIN_N, SAMPLER_N, mode="icepop", low=low, high=high)
+
+
+@pytest.mark.parametrize(
+    ("mode", "factors", "masked", "truncated"),
+    [
+        ("sequence_truncated", [2.5, 2.5, 0.25, 2.5, 0.25, 2.0], 0, 3),
+        ("sequence_icepop", [0.0, 0.0, 0.0, 0.0, 0.0, 2.0], 5, 0),
+    ],
+)
+def test_sequences_by_hand(mode: str, factors: list[float], masked: int, truncated: int):
+    """Limits [0.5, 2.5]. Row 2: 4 * 1/2 * 2 = 4; row 0: 1/2 * 1/2 = 1/4; row 3: 2.
+
+    Row 1 has no token. The ratios of the tokens themselves sum to 9.5.
+    """
+    ratio_N = torch.tensor([4.0, 0.5, 0.5, 2.0, 0.5, 2.0], dtype=torch.float64)
+    rows = {"row_N": torch.tensor([2, 2, 0, 2, 0, 3]), "num_rows": 4}
+    correction_N, metrics = importance_correction(
+        ratio_N.log(), torch.zeros_like(ratio_N), mode=mode, low=0.5, high=2.5, **rows
+    )
+    assert correction_N.tolist() == pytest.approx(factors)
+    values = {name: metric.item() for name, metric in metrics.items()}
+    expected = {
+        "correction_masked": masked,
+        "correction_truncated": truncated,
+        "sampler_ratio": 9.5,
+        "correction": sum(factors),
+        "correction_square": sum(factor**2 for factor in factors),
+    }
+    assert values == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("mode", ["sequence_truncated", "sequence_icepop"])
+def test_sequences_on_policy_order_and_non_finite(mode: str):
+    """Equal policies: exactly 1. One bad token masks its row only, in whatever order."""
+    options = {"mode": mode, "low": 0.5, "high": 2.0, "num_rows": 2}
+    row_N = torch.tensor([0, 0, 1, 1])
+    correction_N, _ = importance_correction(SAMPLER_N, SAMPLER_N, **options, row_N=row_N)
+    assert correction_N.tolist() == [1.0] * 4
+    for bad in (-math.inf, math.inf, math.nan):
+        sampler_N = torch.tensor([-1.0, bad, -1.0, -2.0], dtype=torch.float64)
+        train_N = torch.tensor([-1.0, -1.0, -1.2, -1.9], dtype=torch.float64)
+        correction_N, metrics = importance_correction(train_N, sampler_N, **options, row_N=row_N)
+        assert correction_N.tolist() == pytest.approx([0, 0, math.exp(-0.1), math.exp(-0.1)])
+        assert metrics["correction_masked"].item() == 2
+        order_N = torch.tensor([3, 1, 0, 2])
+        mixed_N, _ = importance_correction(
+            train_N[order_N], sampler_N[order_N], **options, row_N=row_N[order_N]
+        )
+        torch.testing.assert_close(mixed_N, correction_N[order_N])
+
+
+def test_a_long_response_does_not_overflow():
+    """200 tokens of ratio e: the product is e^200, above float32. Cut to `high`, or masked."""
+    train_N, zeros_N = torch.full((200,), -1.0), torch.zeros(200, dtype=torch.int64)
+    for mode, factor in (("sequence_truncated", 2.0), ("sequence_icepop", 0.0)):
+        correction_N, _ = importance_correction(
+            train_N, train_N - 1, mode=mode, low=0.5, high=2.0, row_N=zeros_N, num_rows=1
+        )
+        assert correction_N.tolist() == [factor] * 200
+
+
+def test_off_policy_mask_by_hand():
+    """delta 1/2. Mean log(old / new): row 0 .6, row 1 .5 (at the limit), row 2 .9 with A > 0.
+
+    Row 3: .6, its NaN counts as 0 in the mean over two tokens, .3. Only row 0 is dropped.
+    """
+    row_N = torch.tensor([0, 0, 1, 2, 3, 3])
+    drift_N = torch.tensor([1.0, 0.2, 0.5, 0.9, 0.6, math.nan], dtype=torch.float64)
+    advantage_N = torch.tensor([-1.0, -1.0, -1.0, 2.0, -3.0, -3.0])
+    old_logp_N = torch.zeros(6, dtype=torch.float64)
+    options = {"num_rows": 5, "delta": 0.5}
+    mask_N, metrics = off_policy_mask(-drift_N, old_logp_N, advantage_N, row_N, **options)
+    assert mask_N.tolist() == [0, 0, 1, 1, 1, 1]
+    assert metrics["off_policy_masked"].item() == 2
+    order_N = torch.tensor([5, 1, 3, 0, 2, 4])
+    mixed_N, _ = off_policy_mask(
+        -drift_N[order_N], old_logp_N, advantage_N[order_N], row_N[order_N], **options
+    )
+    assert mixed_N.tolist() == mask_N[order_N].tolist()
+    same_N, _ = off_policy_mask(old_logp_N, old_logp_N, advantage_N, row_N, num_rows=5, delta=0.0)
+    assert same_N.tolist() == [1.0] * 6
+
+
+def test_sequence_errors():
+    limits = {"low": 0.5, "high": 2.0}
+    with pytest.raises(ValueError, match="row_N and num_rows: mode 'sequence_icepop' needs"):
+        importance_correction(TRAIN_N, SAMPLER_N, mode="sequence_icepop", **limits)
+    zeros_N = torch.zeros(4, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"delta: -0\.1 must be at least 0"):
+        off_policy_mask(TRAIN_N, SAMPLER_N, TRAIN_N, zeros_N, num_rows=1, delta=-0.1)
+    with pytest.raises(ValueError, match=r"row_N \(3,\)"):
+        off_policy_mask(TRAIN_N, SAMPLER_N, TRAIN_N, zeros_N[:3], num_rows=1, delta=0.1)
