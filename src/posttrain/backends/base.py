@@ -43,6 +43,20 @@ LossFunction = Callable[[Tensor, Head, MicroBatch], tuple[Tensor, Metrics]]
 """`(hidden_ND, head, micro_batch) -> (loss sum, metric sums)`. Both are sums, never means."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A further loss, on rows of its own, in one optimiser step."""
+
+    name: str
+    """Its metrics are `name/metric`."""
+    rollouts: Rollouts
+    loss: LossFunction
+    count: float
+    weight: float = 1.0
+    """`weight * sum(loss) / count` is added to what is descended."""
+    group_rows: int = 1
+
+
 class Sampling(Protocol):
     """One call to a sampler while it goes on."""
 
@@ -129,8 +143,10 @@ class Learner(Protocol):
         count: float,
         lr: float,
         group_rows: int = 1,
+        also: Sequence[Part] = (),
     ) -> dict[str, float]:
-        """One optimiser step on `sum(loss) / count`; returns the metric sums and `grad_norm`.
+        """One optimiser step on `sum(loss) / count`, plus the parts in `also`, clipped as one;
+        returns the metric sums and `grad_norm`.
 
         The split into micro-batches is the learner's business and changes nothing but rounding;
         each block of `group_rows` adjacent rows reaches `loss` together and in order.

@@ -9,7 +9,7 @@ Legend: B rows, C bins, T positions, N flat response tokens, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any
@@ -19,11 +19,12 @@ from torch import Tensor
 
 from posttrain.backends import flat
 from posttrain.backends.architecture import backbone, path_of
-from posttrain.backends.base import Head, LossFunction, Metrics, MicroBatch
+from posttrain.backends.base import Head, LossFunction, Metrics, MicroBatch, Part
 from posttrain.backends.checkpoint import LanguageModel, output_head
 from posttrain.backends.flat import is_flat
 from posttrain.backends.packing import Packed, flat_passes, forward_passes
 from posttrain.backends.precision import computing_copy, give_gradients, take_weights
+from posttrain.backends.weights import Average, freeze_others
 from posttrain.engine.errors import ConfigError, StageError
 from posttrain.losses.ops import token_logprobs
 from posttrain.rl.types import Rollouts
@@ -161,7 +162,9 @@ class LocalLearner:
     The model stays in evaluation mode, that is without dropout: a policy that learns must be the
     one that sampled, and there is no random state that a resumed stage would have to find again.
     With a `dtype` other than float32 a copy of the model in that type computes, weights and
-    optimiser stay as they are. `compile` compiles the model below its head, for any shape.
+    optimiser stay as they are. `compile` compiles the model below its head, for any shape. Only the
+    parameters that a glob of `trainable` matches learn. With `ema` the model to keep is the moving
+    average of the weights; what computes and samples is the newest.
     """
 
     def __init__(
@@ -174,10 +177,15 @@ class LocalLearner:
         max_tokens: int = MAX_TOKENS,
         dtype: torch.dtype = torch.float32,
         compile: bool = False,
+        trainable: Sequence[str] = ("*",),
+        ema: float | None = None,
         workers: Executor | None = None,
     ) -> None:
-        """`workers` compute the forward passes of an update beside each other."""
+        """`workers` compute the forward passes of an update beside each other. Raises ConfigError
+        for a glob of `trainable` that matches no parameter."""
+        self.language_model = language_model
         self.master = language_model.model.eval()
+        freeze_others(self.master, trainable)
         self.policy = computing_copy(language_model, dtype)
         """What computes, and what a sampler has to sample from."""
         self.model = self.policy.model.eval()
@@ -192,6 +200,7 @@ class LocalLearner:
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=0.0, betas=betas, weight_decay=weight_decay, fused=True
         )
+        self.average = None if ema is None else Average(self.parameters, ema)
 
     def update(
         self,
@@ -201,21 +210,24 @@ class LocalLearner:
         count: float,
         lr: float,
         group_rows: int = 1,
+        also: Sequence[Part] = (),
     ) -> dict[str, float]:
         """See `Learner.update`."""
+        main = Part(name="", rollouts=rollouts, loss=loss, count=count, group_rows=group_rows)
         totals: dict[str, Tensor] = {}
 
-        def run(forward: ForwardPass) -> tuple[Tensor, Metrics]:
-            rows = rollouts.rows(forward.index_B).to(self.device)
-            part = MicroBatch(index_B=forward.index_B.to(self.device), rollouts=rows)
+        def run(work: tuple[Part, ForwardPass]) -> tuple[Tensor, Metrics]:
+            part, forward = work
+            rows = part.rollouts.rows(forward.index_B).to(self.device)
+            batch = MicroBatch(index_B=forward.index_B.to(self.device), rollouts=rows)
             hidden_ND = hidden_states(self.model, forward, self.body)
-            loss_sum, metrics = loss(hidden_ND, self.head, part)
-            return loss_sum / count, metrics
+            loss_sum, metrics = part.loss(hidden_ND, self.head, batch)
+            if part is main:
+                return loss_sum / part.count, metrics
+            named = {f"{part.name}/{name}": value for name, value in metrics.items()}
+            return loss_sum * (part.weight / part.count), named
 
-        every = passes(
-            self.model, rollouts, self.max_tokens, group_rows, compiled=self.body is not None
-        )
-        for metrics in self._accumulate(run, every):
+        for metrics in self._accumulate(run, self._passes([main, *also])):
             for name, value in metrics.items():
                 totals[name] = totals[name] + value if name in totals else value
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
@@ -230,25 +242,38 @@ class LocalLearner:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         take_weights(self.copies, self.parameters)
+        if self.average is not None:
+            self.average.update()
         return {name: float(value) for name, value in totals.items()} | {"grad_norm": float(norm)}
+
+    def _passes(self, parts: Sequence[Part]) -> Iterator[tuple[Part, ForwardPass]]:
+        """The forward passes of every part, one part after the other."""
+        compiled = self.body is not None
+        for part in parts:
+            for forward in passes(
+                self.model, part.rollouts, self.max_tokens, part.group_rows, compiled=compiled
+            ):
+                yield part, forward
 
     def _accumulate(
         self,
-        run: Callable[[ForwardPass], tuple[Tensor, Metrics]],
-        every: Iterator[ForwardPass],
+        run: Callable[[tuple[Part, ForwardPass]], tuple[Tensor, Metrics]],
+        every: Iterator[tuple[Part, ForwardPass]],
     ) -> Iterator[Metrics]:
         """Add the gradients of all passes to the weights', in their order whoever computes them, so
         that the sums are the same with workers and without; yields the metrics of each."""
         if self.workers is None:
-            for forward in every:
-                loss, metrics = run(forward)
+            for work in every:
+                loss, metrics = run(work)
                 loss.backward()
                 give_gradients(self.copies, self.parameters)
                 yield metrics
             return
 
-        def gradients(forward: ForwardPass) -> tuple[tuple[Tensor | None, ...], Metrics]:
-            loss, metrics = run(forward)
+        def gradients(
+            work: tuple[Part, ForwardPass],
+        ) -> tuple[tuple[Tensor | None, ...], Metrics]:
+            loss, metrics = run(work)
             return torch.autograd.grad(loss, self.copies, allow_unused=True), metrics
 
         for found, metrics in self.workers.map(gradients, every):
@@ -268,12 +293,21 @@ class LocalLearner:
         return response_logprobs(scorer.hidden(rollouts), self.head, rollouts, temperature)
 
     def state(self) -> dict[str, Tensor]:
-        """Weights and optimiser moments by name, for a step checkpoint."""
+        """Weights, optimiser moments and moving average by name, for a step checkpoint."""
         tensors = {f"weight.{n}": p.detach() for n, p in self.master.named_parameters()}
         for position, parameter in enumerate(self.parameters):
             for name, value in self.optimizer.state[parameter].items():
                 tensors[f"optimizer.{position}.{name}"] = value
-        return tensors
+        return tensors if self.average is None else tensors | self.average.state()
+
+    def result(self) -> LanguageModel:
+        """The model to keep: the newest weights, or their moving average with `ema`.
+
+        For the end of a stage: the average takes the place of the weights.
+        """
+        if self.average is not None:
+            self.average.put_in_place()
+        return self.language_model
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Put back what `state` gave; the next update is then bit-identical."""
@@ -285,4 +319,6 @@ class LocalLearner:
             if kind == "optimizer":
                 parameter = self.parameters[int(position)]
                 self.optimizer.state[parameter][rest[0]] = value.clone().to(parameter.device)
-        take_weights(self.copies, self.parameters)
+        if self.average is not None:
+            self.average.restore(tensors)
+        take_weights(self.model.parameters(), self.master.parameters())

@@ -1,0 +1,208 @@
+"""One model out of several by arithmetic on their weights.
+
+Every function works on one tensor of each model, in float32; `merged` goes through the tensors of
+whole models, which may be read as they are needed (`TensorFiles`), so that beside the result no more
+than one tensor of each model is in memory.
+
+What mergekit (arXiv 2403.13257) calls `linear` with `normalize`, `task_arithmetic`, `ties`,
+`dare_linear` and `dare_ties` with its defaults is the same arithmetic, save that here a tie of the
+signs adds nothing (the sign of 0 is 0, as in the TIES paper), where mergekit takes the positive side,
+that `scale` is mergekit's `lambda`, and that DARE draws other random numbers.
+
+Legend: tensors of weights have any shape, the same in all models.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from posttrain.engine.errors import ConfigError
+
+How = Literal["average", "task_arithmetic", "ties", "dare_linear", "dare_ties"]
+
+
+def average(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """`sum w_i t_i / sum w_i` (model soups, arXiv 2203.05482). The weights must not add up to 0."""
+    return _weighted_sum(tensors, weights) / sum(weights)
+
+
+def task_arithmetic(
+    base: Tensor, tensors: Sequence[Tensor], weights: Sequence[float], *, scale: float = 1.0
+) -> Tensor:
+    """`base + scale * sum w_i (t_i - base)` (arXiv 2212.04089). A negative weight unlearns."""
+    return base + scale * _weighted_sum(_deltas(base, tensors), weights)
+
+
+def ties(
+    base: Tensor,
+    tensors: Sequence[Tensor],
+    weights: Sequence[float],
+    *,
+    density: float,
+    scale: float = 1.0,
+) -> Tensor:
+    """TIES (arXiv 2306.01708, section 3): trim each difference from the base, elect a sign for
+    every number, and add `scale` times the weighted mean of the differences that have it.
+
+    Trimming keeps the `density` largest of each tensor (the paper's top k % are of all weights at
+    once). `weights` must not be negative.
+    """
+    trimmed = [trim(delta, density) for delta in _deltas(base, tensors)]
+    return base + scale * _agreeing(trimmed, weights, mean=True)
+
+
+def dare(
+    base: Tensor,
+    tensors: Sequence[Tensor],
+    weights: Sequence[float],
+    *,
+    density: float,
+    seeds: Sequence[int],
+    scale: float = 1.0,
+    elect: bool = False,
+) -> Tensor:
+    """DARE (arXiv 2311.03099, section 3.1): of each difference from the base a random `density`
+    stays, divided by `density`, so that its expectation does; then task arithmetic.
+
+    With `elect` a sign is elected as in TIES, and the weighted differences that have it are added
+    up, not averaged: where one of two models was dropped, a mean would count the other one twice.
+    One seed per model; `weights` must not be negative with `elect`.
+    """
+    deltas = _deltas(base, tensors)
+    dropped = [drop(delta, density, seed) for delta, seed in zip(deltas, seeds, strict=True)]
+    if elect:
+        return base + scale * _agreeing(dropped, weights, mean=False)
+    return base + scale * _weighted_sum(dropped, weights)
+
+
+def trim(delta: Tensor, density: float) -> Tensor:
+    """The `density` numbers of largest size, one at least; the others are 0."""
+    flat = delta.flatten()
+    count = max(1, round(density * flat.numel()))
+    if count >= flat.numel():
+        return delta
+    kept = flat.abs().topk(count, sorted=False).indices
+    return torch.zeros_like(flat).index_copy_(0, kept, flat[kept]).view_as(delta)
+
+
+def drop(delta: Tensor, density: float, seed: int) -> Tensor:
+    """Each number stays with probability `density`, divided by it; the others are 0."""
+    drawn = torch.rand(delta.shape, generator=torch.Generator().manual_seed(seed))
+    return delta * (drawn < density) / density
+
+
+def merged(
+    models: Sequence[Mapping[str, Tensor]],
+    weights: Sequence[float],
+    *,
+    how: How,
+    base: Mapping[str, Tensor] | None = None,
+    density: float = 1.0,
+    scale: float = 1.0,
+    seed: int = 0,
+) -> Iterator[tuple[str, Tensor]]:
+    """`(name, tensor)` of the merged model, float32, by name; what is not a float must be equal.
+
+    All models, and `base` where `how` is not `average`, have the same names and shapes. What DARE
+    drops follows from (seed, position of the model, name of the tensor), not from any order. Raises
+    ConfigError for tensors of integers that differ.
+    """
+    for name in sorted(models[0]):
+        tensors = [model[name] for model in models]
+        if not tensors[0].is_floating_point():
+            if not all(torch.equal(tensor, tensors[0]) for tensor in tensors[1:]):
+                raise ConfigError(
+                    f"tensor {name} holds {tensors[0].dtype} and differs between the models; only "
+                    "floating-point weights can be merged"
+                )
+            yield name, tensors[0]
+            continue
+        tensors = [tensor.float() for tensor in tensors]
+        if how == "average":
+            yield name, average(tensors, weights)
+            continue
+        assert base is not None, "the recipe asks for a base"
+        start = base[name].float()
+        if how == "task_arithmetic":
+            yield name, task_arithmetic(start, tensors, weights, scale=scale)
+        elif how == "ties":
+            yield name, ties(start, tensors, weights, density=density, scale=scale)
+        else:
+            seeds = [_seed(seed, position, name) for position in range(len(models))]
+            elect = how == "dare_ties"
+            rest: dict[str, Any] = {"density": density, "seeds": seeds, "scale": scale}
+            yield name, dare(start, tensors, weights, elect=elect, **rest)
+
+
+class TensorFiles(Mapping[str, Tensor]):
+    """The tensors of a checkpoint's safetensors files, each read when it is asked for."""
+
+    def __init__(self, directory: Path, *, without: Sequence[str] = ()) -> None:
+        """Names in `without` are left out. Raises ConfigError where there are no such files."""
+        self._file_of: dict[str, Any] = {}
+        for path in _weight_files(directory):
+            file = safe_open(path, framework="pt")
+            self._file_of |= {name: file for name in file.keys() if name not in without}  # noqa: SIM118
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor: Tensor = self._file_of[name].get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file_of)
+
+    def __len__(self) -> int:
+        return len(self._file_of)
+
+    def shape(self, name: str) -> list[int]:
+        """Shape of a tensor; reads the file's header only."""
+        return list(self._file_of[name].get_slice(name).get_shape())
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    whole, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    if whole.exists():
+        return [whole]
+    if not index.exists():
+        raise ConfigError(
+            f"{directory}: there is no model.safetensors and no model.safetensors.index.json; save "
+            "the model with save_pretrained"
+        )
+    parts = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+    return [directory / part for part in sorted(set(parts))]
+
+
+def _deltas(base: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [tensor - base for tensor in tensors]
+
+
+def _weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    total = tensors[0] * weights[0]
+    for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
+        total += tensor * weight
+    return total
+
+
+def _agreeing(deltas: Sequence[Tensor], weights: Sequence[float], *, mean: bool) -> Tensor:
+    """Weighted sum or mean of the numbers whose sign is that of the weighted sum of all."""
+    sign = _weighted_sum(deltas, weights).sign()
+    total, share = torch.zeros_like(sign), torch.zeros_like(sign)
+    for delta, weight in zip(deltas, weights, strict=True):
+        # A 0 is neither side's: what was trimmed does not count in the mean.
+        agrees = (delta.sign() == sign) & (sign != 0)
+        total += weight * delta * agrees
+        share += weight * agrees
+    return total / share.masked_fill(share == 0, 1.0) if mean else total
+
+
+def _seed(seed: int, position: int, name: str) -> int:
+    digest = hashlib.sha256(f"{seed}/{position}/{name}".encode()).digest()
+    return int.from_bytes(digest[:7], "big")
