@@ -7,7 +7,8 @@
     reasoning_gym:<name>          reasoning-gym's own score_answer
     python:<file.py>:<function>   a user's function (response, problem) -> float
 
-A problem is one row of a domain: {"id", "domain", "prompt", "answer", "demo", "meta"}.
+A problem is one row of a domain: {"id", "domain", "prompt", "answer", "demo", "meta"}. Where it has a
+"mode", the verifier of a domain's artifact sees the answer alone (`posttrain.rewards.thinking`).
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from posttrain.rewards.spec import (
     parse_verifier,
     resolve_verifier,
 )
+from posttrain.rewards.thinking import AnswerVerifier
 from posttrain.suites.formats import find_format
 
 __all__ = [
@@ -210,8 +212,12 @@ def verifier_name(domain_dir: Path) -> str:
 
 
 def load_verifier(domain_dir: Path) -> Verifier:
-    """The verifier of a domain's artifact, from its domain.json (for python, its verifier.py)."""
+    """The verifier of a domain's artifact, from its domain.json (for python, its verifier.py).
+
+    It sees what `posttrain.rewards.thinking.visible` leaves of a response.
+    """
     record = json.loads((domain_dir / "domain.json").read_text(encoding="utf-8"))
-    return make_verifier(
+    verifier = make_verifier(
         record["config"]["verifier"], {"verifier_file": str(domain_dir / "verifier.py")}
     )
+    return AnswerVerifier(verifier=verifier)
