@@ -7,10 +7,10 @@ from typing import Any
 
 from posttrain.backends.checkpoint import LanguageModel
 from posttrain.engine.errors import ConfigError
-from posttrain.rewards.thinking import CLOSE, OPEN, check_mode
+from posttrain.modes import CLOSE, OPEN, check_mode
 
 SWITCH = "enable_thinking"
-"""The template variable that turns thinking on or off, as in Qwen3, GLM 4.5, SmolLM 3 and others."""
+"""The template variable that turns thinking on or off, as in Qwen3, GLM 4.5 and SmolLM 3."""
 
 
 class Chat:

@@ -49,7 +49,9 @@ def run(config: Rl, ctx: Context) -> dict[str, float]:
     reference = None
     if config.kl_coef > 0:
         reference = LocalScorer(load(ctx.inputs["start"], dtype=dtype, device=ctx.device))
-    pool = Pool({name: ctx.problems(name, "train") for name in ctx.domains}, seed=config.seed)
+    pool = Pool(
+        {name: ctx.problems(name, "train", config.modes) for name in ctx.domains}, seed=config.seed
+    )
     learner = new_learner(config, language_model, ctx)
     sampler = LocalSampler(learner.policy)
     for step in range(ctx.resume(learner), config.steps):

@@ -119,8 +119,8 @@ class Domain:
     source: Procedural | Table
     verifier: VerifierSpec
     oracle: str | None = None
-    """`python:<file.py>:<function>`: the hidden quality of a response for `posttrain.rewards.oracle`,
-    a function as that of a python verifier; without it the verifier and the style decide."""
+    """`python:<file.py>:<function>`: the hidden quality of a response (`rewards/oracle.py`), a
+    function as that of a python verifier; without it the verifier and the style decide."""
 
     def __post_init__(self) -> None:
         domain_name(self.name)

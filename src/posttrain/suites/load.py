@@ -130,9 +130,8 @@ def _domain(name: str, table: dict[str, Any], where: str) -> Domain:
             f"{where}: verifier is {'missing' if verifier is None else repr(verifier)}; "
             f'write for example verifier = "math"; choices: {", ".join(OPTIONS)}'
         )
-    options = {
-        key: value for key, value in table.items() if key not in (*fields, "verifier", "oracle")
-    }
+    own = (*fields, "verifier", "oracle")
+    options = {key: value for key, value in table.items() if key not in own}
     spec = VerifierSpec(name=verifier, options=options)
     known = OPTIONS.get(spec.kind)
     for key in options:
@@ -140,7 +139,7 @@ def _domain(name: str, table: dict[str, Any], where: str) -> Domain:
         if known is not None and key not in known:
             raise ConfigError(
                 f"{where}: unknown key {key!r}; "
-                f"{choices_text(key, [*fields, 'verifier', 'oracle', *known], label='valid keys here')}"
+                f"{choices_text(key, [*own, *known], label='valid keys here')}"
             )
     spec = parse_verifier(verifier, options, where=f"{where}.verifier")
     values = {key: value for key, value in table.items() if key in fields}

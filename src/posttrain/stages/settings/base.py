@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from posttrain.engine.errors import ConfigError
+from posttrain.modes import Mode
 from posttrain.schedules import History, Schedule, is_schedule, possible_values, value_at
 
 Positive = Field(gt=0)
@@ -116,6 +117,22 @@ class Optimizer(BaseModel):
     def _lr_end_is_read(self) -> Self:
         if self.lr_schedule == "constant":
             refuse_unread(self, "lr_end", because="lr_schedule = constant")
+        return self
+
+
+class InModes(BaseModel):
+    """In which modes a stage asks or shows its problems; mixed into those that draw problems."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    modes: tuple[Mode, ...] = ()
+    """Each problem occurs in each of them; without any, the chat template is asked as it stands.
+    Comes from the recipe's `mode`."""
+
+    @model_validator(mode="after")
+    def _modes_differ(self) -> Self:
+        if len(set(self.modes)) < len(self.modes):
+            raise ValueError(f"modes = {list(self.modes)}: name each mode once")
         return self
 
 

@@ -10,6 +10,7 @@ from posttrain.stages.settings.base import (
     Aggregation,
     Config,
     Correction,
+    InModes,
     Optimizer,
     Positive,
     Rollout,
@@ -17,7 +18,7 @@ from posttrain.stages.settings.base import (
 )
 
 
-class Rl(Config, Optimizer, Rollout, Correction, Aggregation):
+class Rl(Config, Optimizer, InModes, Rollout, Correction, Aggregation):
     """GRPO and its relatives on verifiable rewards: `r.rl(start=..., prompts=...)`."""
 
     steps: int = Positive

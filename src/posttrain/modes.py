@@ -1,4 +1,4 @@
-"""Thinking and answering as text: the tags, what of a response is the answer, demonstrations by mode.
+"""Thinking as text: its tags, what of a response is the answer, demonstrations by mode.
 
 A problem row may have a "mode": "think" asks for `<think>steps</think>answer`, "no_think" for the
 answer alone. Without one, the response is whatever the demonstrations say (see `demo`).
@@ -7,8 +7,7 @@ answer alone. Without one, the response is whatever the demonstrations say (see 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from posttrain.engine.errors import ConfigError
 
@@ -17,18 +16,6 @@ MODES: tuple[Mode, ...] = ("think", "no_think")
 OPEN, CLOSE = "<think>", "</think>"
 
 Problem = dict[str, Any]
-
-
-class Scorer(Protocol):
-    """A verifier, see `posttrain.rewards.verifiers.Verifier`."""
-
-    def score(self, response: str, problem: Mapping[str, Any]) -> float:
-        """A value in [0, 1]."""
-        ...
-
-    def check(self, problem: Mapping[str, Any]) -> None:
-        """Raises StageError for a problem that cannot be judged."""
-        ...
 
 
 def check_mode(mode: object, *, where: str) -> Mode:
@@ -53,20 +40,9 @@ def visible(response: str, mode: str | None) -> str | None:
     return response
 
 
-@dataclass(frozen=True, kw_only=True)
-class AnswerVerifier:
-    """A verifier that sees the answer alone, by the mode of the problem row."""
-
-    verifier: Scorer
-
-    def score(self, response: str, problem: Mapping[str, Any]) -> float:
-        """The score of what is `visible` of the response; 0 where it has no answer in its mode."""
-        answer = visible(response, problem.get("mode"))
-        return 0.0 if answer is None else self.verifier.score(answer, problem)
-
-    def check(self, problem: Mapping[str, Any]) -> None:
-        """As the verifier's own."""
-        self.verifier.check(problem)
+def spoken(answer: str, mode: str | None) -> str:
+    """A response that gives the answer without any thought, in the form of its mode."""
+    return f"{OPEN}{CLOSE}{answer}" if mode == "think" else answer
 
 
 def demonstration(problem: Mapping[str, Any], mode: str | None = None) -> str | None:
@@ -76,8 +52,9 @@ def demonstration(problem: Mapping[str, Any], mode: str | None = None) -> str | 
     without its steps) is `demo` where the row has none of its own.
     """
     if mode is None:
-        return problem.get("demo")
-    answer = problem.get("direct", problem.get("demo"))
+        demo: str | None = problem.get("demo")
+        return demo
+    answer: str | None = problem.get("direct", problem.get("demo"))
     if mode == "no_think" or answer is None:
         return answer
     thought = problem.get("thought")
