@@ -21,10 +21,24 @@ from posttrain.engine.graph import Graph, Node
 from posttrain.engine.store import Store
 from posttrain.external import find_external
 from posttrain.language.builder import Builder
-from posttrain.language.handles import Demos, Prompts, Stage
+from posttrain.language.handles import Demos, Prompts, Stage, check_modes
 from posttrain.language.routes import route
 from posttrain.stages.config import VERSIONS
 from posttrain.suites.domain import Suite, Table
+
+TINY: dict[str, dict[str, Any]] = {
+    "tiny": {"steps": 350, "lr": 4e-3, "loss_on": "response"},
+    "mini": {
+        "steps": 350,
+        "lr": 4e-3,
+        "loss_on": "response",
+        "hidden_size": 48,
+        "num_layers": 2,
+        "intermediate_size": 192,
+    },
+}
+"""Models that a recipe can start from without any download: about 0.2 and 0.1 million
+parameters."""
 
 
 class Recipe:
@@ -46,14 +60,26 @@ class Recipe:
         """Names of the suite's domains."""
         return self._build.domains
 
-    def prompts(self, domains: str | Iterable[str]) -> Prompts:
-        """The training prompts of one domain or of several."""
-        return Prompts(self._build.known(domains))
+    def prompts(
+        self, domains: str | Iterable[str], *, mode: str | Iterable[str] | None = None
+    ) -> Prompts:
+        """The training prompts of one domain or of several.
 
-    def demos(self, domains: str | Iterable[str]) -> Demos:
-        """The demonstrations of one domain or of several.
+        `mode`, think or no_think, is asked of the model's chat template. With several modes each
+        prompt occurs in each of them.
+        """
+        return Prompts(self._build.known(domains), check_modes(mode))
 
-        Raises ConfigError for a domain that has none.
+    def demos(
+        self,
+        domains: str | Iterable[str],
+        *,
+        mode: str | Iterable[str] | None = None,
+        noise: float = 0.0,
+    ) -> Demos:
+        """The demonstrations of one domain or of several, in a mode or each in several.
+
+        A share `noise` of them is wrong. Raises ConfigError for a domain that has none.
         """
         known = self._build.known(domains)
         for name in known:
@@ -64,7 +90,10 @@ class Recipe:
                     "name their column with demo = ... in the suite, or leave the domain out of "
                     "r.demos(...)"
                 )
-        return Demos(known)
+        modes = check_modes(mode)
+        if "think" in modes:
+            self._build.require_thoughts(known)
+        return Demos(known, modes, noise)
 
     def model(self, source: str | Path, *, name: str = "base") -> Stage:
         """A checkpoint from outside: a directory, an adopted name or a Hub id."""
@@ -80,6 +109,21 @@ class Recipe:
         )
         return self._build.add(node)
 
+    def base(
+        self, source: str | Path = "tiny", *, thinking: bool = False, name: str = "base"
+    ) -> Stage:
+        """What a recipe starts from: a size of `TINY`, or a checkpoint as `model` takes it.
+
+        A size is a model trained from nothing on the demonstrations of all domains; with `thinking`
+        it has a chat template with modes and learns to answer in both. Recipes that ask for the
+        same base share one.
+        """
+        if source not in TINY:
+            return self.model(source, name=name)
+        settings = TINY[str(source)] | ({"thinking": True} if thinking else {})
+        data = self.demos(self.domains, mode=("think", "no_think") if thinking else None)
+        return self.pretrain(data=data, name=name, **settings)
+
     def stage(self, name: str) -> Stage:
         """A stage by its name, which may be defined further down."""
         node = self._build.nodes.get(name)
@@ -87,16 +131,26 @@ class Recipe:
 
     def pretrain(self, *, data: Demos, name: str = "base", **settings: Any) -> Stage:
         """A tiny model trained from nothing on the documents of some domains."""
-        return self._build.stage("pretrain", name, settings, self._build.data(name, data, (Demos,)))
+        inputs = self._build.data(name, data, (Demos,))
+        return self._build.stage("pretrain", name, data.settings() | settings, inputs)
 
     def sft(
         self, *, start: Stage, data: Demos | Stage, name: str = "sft", **settings: Any
     ) -> Stage:
         """Supervised fine-tuning of `start` on demonstrations or on selected rollouts."""
         inputs = {"start": self._build.model(name, "start", start)}
-        return self._build.stage(
-            "sft", name, settings, inputs | self._build.data(name, data, (Demos, Stage))
+        inputs |= self._build.data(name, data, (Demos, Stage))
+        if isinstance(data, Demos):
+            return self._build.stage("sft", name, data.settings() | settings, inputs)
+        stage = self._build.stage("sft", name, settings, inputs)
+        self._build.refuse(
+            stage,
+            "modes",
+            "demo_noise",
+            because="the rows of a data stage are as they are; leave it out, or learn from "
+            "r.demos(...)",
         )
+        return stage
 
     def dpo(
         self,
@@ -129,7 +183,7 @@ class Recipe:
         """Reinforcement learning of `start` on the verifiable rewards of the prompts' domains."""
         inputs = {"start": self._build.model(name, "start", start)}
         inputs |= self._build.data(name, prompts, (Prompts,))
-        stage = self._build.stage("rl", name, settings, inputs)
+        stage = self._build.stage("rl", name, prompts.settings() | settings, inputs)
         self._build.named_domains(stage, prompts.domains, "domain_kl")
         return stage
 
@@ -151,6 +205,7 @@ class Recipe:
         routes, edges = route(self._build, name, prompts.domains, teachers, start)
         for edge in edges.values():
             self._build.same_vocabulary(name, start.name, edge)
+        settings = prompts.settings() | settings
         return self._build.stage("distill", name, settings, inputs | edges, routes)
 
     def evaluate(
@@ -196,7 +251,7 @@ class Recipe:
         }
         routes = {domain: f"models.{domain}" for domain in prompts.domains}
         inputs = edges | self._build.data(name, prompts, (Prompts,))
-        return self._build.stage("sample", name, settings, inputs, routes)
+        return self._build.stage("sample", name, prompts.settings() | settings, inputs, routes)
 
     def select(self, rollouts: Stage, *, name: str = "selection", **settings: Any) -> Stage:
         """The rollouts worth imitating, as data for `sft`."""

@@ -6,55 +6,83 @@ from collections.abc import Sequence
 from typing import Any
 
 from posttrain.backends.checkpoint import LanguageModel
+from posttrain.engine.errors import ConfigError
+from posttrain.modes import CLOSE, OPEN, check_mode
+
+SWITCH = "enable_thinking"
+"""The template variable that turns thinking on or off, as in Qwen3, GLM 4.5 and SmolLM 3."""
 
 
 class Chat:
     """Encodes prompts and responses the way the checkpoint's chat template lays them out.
 
-    Encodings are remembered, because stages draw the same problems again and again.
+    A mode, think or no_think, is the template's `enable_thinking`; without one the template is
+    asked as it stands. Encodings are remembered, because stages draw the same problems again and
+    again.
     """
 
     def __init__(self, language_model: LanguageModel) -> None:
         self.tokenizer: Any = language_model.tokenizer
         self.stop_ids = language_model.stop_ids
-        self._prompts: dict[str, list[int]] = {}
-        self._responses: dict[tuple[str, str], list[int]] = {}
+        self._prompts: dict[tuple[str, str | None], list[int]] = {}
+        self._responses: dict[tuple[str, str, str | None], list[int]] = {}
+        # Some tokenizers mark these as special, and a verifier has to see where the answer begins.
+        special, added = set(self.tokenizer.all_special_ids), self.tokenizer.get_added_vocab()
+        tags = {added[tag] for tag in (OPEN, CLOSE) if tag in added}
+        self._dropped = special - tags if special & tags else None
 
-    def prompt(self, text: str) -> list[int]:
-        """Token ids of a user message up to where the assistant starts to speak."""
-        if text not in self._prompts:
-            ids = self._encode(self._render(text, None))
+    def prompt(self, text: str, mode: str | None = None) -> list[int]:
+        """Token ids of a user message up to where the assistant starts to speak.
+
+        Raises ConfigError for a mode where the template knows none.
+        """
+        key = (text, mode)
+        if key not in self._prompts:
+            ids = self._encode(self._render(text, None, mode))
             if self.tokenizer.chat_template is None:
                 ids = self._opening() + ids
-            self._prompts[text] = ids
-        return self._prompts[text]
+            self._prompts[key] = ids
+        return self._prompts[key]
 
-    def response(self, prompt: str, text: str) -> list[int]:
-        """Token ids of an assistant message, its stop token included."""
-        key = (prompt, text)
+    def response(self, prompt: str, text: str, mode: str | None = None) -> list[int]:
+        """Token ids of an assistant message, its stop token included.
+
+        In the mode think, `text` is `<think>steps</think>answer`. Raises as `prompt`.
+        """
+        key = (prompt, text, mode)
         if key not in self._responses:
-            self._responses[key] = self._response(prompt, text)
+            self._responses[key] = self._response(prompt, text, mode)
         return self._responses[key]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of a response, stop token and other special tokens left out."""
+        """The text of a response: stop token and special tokens left out, thinking tags kept."""
         if ids and ids[-1] in self.stop_ids:
             # Not every stop token is marked as special in its tokenizer.
             ids = ids[:-1]
+        if self._dropped is not None:
+            ids = [token for token in ids if token not in self._dropped]
+            return str(self.tokenizer.decode(ids, skip_special_tokens=False))
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
-    def _response(self, prompt: str, text: str) -> list[int]:
-        head, whole = self._render(prompt, None), self._render(prompt, text)
+    def _response(self, prompt: str, text: str, mode: str | None) -> list[int]:
+        head, whole = self._render(prompt, None, mode), self._render(prompt, text, mode)
         # Some templates render a finished turn differently from an open one (they drop a thinking
         # block, say); then the message itself is the best response text there is.
         body = whole[len(head) :] if whole.startswith(head) else text
+        if mode == "think" and CLOSE in text:
+            if CLOSE not in body:
+                body = text
+            if head.rstrip().endswith(OPEN):
+                # The prompt has opened the block already.
+                body = body.lstrip().removeprefix(OPEN)
         ids = self._encode(body)
         for position, token in enumerate(ids):
             if token in self.stop_ids:
                 return ids[: position + 1]
         return [*ids, self.stop_ids[0]]
 
-    def _render(self, prompt: str, response: str | None) -> str:
+    def _render(self, prompt: str, response: str | None, mode: str | None) -> str:
+        switch = {} if mode is None else self._switch(mode)
         if self.tokenizer.chat_template is None:
             return prompt if response is None else prompt + response
         messages = [{"role": "user", "content": prompt}]
@@ -62,9 +90,24 @@ class Chat:
             messages.append({"role": "assistant", "content": response})
         return str(
             self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=response is None
+                messages, tokenize=False, add_generation_prompt=response is None, **switch
             )
         )
+
+    def _switch(self, mode: str) -> dict[str, bool]:
+        """The template variable of a mode. Raises ConfigError where the template has none."""
+        mode = check_mode(mode, where="chat template")
+        if SWITCH not in str(self.tokenizer.chat_template):
+            raise ConfigError(
+                f"mode = {mode!r}: the model's "
+                + (
+                    "tokenizer has no chat template"
+                    if self.tokenizer.chat_template is None
+                    else f"chat template does not read {SWITCH}"
+                )
+                + "; take a model that thinks (pretrain: thinking=True), or leave the mode out"
+            )
+        return {SWITCH: mode == "think"}
 
     def _opening(self) -> list[int]:
         """The BOS token where the tokenizer itself starts every text with it."""

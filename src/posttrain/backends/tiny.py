@@ -2,6 +2,10 @@
 
 Both are ordinary transformers objects: a Qwen3 configuration and a fast tokenizer with one token
 per character and a chat template, so that everything downstream treats them like any checkpoint.
+
+With `thinking`, the tokenizer has `<think>` and `</think>` as single tokens, after all others, and
+its template knows `enable_thinking` as Qwen3's does (arXiv 2505.09388, section 4.3): a response
+opens its own `<think>`, and where thinking is off the prompt ends with an empty block.
 """
 
 from __future__ import annotations
@@ -9,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     GenerationConfig,
     PreTrainedTokenizerFast,
@@ -18,6 +22,7 @@ from transformers import (
 )
 
 from posttrain.backends.checkpoint import LanguageModel
+from posttrain.modes import CLOSE, OPEN
 
 SPECIAL = ("<|pad|>", "<|unknown|>", "<|user|>", "<|assistant|>", "<|end|>")
 TEMPLATE = (
@@ -27,25 +32,39 @@ TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
+THINKING_TEMPLATE = TEMPLATE.replace(
+    "{{ '<|assistant|>' }}{% endif %}",
+    "{{ '<|assistant|>' }}"
+    "{% if enable_thinking is defined and not enable_thinking %}"
+    f"{{{{ '{OPEN}{CLOSE}' }}}}"
+    "{% endif %}{% endif %}",
+)
 
 
-def character_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """One token per character: printable ASCII and every other character that `texts` contain."""
+def character_tokenizer(texts: Iterable[str], *, thinking: bool = False) -> PreTrainedTokenizerFast:
+    """One token per character: printable ASCII and every other character that `texts` contain.
+
+    `thinking` adds the two tokens of a thinking block and a template with `enable_thinking`. They
+    are no special tokens: decoding keeps them.
+    """
     ascii_characters = [chr(code) for code in range(32, 127)]
     others = sorted(set().union(*map(set, texts)) - set(ascii_characters))
     vocabulary = {token: i for i, token in enumerate([*SPECIAL, *ascii_characters, *others])}
     core = Tokenizer(models.WordLevel(vocab=vocabulary, unk_token="<|unknown|>"))
     core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
     core.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
+    tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core,
         pad_token="<|pad|>",
         unk_token="<|unknown|>",
         eos_token="<|end|>",
         additional_special_tokens=["<|user|>", "<|assistant|>"],
-        chat_template=TEMPLATE,
+        chat_template=THINKING_TEMPLATE if thinking else TEMPLATE,
         clean_up_tokenization_spaces=False,
     )
+    if thinking:
+        tokenizer.add_tokens([AddedToken(tag, normalized=False) for tag in (OPEN, CLOSE)])
+    return tokenizer
 
 
 def new_model(

@@ -15,7 +15,7 @@ from posttrain.engine.store import Store
 from posttrain.external import External, find_external, token_conflict
 from posttrain.language.handles import MODEL_KINDS, Demos, Prompts, Stage
 from posttrain.stages.config import CONFIGS, VERSIONS, build_config
-from posttrain.suites.domain import Suite, domain_node
+from posttrain.suites.domain import Suite, Table, domain_node
 
 
 class Builder:
@@ -148,6 +148,36 @@ class Builder:
                     runtime=pieces.runtime,
                 )
         return {f"domains.{name}": name for name in data.domains}
+
+    def require_thoughts(self, domains: Iterable[str]) -> None:
+        """Raise ConfigError for a domain whose demonstrations cannot think."""
+        for name in domains:
+            source = self.suite.domains[name].source
+            has = (
+                source.thought is not None
+                if isinstance(source, Table)
+                else source.format != "plain"
+            )
+            if not has:
+                fix = (
+                    "name the column of the steps with thought = ... in the suite"
+                    if isinstance(source, Table)
+                    else "format = 'plain' of a generated domain has no steps; take another format"
+                )
+                raise ConfigError(
+                    f"domain {name!r} of suite {self.suite.name!r} has no demonstrations in the "
+                    f"mode think: {fix}, or leave the domain out of r.demos(..., mode='think')"
+                )
+
+    def refuse(self, stage: Stage, *fields: str, because: str) -> None:
+        """Raise ConfigError for a setting of a stage that was given and that nothing reads."""
+        config = self.nodes[stage.name].config
+        for field in fields:
+            if config[field]:
+                raise ConfigError(
+                    f"stage {stage.name!r} ({stage.kind}), field {field!r}: {config[field]} is "
+                    f"not read, because {because}"
+                )
 
     def rollouts(self, kind: str, stage: str, rollouts: Stage) -> dict[str, str]:
         """The edge of rollouts that a data operator reads."""

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
+
+from posttrain.modes import Mode, check_mode
 
 MODEL_KINDS = ("model", "pretrain", "sft", "dpo", "rl", "distill")
 """Kinds of stages that make a language model."""
@@ -18,17 +22,38 @@ class Stage:
 
 @dataclass(frozen=True)
 class Prompts:
-    """The training prompts of some domains."""
+    """The training prompts of some domains, each in each of the modes."""
 
     domains: tuple[str, ...]
+    modes: tuple[str, ...] = ()
+
+    def settings(self) -> dict[str, Any]:
+        """What the handle asks of the stage that draws from it."""
+        return {"modes": self.modes} if self.modes else {}
 
 
 @dataclass(frozen=True)
 class Demos:
-    """The training prompts of some domains with demonstrations of good responses."""
+    """The training prompts of some domains with demonstrations of good responses.
+
+    Each is in each of the modes, and a share `noise` of them is wrong.
+    """
 
     domains: tuple[str, ...]
+    modes: tuple[str, ...] = ()
+    noise: float = 0.0
+
+    def settings(self) -> dict[str, Any]:
+        """What the handle asks of the stage that learns from it."""
+        modes = {"modes": self.modes} if self.modes else {}
+        return modes | ({"demo_noise": self.noise} if self.noise else {})
 
 
 SELF = "self"
 """As a teacher: the student's own start, to hold a domain where it is."""
+
+
+def check_modes(mode: str | Iterable[str] | None) -> tuple[Mode, ...]:
+    """One mode or several as a tuple. Raises ConfigError for what is none."""
+    given = () if mode is None else (mode,) if isinstance(mode, str) else tuple(mode)
+    return tuple(check_mode(one, where="mode of the prompts or demonstrations") for one in given)

@@ -2,7 +2,7 @@
 
     stage                                     worker (pool_worker.py), a plain interpreter
     -----                                     ------
-    submit -> thread  -- rows of one domain ->  load_verifier(domain)
+    submit -> thread  -- rows of one domain ->  load_judge(domain)
               Future  <- a score per row ----   score, row by row
 
 exact, regex, choice and most of reasoning-gym judge an answer in less time than it takes to send it
@@ -27,12 +27,12 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Self, TypeAlias
+from typing import Any, Literal, Self, TypeAlias
 
 import posttrain
 from posttrain.engine.errors import StageError
 from posttrain.rewards.gym import SLOW
-from posttrain.rewards.verifiers import load_verifier, verifier_name
+from posttrain.rewards.oracle import judge_name, load_judge
 
 Problem: TypeAlias = Mapping[str, Any]
 
@@ -51,18 +51,22 @@ class VerifierPool:
         domains: Mapping[str, Path],
         *,
         num_workers: int,
+        judge: Literal["verifier", "oracle"] = "verifier",
         seconds: float = SECONDS,
         gym_seconds: float = GYM_SECONDS,
     ) -> None:
         """`domains`: name -> the domain's artifact. Starts `num_workers` processes if one of the
-        verifiers is slow, and does not wait for them. Raises ConfigError for a verifier that does
-        not load."""
-        names = {domain: verifier_name(path) for domain, path in domains.items()}
+        verifiers is slow, and does not wait for them. `judge = "oracle"`: scores are what the
+        hidden taste of the domains' oracles likes (`rewards/oracle.py`). Raises ConfigError for a
+        verifier that does not load."""
+        names = {domain: judge_name(path, judge) for domain, path in domains.items()}
         slow = {domain: str(domains[domain]) for domain, name in names.items() if is_slow(name)}
         self.domains = tuple(domains)
-        self._inline = {d: load_verifier(path) for d, path in domains.items() if d not in slow}
+        self._inline = {d: load_judge(path, judge) for d, path in domains.items() if d not in slow}
         limits = {d: gym_seconds if _is_gym(names[d]) else seconds for d in slow}
-        self._workers = [_Worker(slow, names, limits) for _ in range(num_workers if slow else 0)]
+        self._workers = [
+            _Worker(slow, names, limits, judge) for _ in range(num_workers if slow else 0)
+        ]
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         for worker in self._workers:
             self._idle.put(worker)
@@ -91,6 +95,14 @@ class VerifierPool:
         except Exception as error:
             done.set_exception(error)
         return done
+
+    def scores(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[float]:
+        """The score of each text, a response to the problem beside it, of any domains; waits."""
+        pending = [
+            self.submit(problem["domain"], [text], [problem])
+            for problem, text in zip(problems, texts, strict=True)
+        ]
+        return [found.result()[0] for found in pending]
 
     def close(self) -> None:
         """End the workers, also in the middle of an answer."""
@@ -126,8 +138,10 @@ class _Worker:
         domains: Mapping[str, str],
         names: Mapping[str, str],
         limits: Mapping[str, float],
+        judge: str,
     ) -> None:
         self._domains, self._names, self._limits = domains, names, limits
+        self._judge = judge
         self._closed = False
         self._ready = False
         """Whether the process has said that it is."""
@@ -195,7 +209,7 @@ class _Worker:
         module = "posttrain.rewards.pool_worker"
         self._process = subprocess.Popen(
             # -P: a queue.py in the current directory is not the module that is meant.
-            [sys.executable, "-P", "-m", module, json.dumps(self._domains)],
+            [sys.executable, "-P", "-m", module, json.dumps(self._domains), self._judge],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,

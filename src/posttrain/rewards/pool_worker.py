@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from posttrain.engine.errors import PosttrainError
-from posttrain.rewards.verifiers import Verifier, load_verifier
+from posttrain.rewards.oracle import load_judge
+from posttrain.rewards.verifiers import Verifier
 
 
 def replies(verifier_of: Any, request: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -53,10 +54,11 @@ def main() -> None:
     requests: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(source, requests), daemon=True).start()
     domains: dict[str, str] = json.loads(sys.argv[1])
+    judge = sys.argv[2]
 
     @functools.cache
     def verifier_of(domain: str) -> Verifier:
-        return load_verifier(Path(domains[domain]))
+        return load_judge(Path(domains[domain]), judge)
 
     for domain in domains:
         # Imports take a second, in which the stage loads its models. What fails here fails again

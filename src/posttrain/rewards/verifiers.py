@@ -7,7 +7,8 @@
     reasoning_gym:<name>          reasoning-gym's own score_answer
     python:<file.py>:<function>   a user's function (response, problem) -> float
 
-A problem is one row of a domain: {"id", "domain", "prompt", "answer", "demo", "meta"}.
+A problem is one row of a domain: {"id", "domain", "prompt", "answer", "demo", "meta"}. Where it has
+a "mode", the verifier of a domain's artifact sees the answer alone (`posttrain/modes.py`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from posttrain.engine.errors import ConfigError, StageError
+from posttrain.modes import visible
 from posttrain.rewards.choices import choices_text
 from posttrain.rewards.gym import gym_verifier
 from posttrain.rewards.math_answer import MathVerifier
@@ -35,6 +37,7 @@ from posttrain.rewards.spec import (
 from posttrain.suites.formats import find_format
 
 __all__ = [
+    "AnswerVerifier",
     "ResolvedVerifier",
     "Verifier",
     "VerifierSpec",
@@ -166,6 +169,22 @@ class ChoiceVerifier:
         return match.group(1).upper()
 
 
+@dataclass(frozen=True, kw_only=True)
+class AnswerVerifier:
+    """A verifier that sees the answer alone, by the mode of the problem row."""
+
+    verifier: Verifier
+
+    def score(self, response: str, problem: Mapping[str, Any]) -> float:
+        """The score of what is `visible` of the response; 0 where it has no answer in its mode."""
+        answer = visible(response, problem.get("mode"))
+        return 0.0 if answer is None else self.verifier.score(answer, problem)
+
+    def check(self, problem: Mapping[str, Any]) -> None:
+        """As the verifier's own."""
+        self.verifier.check(problem)
+
+
 def make_verifier(config: Mapping[str, Any], runtime: Mapping[str, Any] | None = None) -> Verifier:
     """The verifier of a resolved config {"name", "options"}.
 
@@ -210,8 +229,12 @@ def verifier_name(domain_dir: Path) -> str:
 
 
 def load_verifier(domain_dir: Path) -> Verifier:
-    """The verifier of a domain's artifact, from its domain.json (for python, its verifier.py)."""
+    """The verifier of a domain's artifact, from its domain.json (for python, its verifier.py).
+
+    It sees what `posttrain.modes.visible` leaves of a response.
+    """
     record = json.loads((domain_dir / "domain.json").read_text(encoding="utf-8"))
-    return make_verifier(
+    verifier = make_verifier(
         record["config"]["verifier"], {"verifier_file": str(domain_dir / "verifier.py")}
     )
+    return AnswerVerifier(verifier=verifier)

@@ -13,6 +13,11 @@ from posttrain.rl.types import Rollouts, pad_rows
 Problem = dict[str, Any]
 
 
+def kept(row: Mapping[str, Any], *fields: str) -> dict[str, Any]:
+    """The named fields of a row, as far as it has them."""
+    return {field: row[field] for field in fields if field in row}
+
+
 class Pool:
     """Problems of several domains, drawn evenly and without repeats until a domain is used up.
 

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import cached_property
@@ -28,6 +28,7 @@ from torch import Tensor
 from posttrain.engine.atomic import fsync
 from posttrain.engine.errors import ConfigError, StageError
 from posttrain.engine.work import METRICS, STEP, write_step
+from posttrain.modes import in_modes
 
 SECONDS_BETWEEN_CHECKPOINTS = 10.0
 
@@ -100,14 +101,14 @@ class Context:
         found = {e.removeprefix(prefix): p for e, p in self.inputs.items() if e.startswith(prefix)}
         return dict(sorted(found.items()))
 
-    def problems(self, domain: str, split: str) -> list[dict[str, Any]]:
-        """The problems of one split of a domain."""
+    def problems(self, domain: str, split: str, modes: Sequence[str] = ()) -> list[dict[str, Any]]:
+        """The problems of one split of a domain, each in each of `modes` (`in_modes`)."""
         path = self.domains[domain] / f"{split}.jsonl"
         with path.open(encoding="utf-8") as lines:
             rows = [json.loads(line) for line in lines]
         if not rows:
             raise ConfigError(f"domain {domain!r}: its {split} split has no problems")
-        return rows
+        return in_modes(rows, modes)
 
     def log(self, step: int, total: int, *, tokens: int, **metrics: float) -> None:
         """Add a line to metrics.jsonl; `tokens` is what this step processed."""

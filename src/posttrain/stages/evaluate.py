@@ -16,6 +16,7 @@ import torch
 from posttrain.backends.chat import Chat
 from posttrain.backends.checkpoint import LanguageModel, load
 from posttrain.backends.sampler import LocalSampler
+from posttrain.modes import in_modes, spoken
 from posttrain.report.statistics import Scores, evaluation
 from posttrain.rewards.pool import VerifierPool
 from posttrain.stages.batches import Problem
@@ -25,11 +26,10 @@ from posttrain.stages.settings.models import Evaluate
 
 
 def run(config: Evaluate, ctx: Context) -> dict[str, float]:
-    """Score student, init and teachers on every domain; write evaluation.json, transcripts.json."""
+    """Score student, init and teachers on every domain, in every mode; write evaluation.json and
+    transcripts.json."""
     judges = verifiers(ctx)
-    problems = {
-        name: ctx.problems(name, config.split)[: config.num_problems] for name in ctx.domains
-    }
+    problems = asked(config, ctx)
     models = {edge: path for edge, path in ctx.inputs.items() if not edge.startswith("domains.")}
     scores: dict[str, dict[str, Scores]] = {}
     said: dict[str, dict[str, list[str]]] = {}
@@ -50,7 +50,11 @@ def run(config: Evaluate, ctx: Context) -> dict[str, float]:
     constants = {name: best_constant(rows, said[name], judges) for name, rows in problems.items()}
     result = evaluation(
         scores,
-        routes=config.routes,
+        routes={
+            name: config.routes[rows[0]["domain"]]
+            for name, rows in problems.items()
+            if rows[0]["domain"] in config.routes
+        },
         constants=constants,
         resamples=config.bootstrap,
         seed=config.seed,
@@ -62,6 +66,18 @@ def run(config: Evaluate, ctx: Context) -> dict[str, float]:
     )
     summary = {f"student/{n}": row["student"]["value"] for n, row in result["domains"].items()}
     return summary if result["norm"] is None else summary | {"norm": result["norm"]}
+
+
+def asked(config: Evaluate, ctx: Context) -> dict[str, list[Problem]]:
+    """The problems by what is reported: the domain, or with modes `domain/mode`."""
+    found: dict[str, list[Problem]] = {}
+    for name in ctx.domains:
+        rows = ctx.problems(name, config.split)[: config.num_problems]
+        if not config.modes:
+            found[name] = rows
+        for mode in config.modes:
+            found[f"{name}/{mode}"] = in_modes(rows, [mode])
+    return found
 
 
 class Answers:
@@ -123,9 +139,8 @@ def best_constant(
     """
     tries: Counter[str] = Counter()
     # Not a set: its order, which decides between equals, is another one in every process.
-    gold = (
-        text for p in problems for text in dict.fromkeys((p["demo"] or p["answer"], p["answer"]))
-    )
+    answers = ((p["demo"], spoken(p["answer"], p.get("mode"))) for p in problems)
+    gold = (text for demo, answer in answers for text in dict.fromkeys((demo or answer, answer)))
     for source in (gold, *texts.values()):
         tries.update(dict(Counter(source).most_common(5)))
     pending = {

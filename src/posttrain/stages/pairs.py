@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.engine.errors import ConfigError
+from posttrain.stages.batches import kept
 from posttrain.stages.context import Context
 from posttrain.stages.rollouts import write_jsonl
 from posttrain.stages.settings.preference import Pairs
 
 Rollout = dict[str, Any]
+Key = tuple[str, str, str | None]
+"""Domain, id and mode: responses in two modes are not compared."""
 
 
 def run(config: Pairs, ctx: Context) -> dict[str, float]:
@@ -30,7 +33,7 @@ def run(config: Pairs, ctx: Context) -> dict[str, float]:
             f"{len(ours)} problems; {advice(config, ours, theirs)}"
         )
     rows = [
-        {key: chosen[key] for key in ("id", "domain", "prompt")}
+        kept(chosen, "id", "domain", "prompt", "mode")
         | {"chosen": chosen["response"], "rejected": rejected["response"]}
         | {"rewards": [chosen["reward"], rejected["reward"]]}
         for chosen, rejected in pairs
@@ -44,16 +47,16 @@ def run(config: Pairs, ctx: Context) -> dict[str, float]:
     }
 
 
-def by_problem(path: Path) -> dict[tuple[str, str], list[Rollout]]:
-    """Domain and id to the distinct finished responses of a `sample` stage, as sampled.
+def by_problem(path: Path) -> dict[Key, list[Rollout]]:
+    """Domain, id and mode to the distinct finished responses of a `sample` stage, as sampled.
 
     A response that was cut at the length limit belongs in no pair: it would be learned, or
     unlearned, with an end that it does not have.
     """
-    found: dict[tuple[str, str], dict[str, Rollout]] = {}
+    found: dict[Key, dict[str, Rollout]] = {}
     with (path / "rollouts.jsonl").open(encoding="utf-8") as lines:
         for row in map(json.loads, lines):
-            responses = found.setdefault((row["domain"], row["id"]), {})
+            responses = found.setdefault((row["domain"], row["id"], row.get("mode")), {})
             if row["finished"]:
                 responses.setdefault(row["response"], row)
     return {key: list(responses.values()) for key, responses in found.items()}

@@ -5,14 +5,17 @@ Legend: B rows, N flat response tokens, D hidden.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from posttrain.backends.base import Head, Metrics, MicroBatch
 from posttrain.backends.local import LocalLearner, flat_index, response_targets
 from posttrain.losses.ops import aggregation_weights, kl_estimate, token_logprobs
-from posttrain.losses.policy import kl_penalty, policy_gradient
-from posttrain.rl.corrections import importance_correction
+from posttrain.losses.policy import kl_penalty, policy_gradient, unbiased_kl_penalty
+from posttrain.losses.surrogates import cispo, geometric_mean, squared_log_ratio
+from posttrain.rl.corrections import importance_correction, off_policy_mask
 from posttrain.rl.types import Rollouts
 from posttrain.stages.rollouts import Scored
 from posttrain.stages.settings.rl import Rl
@@ -25,7 +28,7 @@ class PolicyUpdate:
         self,
         config: Rl,
         *,
-        advantage_B: Tensor,
+        advantage_N: Tensor,
         rows: Rollouts,
         old_logp_N: Tensor | None,
         reference_logp_N: Tensor | None,
@@ -34,7 +37,7 @@ class PolicyUpdate:
     ) -> None:
         self.config, self.rows = config, rows
         self.kl_weight_B = kl_weight_B.to(device)
-        self.advantage_B = advantage_B.to(device)
+        self.advantage_N = advantage_N.to(device)
         self.old_logp_N = None if old_logp_N is None else old_logp_N.to(device)
         self.reference_logp_N = None
         if reference_logp_N is not None:
@@ -47,7 +50,7 @@ class PolicyUpdate:
         self.count = float(length_B.sum() if config.aggregation == "token" else len(length_B))
 
     def loss(self, hidden_ND: Tensor, head: Head, part: MicroBatch) -> tuple[Tensor, Metrics]:
-        """The clipped surrogate, plus the KL penalty where it belongs to the loss."""
+        """The surrogate, plus the KL penalty where it belongs to the loss."""
         config, length_B = self.config, part.rollouts.response_len_B
         row_N = part.rollouts.row_N()
         flat_N = flat_index(self.start_B, self.length_B, part.index_B)
@@ -68,31 +71,69 @@ class PolicyUpdate:
             mode=config.correction,
             low=config.correction_low,
             high=config.correction_high,
-        )
-        total, policy_metrics = policy_gradient(
-            logp_N,
-            old_logp_N,
-            self.advantage_B[part.index_B][row_N],
-            weight_N,
-            row_N,
+            row_N=row_N,
             num_rows=len(length_B),
-            ratio=config.ratio,
-            clip_low=config.clip_low,
-            clip_high=config.clip_high,
-            correction_N=correction_N,
+        )
+        total, policy_metrics = self._surrogate(
+            logp_N, old_logp_N, self.advantage_N[flat_N], weight_N, row_N, correction_N
         )
         metrics = metrics | policy_metrics | {"entropy": entropy_N.sum()}
         if self.reference_logp_N is not None and config.kl_in == "loss":
-            penalty, penalty_metrics = kl_penalty(
+            penalty, penalty_metrics = self._penalty(
                 logp_N,
+                old_logp_N,
                 self.reference_logp_N[flat_N],
                 weight_N * self.kl_weight_B[part.index_B][row_N],
-                estimator=config.kl_estimator,
             )
             total = total + config.kl_coef * penalty
             metrics["kl_reference"] = penalty_metrics["kl"]
         metrics["tokens"] = logp_N.new_tensor(float(len(logp_N)))
         return total, metrics
+
+    def _surrogate(
+        self,
+        logp_N: Tensor,
+        old_logp_N: Tensor,
+        advantage_N: Tensor,
+        weight_N: Tensor,
+        row_N: Tensor,
+        correction_N: Tensor,
+    ) -> tuple[Tensor, Metrics]:
+        """The policy gradient that the settings name."""
+        config, num_rows, masked = self.config, int(row_N[-1]) + 1, {}
+        if config.off_policy_delta is not None:
+            mask_N, masked = off_policy_mask(
+                logp_N,
+                old_logp_N,
+                advantage_N,
+                row_N,
+                num_rows=num_rows,
+                delta=config.off_policy_delta,
+            )
+            correction_N = correction_N * mask_N
+        tensors = (logp_N, old_logp_N, advantage_N, weight_N, row_N)
+        common: dict[str, Any] = {"num_rows": num_rows, "correction_N": correction_N}
+        if config.surrogate == "squared":
+            total, metrics = squared_log_ratio(*tensors, tau=config.tau, **common)
+            return total, metrics | masked
+        common |= {"clip_low": config.clip_low, "clip_high": config.clip_high}
+        if config.surrogate == "geometric_mean":
+            total, metrics = geometric_mean(*tensors, **common)
+        elif config.surrogate == "cispo":
+            total, metrics = cispo(*tensors, ratio=config.ratio, **common)
+        else:
+            total, metrics = policy_gradient(
+                *tensors, ratio=config.ratio, dual_clip=config.dual_clip, **common
+            )
+        return total, metrics | masked
+
+    def _penalty(
+        self, logp_N: Tensor, old_logp_N: Tensor, reference_logp_N: Tensor, weight_N: Tensor
+    ) -> tuple[Tensor, Metrics]:
+        """The KL penalty of the loss."""
+        if self.config.kl_estimator == "unbiased":
+            return unbiased_kl_penalty(logp_N, old_logp_N, reference_logp_N, weight_N)
+        return kl_penalty(logp_N, reference_logp_N, weight_N, estimator=self.config.kl_estimator)
 
 
 def old_logprobs(
@@ -121,6 +162,7 @@ def old_logprobs(
 
 def reward_kl(config: Rl, scored: Scored, reference_logp_N: Tensor) -> Tensor:
     """`kl_B`: the estimate of KL(policy || reference) summed over each response."""
+    assert config.kl_estimator != "unbiased", "refused with kl_in = reward"
     kl_N = kl_estimate(
         scored.rollouts.sampler_logp_N(), reference_logp_N, estimator=config.kl_estimator
     )

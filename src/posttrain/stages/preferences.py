@@ -70,8 +70,10 @@ def read_pairs(ctx: Context) -> dict[str, list[Pair]]:
 def encode(pairs: Sequence[Pair], chat: Chat, pad_id: int) -> Rows:
     """Two rows per pair, chosen first."""
     sides = [(pair, side) for pair in pairs for side in ("chosen", "rejected")]
-    prompts = [chat.prompt(pair["prompt"]) for pair, _ in sides]
-    responses = [chat.response(pair["prompt"], pair[side]) for pair, side in sides]
+    prompts = [chat.prompt(pair["prompt"], pair.get("mode")) for pair, _ in sides]
+    responses = [
+        chat.response(pair["prompt"], pair[side], pair.get("mode")) for pair, side in sides
+    ]
     return Rows(prompts, responses, pad_id)
 
 
@@ -82,8 +84,12 @@ def encode_mismatched(pairs: Sequence[Pair], chat: Chat, pad_id: int) -> Rows:
     """
     sides, partners = ("chosen", "rejected"), [pairs[j] for j in _next_problem(pairs)]
     return Rows(
-        [chat.prompt(pair["prompt"]) for pair in pairs for _ in sides],
-        [chat.response(pair["prompt"], pair[side]) for pair in partners for side in sides],
+        [chat.prompt(pair["prompt"], pair.get("mode")) for pair in pairs for _ in sides],
+        [
+            chat.response(pair["prompt"], pair[side], pair.get("mode"))
+            for pair in partners
+            for side in sides
+        ],
         pad_id,
     )
 

@@ -15,9 +15,11 @@ from posttrain.stages.sft import demonstrations, imitate
 
 def run(config: Pretrain, ctx: Context) -> dict[str, float]:
     """Train a new model on documents, each a prompt and its demonstration in chat form."""
-    demos = demonstrations(ctx)
+    demos = demonstrations(config, ctx)
+    fields = ("prompt", "demo", "thought", "direct") if config.thinking else ("prompt", "demo")
     tokenizer = character_tokenizer(
-        text for rows in demos.values() for row in rows for text in (row["prompt"], row["demo"])
+        (row[field] for rows in demos.values() for row in rows for field in fields if field in row),
+        thinking=config.thinking,
     )
     language_model = new_model(
         tokenizer,
@@ -35,8 +37,8 @@ def run(config: Pretrain, ctx: Context) -> dict[str, float]:
     learner = new_learner(config, language_model, ctx)
     for step in range(ctx.resume(learner), config.steps):
         rows = pool.draw(step, config.batch_size)
-        prompts = [chat.prompt(row["prompt"]) for row in rows]
-        responses = [chat.response(row["prompt"], row["demo"]) for row in rows]
+        prompts = [chat.prompt(row["prompt"], row.get("mode")) for row in rows]
+        responses = [chat.response(row["prompt"], row["demo"], row.get("mode")) for row in rows]
         if config.loss_on == "all":
             # Everything but the first token is to be predicted.
             responses = [[*p[1:], *r] for p, r in zip(prompts, responses, strict=True)]

@@ -38,7 +38,9 @@ def run(config: Rl, ctx: Context) -> dict[str, float]:
     judges = verifiers(ctx)
     language_model = load(ctx.inputs["start"], device=ctx.device)
     chat = Chat(language_model)
-    pool = Pool({name: ctx.problems(name, "train") for name in ctx.domains}, seed=config.seed)
+    pool = Pool(
+        {name: ctx.problems(name, "train", config.modes) for name in ctx.domains}, seed=config.seed
+    )
     learner = new_learner(config, language_model, ctx)
     reference = new_reference(config, ctx)
     sampler, log = LocalSampler(learner.policy), RolloutLog(ctx.out)
@@ -101,9 +103,11 @@ def learn(
             reward_B = reward_B - config.kl_coef * kl_weight_B * kl_B
             metrics["kl_reference"] = float(kl_B.sum()) / scored.rollouts.num_tokens
     advantage_B = advantages(reward_B, scored.group_B, mode=config.advantage)
+    advantage_N = advantage_B[scored.rollouts.row_N()]
     kept_B = torch.ones_like(reward_B, dtype=torch.bool)
     # A penalty in the loss has a gradient on every row, also where the rewards have none.
-    if config.drop_zero_variance and not (config.kl_coef > 0 and config.kl_in == "loss"):
+    penalised = config.kl_coef > 0 and config.kl_in == "loss"
+    if config.drop_zero_variance and config.by_group and not penalised:
         kept_B = ~zero_variance(scored.reward_B, scored.group_B)
     if config.mask_unfinished:
         kept_B &= scored.rollouts.finished_B
@@ -122,7 +126,7 @@ def learn(
         current = number == 0 and config.correction != "none"
         update = PolicyUpdate(
             config,
-            advantage_B=advantage_B[rows_B],
+            advantage_N=advantage_N[flat_N],
             rows=scored.rollouts.rows(rows_B),
             old_logp_N=None if old_logp_N is None or current else old_logp_N[flat_N],
             reference_logp_N=None if reference_logp_N is None else reference_logp_N[flat_N],

@@ -74,11 +74,11 @@ def sample_and_verify(
     """Sample a group per problem and score every response with its domain's verifier.
 
     Responses are verified, and read by a `reader`, as they end, beside those still being sampled. A
-    response that was cut at the length limit scores 0: it has not given its answer. Without
-    `judges`, rewards are 0 and texts are left out.
+    response that was cut at the length limit scores 0: it has not given its answer. So does one
+    that thinks and does not end to think. Without `judges`, rewards are 0 and texts are left out.
     """
     sampling = sampler.stream(
-        [chat.prompt(problem["prompt"]) for problem in problems],
+        [chat.prompt(problem["prompt"], problem.get("mode")) for problem in problems],
         group_size=group_size,
         max_new_tokens=max_new_tokens,
         temperature=temperature,

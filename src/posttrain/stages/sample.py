@@ -7,6 +7,8 @@ import torch
 from posttrain.backends.chat import Chat
 from posttrain.backends.checkpoint import load
 from posttrain.backends.sampler import LocalSampler
+from posttrain.modes import in_modes
+from posttrain.stages.batches import kept
 from posttrain.stages.context import Context
 from posttrain.stages.rollouts import sample_and_verify, step_seed, verifiers, write_jsonl
 from posttrain.stages.settings.data import Sample
@@ -15,7 +17,8 @@ PROMPTS_PER_CALL = 64
 
 
 def run(config: Sample, ctx: Context) -> dict[str, float]:
-    """Write rollouts.jsonl: problem, response, reward, finished, model, temperature."""
+    """Write rollouts.jsonl: problem, its mode if it has one, response, reward, finished, model,
+    temperature."""
     judges, dtype = verifiers(ctx), getattr(torch, config.precision)
     rows, rewards = [], []
     total = len(ctx.domains)
@@ -23,7 +26,7 @@ def run(config: Sample, ctx: Context) -> dict[str, float]:
         edge = config.routes[name]
         language_model = load(ctx.inputs[edge], dtype=dtype, device=ctx.device)
         chat, sampler = Chat(language_model), LocalSampler(language_model)
-        problems = ctx.problems(name, "train")[: config.num_prompts]
+        problems = in_modes(ctx.problems(name, "train")[: config.num_prompts], config.modes)
         tokens = 0
         for start in range(0, len(problems), PROMPTS_PER_CALL):
             scored = sample_and_verify(
@@ -39,7 +42,7 @@ def run(config: Sample, ctx: Context) -> dict[str, float]:
             tokens += scored.rollouts.num_tokens
             rewards += scored.reward_B.tolist()
             rows += [
-                {key: problem[key] for key in ("id", "domain", "prompt", "answer")}
+                kept(problem, "id", "domain", "prompt", "answer", "mode")
                 | {"response": text, "reward": reward, "finished": finished}
                 | {"model": edge, "temperature": config.temperature}
                 for problem, text, reward, finished in zip(

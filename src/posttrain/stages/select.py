@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from posttrain.engine.errors import ConfigError
+from posttrain.stages.batches import kept
 from posttrain.stages.context import Context
 from posttrain.stages.rollouts import write_jsonl
 from posttrain.stages.settings.data import Select
@@ -15,11 +16,11 @@ def run(config: Select, ctx: Context) -> dict[str, float]:
     """Write data.jsonl, rows of prompt and demo, from the rollouts of a `sample` stage."""
     lines = (ctx.inputs["rollouts"] / "rollouts.jsonl").read_text(encoding="utf-8").splitlines()
     rollouts = [json.loads(line) for line in lines]
-    by_problem: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    by_problem: dict[tuple[str, str, str | None], list[dict[str, Any]]] = {}
     for row in rollouts:
         # A response that was cut at the length limit is no example to follow.
         if row["finished"]:
-            by_problem.setdefault((row["domain"], row["id"]), []).append(row)
+            by_problem.setdefault((row["domain"], row["id"], row.get("mode")), []).append(row)
     chosen = [row for rows in by_problem.values() for row in choose(config, rows)]
     if not chosen:
         raise ConfigError(
@@ -30,8 +31,7 @@ def run(config: Select, ctx: Context) -> dict[str, float]:
     write_jsonl(
         ctx.out / "data.jsonl",
         (
-            {key: row[key] for key in ("id", "domain", "prompt", "reward")}
-            | {"demo": row["response"]}
+            kept(row, "id", "domain", "prompt", "mode", "reward") | {"demo": row["response"]}
             for row in chosen
         ),
     )

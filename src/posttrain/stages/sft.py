@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -14,19 +16,21 @@ from posttrain.backends.local import LocalLearner, response_targets
 from posttrain.engine.errors import ConfigError
 from posttrain.losses.ops import token_logprobs
 from posttrain.losses.sft import cross_entropy
+from posttrain.rewards.oracle import demonstrate
 from posttrain.rl.types import Rollouts
 from posttrain.schedules import learning_rate
 from posttrain.stages.batches import Pool, Problem, sequences
 from posttrain.stages.context import Context
 from posttrain.stages.learner import new_learner
-from posttrain.stages.settings.imitate import Sft
+from posttrain.stages.rollouts import verifiers
+from posttrain.stages.settings.imitate import Pretrain, Sft
 
 
 def run(config: Sft, ctx: Context) -> dict[str, float]:
     """Train from `start` on demonstrations, or on the rows of a `data` artifact."""
     language_model = load(ctx.inputs["start"], device=ctx.device)
     chat = Chat(language_model)
-    demos = demonstrations(ctx)
+    demos = demonstrations(config, ctx)
     pool = Pool(demos, seed=config.seed)
     num_rows = sum(map(len, demos.values()))
     steps = config.steps or math.ceil((config.epochs or 0) * num_rows / config.batch_size)
@@ -34,8 +38,8 @@ def run(config: Sft, ctx: Context) -> dict[str, float]:
     for step in range(ctx.resume(learner), steps):
         rows = pool.draw(step, config.batch_size)
         batch = sequences(
-            [chat.prompt(row["prompt"]) for row in rows],
-            [chat.response(row["prompt"], row["demo"]) for row in rows],
+            [chat.prompt(row["prompt"], row.get("mode")) for row in rows],
+            [chat.response(row["prompt"], row["demo"], row.get("mode")) for row in rows],
             language_model.pad_id,
         )
         metrics = imitate(learner, batch, lr=learning_rate(config, step, steps))
@@ -59,8 +63,11 @@ def imitate(learner: LocalLearner, batch: Rollouts, *, lr: float) -> dict[str, f
     return {"loss": sums["loss"] / count, "grad_norm": sums["grad_norm"], "lr": lr}
 
 
-def demonstrations(ctx: Context) -> dict[str, list[Problem]]:
-    """Rows with prompt and demo by domain: of the domains themselves, or of a data artifact."""
+def demonstrations(config: Pretrain | Sft, ctx: Context) -> dict[str, list[Problem]]:
+    """Rows with prompt and demo by domain: of the domains themselves, or of a data artifact.
+
+    Those of domains are in the stage's modes, and some of them wrong with `demo_noise`.
+    """
     if "data" in ctx.inputs:
         lines = (ctx.inputs["data"] / "data.jsonl").read_text(encoding="utf-8").splitlines()
         rows: dict[str, list[Problem]] = {}
@@ -69,12 +76,39 @@ def demonstrations(ctx: Context) -> dict[str, list[Problem]]:
         if not rows:
             raise ConfigError(f"stage {ctx.name!r}: its data has no rows; loosen the selection")
         return dict(sorted(rows.items()))
-    demos = {name: ctx.problems(name, "train") for name in ctx.domains}
+    demos = {name: ctx.problems(name, "train", config.modes) for name in ctx.domains}
     for name, problems in demos.items():
-        missing = next((p["id"] for p in problems if p["demo"] is None), None)
+        missing = next((p for p in problems if p["demo"] is None), None)
         if missing is not None:
+            thinks = missing.get("mode") == "think"
             raise ConfigError(
-                f"stage {ctx.name!r}: domain {name!r} has no demonstration for problem {missing}; "
-                "name its column with `demo = ...` in the suite, or leave the domain out of `data`"
+                f"stage {ctx.name!r}: domain {name!r} has no "
+                + ("thinking demonstration" if thinks else "demonstration")
+                + f" for problem {missing['id']}; name its column with "
+                + ("`thought = ...`" if thinks else "`demo = ...`")
+                + " in the suite, or leave the domain out of `data`"
             )
-    return demos
+    return with_slips(config, ctx, demos) if config.demo_noise else demos
+
+
+def with_slips(
+    config: Pretrain | Sft, ctx: Context, demos: dict[str, list[Problem]]
+) -> dict[str, list[Problem]]:
+    """The demonstrations as a careless annotator gives them, by the stage's noise and seed."""
+    pool = verifiers(ctx)
+
+    def score(text: str, problem: Mapping[str, Any]) -> float:
+        return pool.scores([problem], [text])[0]
+
+    def noisy(rows: list[Problem]) -> list[Problem]:
+        by_mode: dict[str | None, list[Problem]] = {}
+        for row in rows:
+            by_mode.setdefault(row.get("mode"), []).append(row)
+        noise, seed = config.demo_noise, config.seed
+        return [
+            row
+            | {"demo": demonstrate(row, by_mode[row.get("mode")], score, noise=noise, seed=seed)}
+            for row in rows
+        ]
+
+    return {name: noisy(rows) for name, rows in demos.items()}

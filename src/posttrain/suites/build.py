@@ -1,7 +1,8 @@
 """Makes a domain's artifact: train.jsonl, validation.jsonl, heldout.jsonl, domain.json, README.md
-and, for a python verifier, verifier.py.
+and, for a python verifier, verifier.py; for an oracle of the user's, oracle.py.
 
-One JSON object per line: {"id", "domain", "prompt", "answer", "demo", "meta"}. Every answer is
+One JSON object per line: {"id", "domain", "prompt", "answer", "demo", "meta"}, and where the
+domain has them "thought" (the steps) and "direct" (the answer without steps). Every answer is
 shown to the verifier here, before any stage spends compute on a problem that nobody can solve.
 """
 
@@ -69,6 +70,9 @@ def build_domain(
     if "verifier_file" in runtime:
         _require_unchanged(runtime["verifier_file"], known["verifier"], f"{where}: verifier")
         shutil.copyfile(runtime["verifier_file"], out / "verifier.py")
+    if "oracle_file" in runtime:
+        _require_unchanged(runtime["oracle_file"], known["oracle"], f"{where}: oracle")
+        shutil.copyfile(runtime["oracle_file"], out / "oracle.py")
     verifier = make_verifier(config["verifier"], {"verifier_file": str(out / "verifier.py")})
     demo_score = _check(splits, verifier, strict=config["source"]["kind"] == "procedural")
 
@@ -133,6 +137,7 @@ def _procedural(config: Mapping[str, Any], where: str) -> tuple[dict[str, list[P
                 "demo": text_format.demo(item),
                 "meta": {"entry": _as_json(item, source["dataset"], where)},
             }
+            | _steps(text_format.thought(item), text_format.direct(item))
         )
     short = ", ".join(f"{len(splits[s])} of {wanted[s]} for {s}" for s in SPLITS)
     raise ConfigError(
@@ -141,6 +146,12 @@ def _procedural(config: Mapping[str, Any], where: str) -> tuple[dict[str, list[P
         f"that was wanted ({short}; about 75 % of the problems belong to train, 10 % to "
         "validation, 15 % to heldout). Ask for fewer, or widen params"
     )
+
+
+def _steps(thought: str | None, direct: str | None) -> dict[str, str]:
+    """The fields of a row that demonstrate thinking; rows without thoughts have none of them."""
+    given = {"thought": thought, "direct": direct}
+    return {field: text for field, text in given.items() if text is not None}
 
 
 def _items(source: Mapping[str, Any], where: str) -> Iterator[dict[str, Any]]:
@@ -191,6 +202,7 @@ def _table(
                 "demo": row.demo,
                 "meta": dict(row.meta),
             }
+            | _steps(row.thought, row.direct)
         )
     duplicates = len(splits.pop("duplicate"))
     require_all_splits({split: len(rows) for split, rows in splits.items()}, where)
@@ -222,16 +234,18 @@ def _check(
         step = max(1, len(problems) // NUM_DEMO_CHECKS)
         for problem in problems[::step]:
             # Without a demonstration the answer still is a response that the verifier survives.
-            response = problem["answer"] if problem["demo"] is None else problem["demo"]
-            score = verifier.score(response, problem)
             if problem["demo"] is None:
+                verifier.score(problem["answer"], problem)
                 continue
-            scores.append(score)
-            if strict and score < FULL_SCORE:
-                raise StageError(
-                    f"problem {problem['id']}: its demonstration {problem['demo']!r} scores "
-                    f"{score:g} under the domain's verifier, not 1; prompt: {problem['prompt']!r}"
-                )
+            texts = (problem["demo"], problem.get("direct", problem["demo"]))
+            found = {text: verifier.score(text, problem) for text in dict.fromkeys(texts)}
+            scores.append(found[problem["demo"]])
+            for text, score in found.items():
+                if strict and score < FULL_SCORE:
+                    raise StageError(
+                        f"problem {problem['id']}: its demonstration {text!r} scores {score:g} "
+                        f"under the domain's verifier, not 1; prompt: {problem['prompt']!r}"
+                    )
     return sum(scores) / len(scores) if scores else None
 
 

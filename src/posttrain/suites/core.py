@@ -9,10 +9,14 @@ The domains ask for different circuits (running sums, reversal, ordering, counti
 mirroring), no constant answer does well in any of them, and each can be learned well within a
 minute on one core once a model specialises, but not all four at once: which is the situation that
 specialists and their distillation are for.
+
+Each domain can also be thought about: `thought` writes the steps down, `direct` is the answer that
+they lead to.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -24,7 +28,7 @@ from posttrain.suites.domain import Domain, Format, Procedural, Suite
 class AddFormat:
     """`a 4-1-7` is answered step by step, `4-1=3-7=-4`; the answer follows the last `=`."""
 
-    version = 2
+    version = 3
 
     def prompt(self, item: Mapping[str, Any]) -> str:
         """The expression without spaces."""
@@ -43,6 +47,14 @@ class AddFormat:
             text += f"{sign}{term}={total}"
         return text
 
+    def thought(self, item: Mapping[str, Any]) -> str:
+        """The partial sums."""
+        return self.demo(item)
+
+    def direct(self, item: Mapping[str, Any]) -> str:
+        """The last sum."""
+        return self.answer(self.demo(item))
+
     def answer(self, response: str) -> str:
         """What follows the last equals sign."""
         return response.rpartition("=")[2]
@@ -51,7 +63,7 @@ class AddFormat:
 class ReverseFormat:
     """`r monkey` is answered `yeknom`."""
 
-    version = 2
+    version = 3
 
     def prompt(self, item: Mapping[str, Any]) -> str:
         """The word, case kept: reasoning-gym compares it exactly."""
@@ -65,6 +77,14 @@ class ReverseFormat:
         """The word backwards."""
         return str(item["metadata"]["word"])[::-1]
 
+    def thought(self, item: Mapping[str, Any]) -> str:
+        """The letters numbered from 0, `0m1o2n3k4e5y`."""
+        return "".join(f"{i}{letter}" for i, letter in enumerate(item["metadata"]["word"]))
+
+    def direct(self, item: Mapping[str, Any]) -> str:
+        """The word backwards."""
+        return self.demo(item)
+
     def answer(self, response: str) -> str:
         """The response itself."""
         return response
@@ -73,7 +93,7 @@ class ReverseFormat:
 class SortFormat:
     """`s< 50391` is answered `01359`; `s>` asks for descending order."""
 
-    version = 2
+    version = 3
 
     def prompt(self, item: Mapping[str, Any]) -> str:
         """The direction as a sign, then the digits."""
@@ -90,6 +110,15 @@ class SortFormat:
         """The digits in order."""
         return self._digits(item["metadata"]["sorted_numbers"])
 
+    def thought(self, item: Mapping[str, Any]) -> str:
+        """Each digit and how often it occurs, in order: `0111315191` for `50391`."""
+        runs = itertools.groupby(self.demo(item))
+        return "".join(f"{digit}{len(list(run))}" for digit, run in runs)
+
+    def direct(self, item: Mapping[str, Any]) -> str:
+        """The digits in order."""
+        return self.demo(item)
+
     def answer(self, response: str) -> str:
         """A list of numbers as strings."""
         return str(list(response))
@@ -101,7 +130,7 @@ class SortFormat:
 class PalindromeFormat:
     """`p ccbaa` is answered by any palindrome of these letters, such as `acbca`."""
 
-    version = 2
+    version = 3
 
     def prompt(self, item: Mapping[str, Any]) -> str:
         """The letters as given."""
@@ -117,6 +146,15 @@ class PalindromeFormat:
         half = "".join(letter * (count // 2) for letter, count in counts)
         middle = "".join(letter for letter, count in counts if count % 2)
         return half + middle + half[::-1]
+
+    def thought(self, item: Mapping[str, Any]) -> str:
+        """Each letter and how often it occurs, `a2b1c2`."""
+        counts = Counter(item["metadata"]["letters"])
+        return "".join(f"{letter}{count}" for letter, count in sorted(counts.items()))
+
+    def direct(self, item: Mapping[str, Any]) -> str:
+        """The palindrome of the demonstration."""
+        return self.demo(item)
 
     def answer(self, response: str) -> str:
         """The response itself."""

@@ -99,6 +99,11 @@ class Table:
     """Column of a full demonstration response, for supervised stages."""
     id: str | None = None
     """Column of a unique name per problem; without it the hash of the prompt names it."""
+    thought: str | None = None
+    """Column of the steps that lead to the answer, for demonstrations in the mode think."""
+    direct: str | None = None
+    """Column of the answer without its steps, for demonstrations in both modes; without it that of
+    `demo`."""
 
     def tables(self) -> dict[str, str]:
         """Split -> location, for the tables that are given."""
@@ -113,6 +118,9 @@ class Domain:
     name: str
     source: Procedural | Table
     verifier: VerifierSpec
+    oracle: str | None = None
+    """`python:<file.py>:<function>`: the hidden quality of a response (`rewards/oracle.py`), a
+    function as that of a python verifier; without it the verifier and the style decide."""
 
     def __post_init__(self) -> None:
         domain_name(self.name)
@@ -162,8 +170,26 @@ def domain_node(domain: Domain, base_dir: Path, hash_file: HashFile = file_diges
     where = f"domain {domain.name}"
     verifier = resolve_verifier(_spec(domain), base_dir, where=f"{where}: verifier")
     if isinstance(domain.source, Procedural):
-        return _procedural_node(domain, domain.source, verifier, where)
-    return _table_node(domain, domain.source, verifier, base_dir, where, hash_file)
+        node = _procedural_node(domain, domain.source, verifier, where)
+    else:
+        node = _table_node(domain, domain.source, verifier, base_dir, where, hash_file)
+    return node if domain.oracle is None else _with_oracle(node, domain.oracle, base_dir, where)
+
+
+def _with_oracle(node: DomainNode, oracle: str, base_dir: Path, where: str) -> DomainNode:
+    """The node with the user's oracle: its function and bytes in the identity, its file beside."""
+    where = f"{where}: oracle"
+    if not oracle.startswith("python:"):
+        raise ConfigError(
+            f"{where}: {oracle!r} has to be written 'python:<file.py>:<function>', for example "
+            "'python:taste.py:quality'"
+        )
+    found = resolve_verifier(VerifierSpec(name=oracle), base_dir, where=where)
+    data = node.data | {"oracle": found.data["verifier"]}
+    runtime = node.runtime | {"oracle_file": found.runtime["verifier_file"], "data": data}
+    return DomainNode(
+        config=node.config | {"oracle": found.config["name"]}, data=data, runtime=runtime
+    )
 
 
 def _spec(domain: Domain) -> VerifierSpec:
@@ -227,6 +253,9 @@ def _table_node(
         "demo": source.demo,
         "id": source.id,
     }
+    # Only where they are named: a domain without them is the domain that it was before.
+    steps = {"thought": source.thought, "direct": source.direct}
+    literals |= {field: column for field, column in steps.items() if column is not None}
     _check_tables(locations, columns_of(literals, verifier.config["name"]), where)
     data = {split: place.digest(hash_file) for split, place in local.items()}
     files = {split: place.text for split, place in locations.items()}

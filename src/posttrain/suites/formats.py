@@ -36,6 +36,14 @@ class Format(Protocol):
         """A full demonstration response; it must score 1 under the item's own verifier."""
         ...
 
+    def thought(self, item: dict[str, Any]) -> str | None:
+        """The steps that lead to the answer, short enough to be thought; None: there are none."""
+        ...
+
+    def direct(self, item: dict[str, Any]) -> str | None:
+        """The demonstration without its steps, which must score 1 too; None: it has none."""
+        ...
+
     def answer(self, response: str) -> str:
         """The response in reasoning-gym's answer notation.
 
@@ -60,6 +68,12 @@ class PlainFormat:
     def demo(self, item: dict[str, Any]) -> str:
         """The item's answer."""
         return str(item["answer"])
+
+    def thought(self, item: dict[str, Any]) -> None:
+        """reasoning-gym tells no steps."""
+
+    def direct(self, item: dict[str, Any]) -> None:
+        """The demonstration is the answer alone."""
 
     def answer(self, response: str) -> str:
         """The response as it is."""

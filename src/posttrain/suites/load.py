@@ -130,7 +130,8 @@ def _domain(name: str, table: dict[str, Any], where: str) -> Domain:
             f"{where}: verifier is {'missing' if verifier is None else repr(verifier)}; "
             f'write for example verifier = "math"; choices: {", ".join(OPTIONS)}'
         )
-    options = {key: value for key, value in table.items() if key not in (*fields, "verifier")}
+    own = (*fields, "verifier", "oracle")
+    options = {key: value for key, value in table.items() if key not in own}
     spec = VerifierSpec(name=verifier, options=options)
     known = OPTIONS.get(spec.kind)
     for key in options:
@@ -138,7 +139,7 @@ def _domain(name: str, table: dict[str, Any], where: str) -> Domain:
         if known is not None and key not in known:
             raise ConfigError(
                 f"{where}: unknown key {key!r}; "
-                f"{choices_text(key, [*fields, 'verifier', *known], label='valid keys here')}"
+                f"{choices_text(key, [*own, *known], label='valid keys here')}"
             )
     spec = parse_verifier(verifier, options, where=f"{where}.verifier")
     values = {key: value for key, value in table.items() if key in fields}
@@ -152,7 +153,10 @@ def _domain(name: str, table: dict[str, Any], where: str) -> Domain:
         )
         if required and field.name not in values:
             raise ConfigError(f"{where}: {field.name} is missing; write {field.name} = ...")
-    return Domain(name=name, source=source_type(**values), verifier=spec)
+    oracle = table.get("oracle")
+    if oracle is not None and not isinstance(oracle, str):
+        raise ConfigError(f"{where}.oracle is {oracle!r}; it has to be a str")
+    return Domain(name=name, source=source_type(**values), verifier=spec, oracle=oracle)
 
 
 def _instead(table: Mapping[str, Any], *wanted: str) -> str:

@@ -25,17 +25,20 @@ class Columns:
     answer: str
     demo: str | None
     id: str | None
+    thought: str | None = None
+    direct: str | None = None
     rest: bool
     """Keep all other columns in the problem's `meta`, for verifiers that may read them."""
 
     def named(self) -> dict[str, str]:
         """Field name -> column name, for the columns that have to be there."""
         fields = {"prompt": self.prompt, "answer": self.answer, "demo": self.demo, "id": self.id}
+        fields |= {"thought": self.thought, "direct": self.direct}
         return {field: column for field, column in fields.items() if column is not None}
 
 
 def columns_of(source: Mapping[str, Any], verifier: str) -> Columns:
-    """Columns that a table's fields prompt, answer, demo and id name.
+    """Columns that a table's fields prompt, answer, demo, id, thought and direct name.
 
     The verifiers that may read other columns than the answer get them all.
     """
@@ -44,6 +47,8 @@ def columns_of(source: Mapping[str, Any], verifier: str) -> Columns:
         answer=source["answer"],
         demo=source["demo"],
         id=source["id"],
+        thought=source.get("thought"),
+        direct=source.get("direct"),
         rest=verifier.partition(":")[0] in ("python", "reasoning_gym"),
     )
 
@@ -58,6 +63,8 @@ class Row:
     answer: str
     demo: str | None
     id: str | None
+    thought: str | None = None
+    direct: str | None = None
     meta: Mapping[str, Any]
 
 
@@ -202,6 +209,8 @@ def _row(record: dict[str, Any], columns: Columns, place: str) -> Row:
         answer=_text(record, columns.answer, place),
         demo=None if columns.demo is None else _text(record, columns.demo, place),
         id=None if columns.id is None else _text(record, columns.id, place),
+        thought=None if columns.thought is None else _text(record, columns.thought, place),
+        direct=None if columns.direct is None else _text(record, columns.direct, place),
         meta=rest if columns.rest else {},
     )
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from posttrain.engine.errors import ConfigError
+from posttrain.modes import Mode
 from posttrain.schedules import History, Schedule, is_schedule, possible_values, steps, value_at
 
 Positive = Field(gt=0)
@@ -121,19 +122,38 @@ class Optimizer(BaseModel):
         return self
 
 
+class InModes(BaseModel):
+    """In which modes a stage asks or shows its problems; mixed into those that draw problems."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    modes: tuple[Mode, ...] = ()
+    """Each problem occurs in each of them; without any, the chat template is asked as it stands.
+    Comes from the recipe's `mode`."""
+
+    @model_validator(mode="after")
+    def _modes_differ(self) -> Self:
+        if len(set(self.modes)) < len(self.modes):
+            raise ValueError(f"modes = {list(self.modes)}: name each mode once")
+        return self
+
+
 class Correction(BaseModel):
     """Importance correction between the policy that sampled and the one that learns."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    correction: Literal["none", "truncated", "icepop"] = "none"
-    """`truncated`: min(ratio, high). `icepop`: tokens whose ratio is outside [low, high] drop."""
+    correction: Literal["none", "truncated", "icepop", "sequence_truncated", "sequence_icepop"] = (
+        "none"
+    )
+    """`truncated`: min(ratio, high). `icepop`: tokens whose ratio is outside [low, high] drop. With
+    `sequence_` the ratio is that of the whole response."""
     correction_low: float = Field(0.5, ge=0, le=1)
     correction_high: float = Field(5.0, ge=1)
 
     @model_validator(mode="after")
     def _bounds_are_read(self) -> Self:
-        if self.correction != "icepop":
+        if not self.correction.endswith("icepop"):
             refuse_unread(self, "correction_low", because=f"correction = {self.correction}")
         if self.correction == "none":
             refuse_unread(self, "correction_high", because="correction = none")

@@ -6,10 +6,10 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from posttrain.stages.settings.base import Config, refuse_unread
+from posttrain.stages.settings.base import Config, InModes, refuse_unread
 
 
-class Sample(Config):
+class Sample(Config, InModes):
     """Responses of one or more models, scored by the domain's verifier."""
 
     k: int = Field(4, gt=0)

@@ -10,6 +10,7 @@ from posttrain.stages.settings.base import (
     Aggregation,
     Config,
     Correction,
+    InModes,
     Optimizer,
     Positive,
     Rollout,
@@ -18,7 +19,7 @@ from posttrain.stages.settings.base import (
 )
 
 
-class Distill(Config, Optimizer, Rollout, Correction, Aggregation):
+class Distill(Config, Optimizer, InModes, Rollout, Correction, Aggregation):
     """On-policy distillation from one teacher per domain: `r.distill(start=..., teachers=...)`."""
 
     steps: int = Positive

@@ -6,10 +6,10 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from posttrain.stages.settings.base import Config, Optimizer, Positive, steps_or_epochs
+from posttrain.stages.settings.base import Config, InModes, Optimizer, Positive, steps_or_epochs
 
 
-class Pretrain(Config, Optimizer):
+class Pretrain(Config, Optimizer, InModes):
     """A tiny model from nothing: `r.pretrain(data=...)`."""
 
     steps: int = Positive
@@ -23,15 +23,32 @@ class Pretrain(Config, Optimizer):
     head_dim: int = Field(32, gt=0)
     intermediate_size: int = Field(256, gt=0)
     max_positions: int = Field(128, gt=0)
+    thinking: bool = False
+    """Give the tokenizer `<think>` and `</think>` and the template `enable_thinking`."""
+    demo_noise: float = Field(0.0, ge=0, le=1)
+    """Share of the demonstrations that are wrong, as a careless annotator writes them
+    (`rewards/oracle.py`). Comes from the recipe's `noise`."""
+
+    @model_validator(mode="after")
+    def _modes_need_tokens(self) -> Self:
+        if self.modes and not self.thinking:
+            raise ValueError(
+                f"modes = {list(self.modes)}: a model made without thinking has no modes; set "
+                "thinking = true, or leave mode out of the demonstrations"
+            )
+        return self
 
 
-class Sft(Config, Optimizer):
+class Sft(Config, Optimizer, InModes):
     """Supervised fine-tuning on demonstrations: `r.sft(start=..., data=...)`."""
 
     steps: int | None = Field(None, gt=0)
     epochs: float | None = Field(None, gt=0)
     """Passes over the data; give this or `steps`."""
     batch_size: int = Field(64, gt=0)
+    demo_noise: float = Field(0.0, ge=0, le=1)
+    """Share of the demonstrations that are wrong, as a careless annotator writes them
+    (`rewards/oracle.py`). Comes from the recipe's `noise`."""
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:

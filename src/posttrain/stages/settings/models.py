@@ -6,10 +6,10 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from posttrain.stages.settings.base import Config
+from posttrain.stages.settings.base import Config, InModes
 
 
-class Evaluate(Config):
+class Evaluate(Config, InModes):
     """Accuracy of several models on problems that no training stage can draw from."""
 
     split: Literal["heldout", "validation"] = "heldout"

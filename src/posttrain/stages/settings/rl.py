@@ -10,6 +10,7 @@ from posttrain.stages.settings.base import (
     Aggregation,
     Config,
     Correction,
+    InModes,
     Optimizer,
     Positive,
     Rollout,
@@ -18,7 +19,7 @@ from posttrain.stages.settings.base import (
 )
 
 
-class Rl(Config, Optimizer, Rollout, Correction, Aggregation):
+class Rl(Config, Optimizer, InModes, Rollout, Correction, Aggregation):
     """GRPO and its relatives on verifiable rewards: `r.rl(start=..., prompts=...)`."""
 
     SCHEDULABLE: ClassVar[frozenset[str]] = frozenset(
@@ -30,22 +31,37 @@ class Rl(Config, Optimizer, Rollout, Correction, Aggregation):
             "temperature",
             "clip_low",
             "clip_high",
+            "tau",
             "kl_coef",
         }
     )
 
     steps: int = Positive
     prompts_per_step: int = Field(32, gt=0)
-    group_size: int = Field(8, gt=1)
-    """Responses per prompt."""
-    advantage: Literal["group_mean", "group_zscore", "leave_one_out", "batch"] = "group_zscore"
-    ratio: Literal["token", "sequence"] = "token"
-    """`sequence` is GSPO's geometric mean over the response."""
+    group_size: int = Field(8, gt=0)
+    """Responses per prompt; 2 or more where an advantage is relative to the group."""
+    advantage: Literal["group_mean", "group_zscore", "leave_one_out", "batch", "global"] = (
+        "group_zscore"
+    )
+    """`global` is over the whole batch (REINFORCE++), the others within the group of a prompt."""
+    surrogate: Literal["clip", "cispo", "geometric_mean", "squared"] = "clip"
+    """`clip` is PPO's and GRPO's. `cispo` clips the weight and keeps every gradient.
+    `geometric_mean` is GMPO, its clips are of log ratios. `squared` is Kimi's."""
+    ratio: Literal["token", "sequence", "product"] = "token"
+    """`sequence` is GSPO's geometric mean over the response, `product` the response's own."""
     clip_low: float = Field(0.2, gt=0, le=1)
     clip_high: float = Field(0.2, gt=0)
+    dual_clip: float | None = Field(None, gt=1)
+    """Bound on the loss of a negative advantage, in multiples of it."""
+    tau: float = Field(1.0, gt=0)
+    """Strength of the pull to the policy before the updates in `squared`."""
+    off_policy_delta: float | None = Field(None, ge=0)
+    """Responses with a negative advantage drop where the policy has moved away from them by more
+    nats per token (DeepSeek-V3.2)."""
     kl_coef: float = Field(0.0, ge=0)
     """Weight of the KL divergence to the stage's start; 0 loads no reference."""
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    kl_estimator: Literal["k1", "k2", "k3", "unbiased"] = "k3"
+    """`unbiased` is k3 times the ratio to the policy before the updates (DeepSeek-V3.2)."""
     kl_in: Literal["loss", "reward"] = "loss"
     domain_kl: dict[str, Weight] = Field(default_factory=dict)
     """Factor on `kl_coef` in a domain; 1 where none is given. DeepSeek-V3.2: near 0 for math."""
@@ -63,13 +79,43 @@ class Rl(Config, Optimizer, Rollout, Correction, Aggregation):
         """Whether any step has a KL penalty."""
         return self.kl_coef > 0 or "kl_coef" in self.schedules
 
+    @property
+    def by_group(self) -> bool:
+        """Whether an advantage is relative to the other responses to its prompt."""
+        return self.advantage != "global"
+
+    @model_validator(mode="after")
+    def _groups_are_groups(self) -> Self:
+        if self.by_group and self.group_size < 2:
+            raise ValueError(
+                f"group_size = {self.group_size} with advantage = {self.advantage}: a response has "
+                "no other to differ from; set group_size to 2 or more, or advantage = global"
+            )
+        if not self.by_group:
+            refuse_unread(self, "drop_zero_variance", because=f"advantage = {self.advantage}")
+        return self
+
     @model_validator(mode="after")
     def _ratio_is_read(self) -> Self:
         if self.updates_per_batch == 1:
             because = "updates_per_batch = 1 (the ratio is then exactly 1)"
-            refuse_unread(self, "clip_low", "clip_high", because=because)
+            names = ("clip_low", "clip_high", "dual_clip", "tau", "off_policy_delta")
+            refuse_unread(self, *names, because=because)
             if self.correction == "none":
                 refuse_unread(self, "ratio", because=because)
+        return self
+
+    @model_validator(mode="after")
+    def _surrogate_reads(self) -> Self:
+        because = f"surrogate = {self.surrogate}"
+        if self.surrogate != "squared":
+            refuse_unread(self, "tau", because=because)
+        if self.surrogate == "squared":
+            refuse_unread(self, "clip_low", "clip_high", because=because)
+        if self.surrogate in ("squared", "geometric_mean"):
+            refuse_unread(self, "ratio", because=because)
+        if self.surrogate != "clip":
+            refuse_unread(self, "dual_clip", because=because)
         return self
 
     @model_validator(mode="after")
@@ -81,6 +127,11 @@ class Rl(Config, Optimizer, Rollout, Correction, Aggregation):
 
     @model_validator(mode="after")
     def _k1_is_a_reward(self) -> Self:
+        if self.kl_in == "reward" and self.kl_estimator == "unbiased":
+            raise ValueError(
+                "kl_estimator = unbiased with kl_in = reward: its ratio carries the gradient, and "
+                "a reward has none; use kl_in = loss, or k1, k2 or k3"
+            )
         if self.kl_coef > 0 and self.kl_in == "loss" and self.kl_estimator == "k1":
             raise ValueError(
                 "kl_estimator = k1 with kl_in = loss: the gradient of log(p/q) of a sampled token "

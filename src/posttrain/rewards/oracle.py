@@ -1,0 +1,227 @@
+"""A noisy annotator with a hidden taste: preferences and demonstrations that are wrong at a rate.
+
+What it likes is the quality of a response, in [0, 1]: mostly the verifier's part marks, a little
+style. What it says is that plus noise, so that a reward model has something to learn and something
+to get wrong. Every draw is a hash of (seed, problem, texts): the same question gets the same answer
+in every process, whichever response is named first.
+
+    pool = VerifierPool(domains, num_workers=2, judge="oracle")
+    oracle = Oracle(pool.scores, noise=1.0, seed=0)
+
+Comparisons follow Bradley and Terry (1952). A ranking follows Plackett and Luce (Gumbel noise on
+each response), whose pairs are Bradley-Terry at the same temperature.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from posttrain.engine.errors import StageError
+from posttrain.modes import CLOSE, demonstration
+from posttrain.rewards.gym import FULL_SCORE
+from posttrain.rewards.python_file import python_verifier
+from posttrain.rewards.verifiers import (
+    AnswerVerifier,
+    Verifier,
+    load_verifier,
+    make_verifier,
+    verifier_name,
+)
+
+Problem = Mapping[str, Any]
+
+SCALE = 5.0
+"""Logits per unit of quality: at noise 1, right is preferred to wrong at sigmoid(4) = 98 % of the
+time, and of two responses that differ in style alone the better at up to 73 %."""
+WEIGHT_SCORE, WEIGHT_BREVITY, WEIGHT_ENDING = 0.8, 0.1, 0.1
+STRENGTHS = (0.5, 1.5, 3.0)
+"""Margins in logits from which a preference is better than marginal, clear, strong (Llama 3's four
+levels, arXiv 2407.21783, section 4.2.1)."""
+_GUMBEL_MEAN = 0.5772156649015329
+NUM_TRIES = 40
+"""Slips that are tried until the verifier finds one of them wrong."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quality:
+    """The hidden quality of a response, in the form of a verifier, so that a pool can run it."""
+
+    verifier: Verifier
+    """With part marks where it has them."""
+
+    def score(self, response: str, problem: Problem) -> float:
+        """In [0, 1]: 0.8 of the verifier's score, 0.1 for brevity, 0.1 for the way it ends."""
+        reference = demonstration(problem, problem.get("mode")) or problem["answer"]
+        return (
+            WEIGHT_SCORE * self.verifier.score(response, problem)
+            + WEIGHT_BREVITY * brevity(response, reference)
+            + WEIGHT_ENDING * float(ends_alike(response, reference))
+        )
+
+    def check(self, problem: Problem) -> None:
+        """As the verifier's own."""
+        self.verifier.check(problem)
+
+
+def brevity(response: str, reference: str) -> float:
+    """1 for an empty response, 0.5 at the length of the reference, 0 from twice that length on."""
+    return 1.0 - min(1.0, len(response) / (2 * max(1, len(reference))))
+
+
+def ends_alike(response: str, reference: str) -> bool:
+    """Whether the last character is of the kind that the reference ends with, and no blank."""
+    return bool(response) and bool(reference) and _kind(response[-1]) == _kind(reference[-1])
+
+
+def _kind(character: str) -> str:
+    if character.isalpha():
+        return "letter"
+    if character.isdigit():
+        return "digit"
+    return "blank" if character.isspace() else "sign"
+
+
+def load_quality(domain_dir: Path) -> Verifier:
+    """The quality of responses to a domain's problems: of the user's oracle.py, or `Quality`."""
+    config = _config(domain_dir)
+    if "oracle" in config:
+        function = config["oracle"].partition(":")[2]
+        return AnswerVerifier(verifier=python_verifier(domain_dir / "oracle.py", function))
+    verifier = config["verifier"]
+    if verifier["name"].startswith("reasoning_gym:"):
+        verifier = verifier | {"options": verifier["options"] | {"partial": True}}
+        return Quality(verifier=AnswerVerifier(verifier=make_verifier(verifier)))
+    return Quality(verifier=load_verifier(domain_dir))
+
+
+def load_judge(domain_dir: Path, judge: str) -> Verifier:
+    """The `verifier` of a domain's artifact, or the quality that its `oracle` likes."""
+    return load_quality(domain_dir) if judge == "oracle" else load_verifier(domain_dir)
+
+
+def judge_name(domain_dir: Path, judge: str) -> str:
+    """The name of that verifier, or of the user's oracle, such as `python:quality`."""
+    own = _config(domain_dir).get("oracle") if judge == "oracle" else None
+    return str(own) if own is not None else verifier_name(domain_dir)
+
+
+def _config(domain_dir: Path) -> dict[str, Any]:
+    record = json.loads((domain_dir / "domain.json").read_text(encoding="utf-8"))
+    config: dict[str, Any] = record["config"]
+    return config
+
+
+@dataclass(frozen=True, kw_only=True)
+class Oracle:
+    """A noisy annotator. With noise 0 it always says what it likes."""
+
+    qualities: Callable[[Sequence[Problem], Sequence[str]], list[float]]
+    """Quality in [0, 1] of each response to its problem: `VerifierPool.scores` with that judge."""
+    noise: float = 1.0
+    """Temperature of the choice, in logits."""
+    seed: int = 0
+
+    def prefer(self, problem: Problem, a: str, b: str) -> tuple[int, int]:
+        """Which is better, 0 for `a` and 1 for `b`, and how clearly, from 1 (marginal) to 4.
+
+        P(a) = sigmoid(5 (quality(a) - quality(b)) / noise). Pairs are judged one by one: with
+        noise, three of them may go round in a circle. Equal texts give (0, 1).
+        """
+        if a == b:
+            return 0, 1
+        low, high = sorted((a, b))
+        of_low, of_high = self.qualities([problem, problem], [low, high])
+        draw = self._uniform(problem, "prefer", low, high)
+        margin = SCALE * (of_low - of_high) + self.noise * math.log(draw / (1 - draw))
+        # With no noise and equal qualities there is nothing to go by.
+        prefers_low = margin > 0 if margin != 0 else draw < 0.5
+        strength = 1 + sum(abs(margin) >= bound for bound in STRENGTHS)
+        return (0 if prefers_low == (a == low) else 1), strength
+
+    def rate(self, problem: Problem, response: str) -> float:
+        """What one response is worth to the annotator, in logits; see `rates`."""
+        return self.rates([problem], [response])[0]
+
+    def rates(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[float]:
+        """5 quality + noise Gumbel of each response, with a Gumbel variable of mean 0."""
+        found = self.qualities(problems, responses)
+        return [
+            SCALE * quality + self.noise * self._gumbel(problem, response)
+            for problem, response, quality in zip(problems, responses, found, strict=True)
+        ]
+
+    def rank(self, problem: Problem, responses: Sequence[str]) -> list[int]:
+        """Positions of the responses, best first: one consistent order by what each is worth."""
+        worth = self.rates([problem] * len(responses), responses)
+        return sorted(range(len(responses)), key=lambda i: (-worth[i], responses[i], i))
+
+    def _gumbel(self, problem: Problem, response: str) -> float:
+        draw = self._uniform(problem, "rate", response)
+        return -math.log(-math.log(draw)) - _GUMBEL_MEAN
+
+    def _uniform(self, problem: Problem, *parts: str) -> float:
+        return uniform(self.seed, problem, *parts)
+
+
+def uniform(seed: int, problem: Problem, *parts: str) -> float:
+    """A number in (0, 1) that follows from a seed, a problem (domain, id, mode) and texts."""
+    key = [seed, problem["domain"], problem["id"], problem.get("mode"), *parts]
+    digest = hashlib.sha256(json.dumps(key).encode("ascii")).digest()
+    return (int.from_bytes(digest[:6], "big") + 0.5) / 2**48
+
+
+def demonstrate(
+    problem: Problem,
+    others: Sequence[Problem],
+    score: Callable[[str, Problem], float],
+    *,
+    noise: float,
+    seed: int,
+) -> str:
+    """The row's demonstration, or with probability `noise` one that its verifier finds wrong.
+
+    A wrong one gives the answer of one of the `others` (rows of the same domain, in the same mode),
+    or slips in a character of its own: it keeps the domain's form. What is wrong at one noise is
+    wrong at every higher one.
+
+    Raises:
+        StageError: no slip is wrong, because the verifier accepts all of them.
+    """
+    if uniform(seed, problem, "demonstrate") >= noise:
+        return str(problem["demo"])
+    draw = random.Random(f"{seed} {problem['domain']} {problem['id']} {problem.get('mode')}")
+    for _, text in zip(range(NUM_TRIES), _slips(problem, others, draw), strict=False):
+        if text != problem["demo"] and score(text, problem) < FULL_SCORE:
+            return text
+    raise StageError(
+        f"problem {problem['id']} of domain {problem['domain']!r}: none of {NUM_TRIES} corrupted "
+        "demonstrations is wrong for the domain's verifier; leave noise out of its demonstrations"
+    )
+
+
+def _slips(problem: Problem, others: Sequence[Problem], draw: random.Random) -> Iterator[str]:
+    """Plausible wrong demonstrations without end; some may turn out right."""
+    thought, closed, answer = str(problem["demo"]).rpartition(CLOSE)
+    while True:
+        other = str(draw.choice(others)["demo"]).rpartition(CLOSE)[2]
+        at = draw.randrange(max(1, len(answer)))
+        slip = draw.choice(("other", "drop", "change", "swap"))
+        if slip == "other":
+            text = other
+        elif slip == "drop":
+            text = answer[:at] + answer[at + 1 :]
+        elif slip == "change":
+            text = answer[:at] + draw.choice(other or " ") + answer[at + 1 :]
+        else:
+            text = answer[:at] + answer[at : at + 2][::-1] + answer[at + 2 :]
+        if text.strip():
+            yield thought + closed + text
+        else:
+            yield thought + closed + other
