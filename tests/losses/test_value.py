@@ -61,6 +61,15 @@ def test_values_that_have_not_moved_are_not_clipped():
     assert metrics["value_clipped"].item() == 0
 
 
+def test_rounding_is_no_clip():
+    """Moved within the clip: old + (V - old) is not V to the last bit, and nothing is stopped."""
+    generator = torch.Generator().manual_seed(0)
+    value_N, old_value_N, return_N = 0.2 * torch.rand(3, 1000, generator=generator)
+    assert (old_value_N + (value_N - old_value_N) != value_N).any()
+    _, metrics = clipped_value(value_N, old_value_N, return_N, torch.ones(1000), clip=0.2)
+    assert metrics["value_clipped"].item() == 0
+
+
 @pytest.mark.parametrize("clip", [None, 0.2])
 def test_gradcheck(clip: float | None):
     batch = make_batch()
