@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from posttrain.report.scores import verdict
 from posttrain.report.statistics import Scores, _resample, evaluation
 
 
@@ -136,7 +137,8 @@ def test_decodings_are_judged_apart():
     assert row["greedy"]["recovery"] is None
     assert row["greedy"]["init"]["value"] == 1.0
     assert result["norm"] == pytest.approx(1.0)
-    assert result["greedy"] == dict.fromkeys(
+    found = {name: value for name, value in result["greedy"].items() if name != "gain"}
+    assert found == dict.fromkeys(
         ("norm", "norm_low", "norm_high", "min_recovery"), None
     ) | {"norm_domains": 0}
     assert result["norm_domains"] == 1
@@ -169,3 +171,45 @@ def test_a_resample_draws_as_many_problems_as_there_are():
     np.testing.assert_allclose(weight_SP * 25, np.round(weight_SP * 25))
     # With replacement: a problem is left out of a resample with probability (24/25)^25 = 0.36.
     assert (weight_SP == 0).mean() == pytest.approx(0.36, abs=0.03)
+
+
+def test_the_gain_is_the_mean_over_domains_of_paired_differences():
+    """Student minus init is 1 in half of a's problems and 0 elsewhere, and 0.5 in all of b's:
+    means .5 and .5. Resampled, a's is a binomial of 100 tries, half of whose spread is left in the
+    mean over the two domains: .5 +- .05."""
+    half = [1.0] * 50 + [0.0] * 50
+    result = evaluate(
+        {
+            "init": {"a": same([0.0] * 100), "b": same([0.25] * 100)},
+            "student": {"a": same(half), "b": same([0.75] * 100)},
+        }
+    )
+    assert result["domains"]["a"]["gain"]["low"] == pytest.approx(0.40, abs=0.011)
+    assert result["domains"]["b"]["gain"] == pytest.approx({"value": 0.5, "low": 0.5, "high": 0.5})
+    for table in (result, result["greedy"]):
+        assert table["gain"]["value"] == pytest.approx(0.5)
+        assert table["gain"]["low"] == pytest.approx(0.45, abs=0.01)
+        assert table["gain"]["high"] == pytest.approx(0.55, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("student", "says"),
+    [
+        ([1.0] * 20, "The student beats the init at temperature 1: +50.0 points"),
+        ([0.0] * 20, "The student does NOT beat the init at temperature 1, it is worse: "),
+        ([1.0, 0.0] * 10, "the two cannot be told apart: +0.0 points"),
+    ],
+)
+def test_whether_the_student_beats_the_init_is_said_plainly(student: list[float], says: str):
+    result = evaluate({"init": {"a": same([0.5] * 20)}, "student": {"a": same(student)}})
+    assert says in verdict(result)
+
+
+def test_a_domain_that_got_worse_is_named():
+    result = evaluate(
+        {
+            "init": {"a": same([0.0] * 20), "b": same([0.5] * 20)},
+            "student": {"a": same([1.0] * 20), "b": same([0.25] * 20)},
+        }
+    )
+    assert verdict(result).endswith("over all domains; it is worse in b.")

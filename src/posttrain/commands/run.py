@@ -248,9 +248,10 @@ def read_evaluation(artifact: Artifact) -> Mapping[str, Any] | None:
 def evaluation_summary(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     """What `run --json` tells about an evaluation: the domains, Norm, and the same greedily.
 
-    `norm_domains` is not there where the evaluation was made before it was kept.
+    `norm_domains` and `gain` are not there where the evaluation was made before they were kept.
     """
-    keys = ("domains", "norm", "norm_low", "norm_high", "min_recovery", "norm_domains", "greedy")
+    keys = ("domains", "norm", "norm_low", "norm_high", "min_recovery", "norm_domains", "gain")
+    keys += ("greedy",)
     return {key: evaluation[key] for key in keys if key in evaluation}
 
 

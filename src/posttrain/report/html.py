@@ -114,6 +114,7 @@ def _content(stages: Sequence[StageFacts], artifact: Artifact) -> dict[str, Any]
         "names": names,
         "matrix": evaluation and scores.forgetting(evaluation),
         "notes": scores.notes(evaluation) if evaluation else [],
+        "verdict": scores.verdict(evaluation) if evaluation else "",
         "score_plots": figures.scores(evaluation) if evaluation else {},
         "curves": [
             (section, figures.curves(section.panels), figures.curves(section.folded))

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from posttrain.report.wording import percent
+from posttrain.report.wording import percent, signed
 
 DECODINGS = ("sampled", "greedy")
 DECODING_NAMES = {"sampled": "temperature 1", "greedy": "greedy"}
@@ -82,6 +82,26 @@ def notes(evaluation: Evaluation) -> list[str]:
             f"({percent(row['teacher']['value'])})"
         )
     return found
+
+
+def verdict(evaluation: Evaluation) -> str:
+    """Whether the student beats the init, said plainly; empty for an evaluation from before
+    `gain` was kept."""
+    if "gain" not in evaluation:
+        return ""
+    gain = evaluation["gain"]
+    points = f"{signed(gain['value'])} points, {signed(gain['low'])} to {signed(gain['high'])}"
+    over = "over all domains" if len(evaluation["domains"]) > 1 else "in its domain"
+    worse = [n for n, row in evaluation["domains"].items() if row["gain"]["high"] < 0]
+    but = f"; it is worse in {', '.join(worse)}" if worse else ""
+    if gain["low"] > 0:
+        return f"The student beats the init at temperature 1: {points} {over}{but}."
+    if gain["high"] < 0:
+        return f"The student does NOT beat the init at temperature 1, it is worse: {points} {over}."
+    return (
+        "The student does NOT beat the init at temperature 1, the two cannot be told apart: "
+        f"{points} {over}{but}."
+    )
 
 
 def constant_domains(evaluation: Evaluation) -> list[str]:

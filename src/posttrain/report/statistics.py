@@ -47,6 +47,7 @@ def evaluation(
     """
     domains: dict[str, dict[str, Any]] = {}
     recovery_DS: dict[str, list[Array]] = {"sampled": [], "greedy": []}
+    gain_DS: dict[str, list[Array]] = {"sampled": [], "greedy": []}
     for number, name in enumerate(scores["student"]):
         teacher = f"teachers.{routes[name]}" if name in routes else None
         columns = {
@@ -56,10 +57,11 @@ def evaluation(
         weight_SP = _resample(len(columns["init"].sampled), resamples, [seed, number])
         row: dict[str, Any] = {"num_problems": int(weight_SP.shape[1])}
         for decoding, kept in recovery_DS.items():
-            table, recovered_S = _domain(
-                {model: getattr(column, decoding) for model, column in columns.items()},
-                weight_SP,
-            )
+            values = {model: getattr(column, decoding) for model, column in columns.items()}
+            table, recovered_S = _domain(values, weight_SP)
+            gain_S = weight_SP @ (values["student"] - values["init"])
+            table["gain"] = _interval(float(np.mean(values["student"] - values["init"])), gain_S)
+            gain_DS[decoding].append(gain_S)
             if recovered_S is not None:
                 kept.append(recovered_S)
             row |= table if decoding == "sampled" else {"greedy": table}
@@ -68,6 +70,10 @@ def evaluation(
     result |= _norm(domains, recovery_DS["sampled"], lambda row: row["recovery"])
     greedy = _norm(domains, recovery_DS["greedy"], lambda row: row["greedy"]["recovery"])
     result["greedy"] = greedy
+    result["gain"] = _mean_gain([row["gain"] for row in domains.values()], gain_DS["sampled"])
+    greedy["gain"] = _mean_gain(
+        [row["greedy"]["gain"] for row in domains.values()], gain_DS["greedy"]
+    )
     result["models"] = {
         model: {
             name: {
@@ -123,6 +129,11 @@ def _norm(domains: Mapping[str, Any], ratio_DS: list[Array], recovery: Any) -> d
         "min_recovery": min(values),
         "norm_domains": len(values),
     }
+
+
+def _mean_gain(gains: list[Value], gain_DS: list[Array]) -> Value:
+    """What the student gained on the init, mean over domains."""
+    return _interval(float(np.mean([g["value"] for g in gains])), np.mean(gain_DS, axis=0))
 
 
 def _resample(num_problems: int, resamples: int, seed: list[int]) -> Array:

@@ -27,6 +27,7 @@ from posttrain.report.scores import (
     norm_coverage,
     norms,
     notes,
+    verdict,
 )
 from posttrain.report.wording import DASH, fixed, percent, percent_range, ratio_range
 
@@ -79,6 +80,9 @@ def evaluation_table(evaluation: Evaluation) -> RenderableType:
         _title(f"Accuracy on {split} problems, %", "95 % bootstrap intervals"),
         FirstFit(choices=[_scores(evaluation, density) for density in DENSITIES]),
     ]
+    if said := verdict(evaluation):
+        style = "bold" if evaluation["gain"]["low"] > 0 else "bold yellow"
+        parts.append(Padding(Text(said, style=style), (0, 0, 0, 2)))
     parts += [Padding(Text(note, style="yellow"), (0, 0, 0, 2)) for note in notes(evaluation)]
     matrix = forgetting(evaluation)
     if matrix is not None:

@@ -25,6 +25,12 @@ def percent(share: float, digits: int = 1) -> str:
     return fixed(100 * share, digits)
 
 
+def signed(share: float, digits: int = 1) -> str:
+    """A difference of shares in points with its sign: 0.123 -> "+12.3"."""
+    text = percent(share, digits)
+    return text if text.startswith(MINUS) else f"+{text}"
+
+
 def percent_range(value: Mapping[str, float], digits: int = 1) -> str:
     """The interval of an accuracy in per cent: "60.1-68.3" with a long dash."""
     return f"{percent(value['low'], digits)}{RANGE}{percent(value['high'], digits)}"
