@@ -9,7 +9,10 @@ losses are sums over pairs in the same way.
 |---|---|
 | `ops.py` | token log-probabilities, aggregation weights, KL estimators |
 | `sft.py` | cross-entropy |
-| `policy.py` | PPO-clip, GRPO, Dr.GRPO, GSPO; KL penalty to a reference |
+| `policy.py` | PPO-clip, GRPO, Dr.GRPO, RLOO, GSPO; KL penalties to a reference |
+| `surrogates.py` | CISPO, GMPO, Kimi's squared loss |
+| `value.py` | the critic's clipped regression, explained variance |
+| `reward.py` | Bradley-Terry with margin, centring and K-wise weights; pointwise |
 | `distill.py` | on-policy distillation: sampled token, teacher top-k, full vocabulary |
 | `divergence.py` | the last two, and their gradients, chunk by chunk |
 | `projection.py` | hidden states to logits and back: chunks, blocks, gradients of the head |

@@ -1,9 +1,11 @@
-"""Advantages of responses from the rewards of their group.
+"""Advantages of responses from the rewards of their group or of their batch.
 
 A group is the set of responses to one prompt. Pure functions of rewards and group ids, so rows may
 come in any order and groups may have any size.
 
-Shape suffixes: B rows (responses), U distinct groups.
+Advantages of single tokens are in `posttrain.rl.gae`.
+
+Shape suffixes: B rows (responses), U distinct groups, N flat response tokens of all rows.
 """
 
 from typing import Literal
@@ -13,7 +15,7 @@ from torch import Tensor
 
 from posttrain.losses.ops import known_choice, same_shape
 
-AdvantageMode = Literal["group_mean", "group_zscore", "leave_one_out", "batch"]
+AdvantageMode = Literal["group_mean", "group_zscore", "leave_one_out", "batch", "global"]
 
 
 def advantages(
@@ -28,10 +30,12 @@ def advantages(
       is over size - 1 (GRPO, arXiv 2402.03300; TRL 1.16's `scale_rewards="group"`, epsilon 1e-4).
     - `leave_one_out`: r - mean of the OTHER rows of the group (RLOO, arXiv 2402.14740).
     - `batch`: (r - mean of the group) / (std of all rows, Bessel's correction, + epsilon) (TRL's
-      `scale_rewards="batch"`).
+      `scale_rewards="batch"`; LitePPO, arXiv 2508.08221).
+    - `global`: (r - mean of all rows) / (std of all rows, Bessel's correction, + epsilon)
+      (REINFORCE++, arXiv 2501.03262). The groups are not read: one response per prompt will do.
 
-    A row whose group has one reward only (all equal, or a single row) gets exactly 0: it has no
-    baseline to differ from.
+    A row without contrast gets exactly 0: its group (with `global` the whole batch) has one reward
+    only, all equal or a single row.
     Raises ValueError for another mode, shapes that differ or a reward that is not finite.
     """
     known_choice("mode", mode, AdvantageMode)
@@ -41,6 +45,8 @@ def advantages(
         raise ValueError(
             f"rewards_B: rows {rows[:8]} are not finite; drop them or give them a reward"
         )
+    if mode == "global":
+        group_B = torch.zeros_like(group_B)
     index_B, size_U = _groups(group_B)
     size_B = size_U.to(rewards_B.dtype)[index_B]
     centred_B = rewards_B - _group_sum(rewards_B, index_B, size_U)[index_B] / size_B
@@ -56,6 +62,19 @@ def advantages(
     # A batch of one row has no standard deviation; its centred reward is 0.
     std = rewards_B.std() if rewards_B.numel() > 1 else rewards_B.new_zeros(())
     return centred_B / (std + epsilon)
+
+
+def whitened(advantage_N: Tensor, *, epsilon: float = 1e-4) -> Tensor:
+    """(A - mean) / (std + epsilon) over all values given, std with Bessel's correction.
+
+    Of tokens: of GAE's advantages (Huang et al., "The 37 implementation details of PPO", 2022,
+    detail 7) and of returns with the KL in them (REINFORCE++, arXiv 2501.03262, section 3). Of
+    responses: of `leave_one_out` it is TRL's `normalize_advantages`, of `group_mean`
+    REINFORCE++-baseline. All values of a step belong into one call. Equal values give exactly 0.
+    """
+    if advantage_N.numel() < 2 or bool((advantage_N == advantage_N[0]).all()):
+        return torch.zeros_like(advantage_N)
+    return (advantage_N - advantage_N.mean()) / (advantage_N.std() + epsilon)
 
 
 def zero_variance(rewards_B: Tensor, group_B: Tensor) -> Tensor:

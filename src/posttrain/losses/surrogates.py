@@ -1,0 +1,197 @@
+"""Surrogates beside the clipped one: CISPO, GMPO and Kimi's squared loss.
+
+They take what `posttrain.losses.policy.policy_gradient` takes, in the same order: `logp_N` is
+differentiable; `old_logp_N` (the policy the advantages belong to), `advantage_N`, `weight_N` and
+`correction_N` are constants; `row_N` is the row (int64) of each token. `correction_N` multiplies
+the loss of each token (`posttrain.rl.corrections`). Tokens of weight 0 are left out, whatever their
+values. All return `(loss sum, metrics)` with sums over the tokens of non-zero weight; `approx_kl`
+is the k3 estimate of KL(old || new) of each token.
+
+With old == new all of them have the gradient of the plain policy gradient, `-w A`, at each token;
+with GMPO, Kimi's loss and the ratios of rows that holds where the tokens of a row have one weight
+and one advantage, and the gradient of Kimi's is as many times larger as the row has tokens.
+
+Shape suffixes: N flat response tokens of all rows, B rows.
+"""
+
+import torch
+from torch import Tensor
+
+from posttrain.losses.ops import Metrics, active_sum, known_choice, same_shape, weighted_sum
+from posttrain.losses.policy import Ratio, check_clip, log_ratios
+
+
+def cispo(
+    logp_N: Tensor,
+    old_logp_N: Tensor,
+    advantage_N: Tensor,
+    weight_N: Tensor,
+    row_N: Tensor,
+    *,
+    num_rows: int,
+    ratio: Ratio,
+    clip_low: float,
+    clip_high: float,
+    correction_N: Tensor | None = None,
+) -> tuple[Tensor, Metrics]:
+    """Sum of `-weight * correction * sg[clip(r, 1 - low, 1 + high)] * A * logp`.
+
+    The clip bounds the importance weight and never stops a token's gradient (MiniMax-M1, arXiv
+    2506.13585, Eqs. 4 and 5). `clip_low = 1` is no lower bound, which is the paper's choice;
+    `clip_high` is large, such as 4, which is an upper bound of 5 on the ratio (ScaleRL, arXiv
+    2510.13786). `ratio` as in `policy_gradient`; the paper's is `token`.
+
+    Metrics: `clip_low` and `clip_high` (how many tokens have their weight cut at the lower and the
+    upper end, whatever the sign of the advantage), `ratio`, `approx_kl`. Raises ValueError for
+    another `ratio`, a negative clip or shapes that differ.
+    """
+    known_choice("ratio", ratio, Ratio)
+    check_clip(clip_low, clip_high)
+    _same_shapes(logp_N, old_logp_N, advantage_N, weight_N, row_N, correction_N)
+    active_N = weight_N != 0
+    token_log_ratio_N, log_ratio_N = log_ratios(
+        logp_N.detach(), old_logp_N, active_N, row_N, num_rows=num_rows, ratio=ratio
+    )
+    ratio_N = log_ratio_N.exp()
+    factor_N = ratio_N.clamp(1 - clip_low, 1 + clip_high) * _cleared(advantage_N, active_N)
+    loss_N = -factor_N * torch.where(active_N, logp_N, 0)
+    metrics = {
+        "clip_low": active_sum((ratio_N < 1 - clip_low).to(logp_N.dtype), weight_N),
+        "clip_high": active_sum((ratio_N > 1 + clip_high).to(logp_N.dtype), weight_N),
+        "ratio": active_sum(ratio_N, weight_N),
+        "approx_kl": _approx_kl(token_log_ratio_N, weight_N),
+    }
+    return _corrected_sum(loss_N, weight_N, correction_N), metrics
+
+
+def geometric_mean(
+    logp_N: Tensor,
+    old_logp_N: Tensor,
+    advantage_N: Tensor,
+    weight_N: Tensor,
+    row_N: Tensor,
+    *,
+    num_rows: int,
+    clip_low: float,
+    clip_high: float,
+    correction_N: Tensor | None = None,
+) -> tuple[Tensor, Metrics]:
+    """GMPO: sum of `-weight * correction * A * g`, g the geometric mean of clipped token ratios.
+
+    The log ratio of each token is cut at `clip_high` from above where A > 0, and at `-clip_low`
+    from below where A <= 0; g = exp(mean over the row) is one number for all tokens of a row
+    (arXiv 2507.20673, section 3). The clips are distances of the LOG ratio from 0; the paper
+    uses 0.4 for both. All tokens of a row must be in the same call. The paper's mean over rows is
+    `aggregation="sequence"`.
+
+    Metrics: `clip_low` and `clip_high` (how many tokens the clip stops at either end), `ratio`
+    (g), `approx_kl`. Raises ValueError for a negative clip or shapes that differ.
+    """
+    if clip_low < 0 or clip_high < 0:
+        raise ValueError(
+            f"clip_low: {clip_low} and clip_high: {clip_high} must be at least 0; both are "
+            "distances of the log ratio from 0, usually 0.4"
+        )
+    _same_shapes(logp_N, old_logp_N, advantage_N, weight_N, row_N, correction_N)
+    active_N = weight_N != 0
+    advantage_N = _cleared(advantage_N, active_N)
+    log_ratio_N = torch.where(active_N, logp_N - old_logp_N.detach(), 0)
+    up_N = advantage_N > 0
+    clipped_N = torch.where(
+        up_N, log_ratio_N.clamp(max=clip_high), log_ratio_N.clamp(min=-clip_low)
+    )
+    mean_N = _row_means(clipped_N, active_N, row_N, num_rows).exp()
+    stopped_low_N = (log_ratio_N < -clip_low) & (advantage_N < 0)
+    stopped_high_N = (log_ratio_N > clip_high) & up_N
+    metrics = {
+        "clip_low": active_sum(stopped_low_N.to(logp_N.dtype), weight_N),
+        "clip_high": active_sum(stopped_high_N.to(logp_N.dtype), weight_N),
+        "ratio": active_sum(mean_N, weight_N),
+        "approx_kl": _approx_kl(log_ratio_N, weight_N),
+    }
+    return _corrected_sum(-mean_N * advantage_N, weight_N, correction_N), metrics
+
+
+def squared_log_ratio(
+    logp_N: Tensor,
+    old_logp_N: Tensor,
+    advantage_N: Tensor,
+    weight_N: Tensor,
+    row_N: Tensor,
+    *,
+    num_rows: int,
+    tau: float,
+    correction_N: Tensor | None = None,
+) -> tuple[Tensor, Metrics]:
+    """Kimi's loss: sum of `weight * correction * (A - tau * log(pi / pi_old))^2 / (2 tau)`.
+
+    log(pi / pi_old) is the SUM over the tokens of the row, and A the row's r - mean of its group
+    (`advantages(mode="group_mean")`): regression onto the optimum of a reward with the penalty
+    `tau * KL(pi || pi_old)` (Kimi k1.5, arXiv 2501.12599, section 2.3.2; K2, arXiv 2507.20534,
+    section 3.2.3). Both write the bare square. Over 2 tau its gradient is the one that k1.5 gives,
+    `-(A - tau * log(pi / pi_old)) * grad log pi`, whose size does not go with tau.
+
+    A row's loss is given to each of its tokens, and all of them must be in the same call. With
+    `aggregation="sequence"` a row counts once, as in the papers; every token then has the gradient
+    -A while pi = pi_old, without a division by the length.
+
+    Metrics: `ratio` (geometric mean of the row), `approx_kl`, `residual` ((A - tau * log ratio)^2).
+    Raises ValueError for a `tau` that is not positive or shapes that differ.
+    """
+    if not tau > 0:
+        raise ValueError(
+            f"tau: {tau} must be above 0; it is the weight of the KL to the old policy"
+        )
+    _same_shapes(logp_N, old_logp_N, advantage_N, weight_N, row_N, correction_N)
+    active_N = weight_N != 0
+    token_log_ratio_N, log_ratio_N = log_ratios(
+        logp_N, old_logp_N, active_N, row_N, num_rows=num_rows, ratio="product"
+    )
+    residual_N = (_cleared(advantage_N, active_N) - tau * log_ratio_N).square()
+    mean_N = _row_means(token_log_ratio_N.detach(), active_N, row_N, num_rows).exp()
+    metrics = {
+        "ratio": active_sum(mean_N, weight_N),
+        "approx_kl": _approx_kl(token_log_ratio_N, weight_N),
+        "residual": active_sum(residual_N, weight_N),
+    }
+    return _corrected_sum(residual_N / (2 * tau), weight_N, correction_N), metrics
+
+
+def _same_shapes(
+    logp_N: Tensor,
+    old_logp_N: Tensor,
+    advantage_N: Tensor,
+    weight_N: Tensor,
+    row_N: Tensor,
+    correction_N: Tensor | None,
+) -> None:
+    same_shape(
+        logp_N=logp_N,
+        old_logp_N=old_logp_N,
+        advantage_N=advantage_N,
+        weight_N=weight_N,
+        row_N=row_N,
+        correction_N=correction_N,
+    )
+
+
+def _row_means(value_N: Tensor, active_N: Tensor, row_N: Tensor, num_rows: int) -> Tensor:
+    """The mean over the active tokens of a row, given to each of its tokens; the others are 0."""
+    sum_B = value_N.new_zeros(num_rows).index_add(0, row_N, value_N)
+    length_B = torch.zeros_like(sum_B).index_add(0, row_N, active_N.to(value_N.dtype))
+    return (sum_B / length_B.clamp(min=1))[row_N]
+
+
+def _cleared(value_N: Tensor, active_N: Tensor) -> Tensor:
+    """The constant values of active tokens, and 0: a row's number would carry 0 * NaN on."""
+    return torch.where(active_N, value_N.detach(), 0)
+
+
+def _corrected_sum(loss_N: Tensor, weight_N: Tensor, correction_N: Tensor | None) -> Tensor:
+    if correction_N is not None:
+        loss_N = loss_N * _cleared(correction_N, weight_N != 0)
+    return weighted_sum(loss_N, weight_N)
+
+
+def _approx_kl(token_log_ratio_N: Tensor, weight_N: Tensor) -> Tensor:
+    return active_sum(token_log_ratio_N.expm1() - token_log_ratio_N, weight_N)
