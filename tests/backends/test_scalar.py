@@ -240,11 +240,14 @@ def test_bad_checkpoints_are_named(make_model: MakeModel, tmp_path: Path) -> Non
     with pytest.raises(ConfigError, match=r"lack 1 of the tensors .* such as score.weight"):
         load_scalar(tmp_path / "lm")
 
-    with pytest.raises(ConfigError, match=r"absent: transformers cannot load"):
+    with pytest.raises(
+        ConfigError,
+        match=r"absent: transformers cannot load .* with a score",
+    ):
         load_scalar(tmp_path / "absent")
 
 
 def test_a_family_without_a_score_is_named(make_family: MakeModel, tmp_path: Path) -> None:
     save(make_family("olmoe"), tmp_path)
-    with pytest.raises(ConfigError, match="of a family that has a ForSequenceClassification"):
+    with pytest.raises(ConfigError, match=r"no ForSequenceClassification class .* \(olmoe\)"):
         load_scalar(tmp_path)

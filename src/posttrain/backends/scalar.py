@@ -27,11 +27,10 @@ from transformers import (
 
 from posttrain.backends.architecture import backbone, path_of
 from posttrain.backends.base import Head, Scorer
-from posttrain.backends.checkpoint import SCALAR, LanguageModel, is_scalar, save
+from posttrain.backends.checkpoint import SCALAR, LanguageModel, is_scalar, load, save
 from posttrain.engine.errors import ConfigError
 from posttrain.rl.types import Rollouts
 
-SCORE = "score.weight"
 GENERATION = "generation_config.json"
 ROWS_PER_CALL = 256
 """Rows whose hidden states are kept at once."""
@@ -49,48 +48,69 @@ def load_scalar(
     With zeros every first reward and value is 0 and no seed is needed; the first update changes the
     score layer alone. `save_scalar` keeps what this returns.
 
-    Raises ConfigError for a checkpoint whose family has no sequence-classification form in
-    transformers, that lacks weights, that has several labels, whose tokenizer has ids that the
-    model lacks, or whose tokens see later ones.
+    Raises ConfigError for a checkpoint that lacks weights, that has several labels, whose tokenizer
+    has ids that the model lacks or whose tokens see later ones; for a causal LM also what `load`
+    refuses, and where transformers has no model with a score for its family.
     """
     path = Path(path)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        fresh = not is_scalar(config)
+        if not is_scalar(config):
+            return _with_score(load(path, dtype=dtype), path, device)
         model, loading = AutoModelForSequenceClassification.from_pretrained(
             path,
             dtype=dtype,
             use_safetensors=True,
             output_loading_info=True,
             trust_remote_code=False,
-            **({"num_labels": 1} if fresh else {}),
         )
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ConfigError(
             f"{path}: transformers cannot load this checkpoint as a model with a score "
             f"({str(error).splitlines()[0]}); it must be a directory with config.json, "
-            "model.safetensors and tokenizer files, of a family that has a "
-            f"{SCALAR} class"
+            "model.safetensors and tokenizer files"
         ) from error
-    missing = sorted(set(loading["missing_keys"]) - ({SCORE} if fresh else set()))
-    if missing:
+    if loading["missing_keys"]:
+        missing = sorted(loading["missing_keys"])
         raise ConfigError(
             f"{path}: its weight files lack {len(missing)} of the tensors that config.json asks "
             f"for, such as {missing[0]}; they would start at random. Complete the checkpoint, or "
             "mend config.json"
         )
     _check(model.eval(), tokenizer, path)
-    if fresh:
-        torch.nn.init.zeros_(model.score.weight)
-    has_generation = (path / GENERATION).exists()
     # What a causal LM has of itself: it says which tokens end a response.
     model.generation_config = (
         GenerationConfig.from_pretrained(path)
-        if has_generation
+        if (path / GENERATION).exists()
         else GenerationConfig.from_model_config(model.config)
     )
     return LanguageModel(model=model.to(device), tokenizer=tokenizer)
+
+
+def _with_score(
+    language_model: LanguageModel, path: Path, device: torch.device | str
+) -> LanguageModel:
+    """The backbone of a causal LM, itself and not a copy, below a score of zeros."""
+    theirs, body = language_model.model, backbone(language_model.model)
+    config = deepcopy(theirs.config)
+    config.num_labels = 1
+    try:
+        with torch.device("meta"):
+            model = AutoModelForSequenceClassification.from_config(config, dtype=theirs.dtype)
+    except ValueError:
+        model = None
+    if model is None or not hasattr(model, "score") or type(model.base_model) is not type(body):
+        raise ConfigError(
+            f"{path}: transformers has no {SCALAR} class with a score for its family "
+            f"({config.model_type}); start a reward model or a critic from another family, such "
+            "as qwen3 or llama"
+        )
+    setattr(model, model.base_model_prefix, body)
+    model.score = torch.nn.Linear(model.score.in_features, 1, bias=False, dtype=theirs.dtype)
+    torch.nn.init.zeros_(model.score.weight)
+    model.generation_config = theirs.generation_config
+    return replace(language_model, model=model.eval().to(device))
 
 
 def save_scalar(language_model: LanguageModel, out: Path) -> None:
