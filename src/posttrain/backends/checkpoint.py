@@ -18,10 +18,13 @@ from posttrain.backends.architecture import check_plain, path_of
 from posttrain.backends.base import Head
 from posttrain.engine.errors import ConfigError
 
+SCALAR = "ForSequenceClassification"
+"""How the class of a model with a score in place of logits is called."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageModel:
-    """A causal language model and its tokenizer."""
+    """A causal language model and its tokenizer; see `scalar.py` for one with a score."""
 
     model: Any
     """A transformers causal LM."""
@@ -64,6 +67,11 @@ def load(
     path = Path(path)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        if is_scalar(config):
+            raise ConfigError(
+                f"{path}: this is a reward model ({config.architectures[0]}): it scores responses "
+                "and writes none; name a language model here"
+            )
         model, loading = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=dtype,
@@ -103,6 +111,11 @@ def load(
     return LanguageModel(model=model.to(device), tokenizer=tokenizer)
 
 
+def is_scalar(config: Any) -> bool:
+    """Whether a checkpoint's config says that it is a reward model."""
+    return any(name.endswith(SCALAR) for name in config.architectures or ())
+
+
 def _allow_saving(generation_config: Any, path: Path) -> None:
     """Refuse before training what `save_pretrained` would refuse after it.
 
@@ -129,6 +142,9 @@ def save(language_model: LanguageModel, out: Path) -> None:
 
 
 def output_head(model: Any) -> Head:
-    """The output projection of a causal LM, shared with the embedding where the model ties them."""
-    layer = model.get_output_embeddings()
+    """The output projection of a causal LM, shared with the embedding where the model ties them.
+
+    Of a model with a score it is that, of one row.
+    """
+    layer = model.score if hasattr(model, "score") else model.get_output_embeddings()
     return Head(weight_VD=layer.weight, bias_V=getattr(layer, "bias", None))

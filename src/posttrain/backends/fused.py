@@ -21,7 +21,8 @@ from torch.nn import functional
 from posttrain.backends.decoder import read_prompts
 from posttrain.backends.product import Product
 
-FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
+HEADS = ("ForCausalLM", "ForSequenceClassification")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Those whose angles do not depend on how long a row has become."""
 
@@ -35,7 +36,7 @@ def is_fusable(model: Any) -> bool:
     config = model.config
     rope = getattr(config, "rope_parameters", None) or {}
     return (
-        type(model).__name__ in FAMILIES
+        type(model).__name__ in [family + head for family in FAMILIES for head in HEADS]
         and config.hidden_act == "silu"
         and rope.get("rope_type", "default") in ROPE_TYPES
     )

@@ -16,7 +16,7 @@ from posttrain.stages.settings.data import Sample, Select
 from posttrain.stages.settings.distill import Distill
 from posttrain.stages.settings.imitate import Pretrain, Sft
 from posttrain.stages.settings.models import DomainData, Evaluate, ExternalModel
-from posttrain.stages.settings.preference import Dpo, Pairs
+from posttrain.stages.settings.preference import Dpo, Pairs, RewardModel
 from posttrain.stages.settings.rl import Rl
 
 CONFIGS: dict[str, type[BaseModel]] = {
@@ -25,6 +25,7 @@ CONFIGS: dict[str, type[BaseModel]] = {
     "pretrain": Pretrain,
     "sft": Sft,
     "dpo": Dpo,
+    "reward_model": RewardModel,
     "rl": Rl,
     "distill": Distill,
     "evaluate": Evaluate,

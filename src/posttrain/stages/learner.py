@@ -9,12 +9,14 @@ from posttrain.backends.local import LocalLearner
 from posttrain.stages.context import Context
 from posttrain.stages.settings.distill import Distill
 from posttrain.stages.settings.imitate import Pretrain, Sft
-from posttrain.stages.settings.preference import Dpo
+from posttrain.stages.settings.preference import Dpo, RewardModel
 from posttrain.stages.settings.rl import Rl
 
 
 def new_learner(
-    config: Pretrain | Sft | Dpo | Rl | Distill, language_model: LanguageModel, ctx: Context
+    config: Pretrain | Sft | Dpo | RewardModel | Rl | Distill,
+    language_model: LanguageModel,
+    ctx: Context,
 ) -> LocalLearner:
     """AdamW on all weights of `language_model`, on the device and the cores that the stage has."""
     return LocalLearner(

@@ -11,6 +11,7 @@ from posttrain.stages import (  # noqa: F401
     evaluate,
     pairs,
     pretrain,
+    reward_model,
     rl,
     sample,
     select,

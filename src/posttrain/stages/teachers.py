@@ -185,7 +185,10 @@ def check_same_tokens(
     """
 
     def size(language_model: LanguageModel) -> int:
-        return int(language_model.model.get_output_embeddings().weight.shape[0])
+        model = language_model.model
+        # A critic has no output layer; it has to read what the policy writes.
+        layer = model.get_output_embeddings() or model.get_input_embeddings()
+        return int(layer.weight.shape[0])
 
     differences: list[tuple[str, Any, Any]] = [
         ("output layer rows", size(student), size(teacher)),

@@ -68,3 +68,34 @@ class Dpo(Config, Optimizer):
         else:
             refuse_unread(self, "desirable_weight", "undesirable_weight", because=because)
         return self
+
+
+class RewardModel(Config, Optimizer):
+    """A reward model from preference pairs: `r.reward_model(start=..., data=r.pairs(...))`."""
+
+    steps: int | None = Field(None, gt=0)
+    epochs: float | None = Field(None, gt=0)
+    """Passes over the pairs; give this or `steps`."""
+    batch_size: int = Field(32, gt=0)
+    """Pairs per step, drawn evenly over the domains; prompts with `per_prompt`."""
+    loss: Literal["bradley_terry", "pointwise"] = "bradley_terry"
+    """By the difference of the two rewards of a pair, or by each response as good or bad."""
+    margins: Literal["none", "strength"] = "none"
+    """`strength` asks for a larger difference of clearer preferences (Llama 2)."""
+    centring: float = Field(0.0, ge=0)
+    """Weight of the squared sum of a pair's rewards, which pulls their mean to 0. 0.01 is usual."""
+    per_prompt: bool = False
+    """Draw prompts with all of their pairs, which count together as one (InstructGPT)."""
+    holdout: float = Field(0.1, ge=0, lt=1)
+    """Share of the prompts that is not learned from, and gives `heldout_accuracy`."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        steps_or_epochs(self.steps, self.epochs)
+        return self
+
+    @model_validator(mode="after")
+    def _loss_reads(self) -> Self:
+        if self.loss == "pointwise":
+            refuse_unread(self, "margins", "centring", because="loss = pointwise")
+        return self

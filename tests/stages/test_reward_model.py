@@ -1,0 +1,458 @@
+"""reward_model: it learns what is preferred, every setting counts, and a stopped stage goes on.
+
+Suffixes: B rows, P pairs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    MistralConfig,
+)
+
+from posttrain.backends.chat import Chat
+from posttrain.backends.checkpoint import LanguageModel
+from posttrain.backends.local import LocalLearner
+from posttrain.backends.scalar import ended, load_scalar, save_scalar
+from posttrain.engine.errors import ConfigError
+from posttrain.stages.batches import Pool
+from posttrain.stages.comparisons import Responses, draws_of, hold_out
+from posttrain.stages.config import build_config
+from posttrain.stages.context import Context
+from posttrain.stages.reward_model import RewardUpdate, labels
+from posttrain.stages.settings.preference import RewardModel
+
+RunStage = Callable[..., Any]
+BASE: dict[str, Any] = {"steps": 5, "batch_size": 8, "lr": 0.003, "warmup_steps": 1}
+WORDS = ["ab", "cde", "f", "gh", "edcb", "hg", "bbb"]
+
+
+def all_pairs() -> list[dict[str, Any]]:
+    """Two domains of 30 prompts. Four responses to each, ranked by how many capitals they have;
+    of the six pairs every fifth is left out, as ties are."""
+    found = []
+    for i in range(30):
+        for name in ("words", "short"):
+            word = f"{WORDS[i % 7]}{WORDS[i % 5]}"
+            ranked = [word.upper(), f"{word[:2].upper()}{word[2:]}", word, f"{word}xy"]
+            for number, (better, worse) in enumerate(combinations(range(4), 2)):
+                if (number + i) % 5:
+                    found.append(
+                        {"id": str(i), "domain": name, "prompt": f"{name} {WORDS[i % 7]}{i}"}
+                        | {"chosen": ranked[better], "rejected": ranked[worse]}
+                        | {"strength": worse - better + 1}
+                    )
+    return found
+
+
+def write_pairs(folder: Path, pairs: list[dict[str, Any]]) -> str:
+    folder.mkdir()
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    record = {"format": 1, "name": "pairs", "kind": "pairs", "fingerprint": "2" * 64}
+    (folder / "record.json").write_text(json.dumps(record))
+    return str(folder)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> str:
+    return write_pairs(tmp_path / "pairs", all_pairs())
+
+
+@pytest.fixture(scope="session")
+def scored(models: Mapping[str, str], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A reward model with a random score, on the body of the start."""
+    path = tmp_path_factory.mktemp("scored")
+    language_model = load_scalar(models["start"])
+    torch.manual_seed(3)
+    torch.nn.init.normal_(language_model.model.score.weight, std=0.3)
+    save_scalar(language_model, path)
+    record = {"format": 1, "name": "rm", "kind": "reward_model", "fingerprint": "3" * 64}
+    (path / "record.json").write_text(json.dumps(record))
+    return str(path)
+
+
+@pytest.fixture
+def train(run_stage: RunStage, models: Mapping[str, str], data: str) -> Callable[..., Any]:
+    def run(start: str | None = None, work: Path | None = None, **changes: Any) -> Any:
+        inputs = {"start": start or models["start"], "data": data}
+        return run_stage("reward_model", BASE | changes, inputs, work)
+
+    return run
+
+
+def reward(directory: str | Path, prompt: str, response: str) -> float:
+    """By transformers alone: one row through the chat template, without padding."""
+    model = AutoModelForSequenceClassification.from_pretrained(directory)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    chat = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+    ids = torch.tensor([tokenizer.apply_chat_template(chat).input_ids])
+    with torch.no_grad():
+        return float(model(input_ids=ids).logits)
+
+
+def kept(per_prompt: bool, seed: int = 0) -> dict[str, list[dict[str, Any]]]:
+    """The draws that a stage has after its hold-out."""
+    by_domain = {
+        name: [pair for pair in all_pairs() if pair["domain"] == name]
+        for name in ("short", "words")
+    }
+    return draws_of(hold_out(by_domain, 0.1, seed=seed)[0], per_prompt=per_prompt)
+
+
+def drawn(count: int, *, per_prompt: bool) -> list[list[dict[str, Any]]]:
+    return [draw["pairs"] for draw in Pool(kept(per_prompt), seed=0).draw(0, count)]
+
+
+def softplus(x: float) -> float:
+    return math.log1p(math.exp(x))
+
+
+def test_lines_and_summary(train: Callable[..., Any]) -> None:
+    """All rewards of the first step are 0: its loss is log 2, and no chosen reward is higher."""
+    ran = train()
+    assert [line["step"] for line in ran.lines] == [1, 2, 3, 4, 5]
+    names = {"loss", "accuracy", "margin", "reward_mean", "reward_std", "grad_norm", "lr"}
+    for line in ran.lines:
+        assert set(line) == {"step", "total", "tokens", "seconds", *names}
+        assert all(math.isfinite(value) for value in line.values())
+    first, last = ran.lines[0], ran.lines[-1]
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert [first[n] for n in ("accuracy", "margin", "reward_mean", "reward_std")] == [0, 0, 0, 0]
+    pairs = [pair for draw in drawn(8, per_prompt=False) for pair in draw]
+    tokens = sum(len(p["chosen"]) + len(p["rejected"]) + 2 for p in pairs)
+    assert first["tokens"] == tokens
+    heldout = {"heldout_accuracy", "heldout_margin", "heldout_pairs"}
+    heldout |= {"heldout_accuracy/words", "heldout_accuracy/short"}
+    assert set(ran.metrics) == {"loss", "accuracy", "margin", "tokens", *heldout}
+    assert {n: last[n] for n in ("loss", "accuracy", "margin")}.items() <= ran.metrics.items()
+
+
+@pytest.mark.parametrize("settings", [{}, {"margins": "strength"}, {"centring": 0.1}])
+def test_the_first_step_against_transformers(
+    train: Callable[..., Any], scored: str, settings: dict[str, Any]
+) -> None:
+    """-log sigmoid(c - r - margin) + centring (c + r)^2, mean over pairs, row by row."""
+    line = train(scored, batch_size=5, **settings).lines[0]
+    margins = (
+        {4: 1.0, 3: 2 / 3, 2: 1 / 3, 1: 0.0}
+        if "margins" in settings
+        else dict.fromkeys((1, 2, 3, 4), 0.0)
+    )
+    losses, differences, rewards = [], [], []
+    for (pair,) in drawn(5, per_prompt=False):
+        c, r = (reward(scored, pair["prompt"], pair[side]) for side in ("chosen", "rejected"))
+        losses.append(softplus(margins[pair["strength"]] - c + r))
+        losses[-1] += settings.get("centring", 0.0) * (c + r) ** 2
+        differences.append(c - r)
+        rewards += [c, r]
+    mean = sum(rewards) / 10
+    expected = {
+        "loss": sum(losses) / 5,
+        "margin": sum(differences) / 5,
+        "accuracy": sum(difference > 0 for difference in differences) / 5,
+        "reward_mean": mean,
+        "reward_std": math.sqrt(sum((x - mean) ** 2 for x in rewards) / 10),
+    }
+    assert {name: line[name] for name in expected} == pytest.approx(expected, rel=1e-3, abs=1e-4)
+
+
+def test_k_wise_is_the_mean_of_a_prompts_pairs_by_hand(
+    train: Callable[..., Any], scored: str
+) -> None:
+    """Three prompts of 4 or 5 pairs each: every response is read, and counted as tokens, once."""
+    line = train(scored, batch_size=3, per_prompt=True).lines[0]
+    losses, right, tokens = [], [], 0
+    for pairs in drawn(3, per_prompt=True):
+        texts = {pair[side] for pair in pairs for side in ("chosen", "rejected")}
+        tokens += sum(len(text) + 1 for text in texts)
+        value = {text: reward(scored, pairs[0]["prompt"], text) for text in texts}
+        found = [value[pair["chosen"]] - value[pair["rejected"]] for pair in pairs]
+        assert len(found) in (4, 5)
+        losses.append(sum(softplus(-difference) for difference in found) / len(found))
+        right += [difference > 0 for difference in found]
+    assert line["loss"] == pytest.approx(sum(losses) / 3, rel=1e-4)
+    assert line["accuracy"] == pytest.approx(sum(right) / len(right), rel=1e-4)
+    assert line["tokens"] == tokens
+
+
+def test_pointwise_by_hand(train: Callable[..., Any], scored: str) -> None:
+    """Chosen responses are good and rejected ones bad: the mean over both sides of each pair."""
+    line = train(scored, batch_size=5, loss="pointwise").lines[0]
+    losses, right = [], []
+    for (pair,) in drawn(5, per_prompt=False):
+        c, r = (reward(scored, pair["prompt"], pair[side]) for side in ("chosen", "rejected"))
+        losses.append((softplus(-c) + softplus(r)) / 2)
+        right += [c > 0, r <= 0]
+    assert line["loss"] == pytest.approx(sum(losses) / 5, rel=1e-4)
+    assert line["label_accuracy"] == pytest.approx(sum(right) / 10)
+
+
+def test_pointwise_labels_are_shares_of_wins(models: Mapping[str, str]) -> None:
+    """a > b, a > c and b > c: a wins 2 of 2, b 1 of 2, c none; the other draw has one pair and is
+    filled up to three rows."""
+
+    def pair(prompt: str, chosen: str, rejected: str) -> dict[str, str]:
+        return {"id": prompt, "prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+    draws = [
+        {"pairs": [pair("p", "a", "b"), pair("p", "a", "c"), pair("p", "b", "c")]},
+        {"pairs": [pair("q", "d", "e")]},
+    ]
+    language_model = load_scalar(models["start"])
+    batch = Responses(draws, Chat(language_model), 0).batch(draws, strengths=False)
+    assert batch.block == 3
+    assert batch.filled_B.tolist() == [True] * 5 + [False]
+    assert batch.rows.response_len_B.tolist() == [2, 2, 2, 2, 2, 0]
+    assert list(zip(batch.chosen_P.tolist(), batch.rejected_P.tolist(), strict=True)) == [
+        *((0, 1), (0, 2), (1, 2)),
+        (3, 4),
+    ]
+    assert batch.draw_P.tolist() == [0, 0, 0, 1]
+    label_B, weight_B = labels(batch)
+    assert label_B.tolist() == [1, 0.5, 0, 1, 0, 0]
+    assert weight_B.tolist() == pytest.approx([1 / 3] * 3 + [1 / 2, 1 / 2, 0])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"per_prompt": True},
+        {"loss": "pointwise"},
+        {"margins": "strength", "centring": 0.01, "per_prompt": True},
+    ],
+)
+def test_it_learns_the_preference_on_prompts_that_it_never_saw(
+    train: Callable[..., Any], settings: dict[str, Any]
+) -> None:
+    ran = train(steps=60, lr=0.005, **settings)
+    assert ran.metrics["heldout_pairs"] >= 20
+    assert ran.metrics["heldout_accuracy"] > 0.85
+    assert ran.lines[-1]["loss"] < ran.lines[0]["loss"]
+    assert ran.metrics["heldout_margin"] > 0.1
+
+
+def test_the_saved_model_gives_the_heldout_metrics(train: Callable[..., Any]) -> None:
+    """All held-out pairs, by transformers alone."""
+    ran = train(steps=8)
+    by_domain = {
+        name: [pair for pair in all_pairs() if pair["domain"] == name]
+        for name in ("short", "words")
+    }
+    _, held = hold_out(by_domain, 0.1, seed=0)
+    found = {}
+    for domain, pairs in held.items():
+        assert len({pair["id"] for pair in pairs}) == 3, "a tenth of 30 prompts"
+        found[domain] = [
+            reward(ran.out, pair["prompt"], pair["chosen"])
+            - reward(ran.out, pair["prompt"], pair["rejected"])
+            for pair in pairs
+        ]
+    every = [*found["short"], *found["words"]]
+    expected = {
+        "heldout_accuracy": sum(x > 0 for x in every) / len(every),
+        "heldout_margin": sum(every) / len(every),
+        "heldout_pairs": len(every),
+    }
+    for domain, margins in found.items():
+        expected[f"heldout_accuracy/{domain}"] = sum(x > 0 for x in margins) / len(margins)
+    assert {n: ran.metrics[n] for n in expected} == pytest.approx(expected, rel=1e-3)
+
+
+SETTINGS: list[dict[str, Any]] = [
+    {"seed": 1},
+    {"precision": "bfloat16"},
+    {"steps": 6},
+    {"steps": None, "epochs": 0.5},
+    {"batch_size": 6},
+    {"lr": 0.006},
+    {"lr_schedule": "constant"},
+    {"lr_schedule": "linear"},
+    {"lr_end": 0.5},
+    {"warmup_steps": 2},
+    {"beta1": 0.5},
+    {"beta2": 0.5},
+    {"weight_decay": 0.5},
+    {"max_grad_norm": 0.001},
+    {"loss": "pointwise"},
+    {"loss": "pointwise", "per_prompt": True},
+    {"margins": "strength"},
+    {"centring": 0.1},
+    {"per_prompt": True},
+    {"holdout": 0.5},
+    {"holdout": 0.0},
+]
+
+
+def test_every_setting_changes_the_weights(
+    train: Callable[..., Any], same: Any, scored: str
+) -> None:
+    results = {"base": train()} | {str(changes): train(**changes) for changes in SETTINGS}
+    results["start"] = train(scored)
+    names = list(results)
+    alike = [
+        (one, other)
+        for i, one in enumerate(names)
+        for other in names[i + 1 :]
+        if same(results[one], results[other])
+    ]
+    assert alike == []
+    assert "heldout_accuracy" not in results[str({"holdout": 0.0})].metrics
+
+
+@pytest.mark.parametrize("settings", [{}, {"per_prompt": True, "precision": "bfloat16"}])
+def test_a_stopped_stage_ends_with_the_same_bits(
+    train: Callable[..., Any],
+    same: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, Any],
+) -> None:
+    """Stopped after step 3 with a checkpoint of step 2."""
+    calm = train(**settings)
+
+    def stop(ctx: Context, step: int, learner: Any) -> None:
+        if step == 2:
+            ctx.save(step, learner)
+        if step == 3:
+            raise KeyboardInterrupt
+
+    work = tmp_path / "stopped"
+    with monkeypatch.context() as patch:
+        patch.setattr(Context, "checkpoint", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(work=work, **settings)
+    resumed = train(work=work, **settings)
+    assert same(calm, resumed)
+    assert calm.metrics == resumed.metrics
+    clean = [[line | {"seconds": 0} for line in ran.lines] for ran in (calm, resumed)]
+    assert clean[0] == clean[1]
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "gpt2", "mistral"])
+@pytest.mark.parametrize(
+    "settings", [{}, {"per_prompt": True, "centring": 0.1}, {"loss": "pointwise"}]
+)
+def test_micro_batches_of_whole_draws_change_only_rounding(
+    make_model: Callable[..., LanguageModel],
+    save_model: Callable[[LanguageModel], str],
+    kind: str,
+    settings: dict[str, Any],
+) -> None:
+    """Also where a row has its own bin (mistral, whose window no mask can express)."""
+    config = RewardModel(steps=1, **settings)
+    draws = Pool(kept(config.per_prompt), seed=0).draw(0, 6)
+    results = []
+    for max_tokens in (8192, 40):
+        start = windowed(make_model) if kind == "mistral" else make_model(kind)
+        language_model = load_scalar(save_model(start))
+        torch.manual_seed(0)
+        torch.nn.init.normal_(language_model.model.score.weight)
+        learner = LocalLearner(
+            language_model,
+            betas=(0.9, 0.98),
+            weight_decay=0.0,
+            max_grad_norm=1.0,
+            max_tokens=max_tokens,
+        )
+        batch = Responses(draws, Chat(language_model), 0).batch(draws, strengths=False)
+        update = RewardUpdate(config, batch, device=learner.device)
+        results.append(
+            learner.update(
+                ended(batch.rows), update.loss, count=update.count, lr=0.0, group_rows=batch.block
+            )
+        )
+    assert results[0] == pytest.approx(results[1], rel=1e-3)
+    assert results[0]["grad_norm"] > 0.01
+
+
+def windowed(make_model: Callable[..., LanguageModel]) -> LanguageModel:
+    tokenizer = make_model().tokenizer
+    config = MistralConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=6,
+        max_position_embeddings=64,
+    )
+    torch.manual_seed(0)
+    return LanguageModel(model=AutoModelForCausalLM.from_config(config), tokenizer=tokenizer)
+
+
+def test_the_order_of_a_draws_pairs_changes_only_rounding(models: Mapping[str, str]) -> None:
+    config = RewardModel(steps=1, per_prompt=True)
+    draws = Pool(kept(True), seed=0).draw(0, 4)
+    turned = [{"pairs": draw["pairs"][::-1]} for draw in draws[::-1]]
+    results = []
+    for given in (draws, turned):
+        language_model = load_scalar(models["start"])
+        torch.manual_seed(0)
+        torch.nn.init.normal_(language_model.model.score.weight)
+        learner = LocalLearner(
+            language_model, betas=(0.9, 0.98), weight_decay=0.0, max_grad_norm=1.0
+        )
+        batch = Responses(given, Chat(language_model), 0).batch(given, strengths=False)
+        update = RewardUpdate(config, batch, device=learner.device)
+        results.append(
+            learner.update(
+                ended(batch.rows), update.loss, count=update.count, lr=0.0, group_rows=batch.block
+            )
+        )
+    assert results[0] == pytest.approx(results[1], rel=1e-4)
+
+
+def test_no_prompt_is_both_learned_from_and_held_out() -> None:
+    by_domain = {"d": [{"id": str(i % 10), "prompt": f"p{i % 10}", "row": i} for i in range(40)]}
+    learned, held = hold_out(by_domain, 0.25, seed=0)
+    ids = [{pair["id"] for pair in part["d"]} for part in (learned, held)]
+    assert not ids[0] & ids[1] and len(ids[1]) == 2 and len(ids[0]) == 8
+    assert len(learned["d"]) + len(held["d"]) == 40
+    assert hold_out(by_domain, 0.25, seed=1)[1] != held
+    assert hold_out(by_domain, 0.0, seed=0) == (by_domain, {})
+    alone = {"d": by_domain["d"][:1]} | {"e": by_domain["d"]}
+    learned, held = hold_out(alone, 0.1, seed=0)
+    assert len(learned["d"]) == 1 and set(held) == {"e"}
+    with pytest.raises(ConfigError, match=r"holdout = 0.1: the pairs of each domain are all of"):
+        hold_out({"d": by_domain["d"][:1]}, 0.1, seed=0)
+
+
+def test_pairs_without_a_strength_are_named(
+    run_stage: RunStage, models: Mapping[str, str], tmp_path: Path
+) -> None:
+    pairs = all_pairs()
+    pairs[3] |= {"strength": 5}
+    inputs = {"start": models["start"], "data": write_pairs(tmp_path / "bad", pairs)}
+    with pytest.raises(ConfigError, match=r"margins = strength: .*has strength = 5; it takes 1"):
+        run_stage("reward_model", BASE | {"margins": "strength"}, inputs)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"loss": "pointwise", "centring": 0.1}, "centring = 0.1: it is not read with loss = poin"),
+        ({"loss": "pointwise", "margins": "strength"}, "margins = strength: .* loss = pointwise"),
+        ({"loss": "bradley"}, "field 'loss': 'bradley' is not allowed: .*'bradley_terry'"),
+        ({"centring": -0.1}, "field 'centring': -0.1 is not allowed"),
+        ({"holdout": 1.0}, "field 'holdout': 1.0 is not allowed"),
+        ({"epochs": 1.0}, "exactly one of steps and epochs"),
+        ({"steps": None}, "exactly one of steps and epochs"),
+        ({"margin": "none"}, "field 'margin': unknown option; did you mean 'margins'"),
+    ],
+)
+def test_bad_settings_are_named(settings: Mapping[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_config("reward_model", "mine", BASE | settings)
