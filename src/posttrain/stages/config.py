@@ -15,7 +15,7 @@ from posttrain.engine.errors import ConfigError
 from posttrain.stages.settings.data import Sample, Select
 from posttrain.stages.settings.distill import Distill
 from posttrain.stages.settings.imitate import Pretrain, Sft
-from posttrain.stages.settings.models import DomainData, Evaluate, ExternalModel
+from posttrain.stages.settings.models import DomainData, Evaluate, ExternalModel, Merge
 from posttrain.stages.settings.preference import Dpo, Pairs
 from posttrain.stages.settings.rl import Rl
 
@@ -27,6 +27,7 @@ CONFIGS: dict[str, type[BaseModel]] = {
     "dpo": Dpo,
     "rl": Rl,
     "distill": Distill,
+    "merge": Merge,
     "evaluate": Evaluate,
     "sample": Sample,
     "select": Select,

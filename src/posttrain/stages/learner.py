@@ -16,7 +16,8 @@ from posttrain.stages.settings.rl import Rl
 def new_learner(
     config: Pretrain | Sft | Dpo | Rl | Distill, language_model: LanguageModel, ctx: Context
 ) -> LocalLearner:
-    """AdamW on all weights of `language_model`, on the device and the cores that the stage has."""
+    """AdamW on the trainable weights of `language_model`, on the device and the cores that the
+    stage has. Raises ConfigError for a glob of `trainable` that matches no parameter."""
     return LocalLearner(
         language_model,
         betas=(config.beta1, config.beta2),
@@ -24,5 +25,7 @@ def new_learner(
         max_grad_norm=config.max_grad_norm,
         dtype=getattr(torch, config.precision),
         compile=ctx.compile,
+        trainable=config.trainable,
+        ema=config.ema,
         workers=ctx.workers,
     )
