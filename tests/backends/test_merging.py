@@ -168,7 +168,7 @@ def test_arithmetic_is_in_float32_and_integers_must_agree() -> None:
     low, high = (torch.tensor([x]).bfloat16() for x in (1.0, 1.0 + 2**-7))
     found = dict(merged([{"a": low}, {"a": high}], [1.0, 1.0], how="average"))
     assert found["a"].dtype == torch.float32 and found["a"].item() == 1.0 + 2**-8
-    with pytest.raises(ConfigError, match="tensor n holds torch.int64 and differs"):
+    with pytest.raises(ConfigError, match=r"tensor n holds torch\.int64 and differs"):
         list(merged([MODELS[0], MODELS[1] | {"n": torch.tensor([6])}], [1, 1], how="average"))
 
 
