@@ -22,6 +22,7 @@ from posttrain.engine.store import Store
 from posttrain.external import find_external
 from posttrain.language.builder import Builder
 from posttrain.language.handles import Demos, Prompts, Stage, check_modes
+from posttrain.language.joining import Aux, auxiliary, check_auxiliary, check_merge, merging
 from posttrain.language.routes import route
 from posttrain.stages.config import VERSIONS
 from posttrain.suites.domain import Suite, Table
@@ -135,14 +136,23 @@ class Recipe:
         return self._build.stage("pretrain", name, data.settings() | settings, inputs)
 
     def sft(
-        self, *, start: Stage, data: Demos | Stage, name: str = "sft", **settings: Any
+        self,
+        *,
+        start: Stage,
+        data: Demos | Stage,
+        aux: Aux | None = None,
+        name: str = "sft",
+        **settings: Any,
     ) -> Stage:
-        """Supervised fine-tuning of `start` on demonstrations or on selected rollouts."""
+        """Supervised fine-tuning of `start` on demonstrations or on selected rollouts.
+
+        `aux` maps names of further cross-entropy losses to their data and weight.
+        """
         inputs = {"start": self._build.model(name, "start", start)}
         inputs |= self._build.data(name, data, (Demos, Stage))
         if isinstance(data, Demos):
-            return self._build.stage("sft", name, data.settings() | settings, inputs)
-        stage = self._build.stage("sft", name, settings, inputs)
+            return self._trained("sft", name, data.settings() | settings, inputs, aux)
+        stage = self._trained("sft", name, settings, inputs, aux)
         self._build.refuse(
             stage,
             "modes",
@@ -158,10 +168,14 @@ class Recipe:
         start: Stage,
         data: Stage,
         reference: Stage | None = None,
+        aux: Aux | None = None,
         name: str = "dpo",
         **settings: Any,
     ) -> Stage:
-        """Training of `start` on preference pairs, relative to `reference` (the start itself)."""
+        """Training of `start` on preference pairs, relative to `reference` (the start itself).
+
+        `aux` as in `sft`.
+        """
         if data.kind not in ("pairs", ""):
             raise ConfigError(
                 f"stage {name!r} (dpo): its data is {data.name!r} ({data.kind}); it needs a pairs "
@@ -171,7 +185,7 @@ class Recipe:
         if reference is not None:
             inputs["reference"] = self._build.model(name, "reference", reference)
             self._build.same_vocabulary(name, start.name, reference.name, role="reference")
-        stage = self._build.stage("dpo", name, settings, inputs)
+        stage = self._trained("dpo", name, settings, inputs, aux)
         if reference is not None and self._build.nodes[name].config["loss"] == "simpo":
             raise ConfigError(
                 f"stage {name!r} (dpo): loss = simpo reads no reference; leave reference= out, or "
@@ -179,11 +193,22 @@ class Recipe:
             )
         return stage
 
-    def rl(self, *, start: Stage, prompts: Prompts, name: str = "rl", **settings: Any) -> Stage:
-        """Reinforcement learning of `start` on the verifiable rewards of the prompts' domains."""
+    def rl(
+        self,
+        *,
+        start: Stage,
+        prompts: Prompts,
+        aux: Aux | None = None,
+        name: str = "rl",
+        **settings: Any,
+    ) -> Stage:
+        """Reinforcement learning of `start` on the verifiable rewards of the prompts' domains.
+
+        `aux` as in `sft`.
+        """
         inputs = {"start": self._build.model(name, "start", start)}
         inputs |= self._build.data(name, prompts, (Prompts,))
-        stage = self._build.stage("rl", name, prompts.settings() | settings, inputs)
+        stage = self._trained("rl", name, prompts.settings() | settings, inputs, aux)
         self._build.named_domains(stage, prompts.domains, "domain_kl")
         return stage
 
@@ -193,12 +218,14 @@ class Recipe:
         start: Stage,
         teachers: Mapping[str, Stage | str],
         prompts: Prompts,
+        aux: Aux | None = None,
         name: str = "student",
         **settings: Any,
     ) -> Stage:
         """On-policy distillation of each prompt's domain from that domain's teacher into `start`.
 
         `teachers` maps every domain of `prompts` to a stage, or to "self" for the start itself.
+        `aux` as in `sft`.
         """
         inputs = {"start": self._build.model(name, "start", start)}
         inputs |= self._build.data(name, prompts, (Prompts,))
@@ -206,7 +233,24 @@ class Recipe:
         for edge in edges.values():
             self._build.same_vocabulary(name, start.name, edge)
         settings = prompts.settings() | settings
-        return self._build.stage("distill", name, settings, inputs | edges, routes)
+        return self._trained("distill", name, settings, inputs | edges, aux, routes)
+
+    def merge(
+        self,
+        models: Mapping[str, Stage] | Iterable[Stage],
+        *,
+        base: Stage | None = None,
+        name: str = "merged",
+        **settings: Any,
+    ) -> Stage:
+        """One model out of the weights of several, by name or as a list.
+
+        `how = "average"` takes their mean; the others add what the models learned on top of `base`.
+        `weights` maps names to numbers.
+        """
+        stage = self._build.stage("merge", name, settings, merging(self._build, name, models, base))
+        check_merge(self._build, name)
+        return stage
 
     def evaluate(
         self,
@@ -280,6 +324,21 @@ class Recipe:
                 + " second stage; write r.pairs(strong, against=weak) for strong_against_weak and "
                 "r.pairs(rollouts) for best_against_worst"
             )
+        return stage
+
+    def _trained(
+        self,
+        kind: str,
+        name: str,
+        settings: Mapping[str, Any],
+        inputs: Mapping[str, str],
+        aux: Aux | None,
+        routes: Mapping[str, str] | None = None,
+    ) -> Stage:
+        """A stage that trains, with its auxiliary losses."""
+        settings, edges = auxiliary(self._build, name, aux, settings)
+        stage = self._build.stage(kind, name, settings, {**inputs, **edges}, routes)
+        check_auxiliary(self._build, name, aux)
         return stage
 
     def graph(self, target: Stage) -> Graph:

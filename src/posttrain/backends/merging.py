@@ -1,13 +1,14 @@
 """One model out of several by arithmetic on their weights.
 
 Every function works on one tensor of each model, in float32; `merged` goes through the tensors of
-whole models, which may be read as they are needed (`TensorFiles`), so that beside the result no more
-than one tensor of each model is in memory.
+whole models, which may be read as they are needed (`TensorFiles`), so that beside the result no
+more than one tensor of each model is in memory.
 
-What mergekit (arXiv 2403.13257) calls `linear` with `normalize`, `task_arithmetic`, `ties`,
-`dare_linear` and `dare_ties` with its defaults is the same arithmetic, save that here a tie of the
-signs adds nothing (the sign of 0 is 0, as in the TIES paper), where mergekit takes the positive side,
-that `scale` is mergekit's `lambda`, and that DARE draws other random numbers.
+It is the arithmetic of mergekit (arXiv 2403.13257): `average` is its `linear`, the others have its
+names, and `normalize` is as its methods have it by default (`ties` divides by the weights that
+agree, `task_arithmetic` and DARE do not divide). `scale` is its `lambda`. What differs: where the
+weighted differences of all models add up to 0 nothing is added (the sign of 0 is 0, as in the TIES
+paper), while mergekit takes the positive side; and DARE draws other random numbers.
 
 Legend: tensors of weights have any shape, the same in all models.
 """

@@ -8,7 +8,7 @@ from typing import Any
 
 from posttrain.modes import Mode, check_mode
 
-MODEL_KINDS = ("model", "pretrain", "sft", "dpo", "rl", "distill")
+MODEL_KINDS = ("model", "pretrain", "sft", "dpo", "rl", "distill", "merge")
 """Kinds of stages that make a language model."""
 
 

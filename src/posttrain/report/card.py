@@ -18,6 +18,7 @@ WHAT = {
     "dpo": "learning from preference pairs",
     "rl": "reinforcement learning on verifiable rewards",
     "distill": "on-policy distillation from one teacher per domain",
+    "merge": "merged from the weights of several models",
     "model": "taken in from outside",
 }
 

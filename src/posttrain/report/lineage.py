@@ -29,6 +29,7 @@ KEY_NUMBERS = {
     "distill": ("kl", "KL"),
     "evaluate": ("norm", "Norm"),
     "model": ("parameters", "parameters"),
+    "merge": ("models", "models"),
     "select": ("rows", "rows"),
     "sample": ("rows", "rows"),
     "pairs": ("rows", "pairs"),

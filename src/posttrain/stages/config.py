@@ -15,7 +15,7 @@ from posttrain.engine.errors import ConfigError
 from posttrain.stages.settings.data import Sample, Select
 from posttrain.stages.settings.distill import Distill
 from posttrain.stages.settings.imitate import Pretrain, Sft
-from posttrain.stages.settings.models import DomainData, Evaluate, ExternalModel
+from posttrain.stages.settings.models import DomainData, Evaluate, ExternalModel, Merge
 from posttrain.stages.settings.preference import Dpo, Pairs, RewardModel
 from posttrain.stages.settings.rl import Rl
 
@@ -28,6 +28,7 @@ CONFIGS: dict[str, type[BaseModel]] = {
     "reward_model": RewardModel,
     "rl": Rl,
     "distill": Distill,
+    "merge": Merge,
     "evaluate": Evaluate,
     "sample": Sample,
     "select": Select,

@@ -28,6 +28,7 @@ from posttrain.losses.policy import policy_gradient
 from posttrain.rl.advantage import advantages
 from posttrain.rl.corrections import importance_correction
 from posttrain.schedules import learning_rate
+from posttrain.stages.auxiliary import Auxiliary, take_metrics
 from posttrain.stages.batches import Pool, Problem
 from posttrain.stages.context import Context
 from posttrain.stages.learner import new_learner
@@ -56,6 +57,7 @@ def run(config: Distill, ctx: Context) -> dict[str, float]:
     )
     learner = new_learner(config, language_model, ctx)
     sampler = LocalSampler(learner.policy)
+    aux = Auxiliary(config, config.seed, ctx, chat, language_model.pad_id)
     for step in range(ctx.resume(learner), config.steps):
         problems = pool.draw(step, config.prompts_per_step)
         reading = teachers.reading(config, teacher_numbers(config, teachers, problems))
@@ -71,10 +73,10 @@ def run(config: Distill, ctx: Context) -> dict[str, float]:
             reader=reading,
         )
         lr = learning_rate(config, step, config.steps)
-        metrics = learn(config, learner, reading, domains, scored, lr=lr, step=step)
+        metrics = learn(config, learner, reading, domains, scored, aux, lr=lr, step=step)
         ctx.log(step + 1, config.steps, tokens=scored.rollouts.num_tokens, **metrics)
         ctx.checkpoint(step + 1, learner)
-    save(language_model, ctx.out)
+    save(learner.result(), ctx.out)
     return {"kl": ctx.metrics["kl"], "tokens": ctx.tokens}
 
 
@@ -90,6 +92,7 @@ def learn(
     reading: Reading,
     domains: list[str],
     scored: Scored,
+    aux: Auxiliary,
     *,
     lr: float,
     step: int,
@@ -116,10 +119,12 @@ def learn(
             advantage_B=reward_B[rows_B],
             device=learner.device,
         )
-        part = learner.update(update.rows, update.loss, count=update.count, lr=lr)
+        also = aux.parts(step * config.updates_per_batch + num_updates)
+        part = learner.update(update.rows, update.loss, count=update.count, lr=lr, also=also)
         sums = {name: sums.get(name, 0.0) + part.get(name, 0.0) for name in sums | part}
         count, num_updates = count + update.count, num_updates + 1
     metrics = {"lr": lr, "grad_norm": sums.pop("grad_norm") / num_updates}
+    metrics |= take_metrics(sums, num_updates)
     metrics["loss"] = sums.pop("loss") / count
     metrics |= describe(sums, domains, rollouts.num_tokens)
     metrics["response_length"] = float(rollouts.response_len_B.float().mean())

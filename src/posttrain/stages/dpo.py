@@ -9,12 +9,13 @@ pairs, N flat response tokens, V vocabulary.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import chain
 
 import torch
 from torch import Tensor
 
-from posttrain.backends.base import Head, Metrics, MicroBatch
+from posttrain.backends.base import Head, Metrics, MicroBatch, Part
 from posttrain.backends.chat import Chat
 from posttrain.backends.checkpoint import LanguageModel, load, save
 from posttrain.backends.local import (
@@ -36,6 +37,7 @@ from posttrain.losses.preference import (
 )
 from posttrain.rl.types import Rollouts
 from posttrain.schedules import learning_rate
+from posttrain.stages.auxiliary import Auxiliary, take_metrics
 from posttrain.stages.batches import Pool
 from posttrain.stages.context import Context
 from posttrain.stages.learner import new_learner
@@ -58,6 +60,7 @@ def run(config: Dpo, ctx: Context) -> dict[str, float]:
     rows = encode(pairs, chat, pad_id)
     counted_V = counted_tokens(config, language_model)
     learner = new_learner(config, language_model, ctx)
+    aux = Auxiliary(config, config.seed, ctx, chat, pad_id)
     # The start is its own reference: read here, before a step or a checkpoint changes its weights.
     reference = reference_model(config, ctx, learner.policy)
     reference_B, baseline = None, None
@@ -81,23 +84,27 @@ def run(config: Dpo, ctx: Context) -> dict[str, float]:
             baseline=None if baseline is None else baseline.value(learner, index_B),
             device=learner.device,
         )
-        metrics = learn(learner, update, lr=learning_rate(config, step, steps))
+        lr = learning_rate(config, step, steps)
+        metrics = learn(learner, update, lr=lr, also=aux.parts(step))
         ctx.log(step + 1, steps, tokens=update.rows.num_tokens, **metrics)
         ctx.checkpoint(step + 1, learner)
-    save(language_model, ctx.out)
+    save(learner.result(), ctx.out)
     summary = {name: ctx.metrics[name] for name in ("loss", "accuracy", "margin")}
     return summary | {"tokens": ctx.tokens}
 
 
-def learn(learner: LocalLearner, update: PairUpdate, *, lr: float) -> dict[str, float]:
+def learn(
+    learner: LocalLearner, update: PairUpdate, *, lr: float, also: Sequence[Part] = ()
+) -> dict[str, float]:
     """One optimiser step on a batch of pairs; returns its metrics, means over pairs."""
-    sums = learner.update(update.rows, update.loss, count=update.count, lr=lr, group_rows=2)
-    grad_norm, loss = sums.pop("grad_norm"), sums.pop("loss")
+    count = update.count
+    sums = learner.update(update.rows, update.loss, count=count, lr=lr, group_rows=2, also=also)
+    grad_norm, loss, aux = sums.pop("grad_norm"), sums.pop("loss"), take_metrics(sums)
     num_pairs = len(update.rows) // 2
-    metrics = {"loss": loss / update.count} | {k: v / num_pairs for k, v in sums.items()}
+    metrics = {"loss": loss / count} | {k: v / num_pairs for k, v in sums.items()}
     if update.baseline is not None:
         metrics["kl_baseline"] = float(update.baseline)
-    return metrics | {"grad_norm": grad_norm, "lr": lr}
+    return metrics | aux | {"grad_norm": grad_norm, "lr": lr}
 
 
 class PairUpdate:

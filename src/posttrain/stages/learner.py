@@ -18,7 +18,8 @@ def new_learner(
     language_model: LanguageModel,
     ctx: Context,
 ) -> LocalLearner:
-    """AdamW on all weights of `language_model`, on the device and the cores that the stage has."""
+    """AdamW on the trainable weights of `language_model`, on the device and the cores that the
+    stage has. Raises ConfigError for a glob of `trainable` that matches no parameter."""
     return LocalLearner(
         language_model,
         betas=(config.beta1, config.beta2),
@@ -26,5 +27,7 @@ def new_learner(
         max_grad_norm=config.max_grad_norm,
         dtype=getattr(torch, config.precision),
         compile=ctx.compile,
+        trainable=config.trainable,
+        ema=config.ema,
         workers=ctx.workers,
     )

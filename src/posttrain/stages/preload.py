@@ -9,6 +9,7 @@ from posttrain.stages import (  # noqa: F401
     distill,
     dpo,
     evaluate,
+    merge,
     pairs,
     pretrain,
     reward_model,

@@ -47,6 +47,6 @@ def run(config: Pretrain, ctx: Context) -> dict[str, float]:
         metrics = imitate(learner, batch, lr=learning_rate(config, step, config.steps))
         ctx.log(step + 1, config.steps, tokens=batch.num_tokens, **metrics)
         ctx.checkpoint(step + 1, learner)
-    save(language_model, ctx.out)
-    parameters = sum(parameter.numel() for parameter in learner.parameters)
+    save(learner.result(), ctx.out)
+    parameters = sum(parameter.numel() for parameter in language_model.model.parameters())
     return {"loss": ctx.metrics["loss"], "tokens": ctx.tokens, "parameters": parameters}

@@ -16,6 +16,7 @@ from posttrain.backends.local import LocalLearner, flat_index
 from posttrain.backends.sampler import LocalSampler
 from posttrain.rl.advantage import advantages, zero_variance
 from posttrain.schedules import learning_rate
+from posttrain.stages.auxiliary import Auxiliary, take_metrics
 from posttrain.stages.batches import Pool
 from posttrain.stages.context import Context
 from posttrain.stages.learner import new_learner
@@ -43,6 +44,7 @@ def run(config: Rl, ctx: Context) -> dict[str, float]:
     )
     learner = new_learner(config, language_model, ctx)
     reference = new_reference(config, ctx)
+    aux = Auxiliary(config, config.seed, ctx, chat, language_model.pad_id)
     sampler, log = LocalSampler(learner.policy), RolloutLog(ctx.out)
     state = Together(policy=learner, **({} if reference is None else {"reference": reference}))
     first = ctx.resume(state)
@@ -63,11 +65,11 @@ def run(config: Rl, ctx: Context) -> dict[str, float]:
             seed=step_seed(now.seed, step),
         )
         log.write(step, scored, model=ctx.name, temperature=now.temperature)
-        metrics = learn(now, learner, reference, scored, step=step)
+        metrics = learn(now, learner, reference, scored, aux, step=step)
         metrics |= {f"setting/{name}": float(getattr(now, name)) for name in config.schedules}
         ctx.log(step + 1, config.steps, tokens=scored.rollouts.num_tokens, **metrics)
         ctx.checkpoint(step + 1, state)
-    save(language_model, ctx.out)
+    save(learner.result(), ctx.out)
     return {"reward": ctx.metrics["reward"], "tokens": ctx.tokens}
 
 
@@ -88,6 +90,7 @@ def learn(
     learner: LocalLearner,
     reference: Reference | None,
     scored: Scored,
+    aux: Auxiliary,
     *,
     step: int,
 ) -> dict[str, float]:
@@ -133,9 +136,11 @@ def learn(
             kl_weight_B=kl_weight_B[rows_B],
             device=learner.device,
         )
-        part = learner.update(update.rows, update.loss, count=update.count, lr=lr)
+        also = aux.parts(step * config.updates_per_batch + number)
+        part = learner.update(update.rows, update.loss, count=update.count, lr=lr, also=also)
         sums = {name: sums.get(name, 0.0) + value for name, value in part.items()}
     metrics["grad_norm"] = sums.pop("grad_norm") / len(parts)
+    metrics |= take_metrics(sums, len(parts))
     tokens = sums.pop("tokens")
     return metrics | {name: value / tokens for name, value in sums.items()}
 

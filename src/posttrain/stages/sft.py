@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from posttrain.backends.base import Head, Metrics, MicroBatch
+from posttrain.backends.base import Head, Metrics, MicroBatch, Part
 from posttrain.backends.chat import Chat
 from posttrain.backends.checkpoint import load, save
 from posttrain.backends.local import LocalLearner, response_targets
-from posttrain.engine.errors import ConfigError
 from posttrain.losses.ops import token_logprobs
 from posttrain.losses.sft import cross_entropy
 from posttrain.rewards.oracle import demonstrate
 from posttrain.rl.types import Rollouts
 from posttrain.schedules import learning_rate
-from posttrain.stages.batches import Pool, Problem, sequences
+from posttrain.stages.auxiliary import (
+    Auxiliary,
+    check_demonstrated,
+    encode,
+    rows_by_domain,
+    take_metrics,
+)
+from posttrain.stages.batches import Pool, Problem
 from posttrain.stages.context import Context
 from posttrain.stages.learner import new_learner
 from posttrain.stages.rollouts import verifiers
@@ -35,21 +40,20 @@ def run(config: Sft, ctx: Context) -> dict[str, float]:
     num_rows = sum(map(len, demos.values()))
     steps = config.steps or math.ceil((config.epochs or 0) * num_rows / config.batch_size)
     learner = new_learner(config, language_model, ctx)
+    aux = Auxiliary(config, config.seed, ctx, chat, language_model.pad_id)
     for step in range(ctx.resume(learner), steps):
-        rows = pool.draw(step, config.batch_size)
-        batch = sequences(
-            [chat.prompt(row["prompt"], row.get("mode")) for row in rows],
-            [chat.response(row["prompt"], row["demo"], row.get("mode")) for row in rows],
-            language_model.pad_id,
-        )
-        metrics = imitate(learner, batch, lr=learning_rate(config, step, steps))
+        batch = encode(pool.draw(step, config.batch_size), chat, language_model.pad_id)
+        lr = learning_rate(config, step, steps)
+        metrics = imitate(learner, batch, lr=lr, also=aux.parts(step))
         ctx.log(step + 1, steps, tokens=batch.num_tokens, **metrics)
         ctx.checkpoint(step + 1, learner)
-    save(language_model, ctx.out)
+    save(learner.result(), ctx.out)
     return {"loss": ctx.metrics["loss"], "tokens": ctx.tokens}
 
 
-def imitate(learner: LocalLearner, batch: Rollouts, *, lr: float) -> dict[str, float]:
+def imitate(
+    learner: LocalLearner, batch: Rollouts, *, lr: float, also: Sequence[Part] = ()
+) -> dict[str, float]:
     """One step of cross-entropy on the response tokens of `batch`, averaged over tokens."""
 
     def loss(hidden_ND: Tensor, head: Head, part: MicroBatch) -> tuple[Tensor, Metrics]:
@@ -59,8 +63,9 @@ def imitate(learner: LocalLearner, batch: Rollouts, *, lr: float) -> dict[str, f
         return total, {"loss": total.detach()}
 
     count = batch.num_tokens
-    sums = learner.update(batch, loss, count=count, lr=lr)
-    return {"loss": sums["loss"] / count, "grad_norm": sums["grad_norm"], "lr": lr}
+    sums = learner.update(batch, loss, count=count, lr=lr, also=also)
+    metrics = {"loss": sums["loss"] / count, "grad_norm": sums["grad_norm"], "lr": lr}
+    return metrics | take_metrics(sums)
 
 
 def demonstrations(config: Pretrain | Sft, ctx: Context) -> dict[str, list[Problem]]:
@@ -69,25 +74,9 @@ def demonstrations(config: Pretrain | Sft, ctx: Context) -> dict[str, list[Probl
     Those of domains are in the stage's modes, and some of them wrong with `demo_noise`.
     """
     if "data" in ctx.inputs:
-        lines = (ctx.inputs["data"] / "data.jsonl").read_text(encoding="utf-8").splitlines()
-        rows: dict[str, list[Problem]] = {}
-        for row in map(json.loads, lines):
-            rows.setdefault(row["domain"], []).append(row)
-        if not rows:
-            raise ConfigError(f"stage {ctx.name!r}: its data has no rows; loosen the selection")
-        return dict(sorted(rows.items()))
+        return rows_by_domain(ctx.inputs["data"] / "data.jsonl", ctx.name)
     demos = {name: ctx.problems(name, "train", config.modes) for name in ctx.domains}
-    for name, problems in demos.items():
-        missing = next((p for p in problems if p["demo"] is None), None)
-        if missing is not None:
-            thinks = missing.get("mode") == "think"
-            raise ConfigError(
-                f"stage {ctx.name!r}: domain {name!r} has no "
-                + ("thinking demonstration" if thinks else "demonstration")
-                + f" for problem {missing['id']}; name its column with "
-                + ("`thought = ...`" if thinks else "`demo = ...`")
-                + " in the suite, or leave the domain out of `data`"
-            )
+    check_demonstrated(demos, ctx.name)
     return with_slips(config, ctx, demos) if config.demo_noise else demos
 
 

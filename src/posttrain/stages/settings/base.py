@@ -114,6 +114,11 @@ class Optimizer(BaseModel):
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradients are scaled down to this norm."""
+    trainable: list[str] = Field(default_factory=lambda: ["*"], min_length=1)
+    """Globs of parameter names; the weights that none of them matches stay as they are."""
+    ema: float | None = Field(None, gt=0, lt=1)
+    """Share of the old average that each optimiser step keeps. The stage's model is then the moving
+    average of its weights, which begins with the start. InstructGPT: 0.992."""
 
     @model_validator(mode="after")
     def _lr_end_is_read(self) -> Self:
@@ -135,6 +140,29 @@ class InModes(BaseModel):
     def _modes_differ(self) -> Self:
         if len(set(self.modes)) < len(self.modes):
             raise ValueError(f"modes = {list(self.modes)}: name each mode once")
+        return self
+
+
+class WithAux(BaseModel):
+    """Losses beside the stage's own; mixed into the stages that train from a start."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    aux: dict[str, Weight] = Field(default_factory=dict)
+    """Name of an auxiliary loss to its weight: weight times the mean cross-entropy per token is
+    added to the stage's mean loss. The recipe gives it with its data."""
+    aux_batch_size: int = Field(32, gt=0)
+    """Rows of each auxiliary loss per optimiser step, drawn evenly over its domains."""
+    aux_modes: dict[str, tuple[Mode, ...]] = Field(default_factory=dict)
+    """Modes of the demonstrations that an auxiliary loss reads; filled in by the recipe."""
+
+    @model_validator(mode="after")
+    def _batch_is_read(self) -> Self:
+        if not self.aux:
+            refuse_unread(self, "aux_batch_size", because="no aux")
+        unknown = [name for name in self.aux_modes if name not in self.aux]
+        if unknown:
+            raise ValueError(f"aux_modes: {unknown[0]!r} is not an auxiliary loss")
         return self
 
 

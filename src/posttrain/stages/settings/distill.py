@@ -15,11 +15,12 @@ from posttrain.stages.settings.base import (
     Positive,
     Rollout,
     Weight,
+    WithAux,
     refuse_unread,
 )
 
 
-class Distill(Config, Optimizer, InModes, Rollout, Correction, Aggregation):
+class Distill(Config, Optimizer, InModes, WithAux, Rollout, Correction, Aggregation):
     """On-policy distillation from one teacher per domain: `r.distill(start=..., teachers=...)`."""
 
     steps: int = Positive

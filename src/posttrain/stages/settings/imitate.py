@@ -6,7 +6,14 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from posttrain.stages.settings.base import Config, InModes, Optimizer, Positive, steps_or_epochs
+from posttrain.stages.settings.base import (
+    Config,
+    InModes,
+    Optimizer,
+    Positive,
+    WithAux,
+    steps_or_epochs,
+)
 
 
 class Pretrain(Config, Optimizer, InModes):
@@ -39,7 +46,7 @@ class Pretrain(Config, Optimizer, InModes):
         return self
 
 
-class Sft(Config, Optimizer, InModes):
+class Sft(Config, Optimizer, InModes, WithAux):
     """Supervised fine-tuning on demonstrations: `r.sft(start=..., data=...)`."""
 
     steps: int | None = Field(None, gt=0)

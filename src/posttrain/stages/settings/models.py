@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from posttrain.stages.settings.base import Config, InModes
+from posttrain.stages.settings.base import Config, InModes, refuse_unread
 
 
 class Evaluate(Config, InModes):
@@ -24,6 +24,42 @@ class Evaluate(Config, InModes):
     """Problems per domain whose responses are kept for the report."""
     routes: dict[str, str] = Field(default_factory=dict)
     """Domain to teacher; filled in by the recipe."""
+
+
+class Merge(BaseModel):
+    """One model out of the weights of several: `r.merge({name: model})`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    seed: int = Field(0, ge=0, lt=2**31)
+    """What DARE drops follows from it."""
+    how: Literal["average", "task_arithmetic", "ties", "dare_linear", "dare_ties"] = "average"
+    """All but `average` add up differences from a base."""
+    weights: dict[str, float] = Field(default_factory=dict)
+    """Weight of a model; 1 where none is given. Only `average` divides by their sum."""
+    density: float = Field(0.2, gt=0, le=1)
+    """Share of each difference that stays: the largest with `ties`, a random share with DARE."""
+    scale: float = Field(1.0, gt=0)
+    """What the merged difference is multiplied with before it is added to the base."""
+
+    @model_validator(mode="after")
+    def _numbers_are_read(self) -> Self:
+        because = f"how = {self.how}"
+        if self.how in ("average", "task_arithmetic"):
+            refuse_unread(self, "density", because=because)
+        if self.how == "average":
+            refuse_unread(self, "scale", because=because)
+        return self
+
+    @model_validator(mode="after")
+    def _signs_can_be_elected(self) -> Self:
+        negative = [name for name, weight in self.weights.items() if weight < 0]
+        if negative and self.how not in ("task_arithmetic", "dare_linear"):
+            raise ValueError(
+                f"weights: {negative[0]} = {self.weights[negative[0]]} with how = {self.how}; a "
+                "negative weight takes a difference away, which task_arithmetic and dare_linear do"
+            )
+        return self
 
 
 class DomainData(BaseModel):

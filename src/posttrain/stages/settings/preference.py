@@ -6,7 +6,13 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from posttrain.stages.settings.base import Config, Optimizer, refuse_unread, steps_or_epochs
+from posttrain.stages.settings.base import (
+    Config,
+    Optimizer,
+    WithAux,
+    refuse_unread,
+    steps_or_epochs,
+)
 
 
 class Pairs(BaseModel):
@@ -27,7 +33,7 @@ class Pairs(BaseModel):
     """Most characters by which the two responses may differ in length."""
 
 
-class Dpo(Config, Optimizer):
+class Dpo(Config, Optimizer, WithAux):
     """Learning from preferences: `r.dpo(start=..., data=r.pairs(...))`."""
 
     steps: int | None = Field(None, gt=0)

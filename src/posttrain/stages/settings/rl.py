@@ -15,11 +15,12 @@ from posttrain.stages.settings.base import (
     Positive,
     Rollout,
     Weight,
+    WithAux,
     refuse_unread,
 )
 
 
-class Rl(Config, Optimizer, InModes, Rollout, Correction, Aggregation):
+class Rl(Config, Optimizer, InModes, WithAux, Rollout, Correction, Aggregation):
     """GRPO and its relatives on verifiable rewards: `r.rl(start=..., prompts=...)`."""
 
     SCHEDULABLE: ClassVar[frozenset[str]] = frozenset(

@@ -1,0 +1,134 @@
+"""Merging: one checkpoint out of the weights of several (`backends/merging.py`).
+
+Averages of runs that differ in data or settings (Llama 3, arXiv 2407.21783, section 4.1.7), soups,
+and sums of what several specialists learned on top of one base.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from posttrain.backends.checkpoint import load, save
+from posttrain.backends.merging import TensorFiles, merged
+from posttrain.engine.errors import ConfigError
+from posttrain.stages.context import Context
+from posttrain.stages.settings.models import Merge
+
+EDGE = "models."
+FREE = frozenset(
+    {
+        "transformers_version", "architectures", "dtype", "use_cache", "_name_or_path", "id2label",
+        "label2id", "bos_token_id", "eos_token_id", "pad_token_id",
+    }
+)  # fmt: skip
+"""Entries of config.json that may differ: they do not change what a weight means. Stop tokens are
+compared as such."""
+
+
+def run(config: Merge, ctx: Context) -> dict[str, float]:
+    """Merge the models of the edges `models.NAME`, relative to `base` where `how` has one.
+
+    Configuration and tokenizer are those of the first model by name. Raises ConfigError for models
+    that differ in architecture, tokens, or names or shapes of their tensors.
+    """
+    names = sorted(edge.removeprefix(EDGE) for edge in ctx.inputs if edge.startswith(EDGE))
+    sources = {name: Source.read(ctx.inputs[EDGE + name]) for name in names}
+    first = sources[names[0]]
+    for name in names[1:]:
+        check_alike(ctx.name, names[0], first, name, sources[name])
+    base = None
+    if "base" in ctx.inputs:
+        base = Source.read(ctx.inputs["base"])
+        check_alike(ctx.name, names[0], first, "base", base, speaks=False)
+    tensors = dict(
+        merged(
+            [sources[name].tensors for name in names],
+            [config.weights.get(name, 1.0) for name in names],
+            how=config.how,
+            base=None if base is None else base.tensors,
+            density=config.density,
+            scale=config.scale,
+            seed=config.seed,
+        )
+    )
+    with tempfile.TemporaryDirectory(dir=ctx.work) as directory:
+        beside = Path(directory)
+        for path in first.path.iterdir():
+            if path.is_file() and ".safetensors" not in path.name:
+                (beside / path.name).symlink_to(path.resolve())
+        save_file(tensors, beside / "model.safetensors", metadata={"format": "pt"})
+        # Loaded and saved again, the checkpoint is checked, and of the form that all others have.
+        del tensors
+        language_model = load(beside)
+    save(language_model, ctx.out)
+    parameters = sum(parameter.numel() for parameter in language_model.model.parameters())
+    return {"parameters": parameters, "models": len(names)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A checkpoint without its weights in memory."""
+
+    path: Path
+    config: dict[str, Any]
+    tokenizer: Any
+    stop_ids: list[int]
+    tensors: TensorFiles
+
+    @classmethod
+    def read(cls, path: Path) -> Source:
+        """Read all but the weights of a Hugging Face directory."""
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        stop: Any = config.eos_token_id
+        if (path / "generation_config.json").exists():
+            stop = GenerationConfig.from_pretrained(path).eos_token_id
+        # Some checkpoints hold an output projection that their config ties to the embedding.
+        return cls(
+            path=path,
+            config=config.to_dict(),
+            tokenizer=AutoTokenizer.from_pretrained(path, trust_remote_code=False),
+            stop_ids=sorted(stop) if isinstance(stop, list) else [stop],
+            tensors=TensorFiles(path, without=list(model.all_tied_weights_keys)),
+        )
+
+
+def check_alike(
+    stage: str, one: str, first: Source, two: str, other: Source, *, speaks: bool = True
+) -> None:
+    """Raise ConfigError unless the weights of both mean the same, number by number.
+
+    Where the other only lends its weights (`speaks` is false), stop tokens and chat template are
+    its own affair.
+    """
+
+    def refuse(what: str, mine: object, theirs: object, advice: str) -> None:
+        if mine != theirs:
+            raise ConfigError(
+                f"stage {stage!r} (merge): {two!r} and {one!r} cannot be merged: {what} is "
+                f"{theirs!r} in {two!r} and {mine!r} in {one!r}; {advice}"
+            )
+
+    advice = "all models of a merge have one architecture, best from one start"
+    for key in sorted({*first.config, *other.config} - FREE):
+        what = f"{key} of config.json"
+        refuse(what, first.config.get(key), other.config.get(key), advice)
+    for name in sorted({*first.tensors, *other.tensors}):
+        shapes = [s.tensors.shape(name) if name in s.tensors else None for s in (first, other)]
+        refuse(f"the shape of tensor {name}", *shapes, advice)
+    advice = "all models of a merge have one tokenizer"
+    ours, theirs = first.tokenizer.get_vocab(), other.tokenizer.get_vocab()
+    for token in sorted(t for t in ours.keys() | theirs.keys() if ours.get(t) != theirs.get(t)):
+        refuse(f"the id of token {token!r}", ours.get(token), theirs.get(token), advice)
+    if speaks:
+        refuse("the list of stop tokens", first.stop_ids, other.stop_ids, advice)
+        templates = (first.tokenizer.chat_template, other.tokenizer.chat_template)
+        refuse("the chat template", *templates, advice)

@@ -1,0 +1,163 @@
+"""merge: the arithmetic reaches the checkpoint, every setting counts, unlike models are refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from posttrain.backends.checkpoint import LanguageModel, load
+from posttrain.engine.errors import ConfigError
+from posttrain.stages.config import build_config
+
+RunStage = Callable[..., Any]
+MakeModel = Callable[..., LanguageModel]
+SaveModel = Callable[[LanguageModel], str]
+
+
+@pytest.fixture
+def merge(run_stage: RunStage, models: Mapping[str, str]) -> Callable[..., Any]:
+    """Merge the models one and two, with `start` as base where there is one."""
+
+    def run(one: str = models["one"], two: str = models["two"], **settings: Any) -> Any:
+        inputs = {"models.two": two, "models.one": one}
+        if settings.get("how", "average") != "average":
+            inputs["base"] = models["start"]
+        return run_stage("merge", settings, inputs)
+
+    return run
+
+
+def weights(path: str) -> dict[str, torch.Tensor]:
+    return load_file(Path(path) / "model.safetensors")
+
+
+def test_an_average_is_an_ordinary_checkpoint(
+    merge: Callable[..., Any], models: Mapping[str, str]
+) -> None:
+    ran = merge(weights={"one": 3.0})
+    one, two = weights(models["one"]), weights(models["two"])
+    found = ran.weights()
+    assert found.keys() == one.keys()
+    for name, weight in found.items():
+        torch.testing.assert_close(weight, 0.75 * one[name] + 0.25 * two[name])
+    language_model = load(ran.out)
+    assert language_model.stop_ids == load(models["one"]).stop_ids
+    assert language_model.tokenizer.chat_template == load(models["one"]).tokenizer.chat_template
+    size = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(ran.out).parameters())
+    assert ran.metrics == {"parameters": size, "models": 2}
+    assert "merged from the weights of several models" in (ran.out / "README.md").read_text()
+    assert sorted(path.name for path in ran.out.parent.iterdir()) == ["out"]
+
+
+def test_differences_are_added_to_the_base(
+    merge: Callable[..., Any], models: Mapping[str, str]
+) -> None:
+    one, two, start = (weights(models[name]) for name in ("one", "two", "start"))
+    found = merge(how="task_arithmetic", weights={"two": -0.5}, scale=0.1).weights()
+    for name, weight in found.items():
+        change = (one[name] - start[name]) - 0.5 * (two[name] - start[name])
+        torch.testing.assert_close(weight, start[name] + 0.1 * change)
+
+
+SETTINGS: list[dict[str, Any]] = [
+    {"how": "average"},
+    {"how": "average", "weights": {"two": 0.25}},
+    {"how": "task_arithmetic"},
+    {"how": "task_arithmetic", "scale": 0.5},
+    {"how": "ties"},
+    {"how": "ties", "density": 0.5},
+    {"how": "ties", "scale": 0.5},
+    {"how": "ties", "weights": {"one": 0.5}},
+    {"how": "dare_linear"},
+    {"how": "dare_linear", "density": 0.5},
+    {"how": "dare_linear", "seed": 1},
+    {"how": "dare_ties"},
+    {"how": "dare_ties", "seed": 1},
+]
+
+
+def test_every_setting_changes_the_result(merge: Callable[..., Any], same: Any) -> None:
+    results = {str(changes): merge(**changes) for changes in SETTINGS}
+    names = list(results)
+    alike = [
+        (one, other)
+        for i, one in enumerate(names)
+        for other in names[i + 1 :]
+        if same(results[one], results[other])
+    ]
+    assert alike == []
+    assert same(results[names[-1]], merge(**SETTINGS[-1])), "the same draws again"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kind": "llama"}, r"of config.json is .* in 'two' and .* in 'one'"),
+        ({"vocabulary": 120}, "vocab_size of config.json is 120 in 'two' and 100 in 'one'"),
+        ({"stop": [4, 5]}, r"the list of stop tokens is \[4, 5\] in 'two'"),
+    ],
+)
+def test_unlike_models_are_refused(
+    merge: Callable[..., Any],
+    make_model: MakeModel,
+    save_model: SaveModel,
+    change: dict[str, Any],
+    message: str,
+) -> None:
+    one = save_model(make_model())
+    with pytest.raises(ConfigError, match=rf"'two' and 'one' cannot be merged: .*{message}"):
+        merge(one=one, two=save_model(make_model(**change)))
+
+
+def test_other_tokens_and_other_tensors_are_refused(
+    merge: Callable[..., Any], make_model: MakeModel, save_model: SaveModel
+) -> None:
+    one, two = save_model(make_model()), save_model(make_model(seed=1))
+    tokenizer = Path(two, "tokenizer.json")
+    text = tokenizer.read_text(encoding="utf-8")
+    content = json.loads(text)
+    vocabulary = content["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    tokenizer.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"the id of token 'a' is \d+ in 'two'.*one tokenizer"):
+        merge(one=one, two=two)
+    tokenizer.write_text(text, encoding="utf-8")
+    Path(two, "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    with pytest.raises(ConfigError, match="the chat template is"):
+        merge(one=one, two=two)
+    tensors = weights(two)
+    del tensors["model.norm.weight"]
+    save_file(tensors, Path(two) / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"tensor model\.norm\.weight is None in 'two' and"):
+        merge(one=one, two=two)
+
+
+def test_a_tied_head_that_one_checkpoint_holds_twice_is_no_difference(
+    merge: Callable[..., Any], models: Mapping[str, str], save_model: SaveModel, same: Any
+) -> None:
+    """As the published Qwen3 checkpoints do."""
+    two = save_model(load(models["two"]))
+    tensors = weights(two)
+    head = {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+    save_file(tensors | head, Path(two) / "model.safetensors", metadata={"format": "pt"})
+    assert same(merge(two=two), merge())
+
+
+def test_settings_that_do_nothing_are_refused() -> None:
+    for changes, message in [
+        ({"density": 0.5}, "density = 0.5: it is not read with how = average"),
+        ({"scale": 0.5}, "scale = 0.5: it is not read with how = average"),
+        ({"how": "task_arithmetic", "density": 0.5}, "density = 0.5: it is not read"),
+        ({"how": "ties", "weights": {"a": -1.0}}, "a = -1.0 with how = ties; a negative weight"),
+        ({"how": "ties", "density": 0.0}, "density"),
+        ({"how": "slerp"}, "'average', 'task_arithmetic'"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            build_config("merge", "mine", changes)
