@@ -13,6 +13,8 @@ from transformers import PreTrainedTokenizerFast
 
 from posttrain.backends.chat import Chat
 from posttrain.backends.checkpoint import LanguageModel
+from posttrain.backends.tiny import character_tokenizer
+from posttrain.engine.errors import ConfigError
 
 CHATML = (
     "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
@@ -174,3 +176,99 @@ def test_encodings_are_remembered(language_model: LanguageModel) -> None:
 def replace_tokenizer_by_none(chat: Chat) -> Chat:
     chat.tokenizer = None
     return chat
+
+
+# As Qwen3's template lays it out: the last turn shows its thoughts, and where thinking is off the
+# prompt ends with an empty block.
+QWEN3 = (
+    "{%- for m in messages %}{%- set content = m.content %}{%- set thought = '' %}"
+    "{%- if '</think>' in content %}"
+    "{%- set thought = content.split('</think>')[0].split('<think>')[-1].strip('\n') %}"
+    "{%- set content = content.split('</think>')[-1].lstrip('\n') %}{%- endif %}"
+    "{{- '<|im_start|>' + m.role + '\n' }}"
+    "{%- if m.role == 'assistant' %}"
+    "{{- '<think>\n' + thought + '\n</think>\n\n' }}{%- endif %}"
+    "{{- content + '<|im_end|>\n' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}"
+    "{%- if enable_thinking is defined and enable_thinking is false %}"
+    "{{- '<think>\n\n</think>\n\n' }}{%- endif %}{%- endif %}"
+)
+# The prompt opens the block, and a finished turn drops it.
+OPENED = (
+    "{% for m in messages %}<|im_start|>{{ m['content'].split('</think>')[-1] }}<|im_end|>"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>"
+    "{{ '<think>\n' if enable_thinking else '</think>' }}{% endif %}"
+)
+
+
+def end_of(language_model: LanguageModel) -> int:
+    return int(language_model.tokenizer.convert_tokens_to_ids("<|im_end|>"))
+
+
+def test_the_tiny_template_thinks_as_qwen3_does(language_model: LanguageModel) -> None:
+    tokenizer = character_tokenizer([], thinking=True)
+    chat = Chat(replace(language_model, tokenizer=tokenizer))
+    chat.stop_ids = (tokenizer.eos_token_id,)
+
+    def tokens(ids: list[int]) -> list[str]:
+        return list(tokenizer.convert_ids_to_tokens(ids))
+
+    opened = ["<|user|>", *"a 4-1", "<|assistant|>"]
+    assert tokens(chat.prompt("a 4-1")) == tokens(chat.prompt("a 4-1", "think")) == opened
+    assert tokens(chat.prompt("a 4-1", "no_think")) == [*opened, "<think>", "</think>"]
+    response = chat.response("a 4-1", "<think>4-1=3</think>3", "think")
+    assert tokens(response) == ["<think>", *"4-1=3", "</think>", "3", "<|end|>"]
+    assert chat.decode(response) == "<think>4-1=3</think>3"
+    assert tokens(chat.response("a 4-1", "3", "no_think")) == ["3", "<|end|>"]
+
+
+def test_a_template_in_the_style_of_qwen3(language_model: LanguageModel) -> None:
+    chat, tokenizer = with_template(language_model, QWEN3, end_of(language_model))
+    head = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(chat.prompt("q", "think")) == head
+    assert tokenizer.decode(chat.prompt("q", "no_think")) == head + "<think>\n\n</think>\n\n"
+    thinking = chat.response("q", "<think>hm</think>blue", "think")
+    assert tokenizer.decode(thinking) == "<think>\nhm\n</think>\n\nblue<|im_end|>"
+    assert tokenizer.decode(chat.response("q", "blue", "no_think")) == "blue<|im_end|>"
+    # One text in two modes is two responses, also when it is remembered.
+    assert chat.response("q", "blue", "think") != chat.response("q", "blue", "no_think")
+
+
+def test_a_template_that_opens_the_block_itself_and_drops_it_later(
+    language_model: LanguageModel,
+) -> None:
+    chat, tokenizer = with_template(language_model, OPENED, end_of(language_model))
+    assert tokenizer.decode(chat.prompt("q", "think")).endswith("<|im_start|><think>\n")
+    thinking = chat.response("q", "<think>hm</think>blue", "think")
+    assert tokenizer.decode(thinking) == "hm</think>blue<|im_end|>"
+    assert chat.decode(thinking) == "hm</think>blue"
+    assert tokenizer.decode(chat.response("q", "blue", "no_think")) == "blue<|im_end|>"
+
+
+def test_tags_that_are_special_tokens_stay_in_the_text(language_model: LanguageModel) -> None:
+    language_model.tokenizer.add_special_tokens(
+        {"additional_special_tokens": ["<think>", "</think>", "<|im_start|>", "<|im_end|>"]}
+    )
+    chat, _ = with_template(language_model, OPENED, end_of(language_model))
+    ids = chat.response("q", "<think>hm</think>blue", "think")
+    assert chat.decode([*ids[:-1], language_model.tokenizer.bos_token_id, ids[-1]]) == (
+        "hm</think>blue"
+    )
+
+
+@pytest.mark.parametrize(
+    ("template", "mode", "message"),
+    [
+        (CHATML, "think", "template does not read enable_thinking; take a model that thinks"),
+        (None, "no_think", "tokenizer has no chat template"),
+        (QWEN3, "fast", "mode = 'fast' is not a mode; choices: think, no_think"),
+    ],
+)
+def test_a_mode_that_the_template_does_not_know_is_an_error(
+    language_model: LanguageModel, template: str | None, mode: str, message: str
+) -> None:
+    chat, _ = with_template(language_model, template, end_of(language_model))
+    with pytest.raises(ConfigError, match=message):
+        chat.prompt("q", mode)
+    with pytest.raises(ConfigError, match=message):
+        chat.response("q", "blue", mode)

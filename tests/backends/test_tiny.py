@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from posttrain.backends.checkpoint import LanguageModel
 from posttrain.backends.tiny import SPECIAL, character_tokenizer, new_model
@@ -56,3 +59,18 @@ def test_sizes_are_those_asked_for_and_the_head_is_tied() -> None:
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     assert language_model.stop_ids == (language_model.tokenizer.eos_token_id,)
     assert language_model.tokenizer.eos_token == "<|end|>"
+
+
+def test_thinking_adds_two_tokens_after_all_others(tmp_path: Path) -> None:
+    """Ids of the others stay; the tokens survive saving, and decoding keeps them."""
+    plain = character_tokenizer(["größe"])
+    character_tokenizer(["größe"], thinking=True).save_pretrained(tmp_path)
+    thinking = AutoTokenizer.from_pretrained(tmp_path)
+    vocabulary = thinking.get_vocab()
+    assert [vocabulary.pop(tag) for tag in ("<think>", "</think>")] == [len(plain), len(plain) + 1]
+    assert vocabulary == plain.get_vocab()
+    text = "<think>1<2</think>größe"
+    ids = thinking(text, add_special_tokens=False)["input_ids"]
+    assert len(ids) == len("1<2größe") + 2
+    assert thinking.decode(ids, skip_special_tokens=True) == text
+    assert "<think>" not in plain.get_vocab()

@@ -132,7 +132,10 @@ def test_procedural_says_how_many_problems_there_are(tmp_path):
     assert "of 300 for train" in str(caught.value)
 
 
-def test_a_demonstration_that_scores_below_one_is_an_error(tmp_path, monkeypatch):
+@pytest.mark.parametrize("wrong", ["1", ""])
+def test_a_demonstration_that_scores_below_one_is_an_error(tmp_path, monkeypatch, wrong):
+    """The full one, or the one without steps."""
+
     class Wrong:
         version = 1
 
@@ -143,7 +146,13 @@ def test_a_demonstration_that_scores_below_one_is_an_error(tmp_path, monkeypatch
             return item["question"]
 
         def demo(self, item):
-            return item["answer"] + "1"
+            return item["answer"] + wrong
+
+        def thought(self, item):
+            return None
+
+        def direct(self, item):
+            return None if wrong else item["answer"] + "1"
 
         def answer(self, response):
             return response

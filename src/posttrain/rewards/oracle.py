@@ -38,9 +38,9 @@ from posttrain.rewards.verifiers import (
 Problem = Mapping[str, Any]
 
 SCALE = 5.0
-"""Logits per unit of quality: at noise 1, right is preferred to wrong at sigmoid(4) = 98 % of the
-time, and of two responses that differ in style alone the better at up to 73 %."""
-WEIGHT_SCORE, WEIGHT_BREVITY, WEIGHT_ENDING = 0.8, 0.1, 0.1
+"""Logits per unit of quality: at noise 1 and in equal style, right is preferred to what has no part
+marks at sigmoid(4) = 98 % of the time, and to a near miss at sigmoid(2.5) = 92 % at least."""
+WEIGHT_RIGHT, WEIGHT_MARKS, WEIGHT_BREVITY, WEIGHT_ENDING = 0.5, 0.3, 0.1, 0.1
 STRENGTHS = (0.5, 1.5, 3.0)
 """Margins in logits from which a preference is better than marginal, clear, strong (Llama 3's four
 levels, arXiv 2407.21783, section 4.2.1)."""
@@ -57,10 +57,12 @@ class Quality:
     """With part marks where it has them."""
 
     def score(self, response: str, problem: Problem) -> float:
-        """In [0, 1]: 0.8 of the verifier's score, 0.1 for brevity, 0.1 for the way it ends."""
+        """In [0, 1]: 0.5 if right, 0.3 of the part marks, 0.1 for brevity, 0.1 for the ending."""
         reference = demonstration(problem, problem.get("mode")) or problem["answer"]
+        marks = self.verifier.score(response, problem)
         return (
-            WEIGHT_SCORE * self.verifier.score(response, problem)
+            WEIGHT_RIGHT * float(marks >= FULL_SCORE)
+            + WEIGHT_MARKS * marks
             + WEIGHT_BREVITY * brevity(response, reference)
             + WEIGHT_ENDING * float(ends_alike(response, reference))
         )
@@ -140,8 +142,7 @@ class Oracle:
         of_low, of_high = self.qualities([problem, problem], [low, high])
         draw = self._uniform(problem, "prefer", low, high)
         margin = SCALE * (of_low - of_high) + self.noise * math.log(draw / (1 - draw))
-        # With no noise and equal qualities there is nothing to go by.
-        prefers_low = margin > 0 if margin != 0 else draw < 0.5
+        prefers_low = margin > 0 or (margin == 0 and self._tie(problem, low, high))
         strength = 1 + sum(abs(margin) >= bound for bound in STRENGTHS)
         return (0 if prefers_low == (a == low) else 1), strength
 
@@ -160,7 +161,14 @@ class Oracle:
     def rank(self, problem: Problem, responses: Sequence[str]) -> list[int]:
         """Positions of the responses, best first: one consistent order by what each is worth."""
         worth = self.rates([problem] * len(responses), responses)
-        return sorted(range(len(responses)), key=lambda i: (-worth[i], responses[i], i))
+        return sorted(
+            range(len(responses)),
+            key=lambda i: (-worth[i], -self._uniform(problem, "tie", responses[i]), i),
+        )
+
+    def _tie(self, problem: Problem, low: str, high: str) -> bool:
+        """Of two equals, which one is liked without noise: one order of all texts."""
+        return self._uniform(problem, "tie", low) > self._uniform(problem, "tie", high)
 
     def _gumbel(self, problem: Problem, response: str) -> float:
         draw = self._uniform(problem, "rate", response)

@@ -52,9 +52,8 @@ def run(config: Distill, ctx: Context) -> dict[str, float]:
     paths = {name: ctx.inputs[f"teachers.{name}"] for name in names}
     teachers = Teachers(paths, language_model, dtype=dtype, device=ctx.device, workers=ctx.workers)
     chat = Chat(language_model)
-    pool = Pool(
-        {name: ctx.problems(name, "train", config.modes) for name in domains}, seed=config.seed
-    )
+    rows = {name: ctx.problems(name, "train", config.modes) for name in domains}
+    pool = Pool(rows, seed=config.seed)
     learner = new_learner(config, language_model, ctx)
     sampler = LocalSampler(learner.policy)
     aux = Auxiliary(config, config.seed, ctx, chat, language_model.pad_id)
