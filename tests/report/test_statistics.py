@@ -138,9 +138,9 @@ def test_decodings_are_judged_apart():
     assert row["greedy"]["init"]["value"] == 1.0
     assert result["norm"] == pytest.approx(1.0)
     found = {name: value for name, value in result["greedy"].items() if name != "gain"}
-    assert found == dict.fromkeys(
-        ("norm", "norm_low", "norm_high", "min_recovery"), None
-    ) | {"norm_domains": 0}
+    assert found == dict.fromkeys(("norm", "norm_low", "norm_high", "min_recovery"), None) | {
+        "norm_domains": 0
+    }
     assert result["norm_domains"] == 1
 
 
