@@ -1,6 +1,7 @@
 # make demo    install and run the MOPD recipe
 # make test    install with the dev extra, lint, type-check, run the tests
 # make lint    the first two of these
+# make recipes run every shipped recipe, write the table of times and scores (docs/recipes.md)
 # make bench   install what we are compared with, run the benchmark suite (benchmarks/README.md)
 
 PYTHON ?= python3
@@ -15,13 +16,16 @@ $(shell rm -f $(VENV)/.python $(VENV)/.torch $(VENV)/.installed $(VENV)/.install
     $(VENV)/.installed-bench)
 endif
 
-.PHONY: demo test lint bench
+.PHONY: demo test lint recipes bench
 
 demo: $(VENV)/.installed
 	$(BIN)/posttrain run mopd
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+recipes: $(VENV)/.installed
+	$(BIN)/python benchmarks/recipes.py
 
 bench: $(VENV)/.installed-bench
 	$(BIN)/python benchmarks/bench.py

@@ -1,0 +1,118 @@
+"""Every shipped recipe, run to its report: time, scores, and whether it beats its SFT checkpoint.
+
+    python benchmarks/recipes.py                        # all of them
+    python benchmarks/recipes.py --only llama2 qwen3    # these; the others keep their last row
+    python benchmarks/recipes.py --page                 # only write docs/recipes.md again
+
+The bases that recipes share are made first; a recipe's time is that of `posttrain run NAME` with
+those in the store and nothing else of its own. Recipes share one store, as a user's would, but
+no stage but the bases is common to two of them unless it is the same in every setting; how many were
+found there is told. Scores are on held-out problems. Writes results/recipes_<date>.json with a Markdown
+table beside it, results/recipes_latest.json with the newest row of each recipe, and docs/recipes.md
+with the lineage pictures that it shows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from suite.machine import machine
+from suite.recipe_page import markdown, write_page, write_picture
+
+from posttrain.loading import shipped_recipes
+
+HERE = Path(__file__).resolve().parent
+LATEST = HERE / "results" / "recipes_latest.json"
+BASES = HERE / "suite" / "bases.py"
+LIMIT_SECONDS = 240
+
+
+def main() -> None:
+    """Run what was asked for and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=list(shipped_recipes()), metavar="NAME")
+    parser.add_argument("--store", type=Path, help="keep the store here; default: a fresh one")
+    parser.add_argument("--page", action="store_true", help="run nothing, write the page again")
+    arguments = parser.parse_args()
+    kept = json.loads(LATEST.read_text())["rows"] if LATEST.exists() else {}
+    if arguments.page:
+        write_page(kept)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        store = arguments.store or Path(folder) / "store"
+        make_bases(store)
+        fresh = {}
+        for name in arguments.only or shipped_recipes():
+            fresh[name] = measure(name, store)
+            save(fresh, kept | fresh)
+    write_page(kept | fresh)
+
+
+def make_bases(store: Path) -> None:
+    """The models that recipes start from, so that no recipe pays for them."""
+    for size in ("tiny", "mini"):
+        for thinking in ("false", "true"):
+            settings = ("--set", f"size={size}", "--set", f"thinking={thinking}")
+            run(str(BASES), store, *settings)
+
+
+def measure(name: str, store: Path) -> dict[str, Any]:
+    """One recipe to its report."""
+    began = time.monotonic()
+    result = run(name, store)
+    seconds = time.monotonic() - began
+    own = [stage for stage in result["stages"] if stage["kind"] not in ("domain", "pretrain")]
+    evaluation = result["evaluation"]
+    row = {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "machine": machine(),
+        "seconds": round(seconds, 1),
+        "stages": len(own),
+        "cached": [stage["name"] for stage in own if stage["status"] == "cached"],
+        "gain": evaluation["gain"],
+        "gain_greedy": evaluation["greedy"]["gain"],
+        "norm": evaluation["norm"],
+        "domains": {
+            domain: {model: found[model]["value"] for model in ("init", "student")}
+            for domain, found in evaluation["domains"].items()
+        },
+    }
+    write_picture(name, store, next(s["artifact"] for s in own if s["kind"] == "evaluate"))
+    gain = evaluation["gain"]
+    print(f"{name}: {seconds:.0f} s, gain {gain['value']:+.3f}", file=sys.stderr)
+    return row
+
+
+def run(recipe: str, store: Path, *more: str) -> dict[str, Any]:
+    """What `posttrain run --json` prints."""
+    report = store.parent / "report.html"
+    command = [sys.executable, "-m", "posttrain", "run", recipe, "--json", *more]
+    command += ["--store", str(store), "--report", str(report)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)}\nfailed with {done.returncode}:\n{done.stderr[-3000:]}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def save(fresh: dict[str, Any], rows: dict[str, Any]) -> None:
+    """Write what is there so far, so that a recipe that fails loses nothing."""
+    LATEST.write_text(json.dumps({"benchmark": "recipes", "rows": rows}, indent=1) + "\n")
+    date = datetime.now(UTC).strftime("%Y-%m-%d")
+    stem = LATEST.parent / f"recipes_{date}"
+    result = {"benchmark": "recipes", "limit_seconds": LIMIT_SECONDS, "rows": fresh}
+    stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    title = f"# Every recipe, {date}\n\n"
+    stem.with_suffix(".md").write_text(title + markdown(fresh) + "\n")
+
+
+if __name__ == "__main__":
+    main()
