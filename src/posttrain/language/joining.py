@@ -39,8 +39,8 @@ def auxiliary(
         data, weights[name] = given
         if isinstance(data, Demos) and data.noise:
             raise ConfigError(
-                f"stage {stage!r}: aux[{name!r}] has noise = {data.noise}; the demonstrations of an "
-                "auxiliary loss have no slips, so leave noise out"
+                f"stage {stage!r}: aux[{name!r}] has noise = {data.noise}; the demonstrations of "
+                "an auxiliary loss have no slips, so leave noise out"
             )
         if isinstance(data, Demos) and data.modes:
             modes[name] = data.modes

@@ -56,6 +56,7 @@ METRICS = {
     "sampler_ratio": Metric(title="Learner to sampler ratio", hint="mean"),
     "correction": Metric(title="Correction", hint="factor of a token's loss, mean"),
     "correction_square": Metric(title="Correction squared", hint="mean"),
+    "aux": Metric(title="Auxiliary loss", hint="cross-entropy, nats per token"),
     "grad_norm": Metric(title="Gradient norm", hint="before clipping"),
     "lr": Metric(title="Learning rate"),
     "rows": Metric(title="Rows per teacher"),

@@ -39,13 +39,11 @@ class Auxiliary:
         """Reads the edges `aux.NAME` (an artifact with data.jsonl) and `aux.NAME.DOMAIN` (the
         demonstrations of a domain). Raises ConfigError for a name of `config.aux` without data."""
         self.config, self.chat, self.pad_id = config, chat, pad_id
-        self.pools = {
-            # The rows must not come in the order in which the stage's own come.
-            name: Pool(
-                auxiliary_rows(ctx, name, config.aux_modes.get(name, ())), seed=_seed(seed, name)
-            )
-            for name in sorted(config.aux)
-        }
+        self.pools = {}
+        for name in sorted(config.aux):
+            rows = auxiliary_rows(ctx, name, config.aux_modes.get(name, ()))
+            # Not the stage's seed: the rows must not come in the order in which its own come.
+            self.pools[name] = Pool(rows, seed=_seed(seed, name))
 
     def parts(self, update: int) -> list[Part]:
         """The batches of 0-based optimiser step `update` of the stage."""
