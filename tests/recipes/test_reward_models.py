@@ -60,9 +60,7 @@ def test_wrong_inputs_are_named(tmp_path: Path) -> None:
     base = r.pretrain(data=r.demos(r.domains), steps=2)
     rollouts = r.sample(base, prompts=r.prompts(r.domains))
     pairs = r.pairs(rollouts)
-    with pytest.raises(
-        ConfigError, match=r"\(reward_model\): its data is 'rollouts'"
-    ):
+    with pytest.raises(ConfigError, match=r"\(reward_model\): its data is 'rollouts'"):
         r.reward_model(start=base, data=rollouts, steps=1)
     with pytest.raises(ConfigError, match=r"start = .* is not a model; .* dpo.*, reward_model$"):
         r.reward_model(start=pairs, data=pairs, steps=1)
