@@ -176,12 +176,8 @@ class Recipe:
 
         `aux` as in `sft`.
         """
-        if data.kind not in ("pairs", ""):
-            raise ConfigError(
-                f"stage {name!r} (dpo): its data is {data.name!r} ({data.kind}); it needs a pairs "
-                "stage: data=r.pairs(...)"
-            )
-        inputs = {"start": self._build.model(name, "start", start), "data": data.name}
+        data_name = self._build.pairs("dpo", name, data)
+        inputs = {"start": self._build.model(name, "start", start), "data": data_name}
         if reference is not None:
             inputs["reference"] = self._build.model(name, "reference", reference)
             self._build.same_vocabulary(name, start.name, reference.name, role="reference")
@@ -192,6 +188,19 @@ class Recipe:
                 "use another loss"
             )
         return stage
+
+    def reward_model(
+        self, *, start: Stage, data: Stage, name: str = "reward_model", **settings: Any
+    ) -> Stage:
+        """A model that scores responses, from preference pairs.
+
+        `start` is a language model, whose output layer makes way for a score, or a reward model.
+        """
+        inputs = {
+            "start": self._build.model(name, "start", start, scores=True),
+            "data": self._build.pairs("reward_model", name, data),
+        }
+        return self._build.stage("reward_model", name, settings, inputs)
 
     def rl(
         self,

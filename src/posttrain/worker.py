@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from posttrain.engine.hashes import FileHashes
 from posttrain.engine.process import Job
 from posttrain.engine.record import read_record
-from posttrain.language.handles import MODEL_KINDS
+from posttrain.language.handles import MODEL_KINDS, REWARD_MODEL
 from posttrain.report.card import model_card
 from posttrain.stages.config import build_config
 
@@ -64,7 +64,7 @@ def run_job(job: Job) -> dict[str, Any]:
     with closing(ctx):
         metrics = run_stage(job, ctx)
         ctx.finish()
-    if job.kind in MODEL_KINDS:
+    if job.kind in (*MODEL_KINDS, REWARD_MODEL):
         write_card(job, ctx.out, metrics)
     return dict(metrics)
 

@@ -45,6 +45,16 @@ def test_head_is_yaml(store: Store, finished: Artifact):
     assert found["tags"] == ["posttrain", "distill", "add", "letters", "reverse", "spiral"]
 
 
+def test_a_reward_model_is_no_text_generator():
+    card = model_card(
+        name="x", kind="reward_model", fingerprint="0" * 64, config={}, inputs={}, metrics={}
+    )
+    assert head(card)["pipeline_tag"] == "text-classification"
+    assert "a reward model from preference pairs" in card
+    assert "AutoModelForSequenceClassification.from_pretrained(path)" in card
+    assert "generate(" not in card
+
+
 def test_names_that_mean_something_in_yaml_are_quoted():
     card = model_card(
         name="x",

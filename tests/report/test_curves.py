@@ -105,6 +105,17 @@ def test_preference_stages_share_their_panels():
     assert panel(found, "loss").hint == "mean over pairs; over responses with kto"
 
 
+def test_reward_models_have_a_section_of_their_own():
+    values = {"loss": lambda n: 1 / n, "accuracy": lambda n: n / 5, "reward_std": lambda n: n}
+    stages = [stage(name, "reward_model", lines(5, **values)) for name in ("helpful", "safe")]
+    found = only(sections(stages, {}))
+    assert found.title == "Reward models"
+    assert [p.key for p in found.panels] == ["loss", "accuracy"]
+    assert [p.title for p in found.folded] == ["Spread of the rewards"]
+    assert [line.label for line in panel(found, "accuracy").lines] == ["helpful", "safe"]
+    assert panel(found, "loss").hint == "mean over pairs; over prompts with per_prompt"
+
+
 def test_steps_in_which_a_domain_was_not_drawn_are_left_out():
     rows = lines(3, **{"kl/add": lambda n: n, "kl/rev": lambda n: n})
     del rows[1]["kl/rev"]

@@ -292,6 +292,8 @@ SETTINGS: list[dict[str, Any]] = [
     {"per_prompt": True},
     {"holdout": 0.5},
     {"holdout": 0.0},
+    {"ema": 0.5},
+    {"trainable": ["score.*", "*.layers.1.*"]},
 ]
 
 
@@ -428,6 +430,34 @@ def test_no_prompt_is_both_learned_from_and_held_out() -> None:
     assert len(learned["d"]) == 1 and set(held) == {"e"}
     with pytest.raises(ConfigError, match=r"holdout = 0.1: the pairs of each domain are all of"):
         hold_out({"d": by_domain["d"][:1]}, 0.1, seed=0)
+
+
+def test_modes_of_a_prompt_are_prompts_of_their_own_but_held_out_together(
+    make_model: Callable[..., LanguageModel],
+) -> None:
+    language_model = make_model()
+    language_model.tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}"
+        "{{ '+' if enable_thinking else '-' }}{% endif %}"
+    )
+    by_domain = {
+        "d": [
+            {"id": f"{i}", "domain": "d", "prompt": f"p{i}", "mode": mode}
+            | {"chosen": "a", "rejected": "b"}
+            for i in range(4)
+            for mode in ("think", "no_think")
+        ]
+    }
+    draws = draws_of(by_domain, per_prompt=True)["d"]
+    assert [len(draw["pairs"]) for draw in draws] == [1] * 8
+    batch = Responses(draws, Chat(language_model), 0).batch(draws[:2], strengths=False)
+    starts = [
+        language_model.tokenizer.decode(row[:length])
+        for row, length in zip(batch.rows.tokens_BT, batch.rows.prompt_len_B, strict=True)
+    ]
+    assert starts == ["p0+", "p0+", "p0-", "p0-"]
+    _, held = hold_out(by_domain, 0.25, seed=0)
+    assert len(held["d"]) == 2 and len({pair["id"] for pair in held["d"]}) == 1
 
 
 def test_pairs_without_a_strength_are_named(

@@ -22,7 +22,7 @@ from posttrain.engine.record import SHORT
 from posttrain.engine.store import Store
 from posttrain.engine.transfer import read_history
 from posttrain.external import find_external
-from posttrain.language.handles import MODEL_KINDS
+from posttrain.language.handles import MODEL_KINDS, REWARD_MODEL
 from posttrain.loading import is_recipe, load_recipe
 from posttrain.report.card import model_card
 from posttrain.report.gather import scores_of
@@ -113,7 +113,7 @@ def export(root: Path, name: str, target: Path, *, as_json: bool) -> None:
     artifact = find_artifact(store, name)
     path = store.export(artifact, target)
     scores = []
-    if artifact.kind in MODEL_KINDS:
+    if artifact.kind in (*MODEL_KINDS, REWARD_MODEL):
         scores = scores_of(store, artifact)
         card = model_card(
             name=artifact.name,

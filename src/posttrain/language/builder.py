@@ -13,7 +13,7 @@ from posttrain.engine.fingerprint import file_digest
 from posttrain.engine.graph import Graph, Node
 from posttrain.engine.store import Store
 from posttrain.external import External, find_external, token_conflict
-from posttrain.language.handles import MODEL_KINDS, Demos, Prompts, Stage
+from posttrain.language.handles import MODEL_KINDS, REWARD_MODEL, Demos, Prompts, Stage
 from posttrain.stages.config import CONFIGS, VERSIONS, build_config
 from posttrain.suites.domain import Suite, Table, domain_node
 
@@ -188,12 +188,25 @@ class Builder:
             )
         return {"rollouts": rollouts.name}
 
-    def model(self, stage: str, edge: str, value: object) -> str:
-        """The name of a stage that makes a language model, for the edge `edge`."""
-        if not isinstance(value, Stage) or value.kind not in (*MODEL_KINDS, ""):
+    def pairs(self, kind: str, stage: str, data: Stage) -> str:
+        """The name of the stage of preference pairs that another stage learns from."""
+        if data.kind not in ("pairs", ""):
+            raise ConfigError(
+                f"stage {stage!r} ({kind}): its data is {data.name!r} ({data.kind}); it needs a "
+                "pairs stage: data=r.pairs(...)"
+            )
+        return data.name
+
+    def model(self, stage: str, edge: str, value: object, *, scores: bool = False) -> str:
+        """The name of a stage that makes a language model, for the edge `edge`.
+
+        With `scores` it may make a reward model as well.
+        """
+        kinds = (*MODEL_KINDS, REWARD_MODEL) if scores else MODEL_KINDS
+        if not isinstance(value, Stage) or value.kind not in (*kinds, ""):
             raise ConfigError(
                 f"stage {stage!r}: {edge} = {value!r} is not a model; it takes a stage of kind "
-                f"{', '.join(MODEL_KINDS)}"
+                f"{', '.join(kinds)}"
             )
         return value.name
 

@@ -10,6 +10,8 @@ from posttrain.modes import Mode, check_mode
 
 MODEL_KINDS = ("model", "pretrain", "sft", "dpo", "rl", "distill", "merge")
 """Kinds of stages that make a language model."""
+REWARD_MODEL = "reward_model"
+"""The kind of stage that makes a model which scores responses and writes none."""
 
 
 @dataclass(frozen=True)

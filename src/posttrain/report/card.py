@@ -16,6 +16,7 @@ WHAT = {
     "pretrain": "pre-trained from nothing",
     "sft": "supervised fine-tuning",
     "dpo": "learning from preference pairs",
+    "reward_model": "a reward model from preference pairs",
     "rl": "reinforcement learning on verifiable rewards",
     "distill": "on-policy distillation from one teacher per domain",
     "merge": "merged from the weights of several models",
@@ -69,7 +70,7 @@ def model_card(
             _table(("metric", "value"), [(key, number(v)) for key, v in metrics.items()]),
         ),
         "## How to load it",
-        _USE,
+        _USE_SCORES if kind == "reward_model" else _USE,
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -89,8 +90,24 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
 ```"""
 
 
+_USE_SCORES = """```python
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+path = "."  # this directory
+model = AutoModelForSequenceClassification.from_pretrained(path)
+tokenizer = AutoTokenizer.from_pretrained(path)
+chat = [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]
+ids = tokenizer.apply_chat_template(chat, return_dict=True)["input_ids"]
+# The reward is read at the token that ends the response; some templates write more after it.
+last = len(ids) - ids[::-1].index(tokenizer.eos_token_id)
+print(float(model(torch.tensor([ids[:last]])).logits))
+```"""
+
+
 def _head(kind: str, domains: Mapping[str, Any]) -> str:
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
+    task = "text-classification" if kind == "reward_model" else "text-generation"
+    lines = ["---", "library_name: transformers", f"pipeline_tag: {task}"]
     # A JSON string is a YAML string, whatever is in it.
     lines += ["tags:", *(f"- {json.dumps(tag)}" for tag in ("posttrain", kind, *domains)), "---"]
     return "\n".join(lines)

@@ -67,12 +67,26 @@ METRICS = {
     "logp_chosen": Metric(title="Log-probability of the chosen", hint="nats per response"),
     "logp_rejected": Metric(title="Log-probability of the rejected", hint="nats per response"),
     "nll": Metric(title="Cross-entropy of the chosen", hint="nats per token"),
+    "reward_mean": Metric(title="Reward", hint="mean over the responses of the pairs"),
+    "reward_std": Metric(title="Spread of the rewards", hint="standard deviation"),
+    "label_accuracy": Metric(title="Label accuracy", hint="good ones above 0, bad ones not"),
+    "value_loss": Metric(title="Value loss", hint="half the squared error to the return", log=True),
+    "value": Metric(title="Value", hint="mean over tokens"),
+    "return": Metric(title="Return", hint="what the critic learns, mean over tokens"),
+    "value_clipped": Metric(title="Values held by the clip", hint="share of tokens"),
+    "explained_variance": Metric(title="Explained variance", hint="of the returns, by the values"),
+    "critic_grad_norm": Metric(title="Gradient norm of the critic", hint="before clipping"),
+    "critic_lr": Metric(title="Learning rate of the critic"),
     "kl_baseline": Metric(title="KTO's baseline", hint="nats per response"),
 }
 SHOWN = {
     "supervised": ("loss",),
     "dpo": ("loss", "accuracy", "margin", "logp_chosen", "logp_rejected"),
-    "rl": ("reward", "entropy", "response_length", "clip_share", "correction_masked"),
+    "reward_model": ("loss", "accuracy", "margin", "reward_mean"),
+    "rl": (
+        *("reward", "entropy", "response_length", "clip_share", "correction_masked"),
+        "explained_variance",
+    ),
     "distill": (
         *("kl", "entropy", "response_length", "token_share", "clipped", "correction_masked"),
         "reward",
@@ -83,6 +97,7 @@ HINTS = {
     ("supervised", "loss"): "cross-entropy, nats per token",
     ("distill", "loss"): "as the estimator weighs it",
     ("dpo", "loss"): "mean over pairs; over responses with kto",
+    ("reward_model", "loss"): "mean over pairs; over prompts with per_prompt",
 }
 
 
@@ -132,6 +147,9 @@ def sections(stages: Sequence[StageFacts], colours: dict[str, int]) -> list[Sect
     preferring = [stage for stage in logged if stage.kind == "dpo"]
     if preferring:
         found.append(_section("Preference stages", "dpo", preferring, colours))
+    scoring = [stage for stage in logged if stage.kind == "reward_model"]
+    if scoring:
+        found.append(_section("Reward models", "reward_model", scoring, colours))
     reinforced = [stage for stage in logged if stage.kind == "rl"]
     if reinforced:
         found.append(_section("Reinforcement learning", "rl", reinforced, colours))

@@ -25,6 +25,7 @@ KEY_NUMBERS = {
     "pretrain": ("loss", "loss"),
     "sft": ("loss", "loss"),
     "dpo": ("accuracy", "accuracy"),
+    "reward_model": ("heldout_accuracy", "held-out"),
     "rl": ("reward", "reward"),
     "distill": ("kl", "KL"),
     "evaluate": ("norm", "Norm"),

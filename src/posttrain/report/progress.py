@@ -22,6 +22,7 @@ KEY_METRICS = {
     "pretrain": ("loss",),
     "sft": ("loss",),
     "dpo": ("accuracy",),
+    "reward_model": ("accuracy",),
     "rl": ("reward",),
     "distill": ("kl",),
 }

@@ -24,6 +24,9 @@ from posttrain.stages.preferences import Pair, Rows
 Draw = dict[str, list[Pair]]
 """`{"pairs": pairs}`: what a step draws, in the form that a pool takes."""
 
+Prompt = tuple[str, str, str | None]
+"""Id, text and mode."""
+
 STRENGTH_MARGINS = {4: 1.0, 3: 2 / 3, 2: 1 / 3, 1: 0.0}
 """How far apart two rewards are to be, by how much better the chosen response is: the small margins
 of Llama 2 (arXiv 2307.09288, table 27)."""
@@ -50,14 +53,17 @@ class Responses:
     """All responses of some draws as tokens, each once."""
 
     def __init__(self, draws: Sequence[Draw], chat: Chat, pad_id: int) -> None:
-        self.number: dict[tuple[str, str | None], int] = {}
-        """(prompt, response) -> its row; None is what fills up."""
+        self.number: dict[tuple[Prompt, str | None], int] = {}
+        """Prompt and response -> its row; None is what fills up."""
         for pair in (pair for draw in draws for pair in draw["pairs"]):
             for text in (pair["chosen"], pair["rejected"], None):
-                self.number.setdefault((pair["prompt"], text), len(self.number))
+                self.number.setdefault((_prompt(pair), text), len(self.number))
         self.rows = Rows(
-            [chat.prompt(prompt) for prompt, _ in self.number],
-            [[] if text is None else chat.response(prompt, text) for prompt, text in self.number],
+            [chat.prompt(prompt, mode) for (_, prompt, mode), _ in self.number],
+            [
+                [] if text is None else chat.response(prompt, text, mode)
+                for (_, prompt, mode), text in self.number
+            ],
             pad_id,
         )
 
@@ -71,7 +77,7 @@ class Responses:
         margins: list[float] = []
         for number, (draw, rows) in enumerate(zip(draws, found, strict=True)):
             first, missing = len(index), block - len(rows)
-            filler = self.number[draw["pairs"][0]["prompt"], None]
+            filler = self.number[_prompt(draw["pairs"][0]), None]
             index += [*rows, *[filler] * missing]
             filled += [True] * len(rows) + [False] * missing
             for pair in draw["pairs"]:
@@ -96,7 +102,7 @@ class Responses:
         return list(dict.fromkeys(self._row(pair, side) for pair, side in sides))
 
     def _row(self, pair: Pair, side: str) -> int:
-        return self.number[pair["prompt"], pair[side]]
+        return self.number[_prompt(pair), pair[side]]
 
 
 def draws_of(by_domain: Mapping[str, Sequence[Pair]], *, per_prompt: bool) -> dict[str, list[Draw]]:
@@ -113,7 +119,7 @@ def draws_of(by_domain: Mapping[str, Sequence[Pair]], *, per_prompt: bool) -> di
 def hold_out(
     by_domain: Mapping[str, Sequence[Pair]], share: float, *, seed: int
 ) -> tuple[dict[str, list[Pair]], dict[str, list[Pair]]]:
-    """Pairs to learn from and pairs to be judged by, by domain: no prompt is in both.
+    """Pairs to learn from and pairs to be judged by, by domain: no prompt is in both, in no mode.
 
     Of each domain this share of its prompts is held out, drawn by `seed`; at least one where
     there are two, none for a share of 0. Raises ConfigError where no domain has two prompts.
@@ -121,12 +127,12 @@ def hold_out(
     kept: dict[str, list[Pair]] = {}
     held: dict[str, list[Pair]] = {}
     for position, (domain, pairs) in enumerate(by_domain.items()):
-        prompts = list(dict.fromkeys(map(_prompt, pairs)))
+        prompts = list(dict.fromkeys(map(_problem, pairs)))
         count = min(len(prompts) - 1, max(1, round(share * len(prompts)))) if share > 0 else 0
         order = np.random.default_rng([seed, position]).permutation(len(prompts))
         chosen = {prompts[place] for place in order[:count]}
-        kept[domain] = [pair for pair in pairs if _prompt(pair) not in chosen]
-        held[domain] = [pair for pair in pairs if _prompt(pair) in chosen]
+        kept[domain] = [pair for pair in pairs if _problem(pair) not in chosen]
+        held[domain] = [pair for pair in pairs if _problem(pair) in chosen]
     held = {domain: pairs for domain, pairs in held.items() if pairs}
     if share > 0 and not held:
         raise ConfigError(
@@ -148,6 +154,11 @@ def check_strengths(by_domain: Mapping[str, Sequence[Pair]]) -> None:
             )
 
 
-def _prompt(pair: Pair) -> tuple[str, str]:
-    """What makes two pairs those of one problem."""
+def _prompt(pair: Pair) -> Prompt:
+    """What makes two pairs those of one prompt."""
+    return pair["id"], pair["prompt"], pair.get("mode")
+
+
+def _problem(pair: Pair) -> tuple[str, str]:
+    """The same, whatever the mode."""
     return pair["id"], pair["prompt"]

@@ -24,7 +24,6 @@ from posttrain.backends.scalar import load_scalar, scores_N
 from posttrain.losses.value import clipped_value, explained_variance
 from posttrain.rl.types import Rollouts
 from posttrain.stages.context import Context
-from posttrain.stages.learner import new_learner
 from posttrain.stages.settings.rl import Rl
 from posttrain.stages.teachers import check_same_tokens
 
@@ -116,8 +115,20 @@ def value_metrics(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def new_critic(config: Rl, start: Path, policy: LanguageModel, ctx: Context) -> Critic:
-    """A critic from the language model or the reward model in `start`, with the optimiser of the
-    stage. Raises ConfigError unless it reads the policy's tokens."""
+    """A critic from the language model or the reward model in `start`.
+
+    All of its weights learn, with the optimiser of the stage. Raises ConfigError unless it reads
+    the policy's tokens.
+    """
     language_model = load_scalar(start, device=ctx.device)
     check_same_tokens(policy, language_model, "critic", role="critic")
-    return Critic(new_learner(config, language_model, ctx))
+    learner = LocalLearner(
+        language_model,
+        betas=(config.beta1, config.beta2),
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        dtype=getattr(torch, config.precision),
+        compile=ctx.compile,
+        workers=ctx.workers,
+    )
+    return Critic(learner)

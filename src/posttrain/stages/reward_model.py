@@ -68,9 +68,10 @@ def run(config: RewardModel, ctx: Context) -> dict[str, float]:
         metrics = learn(learner, RewardUpdate(config, batch, device=learner.device), lr=lr)
         ctx.log(step + 1, steps, tokens=batch.rows.num_tokens, **metrics)
         ctx.checkpoint(step + 1, learner)
-    save_scalar(language_model, ctx.out)
+    result = learner.result()
+    save_scalar(result, ctx.out)
     summary = {name: ctx.metrics[name] for name in ("loss", "accuracy", "margin")}
-    summary |= heldout_metrics(LocalScorer(learner.policy), held, chat, pad_id)
+    summary |= heldout_metrics(LocalScorer(result), held, chat, pad_id)
     return summary | {"tokens": ctx.tokens}
 
 
