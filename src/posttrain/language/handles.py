@@ -8,8 +8,12 @@ from typing import Any
 
 from posttrain.modes import Mode, check_mode
 
-MODEL_KINDS = ("model", "pretrain", "sft", "dpo", "rl", "distill")
+MODEL_KINDS = ("model", "pretrain", "sft", "dpo", "rl", "distill", "best")
 """Kinds of stages that make a language model."""
+DATA_KINDS = ("select", "mix", "dedup")
+"""Kinds of stages that make rows of prompt and demonstration."""
+ROLLOUT_KINDS = ("sample", "score", "rl")
+"""Kinds of stages that leave scored responses behind."""
 
 
 @dataclass(frozen=True)
@@ -18,6 +22,12 @@ class Stage:
 
     name: str
     kind: str
+    domains: tuple[str, ...] = ()
+    """Those of its prompts or its data; empty while they are not known."""
+
+    def settings(self) -> dict[str, Any]:
+        """What the handle asks of the stage that draws from it: nothing, its rows say it all."""
+        return {}
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ WHAT = {
     "dpo": "learning from preference pairs",
     "rl": "reinforcement learning on verifiable rewards",
     "distill": "on-policy distillation from one teacher per domain",
+    "best": "the best of several models on validation problems",
     "model": "taken in from outside",
 }
 

@@ -6,11 +6,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
 from transformers.models.qwen3 import modeling_qwen3  # noqa: F401
 
 from posttrain.stages import (  # noqa: F401
+    best,
+    dedup,
     distill,
     dpo,
     evaluate,
+    filter,
+    mix,
     pairs,
     pretrain,
+    profile,
     rl,
     sample,
     select,

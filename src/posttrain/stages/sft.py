@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -23,6 +22,7 @@ from posttrain.stages.batches import Pool, Problem, sequences
 from posttrain.stages.context import Context
 from posttrain.stages.learner import new_learner
 from posttrain.stages.rollouts import verifiers
+from posttrain.stages.rows import read_rows
 from posttrain.stages.settings.imitate import Pretrain, Sft
 
 
@@ -66,17 +66,28 @@ def imitate(learner: LocalLearner, batch: Rollouts, *, lr: float) -> dict[str, f
 def demonstrations(config: Pretrain | Sft, ctx: Context) -> dict[str, list[Problem]]:
     """Rows with prompt and demo by domain: of the domains themselves, or of a data artifact.
 
-    Those of domains are in the stage's modes, and some of them wrong with `demo_noise`.
+    The rows of a mix stand in one group, whatever their domains: its shares are to stay.
     """
     if "data" in ctx.inputs:
-        lines = (ctx.inputs["data"] / "data.jsonl").read_text(encoding="utf-8").splitlines()
         rows: dict[str, list[Problem]] = {}
-        for row in map(json.loads, lines):
-            rows.setdefault(row["domain"], []).append(row)
+        for row in read_rows(ctx.inputs["data"] / "data.jsonl"):
+            rows.setdefault(row.get("pool", row["domain"]), []).append(row)
         if not rows:
             raise ConfigError(f"stage {ctx.name!r}: its data has no rows; loosen the selection")
         return dict(sorted(rows.items()))
-    demos = {name: ctx.problems(name, "train", config.modes) for name in ctx.domains}
+    return demonstrated(
+        ctx, ctx.domains, modes=config.modes, noise=config.demo_noise, seed=config.seed
+    )
+
+
+def demonstrated(
+    ctx: Context, domains: Iterable[str], *, modes: Sequence[str], noise: float, seed: int
+) -> dict[str, list[Problem]]:
+    """The demonstrations of these domains in each of the modes, a share `noise` of them wrong.
+
+    Raises ConfigError for a problem that has none.
+    """
+    demos = {name: ctx.problems(name, "train", modes) for name in domains}
     for name, problems in demos.items():
         missing = next((p for p in problems if p["demo"] is None), None)
         if missing is not None:
@@ -88,13 +99,13 @@ def demonstrations(config: Pretrain | Sft, ctx: Context) -> dict[str, list[Probl
                 + ("`thought = ...`" if thinks else "`demo = ...`")
                 + " in the suite, or leave the domain out of `data`"
             )
-    return with_slips(config, ctx, demos) if config.demo_noise else demos
+    return with_slips(ctx, demos, noise=noise, seed=seed) if noise else demos
 
 
 def with_slips(
-    config: Pretrain | Sft, ctx: Context, demos: dict[str, list[Problem]]
+    ctx: Context, demos: dict[str, list[Problem]], *, noise: float, seed: int
 ) -> dict[str, list[Problem]]:
-    """The demonstrations as a careless annotator gives them, by the stage's noise and seed."""
+    """The demonstrations as a careless annotator gives them."""
     pool = verifiers(ctx)
 
     def score(text: str, problem: Mapping[str, Any]) -> float:
@@ -104,7 +115,6 @@ def with_slips(
         by_mode: dict[str | None, list[Problem]] = {}
         for row in rows:
             by_mode.setdefault(row.get("mode"), []).append(row)
-        noise, seed = config.demo_noise, config.seed
         return [
             row
             | {"demo": demonstrate(row, by_mode[row.get("mode")], score, noise=noise, seed=seed)}
