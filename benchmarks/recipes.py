@@ -5,11 +5,10 @@
     python benchmarks/recipes.py --page                 # only write docs/recipes.md again
 
 The bases that recipes share are made first; a recipe's time is that of `posttrain run NAME` with
-those in the store and nothing else of its own. Recipes share one store, as a user's would, but
-no stage but the bases is common to two of them unless it is the same in every setting; how many were
-found there is told. Scores are on held-out problems. Writes results/recipes_<date>.json with a Markdown
-table beside it, results/recipes_latest.json with the newest row of each recipe, and docs/recipes.md
-with the lineage pictures that it shows.
+those in the store. Recipes share the store, as a user's would; the stages of a recipe that another
+one had made already are listed under `cached`. Scores are on held-out problems. Writes
+results/recipes_<date>.json with a Markdown table beside it, results/recipes_latest.json with the
+newest row of each recipe, and docs/recipes.md with the lineage pictures that it shows.
 """
 
 from __future__ import annotations
@@ -24,10 +23,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from posttrain.loading import shipped_recipes
 from suite.machine import machine
 from suite.recipe_page import markdown, write_page, write_picture
-
-from posttrain.loading import shipped_recipes
 
 HERE = Path(__file__).resolve().parent
 LATEST = HERE / "results" / "recipes_latest.json"

@@ -30,7 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "stages.config": {"engine", "stages.settings"},
     "stages": {
         "engine", "losses", "rl", "domains", "report", "backends", "schedules", "modes",
-        "stages.settings",
+        "stages.settings", "external",
     },
     "language": {"engine", "external", "domains", "stages.config", "modes"},
     "recipe": {"engine", "external", "domains", "stages.config", "language"},

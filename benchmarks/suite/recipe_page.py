@@ -1,4 +1,4 @@
-"""docs/recipes.md: every shipped recipe in one line, with its source, result and lineage picture."""
+"""docs/recipes.md: every recipe in one line, with its source, result and lineage picture."""
 
 from __future__ import annotations
 
@@ -34,16 +34,17 @@ path.reads { stroke: var(--muted); stroke-width: 1; stroke-dasharray: 1.5 3; }
 
 HEAD = """# Recipes
 
-Every file in `src/posttrain/recipes/`, run as it is on the built-in suite by `make recipes`. Read a recipe's own
-file for what it does: it is shorter than any description.
+Every file in `src/posttrain/recipes/`, run as it is on the built-in suite by `make recipes`. Read a
+recipe's own file for what it does: it is shorter than any description.
 
-In the notation `a → b` b starts from a's checkpoint, `base →` starts from the base again, `D@m` is data sampled by
-m, `{…}` are parallel branches, `rl[v]` is reinforcement learning on reward v, `opd{…}` is on-policy distillation
-from those teachers, `for r` is a loop.
+In the notation `a → b` b starts from a's checkpoint, `base →` starts from the base again, `D@m` is
+data sampled by m, `{…}` are parallel branches, `rl[v]` is reinforcement learning on reward v,
+`opd{…}` is on-policy distillation from those teachers, `for r` is a loop.
 
-Time is from `posttrain run NAME` to its report with the shared base in the store. The gain is that of the last
-model over the checkpoint that it is compared with, its SFT where it has one, in points of accuracy at temperature 1 on
-held-out problems, mean over domains, with the 95 % interval of a bootstrap over problems.
+Time is from `posttrain run NAME` to its report, with the shared base in the store. The gain is that
+of the last model over the checkpoint that it is compared with, its SFT where it has one, in points of
+accuracy at temperature 1 on held-out problems, mean over domains, with the 95 % interval of a
+bootstrap over problems.
 
 """
 

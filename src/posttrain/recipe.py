@@ -12,7 +12,7 @@ is what people see and what `--set NAME.FIELD=VALUE` refers to.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from posttrain.external import find_external
 from posttrain.language.builder import Builder
 from posttrain.language.handles import Demos, Prompts, Stage, check_modes
 from posttrain.language.joining import Aux, auxiliary, check_auxiliary, check_merge, merging
-from posttrain.language.routes import route
+from posttrain.language.operands import contest, mixed, profile_edge, rollout_edges
+from posttrain.language.routes import route, samplers
 from posttrain.stages.config import VERSIONS
 from posttrain.suites.domain import Suite, Table
 
@@ -127,8 +128,7 @@ class Recipe:
 
     def stage(self, name: str) -> Stage:
         """A stage by its name, which may be defined further down."""
-        node = self._build.nodes.get(name)
-        return Stage(name, node.kind if node else "")
+        return self._build.handle(name)
 
     def pretrain(self, *, data: Demos, name: str = "base", **settings: Any) -> Stage:
         """A tiny model trained from nothing on the documents of some domains."""
@@ -206,7 +206,7 @@ class Recipe:
         self,
         *,
         start: Stage,
-        prompts: Prompts,
+        prompts: Prompts | Stage,
         aux: Aux | None = None,
         name: str = "rl",
         **settings: Any,
@@ -226,7 +226,7 @@ class Recipe:
         *,
         start: Stage,
         teachers: Mapping[str, Stage | str],
-        prompts: Prompts,
+        prompts: Prompts | Stage,
         aux: Aux | None = None,
         name: str = "student",
         **settings: Any,
@@ -283,46 +283,51 @@ class Recipe:
 
     def sample(
         self,
-        models: Stage | Mapping[str, Stage],
+        models: Stage | Sequence[Stage] | Mapping[str, Stage | Sequence[Stage]],
         *,
-        prompts: Prompts,
+        prompts: Prompts | Stage,
         name: str = "rollouts",
         **settings: Any,
     ) -> Stage:
-        """Scored responses of one model, or of each domain's own model."""
-        if isinstance(models, Stage):
-            models = dict.fromkeys(prompts.domains, models)
-        missing = [domain for domain in prompts.domains if domain not in models]
-        if missing:
-            raise ConfigError(
-                f"stage {name!r} (sample): no model for domain {missing[0]!r}; models are given "
-                f"for {', '.join(models) or 'none'}; add models[{missing[0]!r}]"
-            )
-        edges = {
-            f"models.{domain}": self._build.model(name, f"models.{domain}", models[domain])
-            for domain in prompts.domains
-        }
-        routes = {domain: f"models.{domain}" for domain in prompts.domains}
-        inputs = edges | self._build.data(name, prompts, (Prompts,))
-        return self._build.stage("sample", name, prompts.settings() | settings, inputs, routes)
+        """Scored responses of one model or several, or of each domain's own."""
+        inputs = self._build.data(name, prompts, (Prompts,))
+        routes, edges = samplers(self._build, name, prompts.domains, models)
+        settings = prompts.settings() | settings
+        return self._build.stage("sample", name, settings, edges | inputs, routes)
 
-    def select(self, rollouts: Stage, *, name: str = "selection", **settings: Any) -> Stage:
-        """The rollouts worth imitating, as data for `sft`."""
-        return self._build.stage(
-            "select", name, settings, self._build.rollouts("select", name, rollouts)
-        )
+    def select(
+        self, rollouts: Stage | Sequence[Stage], *, name: str = "selection", **settings: Any
+    ) -> Stage:
+        """The rollouts worth imitating, as data for `sft`; those of several stages are one pool."""
+        inputs = rollout_edges("select", name, rollouts)
+        stage = self._build.stage("select", name, settings, inputs)
+        config = self._build.nodes[name].config
+        for field in ("first_step", "last_step"):
+            for source in map(self.stage, inputs.values()):
+                if config[field] is not None and source.kind not in ("rl", ""):
+                    raise ConfigError(
+                        f"stage {name!r} (select): {field} = {config[field]} chooses among the "
+                        f"steps of an rl stage, and {source.name!r} is a {source.kind} stage; "
+                        "leave it out, or select from r.rl(...)"
+                    )
+        return stage
 
     def pairs(
-        self, rollouts: Stage, *, against: Stage | None = None, name: str = "pairs", **settings: Any
+        self,
+        rollouts: Stage | Sequence[Stage],
+        *,
+        against: Stage | Sequence[Stage] | None = None,
+        name: str = "pairs",
+        **settings: Any,
     ) -> Stage:
         """Preference pairs out of rollouts, as data for `dpo`.
 
-        By reward among the responses to one problem, or with `against` the responses of a strong
-        model's stage against those of a weak one's.
+        By reward or score among the responses to one problem, or with `against` the responses of a
+        strong model's stage against those of a weak one's. Several stages are one pool.
         """
-        inputs = self._build.rollouts("pairs", name, rollouts)
+        inputs = rollout_edges("pairs", name, rollouts)
         if against is not None:
-            inputs["against"] = self._build.rollouts("pairs", name, against)["rollouts"]
+            inputs |= rollout_edges("pairs", name, against, edge="against")
             settings = {"how": "strong_against_weak"} | settings
         stage = self._build.stage("pairs", name, settings, inputs)
         how = self._build.nodes[name].config["how"]
@@ -331,7 +336,7 @@ class Recipe:
                 f"stage {name!r} (pairs): how = {how} "
                 + ("reads no" if against is not None else "needs a")
                 + " second stage; write r.pairs(strong, against=weak) for strong_against_weak and "
-                "r.pairs(rollouts) for best_against_worst"
+                "r.pairs(rollouts) for the others"
             )
         return stage
 
@@ -349,6 +354,100 @@ class Recipe:
         stage = self._build.stage(kind, name, settings, {**inputs, **edges}, routes)
         check_auxiliary(self._build, name, aux)
         return stage
+
+    def profile(
+        self, model: Stage, *, prompts: Prompts | Stage, name: str = "profile", **settings: Any
+    ) -> Stage:
+        """How often `model` solves each of the prompts: for `r.filter`, and for curricula."""
+        inputs = {"model": self._build.model(name, "model", model)}
+        inputs |= self._build.data(name, prompts, (Prompts,))
+        return self._build.stage("profile", name, prompts.settings() | settings, inputs)
+
+    def filter(
+        self,
+        prompts: Prompts | Stage,
+        *,
+        profile: Stage,
+        against: Stage | None = None,
+        name: str = "filtered",
+        **settings: Any,
+    ) -> Stage:
+        """Those of the prompts that are as hard as asked for; it stands wherever prompts do.
+
+        `profile` and `against` are profiles of two models: solved by one but not by the other.
+        """
+        inputs = self._build.data(name, prompts, (Prompts,))
+        for edge, source in {"profile": profile, "against": against}.items():
+            if source is not None:
+                inputs[edge] = profile_edge(name, edge, source, prompts.domains)
+        stage = self._build.stage("filter", name, prompts.settings() | settings, inputs)
+        config = self._build.nodes[name].config
+        for field, unread in {"against_low": 0.0, "against_high": 1.0, "min_gain": None}.items():
+            if against is None and config[field] != unread:
+                raise ConfigError(
+                    f"stage {name!r} (filter): {field} = {config[field]} is about a second "
+                    "profile; give against=r.profile(...), or leave it out"
+                )
+        return stage
+
+    def mix(
+        self,
+        sources: Mapping[Demos | Stage, float],
+        *,
+        tokenizer: Stage | None = None,
+        name: str = "mix",
+        **settings: Any,
+    ) -> Stage:
+        """Data of several sources in shares by weight, as data for `sft`.
+
+        With by="tokens" those of the tokens of the model `tokenizer`.
+        """
+        parts, inputs = mixed(self._build, name, sources)
+        if tokenizer is not None:
+            inputs["tokenizer"] = self._build.model(name, "tokenizer", tokenizer)
+        stage = self._build.stage("mix", name, settings, inputs, parts=parts)
+        by = self._build.nodes[name].config["by"]
+        if (by == "tokens") != (tokenizer is not None):
+            raise ConfigError(
+                f"stage {name!r} (mix): by = {by} "
+                + ("needs" if tokenizer is None else "reads no")
+                + " tokenizer=, a model whose tokens are counted; give both or neither"
+            )
+        return stage
+
+    def dedup(
+        self, data: Stage | Sequence[Stage], *, name: str = "distinct", **settings: Any
+    ) -> Stage:
+        """Data without repeats, of one stage or of several one after another."""
+        several = [data] if isinstance(data, Stage) else list(data)
+        if not several:
+            raise ConfigError(f"stage {name!r} (dedup): it is given no data; name one stage")
+        found = [self._build.data(name, source, (Stage,))["data"] for source in several]
+        inputs = {f"data.{number}": source for number, source in enumerate(found)}
+        inputs = {"data": found[0]} if isinstance(data, Stage) else inputs
+        return self._build.stage("dedup", name, settings, inputs)
+
+    def best(
+        self,
+        candidates: Mapping[str, Stage] | Sequence[Stage],
+        *,
+        prompts: Prompts | None = None,
+        name: str = "best",
+        **settings: Any,
+    ) -> Stage:
+        """The best of several models on the validation problems of all domains or of `prompts`.
+
+        Of equally good ones it is the first.
+        """
+        inputs = contest(self._build, name, candidates)
+        prompts = Prompts(self.domains) if prompts is None else prompts
+        if not isinstance(prompts, Prompts):
+            raise ConfigError(
+                f"stage {name!r} (best): its prompts are {prompts!r}; the candidates answer "
+                "validation problems, so it takes r.prompts(...)"
+            )
+        inputs |= self._build.data(name, prompts, (Prompts,))
+        return self._build.stage("best", name, prompts.settings() | settings, inputs)
 
     def graph(self, target: Stage) -> Graph:
         """The finished graph. Raises ConfigError for a setting that matched no stage."""

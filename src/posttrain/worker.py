@@ -72,13 +72,18 @@ def run_job(job: Job) -> dict[str, Any]:
 def run_stage(job: Job, ctx: Context) -> dict[str, Any]:
     """The loop of the job's kind; returns its summary metrics."""
     from posttrain.stages import (
+        best,
+        dedup,
         distill,
         dpo,
         evaluate,
+        filter,
         merge,
+        mix,
         model,
         pairs,
         pretrain,
+        profile,
         reward_model,
         rl,
         sample,
@@ -102,6 +107,11 @@ def run_stage(job: Job, ctx: Context) -> dict[str, Any]:
         "sample": sample.run,
         "select": select.run,
         "pairs": pairs.run,
+        "profile": profile.run,
+        "filter": filter.run,
+        "mix": mix.run,
+        "dedup": dedup.run,
+        "best": best.run,
     }
     metrics: dict[str, Any] = loops[job.kind](build_config(job.kind, job.name, job.config), ctx)
     return metrics

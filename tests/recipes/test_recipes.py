@@ -283,9 +283,9 @@ def test_a_stage_may_be_named_before_it_is_defined(make_recipe: Callable[..., Re
     [
         (lambda r, b: r.sft(start=b, data=r.prompts("add"), **STEPS), "it needs r.demos"),
         (lambda r, b: r.rl(start=b, prompts=r.demos("add"), **STEPS), "it needs r.prompts"),
-        (lambda r, b: r.sft(start=b, data=b, **STEPS), "needs r.demos.* or a select stage"),
+        (lambda r, b: r.sft(start=b, data=b, **STEPS), "needs r.demos.* or a stage of kind select"),
         (lambda r, b: r.sft(start="base", data=r.demos("add"), **STEPS), "'base' is not a model"),
-        (lambda r, b: r.select(b), "needs the rollouts of a sample stage, not 'base'"),
+        (lambda r, b: r.select(b), "needs the rollouts of a stage of kind .* not 'base'"),
         (
             lambda r, b: r.sample({"add": b}, prompts=r.prompts(["add", "sort"])),
             "no model for domain 'sort'",
@@ -338,8 +338,11 @@ def test_preferences_are_a_graph(make_recipe: Callable[..., Recipe]) -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda r, b, s: r.pairs(b), r"'pairs' \(pairs\): it needs the rollouts of a sample stage"),
-        (lambda r, b, s: r.pairs(s, against=b), "rollouts of a sample stage, not 'base'"),
+        (
+            lambda r, b, s: r.pairs(b),
+            r"'pairs' \(pairs\): it needs the rollouts of a stage of kind",
+        ),
+        (lambda r, b, s: r.pairs(s, against=b), "rollouts of a stage of kind .*, not 'base'"),
         (
             lambda r, b, s: r.pairs(s, how="strong_against_weak"),
             r"how = strong_against_weak needs a second stage; write r.pairs\(strong, against=weak",
@@ -361,7 +364,10 @@ def test_preferences_are_a_graph(make_recipe: Callable[..., Recipe]) -> None:
             lambda r, b, s: r.dpo(start=b, data=r.pairs(s), reference=b, loss="simpo", **STEPS),
             "loss = simpo reads no reference; leave reference= out",
         ),
-        (lambda r, b, s: r.sft(start=b, data=r.pairs(s), **STEPS), "needs r.demos.* or a select"),
+        (
+            lambda r, b, s: r.sft(start=b, data=r.pairs(s), **STEPS),
+            "needs r.demos.* or a stage of kind select",
+        ),
     ],
 )
 def test_preference_edges_of_the_wrong_kind_are_refused(

@@ -22,7 +22,7 @@ BASE: dict[str, Any] = {
     "k": 3,
     "num_prompts": 70,
     "max_new_tokens": 6,
-    "routes": {"short": "models.short", "words": "models.words"},
+    "routes": {"short": ["one"], "words": ["two"]},
 }
 
 
@@ -31,7 +31,7 @@ def sample(
     run_stage: Callable[..., Any], models: Mapping[str, str], domains: Mapping[str, str]
 ) -> Callable[..., Any]:
     def run(**changes: Any) -> Any:
-        inputs = {"models.short": models["one"], "models.words": models["two"], **domains}
+        inputs = {f"models.{name}": models[name] for name in ("one", "two")} | dict(domains)
         return run_stage("sample", BASE | changes, inputs)
 
     return run
@@ -50,8 +50,8 @@ def test_every_prompt_is_sampled_k_times_and_scored(
     assert ran.metrics["reward"] == pytest.approx(sum(r["reward"] for r in rows) / len(rows))
     assert set(Counter((row["domain"], row["id"]) for row in rows).values()) == {3}
     assert {(row["domain"], row["model"]) for row in rows} == {
-        ("short", "models.short"),
-        ("words", "models.words"),
+        ("short", "one"),
+        ("words", "two"),
     }
     assert {row["temperature"] for row in rows} == {1.0}
     judges = {name: load_verifier(Path(domains[f"domains.{name}"])) for name in ("short", "words")}
@@ -65,7 +65,7 @@ def test_every_prompt_is_sampled_k_times_and_scored(
 def test_every_setting_changes_the_rollouts(sample: Callable[..., Any]) -> None:
     changes = [{}, {"seed": 1}, {"k": 2}, {"num_prompts": 60}, {"max_new_tokens": 4}]
     changes += [{"temperature": 0.5}, {"temperature": 0.0}]
-    changes += [{"routes": {"short": "models.words", "words": "models.short"}}]
+    changes += [{"routes": {"short": ["two"], "words": ["one"]}}]
     texts = {(sample(**change).out / "rollouts.jsonl").read_text() for change in changes}
     assert len(texts) == len(changes)
     assert (sample().out / "rollouts.jsonl").read_text() in texts
@@ -156,7 +156,7 @@ def test_selected_rollouts_train_a_model(
 
 
 def test_choose_keeps_the_settings_apart() -> None:
-    assert choose(Select(how="shortest_correct"), ROWS[:2]) == [ROWS[0]]
+    assert choose(Select(how="shortest_correct"), [ROWS[:2]]) == [ROWS[0]]
     with pytest.raises(ConfigError, match="max_per_prompt = 2: it is not read with how = shortest"):
         build_config("select", "mine", {"how": "shortest_correct", "max_per_prompt": 2})
 
@@ -168,8 +168,8 @@ def test_a_verifier_in_a_process_of_its_own_gives_the_same_rollouts(
     tmp_path: Path,
 ) -> None:
     """The rule of `short` as a user's function; the processes that run it are gone afterwards."""
-    inputs = {"models.short": models["one"], "domains.short": domains["domains.short"]}
-    settings = BASE | {"num_prompts": 20, "routes": {"short": "models.short"}}
+    inputs = {"models.one": models["one"], "domains.short": domains["domains.short"]}
+    settings = BASE | {"num_prompts": 20, "routes": {"short": ["one"]}}
     in_place = run_stage("sample", settings, inputs)
 
     ours, pids = tmp_path / "ours", tmp_path / "pids"

@@ -54,6 +54,10 @@ class Chat:
             self._responses[key] = self._response(prompt, text, mode)
         return self._responses[key]
 
+    def begin(self, text: str) -> list[int]:
+        """Token ids of the first words of an assistant message, which is still to go on."""
+        return self._encode(text) if text else []
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of a response: stop token and special tokens left out, thinking tags kept."""
         if ids and ids[-1] in self.stop_ids:

@@ -13,9 +13,22 @@ from posttrain.engine.fingerprint import file_digest
 from posttrain.engine.graph import Graph, Node
 from posttrain.engine.store import Store
 from posttrain.external import External, find_external, token_conflict
-from posttrain.language.handles import MODEL_KINDS, REWARD_MODEL, Demos, Prompts, Stage
+from posttrain.language.handles import (
+    DATA_KINDS,
+    MODEL_KINDS,
+    REWARD_MODEL,
+    Demos,
+    Prompts,
+    Stage,
+)
 from posttrain.stages.config import CONFIGS, VERSIONS, build_config
 from posttrain.suites.domain import Suite, Table, domain_node
+
+DERIVED = {
+    "routes": "which model serves which domain",
+    "parts": "which source has which weight",
+}
+"""Settings that a recipe does not name, and what they say."""
 
 
 class Builder:
@@ -58,9 +71,13 @@ class Builder:
         name: str,
         settings: Mapping[str, Any],
         inputs: Mapping[str, str],
-        routes: Mapping[str, str] | None = None,
+        routes: Mapping[str, str | tuple[str, ...]] | None = None,
+        **derived: Any,
     ) -> Stage:
-        """Add a stage with its checked settings, overrides included."""
+        """Add a stage with its checked settings, overrides included.
+
+        `routes` and the `derived` settings follow from what the recipe passes; nobody sets them.
+        """
         values = dict(settings)
         if "seed" in CONFIGS[kind].model_fields:
             values = {"seed": self.seed} | values
@@ -71,13 +88,14 @@ class Builder:
             if known and fnmatchcase(name, pattern):
                 self._used.add(key)
                 values[field] = value
-        if "routes" in values and "routes" in CONFIGS[kind].model_fields:
-            raise ConfigError(
-                f"stage {name!r} ({kind}), field 'routes': which model serves which domain follows "
-                "from the stages that the recipe passes; change those instead"
-            )
-        if routes is not None:
-            values["routes"] = dict(routes)
+        derived |= {} if routes is None else {"routes": dict(routes)}
+        for field in ("routes", *derived):
+            if field in values and field in CONFIGS[kind].model_fields:
+                raise ConfigError(
+                    f"stage {name!r} ({kind}), field {field!r}: {DERIVED[field]} follows from the "
+                    "stages that the recipe passes; change those instead"
+                )
+        values |= derived
         config = build_config(kind, name, values)
         return self.add(
             Node(
@@ -97,7 +115,21 @@ class Builder:
                 f"{node.kind}); give one of them another name="
             )
         self.nodes[node.name] = node
-        return Stage(node.name, node.kind)
+        return self.handle(node.name)
+
+    def handle(self, name: str) -> Stage:
+        """The handle on a stage, which may be defined further down."""
+        node = self.nodes.get(name)
+        return Stage(name, node.kind if node else "", self._domains_of(name))
+
+    def _domains_of(self, name: str) -> tuple[str, ...]:
+        """Those that a stage reads problems of, else those of the data that it was made from."""
+        inputs = self.nodes[name].inputs if name in self.nodes else {}
+        own = [source for edge, source in inputs.items() if edge.startswith("domains.")]
+        for edge, source in inputs.items():
+            if edge.partition(".")[0] in ("rollouts", "data"):
+                own += self._domains_of(source)
+        return tuple(dict.fromkeys(own))
 
     def known(self, domains: str | Iterable[str]) -> tuple[str, ...]:
         """The names of these domains. Raises ConfigError for one that the suite does not have."""
@@ -117,20 +149,30 @@ class Builder:
         return names
 
     def data(self, stage: str, data: object, allowed: tuple[type, ...]) -> dict[str, str]:
-        """The edges of a stage's data; domains get their nodes."""
+        """The edges of a stage's data; domains get their nodes.
+
+        A stage stands for `Demos` where it makes rows to imitate, and for `Prompts` where it makes
+        prompts.
+        """
+        wanted = {Demos: "r.demos(...)", Prompts: "r.prompts(...)", Stage: "a data stage"}
+        choices = " or ".join(wanted[kind] for kind in allowed)
+        if isinstance(data, Stage) and Prompts in allowed:
+            return self._filtered(stage, data)
         if not isinstance(data, allowed):
-            wanted = {Demos: "r.demos(...)", Prompts: "r.prompts(...)", Stage: "a select stage"}
-            choices = " or ".join(wanted[kind] for kind in allowed)
             raise ConfigError(f"stage {stage!r}: its data is {data!r}; it needs {choices}")
         if isinstance(data, Stage):
-            if data.kind not in ("select", ""):
+            if data.kind not in (*DATA_KINDS, ""):
                 raise ConfigError(
                     f"stage {stage!r}: its data is {data.name!r} ({data.kind}); it needs "
-                    "r.demos(...) or a select stage"
+                    f"{wanted[Demos]} or a stage of kind {', '.join(DATA_KINDS)}"
                 )
             return {"data": data.name}
         assert isinstance(data, Demos | Prompts)
-        for name in data.domains:
+        return self.domain_edges(stage, data.domains)
+
+    def domain_edges(self, stage: str, domains: Iterable[str]) -> dict[str, str]:
+        """The edges to these domains of the suite, which get their nodes."""
+        for name in domains:
             node = self.nodes.get(name)
             if node is not None and node.kind != "domain":
                 raise GraphError(
@@ -147,7 +189,7 @@ class Builder:
                     data=pieces.data,
                     runtime=pieces.runtime,
                 )
-        return {f"domains.{name}": name for name in data.domains}
+        return {f"domains.{name}": name for name in domains}
 
     def require_thoughts(self, domains: Iterable[str]) -> None:
         """Raise ConfigError for a domain whose demonstrations cannot think."""
@@ -179,14 +221,15 @@ class Builder:
                     f"not read, because {because}"
                 )
 
-    def rollouts(self, kind: str, stage: str, rollouts: Stage) -> dict[str, str]:
-        """The edge of rollouts that a data operator reads."""
-        if rollouts.kind not in ("sample", ""):
+    def _filtered(self, stage: str, prompts: Stage) -> dict[str, str]:
+        """The edges of prompts that a stage has chosen, and of the domains that they are of."""
+        if prompts.kind != "filter":
+            what = prompts.kind or "not defined yet"
             raise ConfigError(
-                f"stage {stage!r} ({kind}): it needs the rollouts of a sample stage, not "
-                f"{rollouts.name!r} ({rollouts.kind})"
+                f"stage {stage!r}: its prompts are {prompts.name!r} ({what}); it needs "
+                "r.prompts(...) or a filter stage that stands above it"
             )
-        return {"rollouts": rollouts.name}
+        return {"prompts": prompts.name} | self.domain_edges(stage, prompts.domains)
 
     def pairs(self, kind: str, stage: str, data: Stage) -> str:
         """The name of the stage of preference pairs that another stage learns from."""

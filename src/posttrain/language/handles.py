@@ -8,10 +8,14 @@ from typing import Any
 
 from posttrain.modes import Mode, check_mode
 
-MODEL_KINDS = ("model", "pretrain", "sft", "dpo", "rl", "distill", "merge")
+MODEL_KINDS = ("model", "pretrain", "sft", "dpo", "rl", "distill", "merge", "best")
 """Kinds of stages that make a language model."""
 REWARD_MODEL = "reward_model"
 """The kind of stage that makes a model which scores responses and writes none."""
+DATA_KINDS = ("select", "mix", "dedup")
+"""Kinds of stages that make rows of prompt and demonstration."""
+ROLLOUT_KINDS = ("sample", "score", "rl")
+"""Kinds of stages that leave scored responses behind."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +24,12 @@ class Stage:
 
     name: str
     kind: str
+    domains: tuple[str, ...] = ()
+    """Those of its prompts or its data; empty while they are not known."""
+
+    def settings(self) -> dict[str, Any]:
+        """What the handle asks of the stage that draws from it: nothing, its rows say it all."""
+        return {}
 
 
 @dataclass(frozen=True)

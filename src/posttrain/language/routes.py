@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from posttrain.engine.errors import ConfigError
 from posttrain.language.builder import Builder
@@ -59,4 +59,37 @@ def route(
                 "start; give that stage another name="
             )
         edges[edge] = build.model(stage, f"teachers[{domain!r}]", source)
+    return routes, edges
+
+
+def samplers(
+    build: Builder,
+    stage: str,
+    domains: tuple[str, ...],
+    models: Stage | Sequence[Stage] | Mapping[str, Stage | Sequence[Stage]],
+) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
+    """Domain to the names of the models that sample it, and the models' edges."""
+    if not isinstance(models, Mapping):
+        models = dict.fromkeys(domains, models)
+    missing = [domain for domain in domains if domain not in models]
+    if missing:
+        raise ConfigError(
+            f"stage {stage!r} (sample): no model for domain {missing[0]!r}; models are given "
+            f"for {', '.join(models) or 'none'}; add models[{missing[0]!r}]"
+        )
+    routes: dict[str, tuple[str, ...]] = {}
+    edges: dict[str, str] = {}
+    for domain in domains:
+        of_domain = models[domain]
+        several = [of_domain] if isinstance(of_domain, Stage | str) else list(of_domain)
+        names = [build.model(stage, f"models.{domain}", model) for model in several]
+        twice = [name for name in names if names.count(name) > 1]
+        if not names or twice:
+            what = f"names {twice[0]!r} twice" if twice else "names no model"
+            raise ConfigError(
+                f"stage {stage!r} (sample): models[{domain!r}] {what}; give each model once, and "
+                "raise k for more responses of one"
+            )
+        routes[domain] = tuple(names)
+        edges |= {f"models.{name}": name for name in names}
     return routes, edges

@@ -20,6 +20,7 @@ WHAT = {
     "rl": "reinforcement learning on verifiable rewards",
     "distill": "on-policy distillation from one teacher per domain",
     "merge": "merged from the weights of several models",
+    "best": "the best of several models on validation problems",
     "model": "taken in from outside",
 }
 

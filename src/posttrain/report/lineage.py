@@ -34,6 +34,11 @@ KEY_NUMBERS = {
     "select": ("rows", "rows"),
     "sample": ("rows", "rows"),
     "pairs": ("rows", "pairs"),
+    "profile": ("rate", "pass rate"),
+    "filter": ("rows", "prompts"),
+    "mix": ("rows", "rows"),
+    "dedup": ("rows", "rows"),
+    "best": ("score", "score"),
     "domain": ("train", "problems"),
 }
 

@@ -28,7 +28,7 @@ KEY_METRICS = {
 }
 ANY_METRIC = ("reward", "kl", "loss", "norm", "rows")
 """Shown for other kinds, the first that a stage logs."""
-UNITS = {"evaluate": "models", "sample": "domains"}
+UNITS = {"evaluate": "models", "sample": "draws", "profile": "domains", "best": "models"}
 """What a step of these kinds is."""
 
 

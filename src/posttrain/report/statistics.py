@@ -11,7 +11,7 @@ Legend: S resamples, P problems, M models.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,6 +85,17 @@ def evaluation(
         for model, by_domain in scores.items()
     }
     return result
+
+
+def mean_interval(scores: Sequence[Array], *, resamples: int, seed: int) -> dict[str, float]:
+    """The mean over domains of their means, `value`, with its interval, `low` to `high`.
+
+    `scores` has one array [P] per domain. Equal numbers of problems draw the same resamples.
+    """
+    value_S = np.zeros(resamples)
+    for number, score_P in enumerate(scores):
+        value_S += _resample(len(score_P), resamples, [seed, number]) @ score_P / len(scores)
+    return _interval(float(np.mean([score_P.mean() for score_P in scores])), value_S)
 
 
 def _domain(columns: Mapping[str, Array], weight_SP: Array) -> tuple[dict[str, Any], Array | None]:

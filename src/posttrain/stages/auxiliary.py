@@ -113,10 +113,13 @@ def auxiliary_rows(ctx: Context, name: str, modes: Sequence[Mode] = ()) -> dict[
 
 
 def rows_by_domain(path: Path, stage: str) -> dict[str, list[Problem]]:
-    """The rows of a data artifact by domain. Raises ConfigError where it has none."""
+    """The rows of a data artifact by domain. Raises ConfigError where it has none.
+
+    The rows of a mix stand in one group, whatever their domains: its shares are to stay.
+    """
     rows: dict[str, list[Problem]] = {}
     for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
-        rows.setdefault(row["domain"], []).append(row)
+        rows.setdefault(row.get("pool", row["domain"]), []).append(row)
     if not rows:
         raise ConfigError(f"stage {stage!r}: its data has no rows; loosen the selection")
     return dict(sorted(rows.items()))

@@ -12,10 +12,10 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from posttrain.engine.errors import ConfigError
-from posttrain.stages.settings.data import Sample, Select
+from posttrain.stages.settings.data import Dedup, Filter, Mix, Profile, Sample, Select
 from posttrain.stages.settings.distill import Distill
 from posttrain.stages.settings.imitate import Pretrain, Sft
-from posttrain.stages.settings.models import DomainData, Evaluate, ExternalModel, Merge
+from posttrain.stages.settings.models import Best, DomainData, Evaluate, ExternalModel, Merge
 from posttrain.stages.settings.preference import Dpo, Pairs, RewardModel
 from posttrain.stages.settings.rl import Rl
 
@@ -33,6 +33,11 @@ CONFIGS: dict[str, type[BaseModel]] = {
     "sample": Sample,
     "select": Select,
     "pairs": Pairs,
+    "profile": Profile,
+    "filter": Filter,
+    "mix": Mix,
+    "dedup": Dedup,
+    "best": Best,
 }
 
 # Raised by hand when a change makes a stage give other numbers for the same settings.

@@ -102,10 +102,19 @@ class Context:
         return dict(sorted(found.items()))
 
     def problems(self, domain: str, split: str, modes: Sequence[str] = ()) -> list[dict[str, Any]]:
-        """The problems of one split of a domain, each in each of `modes` (`in_modes`)."""
+        """The problems of one split of a domain, each in each of `modes` (`in_modes`).
+
+        Of the training split, those that the stage of the edge `prompts` has chosen, if there is
+        one. Raises ConfigError where there is none.
+        """
         path = self.domains[domain] / f"{split}.jsonl"
+        chosen = split == "train" and "prompts" in self.inputs
+        if chosen:
+            path = self.inputs["prompts"] / "prompts.jsonl"
         with path.open(encoding="utf-8") as lines:
             rows = [json.loads(line) for line in lines]
+        if chosen:
+            rows = [row for row in rows if row["domain"] == domain]
         if not rows:
             raise ConfigError(f"domain {domain!r}: its {split} split has no problems")
         return in_modes(rows, modes)

@@ -1,43 +1,36 @@
 """Preference pairs out of rollouts: for one problem, a response to prefer and one to avoid.
 
-By reward among the responses of one `sample` stage (on-policy pairs), or, without any judge, the
-response of a strong model against that of a weak one (delta learning: OLMo 3, arXiv 2512.13961).
+By value among the responses to a problem (on-policy pairs), or, without any judge, the response of
+a strong model against that of a weak one (delta learning: OLMo 3, arXiv 2512.13961).
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from pathlib import Path
+from itertools import combinations
 from typing import Any
 
 from posttrain.engine.errors import ConfigError
 from posttrain.stages.batches import kept
 from posttrain.stages.context import Context
 from posttrain.stages.rollouts import write_jsonl
+from posttrain.stages.rows import Row, by_problem, clean, read_rollouts, value_of
 from posttrain.stages.settings.preference import Pairs
-
-Rollout = dict[str, Any]
-Key = tuple[str, str, str | None]
-"""Domain, id and mode: responses in two modes are not compared."""
 
 
 def run(config: Pairs, ctx: Context) -> dict[str, float]:
     """Write pairs.jsonl: id, domain, prompt, chosen, rejected, rewards (of both, in this order)."""
-    ours = by_problem(ctx.inputs["rollouts"])
-    theirs = by_problem(ctx.inputs["against"]) if "against" in ctx.inputs else ours
-    found = {key: choose(config, rows, theirs.get(key, [])) for key, rows in ours.items()}
+    ours = by_problem(read_rollouts(ctx))
+    theirs = by_problem(read_rollouts(ctx, "against")) or ours
+    found = {key: choose(config, rows, theirs.get(key, []), ctx.name) for key, rows in ours.items()}
     pairs = [pair for of_problem in found.values() for pair in of_problem]
     if not pairs:
         raise ConfigError(
             f"stage {ctx.name!r}: how = {config.how!r} finds no pair among the responses to "
             f"{len(ours)} problems; {advice(config, ours, theirs)}"
         )
-    rows = [
-        kept(chosen, "id", "domain", "prompt", "mode")
-        | {"chosen": chosen["response"], "rejected": rejected["response"]}
-        | {"rewards": [chosen["reward"], rejected["reward"]]}
-        for chosen, rejected in pairs
-    ]
+    rows = [row_of(config, *pair) for pair in pairs]
     write_jsonl(ctx.out / "pairs.jsonl", rows)
     return {
         "rows": len(rows),
@@ -47,49 +40,71 @@ def run(config: Pairs, ctx: Context) -> dict[str, float]:
     }
 
 
-def by_problem(path: Path) -> dict[Key, list[Rollout]]:
-    """Domain, id and mode to the distinct finished responses of a `sample` stage, as sampled.
-
-    A response that was cut at the length limit belongs in no pair: it would be learned, or
-    unlearned, with an end that it does not have.
-    """
-    found: dict[Key, dict[str, Rollout]] = {}
-    with (path / "rollouts.jsonl").open(encoding="utf-8") as lines:
-        for row in map(json.loads, lines):
-            responses = found.setdefault((row["domain"], row["id"], row.get("mode")), {})
-            if row["finished"]:
-                responses.setdefault(row["response"], row)
-    return {key: list(responses.values()) for key, responses in found.items()}
+def row_of(config: Pairs, chosen: Row, rejected: Row) -> Row:
+    """The row of pairs.jsonl."""
+    row = kept(chosen, "id", "domain", "prompt", "mode")
+    row |= {"chosen": chosen["response"], "rejected": rejected["response"]}
+    row |= {"rewards": [chosen["reward"], rejected["reward"]]}
+    if config.by == "score":
+        row["margin"] = chosen["score"] - rejected["score"]
+    return row
 
 
 def choose(
-    config: Pairs, ours: list[Rollout], theirs: list[Rollout]
-) -> list[tuple[Rollout, Rollout]]:
-    """The pairs (chosen, rejected) of one problem, at most `max_per_prompt`.
+    config: Pairs, ours: list[Row], theirs: list[Row], stage: str = ""
+) -> list[tuple[Row, Row]]:
+    """The pairs (chosen, rejected) of one problem, at most `max_per_prompt` unless it is all.
 
-    For best_against_worst both lists are the same rollouts. Equal rewards keep the order in which
-    they were sampled.
+    Of one stage's rollouts both lists are the same. Equal values keep the order in which they were
+    sampled.
     """
     if config.how == "best_against_worst":
-        ours = sorted(ours, key=lambda row: -row["reward"])
-        theirs = sorted(theirs, key=lambda row: row["reward"])
-    fitting = (pair for pair in zip(ours, theirs, strict=False) if fits(config, *pair))
-    return [pair for _, pair in zip(range(config.max_per_prompt), fitting, strict=False)]
+        ours = sorted(ours, key=lambda row: -value_of(row, config.by, stage))
+        theirs = sorted(theirs, key=lambda row: value_of(row, config.by, stage))
+    candidates = list(zip(ours, theirs, strict=False))
+    if config.how in ("all", "random"):
+        candidates = [better_first(config, *pair, stage) for pair in combinations(ours, 2)]
+    if config.how == "random":
+        candidates.sort(key=shuffled)
+    fitting = [pair for pair in candidates if fits(config, *pair, stage)]
+    return fitting if config.how == "all" else fitting[: config.max_per_prompt]
 
 
-def fits(config: Pairs, chosen: Rollout, rejected: Rollout) -> bool:
+def better_first(config: Pairs, one: Row, other: Row, stage: str) -> tuple[Row, Row]:
+    """The two responses, that with the higher value first."""
+    if value_of(one, config.by, stage) < value_of(other, config.by, stage):
+        return other, one
+    return one, other
+
+
+def shuffled(pair: tuple[Row, Row]) -> str:
+    """A sort key as good as random that depends on the texts of the pair alone."""
+    texts = [pair[0]["id"], *sorted(row["response"] for row in pair)]
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+
+
+def fits(config: Pairs, chosen: Row, rejected: Row, stage: str) -> bool:
     """Whether a pair shows a preference and passes every filter."""
-    margin = chosen["reward"] - rejected["reward"]
-    if config.how == "best_against_worst" and margin <= 0:
+    if chosen["response"] == rejected["response"]:
         return False
-    if config.min_margin is not None and margin < config.min_margin:
-        return False
+    if config.how != "strong_against_weak" or config.min_margin is not None:
+        values = [value_of(row, config.by, stage) for row in (chosen, rejected)]
+        margin = values[0] - values[1]
+        if config.how != "strong_against_weak" and margin <= 0:
+            return False
+        if config.min_margin is not None and margin < config.min_margin:
+            return False
     if config.min_chosen_reward is not None and chosen["reward"] < config.min_chosen_reward:
         return False
     gap = abs(len(chosen["response"]) - len(rejected["response"]))
     if config.max_length_gap is not None and gap > config.max_length_gap:
         return False
-    return bool(chosen["response"] != rejected["response"])
+    return clean(
+        chosen,
+        max_tokens=config.chosen_max_tokens,
+        language=config.chosen_language,
+        max_repetition=config.chosen_max_repetition,
+    )
 
 
 def advice(config: Pairs, ours: dict[Any, Any], theirs: dict[Any, Any]) -> str:

@@ -6,12 +6,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
 from transformers.models.qwen3 import modeling_qwen3  # noqa: F401
 
 from posttrain.stages import (  # noqa: F401
+    best,
+    dedup,
     distill,
     dpo,
     evaluate,
+    filter,
     merge,
+    mix,
     pairs,
     pretrain,
+    profile,
     reward_model,
     rl,
     sample,

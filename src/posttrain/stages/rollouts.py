@@ -70,15 +70,18 @@ def sample_and_verify(
     temperature: float,
     seed: int,
     reader: Reader | None = None,
+    prefix: str = "",
 ) -> Scored:
     """Sample a group per problem and score every response with its domain's verifier.
 
     Responses are verified, and read by a `reader`, as they end, beside those still being sampled. A
     response that was cut at the length limit scores 0: it has not given its answer. So does one
     that thinks and does not end to think. Without `judges`, rewards are 0 and texts are left out.
+    Every response begins with the text `prefix`, whose tokens count as the prompt's.
     """
+    begun = chat.begin(prefix)
     sampling = sampler.stream(
-        [chat.prompt(problem["prompt"], problem.get("mode")) for problem in problems],
+        [[*chat.prompt(p["prompt"], p.get("mode")), *begun] for p in problems],
         group_size=group_size,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -93,7 +96,7 @@ def sample_and_verify(
         if judges is not None:
             index = row_B.tolist()
             for row, ids in zip(index, sampling.responses(row_B), strict=True):
-                texts[row] = chat.decode(ids)
+                texts[row] = prefix + chat.decode(ids)
             complete = sampling.finished(row_B).tolist()
             ended = [row for row, whole in zip(index, complete, strict=True) if whole]
             verdicts += submit(judges, ended, texts, rows)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -75,15 +75,27 @@ def demonstrations(config: Pretrain | Sft, ctx: Context) -> dict[str, list[Probl
     """
     if "data" in ctx.inputs:
         return rows_by_domain(ctx.inputs["data"] / "data.jsonl", ctx.name)
-    demos = {name: ctx.problems(name, "train", config.modes) for name in ctx.domains}
+    return demonstrated(
+        ctx, ctx.domains, modes=config.modes, noise=config.demo_noise, seed=config.seed
+    )
+
+
+def demonstrated(
+    ctx: Context, domains: Iterable[str], *, modes: Sequence[str], noise: float, seed: int
+) -> dict[str, list[Problem]]:
+    """The demonstrations of these domains in each of the modes, a share `noise` of them wrong.
+
+    Raises ConfigError for a problem that has none.
+    """
+    demos = {name: ctx.problems(name, "train", modes) for name in domains}
     check_demonstrated(demos, ctx.name)
-    return with_slips(config, ctx, demos) if config.demo_noise else demos
+    return with_slips(ctx, demos, noise=noise, seed=seed) if noise else demos
 
 
 def with_slips(
-    config: Pretrain | Sft, ctx: Context, demos: dict[str, list[Problem]]
+    ctx: Context, demos: dict[str, list[Problem]], *, noise: float, seed: int
 ) -> dict[str, list[Problem]]:
-    """The demonstrations as a careless annotator gives them, by the stage's noise and seed."""
+    """The demonstrations as a careless annotator gives them."""
     pool = verifiers(ctx)
 
     def score(text: str, problem: Mapping[str, Any]) -> float:
@@ -93,7 +105,6 @@ def with_slips(
         by_mode: dict[str | None, list[Problem]] = {}
         for row in rows:
             by_mode.setdefault(row.get("mode"), []).append(row)
-        noise, seed = config.demo_noise, config.seed
         return [
             row
             | {"demo": demonstrate(row, by_mode[row.get("mode")], score, noise=noise, seed=seed)}

@@ -2,24 +2,90 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+import re
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from posttrain.modes import Mode
 from posttrain.stages.settings.base import Config, InModes, refuse_unread
 
+Share = Annotated[float, Field(ge=0, le=1)]
 
-class Sample(Config, InModes):
+
+def check_characters(value: str | None) -> str | None:
+    """Raise ValueError unless `value` is a regular expression for one allowed character."""
+    if value is None:
+        return None
+    try:
+        re.compile(f"(?:{value})*")
+    except re.error as error:
+        raise ValueError(
+            f"{value!r} is no regular expression ({error}); give the characters that may occur, "
+            "for example [ -~]"
+        ) from None
+    return value
+
+
+class Drawn(BaseModel):
+    """Which prompts a stage answers, and how; mixed into what samples without training."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    first_prompt: int = Field(0, ge=0)
+    """The first prompt of a domain that is used, counted round its end: rounds can draw others."""
+    num_prompts: int = Field(1000, gt=0)
+    """Prompts per domain, from the training split; none is used twice."""
+    max_new_tokens: int = Field(64, gt=0)
+    temperature: float = Field(1.0, ge=0)
+
+
+class Sample(Config, InModes, Drawn):
     """Responses of one or more models, scored by the domain's verifier."""
 
     k: int = Field(4, gt=0)
+    """Responses per prompt and model."""
+    prefix: str = ""
+    """Text that every response begins with; the model goes on from it."""
+    routes: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    """Domain to the models that sample it; filled in by the recipe."""
+
+
+class Profile(Config, InModes, Drawn):
+    """How often a model solves each problem: `r.profile(model, prompts=...)`."""
+
+    n: int = Field(8, gt=0)
     """Responses per prompt."""
-    num_prompts: int = Field(1000, gt=0)
-    """Prompts per domain, from the training split."""
-    max_new_tokens: int = Field(64, gt=0)
-    temperature: float = Field(1.0, ge=0)
-    routes: dict[str, str] = Field(default_factory=dict)
-    """Domain to the model that samples it; filled in by the recipe."""
+
+
+class Filter(InModes):
+    """Prompts by how hard they are for a model: `r.filter(prompts, profile=...)`."""
+
+    seed: int = Field(0, ge=0, lt=2**31)
+    """Which of the unsolved prompts are kept follows from it."""
+    low: Share = 0.0
+    high: Share = 1.0
+    """The band of pass rates that is kept, both ends included."""
+    against_low: Share = 0.0
+    against_high: Share = 1.0
+    """The same for the pass rate of the other profile."""
+    min_gain: float | None = Field(None, ge=-1, le=1)
+    """Least pass rate in the profile minus that in the other one."""
+    keep_unsolved: float | None = Field(None, ge=0, le=1)
+    """Share of the prompts with pass rate 0 that is kept, whatever the band; without it the band
+    decides about them too."""
+    at_least: int = Field(0, ge=0)
+    """Prompts per domain: where fewer are left, those nearest to what is asked for come back."""
+
+    @model_validator(mode="after")
+    def _bands_are_bands(self) -> Self:
+        for low, high in (("low", "high"), ("against_low", "against_high")):
+            if getattr(self, low) > getattr(self, high):
+                raise ValueError(
+                    f"{low} = {getattr(self, low)} is above {high} = {getattr(self, high)}: no "
+                    "pass rate lies between them"
+                )
+        return self
 
 
 class Select(BaseModel):
@@ -27,13 +93,105 @@ class Select(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    how: Literal["correct", "best", "shortest_correct"] = "correct"
-    """All with full reward, those that tie for the prompt's best reward above 0, or the shortest
-    with full reward."""
-    max_per_prompt: int = Field(4, gt=0)
+    how: Literal["correct", "best", "shortest_correct", "top_share", "all"] = "correct"
+    """All with full reward; those that tie for the best of their prompt; the shortest with full
+    reward; the best `share` over all prompts; all."""
+    by: Literal["reward", "score"] = "reward"
+    """What `best` and `top_share` go by: the verifier's reward, or the score of a `score` stage."""
+    share: float | None = Field(None, gt=0, le=1)
+    """Share of the responses that `top_share` keeps."""
+    max_per_prompt: int | None = Field(4, gt=0)
+    """Distinct responses kept per prompt; null keeps all."""
+    success: bool | None = None
+    """true keeps responses with full reward, false the others, null both."""
+    min_tokens: int | None = Field(None, gt=0)
+    max_tokens: int | None = Field(None, gt=0)
+    """Bounds on the length of a response, stop token included."""
+    language: str | None = None
+    """Regular expression for one allowed character; a response with any other one is left out."""
+    max_repetition: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Most repeated n-grams of words that a response may have, as a share of all of them."""
+    repetition_n: int = Field(3, gt=0)
+    """Words of such an n-gram."""
+    first_step: int | None = Field(None, ge=0)
+    last_step: int | None = Field(None, ge=0)
+    """Of the rollouts of an `rl` stage those of these steps, counted from 0, both included."""
+    strip_thought: bool = False
+    """Leave out what stands before `</think>`, and make such rows rows of the mode no_think."""
+
+    _language = field_validator("language")(check_characters)
 
     @model_validator(mode="after")
-    def _number_is_read(self) -> Self:
+    def _how_reads(self) -> Self:
+        because = f"how = {self.how}"
         if self.how == "shortest_correct":
-            refuse_unread(self, "max_per_prompt", because="how = shortest_correct")
+            refuse_unread(self, "max_per_prompt", because=because)
+        if self.how in ("correct", "shortest_correct"):
+            refuse_unread(self, "success", because=f"{because}, which keeps successes only")
+        if self.how not in ("best", "top_share"):
+            refuse_unread(self, "by", because=because)
+        if self.how != "top_share":
+            refuse_unread(self, "share", because=because)
+        elif self.share is None:
+            raise ValueError("how = top_share needs share, for example share=0.1")
+        if self.max_repetition is None:
+            refuse_unread(self, "repetition_n", because="max_repetition = null")
+        return self
+
+    @model_validator(mode="after")
+    def _ranges_hold_something(self) -> Self:
+        for low, high in (("min_tokens", "max_tokens"), ("first_step", "last_step")):
+            least, most = getattr(self, low), getattr(self, high)
+            if least is not None and most is not None and least > most:
+                raise ValueError(f"{low} = {least} is above {high} = {most}: nothing is left")
+        return self
+
+
+class Part(BaseModel):
+    """One of the sources of a mix."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    weight: float = Field(gt=0)
+    edge: str | None = None
+    """The data stage; without one the demonstrations of `domains`."""
+    domains: tuple[str, ...] = ()
+    modes: tuple[Mode, ...] = ()
+    demo_noise: float = Field(0.0, ge=0, le=1)
+    """Those of the demonstrations."""
+
+
+class Mix(BaseModel):
+    """Data of several sources in given shares: `r.mix({data: weight}, by="rows")`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    seed: int = Field(0, ge=0, lt=2**31)
+    """Which rows are drawn, and their order, follow from it."""
+    by: Literal["rows", "tokens"] = "rows"
+    """Whether weights are shares of the rows or of the demonstrations' tokens."""
+    rows: int | None = Field(None, gt=0)
+    """Rows of the mix; sources that are too small repeat. Without it as many as can be had with no
+    row twice."""
+    parts: tuple[Part, ...] = ()
+    """The sources and their weights; filled in by the recipe."""
+
+
+class Dedup(BaseModel):
+    """Data without repeats: `r.dedup(data, near=0.8)`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    of: Literal["row", "prompt", "demo"] = "row"
+    """What is compared: prompt and demonstration, or one of them."""
+    near: float | None = Field(None, gt=0, lt=1)
+    """Jaccard similarity of the two texts' n-grams from which they count as the same; without it
+    they must be equal."""
+    ngram: int = Field(5, gt=0)
+    """Characters of such an n-gram."""
+
+    @model_validator(mode="after")
+    def _ngram_is_read(self) -> Self:
+        if self.near is None:
+            refuse_unread(self, "ngram", because="near = null")
         return self

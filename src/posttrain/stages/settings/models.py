@@ -62,6 +62,28 @@ class Merge(BaseModel):
         return self
 
 
+class Best(Config, InModes):
+    """The best of several models, by problems that no training stage can draw from."""
+
+    metric: Literal["accuracy", "greedy"] = "accuracy"
+    """Mean reward at temperature 1, or of greedy responses."""
+    length_weight: float = Field(0.0, ge=0)
+    """Taken off the metric per `max_new_tokens` of mean response length."""
+    num_problems: int = Field(200, gt=1)
+    """Per domain, from the validation split; fewer if it has fewer."""
+    samples: int = Field(2, gt=0)
+    """Responses per problem at temperature 1."""
+    max_new_tokens: int = Field(64, gt=0)
+    bootstrap: int = Field(2000, ge=100)
+    """Resamples of the problems behind each 95 % interval."""
+
+    @model_validator(mode="after")
+    def _samples_are_read(self) -> Self:
+        if self.metric == "greedy":
+            refuse_unread(self, "samples", because="metric = greedy")
+        return self
+
+
 class DomainData(BaseModel):
     """A domain's problems; its settings come from the suite, not from a recipe."""
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from posttrain.stages.settings.base import (
     Config,
@@ -13,6 +13,7 @@ from posttrain.stages.settings.base import (
     refuse_unread,
     steps_or_epochs,
 )
+from posttrain.stages.settings.data import check_characters
 
 
 class Pairs(BaseModel):
@@ -20,17 +21,38 @@ class Pairs(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    how: Literal["best_against_worst", "strong_against_weak"] = "best_against_worst"
-    """By reward among the responses of one stage, or by which of two stages a response is from."""
+    how: Literal["best_against_worst", "strong_against_weak", "all", "random"] = (
+        "best_against_worst"
+    )
+    """By value among the responses to one problem, by which of two stages a response is from, all
+    pairs of one problem whose values differ, or some of those at random."""
+    by: Literal["reward", "score"] = "reward"
+    """The value: the verifier's reward, or the score of a `score` stage."""
     max_per_prompt: int = Field(1, gt=0)
     """The n-th best goes against the n-th worst, or the strong stage's n-th with the weak one's."""
-    min_margin: float | None = Field(None, gt=0, le=1)
-    """Least reward of the chosen response minus that of the rejected one. Without it any
-    difference will do for best_against_worst, and rewards are not looked at otherwise."""
+    min_margin: float | None = Field(None, gt=0)
+    """Least value of the chosen response minus that of the rejected one. Without it any
+    difference will do, and strong_against_weak does not look at values at all."""
     min_chosen_reward: float | None = Field(None, gt=0, le=1)
     """Least reward of the chosen response."""
     max_length_gap: int | None = Field(None, ge=0)
     """Most characters by which the two responses may differ in length."""
+    chosen_max_tokens: int | None = Field(None, gt=0)
+    """Most tokens of the chosen response, stop token included."""
+    chosen_language: str | None = None
+    """Regular expression for one allowed character; the chosen response has no other one."""
+    chosen_max_repetition: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Most repeated n-grams of three words in the chosen response, as a share of all of them."""
+
+    _language = field_validator("chosen_language")(check_characters)
+
+    @model_validator(mode="after")
+    def _how_reads(self) -> Self:
+        if self.how == "all":
+            refuse_unread(self, "max_per_prompt", because="how = all")
+        if self.how == "strong_against_weak" and self.min_margin is None:
+            refuse_unread(self, "by", because="how = strong_against_weak without min_margin")
+        return self
 
 
 class Dpo(Config, Optimizer, WithAux):

@@ -1,0 +1,99 @@
+"""Rows of text that stages hand on: reading them, and what can be said of one response.
+
+Every file has one JSON object per line. A problem is (domain, id, mode): responses in two modes are
+never compared.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from posttrain.engine.errors import ConfigError
+from posttrain.modes import CLOSE
+from posttrain.stages.context import Context
+
+Row = dict[str, Any]
+Key = tuple[str, str, str | None]
+
+
+def key_of(row: Mapping[str, Any]) -> Key:
+    """The problem that a row is about."""
+    return row["domain"], row["id"], row.get("mode")
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """The rows of a file."""
+    with path.open(encoding="utf-8") as lines:
+        for line in lines:
+            yield json.loads(line)
+
+
+def edges(ctx: Context, edge: str) -> list[Path]:
+    """The inputs `edge`, `edge.0`, `edge.1` and so on, as far as they are there, in this order."""
+    found = [] if edge not in ctx.inputs else [ctx.inputs[edge]]
+    while f"{edge}.{len(found)}" in ctx.inputs:
+        found.append(ctx.inputs[f"{edge}.{len(found)}"])
+    return found
+
+
+def read_rollouts(ctx: Context, edge: str = "rollouts") -> list[Row]:
+    """The rollouts of all stages under `edge`, one stage after another."""
+    return [row for path in edges(ctx, edge) for row in read_rows(path / "rollouts.jsonl")]
+
+
+def by_problem(rows: Iterable[Row]) -> dict[Key, list[Row]]:
+    """Problem to its distinct finished responses, as sampled; problems without one stay.
+
+    A response that was cut at the length limit is no example of anything: it would be learned, or
+    unlearned, with an end that it does not have.
+    """
+    found: dict[Key, dict[str, Row]] = {}
+    for row in rows:
+        responses = found.setdefault(key_of(row), {})
+        if row["finished"]:
+            responses.setdefault(row["response"], row)
+    return {key: list(responses.values()) for key, responses in found.items()}
+
+
+def value_of(row: Mapping[str, Any], by: str, stage: str) -> float:
+    """The reward or the score of a response. Raises ConfigError where it has no score."""
+    if by not in row:
+        raise ConfigError(
+            f"stage {stage!r}: by = {by!r}, but the rollouts of problem {row['id']} in domain "
+            f"{row['domain']!r} have no {by}; put r.score(rollouts, judge=...) between them"
+        )
+    return float(row[by])
+
+
+def repetition(text: str, n: int) -> float:
+    """Share of a text's n-grams of words that stood in it before; 0 where it is shorter than n."""
+    words = text.split()
+    grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def clean(
+    row: Mapping[str, Any],
+    *,
+    max_tokens: int | None,
+    language: str | None,
+    max_repetition: float | None,
+    repetition_n: int = 3,
+) -> bool:
+    """Whether a response is short enough, in the allowed characters only, and not repetitive."""
+    text = row["response"]
+    if max_tokens is not None and row["num_tokens"] > max_tokens:
+        return False
+    if language is not None and re.fullmatch(f"(?:{language})*", text) is None:
+        return False
+    return max_repetition is None or repetition(text, repetition_n) <= max_repetition
+
+
+def without_thought(row: Row) -> Row:
+    """The row as one of the mode no_think, without what stands before `</think>`."""
+    _, closed, answer = row["response"].rpartition(CLOSE)
+    return row | {"response": answer.lstrip(), "mode": "no_think"} if closed else row
