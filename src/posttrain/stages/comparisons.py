@@ -50,14 +50,17 @@ class Responses:
     """All responses of some draws as tokens, each once."""
 
     def __init__(self, draws: Sequence[Draw], chat: Chat, pad_id: int) -> None:
-        self.number: dict[tuple[str, str | None], int] = {}
-        """(prompt, response) -> its row; None is what fills up."""
+        self.number: dict[tuple[str, str | None, str | None], int] = {}
+        """(prompt, mode, response) -> its row; None as the response is what fills up."""
         for pair in (pair for draw in draws for pair in draw["pairs"]):
             for text in (pair["chosen"], pair["rejected"], None):
-                self.number.setdefault((pair["prompt"], text), len(self.number))
+                self.number.setdefault((pair["prompt"], pair.get("mode"), text), len(self.number))
         self.rows = Rows(
-            [chat.prompt(prompt) for prompt, _ in self.number],
-            [[] if text is None else chat.response(prompt, text) for prompt, text in self.number],
+            [chat.prompt(prompt, mode) for prompt, mode, _ in self.number],
+            [
+                [] if text is None else chat.response(prompt, text, mode)
+                for prompt, mode, text in self.number
+            ],
             pad_id,
         )
 
@@ -71,7 +74,8 @@ class Responses:
         margins: list[float] = []
         for number, (draw, rows) in enumerate(zip(draws, found, strict=True)):
             first, missing = len(index), block - len(rows)
-            filler = self.number[draw["pairs"][0]["prompt"], None]
+            first_pair = draw["pairs"][0]
+            filler = self.number[first_pair["prompt"], first_pair.get("mode"), None]
             index += [*rows, *[filler] * missing]
             filled += [True] * len(rows) + [False] * missing
             for pair in draw["pairs"]:
@@ -96,7 +100,7 @@ class Responses:
         return list(dict.fromkeys(self._row(pair, side) for pair, side in sides))
 
     def _row(self, pair: Pair, side: str) -> int:
-        return self.number[pair["prompt"], pair[side]]
+        return self.number[pair["prompt"], pair.get("mode"), pair[side]]
 
 
 def draws_of(by_domain: Mapping[str, Sequence[Pair]], *, per_prompt: bool) -> dict[str, list[Draw]]:
