@@ -15,6 +15,7 @@ from posttrain.backends.checkpoint import load
 from posttrain.engine.errors import ConfigError
 from posttrain.rewards.spec import VerifierSpec
 from posttrain.rewards.verifiers import load_verifier
+from posttrain.stages.comparisons import Responses
 from posttrain.stages.config import build_config
 from posttrain.suites.domain import Domain, Table, build_domain, domain_node
 
@@ -271,3 +272,15 @@ def test_a_pretrained_thinker_can_be_loaded_again(
     opened = chat.prompt("abc")
     assert chat.prompt("abc", "think") == opened
     assert len(chat.prompt("abc", "no_think")) == len(opened) + 2
+
+
+def test_a_reward_model_reads_a_pair_in_its_mode(
+    thinker: Callable[..., Mapping[str, str]],
+) -> None:
+    """The same texts in two modes are other rows: the prompt without thinking has two more."""
+    language_model = load(Path(thinker(steps=1)["start"]))
+    pair = {"id": "1", "domain": "last", "prompt": "abc", "chosen": "c", "rejected": "a"}
+    draws = [{"pairs": [pair | mode]} for mode in ({}, {"mode": "think"}, {"mode": "no_think"})]
+    responses = Responses(draws, Chat(language_model), language_model.pad_id)
+    rows = responses.batch(draws, strengths=False).rows
+    assert rows.prompt_len_B.tolist() == [5, 5, 5, 5, 7, 7]
