@@ -274,10 +274,10 @@ def pair(problem: str, chosen: str, rejected: str, domain: str = "d") -> dict[st
 class Letters:
     """A tokenizer in which a text is its characters."""
 
-    def prompt(self, text: str) -> list[int]:
+    def prompt(self, text: str, mode: str | None = None) -> list[int]:
         return [ord(letter) for letter in text]
 
-    def response(self, prompt: str, text: str) -> list[int]:
+    def response(self, prompt: str, text: str, mode: str | None = None) -> list[int]:
         return [ord(letter) for letter in text]
 
 

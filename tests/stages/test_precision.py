@@ -75,7 +75,7 @@ def test_frozen_models_answer_in_bfloat16(
     inputs |= {"teachers.one": models["one"], "teachers.two": models["two"]}
     file = "transcripts.json"
     if kind == "sample":
-        routes = {"routes": {"short": "model", "words": "model"}}
+        routes = {"routes": {"short": ["model"], "words": ["model"]}}
         settings = {"num_prompts": 20, "k": 2, "max_new_tokens": 6} | routes
         inputs, file = {"model": models["start"], **domains}, "rollouts.jsonl"
     exact = run_stage(kind, settings, inputs)
