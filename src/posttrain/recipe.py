@@ -22,7 +22,7 @@ from posttrain.engine.store import Store
 from posttrain.external import find_external
 from posttrain.language.builder import Builder
 from posttrain.language.handles import Demos, Prompts, Stage, check_modes
-from posttrain.language.operands import contest, mixed, profile_edge, rollout_edges
+from posttrain.language.operands import check_drawing, contest, mixed, profile_edge, rollout_edges
 from posttrain.language.routes import route, samplers
 from posttrain.stages.config import VERSIONS
 from posttrain.suites.domain import Suite, Table
@@ -180,13 +180,26 @@ class Recipe:
         return stage
 
     def rl(
-        self, *, start: Stage, prompts: Prompts | Stage, name: str = "rl", **settings: Any
+        self,
+        *,
+        start: Stage,
+        prompts: Prompts | Stage,
+        profile: Stage | None = None,
+        name: str = "rl",
+        **settings: Any,
     ) -> Stage:
-        """Reinforcement learning of `start` on the verifiable rewards of the prompts' domains."""
+        """Reinforcement learning of `start` on the verifiable rewards of the prompts' domains.
+
+        `profile` has the pass rates that a `curriculum` begins with.
+        """
         inputs = {"start": self._build.model(name, "start", start)}
         inputs |= self._build.data(name, prompts, (Prompts,))
+        if profile is not None:
+            edge = profile_edge(name, "profile", profile, prompts.domains, kind="rl")
+            inputs["profile"] = edge
         stage = self._build.stage("rl", name, prompts.settings() | settings, inputs)
         self._build.named_domains(stage, prompts.domains, "domain_kl")
+        check_drawing(self._build, stage, prompts.domains, profile)
         return stage
 
     def distill(
