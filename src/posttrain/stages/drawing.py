@@ -98,14 +98,18 @@ class Drawing:
             if int(path.stem.removeprefix("profile-")) >= done:
                 path.unlink()
 
-    def reprofile(self, now: Rl, step: int, history: History, sample: Sample) -> int:
+    def reprofile(
+        self, now: Rl, step: int, history: History, sample: Sample
+    ) -> tuple[int, dict[str, float]]:
         """Where it is time to, learn anew how often the policy solves what problems; returns the
-        number of tokens that this took.
+        number of tokens that this took, and metrics.
 
         Of a domain with more problems than `reprofile_prompts` a random part is profiled.
         """
+        if not now.reprofiles:
+            return 0, {}
         if not reprofile_due(now, step, history("reward")):
-            return 0
+            return 0, {"profiled": 0.0}
         rows: list[dict[str, Any]] = []
         tokens = 0
         for position, supply in enumerate(self.supplies.values()):
@@ -125,7 +129,7 @@ class Drawing:
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         write_whole(self._profile(step), lines.encode())
         self._learn_rates(rows)
-        return tokens
+        return tokens, {"profiled": float(len(rows))}
 
     def draw(self, now: Rl, step: int, sample: Sample) -> Drawn:
         """The rollouts of 0-based `step`: one draw, and more where `dynamic_sampling` asks."""

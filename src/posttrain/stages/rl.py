@@ -53,10 +53,10 @@ def run(config: Rl, ctx: Context) -> dict[str, float]:
             max_new_tokens=now.max_new_tokens,
             temperature=now.temperature,
         )
-        tokens = drawing.reprofile(now, step, ctx.history, sample)
+        tokens, metrics = drawing.reprofile(now, step, ctx.history, sample)
         drawn = drawing.draw(now, step, sample)
         rows = log.write(step, drawn.sampled, model=ctx.name, temperature=now.temperature)
-        metrics = drawing.observe(now, rows) | drawn.metrics | setting_metrics(config, now)
+        metrics |= drawn.metrics | drawing.observe(now, rows) | setting_metrics(config, now)
         metrics |= learn(now, learner, reference, drawn.batch, step=step)
         metrics |= batch_metrics(drawn.sampled)
         metrics["kept_share"] *= drawn.batch_share

@@ -99,7 +99,7 @@ def check_band(config: Drawing, schedules: Mapping[str, Schedule], steps: int) -
             name: [getattr(config, name)] if spec is None else possible_values(spec)
             for name, spec in specs.items()
         }
-        bands = {"some": (max(ends["band_low"]), min(ends["band_high"]))}
+        bands = {"some step": (max(ends["band_low"]), min(ends["band_high"]))}
     else:
         values = {
             name: [getattr(config, name)] * steps
@@ -108,10 +108,10 @@ def check_band(config: Drawing, schedules: Mapping[str, Schedule], steps: int) -
             for name, spec in specs.items()
         }
         pairs = zip(values["band_low"], values["band_high"], strict=True)
-        bands = {str(step): pair for step, pair in enumerate(pairs)}
-    for step, (low, high) in bands.items():
+        bands = {f"step {step}": pair for step, pair in enumerate(pairs)}
+    for when, (low, high) in bands.items():
         if low > high:
             raise ValueError(
-                f"band_low = {low:g} is above band_high = {high:g} at step {step}: no pass rate "
+                f"band_low = {low:g} is above band_high = {high:g} at {when}: no pass rate "
                 "lies between them"
             )
