@@ -32,7 +32,7 @@ ALLOWED: dict[str, set[str]] = {
         "engine", "losses", "rl", "domains", "report", "backends", "schedules", "modes",
         "stages.settings", "external",
     },
-    "language": {"engine", "external", "domains", "stages.config", "modes"},
+    "language": {"engine", "external", "domains", "schedules", "stages.config", "modes"},
     "recipe": {"engine", "external", "domains", "stages.config", "language"},
     "package": {"recipe", "language", "domains", "schedules"},
     "recipes": {"package"},

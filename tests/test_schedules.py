@@ -84,3 +84,10 @@ def test_tracking_steps_towards_its_target_within_bounds() -> None:
 def test_mistakes_are_told(make: Any, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         make()
+
+
+def test_plateaus_start_their_windows_anew() -> None:
+    """Windows of 2: 1, 1 after 0, 1 has risen; 1, 1 after 1, 1 has not; then four more are seen."""
+    seen = [0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
+    assert schedules.plateaus(seen, patience=2, gain=0.01) == [5, 9]
+    assert schedules.plateaus(seen[:4], patience=2, gain=0.01) == []

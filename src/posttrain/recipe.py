@@ -23,7 +23,7 @@ from posttrain.external import find_external
 from posttrain.language.builder import Builder
 from posttrain.language.handles import Demos, Prompts, Stage, check_modes
 from posttrain.language.joining import Aux, auxiliary, check_auxiliary, check_merge, merging
-from posttrain.language.operands import contest, mixed, profile_edge, rollout_edges
+from posttrain.language.operands import check_drawing, contest, mixed, profile_edge, rollout_edges
 from posttrain.language.routes import route, samplers
 from posttrain.stages.config import VERSIONS
 from posttrain.suites.domain import Suite, Table
@@ -207,18 +207,23 @@ class Recipe:
         *,
         start: Stage,
         prompts: Prompts | Stage,
+        profile: Stage | None = None,
         aux: Aux | None = None,
         name: str = "rl",
         **settings: Any,
     ) -> Stage:
         """Reinforcement learning of `start` on the verifiable rewards of the prompts' domains.
 
-        `aux` as in `sft`.
+        `profile` has the pass rates that a `curriculum` begins with. `aux` as in `sft`.
         """
         inputs = {"start": self._build.model(name, "start", start)}
         inputs |= self._build.data(name, prompts, (Prompts,))
+        if profile is not None:
+            edge = profile_edge(name, "profile", profile, prompts.domains, kind="rl")
+            inputs["profile"] = edge
         stage = self._trained("rl", name, prompts.settings() | settings, inputs, aux)
         self._build.named_domains(stage, prompts.domains, "domain_kl")
+        check_drawing(self._build, stage, prompts.domains, profile)
         return stage
 
     def distill(

@@ -158,17 +158,27 @@ def value_at(schedule: Schedule, step: int, total: int, history: History) -> Any
     return round(value) if isinstance(first, int) and isinstance(last, int) else value
 
 
-def _plateau(schedule: Schedule, seen: Sequence[float]) -> Any:
-    value, begin, width = schedule["first"], 0, schedule["patience"]
-    bound = max if schedule["last"] < schedule["first"] else min
+def plateaus(seen: Sequence[float], *, patience: int, gain: float) -> list[int]:
+    """The 0-based steps before which `seen` had stopped rising, as `on_plateau` has it."""
+    found: list[int] = []
+    begin = 0
     for now in range(len(seen) + 1):
-        if now - begin < 2 * width:
+        if now - begin < 2 * patience:
             continue
-        late, early = seen[now - width : now], seen[now - 2 * width : now - width]
-        if sum(late) / width - sum(early) / width < schedule["gain"]:
-            times, change = schedule["times"], schedule["change"]
-            moved = value * times if change is None else value + change
-            value, begin = bound(moved, schedule["last"]), now
+        late, early = seen[now - patience : now], seen[now - 2 * patience : now - patience]
+        if sum(late) / patience - sum(early) / patience < gain:
+            found.append(now)
+            begin = now
+    return found
+
+
+def _plateau(schedule: Schedule, seen: Sequence[float]) -> Any:
+    value = schedule["first"]
+    bound = max if schedule["last"] < schedule["first"] else min
+    for _ in plateaus(seen, patience=schedule["patience"], gain=schedule["gain"]):
+        times, change = schedule["times"], schedule["change"]
+        moved = value * times if change is None else value + change
+        value = bound(moved, schedule["last"])
     return value
 
 

@@ -21,6 +21,7 @@ from posttrain.language.handles import (
     Prompts,
     Stage,
 )
+from posttrain.schedules import possible_values
 from posttrain.stages.config import CONFIGS, VERSIONS, build_config
 from posttrain.suites.domain import Suite, Table, domain_node
 
@@ -264,12 +265,19 @@ class Builder:
     def named_domains(self, stage: Stage, domains: tuple[str, ...], *fields: str) -> None:
         """Refuse a setting by domain that names a domain which the stage does not have."""
         for field in fields:
-            for name in self.nodes[stage.name].config[field]:
-                if name not in domains:
-                    raise ConfigError(
-                        f"stage {stage.name!r} ({stage.kind}), field {field!r}: {name!r} is not a "
-                        f"domain of its prompts; choices: {', '.join(domains)}"
-                    )
+            for value in self.values(stage, field):
+                for name in value:
+                    if name not in domains:
+                        raise ConfigError(
+                            f"stage {stage.name!r} ({stage.kind}), field {field!r}: {name!r} is "
+                            f"not a domain of its prompts; choices: {', '.join(domains)}"
+                        )
+
+    def values(self, stage: Stage, field: str) -> list[Any]:
+        """The value of a setting, or all at the ends of its schedule."""
+        config = self.nodes[stage.name].config
+        schedule = config.get("schedules", {}).get(field)
+        return [config[field]] if schedule is None else possible_values(schedule)
 
     def same_vocabulary(
         self, stage: str, start: str, teacher: str, *, role: str = "teacher"

@@ -30,22 +30,48 @@ def rollout_edges(
     return {key: source.name for key, source in several.items()}
 
 
-def profile_edge(stage: str, edge: str, profile: object, domains: Sequence[str]) -> str:
+def profile_edge(
+    stage: str, edge: str, profile: object, domains: Sequence[str], *, kind: str = "filter"
+) -> str:
     """The name of a profile stage that knows these domains."""
     if not isinstance(profile, Stage) or profile.kind not in ("profile", ""):
         found = f"{profile.name!r} ({profile.kind})" if isinstance(profile, Stage) else profile
         raise ConfigError(
-            f"stage {stage!r} (filter): {edge} = {found} is no profile; it takes "
+            f"stage {stage!r} ({kind}): {edge} = {found} is no profile; it takes "
             "r.profile(model, prompts=...)"
         )
     missing = [domain for domain in domains if domain not in profile.domains]
     if missing and profile.kind:
         raise ConfigError(
-            f"stage {stage!r} (filter): {edge} = {profile.name!r} has no problem of domain "
-            f"{missing[0]!r}, only of {', '.join(profile.domains)}; profile the same prompts as "
-            "are filtered"
+            f"stage {stage!r} ({kind}): {edge} = {profile.name!r} has no problem of domain "
+            f"{missing[0]!r}, only of {', '.join(profile.domains)}; profile the same prompts"
         )
     return profile.name
+
+
+def check_drawing(
+    build: Builder, stage: Stage, domains: tuple[str, ...], profile: Stage | None
+) -> None:
+    """Refuse an rl stage whose shares or curriculum do not fit its prompts and its profile."""
+    build.named_domains(stage, domains, "domain_shares")
+    for shares in build.values(stage, "domain_shares"):
+        for domain in domains:
+            if shares and domain not in shares:
+                raise ConfigError(
+                    f"stage {stage.name!r} (rl), field 'domain_shares': it gives no share to "
+                    f"domain {domain!r} of its prompts; write {domain!r}: 0 to leave it out"
+                )
+    curriculum = build.nodes[stage.name].config["curriculum"]
+    if curriculum != "none" and profile is None:
+        raise ConfigError(
+            f"stage {stage.name!r} (rl), field 'curriculum': {curriculum} needs pass rates to "
+            "begin with; give profile=r.profile(start, prompts=...)"
+        )
+    if curriculum == "none" and profile is not None:
+        raise ConfigError(
+            f"stage {stage.name!r} (rl): profile = {profile.name!r} is not read with curriculum = "
+            "none; leave it out, or set curriculum to band or gaussian"
+        )
 
 
 def mixed(

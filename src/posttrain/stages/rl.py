@@ -8,6 +8,8 @@ Legend: B rows, N flat response tokens.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from posttrain.backends.chat import Chat
@@ -17,19 +19,13 @@ from posttrain.backends.sampler import LocalSampler
 from posttrain.rl.advantage import advantages, zero_variance
 from posttrain.schedules import learning_rate
 from posttrain.stages.auxiliary import Auxiliary, take_metrics
-from posttrain.stages.batches import Pool
 from posttrain.stages.context import Context
+from posttrain.stages.drawing import Drawing
 from posttrain.stages.learner import new_learner
 from posttrain.stages.policy_update import PolicyUpdate, kl_weights, old_logprobs, reward_kl
 from posttrain.stages.reference import Reference
 from posttrain.stages.rollout_log import RolloutLog
-from posttrain.stages.rollouts import (
-    Scored,
-    equal_parts,
-    sample_and_verify,
-    step_seed,
-    verifiers,
-)
+from posttrain.stages.rollouts import Scored, equal_parts, sample_and_verify, verifiers
 from posttrain.stages.settings.rl import Rl
 from posttrain.stages.together import Together
 
@@ -39,38 +35,50 @@ def run(config: Rl, ctx: Context) -> dict[str, float]:
     judges = verifiers(ctx)
     language_model = load(ctx.inputs["start"], device=ctx.device)
     chat = Chat(language_model)
-    pool = Pool(
-        {name: ctx.problems(name, "train", config.modes) for name in ctx.domains}, seed=config.seed
-    )
+    drawing = Drawing(config, ctx)
     learner = new_learner(config, language_model, ctx)
     reference = new_reference(config, ctx)
     aux = Auxiliary(config, config.seed, ctx, chat, language_model.pad_id)
     sampler, log = LocalSampler(learner.policy), RolloutLog(ctx.out)
     state = Together(policy=learner, **({} if reference is None else {"reference": reference}))
     first = ctx.resume(state)
-    for _ in log.resume(first):
-        pass
+    drawing.resume(config, ctx.history, log.resume(first))
     for step in range(first, config.steps):
         now = config.at(step, config.steps, ctx.history)
         if reference is not None:
             reference.reset(step, learner)
-        scored = sample_and_verify(
+        sample = partial(
+            sample_and_verify,
             sampler,
             chat,
-            pool.draw(step, now.prompts_per_step),
-            judges,
-            group_size=now.group_size,
+            judges=judges,
             max_new_tokens=now.max_new_tokens,
             temperature=now.temperature,
-            seed=step_seed(now.seed, step),
         )
-        log.write(step, scored, model=ctx.name, temperature=now.temperature)
-        metrics = learn(now, learner, reference, scored, aux, step=step)
-        metrics |= {f"setting/{name}": float(getattr(now, name)) for name in config.schedules}
-        ctx.log(step + 1, config.steps, tokens=scored.rollouts.num_tokens, **metrics)
+        tokens, metrics = drawing.reprofile(now, step, ctx.history, sample)
+        drawn = drawing.draw(now, step, sample)
+        rows = log.write(step, drawn.sampled, model=ctx.name, temperature=now.temperature)
+        metrics |= drawn.metrics | drawing.observe(now, rows) | setting_metrics(config, now)
+        metrics |= learn(now, learner, reference, drawn.batch, aux, step=step)
+        metrics |= batch_metrics(drawn.sampled)
+        metrics["kept_share"] *= drawn.batch_share
+        tokens += drawn.sampled.rollouts.num_tokens
+        ctx.log(step + 1, config.steps, tokens=tokens, **metrics)
         ctx.checkpoint(step + 1, state)
     save(learner.result(), ctx.out)
     return {"reward": ctx.metrics["reward"], "tokens": ctx.tokens}
+
+
+def setting_metrics(config: Rl, now: Rl) -> dict[str, float]:
+    """The values of the settings that have a schedule, `now` being those of the step."""
+    metrics: dict[str, float] = {}
+    for name in config.schedules:
+        value = getattr(now, name)
+        if isinstance(value, dict):
+            metrics |= {f"setting/{name}/{key}": float(part) for key, part in value.items()}
+        else:
+            metrics[f"setting/{name}"] = float(value)
+    return metrics
 
 
 def new_reference(config: Rl, ctx: Context) -> Reference | None:
@@ -97,7 +105,7 @@ def learn(
     """All updates on one batch of scored rollouts; returns the step's metrics."""
     reward_B, reference_logp_N = scored.reward_B, None
     lr = learning_rate(config, step, config.steps)
-    metrics = batch_metrics(scored) | {"lr": lr}
+    metrics = {"lr": lr}
     kl_weight_B = kl_weights(config, scored)
     if reference is not None:
         reference_logp_N = reference.logprobs(scored.rollouts, temperature=config.temperature)

@@ -18,12 +18,18 @@ from posttrain.stages.settings.base import (
     WithAux,
     refuse_unread,
 )
+from posttrain.stages.settings.rl_drawing import (
+    DRAWING_SCHEDULABLE,
+    Drawing,
+    check_band,
+    check_shares,
+)
 
 
-class Rl(Config, Optimizer, InModes, WithAux, Rollout, Correction, Aggregation):
+class Rl(Config, Optimizer, InModes, WithAux, Rollout, Correction, Aggregation, Drawing):
     """GRPO and its relatives on verifiable rewards: `r.rl(start=..., prompts=...)`."""
 
-    SCHEDULABLE: ClassVar[frozenset[str]] = frozenset(
+    SCHEDULABLE: ClassVar[frozenset[str]] = DRAWING_SCHEDULABLE | frozenset(
         {
             "lr",
             "prompts_per_step",
@@ -93,7 +99,14 @@ class Rl(Config, Optimizer, InModes, WithAux, Rollout, Correction, Aggregation):
                 "no other to differ from; set group_size to 2 or more, or advantage = global"
             )
         if not self.by_group:
-            refuse_unread(self, "drop_zero_variance", because=f"advantage = {self.advantage}")
+            names = ("drop_zero_variance", "dynamic_sampling")
+            refuse_unread(self, *names, because=f"advantage = {self.advantage}")
+        return self
+
+    @model_validator(mode="after")
+    def _draws_are_possible(self) -> Self:
+        check_shares(self.schedules)
+        check_band(self, self.schedules, self.steps)
         return self
 
     @model_validator(mode="after")
