@@ -129,6 +129,76 @@ def test_strong_against_weak(
     assert texts(pairs(weak=WEAK, **settings)) == expected
 
 
+def test_all_pairs_of_a_prompt(pairs: Callable[..., Any]) -> None:
+    """K-wise: of five distinct responses to d1 (1/2, 1, 0, 0, 1) eight pairs have unequal rewards,
+    the better response first; e1 has one."""
+    found = texts(pairs(how="all"))
+    assert len(found) == 9
+    assert found[:3] == [
+        ("d1", "the best", "half"),
+        ("d1", "half", "wrong"),
+        ("d1", "half", "also wrong"),
+    ]
+    assert found[-1] == ("e1", "one", "none at all")
+    assert len(texts(pairs(how="all", min_margin=0.75))) == 4
+
+
+def test_random_pairs_are_some_of_all(pairs: Callable[..., Any]) -> None:
+    """Which pairs depends on the texts alone, not on the order in which they were sampled."""
+    every = set(texts(pairs(how="all")))
+    some = texts(pairs(how="random", max_per_prompt=3))
+    assert len(some) == 4 and set(some) < every
+    assert set(texts(pairs(STRONG[::-1], how="random", max_per_prompt=3))) == set(some)
+    assert some != texts(pairs(max_per_prompt=3))[:4]
+
+
+def test_scores_decide_where_they_are_asked(pairs: Callable[..., Any]) -> None:
+    rows = [rollout("one", 1.0, score=-2.0), rollout("two", 0.0, score=3.5)]
+    ran = pairs(rows, by="score")
+    assert texts(ran) == [("d1", "two", "one")]
+    assert json.loads((ran.out / "pairs.jsonl").read_text())["margin"] == 5.5
+    assert texts(pairs(rows)) == [("d1", "one", "two")]
+    assert texts(pairs(rows, by="score", min_margin=5.5)) == [("d1", "two", "one")]
+    with pytest.raises(ConfigError, match="finds no pair"):
+        pairs(rows, by="score", min_margin=5.6)
+    with pytest.raises(ConfigError, match="have no score"):
+        pairs(by="score")
+
+
+@pytest.mark.parametrize(
+    ("settings", "chosen"),
+    [
+        ({}, "un deux un deux un deux"),
+        ({"chosen_max_tokens": 6}, "été"),
+        ({"chosen_language": "[a-z ]", "chosen_max_tokens": 7}, "plain"),
+        ({"chosen_max_repetition": 0.3}, "été"),
+    ],
+)
+def test_only_the_chosen_response_is_filtered(
+    pairs: Callable[..., Any], settings: dict[str, Any], chosen: str
+) -> None:
+    """The rejected one repeats itself, is long, and has other characters; it may."""
+    strong = [
+        rollout("un deux un deux un deux", 1.0, num_tokens=24),
+        rollout("été", 1.0, num_tokens=4),
+        rollout("plain", 1.0, num_tokens=6),
+    ]
+    weak = [rollout(f"ü ü ü ü ü ü ü {i}", 0.0, num_tokens=16) for i in range(3)]
+    assert texts(pairs(strong, weak, **settings))[0][1] == chosen
+
+
+def test_pools_of_several_stages(
+    pairs: Callable[..., Any], run_stage: RunStage, tmp_path: Path
+) -> None:
+    inputs = {}
+    for number, row in enumerate((rollout("bad", 0.0), rollout("good", 1.0))):
+        folder = tmp_path / f"pool-{number}"
+        folder.mkdir()
+        (folder / "rollouts.jsonl").write_text(json.dumps(row) + "\n")
+        inputs[f"rollouts.{number}"] = str(folder)
+    assert texts(run_stage("pairs", {}, inputs)) == [("d1", "good", "bad")]
+
+
 def test_rows_and_metrics(pairs: Callable[..., Any]) -> None:
     """Two pairs of three problems; margins 1 and 1/4; gaps 8 - 5 and 3 - 11 characters."""
     ran = pairs()
@@ -166,6 +236,14 @@ def test_no_pair_is_an_error_that_says_what_to_do(pairs: Callable[..., Any]) -> 
         ({"min_margin": 0}, "field 'min_margin': 0 is not allowed"),
         ({"min_chosen_reward": 1.5}, "field 'min_chosen_reward': 1.5 is not allowed"),
         ({"max_length": 3}, "did you mean 'max_length_gap'"),
+        ({"how": "all", "max_per_prompt": 2}, "max_per_prompt = 2: it is not read with how = all"),
+        (
+            {"how": "strong_against_weak", "by": "score"},
+            "by = score: it is not read with how = strong_against_weak without min_margin",
+        ),
+        ({"chosen_language": "("}, "no regular expression"),
+        ({"chosen_max_tokens": 0}, "field 'chosen_max_tokens': 0 is not allowed"),
+        ({"chosen_max_repetition": 1.0}, "field 'chosen_max_repetition': 1.0 is not allowed"),
     ],
 )
 def test_bad_settings_are_named(settings: Mapping[str, Any], message: str) -> None:

@@ -65,10 +65,56 @@ def test_every_prompt_is_sampled_k_times_and_scored(
 def test_every_setting_changes_the_rollouts(sample: Callable[..., Any]) -> None:
     changes = [{}, {"seed": 1}, {"k": 2}, {"num_prompts": 60}, {"max_new_tokens": 4}]
     changes += [{"temperature": 0.5}, {"temperature": 0.0}]
-    changes += [{"routes": {"short": ["two"], "words": ["one"]}}]
+    changes += [{"routes": {"short": ["two"], "words": ["one"]}}, {"first_prompt": 7}]
+    changes += [{"routes": {"short": ["one", "two"], "words": ["two"]}}, {"prefix": "ab"}]
     texts = {(sample(**change).out / "rollouts.jsonl").read_text() for change in changes}
     assert len(texts) == len(changes)
     assert (sample().out / "rollouts.jsonl").read_text() in texts
+
+
+def test_several_models_of_one_domain(sample: Callable[..., Any]) -> None:
+    """The first model's rows are those that it gives alone; the second draws other numbers."""
+    alone = rows_of(sample().out / "rollouts.jsonl")
+    ran = sample(routes={"short": ["one", "two"], "words": ["two"]})
+    rows = rows_of(ran.out / "rollouts.jsonl")
+    assert rows[:210] == alone[:210] and rows[420:] == alone[210:]
+    assert {(row["domain"], row["model"]) for row in rows[210:420]} == {("short", "two")}
+    assert [line["step"] for line in ran.lines] == [1, 2, 3]
+    twin = sample(routes={"short": ["two"], "words": ["two"]})
+    assert rows[210:420] != rows_of(twin.out / "rollouts.jsonl")[:210]
+
+
+def test_rounds_draw_other_prompts(sample: Callable[..., Any]) -> None:
+    """89 prompts of `short`: from the eightieth on 70 are the last 9 and the first 61."""
+
+    def ids(**settings: Any) -> list[str]:
+        rows = rows_of(sample(k=1, **settings).out / "rollouts.jsonl")
+        return [row["id"] for row in rows if row["domain"] == "short"]
+
+    every = ids(num_prompts=1000)
+    assert len(every) == len(set(every)) == 89
+    assert ids(first_prompt=80) == every[80:] + every[:61]
+    assert ids(first_prompt=89 + 5, num_prompts=1000) == every[5:] + every[:5]
+
+
+def test_a_prefix_begins_every_response(
+    sample: Callable[..., Any], models: Mapping[str, str]
+) -> None:
+    """What the model then says is what it says after these words of its own."""
+    from posttrain.backends.chat import Chat
+    from posttrain.backends.checkpoint import load
+    from posttrain.backends.sampler import LocalSampler
+
+    rows = rows_of(sample(prefix="ab", temperature=0.0, k=1).out / "rollouts.jsonl")
+    language_model = load(models["one"])
+    chat = Chat(language_model)
+    ids = chat.prompt(rows[0]["prompt"]) + language_model.tokenizer("ab")["input_ids"]
+    drawn = LocalSampler(language_model).sample(
+        [ids], group_size=1, max_new_tokens=6, temperature=0.0, seed=0
+    )
+    assert rows[0]["response"] == "ab" + chat.decode(drawn.responses()[0])
+    assert rows[0]["num_tokens"] == int(drawn.response_len_B[0])
+    assert all(row["response"].startswith("ab") for row in rows)
 
 
 def test_batches_of_prompts_do_not_share_random_numbers(sample: Callable[..., Any]) -> None:

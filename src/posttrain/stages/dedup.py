@@ -26,11 +26,21 @@ def run(config: Dedup, ctx: Context) -> dict[str, float]:
     marks = ["" if config.of == "prompt" else str(row.get("mode")) for row in rows]
     first = first_of_each(list(zip(marks, texts, strict=True)))
     if config.near is not None:
-        similar = first_of_similar([texts[i] for i in first], config.near, config.ngram)
-        first = [first[i] for i in similar]
+        first = sorted(
+            [i for mark in set(marks) for i in _similar(config, mark, marks, texts, first)]
+        )
     kept: list[Row] = [rows[i] for i in first]
     write_jsonl(ctx.out / "data.jsonl", kept)
     return {"rows": len(kept), "kept_share": len(kept) / len(rows)}
+
+
+def _similar(
+    config: Dedup, mark: str, marks: list[str], texts: list[str], first: list[int]
+) -> list[int]:
+    of_mark = [i for i in first if marks[i] == mark]
+    assert config.near is not None
+    found = first_of_similar([texts[i] for i in of_mark], config.near, config.ngram)
+    return [of_mark[i] for i in found]
 
 
 def first_of_each(keys: list[tuple[str, str]]) -> list[int]:
