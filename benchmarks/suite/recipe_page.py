@@ -42,8 +42,8 @@ data sampled by m, `{…}` are parallel branches, `rl[v]` is reinforcement learn
 `opd{…}` is on-policy distillation from those teachers, `for r` is a loop.
 
 Time is from `posttrain run NAME` to its report, with the shared base in the store. The gain is that
-of the last model over the checkpoint that it is compared with, its SFT where it has one, in points of
-accuracy at temperature 1 on held-out problems, mean over domains, with the 95 % interval of a
+of the last model over the checkpoint that it is compared with, its SFT where it has one, in points
+of accuracy at temperature 1 on held-out problems, mean over domains, with the 95 % interval of a
 bootstrap over problems.
 
 """
