@@ -257,13 +257,14 @@ def itself(*, pairing: str = "all", swap: bool = True, template: str | None = No
     return Judge(spec_of("itself", pairing=pairing, swap=swap, template=template))
 
 
-def human(file: str | None = None) -> Judge:
+def human(file: str | None = None, *, pairing: str = "circular") -> Judge:
     """People compare pairs: the stage writes a file, the run waits until it is filled in.
 
     `file` is where it is written, a path from the current directory; without one it lies in the
-    stage's work directory, which the message names. Takes part in no sum or combination.
+    stage's work directory, which the message names. `pairing` as in `compare`. Takes part in no sum
+    or combination.
     """
-    return Judge(spec_of("human", file=file))
+    return Judge(spec_of("human", file=file, pairing=pairing))
 
 
 def gate(condition: Judge, *, below: Weight, then: Judge, otherwise: Judge) -> Judge:

@@ -53,7 +53,7 @@ def whitened(scores: Scores) -> Scores:
 
 
 def normalised(parts: Sequence[Scores], group: Sequence[int]) -> Scores:
-    """The sum of the parts' z-scores within each group, so that none outweighs another by its scale.
+    """The sum of the parts' z-scores within each group: none outweighs another by its scale.
 
     Source: GDPO, arXiv 2601.05242; the final normalisation over the batch is the advantage's.
     """

@@ -3,8 +3,8 @@
 Every reply is kept in a file of the stage's work directory under the hash of its request, so that a
 resumed stage goes on where it was and its scores do not change. What does not change a reply is no
 setting of a judge but is read from the environment: `POSTTRAIN_ENDPOINT_CONCURRENCY` (requests at
-once, 8), `POSTTRAIN_ENDPOINT_TIMEOUT` (seconds for one reply, 120), `POSTTRAIN_ENDPOINT_RETRIES` (further
-attempts after a busy or failing server, 5).
+once, 8), `POSTTRAIN_ENDPOINT_TIMEOUT` (seconds for one reply, 120), `POSTTRAIN_ENDPOINT_RETRIES`
+(further attempts after a busy or failing server, 5).
 """
 
 from __future__ import annotations
@@ -180,8 +180,8 @@ class Endpoint:
                 time.sleep(min(wait, LONGEST_WAIT))
                 wait *= 2
         raise StageError(
-            f"judge at {address}: {problem}, {retries + 1} times in a row; check that the server is "
-            "up. The replies so far are kept; run the same command again",
+            f"judge at {address}: {problem}, {retries + 1} times in a row; check that the server "
+            "is up. The replies so far are kept; run the same command again",
             exit_code=1,
         )
 

@@ -145,7 +145,7 @@ FIELDS: Mapping[str, Mapping[str, Check]] = {
     "compare": {"model": _edge, **_PAIRWISE},
     "compare_endpoint": {**_ENDPOINT, **_PAIRWISE},
     "itself": _PAIRWISE,
-    "human": {"file": _optional(_text)},
+    "human": {"file": _optional(_text), "pairing": _one_of("all", "circular")},
     "sum": {},
     "gate": {"below": _scheduled},
     "lexicographic": {},

@@ -35,9 +35,7 @@ def comparisons(group: Sequence[int], *, pairing: str, swap: bool) -> list[Compa
     return found
 
 
-def win_shares(
-    num_rows: int, asked: Sequence[Comparison], wins: Sequence[float]
-) -> list[float]:
+def win_shares(num_rows: int, asked: Sequence[Comparison], wins: Sequence[float]) -> list[float]:
     """Mean of what each row won in its comparisons; 0.5 for a row that was in none.
 
     `wins[i]` in [0, 1] is what `a` won in comparison i; `b` won the rest.

@@ -78,8 +78,8 @@ class People:
     def ask(self, pairs: Sequence[Pair]) -> list[Preference]:
         """What people prefer in each pair.
 
-        Raises Waiting where the file was not there, and is now, or lacks verdicts; ConfigError, with
-        the line, for one that is wrong, or where the file is about other pairs.
+        Raises Waiting where the file was not there, and is now, or lacks verdicts; ConfigError,
+        with the line, for one that is wrong, or where the file is about other pairs.
         """
         rows = [_row(pair) for pair in pairs]
         if not self.path.exists():
@@ -163,14 +163,9 @@ def _check(row: Row, where: str) -> None:
         )
     strength = row.get("strength")
     if strength is not None and (strength not in STRENGTHS or isinstance(strength, bool | float)):
-        raise ConfigError(
-            f"{where}: strength = {strength!r}; it has to be 1, 2, 3 or 4, or null"
-        )
+        raise ConfigError(f"{where}: strength = {strength!r}; it has to be 1, 2, 3 or 4, or null")
 
 
 def _preference(pair: Pair, row: Row) -> Preference:
-    if row["preferred"] == "tie":
-        first = 0.5
-    else:
-        first = float((row[row["preferred"]] == pair.first))
+    first = 0.5 if row["preferred"] == "tie" else float(row[row["preferred"]] == pair.first)
     return Preference(first=first, strength=row.get("strength"))

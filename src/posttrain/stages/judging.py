@@ -185,8 +185,8 @@ def verdict_ids(chat: Chat) -> tuple[int, int]:
     first, second = (chat.response("", verdict)[0] for verdict in VERDICTS)
     if first == second:
         raise ConfigError(
-            "judge compare: the model's tokenizer begins the verdicts 1 and 2 with one and the same "
-            "token, so its preference cannot be read; use another model, or an endpoint"
+            "judge compare: the model's tokenizer begins the verdicts 1 and 2 with one and the "
+            "same token, so its preference cannot be read; use another model, or an endpoint"
         )
     return first, second
 
