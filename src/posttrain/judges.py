@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from posttrain.engine.errors import ConfigError
-from posttrain.rewards.judge_spec import EDGE, check, models, spec_of
+from posttrain.rewards.judge_fields import EDGE
+from posttrain.rewards.judge_spec import check, models, spec_of
 from posttrain.schedules import Schedule, is_schedule
 
 __all__ = [
@@ -116,9 +117,10 @@ def scalar(stage: Handle, *, squash: bool = False) -> Judge:
 
 
 def oracle(*, noise: float = 1.0) -> Judge:
-    """The suite's preference oracle: a hidden quality plus noise, the same for the same text.
+    """The suite's noisy annotator: what a response is worth to it, in logits, the same every time.
 
-    `noise` is the standard deviation of the noise, in units of the oracle's own.
+    Five times a hidden quality in [0, 1] plus `noise` times a Gumbel variable; see
+    `posttrain.rewards.oracle`.
     """
     return Judge(spec_of("oracle", noise=noise))
 
@@ -242,6 +244,11 @@ def compare(
     if not isinstance(judge, str):
         if model is not None or key is not None:
             raise ConfigError("judge compare: model and key belong to the url of an endpoint")
+        if getattr(judge, "kind", "") == "reward_model":
+            raise ConfigError(
+                f"judge compare: stage {judge.name!r} is a reward model, which scores one "
+                "response; write judges.scalar(...), or give a stage that makes a language model"
+            )
         edge, stages = _edge("compare", judge, ())
         return Judge(spec_of("compare", model=edge, **how), stages)
     if model is None:

@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from multiprocessing import connection
 from typing import Final
 
-from posttrain.engine.errors import ConfigError, Interrupted, PosttrainError, StageError, Waiting
+from posttrain.engine.ending import failed, interrupted, unfilled
+from posttrain.engine.errors import ConfigError, PosttrainError
 from posttrain.engine.events import Event
 from posttrain.engine.fingerprint import plain
 from posttrain.engine.graph import Graph
@@ -28,7 +29,7 @@ from posttrain.engine.provenance import Provenance
 from posttrain.engine.record import Artifact
 from posttrain.engine.running import Failure, Running, Wait, prepare, start, stop
 from posttrain.engine.store import Store
-from posttrain.engine.work import Work, read_step
+from posttrain.engine.work import Work
 
 __all__ = ["Event", "Job", "PlanRow", "plan", "run"]
 
@@ -129,13 +130,13 @@ class _Run:
                     yield from self._progress()
                     yield from self._collect()
             except KeyboardInterrupt:
-                raise Interrupted(self._interrupted()) from None
+                raise interrupted(self.store.root, self.running.values()) from None
             finally:
                 stop(self.running.values())
         if self.failures:
-            raise self._error()
+            raise failed(self.failures, self.waits, self.blocked)
         if self.waits:
-            raise Waiting(self._unfilled())
+            raise unfilled(self.waits, self.blocked)
 
     # -- starting --------------------------------------------------------------------------------
 
@@ -283,33 +284,6 @@ class _Run:
             )
         except PosttrainError as error:
             return Failure(error=str(error), exit_code=error.exit_code, log=None)
-
-    # -- ending ----------------------------------------------------------------------------------
-
-    def _interrupted(self) -> str:
-        where = ", ".join(
-            name if step is None else f"{name} (resumes at step {step})"
-            for name, step in ((n, read_step(r.work.path)) for n, r in self.running.items())
-        )
-        unfinished = f" Not finished: {where}." if where else ""
-        return (
-            f"stopped. What was finished is kept in {self.store.root}.{unfinished} "
-            f"To go on, run the same command again."
-        )
-
-    def _unfilled(self) -> str:
-        lines = [f"stage {name} waits: {wait.reason}" for name, wait in self.waits.items()]
-        lines += [f"blocked: {name}: {reason}" for name, reason in self.blocked.items()]
-        lines.append("What finished is kept. Then run the same command again.")
-        return "\n".join(lines)
-
-    def _error(self) -> StageError:
-        lines = [failure.describe(name) for name, failure in self.failures.items()]
-        lines += [f"stage {name} waits: {wait.reason}" for name, wait in self.waits.items()]
-        lines += [f"blocked: {name}: {reason}" for name, reason in self.blocked.items()]
-        lines.append("What finished is kept; once the cause is mended, run the same command again.")
-        first = next(iter(self.failures.values()))
-        return StageError("\n".join(lines), exit_code=first.exit_code)
 
 
 def _cached(name: str, artifact: Artifact, reason: str) -> Event:

@@ -21,18 +21,18 @@ from torch import Tensor
 from posttrain.backends.chat import Chat
 from posttrain.backends.checkpoint import LanguageModel, load
 from posttrain.backends.local import POSITIONS, LocalScorer
-from posttrain.backends.scalar import load_scalar, rewards_B
 from posttrain.engine.errors import ConfigError
 from posttrain.rewards.comparisons import VERDICTS, question
 from posttrain.rewards.endpoint import Endpoint, ReplyCache
 from posttrain.rewards.grading import EndpointComparison, Grader
 from posttrain.rewards.judging import Batch, Judge, Panel, leaves
+from posttrain.rewards.oracle import Oracle
 from posttrain.rewards.pairing import Comparison, comparisons, win_shares
 from posttrain.rewards.people import People
 from posttrain.rewards.pool import VerifierPool
 from posttrain.rl.types import Rollouts, pad_rows
 from posttrain.stages.context import Context
-from posttrain.stages.rollouts import Scored, submit
+from posttrain.stages.rollouts import MAX_WORKERS, Scored, submit
 
 REPLIES = "replies.jsonl"
 """In the work directory: what endpoints have answered."""
@@ -45,13 +45,16 @@ def make_judge(
     policy: LanguageModel | None = None,
     verifiers: VerifierPool | None = None,
     dtype: torch.dtype = torch.float32,
+    seed: int = 0,
 ) -> Panel:
     """A judge in its JSON form, ready to be asked; models are loaded once, from `ctx.inputs`.
 
     `policy` is what `judges.itself` asks, with the weights that it has at the time; `verifiers` are
-    read where a batch brings no verdicts. Raises ConfigError where the spec needs what is not
-    given, and what loading a model raises.
+    read where a batch brings no verdicts; `seed` is the oracle's. Raises ConfigError where the spec
+    needs what is not given, and what loading a model raises.
     """
+    from posttrain.backends.scalar import load_scalar
+
     cache = ReplyCache(ctx.work / REPLIES)
 
     def endpoint(leaf: Mapping[str, Any]) -> Endpoint:
@@ -62,6 +65,7 @@ def make_judge(
 
     make: dict[str, Callable[[Mapping[str, Any]], Judge]] = {
         "verifier": lambda leaf: Verdicts(verifiers),
+        "oracle": lambda leaf: Opinion(oracle(ctx, leaf["noise"], seed)),
         "scalar": lambda leaf: Scalar(
             load_scalar(ctx.inputs[leaf["model"]], dtype=dtype, device=ctx.device), leaf["squash"]
         ),
@@ -106,6 +110,24 @@ class Verdicts:
         return scores
 
 
+def oracle(ctx: Context, noise: float, seed: int) -> Oracle:
+    """The noisy annotator of the stage's domains; its workers end with the stage."""
+    workers = min(ctx.threads, MAX_WORKERS)
+    pool = VerifierPool(ctx.domains, num_workers=workers, judge="oracle")
+    return Oracle(ctx.resources.enter_context(pool).scores, noise=noise, seed=seed)
+
+
+class Opinion:
+    """`judges.oracle`: what each response is worth to the noisy annotator, in logits."""
+
+    def __init__(self, annotator: Oracle) -> None:
+        self.annotator = annotator
+
+    def score(self, batch: Batch) -> list[float]:
+        """Real numbers; the same response to the same problem has the same one every time."""
+        return self.annotator.rates(batch.problems, batch.texts)
+
+
 class Scalar:
     """`judges.scalar`: a reward model, which reads the texts through its own tokenizer."""
 
@@ -115,6 +137,8 @@ class Scalar:
 
     def score(self, batch: Batch) -> list[float]:
         """Real numbers, in (0, 1) where squashed. Raises ConfigError for a row that is too long."""
+        from posttrain.backends.scalar import rewards_B
+
         # Not kept: what a policy samples comes once, and the encodings would pile up.
         chat = Chat(self.language_model)
         rows = list(zip(batch.problems, batch.texts, strict=True))
