@@ -111,8 +111,8 @@ def test_a_length_cost_may_read_another_judge() -> None:
 
 
 def test_detail_names_what_each_judge_said() -> None:
-    judge = VERIFIER - judges.length(budget=6) + judges.gate(ORACLE, below=9, then=VERIFIER,
-                                                              otherwise=judges.finished())  # fmt: skip
+    low = judges.gate(ORACLE, below=9, then=VERIFIER, otherwise=judges.finished())
+    judge = VERIFIER - judges.length(budget=6) + low
     scores, parts = panel(judge, right(), taste()).detail(BATCH)
     assert scores == pytest.approx([2, 0, 1.5, 1])
     assert parts == {

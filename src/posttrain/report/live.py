@@ -128,15 +128,8 @@ class LiveView:
         """All branches if there is room, else those that matter now, in their order."""
         if len(self.branches) <= max(room, 1):
             return self.branches
-        rank = {
-            "failed": 0,
-            "running": 0,
-            "blocked": 1,
-            "waits": 0,
-            "waiting": 2,
-            "done": 3,
-            "cached": 4,
-        }
+        first = {"failed": 0, "running": 0, "waits": 0, "blocked": 1}
+        rank = first | {"waiting": 2, "done": 3, "cached": 4}
         ranked = sorted(self.branches, key=lambda b: rank[self.stages[b.name].state])
         chosen = {branch.name for branch in ranked[: max(room, 1)]}
         return [Branch(name=b.name, prefix="") for b in self.branches if b.name in chosen]

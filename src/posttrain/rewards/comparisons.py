@@ -70,7 +70,7 @@ def build_comparisons(
     if not problems:
         raise ConfigError(
             f"no two responses to one of {len(found)} problems differ in their rewards by more "
-            f"than {min_margin:g}, so there is nothing to compare; sample more responses per prompt, or "
-            "from a model that is sometimes right"
+            f"than {min_margin:g}, so there is nothing to compare; sample more responses per "
+            "prompt, or from a model that is sometimes right"
         )
     return problems

@@ -38,6 +38,7 @@ def _count(value: Any) -> str:
 
 
 def scheduled(value: Any) -> str:
+    """A check of a number, or of a schedule that only takes numbers."""
     if not is_schedule(value):
         return "" if _number(value) else "a number or a schedule"
     return "" if all(map(_number, possible_values(value))) else "a schedule of numbers"

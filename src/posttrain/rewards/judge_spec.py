@@ -79,7 +79,8 @@ def check_use(spec: Mapping[str, Any], kind: str, *, where: str) -> None:
     """Raises ConfigError for a judge that a stage of this kind cannot ask."""
     if uses(spec, "itself") and kind != "rl":
         raise ConfigError(
-            f"{where}: judges.itself() is for rl, which trains a policy; write judges.compare(stage)"
+            f"{where}: judges.itself() is for rl, which trains a policy; write "
+            "judges.compare(stage)"
         )
     if uses(spec, "human") and kind not in ("pairs", "score", "best"):
         raise ConfigError(
@@ -114,9 +115,13 @@ def _inside(spec: Mapping[str, Any], at: str) -> Iterator[tuple[str, Any]]:
         elif kind == "normalised":
             yield from ((at, part) for part in (value if isinstance(value, list | tuple) else []))
         elif kind == "by_domain":
-            yield from ((f"{at}.{d}", j) for d, j in (value or {}).items())
+            yield from ((f"{at}.{d}", j) for d, j in _items(value))
         elif name in spec:
             yield f"{at}.{name}", value
+
+
+def _items(value: Any) -> list[tuple[str, Any]]:
+    return list(value.items()) if isinstance(value, Mapping) else []
 
 
 def _check_one(spec: Spec, at: str) -> None:
@@ -167,5 +172,5 @@ def _check_together(spec: Spec, at: str) -> None:
                 raise ConfigError(f"{at}: weight = {term['weight']!r}; it has to be {problem}")
     if kind == "normalised" and (not isinstance(spec["judges"], list) or len(spec["judges"]) < 2):
         raise ConfigError(f"{at}: it takes two judges or more")
-    if kind == "by_domain" and not spec["domains"]:
+    if kind == "by_domain" and not _items(spec["domains"]):
         raise ConfigError(f"{at}: it takes a judge for each domain")
