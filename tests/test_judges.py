@@ -155,7 +155,9 @@ def test_json_of_the_command_line_is_checked(spec: Any, message: str) -> None:
 def test_every_domain_needs_its_judge() -> None:
     spec = config(judges.by_domain({"add": judges.verifier()}))
     check_domains(spec, ("add",), where="stage 'rl'")
-    with pytest.raises(ConfigError, match=r"stage 'rl': judges\.by_domain has none for domain 'sub'"):
+    with pytest.raises(
+        ConfigError, match=r"stage 'rl': judges\.by_domain has none for domain 'sub'"
+    ):
         check_domains(spec, ("add", "sub"), where="stage 'rl'")
 
 

@@ -171,9 +171,7 @@ def test_a_resumed_stage_asks_nothing_twice(server: Server, tmp_path: Path) -> N
 def test_a_busy_server_is_asked_again(server: Server, tmp_path: Path) -> None:
     server.reply = lambda prompt, n: ((429, 503, 200)[n - 1], "Grade: 7")
     spec = judges.llm(server.url, "m").spec
-    assert Grader(spec, ask(server, tmp_path)).score(batch("p")) == [
-        0.7
-    ]
+    assert Grader(spec, ask(server, tmp_path)).score(batch("p")) == [0.7]
     assert len(server.seen) == 3
 
 
@@ -194,18 +192,14 @@ def test_what_stays_broken_is_told(
             Grader(spec, ask(server, tmp_path)).score(batch("p"))
     assert not (tmp_path / "replies.jsonl").exists(), "a bad reply is not kept"
     nowhere = Endpoint(url="http://127.0.0.1:9/v1", model="m", cache=ReplyCache(tmp_path / "x"))
-    with pytest.raises(
-        StageError, match=r"127\.0\.0\.1:9/v1/chat/completions: it cannot"
-    ):
+    with pytest.raises(StageError, match=r"127\.0\.0\.1:9/v1/chat/completions: it cannot"):
         Grader(spec, nowhere).score(batch("p"))
 
 
 def test_a_reply_that_cannot_be_read_is_asked_for_again(server: Server, tmp_path: Path) -> None:
     server.reply = lambda prompt, n: (200, "hm" if n < 3 else "Grade: 4")
     spec = judges.llm(server.url, "m").spec
-    assert Grader(spec, ask(server, tmp_path)).score(batch("p")) == [
-        0.4
-    ]
+    assert Grader(spec, ask(server, tmp_path)).score(batch("p")) == [0.4]
     prompts = [body["messages"][0]["content"] for body in server.seen]
     assert prompts[1] == prompts[2] == prompts[0] + module.REMINDER
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from posttrain.backends.chat import Chat
 from posttrain.backends.checkpoint import LanguageModel, load
 from posttrain.backends.local import POSITIONS, LocalScorer
+from posttrain.backends.scalar import load_scalar, rewards_B
 from posttrain.engine.errors import ConfigError
 from posttrain.rewards.comparisons import VERDICTS, question
 from posttrain.rewards.endpoint import Endpoint, ReplyCache
@@ -53,8 +54,6 @@ def make_judge(
     read where a batch brings no verdicts; `seed` is the oracle's. Raises ConfigError where the spec
     needs what is not given, and what loading a model raises.
     """
-    from posttrain.backends.scalar import load_scalar
-
     cache = ReplyCache(ctx.work / REPLIES)
 
     def endpoint(leaf: Mapping[str, Any]) -> Endpoint:
@@ -137,8 +136,6 @@ class Scalar:
 
     def score(self, batch: Batch) -> list[float]:
         """Real numbers, in (0, 1) where squashed. Raises ConfigError for a row that is too long."""
-        from posttrain.backends.scalar import rewards_B
-
         # Not kept: what a policy samples comes once, and the encodings would pile up.
         chat = Chat(self.language_model)
         rows = list(zip(batch.problems, batch.texts, strict=True))
