@@ -208,20 +208,31 @@ class Recipe:
         start: Stage,
         prompts: Prompts | Stage,
         profile: Stage | None = None,
+        critic: Stage | None = None,
         aux: Aux | None = None,
         name: str = "rl",
         **settings: Any,
     ) -> Stage:
         """Reinforcement learning of `start` on the verifiable rewards of the prompts' domains.
 
-        `profile` has the pass rates that a `curriculum` begins with. `aux` as in `sft`.
+        `profile` has the pass rates that a `curriculum` begins with. `critic` is where the critic of
+        advantage = gae starts, a language model or a reward model; `start` if not given. `aux` as
+        in `sft`.
         """
         inputs = {"start": self._build.model(name, "start", start)}
+        if critic is not None:
+            inputs["critic"] = self._build.model(name, "critic", critic, scores=True)
+            self._build.same_vocabulary(name, start.name, critic.name, role="critic")
         inputs |= self._build.data(name, prompts, (Prompts,))
         if profile is not None:
             edge = profile_edge(name, "profile", profile, prompts.domains, kind="rl")
             inputs["profile"] = edge
         stage = self._trained("rl", name, prompts.settings() | settings, inputs, aux)
+        if critic is not None and self._build.nodes[name].config["advantage"] != "gae":
+            raise ConfigError(
+                f"stage {name!r} (rl): critic = {critic.name!r} is read with advantage = gae only; "
+                "set that, or leave critic= out"
+            )
         self._build.named_domains(stage, prompts.domains, "domain_kl")
         check_drawing(self._build, stage, prompts.domains, profile)
         return stage

@@ -24,6 +24,7 @@ from posttrain.backends.scalar import load_scalar, scores_N
 from posttrain.losses.value import clipped_value, explained_variance
 from posttrain.rl.types import Rollouts
 from posttrain.stages.context import Context
+from posttrain.stages.credit import Credit
 from posttrain.stages.settings.rl import Rl
 from posttrain.stages.teachers import check_same_tokens
 
@@ -112,6 +113,37 @@ def value_metrics(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
         "explained_variance": explained_variance(sums),
         "critic_grad_norm": sums["grad_norm"] / len(updates),
     }
+
+
+def learn_values(
+    config: Rl,
+    critic: Critic,
+    rollouts: Rollouts,
+    credits: Credit,
+    parts: Sequence[Tensor],
+    *,
+    lr: float,
+) -> dict[str, float]:
+    """One update of the critic on each of `parts`, row numbers; returns the step's metrics.
+
+    `lr` is the policy's of this step; the critic's rises and falls with it.
+    """
+    assert credits.return_N is not None and credits.value_N is not None, "a critic's credit"
+    critic_lr = lr if config.critic_lr is None else config.critic_lr * lr / config.lr
+    length_B = rollouts.response_len_B
+    start_B = length_B.cumsum(0) - length_B
+    updates = []
+    for rows_B in parts:
+        flat_N = flat_index(start_B, length_B, rows_B)
+        sums = critic.update(
+            rollouts.rows(rows_B),
+            credits.return_N[flat_N],
+            credits.value_N[flat_N],
+            lr=critic_lr,
+            clip=config.value_clip,
+        )
+        updates.append(sums)
+    return value_metrics(updates) | {"critic_lr": critic_lr}
 
 
 def new_critic(config: Rl, start: Path, policy: LanguageModel, ctx: Context) -> Critic:

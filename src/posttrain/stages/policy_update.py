@@ -161,12 +161,11 @@ def old_logprobs(
 
 
 def reward_kl(config: Rl, scored: Scored, reference_logp_N: Tensor) -> Tensor:
-    """`kl_B`: the estimate of KL(policy || reference) summed over each response."""
+    """`kl_N`: the estimate of KL(policy || reference) at each token, to be taken off the reward."""
     assert config.kl_estimator != "unbiased", "refused with kl_in = reward"
-    kl_N = kl_estimate(
+    return kl_estimate(
         scored.rollouts.sampler_logp_N(), reference_logp_N, estimator=config.kl_estimator
     )
-    return torch.zeros(len(scored.rollouts)).index_add(0, scored.rollouts.row_N(), kl_N)
 
 
 def kl_weights(config: Rl, scored: Scored) -> Tensor:

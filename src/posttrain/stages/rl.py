@@ -16,10 +16,12 @@ from posttrain.backends.chat import Chat
 from posttrain.backends.checkpoint import load, save
 from posttrain.backends.local import LocalLearner, flat_index
 from posttrain.backends.sampler import LocalSampler
-from posttrain.rl.advantage import advantages, zero_variance
+from posttrain.rl.advantage import zero_variance
 from posttrain.schedules import learning_rate
 from posttrain.stages.auxiliary import Auxiliary, take_metrics
 from posttrain.stages.context import Context
+from posttrain.stages.credit import credit
+from posttrain.stages.critic import Critic, learn_values, new_critic
 from posttrain.stages.drawing import Drawing
 from posttrain.stages.learner import new_learner
 from posttrain.stages.policy_update import PolicyUpdate, kl_weights, old_logprobs, reward_kl
@@ -40,7 +42,12 @@ def run(config: Rl, ctx: Context) -> dict[str, float]:
     reference = new_reference(config, ctx)
     aux = Auxiliary(config, config.seed, ctx, chat, language_model.pad_id)
     sampler, log = LocalSampler(learner.policy), RolloutLog(ctx.out)
-    state = Together(policy=learner, **({} if reference is None else {"reference": reference}))
+    critic = None
+    if config.uses_critic:
+        start = ctx.inputs.get("critic", ctx.inputs["start"])
+        critic = new_critic(config, start, language_model, ctx)
+    others = {"reference": reference, "critic": critic}
+    state = Together(policy=learner, **{name: o for name, o in others.items() if o is not None})
     first = ctx.resume(state)
     drawing.resume(config, ctx.history, log.resume(first))
     for step in range(first, config.steps):
@@ -59,7 +66,7 @@ def run(config: Rl, ctx: Context) -> dict[str, float]:
         drawn = drawing.draw(now, step, sample)
         rows = log.write(step, drawn.sampled, model=ctx.name, temperature=now.temperature)
         metrics |= drawn.metrics | drawing.observe(now, rows) | setting_metrics(config, now)
-        metrics |= learn(now, learner, reference, drawn.batch, aux, step=step)
+        metrics |= learn(now, learner, reference, critic, drawn.batch, aux, step=step)
         metrics |= batch_metrics(drawn.sampled)
         metrics["kept_share"] *= drawn.batch_share
         tokens += drawn.sampled.rollouts.num_tokens
@@ -97,25 +104,26 @@ def learn(
     config: Rl,
     learner: LocalLearner,
     reference: Reference | None,
+    critic: Critic | None,
     scored: Scored,
     aux: Auxiliary,
     *,
     step: int,
 ) -> dict[str, float]:
-    """All updates on one batch of scored rollouts; returns the step's metrics."""
-    reward_B, reference_logp_N = scored.reward_B, None
+    """All updates on one batch of scored rollouts; returns the step's metrics.
+
+    The critic learns from the rows that the policy learns from, and first.
+    """
+    reference_logp_N, kl_N = None, None
     lr = learning_rate(config, step, config.steps)
     metrics = {"lr": lr}
     kl_weight_B = kl_weights(config, scored)
     if reference is not None:
         reference_logp_N = reference.logprobs(scored.rollouts, temperature=config.temperature)
         if config.kl_in == "reward":
-            kl_B = reward_kl(config, scored, reference_logp_N)
-            reward_B = reward_B - config.kl_coef * kl_weight_B * kl_B
-            metrics["kl_reference"] = float(kl_B.sum()) / scored.rollouts.num_tokens
-    advantage_B = advantages(reward_B, scored.group_B, mode=config.advantage)
-    advantage_N = advantage_B[scored.rollouts.row_N()]
-    kept_B = torch.ones_like(reward_B, dtype=torch.bool)
+            kl_N = reward_kl(config, scored, reference_logp_N)
+            metrics["kl_reference"] = float(kl_N.sum()) / scored.rollouts.num_tokens
+    kept_B = torch.ones_like(scored.reward_B, dtype=torch.bool)
     # A penalty in the loss has a gradient on every row, also where the rewards have none.
     penalised = config.kl_coef > 0 and config.kl_in == "loss"
     if config.drop_zero_variance and config.by_group and not penalised:
@@ -125,9 +133,14 @@ def learn(
     metrics["kept_share"] = float(kept_B.float().mean())
     if not bool(kept_B.any()):
         return metrics
+    credits = credit(config, critic, scored, kept_B, kl_N=kl_N, kl_weight_B=kl_weight_B)
     index_B = kept_B.nonzero()[:, 0]
     cuts = equal_parts(len(index_B), config.updates_per_batch, seed=config.seed, step=step)
     parts = [index_B[part_B] for part_B in cuts]
+    if critic is not None:
+        metrics |= learn_values(config, critic, scored.rollouts, credits, parts, lr=lr)
+        if step < config.critic_warmup_steps:
+            return metrics
     old_logp_N = old_logprobs(config, learner, scored, parts)
     start_B = scored.rollouts.response_len_B.cumsum(0) - scored.rollouts.response_len_B
     sums: dict[str, float] = {}
@@ -137,7 +150,7 @@ def learn(
         current = number == 0 and config.correction != "none"
         update = PolicyUpdate(
             config,
-            advantage_N=advantage_N[flat_N],
+            advantage_N=credits.advantage_N[flat_N],
             rows=scored.rollouts.rows(rows_B),
             old_logp_N=None if old_logp_N is None or current else old_logp_N[flat_N],
             reference_logp_N=None if reference_logp_N is None else reference_logp_N[flat_N],

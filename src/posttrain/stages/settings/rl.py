@@ -40,6 +40,7 @@ class Rl(Config, Optimizer, InModes, WithAux, Rollout, Correction, Aggregation, 
             "clip_high",
             "tau",
             "kl_coef",
+            "critic_lr",
         }
     )
 
@@ -47,10 +48,21 @@ class Rl(Config, Optimizer, InModes, WithAux, Rollout, Correction, Aggregation, 
     prompts_per_step: int = Field(32, gt=0)
     group_size: int = Field(8, gt=0)
     """Responses per prompt; 2 or more where an advantage is relative to the group."""
-    advantage: Literal["group_mean", "group_zscore", "leave_one_out", "batch", "global"] = (
+    advantage: Literal["group_mean", "group_zscore", "leave_one_out", "batch", "global", "gae"] = (
         "group_zscore"
     )
-    """`global` is over the whole batch (REINFORCE++), the others within the group of a prompt."""
+    """`global` is over the whole batch (REINFORCE++), `gae` of each token by a critic (PPO), the
+    others within the group of a prompt."""
+    gae_lambda: float = Field(0.95, ge=0, le=1)
+    """0 trusts the critic alone, 1 the rewards alone."""
+    gae_gamma: float = Field(1.0, ge=0, le=1)
+    """Discount of a reward per token."""
+    critic_lr: float | None = Field(None, gt=0)
+    """Peak learning rate of the critic, over the steps as the policy's; `lr` if not given."""
+    value_clip: float | None = Field(0.2, gt=0)
+    """How far a value may move in the updates on one batch; None for no bound."""
+    critic_warmup_steps: int = Field(0, ge=0)
+    """Steps at the beginning in which only the critic learns."""
     surrogate: Literal["clip", "cispo", "geometric_mean", "squared"] = "clip"
     """`clip` is PPO's and GRPO's. `cispo` clips the weight and keeps every gradient.
     `geometric_mean` is GMPO, its clips are of log ratios. `squared` is Kimi's."""
@@ -89,7 +101,12 @@ class Rl(Config, Optimizer, InModes, WithAux, Rollout, Correction, Aggregation, 
     @property
     def by_group(self) -> bool:
         """Whether an advantage is relative to the other responses to its prompt."""
-        return self.advantage != "global"
+        return self.advantage not in ("global", "gae")
+
+    @property
+    def uses_critic(self) -> bool:
+        """Whether advantages come from a critic."""
+        return self.advantage == "gae"
 
     @model_validator(mode="after")
     def _groups_are_groups(self) -> Self:
@@ -107,6 +124,21 @@ class Rl(Config, Optimizer, InModes, WithAux, Rollout, Correction, Aggregation, 
     def _draws_are_possible(self) -> Self:
         check_shares(self.schedules)
         check_band(self, self.schedules, self.steps)
+        return self
+
+    @model_validator(mode="after")
+    def _critic_is_read(self) -> Self:
+        if not self.uses_critic:
+            names = ("gae_lambda", "gae_gamma", "critic_lr", "value_clip", "critic_warmup_steps")
+            refuse_unread(self, *names, because=f"advantage = {self.advantage}")
+        elif self.updates_per_batch == 1:
+            because = "updates_per_batch = 1 (a value has not moved before its only update)"
+            refuse_unread(self, "value_clip", because=because)
+        if self.critic_warmup_steps >= self.steps:
+            raise ValueError(
+                f"critic_warmup_steps = {self.critic_warmup_steps} with steps = {self.steps}: the "
+                "policy would never learn; leave it steps of its own"
+            )
         return self
 
     @model_validator(mode="after")

@@ -1,0 +1,270 @@
+"""rl with advantage = gae: the critic's settings count, it learns, and a stopped stage goes on.
+
+Legend: B rows, N flat response tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from posttrain.backends.scalar import load_scalar, save_scalar
+from posttrain.engine.errors import ConfigError
+from posttrain.rl.types import Rollouts
+from posttrain.stages.batches import sequences
+from posttrain.stages.config import build_config
+from posttrain.stages.context import Context
+from posttrain.stages.credit import credit
+from posttrain.stages.rollouts import Scored
+from posttrain.stages.settings.rl import Rl
+
+BASE: dict[str, Any] = {
+    "steps": 5,
+    "prompts_per_step": 8,
+    "group_size": 2,
+    "max_new_tokens": 6,
+    "lr": 0.02,
+    "critic_lr": 0.01,
+    "warmup_steps": 1,
+    "advantage": "gae",
+    "updates_per_batch": 2,
+}
+VALUES = {"value_loss", "value", "return", "value_clipped", "explained_variance"}
+VALUES |= {"critic_grad_norm", "critic_lr"}
+
+
+@pytest.fixture(scope="session")
+def reward_model(models: Mapping[str, str], tmp_path_factory: pytest.TempPathFactory) -> str:
+    language_model = load_scalar(models["one"])
+    torch.manual_seed(3)
+    torch.nn.init.normal_(language_model.model.score.weight, std=0.1)
+    path = tmp_path_factory.mktemp("reward") / "model"
+    save_scalar(language_model, path)
+    record = {"format": 1, "name": "rm", "kind": "reward_model", "fingerprint": "3" * 64}
+    (path / "record.json").write_text(json.dumps(record))
+    return str(path)
+
+
+@pytest.fixture
+def ppo(
+    run_stage: Callable[..., Any], models: Mapping[str, str], domains: Mapping[str, str]
+) -> Callable[..., Any]:
+    def run(critic: str | None = None, work: Path | None = None, **changes: Any) -> Any:
+        inputs = {"start": models["start"], **domains}
+        if critic is not None:
+            inputs["critic"] = critic
+        return run_stage("rl", BASE | changes, inputs, work)
+
+    return run
+
+
+def test_metrics_of_the_critic(ppo: Callable[..., Any]) -> None:
+    """From the start the first values are all 0: half of the squared returns is its loss, and with
+    lambda 1 the returns are the rewards, once per token."""
+    ran = ppo(gae_lambda=1.0, kl_coef=0.1, updates_per_batch=1)
+    for line in ran.lines:
+        assert {*VALUES, "reward", "entropy", "kl_reference", "grad_norm"} <= set(line)
+        assert all(math.isfinite(value) for value in line.values())
+        assert line["kept_share"] == 1
+        assert line["critic_lr"] == pytest.approx(line["lr"] / 2, rel=1e-4)
+    first = ran.lines[0]
+    assert first["value"] == 0 == first["explained_variance"]
+    assert first["value_loss"] == pytest.approx(first["return"] / 2, rel=1e-4), "rewards are 0 or 1"
+    assert ran.lines[-1]["value"] > 0
+
+
+SETTINGS: list[dict[str, Any]] = [
+    {"critic_lr": 0.02},
+    {"critic_lr": None, "lr": 0.01},
+    {"gae_lambda": 0.5},
+    {"gae_gamma": 0.9},
+    {"value_clip": 0.01},
+    {"value_clip": None},
+    {"critic_warmup_steps": 2},
+    {"group_size": 1},
+    {"mask_unfinished": True},
+    {"kl_coef": 0.5},
+    {"kl_coef": 0.5, "kl_in": "reward"},
+    {"kl_coef": 0.5, "kl_in": "reward", "gae_gamma": 0.9},
+    {"updates_per_batch": 1},
+    {"advantage": "group_zscore", "critic_lr": None},
+    {"lr": 0.03},
+]
+
+
+def test_every_setting_changes_the_result(
+    ppo: Callable[..., Any], same: Any, reward_model: str
+) -> None:
+    results = {"base": ppo()} | {str(changes): ppo(**changes) for changes in SETTINGS}
+    results["critic"] = ppo(reward_model)
+    names = list(results)
+    alike = [
+        (one, other)
+        for i, one in enumerate(names)
+        for other in names[i + 1 :]
+        if same(results[one], results[other])
+    ]
+    assert alike == []
+    assert not VALUES & set(results[str({"advantage": "group_zscore", "critic_lr": None})].lines[0])
+    assert results["critic"].lines[0]["value"] != 0
+
+
+def test_without_a_critic_edge_it_starts_from_the_start(
+    ppo: Callable[..., Any], same: Any, models: Mapping[str, str]
+) -> None:
+    assert same(ppo(), ppo(models["start"]))
+
+
+def test_the_critics_learning_rate_is_the_policys_unless_given(
+    ppo: Callable[..., Any], same: Any
+) -> None:
+    assert same(ppo(critic_lr=None), ppo(critic_lr=0.02))
+
+
+def test_the_policy_waits_for_the_critic(
+    ppo: Callable[..., Any], models: Mapping[str, str]
+) -> None:
+    """In two steps of three the critic learns and the policy does not: what it samples in the third
+    is what a policy samples that has not learned."""
+    ran = ppo(critic_warmup_steps=2, steps=3)
+    for line in ran.lines[:2]:
+        assert "grad_norm" not in line and line["critic_grad_norm"] > 0
+    assert "grad_norm" in ran.lines[2]
+    still = ppo(steps=3, lr=1e-30, critic_lr=None)
+    assert [line["reward"] for line in ran.lines] == [line["reward"] for line in still.lines]
+    start = load_file(f"{models['start']}/model.safetensors")
+    assert any(not torch.equal(start[name], value) for name, value in ran.weights().items())
+
+
+def test_reward_rises_and_values_follow(ppo: Callable[..., Any]) -> None:
+    ran = ppo(steps=40, prompts_per_step=16, lr=0.01)
+    rewards = [line["reward"] for line in ran.lines]
+    assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.2
+    values = [line["value"] for line in ran.lines]
+    assert abs(values[-1] - rewards[-1]) < 0.25
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_stopped_stage_ends_with_the_same_bits(
+    ppo: Callable[..., Any],
+    same: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    reward_model: str,
+    precision: str,
+) -> None:
+    """Stopped after step 3 with a checkpoint of step 2, which has both models and optimisers."""
+    changes = {"kl_coef": 0.1, "kl_in": "reward", "reference_every": 2, "precision": precision}
+    calm = ppo(reward_model, **changes)
+    kept: dict[str, Tensor] = {}
+
+    def stop(ctx: Context, step: int, state: Any) -> None:
+        if step == 2:
+            kept.update(state.state())
+            ctx.save(step, state)
+        if step == 3:
+            raise KeyboardInterrupt
+
+    work = tmp_path / "stopped"
+    with monkeypatch.context() as patch:
+        patch.setattr(Context, "checkpoint", stop)
+        with pytest.raises(KeyboardInterrupt):
+            ppo(reward_model, work, **changes)
+    assert {name.split("/")[0] for name in kept} == {"policy", "critic", "reference"}
+    assert "critic/weight.score.weight" in kept and "critic/optimizer.0.exp_avg" in kept
+    resumed = ppo(reward_model, work, **changes)
+    assert same(calm, resumed)
+    clean = [[line | {"seconds": 0} for line in ran.lines] for ran in (calm, resumed)]
+    assert clean[0] == clean[1]
+
+
+class Constant:
+    """A critic that values every state alike."""
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def values_N(self, rollouts: Rollouts) -> Tensor:
+        return torch.full((rollouts.num_tokens,), self.value)
+
+
+def scored(lengths: list[int], rewards: list[float]) -> Scored:
+    rows = sequences([[7]] * len(lengths), [[8] * n for n in lengths], pad_id=0)
+    problems = [{"domain": "d"} for _ in lengths]
+    return Scored(
+        rollouts=rows,
+        problems=problems,
+        group_B=torch.arange(len(lengths)),
+        texts=["" for _ in lengths],
+        reward_B=torch.tensor(rewards),
+    )
+
+
+def test_credit_by_hand() -> None:
+    """Rows of 2 and 1 tokens with rewards 1 and 0, values 0.5, gamma and lambda 1, and a KL of 1, 2
+    and 3 that counts a tenth, in the second row a twentieth.
+
+    Token rewards -0.1, 0.8 and -0.15, so returns 0.7, 0.8 and -0.15 and advantages 0.2, 0.3 and
+    -0.65, whose mean is -0.05 and whose deviation, over 2, is sqrt((0.0625 + 0.1225 + 0.36) / 2).
+    With the second row left out the advantages of the first are +-1/sqrt(2) / (1 + epsilon / std).
+    """
+    config = Rl(
+        steps=1, advantage="gae", gae_lambda=1.0, kl_coef=0.1, kl_in="reward", kl_estimator="k1"
+    )
+    batch, kl_N = scored([2, 1], [1.0, 0.0]), torch.tensor([1.0, 2.0, 3.0])
+    weight_B = torch.tensor([1.0, 0.5])
+    both_B = torch.tensor([True, True])
+    found = credit(config, Constant(0.5), batch, both_B, kl_N=kl_N, kl_weight_B=weight_B)
+    assert found.return_N is not None and found.value_N is not None
+    assert found.return_N.tolist() == pytest.approx([0.7, 0.8, -0.15])
+    assert found.value_N.tolist() == [0.5] * 3
+    std = math.sqrt((0.0625 + 0.1225 + 0.36) / 2) + 1e-4
+    expected = [0.25 / std, 0.35 / std, -0.6 / std]
+    assert found.advantage_N.tolist() == pytest.approx(expected, rel=1e-4)
+
+    first_B = torch.tensor([True, False])
+    found = credit(config, Constant(0.5), batch, first_B, kl_N=kl_N, kl_weight_B=weight_B)
+    half = 0.05 / (math.sqrt(0.005) + 1e-4)
+    assert found.advantage_N[:2].tolist() == pytest.approx([-half, half], rel=1e-3)
+
+    grouped = Rl(steps=1, advantage="global", kl_coef=0.1, kl_in="reward", kl_estimator="k1")
+    found = credit(grouped, None, batch, both_B, kl_N=kl_N, kl_weight_B=weight_B)
+    assert found.return_N is None
+    scale = 0.425 / (math.sqrt(2) * 0.425 + 1e-4)  # rewards 0.7 and -0.15
+    assert found.advantage_N.tolist() == pytest.approx([scale, scale, -scale], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"advantage": "batch"}, "critic_lr = 0.01: it is not read with advantage = batch"),
+        (
+            {"advantage": "batch", "critic_lr": None, "gae_lambda": 0.9},
+            "gae_lambda = 0.9: it is not",
+        ),
+        ({"updates_per_batch": 1, "value_clip": 0.1}, "value_clip = 0.1: .* updates_per_batch = 1"),
+        ({"drop_zero_variance": False}, "drop_zero_variance = False: .* advantage = gae"),
+        ({"critic_warmup_steps": 5}, "critic_warmup_steps = 5 with steps = 5: the policy would"),
+        ({"gae_gamma": 1.1}, "field 'gae_gamma': 1.1 is not allowed"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_config("rl", "mine", BASE | changes)
+
+
+def test_a_critic_of_other_tokens_is_refused(
+    ppo: Callable[..., Any],
+    make_model: Callable[..., Any],
+    save_model: Callable[[Any], str],
+) -> None:
+    with pytest.raises(ConfigError, match=r"critic 'critic': its vocabulary differs .* 104 there"):
+        ppo(save_model(make_model(vocabulary=104)))
