@@ -27,13 +27,15 @@ ALLOWED: dict[str, set[str]] = {
     "backends": {"engine", "losses", "rl", "modes"},
     "schedules": {"engine"},
     "judges": {"engine", "schedules", "domains"},
-    "stages.settings": {"engine", "schedules", "domains", "modes", "domains"},
+    "stages.settings": {"engine", "schedules", "domains", "modes"},
     "stages.config": {"engine", "stages.settings"},
     "stages": {
         "engine", "losses", "rl", "domains", "report", "backends", "schedules", "modes",
         "stages.settings", "external",
     },
-    "language": {"engine", "external", "domains", "schedules", "stages.config", "modes"},
+    "language": {
+        "engine", "external", "domains", "schedules", "stages.config", "modes", "judges",
+    },
     "recipe": {"engine", "external", "domains", "stages.config", "language", "judges"},
     "package": {"recipe", "language", "domains", "schedules", "judges"},
     "recipes": {"package"},

@@ -20,9 +20,11 @@ from posttrain.engine.errors import ConfigError
 from posttrain.engine.graph import Graph, Node
 from posttrain.engine.store import Store
 from posttrain.external import find_external
+from posttrain.judges import Judge
 from posttrain.language.builder import Builder
 from posttrain.language.handles import Demos, Prompts, Stage, check_modes
 from posttrain.language.joining import Aux, auxiliary, check_auxiliary, check_merge, merging
+from posttrain.language.judging import check_judge, judge_edges
 from posttrain.language.operands import check_drawing, contest, mixed, profile_edge, rollout_edges
 from posttrain.language.routes import route, samplers
 from posttrain.stages.config import VERSIONS
@@ -207,17 +209,19 @@ class Recipe:
         *,
         start: Stage,
         prompts: Prompts | Stage,
+        reward: Judge | None = None,
         profile: Stage | None = None,
         critic: Stage | None = None,
         aux: Aux | None = None,
         name: str = "rl",
         **settings: Any,
     ) -> Stage:
-        """Reinforcement learning of `start` on the verifiable rewards of the prompts' domains.
+        """Reinforcement learning of `start` on what a judge says of its responses.
 
-        `profile` has the pass rates that a `curriculum` begins with. `critic` is where the critic of
-        advantage = gae starts, a language model or a reward model; `start` if not given. `aux` as
-        in `sft`.
+        `reward` is a judge of `posttrain.judges`, the verifiers of the prompts' domains if not
+        given. `profile` has the pass rates that a `curriculum` begins with. `critic` is where the
+        critic of advantage = gae starts, a language model or a reward model; `start` if not given.
+        `aux` as in `sft`.
         """
         inputs = {"start": self._build.model(name, "start", start)}
         if critic is not None:
@@ -227,7 +231,11 @@ class Recipe:
         if profile is not None:
             edge = profile_edge(name, "profile", profile, prompts.domains, kind="rl")
             inputs["profile"] = edge
+        if reward is not None:
+            settings = {"reward": reward.to_config()[0]} | settings
+            inputs |= judge_edges(self._build, name, "rl", reward)
         stage = self._trained("rl", name, prompts.settings() | settings, inputs, aux)
+        check_judge(self._build, stage, "reward", prompts.domains)
         if critic is not None and self._build.nodes[name].config["advantage"] != "gae":
             raise ConfigError(
                 f"stage {name!r} (rl): critic = {critic.name!r} is read with advantage = gae only; "

@@ -120,7 +120,7 @@ class Drawing:
                 seed = derived_seed(*words, start + 1)
                 scored = sample(part, group_size=now.reprofile_samples, seed=seed)
                 tokens += scored.rollouts.num_tokens
-                rates = _rates(scored.reward_B.tolist(), now.reprofile_samples)
+                rates = _rates(scored.verified_B.tolist(), now.reprofile_samples)
                 rows += [
                     kept(problem, "id", "domain", "mode")
                     | {"rate": rate, "samples": now.reprofile_samples}

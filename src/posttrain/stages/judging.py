@@ -85,7 +85,7 @@ def batch_of(scored: Scored) -> Batch:
         group=scored.group_B.tolist(),
         finished=scored.rollouts.finished_B.tolist(),
         num_tokens=scored.rollouts.response_len_B.tolist(),
-        verdicts=scored.reward_B.tolist(),
+        verdicts=scored.verified_B.tolist(),
     )
 
 

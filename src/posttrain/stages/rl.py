@@ -8,21 +8,27 @@ Legend: B rows, N flat response tokens.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 
+from posttrain.backends.base import Sampler
 from posttrain.backends.chat import Chat
 from posttrain.backends.checkpoint import load, save
 from posttrain.backends.local import LocalLearner, flat_index
 from posttrain.backends.sampler import LocalSampler
+from posttrain.rewards.judging import At, Panel
+from posttrain.rewards.pool import VerifierPool
 from posttrain.rl.advantage import zero_variance
-from posttrain.schedules import learning_rate
+from posttrain.schedules import learning_rate, value_at
 from posttrain.stages.auxiliary import Auxiliary, take_metrics
 from posttrain.stages.context import Context
 from posttrain.stages.credit import credit
 from posttrain.stages.critic import Critic, learn_values, new_critic
 from posttrain.stages.drawing import Drawing
+from posttrain.stages.judging import batch_of, make_judge
 from posttrain.stages.learner import new_learner
 from posttrain.stages.policy_update import PolicyUpdate, kl_weights, old_logprobs, reward_kl
 from posttrain.stages.reference import Reference
@@ -46,6 +52,7 @@ def run(config: Rl, ctx: Context) -> dict[str, float]:
     if config.uses_critic:
         start = ctx.inputs.get("critic", ctx.inputs["start"])
         critic = new_critic(config, start, language_model, ctx)
+    panel = new_panel(config, ctx, learner, judges)
     others = {"reference": reference, "critic": critic}
     state = Together(policy=learner, **{name: o for name, o in others.items() if o is not None})
     first = ctx.resume(state)
@@ -55,7 +62,9 @@ def run(config: Rl, ctx: Context) -> dict[str, float]:
         if reference is not None:
             reference.reset(step, learner)
         sample = partial(
-            sample_and_verify,
+            sample_and_judge,
+            panel,
+            partial(value_at, step=step, total=config.steps, history=ctx.history),
             sampler,
             chat,
             judges=judges,
@@ -64,16 +73,47 @@ def run(config: Rl, ctx: Context) -> dict[str, float]:
         )
         tokens, metrics = drawing.reprofile(now, step, ctx.history, sample)
         drawn = drawing.draw(now, step, sample)
-        rows = log.write(step, drawn.sampled, model=ctx.name, temperature=now.temperature)
+        rows = log.write(
+            step,
+            drawn.sampled,
+            model=ctx.name,
+            temperature=now.temperature,
+            judged=panel is not None,
+        )
         metrics |= drawn.metrics | drawing.observe(now, rows) | setting_metrics(config, now)
         metrics |= learn(now, learner, reference, critic, drawn.batch, aux, step=step)
-        metrics |= batch_metrics(drawn.sampled)
+        metrics |= batch_metrics(drawn.sampled, judged=panel is not None)
         metrics["kept_share"] *= drawn.batch_share
         tokens += drawn.sampled.rollouts.num_tokens
         ctx.log(step + 1, config.steps, tokens=tokens, **metrics)
         ctx.checkpoint(step + 1, state)
     save(learner.result(), ctx.out)
     return {"reward": ctx.metrics["reward"], "tokens": ctx.tokens}
+
+
+def new_panel(config: Rl, ctx: Context, learner: LocalLearner, pool: VerifierPool) -> Panel | None:
+    """The judges of the reward, None where it is the verifier's score alone."""
+    if config.verified_only:
+        return None
+    return make_judge(
+        config.reward,
+        ctx,
+        policy=learner.policy,
+        verifiers=pool,
+        dtype=getattr(torch, config.precision),
+        seed=config.seed,
+    )
+
+
+def sample_and_judge(
+    panel: Panel | None, at: At, sampler: Sampler, chat: Chat, problems: Any, **how: Any
+) -> Scored:
+    """`sample_and_verify`, and then what the judges say as the reward; `at` resolves schedules."""
+    scored = sample_and_verify(sampler, chat, problems, **how)
+    if panel is None:
+        return scored
+    scores = panel.score(batch_of(scored), at)
+    return replace(scored, reward_B=torch.tensor(scores, dtype=torch.float32))
 
 
 def setting_metrics(config: Rl, now: Rl) -> dict[str, float]:
@@ -166,14 +206,18 @@ def learn(
     return metrics | {name: value / tokens for name, value in sums.items()}
 
 
-def batch_metrics(scored: Scored) -> dict[str, float]:
-    """Reward, response length and finished share of a batch; reward by domain where several."""
+def batch_metrics(scored: Scored, *, judged: bool) -> dict[str, float]:
+    """Reward, response length and finished share of a batch; reward by domain where several.
+
+    Where other judges than the verifier were asked (`judged`), its mean score too."""
     rollouts = scored.rollouts
     metrics = {
         "reward": float(scored.reward_B.mean()),
         "response_length": float(rollouts.response_len_B.float().mean()),
         "finished_share": float(rollouts.finished_B.float().mean()),
     }
+    if judged:
+        metrics["accuracy"] = float(scored.verified_B.mean())
     by_domain: dict[str, list[float]] = {}
     for problem, reward in zip(scored.problems, scored.reward_B.tolist(), strict=True):
         by_domain.setdefault(problem["domain"], []).append(reward)

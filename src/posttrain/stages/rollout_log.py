@@ -40,11 +40,15 @@ class RolloutLog:
         yield from rows
 
     def write(
-        self, step: int, scored: Scored, *, model: str, temperature: float
+        self, step: int, scored: Scored, *, model: str, temperature: float, judged: bool
     ) -> list[dict[str, Any]]:
-        """Append the rows of 0-based `step` and return them."""
+        """Append the rows of 0-based `step` and return them; where other judges than the verifier
+        were asked (`judged`) each has its score as well."""
         rows = rollout_rows(scored, model=model, temperature=temperature)
         rows = [row | {"step": step} for row in rows]
+        if judged:
+            scores = scored.reward_B.tolist()
+            rows = [row | {"score": score} for row, score in zip(rows, scores, strict=True)]
         with self.path.open("a", encoding="utf-8") as file:
             for row in rows:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -54,7 +58,7 @@ class RolloutLog:
 def rollout_rows(scored: Scored, *, model: str, temperature: float) -> list[dict[str, Any]]:
     """One row per response: its problem, what was said and how it was judged."""
     lengths = scored.rollouts.response_len_B.tolist()
-    finished = scored.rollouts.finished_B.tolist()
+    finished, rewards = scored.rollouts.finished_B.tolist(), scored.verified_B.tolist()
     return [
         {
             key: problem[key]
@@ -70,6 +74,11 @@ def rollout_rows(scored: Scored, *, model: str, temperature: float) -> list[dict
             "num_tokens": length,
         }
         for problem, text, reward, whole, length in zip(
-            scored.problems, scored.texts, scored.reward_B.tolist(), finished, lengths, strict=True
+            scored.problems,
+            scored.texts,
+            scored.verified_B.tolist(),
+            finished,
+            lengths,
+            strict=True,
         )
     ]

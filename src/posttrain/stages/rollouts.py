@@ -47,7 +47,9 @@ class Scored:
     """int64, which prompt of the batch a row answers."""
     texts: list[str]
     reward_B: Tensor
-    """float32 in [0, 1]; all zero where nothing was verified."""
+    """float32, what a policy learns from; the verifier's score where no other judge is asked."""
+    verified_B: Tensor
+    """float32 in [0, 1], the verifier's score; all zero where nothing was verified."""
 
 
 def verifiers(ctx: Context) -> VerifierPool:
@@ -109,6 +111,7 @@ def sample_and_verify(
         group_B=torch.arange(len(problems)).repeat_interleave(group_size),
         texts=texts,
         reward_B=reward_B,
+        verified_B=reward_B,
     )
 
 

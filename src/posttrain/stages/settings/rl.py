@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from posttrain.engine.errors import ConfigError
+from posttrain.rewards.judge_spec import check, check_use
 from posttrain.stages.settings.base import (
     Aggregation,
     Config,
@@ -45,6 +47,8 @@ class Rl(Config, Optimizer, InModes, WithAux, Rollout, Correction, Aggregation, 
     )
 
     steps: int = Positive
+    reward: dict[str, Any] = Field(default_factory=lambda: {"judge": "verifier"})
+    """The judge whose scores are the reward (`posttrain.judges`), in its JSON form."""
     prompts_per_step: int = Field(32, gt=0)
     group_size: int = Field(8, gt=0)
     """Responses per prompt; 2 or more where an advantage is relative to the group."""
@@ -92,6 +96,21 @@ class Rl(Config, Optimizer, InModes, WithAux, Rollout, Correction, Aggregation, 
     drop_zero_variance: bool = True
     """Leave out groups whose rewards are all alike: they carry no gradient. With a KL penalty in
     the loss they do, and stay."""
+
+    @field_validator("reward")
+    @classmethod
+    def _reward_is_a_judge(cls, value: dict[str, Any]) -> dict[str, Any]:
+        try:
+            spec = check(value)
+            check_use(spec, "rl", where="reward")
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+        return dict(spec)
+
+    @property
+    def verified_only(self) -> bool:
+        """Whether the reward is the verifier's score and nothing else."""
+        return self.reward == {"judge": "verifier"}
 
     @property
     def uses_reference(self) -> bool:

@@ -1,0 +1,39 @@
+"""Judges as inputs of a stage: the stages that they ask, and that they fit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from posttrain.engine.errors import ConfigError
+from posttrain.judges import Judge, models
+from posttrain.language.builder import Builder
+from posttrain.language.handles import Stage
+from posttrain.rewards.judge_spec import check_domains, check_use
+
+
+def judge_edges(build: Builder, stage: str, kind: str, judge: object) -> dict[str, str]:
+    """The edges `judges.NAME` of the stages that a judge asks. Raises ConfigError for no judge."""
+    if not isinstance(judge, Judge):
+        raise ConfigError(
+            f"stage {stage!r} ({kind}): {judge!r} is no judge; it takes what posttrain.judges "
+            "makes, such as judges.verifier() or judges.scalar(reward_model)"
+        )
+    _, stages = judge.to_config()
+    return {edge: build.model(stage, edge, asked, scores=True) for edge, asked in stages.items()}
+
+
+def check_judge(build: Builder, stage: Stage, field: str, domains: Sequence[str]) -> None:
+    """Refuse a judge, from the recipe or from --set, that the stage cannot ask."""
+    node = build.nodes[stage.name]
+    spec, where = node.config[field], f"stage {stage.name!r} ({stage.kind}), field {field!r}"
+    if spec is None:
+        return
+    check_use(spec, stage.kind, where=where)
+    check_domains(spec, tuple(domains), where=where)
+    for edge in models(spec):
+        if edge not in node.inputs:
+            choices = [e for e in node.inputs if e.startswith("judges.")]
+            raise ConfigError(
+                f"{where}: it asks {edge!r}, which is no input of the stage; inputs: "
+                f"{', '.join(choices) or 'none'}; name the judge in the recipe"
+            )
