@@ -59,7 +59,7 @@ def run(config: Rl, ctx: Context) -> dict[str, float]:
         drawn = drawing.draw(now, step, sample)
         rows = log.write(step, drawn.sampled, model=ctx.name, temperature=now.temperature)
         metrics |= drawn.metrics | drawing.observe(now, rows) | setting_metrics(config, now)
-        metrics |= learn(now, learner, reference, drawn.batch, aux, step=step)
+        metrics |= learn(now, learner, reference, drawn.batch, step=step, aux=aux)
         metrics |= batch_metrics(drawn.sampled)
         metrics["kept_share"] *= drawn.batch_share
         tokens += drawn.sampled.rollouts.num_tokens
@@ -98,9 +98,9 @@ def learn(
     learner: LocalLearner,
     reference: Reference | None,
     scored: Scored,
-    aux: Auxiliary,
     *,
     step: int,
+    aux: Auxiliary | None = None,
 ) -> dict[str, float]:
     """All updates on one batch of scored rollouts; returns the step's metrics."""
     reward_B, reference_logp_N = scored.reward_B, None
@@ -144,7 +144,7 @@ def learn(
             kl_weight_B=kl_weight_B[rows_B],
             device=learner.device,
         )
-        also = aux.parts(step * config.updates_per_batch + number)
+        also = () if aux is None else aux.parts(step * config.updates_per_batch + number)
         part = learner.update(update.rows, update.loss, count=update.count, lr=lr, also=also)
         sums = {name: sums.get(name, 0.0) + value for name, value in part.items()}
     metrics["grad_norm"] = sums.pop("grad_norm") / len(parts)
