@@ -188,6 +188,7 @@ class Grpo:
             "benchmark",
             {
                 "steps": 1,
+                "lr": LEARNING_RATE,
                 "group_size": group,
                 "max_new_tokens": MAX_NEW_TOKENS,
                 # Both sides learn from every row.
@@ -204,7 +205,7 @@ class Grpo:
     def learn(self, scored: Scored) -> dict[str, float]:
         """One step on scored answers."""
         with self.cores:
-            return rl.learn(self.config, self.learner, None, scored, lr=LEARNING_RATE, step=0)
+            return rl.learn(self.config, self.learner, None, scored, step=0)
 
     def step(self, texts: Sequence[str], seed: int) -> Work:
         """One whole step."""

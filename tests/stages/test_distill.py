@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from posttrain.backends.checkpoint import LanguageModel
 from posttrain.engine.errors import ConfigError
-from posttrain.stages import distill as stage
+from posttrain.stages import distill_update
 from posttrain.stages.config import build_config
 from posttrain.stages.distill import domain_weights
 from posttrain.stages.settings.distill import Distill
@@ -207,13 +207,13 @@ def test_one_loss_call_serves_all_teachers(
 ) -> None:
     """The batch fits one micro-batch: one call per step, whatever the number of domains."""
     name = {"full_vocabulary": "full_vocabulary_of_each"}.get(estimator, estimator)
-    original, calls = getattr(stage, name), []
+    original, calls = getattr(distill_update, name), []
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         calls.append(len(args[0]))
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(stage, name, counted)
+    monkeypatch.setattr(distill_update, name, counted)
     ran = distill(steps=2, estimator=estimator)
     assert sum(calls) == ran.lines[-1]["tokens"]
     assert len(calls) == 2

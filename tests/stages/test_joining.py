@@ -28,6 +28,7 @@ def scored(rows: list[Row], size: int = 2) -> Scored:
         group_B=torch.arange(len(rows) // size).repeat_interleave(size),
         texts=[str(response) for _, response, _ in rows],
         reward_B=torch.tensor([reward for _, _, reward in rows]),
+        verified_B=torch.tensor([reward for _, _, reward in rows]),
     )
 
 

@@ -205,6 +205,7 @@ def scored(lengths: list[int], rewards: list[float]) -> Scored:
         group_B=torch.arange(len(lengths)),
         texts=["" for _ in lengths],
         reward_B=torch.tensor(rewards),
+        verified_B=torch.tensor(rewards),
     )
 
 

@@ -303,10 +303,11 @@ class LocalLearner:
     def result(self) -> LanguageModel:
         """The model to keep: the newest weights, or their moving average with `ema`.
 
-        For the end of a stage: the average takes the place of the weights.
+        For the end of a stage: the average takes the place of the weights, also in what computes.
         """
         if self.average is not None:
             self.average.put_in_place()
+            take_weights(self.copies, self.parameters)
         return self.language_model
 
     def restore(self, tensors: dict[str, Tensor]) -> None:

@@ -81,7 +81,9 @@ def run(config: Rl, ctx: Context) -> dict[str, float]:
             judged=panel is not None,
         )
         metrics |= drawn.metrics | drawing.observe(now, rows) | setting_metrics(config, now)
-        metrics |= learn(now, learner, reference, critic, drawn.batch, aux, step=step)
+        metrics |= learn(
+            now, learner, reference, drawn.batch, step=step, critic=critic, aux=aux
+        )
         metrics |= batch_metrics(drawn.sampled, judged=panel is not None)
         metrics["kept_share"] *= drawn.batch_share
         tokens += drawn.sampled.rollouts.num_tokens
@@ -144,11 +146,11 @@ def learn(
     config: Rl,
     learner: LocalLearner,
     reference: Reference | None,
-    critic: Critic | None,
     scored: Scored,
-    aux: Auxiliary,
     *,
     step: int,
+    critic: Critic | None = None,
+    aux: Auxiliary | None = None,
 ) -> dict[str, float]:
     """All updates on one batch of scored rollouts; returns the step's metrics.
 
@@ -197,7 +199,7 @@ def learn(
             kl_weight_B=kl_weight_B[rows_B],
             device=learner.device,
         )
-        also = aux.parts(step * config.updates_per_batch + number)
+        also = () if aux is None else aux.parts(step * config.updates_per_batch + number)
         part = learner.update(update.rows, update.loss, count=update.count, lr=lr, also=also)
         sums = {name: sums.get(name, 0.0) + value for name, value in part.items()}
     metrics["grad_norm"] = sums.pop("grad_norm") / len(parts)
