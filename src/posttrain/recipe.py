@@ -215,9 +215,9 @@ class Recipe:
     ) -> Stage:
         """Reinforcement learning of `start` on the verifiable rewards of the prompts' domains.
 
-        `profile` has the pass rates that a `curriculum` begins with. `critic` is where the critic of
-        advantage = gae starts, a language model or a reward model; `start` if not given. `aux` as
-        in `sft`.
+        `profile` has the pass rates that a `curriculum` begins with. `critic`, a language model or
+        a reward model, is where the critic of advantage = gae starts; `start` if not given. `aux`
+        as in `sft`.
         """
         inputs = {"start": self._build.model(name, "start", start)}
         if critic is not None:
