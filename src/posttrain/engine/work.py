@@ -111,10 +111,12 @@ def write_step(path: Path, step: int, **facts: Any) -> None:
 
 
 def file_state(path: Path | None) -> list[Any] | None:
-    """[absolute path, size, time of change in ns] of a file, None without one: it tells whether
-    somebody has written it since."""
-    if path is None or not path.exists():
+    """[absolute path, size, time of change in ns] of a file, [path, None, None] where it is not
+    there: it tells whether somebody has written it since. None without a path."""
+    if path is None:
         return None
+    if not path.exists():
+        return [str(path.absolute()), None, None]
     found = path.stat()
     return [str(path.absolute()), found.st_size, found.st_mtime_ns]
 
