@@ -67,6 +67,8 @@ def main(store: str, start: str, teacher: str, pauses: str) -> None:
         group_size=4,
         kl_coef=0.1,
         reference_every=2,
+        dynamic_sampling=1,
+        retire_above=0.75,
         temperature=schedules.on_plateau(1.0, 1.3, change=0.1, patience=1, gain=9.0),
         **rollout,
         **OPTIM,

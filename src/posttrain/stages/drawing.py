@@ -94,6 +94,8 @@ class Drawing:
                 self.supplies[row["domain"]].mark(row)
             self.observe(now, rows)
             done = step + 1
+        for path in self.out.glob(".profile-*.tmp"):
+            path.unlink()
         for path in self.out.glob("profile-*.jsonl"):
             if int(path.stem.removeprefix("profile-")) >= done:
                 path.unlink()

@@ -92,15 +92,16 @@ def check_shares(schedules: Mapping[str, Schedule]) -> None:
 
 def check_band(config: Drawing, schedules: Mapping[str, Schedule], steps: int) -> None:
     """Raise ValueError where `band_low` is above `band_high` at some step."""
+    if config.curriculum != "band":
+        return
     specs = {name: schedules.get(name) for name in BAND}
-    if any(spec is not None and metric_of(spec) is not None for spec in specs.values()):
-        # What it will be is not known, so that no two values of the two may contradict each other.
-        ends = {
-            name: [getattr(config, name)] if spec is None else possible_values(spec)
-            for name, spec in specs.items()
-        }
-        bands = {"some step": (max(ends["band_low"]), min(ends["band_high"]))}
-    else:
+    ends = {
+        name: [getattr(config, name)] if spec is None else possible_values(spec)
+        for name, spec in specs.items()
+    }
+    bands = {"some step": (max(ends["band_low"]), min(ends["band_high"]))}
+    # Where a metric decides, what the two will be is not known: no two values may contradict.
+    if all(spec is None or metric_of(spec) is None for spec in specs.values()):
         values = {
             name: [getattr(config, name)] * steps
             if spec is None
