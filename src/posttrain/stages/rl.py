@@ -81,9 +81,7 @@ def run(config: Rl, ctx: Context) -> dict[str, float]:
             judged=panel is not None,
         )
         metrics |= drawn.metrics | drawing.observe(now, rows) | setting_metrics(config, now)
-        metrics |= learn(
-            now, learner, reference, drawn.batch, step=step, critic=critic, aux=aux
-        )
+        metrics |= learn(now, learner, reference, drawn.batch, step=step, critic=critic, aux=aux)
         metrics |= batch_metrics(drawn.sampled, judged=panel is not None)
         metrics["kept_share"] *= drawn.batch_share
         tokens += drawn.sampled.rollouts.num_tokens

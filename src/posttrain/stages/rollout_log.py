@@ -76,7 +76,7 @@ def rollout_rows(scored: Scored, *, model: str, temperature: float) -> list[dict
         for problem, text, reward, whole, length in zip(
             scored.problems,
             scored.texts,
-            scored.verified_B.tolist(),
+            rewards,
             finished,
             lengths,
             strict=True,
