@@ -77,7 +77,7 @@ def test_frozen_models_answer_in_bfloat16(
     if kind == "sample":
         routes = {"routes": {"short": ["model"], "words": ["model"]}}
         settings = {"num_prompts": 20, "k": 2, "max_new_tokens": 6} | routes
-        inputs, file = {"model": models["start"], **domains}, "rollouts.jsonl"
+        inputs, file = {"models.model": models["start"], **domains}, "rollouts.jsonl"
     exact = run_stage(kind, settings, inputs)
     rounded = run_stage(kind, settings | {"precision": "bfloat16"}, inputs)
     # Recovery, and with it the norm, is not given where teacher and init are too close.
