@@ -60,9 +60,10 @@ app = typer.Typer(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit code.
 
-    0 done, 1 work failed, 2 a mistake in what was asked, 130 stopped by the user.
+    0 done, 1 work failed, 2 a mistake in what was asked, 3 a file is to be filled in, 130 stopped
+    by the user.
     """
-    from posttrain.engine.errors import PosttrainError
+    from posttrain.engine.errors import PosttrainError, Waiting
 
     command = typer.main.get_command(app)
     try:
@@ -71,6 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             prog_name="posttrain",
             standalone_mode=False,
         )
+    except Waiting as error:
+        _complain(str(error), label="waiting: ", style="bold yellow")
+        return error.exit_code
     except PosttrainError as error:
         _complain(str(error), *getattr(error, "__notes__", ()))
         return error.exit_code
@@ -90,12 +94,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return result if isinstance(result, int) else 0
 
 
-def _complain(message: str, *notes: str) -> None:
+def _complain(message: str, *notes: str, label: str = "error: ", style: str = "bold red") -> None:
     from rich.console import Console
     from rich.text import Text
 
     console = Console(stderr=True, highlight=False)
-    console.print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
+    console.print(Text.assemble((label, style), message), soft_wrap=True)
     for note in notes:
         console.print(Text(note, style="dim"), soft_wrap=True)
 

@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from posttrain.engine.errors import ConfigError
+from posttrain.engine.errors import ConfigError, Waiting
 from posttrain.engine.process import Job
 from posttrain.engine.work import read_step, write_step
 
@@ -134,7 +134,20 @@ def babble(job: Job) -> dict[str, float]:
     return {}
 
 
+def wait(job: Job) -> dict[str, float]:
+    """Ask for a number in a file, and wait until it is there."""
+    path = Path(job.runtime["file"])
+    if not path.exists():
+        path.touch()
+    text = path.read_text()
+    if not text:
+        raise Waiting(f"write a number into {path}", file=path)
+    Path(job.out, "value.txt").write_text(text)
+    return {"value": float(text)}
+
+
 KINDS = {
+    "wait": wait,
     "babble": babble,
     "add": add,
     "meet": meet,

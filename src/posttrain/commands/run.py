@@ -46,7 +46,7 @@ PACKAGES = (
 )
 """Distributions whose versions go into every record."""
 
-ACTION_STYLES = {"cached": "dim", "run": "green", "blocked": "yellow"}
+ACTION_STYLES = {"cached": "dim", "run": "green", "waits": "yellow", "blocked": "yellow"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +79,7 @@ class Outcome:
 
     def update(self, event: Event) -> None:
         """Take in one event."""
-        states = {"cached": "cached", "finished": "ran", "failed": "failed"}
+        states = {"cached": "cached", "finished": "ran", "failed": "failed", "waits": "waits"}
         if event.kind in states:
             self.status[event.name] = states[event.kind]
             self.seconds[event.name] = event.seconds
@@ -304,5 +304,5 @@ def _count(outcome: Outcome) -> str:
     statuses = [stage["status"] for stage in stages]
     if set(statuses) == {"cached"}:
         return f"all {len(stages)} stages cached"
-    found = ("ran", "cached", "failed", "blocked")
+    found = ("ran", "cached", "failed", "waits", "blocked")
     return ", ".join(f"{statuses.count(s)} {s}" for s in found if s in statuses)

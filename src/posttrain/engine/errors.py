@@ -1,6 +1,8 @@
 """Errors a user can meet. Each one says what is wrong, with which value, and how to go on; none
 needs a traceback."""
 
+from pathlib import Path
+
 
 class PosttrainError(Exception):
     """Base of every error with a message meant for the user.
@@ -35,6 +37,19 @@ class StageError(PosttrainError, RuntimeError):
     def __init__(self, message: str, exit_code: int = 1) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+class Waiting(PosttrainError):
+    """A stage needs a file that somebody has yet to fill in; work goes on when that is done.
+
+    A stage raises it with the file, the run with the messages of all such stages. Nothing failed.
+    """
+
+    exit_code = 3
+
+    def __init__(self, message: str, *, file: Path | None = None) -> None:
+        super().__init__(message)
+        self.file = file
 
 
 class Interrupted(PosttrainError):

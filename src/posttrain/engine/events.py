@@ -4,7 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
-EventKind: TypeAlias = Literal["started", "progress", "finished", "cached", "failed", "blocked"]
+EventKind: TypeAlias = Literal[
+    "started", "progress", "finished", "cached", "failed", "blocked", "waits"
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,7 +15,8 @@ class Event:
 
     Payload by kind: started {"reason", "threads", "log"}; progress: one line of metrics.jsonl as it
     is, or {"waiting": why} while another run works on that stage; finished {"metrics", "path"};
-    cached {"path", "reason"}; failed {"error", "log"}; blocked {"reason"}.
+    cached {"path", "reason"}; failed {"error", "log"}; blocked {"reason"};
+    waits {"reason"}: it ended, and goes on in a later run when a file has been filled in.
     """
 
     kind: EventKind

@@ -10,9 +10,9 @@ from posttrain.engine.fingerprint import ABSENT, diff_payloads
 from posttrain.engine.graph import Graph
 from posttrain.engine.record import SHORT, Artifact
 from posttrain.engine.store import Store
-from posttrain.engine.work import read_step
+from posttrain.engine.work import read_step, read_wait
 
-Action: TypeAlias = Literal["cached", "run", "blocked"]
+Action: TypeAlias = Literal["cached", "run", "blocked", "waits"]
 
 _SHOWN: Final = 3
 """Differences named in a reason; the rest is counted."""
@@ -20,15 +20,16 @@ _SHOWN: Final = 3
 
 @dataclass(frozen=True, kw_only=True)
 class PlanRow:
-    """What happens to one stage."""
+    """What happens to one stage. One that waits, for a file to be filled in, is tried again by a
+    run: the file may be filled in by then."""
 
     name: str
     kind: str
     fingerprint: str
     action: Action
     reason: str
-    """Why it runs or is blocked: "new", "resumes at step 120", "steps: 80 -> 120". Empty when
-    cached."""
+    """Why it runs, waits or is blocked: "new", "resumes at step 120", "steps: 80 -> 120". Empty
+    when cached."""
     artifact: Artifact | None
     """The artifact of a cached stage, else None."""
 
@@ -77,8 +78,15 @@ def _decide(
     for edge, source in node.inputs.items():
         if rows[source].action == "blocked":
             return "blocked", f"input {edge} is blocked ({source})"
+    for edge, source in node.inputs.items():
+        if rows[source].action == "waits":
+            return "waits", f"for {source} (input {edge})"
     if fingerprint in first:
         return "run", f"same as {first[fingerprint]}, made once"
+    waited = read_wait(store.work_path(fingerprint))
+    if waited is not None:
+        reason, changed = waited
+        return ("run", "the file that it waited for has changed") if changed else ("waits", reason)
     step = read_step(store.work_path(fingerprint))
     if step is not None:
         return "run", f"resumes at step {step}"

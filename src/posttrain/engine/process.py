@@ -6,6 +6,7 @@
                                              watchdog on the runner, then execute(job) -> metrics
     metrics.jsonl        <-- lines --        while it works
     result.json          <-- at the end --   {"metrics": ...} or {"error": ..., "exit_code": ...}
+                                             or {"waiting": ..., "file": ...}
 
 The runner may be killed at any moment. The watchdog then ends the whole process group at once, and
 the lock, shared with the runner, keeps others out of the work directory until this process is gone.
@@ -33,10 +34,10 @@ from types import ModuleType
 from typing import Any, Final
 
 from posttrain.engine.atomic import is_disk_full, write_whole
-from posttrain.engine.errors import ConfigError, PosttrainError
+from posttrain.engine.errors import ConfigError, PosttrainError, Waiting
 from posttrain.engine.fingerprint import plain
+from posttrain.engine.work import RESULT, file_state
 
-RESULT: Final = "result.json"
 LOG: Final = "log.txt"
 DISK_FULL_STATUS: Final = errno.ENOSPC
 """Exit status of a stage process that found no space left."""
@@ -100,8 +101,8 @@ def hidden_main() -> Iterator[None]:
 
 
 def stage_main(job: Job, execute: str, lock: SharedLock) -> None:
-    """Entry point of a stage process. Ends with status 0 and metrics, or 1 and an error, in
-    result.json."""
+    """Entry point of a stage process. Ends with status 0 and metrics, or 1 and an error or what it
+    waits for, in result.json."""
     # Ctrl-C in a terminal goes to the whole foreground group; only the runner is to act on it.
     os.setsid()
     work = Path(job.work)
@@ -110,6 +111,8 @@ def stage_main(job: Job, execute: str, lock: SharedLock) -> None:
     os.environ.update(job.environment)
     try:
         result = {"metrics": _finite(load(execute)(job), at="metrics")}
+    except Waiting as error:
+        result = {"waiting": str(error), "file": file_state(error.file)}
     except PosttrainError as error:
         result = {"error": str(error), "exit_code": error.exit_code}
     except BaseException as error:
@@ -119,7 +122,7 @@ def stage_main(job: Job, execute: str, lock: SharedLock) -> None:
         traceback.print_exc()
         result = {"error": traceback.format_exception_only(error)[-1].strip()}
     write_whole(work / RESULT, json.dumps(result).encode("ascii"))
-    if "error" in result:
+    if "metrics" not in result:
         sys.exit(1)
 
 

@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from multiprocessing import connection
 from typing import Final
 
-from posttrain.engine.errors import ConfigError, Interrupted, PosttrainError, StageError
+from posttrain.engine.ending import failed, interrupted, unfilled
+from posttrain.engine.errors import ConfigError, PosttrainError
 from posttrain.engine.events import Event
 from posttrain.engine.fingerprint import plain
 from posttrain.engine.graph import Graph
@@ -26,9 +27,9 @@ from posttrain.engine.planner import PlanRow, plan
 from posttrain.engine.process import LOG, Job
 from posttrain.engine.provenance import Provenance
 from posttrain.engine.record import Artifact
-from posttrain.engine.running import Failure, Running, prepare, start, stop
+from posttrain.engine.running import Failure, Running, Wait, prepare, start, stop
 from posttrain.engine.store import Store
-from posttrain.engine.work import Work, read_step
+from posttrain.engine.work import Work
 
 __all__ = ["Event", "Job", "PlanRow", "plan", "run"]
 
@@ -56,7 +57,8 @@ def run(
     interpreter must be able to import them.
 
     Raises at once: GraphError, ConfigError (a stage is blocked from the start, `jobs` < 1),
-    StoreError. Raises from the generator: StageError after all that could finish has; Interrupted
+    StoreError. Raises from the generator, after all that could finish has: StageError where a stage
+    failed, else Waiting where one needs a file that is to be filled in; at any time: Interrupted
     on Ctrl-C, when the stage processes are gone; StoreError when there is no space to start a
     stage. Closing the generator stops the stages as well.
     """
@@ -104,6 +106,7 @@ class _Run:
     left: list[str] = field(default_factory=list)
     running: dict[str, Running] = field(default_factory=dict)
     failures: dict[str, Failure] = field(default_factory=dict)
+    waits: dict[str, Wait] = field(default_factory=dict)
     blocked: dict[str, str] = field(default_factory=dict)
     waiting: set[str] = field(default_factory=set)
     first: dict[str, str] = field(default_factory=dict)
@@ -127,11 +130,13 @@ class _Run:
                     yield from self._progress()
                     yield from self._collect()
             except KeyboardInterrupt:
-                raise Interrupted(self._interrupted()) from None
+                raise interrupted(self.store.root, self.running.values()) from None
             finally:
                 stop(self.running.values())
         if self.failures:
-            raise self._error()
+            raise failed(self.failures, self.waits, self.blocked)
+        if self.waits:
+            raise unfilled(self.waits, self.blocked)
 
     # -- starting --------------------------------------------------------------------------------
 
@@ -156,11 +161,15 @@ class _Run:
 
     def _cause(self, name: str) -> str | None:
         """Why a stage can no longer be made, None if it can."""
+        twin = self._twin(name)
         for edge, source in self.graph.nodes[name].inputs.items():
+            if source in self.waits:
+                return f"waits for {source} (input {edge})"
             if source in self.failures or source in self.blocked:
                 state = "failed" if source in self.failures else "is blocked"
                 return f"input {edge} {state} ({source})"
-        twin = self._twin(name)
+        if twin in self.waits:
+            return f"waits for {twin}, which is the same"
         return f"same as {twin}, which failed" if twin in self.failures else None
 
     def _twin(self, name: str) -> str | None:
@@ -236,7 +245,12 @@ class _Run:
             yield from self._news(name, running)
             outcome = self._outcome(name, running, seconds)
             del self.running[name]
-            if isinstance(outcome, Failure):
+            if isinstance(outcome, Wait):
+                running.work.release()
+                self.waits[name] = outcome
+                reason = {"reason": outcome.reason}
+                yield Event(kind="waits", name=name, seconds=seconds, payload=reason)
+            elif isinstance(outcome, Failure):
                 running.work.release()
                 self.failures[name] = outcome
                 problem = {"error": outcome.error, "log": outcome.log}
@@ -246,10 +260,11 @@ class _Run:
                 payload = {"metrics": outcome.metrics, "path": str(outcome.path)}
                 yield Event(kind="finished", name=name, seconds=seconds, payload=payload)
 
-    def _outcome(self, name: str, running: Running, seconds: float) -> Artifact | Failure:
-        """The committed artifact of a stage that has ended, or how it failed."""
+    def _outcome(self, name: str, running: Running, seconds: float) -> Artifact | Failure | Wait:
+        """The committed artifact of a stage that has ended, or how it failed or what it waits
+        for."""
         metrics = running.outcome()
-        if isinstance(metrics, Failure):
+        if isinstance(metrics, Failure | Wait):
             return metrics
         node = self.graph.nodes[name]
         facts = {
@@ -269,26 +284,6 @@ class _Run:
             )
         except PosttrainError as error:
             return Failure(error=str(error), exit_code=error.exit_code, log=None)
-
-    # -- ending ----------------------------------------------------------------------------------
-
-    def _interrupted(self) -> str:
-        where = ", ".join(
-            name if step is None else f"{name} (resumes at step {step})"
-            for name, step in ((n, read_step(r.work.path)) for n, r in self.running.items())
-        )
-        unfinished = f" Not finished: {where}." if where else ""
-        return (
-            f"stopped. What was finished is kept in {self.store.root}.{unfinished} "
-            f"To go on, run the same command again."
-        )
-
-    def _error(self) -> StageError:
-        lines = [failure.describe(name) for name, failure in self.failures.items()]
-        lines += [f"blocked: {name}: {reason}" for name, reason in self.blocked.items()]
-        lines.append("What finished is kept; once the cause is mended, run the same command again.")
-        first = next(iter(self.failures.values()))
-        return StageError("\n".join(lines), exit_code=first.exit_code)
 
 
 def _cached(name: str, artifact: Artifact, reason: str) -> Event:

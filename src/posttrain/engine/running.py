@@ -17,13 +17,12 @@ from posttrain.engine.atomic import disk_full, free_space
 from posttrain.engine.process import (
     DISK_FULL_STATUS,
     LOG,
-    RESULT,
     Job,
     SharedLock,
     hidden_main,
     stage_main,
 )
-from posttrain.engine.work import METRICS, Work, read_step
+from posttrain.engine.work import METRICS, RESULT, Work, read_step
 
 _GRACE_SECONDS: Final = 5.0
 """How long a stage may take to end after SIGTERM."""
@@ -47,6 +46,13 @@ class Failure:
         if self.last_line and self.last_line != self.error:
             lines.append(f"  last line: {self.last_line}")
         return "\n".join(lines)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wait:
+    """How a stage ended that needs a file which somebody has yet to fill in."""
+
+    reason: str
 
 
 @dataclass(kw_only=True)
@@ -86,8 +92,9 @@ class Running:
                 self.offset += len(line)
                 yield _parse(line)
 
-    def outcome(self) -> Mapping[str, Any] | Failure:
-        """Metrics of a stage that ended well, or how it failed. The process has ended."""
+    def outcome(self) -> Mapping[str, Any] | Failure | Wait:
+        """Metrics of a stage that ended well, how it failed, or what it waits for. The process has
+        ended."""
         self.process.join()
         # Processes that the stage started may have outlived it.
         _signal_group(self.process, signal.SIGKILL)
@@ -98,6 +105,8 @@ class Running:
         if code == 0 and "metrics" in result:
             metrics: Mapping[str, Any] = result["metrics"]
             return metrics
+        if "waiting" in result:
+            return Wait(reason=result["waiting"])
         if code == DISK_FULL_STATUS:
             return Failure(
                 error=disk_full(self.work.path, "while the stage was working"), exit_code=2

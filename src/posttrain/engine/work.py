@@ -3,6 +3,7 @@
 work/<fp[:12]>/out/            files of the artifact to be
 work/<fp[:12]>/metrics.jsonl   one JSON object per line, written by the stage as it goes
 work/<fp[:12]>/step.json       {"step": n, ...}: the newest step checkpoint the stage can go on from
+work/<fp[:12]>/result.json     how the newest attempt ended, see `process`
 work/<fp[:12]>/log.txt         what the stage printed, over all attempts
 work/<fp[:12]>/...             the checkpoints themselves, as the stage likes
 """
@@ -22,6 +23,7 @@ from posttrain.engine.record import RECORD
 CODE_DIFF = "code.diff"
 METRICS = "metrics.jsonl"
 STEP = "step.json"
+RESULT = "result.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +110,31 @@ def write_step(path: Path, step: int, **facts: Any) -> None:
     write_whole(path / STEP, json.dumps({"step": step} | facts).encode("ascii"))
 
 
+def file_state(path: Path | None) -> list[Any] | None:
+    """[absolute path, size, time of change in ns] of a file, [path, None, None] where it is not
+    there: it tells whether somebody has written it since. None without a path."""
+    if path is None:
+        return None
+    if not path.exists():
+        return [str(path.absolute()), None, None]
+    found = path.stat()
+    return [str(path.absolute()), found.st_size, found.st_mtime_ns]
+
+
+def read_wait(path: Path) -> tuple[str, bool] | None:
+    """What the newest attempt in a work directory waits for, and whether that file has changed
+    since; None where it does not wait."""
+    try:
+        result = json.loads((path / RESULT).read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+    if not isinstance(result, dict) or "waiting" not in result:
+        return None
+    state = result.get("file")
+    changed = state is None or file_state(Path(state[0])) != state
+    return str(result["waiting"]), changed
+
+
 def _lock_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.lock")
 
@@ -116,7 +143,7 @@ def _prepare(path: Path) -> None:
     """Leave only what the next attempt goes on from."""
     step = read_step(path)
     out = path / "out"
-    (path / "result.json").unlink(missing_ok=True)
+    (path / RESULT).unlink(missing_ok=True)
     if step is None:
         shutil.rmtree(out, ignore_errors=True)
         (path / METRICS).unlink(missing_ok=True)

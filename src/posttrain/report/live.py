@@ -38,6 +38,7 @@ SYMBOLS = {
     "cached": ("✓", "dim"),
     "failed": ("✗", "bold red"),
     "blocked": ("\N{EN DASH}", "yellow"),
+    "waits": ("?", "yellow"),
 }
 ALL_COLUMNS = ("state", "name", "bar", "step", "rate", "metric", "time", "left")
 COLUMNS = (
@@ -127,14 +128,15 @@ class LiveView:
         """All branches if there is room, else those that matter now, in their order."""
         if len(self.branches) <= max(room, 1):
             return self.branches
-        rank = {"failed": 0, "running": 0, "blocked": 1, "waiting": 2, "done": 3, "cached": 4}
+        first = {"failed": 0, "running": 0, "waits": 0, "blocked": 1}
+        rank = first | {"waiting": 2, "done": 3, "cached": 4}
         ranked = sorted(self.branches, key=lambda b: rank[self.stages[b.name].state])
         chosen = {branch.name for branch in ranked[: max(room, 1)]}
         return [Branch(name=b.name, prefix="") for b in self.branches if b.name in chosen]
 
     def _domains(self, columns: tuple[str, ...], domains: list[Progress]) -> list[RenderableType]:
         """All domains in one row: making them takes a moment."""
-        order = ("failed", "blocked", "running", "waiting", "done", "cached")
+        order = ("failed", "blocked", "waits", "running", "waiting", "done", "cached")
         state = min((stage.state for stage in domains), key=order.index)
         ready = sum(stage.state in ("done", "cached") for stage in domains)
         cells: dict[str, RenderableType] = {
@@ -158,7 +160,7 @@ class LiveView:
             "name": Text.assemble((branch.prefix, "dim"), (stage.name, name_style)),
             "metric": Text(stage.headline),
         }
-        if stage.state in ("cached", "failed", "blocked"):
+        if stage.state in ("cached", "failed", "blocked", "waits"):
             cells["metric"] = Text(stage.state, style)
         if stage.state == "waiting" and stage.reason:
             cells["metric"] = Text("in another run", "dim")

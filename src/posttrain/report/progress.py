@@ -13,7 +13,7 @@ from posttrain.engine.graph import Graph
 from posttrain.engine.planner import PlanRow
 from posttrain.report.wording import number
 
-State = Literal["waiting", "running", "done", "cached", "failed", "blocked"]
+State = Literal["waiting", "running", "done", "cached", "failed", "blocked", "waits"]
 
 WINDOW_SECONDS = 10.0
 """Rates are averages over this long, so that they are steady but still follow a change."""
@@ -40,7 +40,7 @@ class Progress:
     kind: str
     state: State = "waiting"
     reason: str = ""
-    """Why it runs, is blocked or failed."""
+    """Why it runs, waits, is blocked or failed."""
     metrics: Mapping[str, Any] = field(default_factory=dict)
     """The newest line of metrics; after the end, those with the summary over them."""
     seconds: float = 0.0
@@ -75,7 +75,7 @@ class Progress:
             self.state, self.seconds = "failed", event.seconds
             self.reason = str(payload["error"])
         else:
-            self.state, self.reason = "blocked", str(payload["reason"])
+            self.state, self.reason = event.kind, str(payload["reason"])
 
     @property
     def elapsed(self) -> float:
