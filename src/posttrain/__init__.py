@@ -6,16 +6,26 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from posttrain import schedules
+    from posttrain import judges, schedules
     from posttrain.language.handles import Stage
     from posttrain.recipe import Recipe
     from posttrain.suites.domain import Domain, Procedural, Suite, Table, VerifierSpec
 
 __version__ = "0.1.0"
 
-__all__ = ["Domain", "Procedural", "Recipe", "Stage", "Suite", "Table", "VerifierSpec", "schedules"]
+__all__ = [
+    "Domain",
+    "Procedural",
+    "Recipe",
+    "Stage",
+    "Suite",
+    "Table",
+    "VerifierSpec",
+    "judges",
+    "schedules",
+]
 
-_MODULES = ("schedules",)
+_MODULES = ("judges", "schedules")
 """Modules that a recipe uses by name."""
 _HOMES = {
     "Recipe": "posttrain.recipe",
