@@ -1,0 +1,176 @@
+"""Judges behind an endpoint: the questions, and how a score is read out of a reply."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from posttrain.engine.errors import ConfigError, StageError
+from posttrain.rewards.endpoint import SHOWN, Endpoint, Question
+from posttrain.rewards.judging import Batch
+from posttrain.rewards.pairing import Comparison, comparisons, win_shares
+
+GRADE = """You grade an answer.
+
+[Question]
+{prompt}
+
+[Answer to grade]
+{response}
+{extra}
+Grade it from 0 (useless) to {best} (perfect). Reason briefly, then end with one line: Grade: N"""
+REFERENCE = "\n[Correct answer, for comparison]\n{answer}\n"
+GUIDE = "\n[What to look at]\n{rubric}\n"
+CRITERIA = """You check an answer against criteria.
+
+[Question]
+{prompt}
+
+[Answer to check]
+{response}
+{extra}
+[Criteria]
+{criteria}
+
+Decide for each criterion by itself. End with one line per criterion, its number and yes or no, such
+as: 1: yes"""
+WHICH = """You compare two answers to one question.
+
+[Question]
+{prompt}
+
+[Answer 1]
+{a}
+
+[Answer 2]
+{b}
+
+Which answer is better? Reason briefly, then end with one line: Better: 1 or Better: 2"""
+
+_NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+_VERDICT = re.compile(r"^\W*(\d+)\W+(yes|no)\b", re.IGNORECASE | re.MULTILINE)
+_BETTER = re.compile(r"\b([12])\b")
+
+Row = Mapping[str, Any]
+
+
+def fill(template: str, values: Mapping[str, str]) -> str:
+    """The template with {name} replaced; braces in what is filled in mean nothing."""
+    return re.sub(r"\{(\w+)\}", lambda m: values.get(m[1], m[0]), template)
+
+
+class Grader:
+    """`judges.llm`: a grade for each response, or the weighted share of its row's criteria."""
+
+    def __init__(self, spec: Mapping[str, Any], endpoint: Endpoint) -> None:
+        self.spec = spec
+        self.endpoint = endpoint
+
+    def score(self, batch: Batch) -> list[float]:
+        """Scores in [0, 1]. Raises ConfigError for a row without a rubric, else as `Endpoint`."""
+        by_row = self.spec["rubric"] is True
+        rubrics = [criteria(p) if by_row else [] for p in batch.problems]
+        rows = list(zip(batch.problems, batch.texts, rubrics, strict=True))
+        best = self.spec["best"]
+        return self.endpoint.ask(
+            [
+                Question(
+                    self._question(problem, text, rubric),
+                    partial(met, rubric=rubric) if by_row else partial(grade, best=best),
+                )
+                for problem, text, rubric in rows
+            ]
+        )
+
+    def _question(self, problem: Row, text: str, rubric: Sequence[Row]) -> str:
+        spec, lines = self.spec, _numbered(rubric)
+        guide = lines or (spec["rubric"] or "")
+        values = {"prompt": problem["prompt"], "response": text, "answer": str(problem["answer"])}
+        values |= {"rubric": guide, "criteria": lines, "best": f"{spec['best']:g}"}
+        if spec["template"] is not None:
+            return fill(spec["template"], values)
+        extra = REFERENCE if spec["reference"] else ""
+        extra += GUIDE if guide and not lines else ""
+        return fill(CRITERIA if lines else GRADE, values | {"extra": fill(extra, values)})
+
+
+class EndpointComparison:
+    """`judges.compare` with an endpoint: shares of wins within each group."""
+
+    def __init__(self, spec: Mapping[str, Any], endpoint: Endpoint) -> None:
+        self.spec = spec
+        self.endpoint = endpoint
+
+    def score(self, batch: Batch) -> list[float]:
+        """Shares in [0, 1]; 0.5 for a response that is alone in its group."""
+        asked = comparisons(batch.group, pairing=self.spec["pairing"], swap=self.spec["swap"])
+        wins = self.endpoint.ask([Question(self._question(batch, p), better) for p in asked])
+        return win_shares(len(batch), asked, wins)
+
+    def _question(self, batch: Batch, pair: Comparison) -> str:
+        problem = batch.problems[pair.a]
+        values = {"prompt": problem["prompt"], "answer": str(problem["answer"])}
+        values |= {"a": batch.texts[pair.a], "b": batch.texts[pair.b]}
+        return fill(WHICH if self.spec["template"] is None else self.spec["template"], values)
+
+
+def criteria(problem: Row) -> list[Row]:
+    """The checked `rubric` of a problem row: a list of {"criterion", "weight"}; weight 1 if absent.
+
+    Raises ConfigError, naming the problem, where it is missing or of another form.
+    """
+    found = problem.get("rubric")
+    where = f"judge llm: problem {problem.get('id')} of domain {problem.get('domain')}"
+    if not isinstance(found, list) or not found:
+        raise ConfigError(
+            f'{where}: it has no rubric; rubric=True reads a list of {{"criterion": text, '
+            '"weight": number} from the column rubric of every row'
+        )
+    for entry in found:
+        weight = entry.get("weight", 1.0) if isinstance(entry, Mapping) else None
+        text = entry.get("criterion") if isinstance(entry, Mapping) else None
+        if not isinstance(text, str) or not isinstance(weight, int | float) or not weight > 0:
+            raise ConfigError(
+                f'{where}: {entry!r} in its rubric is no {{"criterion": text, "weight": number '
+                "above 0}"
+            )
+    return found
+
+
+def _numbered(rubric: Sequence[Row]) -> str:
+    return "\n".join(f"{i + 1}: {entry['criterion']}" for i, entry in enumerate(rubric))
+
+
+def grade(reply: str, best: float) -> float:
+    """The reply's last number over `best`. Raises StageError without one, or one outside."""
+    numbers = _NUMBER.findall(reply)
+    if not numbers or not 0 <= float(numbers[-1]) <= best:
+        raise StageError(f"judge llm: no grade from 0 to {best:g} at the end of {_tail(reply)}")
+    return float(numbers[-1]) / best
+
+
+def met(reply: str, rubric: Sequence[Row]) -> float:
+    """Weight of the criteria that the reply says yes to, over the weight of all.
+
+    The last word on a criterion counts. Raises StageError where one has none.
+    """
+    said = {int(number): word.lower() == "yes" for number, word in _VERDICT.findall(reply)}
+    missing = [i + 1 for i in range(len(rubric)) if i + 1 not in said]
+    if missing:
+        raise StageError(f"judge llm: no verdict on criterion {missing[0]} in {_tail(reply)}")
+    weights = [float(entry.get("weight", 1.0)) for entry in rubric]
+    return sum(w for i, w in enumerate(weights) if said[i + 1]) / sum(weights)
+
+
+def better(reply: str) -> float:
+    """1.0 where the reply ends with answer 1 as the better one, 0.0 with 2; else StageError."""
+    found = _BETTER.findall(reply)
+    if not found:
+        raise StageError(f"judge compare: neither 1 nor 2 in {_tail(reply)}")
+    return float(found[-1] == "1")
+
+
+def _tail(reply: str) -> str:
+    return f"the reply {reply[-SHOWN:]!r}"

@@ -1,0 +1,256 @@
+"""Judges behind an endpoint, asked of a real server on this machine."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from posttrain import judges
+from posttrain.engine.errors import ConfigError, StageError
+from posttrain.rewards import endpoint as module
+from posttrain.rewards.endpoint import CONCURRENCY, RETRIES, TIMEOUT, Endpoint, ReplyCache
+from posttrain.rewards.grading import EndpointComparison, Grader, better, fill, grade, met
+from posttrain.rewards.judging import Batch
+
+Answer = tuple[int, str]
+
+
+class Server:
+    """Answers what `reply(prompt, n)` says to the n-th request: (status, text)."""
+
+    def __init__(self) -> None:
+        self.reply: Callable[[str, int], Answer] = lambda prompt, n: (200, "Grade: 5")
+        self.seen: list[dict[str, Any]] = []
+        self.keys: list[str | None] = []
+        self.together = self.most = 0
+        lock, server = threading.Lock(), self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with lock:
+                    server.seen.append(body)
+                    server.keys.append(self.headers["Authorization"])
+                    number = len(server.seen)
+                    server.together += 1
+                    server.most = max(server.most, server.together)
+                status, text = server.reply(body["messages"][0]["content"], number)
+                content = {"choices": [{"message": {"content": text}}]}
+                raw = text if status == 299 else json.dumps(content)
+                with lock:
+                    server.together -= 1
+                self.send_response(200 if status == 299 else status)
+                self.end_headers()
+                self.wfile.write(raw.encode())
+
+            def log_message(self, *words: object) -> None:
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
+        self.thread = threading.Thread(target=self.http.serve_forever, daemon=True)
+        self.thread.start()
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setattr(module, "FIRST_WAIT", 0.01)
+    for name in (CONCURRENCY, TIMEOUT, RETRIES):
+        monkeypatch.delenv(name, raising=False)
+    server = Server()
+    yield server
+    server.http.shutdown()
+    server.http.server_close()
+
+
+def ask(server: Server, path: Path, key: str | None = None) -> Endpoint:
+    return Endpoint(url=server.url, model="m", key=key, cache=ReplyCache(path / "replies.jsonl"))
+
+
+def batch(*texts: str, **columns: Any) -> Batch:
+    problem = {"id": "1", "domain": "d", "prompt": "1+1={x}", "answer": "2"} | columns
+    count = len(texts)
+    return Batch(
+        problems=[problem] * count,
+        texts=texts,
+        group=[0] * count,
+        finished=[True] * count,
+        num_tokens=[1] * count,
+    )
+
+
+def test_grades_are_shares_of_the_best_one(server: Server, tmp_path: Path) -> None:
+    server.reply = lambda prompt, n: (
+        200,
+        f"3 of 4 look fine. Grade: {'8' if '2!' in prompt else '0'}",
+    )
+    judge = judges.llm(server.url, "m", reference=True, rubric="be brief")
+    grader = Grader(judge.spec, ask(server, tmp_path))
+    assert grader.score(batch("2!", "no", "2!")) == [0.8, 0, 0.8]
+    assert len(server.seen) == 2, "equal questions are asked once"
+    body = next(body for body in server.seen if "2!" in body["messages"][0]["content"])
+    assert (body["model"], body["temperature"]) == ("m", 0)
+    assert all(part in body["messages"][0]["content"] for part in ("1+1={x}", "\n2\n", "be brief"))
+    assert server.keys == [None, None]
+
+
+def test_a_template_replaces_the_question(server: Server, tmp_path: Path) -> None:
+    template = "{prompt} -> {response}, not {answer}"
+    with pytest.raises(ConfigError, match="shows"):
+        judges.llm(server.url, "m", template=template)
+    judge = judges.llm(server.url, "m", reference=True, template=template, best=5)
+    assert Grader(judge.spec, ask(server, tmp_path)).score(batch("{answer}")) == [1]
+    assert server.seen[0]["messages"][0]["content"] == "1+1={x} -> {answer}, not 2"
+
+
+def test_a_rubric_of_the_row_is_a_weighted_share(server: Server, tmp_path: Path) -> None:
+    rubric = [{"criterion": "is right", "weight": 3}, {"criterion": "is kind"}]
+    server.reply = lambda prompt, n: (200, "1: no\nOn a second thought\n1: yes\n2. No")
+    judge = judges.llm(server.url, "m", rubric=True)
+    grader = Grader(judge.spec, ask(server, tmp_path))
+    assert grader.score(batch("2", rubric=rubric)) == [0.75]
+    assert "1: is right\n2: is kind" in server.seen[0]["messages"][0]["content"]
+    for wrong in (None, [], [{"weight": 1}], [{"criterion": "x", "weight": 0}]):
+        with pytest.raises(ConfigError, match="problem 1 of domain d"):
+            grader.score(batch("2", rubric=wrong))
+
+
+@pytest.mark.parametrize(
+    ("pairing", "swap", "questions", "shares"),
+    [
+        ("all", True, 6, [1, 0, 0.5]),
+        ("all", False, 3, [1, 0, 0.5]),
+        ("circular", False, 3, [1, 0, 0.5]),
+    ],
+)
+def test_comparisons_are_win_shares(
+    server: Server, tmp_path: Path, pairing: str, swap: bool, questions: int, shares: list[float]
+) -> None:
+    """c > m > a in the alphabet's own order; the server prefers the later word."""
+
+    def reply(prompt: str, n: int) -> Answer:
+        first, second = prompt.split(" or ")
+        return 200, f"Better: {1 if first > second else 2}"
+
+    server.reply = reply
+    judge = judges.compare(server.url, "m", pairing=pairing, swap=swap, template="{a} or {b}")
+    found = EndpointComparison(judge.spec, ask(server, tmp_path)).score(batch("x", "a", "m"))
+    assert found == pytest.approx(shares)
+    assert len(server.seen) == questions
+
+
+def test_both_orders_cancel_a_preference_for_the_first(server: Server, tmp_path: Path) -> None:
+    server.reply = lambda prompt, n: (200, "Better: 1")
+    fixed = judges.compare(server.url, "m", swap=False)
+    both = judges.compare(server.url, "m", swap=True)
+    asked = ask(server, tmp_path)
+    assert EndpointComparison(fixed.spec, asked).score(batch("p", "q")) == [1, 0]
+    assert EndpointComparison(both.spec, asked).score(batch("p", "q")) == [0.5, 0.5]
+    assert EndpointComparison(both.spec, asked).score(batch("alone")) == [0.5]
+
+
+def test_a_resumed_stage_asks_nothing_twice(server: Server, tmp_path: Path) -> None:
+    spec = judges.llm(server.url, "m").spec
+    server.reply = lambda prompt, n: (200, f"Grade: {n}")
+    first = Grader(spec, ask(server, tmp_path)).score(batch("p", "q"))
+    file = tmp_path / "replies.jsonl"
+    file.write_bytes(file.read_bytes() + b'{"request": "cut o')
+    again = Grader(spec, ask(server, tmp_path))
+    assert again.score(batch("p", "q")) == first
+    assert len(server.seen) == 2
+    assert again.score(batch("p", "new"))[0] == first[0]
+    assert len(ReplyCache(file)._known) == 3, "what was cut off is gone, what came later is whole"
+
+
+def test_a_busy_server_is_asked_again(server: Server, tmp_path: Path) -> None:
+    server.reply = lambda prompt, n: ((429, 503, 200)[n - 1], "Grade: 7")
+    spec = judges.llm(server.url, "m").spec
+    assert Grader(spec, ask(server, tmp_path)).score(batch("p")) == [0.7]
+    assert len(server.seen) == 3
+
+
+def test_what_stays_broken_is_told(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(RETRIES, "1")
+    spec = judges.llm(server.url, "m").spec
+    for reply, kind, message in (
+        ((500, "ouch"), StageError, "answered 500 .*ouch.*2 times in a row"),
+        ((404, "no model m"), ConfigError, "answered 404 .*the model name 'm'"),
+        ((299, "<html>"), StageError, "no chat completion.*<html>"),
+        ((200, "well"), StageError, "no grade from 0 to 10 .*'well'"),
+        ((200, "Grade: 11"), StageError, "no grade from 0 to 10"),
+    ):
+        server.reply = lambda prompt, n, reply=reply: reply
+        with pytest.raises(kind, match=message):
+            Grader(spec, ask(server, tmp_path)).score(batch("p"))
+    assert not (tmp_path / "replies.jsonl").exists(), "a bad reply is not kept"
+    nowhere = Endpoint(url="http://127.0.0.1:9/v1", model="m", cache=ReplyCache(tmp_path / "x"))
+    with pytest.raises(StageError, match=r"127\.0\.0\.1:9/v1/chat/completions: it cannot"):
+        Grader(spec, nowhere).score(batch("p"))
+
+
+def test_a_reply_that_cannot_be_read_is_asked_for_again(server: Server, tmp_path: Path) -> None:
+    server.reply = lambda prompt, n: (200, "hm" if n < 3 else "Grade: 4")
+    spec = judges.llm(server.url, "m").spec
+    assert Grader(spec, ask(server, tmp_path)).score(batch("p")) == [0.4]
+    prompts = [body["messages"][0]["content"] for body in server.seen]
+    assert prompts[1] == prompts[2] == prompts[0] + module.REMINDER
+
+
+def test_a_slow_server_runs_into_the_timeout(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(RETRIES, "0")
+    monkeypatch.setenv(TIMEOUT, "1")
+    release = threading.Event()
+    server.reply = lambda prompt, n: (200, f"Grade: 1 {release.wait(10)}")
+    with pytest.raises(StageError, match="timed out"):
+        Grader(judges.llm(server.url, "m").spec, ask(server, tmp_path)).score(batch("p"))
+    release.set()
+
+
+def test_requests_at_once_are_limited(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(CONCURRENCY, "2")
+    pause = threading.Event()
+    server.reply = lambda prompt, n: (200, f"{pause.wait(0.05)} Grade: 1")
+    texts = [str(n) for n in range(6)]
+    Grader(judges.llm(server.url, "m").spec, ask(server, tmp_path)).score(batch(*texts))
+    assert (server.most, len(server.seen)) == (2, 6)
+    monkeypatch.setenv(CONCURRENCY, "many")
+    with pytest.raises(ConfigError, match=f"{CONCURRENCY}='many'"):
+        ask(server, tmp_path)
+
+
+def test_the_key_comes_from_the_environment(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = judges.llm(server.url, "m", key="MY_KEY").spec
+    monkeypatch.delenv("MY_KEY", raising=False)
+    with pytest.raises(ConfigError, match="environment variable MY_KEY is empty or not set"):
+        Grader(spec, ask(server, tmp_path, "MY_KEY")).score(batch("p"))
+    monkeypatch.setenv("MY_KEY", "secret")
+    Grader(spec, ask(server, tmp_path, "MY_KEY")).score(batch("p"))
+    assert server.keys == ["Bearer secret"]
+    assert "secret" not in (tmp_path / "replies.jsonl").read_text()
+
+
+def test_readings() -> None:
+    assert (grade("2 + 2 = 4, so: 2.5", 5), better("1 is good, 2 better"), better("1")) == (
+        0.5,
+        0,
+        1,
+    )
+    assert fill("{a}{b}{c}", {"a": "{b}", "b": "2"}) == "{b}2{c}"
+    with pytest.raises(StageError, match="criterion 2"):
+        met("1: yes", [{"criterion": "x"}, {"criterion": "y"}])
+    with pytest.raises(StageError, match="neither 1 nor 2"):
+        better("both")
