@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from posttrain.engine.atomic import write_whole
 from posttrain.engine.errors import ConfigError, StageError
 
 CONCURRENCY, TIMEOUT, RETRIES = (
@@ -49,14 +50,13 @@ class ReplyCache:
         self._known: dict[str, str] = {}
         if not path.exists():
             return
-        whole = b""
-        for line in path.read_bytes().splitlines(keepends=True):
-            if line.endswith(b"\n"):
-                entry = json.loads(line)
-                self._known[entry["request"]] = entry["reply"]
-                whole += line
-        # Else the next reply would be written behind the part of a line.
-        path.write_bytes(whole)
+        content = path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        for entry in map(json.loads, whole.splitlines()):
+            self._known[entry["request"]] = entry["reply"]
+        if whole != content:
+            # Else the next reply would be written behind the part of a line.
+            write_whole(path, whole)
 
     def get(self, key: str) -> str | None:
         """The reply, None where it was never asked."""
