@@ -1,4 +1,4 @@
-"""Reward models in recipes: the edges they take, the errors, and a run that makes one."""
+"""Reward models and critics in recipes: their edges, the errors, and a run that makes them."""
 
 from __future__ import annotations
 
@@ -33,24 +33,37 @@ def recipe(folder: Path) -> Recipe:
 
 
 @pytest.mark.slow
-def test_a_reward_model_is_made_and_starts_another(tmp_path: Path) -> None:
+def test_a_reward_model_starts_another_and_a_critic(tmp_path: Path) -> None:
     r = recipe(tmp_path)
     base = r.pretrain(data=r.demos(r.domains), steps=20, lr=5e-3, batch_size=64)
     rollouts = r.sample(base, prompts=r.prompts(r.domains), k=6, max_new_tokens=4)
     pairs = r.pairs(rollouts, max_per_prompt=3)
     first = r.reward_model(start=base, data=pairs, steps=4, per_prompt=True, **QUICK)
     second = r.reward_model(start=first, data=pairs, epochs=0.5, name="second", **QUICK)
+    policy = r.rl(
+        start=base,
+        prompts=r.prompts(r.domains),
+        critic=second,
+        advantage="gae",
+        critic_lr=5e-3,
+        steps=3,
+        prompts_per_step=16,
+        group_size=1,
+        max_new_tokens=4,
+        lr=2e-3,
+    )
     store = Store(tmp_path / "store")
-    events = [e.kind for e in run(r.graph(second), store, execute=EXECUTE, preload=PRELOAD)]
+    events = [e.kind for e in run(r.graph(policy), store, execute=EXECUTE, preload=PRELOAD)]
     assert "failed" not in events
     found: dict[str, Artifact] = {artifact.name: artifact for artifact in store.list()}
     edges = {edge: source["name"] for edge, source in found["second"].inputs.items()}
     assert edges == {"start": "reward_model", "data": "pairs"}
     assert found["second"].kind == "reward_model"
     assert 0 <= found["second"].metrics["heldout_accuracy"] <= 1
-    assert (
-        "a reward model from preference pairs" in (found["second"].path / "README.md").read_text()
-    )
+    card = (found["second"].path / "README.md").read_text()
+    assert "a reward model from preference pairs" in card
+    edges = {edge: source["name"] for edge, source in found["rl"].inputs.items()}
+    assert edges == {"start": "base", "critic": "second", "domains.apples": "apples"}
     model = AutoModelForSequenceClassification.from_pretrained(found["second"].path)
     assert model.config.num_labels == 1
 
@@ -69,3 +82,7 @@ def test_wrong_inputs_are_named(tmp_path: Path) -> None:
         r.sft(start=scores, data=r.demos(r.domains), steps=1)
     with pytest.raises(ConfigError, match=r"'dpo': reference = .* is not a model"):
         r.dpo(start=base, data=pairs, reference=scores, steps=1)
+    with pytest.raises(ConfigError, match=r"critic = .*'pairs'.* is not a model"):
+        r.rl(start=base, prompts=r.prompts(r.domains), critic=pairs, advantage="gae", steps=1)
+    with pytest.raises(ConfigError, match=r"critic = 'reward_model' is read with advantage = gae"):
+        r.rl(start=base, prompts=r.prompts(r.domains), critic=scores, steps=1)

@@ -85,6 +85,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "rl",
         RL | {"kl_coef": 0.1, "kl_in": "reward", "correction": "icepop", "updates_per_batch": 2},
     ),
+    "rl, critic": (
+        "rl",
+        RL | {"advantage": "gae", "kl_coef": 0.1, "kl_in": "reward", "updates_per_batch": 2},
+    ),
     "distill": ("distill", DISTILL),
     "distill, reward": ("distill", DISTILL | GROUPS | {"balance": "none"}),
     "distill, top_k": ("distill", DISTILL | {"estimator": "top_k", "updates_per_batch": 2}),
@@ -130,9 +134,22 @@ def test_training(
         assert torch.allclose(ours[name], theirs[name], atol=1e-4), name
 
 
-@pytest.mark.parametrize("loss", ["sigmoid", "kto"])
+@pytest.mark.parametrize(
+    ("kind", "own"),
+    [
+        ("dpo", {"loss": "sigmoid"}),
+        ("dpo", {"loss": "kto"}),
+        ("reward_model", {"centring": 0.1, "per_prompt": True}),
+        ("reward_model", {"loss": "pointwise"}),
+    ],
+)
 def test_preferences(
-    place: Any, loss: str, run_stage: RunStage, models: Mapping[str, str], tmp_path: Path
+    place: Any,
+    kind: str,
+    own: dict[str, Any],
+    run_stage: RunStage,
+    models: Mapping[str, str],
+    tmp_path: Path,
 ) -> None:
     rows = [
         {
@@ -147,11 +164,11 @@ def test_preferences(
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     record = {"format": 1, "name": "pairs", "kind": "pairs", "fingerprint": "2" * 64}
     (tmp_path / "record.json").write_text(json.dumps(record))
-    settings = {"steps": 2, "lr": 1e-3, "batch_size": 4, "loss": loss}
+    settings = {"steps": 2, "lr": 1e-3, "batch_size": 4} | own
     inputs = {"start": models["start"], "data": str(tmp_path)}
-    here = run_stage("dpo", settings, inputs)
+    here = run_stage(kind, settings, inputs)
     with place:
-        there = run_stage("dpo", settings, inputs, environment={DEVICE: "cuda"})
+        there = run_stage(kind, settings, inputs, environment={DEVICE: "cuda"})
     assert place.computed(torch.float32)
     for one, other in zip(here.lines, there.lines, strict=True):
         del one["seconds"], other["seconds"]
