@@ -33,7 +33,9 @@ ALLOWED: dict[str, set[str]] = {
         "engine", "losses", "rl", "domains", "report", "backends", "schedules", "modes",
         "stages.settings", "external",
     },
-    "language": {"engine", "external", "domains", "schedules", "stages.config", "modes"},
+    "language": {
+        "engine", "external", "domains", "schedules", "stages.config", "modes", "judges",
+    },
     "recipe": {"engine", "external", "domains", "stages.config", "language", "judges"},
     "package": {"recipe", "language", "domains", "schedules", "judges"},
     "recipes": {"package"},

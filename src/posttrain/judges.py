@@ -80,7 +80,7 @@ class Judge:
 
     def __mul__(self, weight: Weight) -> Judge:
         """Raises ConfigError for a weight that is neither a number nor a schedule."""
-        terms = self.spec["terms"] if self.spec["judge"] == "sum" else ()
+        terms: list[Any] = list(self.spec["terms"]) if self.spec["judge"] == "sum" else []
         number = isinstance(weight, int | float)
         if len(terms) == 1 and number and not is_schedule(terms[0]["weight"]):
             terms = [terms[0] | {"weight": weight * terms[0]["weight"]}]
