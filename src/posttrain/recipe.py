@@ -25,7 +25,19 @@ from posttrain.language.builder import Builder
 from posttrain.language.handles import Demos, Prompts, Stage, check_modes
 from posttrain.language.joining import Aux, auxiliary, check_auxiliary, check_merge, merging
 from posttrain.language.judging import check_judge, judge_edges
-from posttrain.language.operands import check_drawing, contest, mixed, profile_edge, rollout_edges
+from posttrain.language.operands import (
+    check_drawing,
+    check_filter,
+    check_mix,
+    check_pairs,
+    check_steps,
+    contest,
+    domains_of,
+    judged,
+    mixed,
+    profile_edge,
+    rollout_edges,
+)
 from posttrain.language.routes import route, samplers
 from posttrain.stages.config import VERSIONS
 from posttrain.suites.domain import Suite, Table
@@ -319,21 +331,26 @@ class Recipe:
         settings = prompts.settings() | settings
         return self._build.stage("sample", name, settings, edges | inputs, routes)
 
+    def score(
+        self,
+        rollouts: Stage | Sequence[Stage],
+        *,
+        judge: Judge,
+        name: str = "scored",
+        **settings: Any,
+    ) -> Stage:
+        """The rollouts with the judge's score of each; they stand wherever rollouts do."""
+        inputs = rollout_edges("score", name, rollouts)
+        asked, edges = judged(self._build, name, judge, domains_of(rollouts))
+        return self._build.stage("score", name, asked | settings, inputs | edges)
+
     def select(
         self, rollouts: Stage | Sequence[Stage], *, name: str = "selection", **settings: Any
     ) -> Stage:
         """The rollouts worth imitating, as data for `sft`; those of several stages are one pool."""
         inputs = rollout_edges("select", name, rollouts)
         stage = self._build.stage("select", name, settings, inputs)
-        config = self._build.nodes[name].config
-        for field in ("first_step", "last_step"):
-            for source in map(self.stage, inputs.values()):
-                if config[field] is not None and source.kind not in ("rl", ""):
-                    raise ConfigError(
-                        f"stage {name!r} (select): {field} = {config[field]} chooses among the "
-                        f"steps of an rl stage, and {source.name!r} is a {source.kind} stage; "
-                        "leave it out, or select from r.rl(...)"
-                    )
+        check_steps(self._build, name)
         return stage
 
     def pairs(
@@ -341,27 +358,26 @@ class Recipe:
         rollouts: Stage | Sequence[Stage],
         *,
         against: Stage | Sequence[Stage] | None = None,
+        judge: Judge | None = None,
         name: str = "pairs",
         **settings: Any,
     ) -> Stage:
         """Preference pairs out of rollouts, as data for `dpo`.
 
         By reward or score among the responses to one problem, or with `against` the responses of a
-        strong model's stage against those of a weak one's. Several stages are one pool.
+        strong model's stage against those of a weak one's. Several stages are one pool. `judge`
+        says which response is better; with how "all" or "random" oracle and human compare two.
         """
         inputs = rollout_edges("pairs", name, rollouts)
+        if judge is not None:
+            asked, edges = judged(self._build, name, judge, domains_of(rollouts))
+            settings = {"by": "score"} | asked | settings
+            inputs |= edges
         if against is not None:
             inputs |= rollout_edges("pairs", name, against, edge="against")
             settings = {"how": "strong_against_weak"} | settings
         stage = self._build.stage("pairs", name, settings, inputs)
-        how = self._build.nodes[name].config["how"]
-        if (how == "strong_against_weak") != (against is not None):
-            raise ConfigError(
-                f"stage {name!r} (pairs): how = {how} "
-                + ("reads no" if against is not None else "needs a")
-                + " second stage; write r.pairs(strong, against=weak) for strong_against_weak and "
-                "r.pairs(rollouts) for the others"
-            )
+        check_pairs(self._build, name)
         return stage
 
     def _trained(
@@ -405,13 +421,7 @@ class Recipe:
             if source is not None:
                 inputs[edge] = profile_edge(name, edge, source, prompts.domains)
         stage = self._build.stage("filter", name, prompts.settings() | settings, inputs)
-        config = self._build.nodes[name].config
-        for field, unread in {"against_low": 0.0, "against_high": 1.0, "min_gain": None}.items():
-            if against is None and config[field] != unread:
-                raise ConfigError(
-                    f"stage {name!r} (filter): {field} = {config[field]} is about a second "
-                    "profile; give against=r.profile(...), or leave it out"
-                )
+        check_filter(self._build, name)
         return stage
 
     def mix(
@@ -430,13 +440,7 @@ class Recipe:
         if tokenizer is not None:
             inputs["tokenizer"] = self._build.model(name, "tokenizer", tokenizer)
         stage = self._build.stage("mix", name, settings, inputs, parts=parts)
-        by = self._build.nodes[name].config["by"]
-        if (by == "tokens") != (tokenizer is not None):
-            raise ConfigError(
-                f"stage {name!r} (mix): by = {by} "
-                + ("needs" if tokenizer is None else "reads no")
-                + " tokenizer=, a model whose tokens are counted; give both or neither"
-            )
+        check_mix(self._build, name)
         return stage
 
     def dedup(
@@ -456,12 +460,14 @@ class Recipe:
         candidates: Mapping[str, Stage] | Sequence[Stage],
         *,
         prompts: Prompts | None = None,
+        judge: Judge | None = None,
         name: str = "best",
         **settings: Any,
     ) -> Stage:
         """The best of several models on the validation problems of all domains or of `prompts`.
 
-        Of equally good ones it is the first.
+        Of equally good ones it is the first. With a `judge` the metric is its score; a judge that
+        compares responses compares the candidates'.
         """
         inputs = contest(self._build, name, candidates)
         prompts = Prompts(self.domains) if prompts is None else prompts
@@ -471,6 +477,10 @@ class Recipe:
                 "validation problems, so it takes r.prompts(...)"
             )
         inputs |= self._build.data(name, prompts, (Prompts,))
+        if judge is not None:
+            asked, edges = judged(self._build, name, judge, prompts.domains)
+            settings = {"metric": "score"} | asked | settings
+            inputs |= edges
         return self._build.stage("best", name, prompts.settings() | settings, inputs)
 
     def graph(self, target: Stage) -> Graph:

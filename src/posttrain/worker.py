@@ -87,6 +87,7 @@ def run_stage(job: Job, ctx: Context) -> dict[str, Any]:
         reward_model,
         rl,
         sample,
+        score,
         select,
         sft,
     )
@@ -105,6 +106,7 @@ def run_stage(job: Job, ctx: Context) -> dict[str, Any]:
         "merge": merge.run,
         "evaluate": evaluate.run,
         "sample": sample.run,
+        "score": score.run,
         "select": select.run,
         "pairs": pairs.run,
         "profile": profile.run,

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from posttrain import judges
 from posttrain.engine.errors import ConfigError
 from posttrain.recipe import Recipe
 from posttrain.rewards.spec import VerifierSpec
@@ -126,6 +127,23 @@ def test_the_best_of_several_models_is_a_model(r: Recipe) -> None:
     assert set(listed.domains) == set(r.domains)
 
 
+def test_judges_bring_their_stages_and_domains(r: Recipe) -> None:
+    base, other = start(r), start(r, "other")
+    one, two = (r.sample(base, prompts=r.prompts(d), name=f"{d}_rollouts") for d in ("add", "sort"))
+    scored = r.score([one, two], judge=judges.compare(other) - 0.1 * judges.length(budget=9))
+    liked = r.pairs(scored, judge=judges.oracle(), how="random")
+    chosen = r.best([base, other], judge=judges.compare(other), prompts=r.prompts("add"))
+    nodes = r.graph(r.dpo(start=chosen, data=liked, **STEPS)).nodes
+    domains = {"domains.add": "add", "domains.sort": "sort"}
+    pool = {"rollouts.0": "add_rollouts", "rollouts.1": "sort_rollouts"}
+    assert nodes["scored"].inputs == pool | {"judges.other": "other"} | domains
+    assert nodes["scored"].config["judge"]["judge"] == "sum"
+    assert nodes["pairs"].inputs == {"rollouts": "scored"} | domains
+    assert nodes["pairs"].config["by"] == "score"
+    assert nodes["best"].inputs["judges.other"] == "other"
+    assert nodes["best"].config["metric"] == "score"
+
+
 def test_rollouts_of_rl_are_selected_by_step(r: Recipe) -> None:
     tuned = r.rl(start=start(r), prompts=r.prompts("add"), **STEPS)
     graph = r.graph(r.select(tuned, first_step=1, how="all", success=False))
@@ -135,6 +153,10 @@ def test_rollouts_of_rl_are_selected_by_step(r: Recipe) -> None:
 
 def rollouts(r: Recipe, base: Any) -> Any:
     return r.sample(base, prompts=r.prompts("add"))
+
+
+def rollouts2(r: Recipe, base: Any) -> Any:
+    return r.sample(base, prompts=r.prompts("add"), name="other")
 
 
 BAD: list[tuple[Callable[[Recipe, Any], Any], str]] = [
@@ -172,6 +194,29 @@ BAD: list[tuple[Callable[[Recipe, Any], Any], str]] = [
     (lambda r, b: r.best({"a": b, "b": r.demos("add")}), r"candidates\['b'\] = .* is not a model"),
     (lambda r, b: r.best({"a": b, "b": b}, prompts=b), r"it takes r\.prompts"),
     (lambda r, b: r.rl(start=b, prompts=rollouts(r, b), **STEPS), "its prompts are 'rollouts'"),
+    (lambda r, b: r.score(rollouts(r, b), judge="oracle"), "judge = 'oracle' is no judge"),
+    (lambda r, b: r.score(b, judge=judges.oracle()), "not 'base'"),
+    (
+        lambda r, b: r.score(r.stage("later"), judge=judges.oracle()),
+        "the domains of what it judges are not known",
+    ),
+    (
+        lambda r, b: r.score(rollouts(r, b), judge=judges.by_domain({"sort": judges.oracle()})),
+        r"judges.by_domain has none for domain 'add'",
+    ),
+    (
+        lambda r, b: r.score(rollouts(r, b), judge=judges.compare(rollouts2(r, b))),
+        r"judges.other = .* is not a model",
+    ),
+    (lambda r, b: r.pairs(rollouts(r, b), judge=judges.itself()), r"judges.itself\(\) is for rl"),
+    (
+        lambda r, b: r.pairs(rollouts(r, b), against=rollouts2(r, b), judge=judges.oracle()),
+        "how = strong_against_weak asks no judge",
+    ),
+    (
+        lambda r, b: r.best([b, start(r, "two")], judge=judges.oracle(), metric="greedy"),
+        "metric = greedy with a judge",
+    ),
 ]
 
 

@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from posttrain.engine.errors import ConfigError
+from posttrain.judges import Judge
 from posttrain.language.builder import Builder
 from posttrain.language.handles import ROLLOUT_KINDS, Demos, Stage
+from posttrain.rewards.judge_spec import check_domains, walk
 
 
 def rollout_edges(
@@ -28,6 +30,35 @@ def rollout_edges(
                 f"{', '.join(ROLLOUT_KINDS)}, not {found}"
             )
     return {key: source.name for key, source in several.items()}
+
+
+def judged(
+    build: Builder, stage: str, judge: object, domains: Sequence[str]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """The setting `judge`, and the edges to the stages it asks and to the domains it judges."""
+    if not isinstance(judge, Judge):
+        raise ConfigError(
+            f"stage {stage!r}: judge = {judge!r} is no judge; it takes one of posttrain.judges, "
+            "such as judges.oracle()"
+        )
+    if not domains:
+        raise ConfigError(
+            f"stage {stage!r}: the domains of what it judges are not known; define the stages that "
+            "it reads above it"
+        )
+    spec, stages = judge.to_config()
+    check_domains(spec, tuple(domains), where=f"stage {stage!r}")
+    edges = {edge: source.name for edge, source in stages.items()}
+    for part in walk(spec):
+        if part["judge"] == "compare":
+            build.model(stage, part["model"], stages[part["model"]])
+    return {"judge": spec}, edges | build.domain_edges(stage, domains)
+
+
+def domains_of(*sources: Stage | Sequence[Stage]) -> tuple[str, ...]:
+    """The domains of all these stages together."""
+    flat = [s for source in sources for s in ([source] if isinstance(source, Stage) else source)]
+    return tuple(dict.fromkeys(domain for stage in flat for domain in stage.domains))
 
 
 def profile_edge(
@@ -116,3 +147,52 @@ def contest(
         f"candidates.{name}": build.model(stage, f"candidates[{name!r}]", model)
         for name, model in candidates.items()
     }
+
+
+def check_steps(build: Builder, stage: str) -> None:
+    """Raise ConfigError where a select stage chooses steps of rollouts that have none."""
+    node = build.nodes[stage]
+    for field in ("first_step", "last_step"):
+        for source in map(build.handle, node.inputs.values()):
+            if node.config[field] is not None and source.kind not in ("rl", ""):
+                raise ConfigError(
+                    f"stage {stage!r} (select): {field} = {node.config[field]} chooses among the "
+                    f"steps of an rl stage, and {source.name!r} is a {source.kind} stage; leave it "
+                    "out, or select from r.rl(...)"
+                )
+
+
+def check_pairs(build: Builder, stage: str) -> None:
+    """Raise ConfigError where `how` and the stages that a pairs stage reads do not fit."""
+    node = build.nodes[stage]
+    against = any(edge.partition(".")[0] == "against" for edge in node.inputs)
+    if (node.config["how"] == "strong_against_weak") != against:
+        raise ConfigError(
+            f"stage {stage!r} (pairs): how = {node.config['how']} "
+            + ("reads no" if against else "needs a")
+            + " second stage; write r.pairs(strong, against=weak) for strong_against_weak and "
+            "r.pairs(rollouts) for the others"
+        )
+
+
+def check_filter(build: Builder, stage: str) -> None:
+    """Raise ConfigError for a condition on a second profile that a filter does not have."""
+    node = build.nodes[stage]
+    for field, unread in {"against_low": 0.0, "against_high": 1.0, "min_gain": None}.items():
+        if "against" not in node.inputs and node.config[field] != unread:
+            raise ConfigError(
+                f"stage {stage!r} (filter): {field} = {node.config[field]} is about a second "
+                "profile; give against=r.profile(...), or leave it out"
+            )
+
+
+def check_mix(build: Builder, stage: str) -> None:
+    """Raise ConfigError where a mix by tokens has no tokenizer, or one by rows has one."""
+    node = build.nodes[stage]
+    given = "tokenizer" in node.inputs
+    if (node.config["by"] == "tokens") != given:
+        raise ConfigError(
+            f"stage {stage!r} (mix): by = {node.config['by']} "
+            + ("reads no" if given else "needs")
+            + " tokenizer=, a model whose tokens are counted; give both or neither"
+        )

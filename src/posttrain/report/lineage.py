@@ -34,6 +34,7 @@ KEY_NUMBERS = {
     "select": ("rows", "rows"),
     "sample": ("rows", "rows"),
     "pairs": ("rows", "pairs"),
+    "score": ("score", "score"),
     "profile": ("rate", "pass rate"),
     "filter": ("rows", "prompts"),
     "mix": ("rows", "rows"),

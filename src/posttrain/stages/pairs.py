@@ -1,7 +1,8 @@
 """Preference pairs out of rollouts: for one problem, a response to prefer and one to avoid.
 
-By value among the responses to a problem (on-policy pairs), or, without any judge, the response of
-a strong model against that of a weak one (delta learning: OLMo 3, arXiv 2512.13961).
+By what a judge prefers, by value among the responses to a problem (on-policy pairs), or, without
+any judge, the response of a strong model against that of a weak one (delta learning: OLMo 3, arXiv
+2512.13961).
 """
 
 from __future__ import annotations
@@ -12,18 +13,34 @@ from itertools import combinations
 from typing import Any
 
 from posttrain.engine.errors import ConfigError
+from posttrain.rewards.people import Pair, People, Preference
 from posttrain.stages.batches import kept
 from posttrain.stages.context import Context
+from posttrain.stages.judging import make_judge, oracle
 from posttrain.stages.rollouts import write_jsonl
-from posttrain.stages.rows import Row, by_problem, clean, read_rollouts, value_of
+from posttrain.stages.rows import (
+    Key,
+    Row,
+    by_problem,
+    clean,
+    problems_of,
+    read_rollouts,
+    value_of,
+)
+from posttrain.stages.score import batch_of_rows
 from posttrain.stages.settings.preference import Pairs
 
 
 def run(config: Pairs, ctx: Context) -> dict[str, float]:
     """Write pairs.jsonl: id, domain, prompt, chosen, rejected, rewards (of both, in this order)."""
     ours = by_problem(read_rollouts(ctx))
+    if config.judge is not None and not config.pairwise:
+        ours = judged(config, ctx, ours)
     theirs = by_problem(read_rollouts(ctx, "against")) or ours
-    found = {key: choose(config, rows, theirs.get(key, []), ctx.name) for key, rows in ours.items()}
+    if config.pairwise:
+        found = preferred(config, ctx, ours)
+    else:
+        found = {k: choose(config, rows, theirs.get(k, []), ctx.name) for k, rows in ours.items()}
     pairs = [pair for of_problem in found.values() for pair in of_problem]
     if not pairs:
         raise ConfigError(
@@ -45,9 +62,63 @@ def row_of(config: Pairs, chosen: Row, rejected: Row) -> Row:
     row = kept(chosen, "id", "domain", "prompt", "mode")
     row |= {"chosen": chosen["response"], "rejected": rejected["response"]}
     row |= {"rewards": [chosen["reward"], rejected["reward"]]}
+    if config.pairwise:
+        # None where people did not say.
+        return row | ({} if chosen["strength"] is None else {"strength": chosen["strength"]})
     if config.by == "score":
         row["margin"] = chosen["score"] - rejected["score"]
     return row
+
+
+def judged(config: Pairs, ctx: Context, problems: dict[Key, list[Row]]) -> dict[Key, list[Row]]:
+    """The responses with the judge's score of each."""
+    rows = [row for of_problem in problems.values() for row in of_problem]
+    panel = make_judge(config.judge or {}, ctx, seed=config.seed)
+    scores = iter(panel.score(batch_of_rows(ctx, rows)))
+    return {
+        key: [row | {"score": next(scores)} for row in of_problem]
+        for key, of_problem in problems.items()
+    }
+
+
+def preferred(
+    config: Pairs, ctx: Context, problems: dict[Key, list[Row]]
+) -> dict[Key, list[tuple[Row, Row]]]:
+    """The pairs (chosen, rejected) of each problem by a judge that compares two responses.
+
+    It is asked about at most `max_per_prompt` pairs of a problem; then come the filters. The chosen
+    row has the `strength` of the preference, 1 to 4. A tie is no pair.
+    """
+    asked: list[tuple[Key, Row, Row]] = []
+    for key, rows in problems.items():
+        pairs = list(combinations(rows, 2))
+        if config.how == "random":
+            pairs = sorted(pairs, key=lambda pair: shuffled(pair, config.seed))
+            pairs = pairs[: config.max_per_prompt]
+        asked += [(key, one, other) for one, other in pairs]
+    whole = problems_of(ctx, [one for _, one, _ in asked])
+    questions = [
+        Pair(problem=problem, first=one["response"], second=other["response"])
+        for problem, (_, one, other) in zip(whole, asked, strict=True)
+    ]
+    found: dict[Key, list[tuple[Row, Row]]] = {key: [] for key in problems}
+    for (key, one, other), answer in zip(asked, opinions(config, ctx, questions), strict=True):
+        winner, loser = (one, other) if answer.first > 0.5 else (other, one)
+        winner = winner | {"strength": answer.strength}
+        enough = config.min_strength is None or (answer.strength or 0) >= config.min_strength
+        if answer.first != 0.5 and enough and filtered(config, winner, loser):
+            found[key].append((winner, loser))
+    return found
+
+
+def opinions(config: Pairs, ctx: Context, questions: list[Pair]) -> list[Preference]:
+    """What the oracle or people say about pairs of responses."""
+    spec = config.judge or {}
+    if spec["judge"] == "human":
+        return People(spec, ctx.work, ctx.out).ask(questions)
+    annotator = oracle(ctx, spec["noise"], config.seed)
+    answers = [annotator.prefer(q.problem, q.first, q.second) for q in questions]
+    return [Preference(first=1.0 - winner, strength=strength) for winner, strength in answers]
 
 
 def choose(
@@ -65,7 +136,7 @@ def choose(
     if config.how in ("all", "random"):
         candidates = [better_first(config, *pair, stage) for pair in combinations(ours, 2)]
     if config.how == "random":
-        candidates.sort(key=shuffled)
+        candidates.sort(key=lambda pair: shuffled(pair, config.seed))
     fitting = [pair for pair in candidates if fits(config, *pair, stage)]
     return fitting if config.how == "all" else fitting[: config.max_per_prompt]
 
@@ -77,9 +148,9 @@ def better_first(config: Pairs, one: Row, other: Row, stage: str) -> tuple[Row, 
     return one, other
 
 
-def shuffled(pair: tuple[Row, Row]) -> str:
-    """A sort key as good as random that depends on the texts of the pair alone."""
-    texts = [pair[0]["id"], *sorted(row["response"] for row in pair)]
+def shuffled(pair: tuple[Row, Row], seed: int) -> str:
+    """A sort key as good as random that depends on the seed and the texts of the pair alone."""
+    texts = [seed, pair[0]["id"], *sorted(row["response"] for row in pair)]
     return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
 
 
@@ -94,6 +165,11 @@ def fits(config: Pairs, chosen: Row, rejected: Row, stage: str) -> bool:
             return False
         if config.min_margin is not None and margin < config.min_margin:
             return False
+    return filtered(config, chosen, rejected)
+
+
+def filtered(config: Pairs, chosen: Row, rejected: Row) -> bool:
+    """Whether a pair passes the filters that do not look at the preference."""
     if config.min_chosen_reward is not None and chosen["reward"] < config.min_chosen_reward:
         return False
     gap = abs(len(chosen["response"]) - len(rejected["response"]))
@@ -113,4 +189,6 @@ def advice(config: Pairs, ours: dict[Any, Any], theirs: dict[Any, Any]) -> str:
         return "the two stages answer no common problem; sample both from the same prompts"
     if config.how == "strong_against_weak":
         return "loosen min_margin, min_chosen_reward or max_length_gap, or raise max_new_tokens"
+    if config.pairwise:
+        return "raise k of the sample stage, or loosen min_strength or the other filters"
     return "raise k of the sample stage, or loosen min_margin, min_chosen_reward or max_length_gap"

@@ -20,6 +20,7 @@ from posttrain.stages import (  # noqa: F401
     reward_model,
     rl,
     sample,
+    score,
     select,
     sft,
 )

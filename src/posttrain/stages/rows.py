@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.engine.errors import ConfigError
-from posttrain.modes import CLOSE
+from posttrain.modes import CLOSE, in_modes
 from posttrain.stages.context import Context
 
 Row = dict[str, Any]
@@ -43,6 +43,28 @@ def edges(ctx: Context, edge: str) -> list[Path]:
 def read_rollouts(ctx: Context, edge: str = "rollouts") -> list[Row]:
     """The rollouts of all stages under `edge`, one stage after another."""
     return [row for path in edges(ctx, edge) for row in read_rows(path / "rollouts.jsonl")]
+
+
+def problems_of(ctx: Context, rows: Iterable[Row]) -> list[Row]:
+    """The whole problem of each row, in the row's mode: a judge may read any column of it.
+
+    Raises ConfigError for a row whose problem is not among the domain's training problems.
+    """
+    rows = list(rows)
+    known: dict[Key, Row] = {}
+    for domain in ctx.domains:
+        modes = dict.fromkeys(row.get("mode") for row in rows if row["domain"] == domain)
+        problems = ctx.problems(domain, "train")
+        for mode in modes:
+            found = problems if mode is None else in_modes(problems, [mode])
+            known |= {key_of(problem): problem for problem in found}
+    missing = next((row for row in rows if key_of(row) not in known), None)
+    if missing is not None:
+        raise ConfigError(
+            f"stage {ctx.name!r}: problem {missing['id']} of its rollouts is no training problem "
+            f"of domain {missing['domain']!r}; sample from this suite again"
+        )
+    return [known[key_of(row)] for row in rows]
 
 
 def by_problem(rows: Iterable[Row]) -> dict[Key, list[Row]]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from posttrain.engine.errors import ConfigError
 from posttrain.modes import Mode
+from posttrain.rewards.judge_spec import check, check_use
+from posttrain.schedules import is_schedule
 from posttrain.stages.settings.base import Config, InModes, refuse_unread
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -25,6 +28,30 @@ def check_characters(value: str | None) -> str | None:
             "for example [ -~]"
         ) from None
     return value
+
+
+def check_judge(value: dict[str, Any] | None, kind: str) -> dict[str, Any] | None:
+    """Raise ValueError unless `value` is a judge (`posttrain.judges`) that a stage of this kind,
+    which has no steps, can ask."""
+    if value is None:
+        return None
+    try:
+        spec = check(value)
+        check_use(spec, kind, where="judge")
+    except ConfigError as error:
+        raise ValueError(str(error)) from None
+    if _scheduled(spec):
+        raise ValueError(
+            "the judge has a weight with a schedule, and the stage has no steps; give a number"
+        )
+    return spec
+
+
+def _scheduled(value: Any) -> bool:
+    if is_schedule(value):
+        return True
+    parts = value.values() if isinstance(value, dict) else value
+    return isinstance(value, dict | list | tuple) and any(map(_scheduled, parts))
 
 
 class Drawn(BaseModel):
@@ -49,6 +76,18 @@ class Sample(Config, InModes, Drawn):
     """Text that every response begins with; the model goes on from it."""
     routes: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     """Domain to the models that sample it; filled in by the recipe."""
+
+
+class Score(Config):
+    """Rollouts with what a judge says of them: `r.score(rollouts, judge=...)`."""
+
+    judge: dict[str, Any]
+    """The judge in its JSON form; comes from the recipe's `judge`."""
+
+    @field_validator("judge")
+    @classmethod
+    def _judge_is_one(cls, value: dict[str, Any]) -> dict[str, Any] | None:
+        return check_judge(value, "score")
 
 
 class Profile(Config, InModes, Drawn):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from posttrain.stages.settings.base import Config, InModes, refuse_unread
+from posttrain.stages.settings.data import check_judge
 
 
 class Evaluate(Config, InModes):
@@ -65,8 +66,10 @@ class Merge(BaseModel):
 class Best(Config, InModes):
     """The best of several models, by problems that no training stage can draw from."""
 
-    metric: Literal["accuracy", "greedy"] = "accuracy"
-    """Mean reward at temperature 1, or of greedy responses."""
+    metric: Literal["accuracy", "greedy", "score"] = "accuracy"
+    """Mean reward at temperature 1, of greedy responses, or the judge's score at temperature 1."""
+    judge: dict[str, Any] | None = None
+    """Whose score it is, in its JSON form; comes from the recipe's `judge`."""
     length_weight: float = Field(0.0, ge=0)
     """Taken off the metric per `max_new_tokens` of mean response length."""
     num_problems: int = Field(200, gt=1)
@@ -76,6 +79,18 @@ class Best(Config, InModes):
     max_new_tokens: int = Field(64, gt=0)
     bootstrap: int = Field(2000, ge=100)
     """Resamples of the problems behind each 95 % interval."""
+
+    @field_validator("judge")
+    @classmethod
+    def _judge_is_one(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        return check_judge(value, "best")
+
+    @model_validator(mode="after")
+    def _judge_is_asked(self) -> Self:
+        if (self.judge is None) == (self.metric == "score"):
+            given = "no judge" if self.judge is None else "a judge"
+            raise ValueError(f"metric = {self.metric} with {given}: give both or neither")
+        return self
 
     @model_validator(mode="after")
     def _samples_are_read(self) -> Self:

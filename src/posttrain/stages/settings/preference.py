@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -13,7 +13,7 @@ from posttrain.stages.settings.base import (
     refuse_unread,
     steps_or_epochs,
 )
-from posttrain.stages.settings.data import check_characters
+from posttrain.stages.settings.data import check_characters, check_judge
 
 
 class Pairs(BaseModel):
@@ -44,7 +44,39 @@ class Pairs(BaseModel):
     chosen_max_repetition: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Most repeated n-grams of three words in the chosen response, as a share of all of them."""
 
+    judge: dict[str, Any] | None = None
+    """Who says which response is better, in its JSON form; comes from the recipe's `judge`."""
+    min_strength: Annotated[int, Field(ge=2, le=4)] | None = None
+    """Least strength of the preference, where the judge is asked about pairs."""
+    seed: int = Field(0, ge=0, lt=2**31)
+    """Which pairs are random, and the noise of the oracle, follow from it."""
+
     _language = field_validator("chosen_language")(check_characters)
+
+    @property
+    def pairwise(self) -> bool:
+        """Whether the judge is asked about pairs, not about responses."""
+        kind = "" if self.judge is None else self.judge["judge"]
+        return kind in ("oracle", "human") and self.how in ("all", "random")
+
+    @field_validator("judge")
+    @classmethod
+    def _judge_is_one(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        return check_judge(value, "pairs")
+
+    @model_validator(mode="after")
+    def _judge_is_asked(self) -> Self:
+        if self.judge is not None and self.how == "strong_against_weak":
+            raise ValueError("how = strong_against_weak asks no judge; leave judge out")
+        if self.judge is not None and self.by != "score":
+            raise ValueError("a judge gives scores; set by = score")
+        if self.pairwise:
+            refuse_unread(self, "min_margin", because="a judge of pairs; set min_strength")
+        else:
+            because = "a judge that is asked about pairs: oracle or human, with how all or random"
+            if self.min_strength is not None:
+                raise ValueError(f"min_strength = {self.min_strength}: it needs {because}")
+        return self
 
     @model_validator(mode="after")
     def _how_reads(self) -> Self:

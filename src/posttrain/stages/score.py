@@ -1,0 +1,40 @@
+"""Rollouts with the score of a judge beside the verifier's reward."""
+
+from __future__ import annotations
+
+import torch
+
+from posttrain.rewards.judging import Batch
+from posttrain.stages.context import Context
+from posttrain.stages.judging import make_judge
+from posttrain.stages.rollouts import write_jsonl
+from posttrain.stages.rows import Row, key_of, problems_of, read_rollouts
+from posttrain.stages.settings.data import Score
+
+
+def run(config: Score, ctx: Context) -> dict[str, float]:
+    """Write rollouts.jsonl: the rollouts of one stage or several, with `score`."""
+    rows = read_rollouts(ctx)
+    dtype = getattr(torch, config.precision)
+    panel = make_judge(config.judge, ctx, dtype=dtype, seed=config.seed)
+    scores = panel.score(batch_of_rows(ctx, rows))
+    scored = [row | {"score": score} for row, score in zip(rows, scores, strict=True)]
+    tokens = sum(row["num_tokens"] for row in rows)
+    mean = sum(scores) / len(scores)
+    ctx.log(1, 1, tokens=tokens, score=mean)
+    write_jsonl(ctx.out / "rollouts.jsonl", scored)
+    return {"rows": len(rows), "score": mean}
+
+
+def batch_of_rows(ctx: Context, rows: list[Row]) -> Batch:
+    """Rows of rollouts for a judge; the responses to one problem in one mode are a group."""
+    keys = list(dict.fromkeys(map(key_of, rows)))
+    number = {key: i for i, key in enumerate(keys)}
+    return Batch(
+        problems=problems_of(ctx, rows),
+        texts=[row["response"] for row in rows],
+        group=[number[key_of(row)] for row in rows],
+        finished=[row["finished"] for row in rows],
+        num_tokens=[row["num_tokens"] for row in rows],
+        verdicts=[row["reward"] for row in rows],
+    )

@@ -1,0 +1,221 @@
+"""score, pairs and best with a judge: what it is shown, and what becomes of what it says."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from posttrain import judges
+from posttrain.engine.errors import ConfigError, Waiting
+from posttrain.rewards.oracle import Oracle
+from posttrain.rewards.pool import VerifierPool
+from posttrain.stages.config import build_config
+
+TEXTS = ("abc", "A bc", "7", "x" * 9)
+SHORT = judges.length(budget=10) * -1.0
+
+
+def spec(judge: judges.Judge) -> dict[str, Any]:
+    return judge.to_config()[0]
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def rollouts(domains: Mapping[str, str], tmp_path: Path) -> list[dict[str, Any]]:
+    """Four responses each to six problems of `short`; `A bc` and `7` are right."""
+    rows = []
+    for problem in rows_of(Path(domains["domains.short"]) / "train.jsonl")[:6]:
+        about = {key: problem[key] for key in ("id", "domain", "prompt", "answer")}
+        for text in TEXTS:
+            row = {"response": text, "reward": float(text[0] in "A7"), "finished": True}
+            rows.append(about | row | {"num_tokens": len(text) + 1, "model": "m"})
+    return rows
+
+
+@pytest.fixture
+def ask(
+    run_stage: Callable[..., Any],
+    domains: Mapping[str, str],
+    rollouts: list[dict[str, Any]],
+    tmp_path: Path,
+) -> Callable[..., Any]:
+    def ask(kind: str, judge: judges.Judge, work: Path | None = None, **settings: Any) -> Any:
+        folder = tmp_path / "rollouts"
+        folder.mkdir(exist_ok=True)
+        text = "".join(json.dumps(row) + "\n" for row in rollouts)
+        (folder / "rollouts.jsonl").write_text(text)
+        inputs = {"rollouts": str(folder), "domains.short": domains["domains.short"]}
+        return run_stage(kind, {"judge": spec(judge)} | settings, inputs, work)
+
+    return ask
+
+
+def test_rows_gain_a_score(ask: Callable[..., Any], rollouts: list[dict[str, Any]]) -> None:
+    """The verifier's reward minus a tenth per token above 10, none here but one of 10 + 0."""
+    ran = ask("score", judges.verifier() - 0.5 * judges.length(budget=5))
+    rows = rows_of(ran.out / "rollouts.jsonl")
+    assert [{k: v for k, v in row.items() if k != "score"} for row in rows] == rollouts
+    for row in rows:
+        over = max(0, row["num_tokens"] - 5) / 5
+        assert row["score"] == pytest.approx(row["reward"] - 0.5 * over)
+    assert ran.metrics["rows"] == 24
+    assert ran.metrics["score"] == pytest.approx(sum(row["score"] for row in rows) / 24)
+
+
+def test_the_seed_is_the_annotators(ask: Callable[..., Any]) -> None:
+    found = [
+        [row["score"] for row in rows_of(ask("score", judges.oracle(), seed=s).out / FILE)]
+        for s in (0, 0, 1)
+    ]
+    assert found[0] == found[1] != found[2]
+
+
+FILE = "rollouts.jsonl"
+
+
+def test_a_reward_model_is_no_language_model(ask: Callable[..., Any]) -> None:
+    with pytest.raises(ConfigError, match="itself"):
+        ask("score", judges.itself())
+
+
+def test_pairs_by_the_score_of_a_judge(ask: Callable[..., Any]) -> None:
+    """The shortest response has 2 tokens and the longest 10: costs .2 and 1 where each token
+    counts a tenth (budget 10, concave with q = 0 is linear)."""
+    judge = -1.0 * judges.length(budget=10, shape="concave", k=1.0, q=0.0)
+    rows = rows_of(ask("pairs", judge, by="score").out / "pairs.jsonl")
+    assert {(row["chosen"], row["rejected"]) for row in rows} == {("7", "x" * 9)}
+    assert all(row["margin"] > 0 and "strength" not in row for row in rows)
+
+
+def test_the_oracle_compares_pairs(ask: Callable[..., Any], domains: Mapping[str, str]) -> None:
+    """All six pairs of each of six problems, as the annotator itself prefers; strengths filter."""
+    rows = rows_of(ask("pairs", judges.oracle(noise=0.5), by="score", how="all").out / PAIRS)
+    assert len(rows) == 36
+    path = Path(domains["domains.short"])
+    problems = {problem["id"]: problem for problem in rows_of(path / "train.jsonl")}
+    with VerifierPool({"short": path}, num_workers=1, judge="oracle") as pool:
+        annotator = Oracle(qualities=pool.scores, noise=0.5, seed=0)
+        for row in rows:
+            answer = annotator.prefer(problems[row["id"]], row["chosen"], row["rejected"])
+            assert answer == (0, row["strength"])
+    assert {row["strength"] for row in rows} <= {1, 2, 3, 4} and len(
+        {row["strength"] for row in rows}
+    ) > 1
+    clear = ask("pairs", judges.oracle(noise=0.5), by="score", how="all", min_strength=3)
+    assert rows_of(clear.out / PAIRS) == [row for row in rows if row["strength"] >= 3]
+
+
+PAIRS = "pairs.jsonl"
+
+
+def test_random_pairs_are_judged(ask: Callable[..., Any]) -> None:
+    settings = {"by": "score", "how": "random", "max_per_prompt": 2}
+    rows = rows_of(ask("pairs", judges.oracle(), **settings).out / PAIRS)
+    assert len(rows) == 12
+    others = rows_of(ask("pairs", judges.oracle(noise=0.0), seed=1, **settings).out / PAIRS)
+    unordered = [
+        {(row["id"], frozenset((row["chosen"], row["rejected"]))) for row in found}
+        for found in (rows, others)
+    ]
+    assert unordered[0] != unordered[1]
+    settled = ask("pairs", judges.oracle(), chosen_max_tokens=5, **settings)
+    assert rows_of(settled.out / PAIRS) == [r for r in rows if len(r["chosen"]) + 1 <= 5]
+
+
+def test_people_are_asked_and_the_stage_goes_on(ask: Callable[..., Any], tmp_path: Path) -> None:
+    """It writes a file, waits, and reads what was filled in; a tie is no pair."""
+    file = tmp_path / "ask.jsonl"
+    settings = {"by": "score", "how": "random"}
+    judge = judges.human(str(file))
+    with pytest.raises(Waiting, match="6 of 6 comparisons"):
+        ask("pairs", judge, **settings)
+    asked = rows_of(file)
+    for number, row in enumerate(asked):
+        row["preferred"] = ("a", "b", "tie")[number % 3]
+        row["strength"] = 4 if number == 0 else None
+    file.write_text("".join(json.dumps(row) + "\n" for row in asked))
+    rows = rows_of(ask("pairs", judge, **settings).out / PAIRS)
+    assert [(row["id"], row["chosen"], row.get("strength")) for row in rows] == [
+        (row["id"], row[row["preferred"]], row["strength"])
+        for row in asked
+        if row["preferred"] != "tie"
+    ]
+    strong = rows_of(ask("pairs", judge, min_strength=4, **settings).out / PAIRS)
+    assert [row["id"] for row in strong] == [asked[0]["id"]]
+
+
+@pytest.fixture
+def best(
+    run_stage: Callable[..., Any], models: Mapping[str, str], domains: Mapping[str, str]
+) -> Callable[..., Any]:
+    def run(judge: judges.Judge, *names: str, **inputs: str) -> Any:
+        edges = {f"candidates.{name}": models[name] for name in names} | dict(domains)
+        settings = {"num_problems": 8, "max_new_tokens": 6, "bootstrap": 100, "metric": "score"}
+        return run_stage("best", settings | {"judge": spec(judge)}, edges | inputs)
+
+    return run
+
+
+def test_a_judge_decides_which_model_is_best(best: Callable[..., Any]) -> None:
+    """By length alone the shortest answers win; by the verifier the score is the accuracy."""
+    judge = -1.0 * judges.length(budget=6, shape="concave", k=1.0, q=0.0)
+    ran = best(judge, "start", "one", "two")
+    found = json.loads((ran.out / "best.json").read_text())["candidates"]
+    lengths = {name: row["response_length"] for name, row in found.items()}
+    assert ran.metrics["winner"] == min(lengths, key=lambda name: lengths[name])
+    ran = best(judges.verifier(), "start", "one")
+    for row in json.loads((ran.out / "best.json").read_text())["candidates"].values():
+        assert row["value"] == pytest.approx(row["reward"])
+
+
+def test_a_comparing_judge_compares_the_candidates(
+    best: Callable[..., Any], models: Mapping[str, str]
+) -> None:
+    """Win shares of all answers to one problem: what one candidate wins the other one loses, which
+    would not be so if each were judged among its own."""
+    from posttrain.language.handles import Stage
+
+    judge = judges.compare(Stage("judge", "sft"))
+    ran = best(judge, "start", "one", **{"judges.judge": models["two"]})
+    values = [ran.metrics[f"score/{name}"] for name in ("start", "one")]
+    assert sum(values) == pytest.approx(1.0)
+    assert values[0] != pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        ("score", {"judge": {"judge": "nobody"}}, "nobody"),
+        ("score", {"judge": spec(judges.itself())}, r"judges.itself\(\) is for rl"),
+        (
+            "score",
+            {"judge": spec({"schedule": "linear", "first": 1.0, "last": 0.0, "until": None}
+                           * judges.verifier())},
+            "a weight with a schedule",
+        ),
+        ("pairs", {"judge": spec(judges.oracle())}, "a judge gives scores; set by = score"),
+        (
+            "pairs",
+            {"judge": spec(judges.oracle()), "how": "strong_against_weak"},
+            "asks no judge; leave judge out",
+        ),
+        ("pairs", {"min_strength": 2}, "min_strength = 2: it needs a judge that is asked about"),
+        (
+            "pairs",
+            {"judge": spec(judges.oracle()), "by": "score", "how": "all", "min_margin": 0.1},
+            "min_margin = 0.1: it is not read with a judge of pairs; set min_strength",
+        ),
+        ("best", {"metric": "score"}, "metric = score with no judge: give both"),
+        ("best", {"judge": spec(judges.oracle())}, "metric = accuracy with a judge: give both"),
+    ],
+)  # fmt: skip
+def test_judges_that_cannot_be_asked(kind: str, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_config(kind, "mine", settings)
