@@ -1,12 +1,15 @@
-"""DeepSeek-R1: cold start from R1-Zero's samples, reasoning RL, the base again, RL for all scenarios.
+"""DeepSeek-R1: cold start from R1-Zero, reasoning RL, the base again, RL for all scenarios.
 
-Source: DeepSeek-R1, arXiv 2501.12948, sections 2.3 and 2.4; Dev1 to Dev3 as in the Nature version.
-R1-Zero only samples: Dev1 is SFT of the base on its correct traces. Dev2 is RL of Dev1 with an added
-reward for one language. Dev3 is SFT of the base again, on Dev2's correct samples and a quarter of
-data that needs no reasoning. R1 is RL of Dev3 by rules; general prompts and the helpfulness model join for
-the last quarter of it. With model=distilled a small base learns the rows of Dev3 by SFT alone.
-Left out: refinement by V3 and by people, the safety model, code. Preferences are a noisy oracle's;
-the last domain stands for general prompts. 1,700 steps, lengths and learning rates are scaled down.
+Source: DeepSeek-R1, arXiv 2501.12948, sections 2.3 and 2.4; Dev1 to Dev3 as in the Nature
+version.
+R1-Zero only samples: Dev1 is SFT of the base on its correct traces. Dev2 is RL of Dev1 with an
+added reward for one language. Dev3 is SFT of the base again, on Dev2's correct samples and a
+quarter of data that needs no reasoning. R1 is RL of Dev3 by rules; general prompts and the
+helpfulness model join for the last quarter of it. With model=distilled a small base learns the
+rows of Dev3 by SFT alone.
+Left out: refinement by V3 and by people, the safety model, code. Preferences are a noisy
+oracle's; the last domain stands for general prompts. 1,700 steps, lengths and learning rates are
+scaled down.
 """
 
 from typing import Literal

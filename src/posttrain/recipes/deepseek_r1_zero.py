@@ -1,10 +1,10 @@
 """DeepSeek-R1-Zero: reinforcement learning from the base by rules alone.
 
 Source: DeepSeek-R1, arXiv 2501.12948, section 2.2; settings of the Nature version.
-GRPO from the base, no SFT before it. Rewards are accuracy and format. KL of 0.001 (k3, in the loss) to a
-reference that becomes the policy from time to time; 16 responses to each of 32 prompts; one batch
-of rollouts is 16 minibatches; a clip at 10 that only outliers meet; responses may grow longer from
-four fifths of the run on.
+GRPO from the base, no SFT before it. Rewards are accuracy and format. KL of 0.001 (k3, in the
+loss) to a reference that becomes the policy from time to time; 16 responses to each of 32
+prompts; one batch of rollouts is 16 minibatches; a clip at 10 that only outliers meet; responses
+may grow longer from four fifths of the run on.
 Left out: code. 10,400 steps are `steps`, and lengths, learning rate and times are scaled down.
 """
 

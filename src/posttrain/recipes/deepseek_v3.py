@@ -1,12 +1,13 @@
 """DeepSeek-V3: experts that blend two styles teach the base by rejection sampling, then GRPO.
 
 Source: DeepSeek-V3, arXiv 2412.19437, section 5.
-Each domain's expert starts from the base, is shown every problem with the plain answer and with the R1
-answer under a system prompt, and gets RL at a high temperature. Correct and short samples of the
-experts are the SFT set of a model that starts from the base again. A reward model starts from that SFT
-model, and GRPO too: rules judge where there are any, the reward model judges the rest.
-Left out: multi-token prediction; 1.5M rows; the data of V2.5 for writing and role-play. The mode think
-stands for the system prompt. The last domain stands for those without rules.
+Each domain's expert starts from the base, is shown every problem with the plain answer and with
+the R1 answer under a system prompt, and gets RL at a high temperature. Correct and short samples
+of the experts are the SFT set of a model that starts from the base again. A reward model starts
+from that SFT model, and GRPO too: rules judge where there are any, the reward model judges the
+rest.
+Left out: multi-token prediction; 1.5M rows; the data of V2.5 for writing and role-play. The mode
+think stands for the system prompt. The last domain stands for those without rules.
 """
 
 from posttrain import Recipe, Stage, judges

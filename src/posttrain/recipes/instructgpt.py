@@ -3,10 +3,12 @@
 Source: InstructGPT, arXiv 2203.02155, sections 3.2 to 3.5, appendix C.
 A reward model starts from the SFT model and learns all pairs of each ranking of K = 4 to 9 SFT
 samples as one. PPO starts from a sibling of it, fine-tuned with 10 % of pre-training text, and is
-scored by the reward model, from which its critic starts too. Pre-training gradients are mixed in and
-the weights that are kept are a moving average. Further rounds rank samples of the newest policy.
-Left out: the 6B and 175B sizes; human labelers (a noisy oracle ranks). The weight of the pre-training
-gradients, 27.8 in the paper for a sum over tokens, is 0.5 for a mean; the 16 epochs are few steps.
+scored by the reward model, from which its critic starts too. Pre-training gradients are mixed in
+and the weights that are kept are a moving average. Further rounds rank samples of the newest
+policy.
+Left out: the 6B and 175B sizes; human labelers (a noisy oracle ranks). The weight of the
+pre-training gradients, 27.8 in the paper for a sum over tokens, is 0.5 for a mean; the 16 epochs
+are few steps.
 """
 
 from posttrain import Recipe, Stage, judges

@@ -2,10 +2,11 @@
 
 Source: Llama 3, arXiv 2407.21783, section 4.
 Each round two models answer and an annotator compares them. The reward model starts from the
-pre-trained model and learns all comparisons so far, only the clear ones and without a margin. It picks
-the best of K samples of the last round's chat model, or of the code expert in its domain. SFT starts
-from the pre-trained model, on the picks of its top quartile without near repeats and on human data. DPO
-starts from it and learns only the newest comparisons. Two DPO runs are averaged into the round's model.
+pre-trained model and learns all comparisons so far, only the clear ones and without a margin. It
+picks the best of K samples of the last round's chat model, or of the code expert in its domain.
+SFT starts from the pre-trained model, on the picks of its top quartile without near repeats and
+on human data. DPO starts from it and learns only the newest comparisons. Two DPO runs are
+averaged into the round's model.
 Left out: edited responses; difficulty scores; merges of the reward and SFT models; long context,
 tools, vision. Sizes of runs are scaled down. The first domain stands for code, a noisy oracle for
 annotators.

@@ -1,8 +1,8 @@
 """OLMo 3 RL-Zero: RL from the base with verifiable rewards, one model per domain and one for all.
 
 Source: OLMo 3, arXiv 2512.13961, section 6.
-Every model starts from the base. Prompts that the base always solves drop out. The models of single
-domains stand beside that of the mix in the report, as if they were its teachers.
+Every model starts from the base. Prompts that the base always solves drop out. The models of
+single domains stand beside that of the mix in the report, as if they were its teachers.
 Left out: code sandboxes, asynchrony, decontamination.
 """
 
@@ -11,8 +11,8 @@ from posttrain import Recipe, Stage
 
 def recipe(r: Recipe, base: str = "tiny", steps: int = 60) -> Stage:
     start = r.base(base, thinking=True)
-    models = {}
-    for name, domains in {d: (d,) for d in r.domains} | {"mix": r.domains}.items():
+    models, subsets = {}, {d: (d,) for d in r.domains} | {"mix": r.domains}
+    for name, domains in subsets.items():
         prompts = r.prompts(domains, mode="think")
         rates = r.profile(
             start, prompts=prompts, n=8, num_prompts=500, max_new_tokens=48, name=f"{name}_profile"
@@ -23,7 +23,7 @@ def recipe(r: Recipe, base: str = "tiny", steps: int = 60) -> Stage:
             prompts=unsolved,
             advantage="group_mean",
             aggregation="token",
-            sampling="dynamic",
+            dynamic_sampling=4,
             clip_high=0.272,
             correction="truncated",
             correction_high=2.0,

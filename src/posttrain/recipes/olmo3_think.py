@@ -1,23 +1,24 @@
-"""OLMo 3 Think: SFT on traces as a soup of two runs, delta DPO, RL on prompts of the right difficulty.
+"""OLMo 3 Think: an SFT soup on traces, delta DPO, RL on prompts of the right difficulty.
 
 Source: OLMo 3, arXiv 2512.13961, section 4, tables 17 and 20; 32B settings.
-The SFT model is the average of two learning rates. DPO starts from it: a strong model's trace is chosen
-over a weak one's for the same prompt, with no judge. The DPO model is profiled, prompts that it
-solves more than 62.5 % of the time drop out, and RL starts from it on the rest (OlmoRL: groups
-without variance are drawn again, token-level loss, no KL, higher upper clip, truncated importance
-weights, advantages without the standard deviation).
-Left out: mid-training soups, asynchrony, code sandboxes. In the last domain, which stands for chat, a
-noisy oracle judges in place of a model.
+The SFT model is the average of two learning rates. DPO starts from it: a strong model's trace is
+chosen over a weak one's for the same prompt, with no judge. The DPO model is profiled, prompts
+that it solves more than 62.5 % of the time drop out, and RL starts from it on the rest (OlmoRL:
+groups without variance are drawn again, token-level loss, no KL, higher upper clip, truncated
+importance weights, advantages without the standard deviation).
+Left out: mid-training soups, asynchrony, code sandboxes. In the last domain, which stands for
+chat, a noisy oracle judges in place of a model.
 """
 
 from posttrain import Recipe, Stage, judges
 
 
 def recipe(r: Recipe, base: str = "tiny", steps: int = 60) -> Stage:
-    sft = think_sft(r, base)
+    start = r.base(base, thinking=True)
+    sft = think_sft(r, start)
     prompts = r.prompts(r.domains, mode="think")
 
-    chosen = r.sample(strong(r, base), prompts=prompts, k=1, max_new_tokens=48, name="chosen")
+    chosen = r.sample(strong(r, start), prompts=prompts, k=1, max_new_tokens=48, name="chosen")
     rejected = r.sample(weak(r, base), prompts=prompts, k=1, max_new_tokens=48, name="rejected")
     delta = r.pairs(chosen, against=rejected, chosen_max_tokens=44, name="delta_pairs")
     dpo = r.dpo(
@@ -33,9 +34,9 @@ def recipe(r: Recipe, base: str = "tiny", steps: int = 60) -> Stage:
     return r.evaluate(final, init=sft, modes=("think",), max_new_tokens=48, num_problems=200)
 
 
-def think_sft(r: Recipe, base: str) -> Stage:
+def think_sft(r: Recipe, start: Stage) -> Stage:
     """The average of SFT at two learning rates, on traces."""
-    start, traces = r.base(base, thinking=True), r.demos(r.domains, mode="think")
+    traces = r.demos(r.domains, mode="think")
     runs = [
         r.sft(start=start, data=traces, steps=40, lr=lr, name=f"think_sft_{lr}")
         for lr in (1e-3, 5e-4)
@@ -43,11 +44,10 @@ def think_sft(r: Recipe, base: str) -> Stage:
     return r.merge(runs, name="think_sft")
 
 
-def strong(r: Recipe, base: str) -> Stage:
+def strong(r: Recipe, start: Stage) -> Stage:
     """What stands for Qwen3-32B, in both of its modes."""
     data = r.demos(r.domains, mode=("think", "no_think"))
-    start = r.base(base, thinking=True)
-    return r.sft(start=start, data=data, steps=400, lr=1.5e-3, name="qwen_32b")
+    return r.sft(start=start, data=data, steps=300, lr=1.5e-3, name="qwen_32b")
 
 
 def weak(r: Recipe, base: str) -> Stage:
@@ -67,7 +67,7 @@ def olmo_rl(
         reward=reward,
         advantage="group_mean",
         aggregation="token",
-        sampling="dynamic",
+        dynamic_sampling=4,
         clip_high=0.272,
         correction="truncated",
         correction_high=2.0,

@@ -1,13 +1,13 @@
 """Qwen3: long-CoT cold start, reasoning RL, thinking-mode fusion, general RL; strong to weak.
 
 Source: Qwen3, arXiv 2505.09388, section 4.
-Cold start is short SFT of the base on QwQ's correct answers, to queries that a model without thoughts
-does not solve. Reasoning RL takes few other prompts, hard but not hopeless for it. Fusion starts from that model
-and mixes its own correct answers to the cold-start queries with answers without thoughts. General RL
-asks in both modes. With model=small a small base learns the flagship's samples in both modes, then
-its own samples are corrected by the flagship's logits.
-Left out: query annotation by domain; more than 20 tasks of general RL: the last domain has a reward
-model, the others have rules. Sizes are scaled down.
+Cold start is short SFT of the base on QwQ's correct answers, to queries that a model without
+thoughts does not solve. Reasoning RL takes few other prompts, hard but not hopeless for it.
+Fusion starts from that model and mixes its own correct answers to the cold-start queries with
+answers without thoughts. General RL asks in both modes. With model=small a small base learns the
+flagship's samples in both modes, then its own samples are corrected by the flagship's logits.
+Left out: query annotation by domain; more than 20 tasks of general RL: the last domain has a
+reward model, the others have rules. Sizes are scaled down.
 """
 
 from typing import Literal
@@ -17,7 +17,9 @@ from posttrain import Recipe, Stage, judges
 BOTH = ("think", "no_think")
 
 
-def recipe(r: Recipe, base: str = "tiny", model: Literal["flagship", "small"] = "flagship") -> Stage:
+def recipe(
+    r: Recipe, base: str = "tiny", model: Literal["flagship", "small"] = "flagship"
+) -> Stage:
     start = r.base(base, thinking=True)
     thinking = r.prompts(r.domains, mode="think")
     asked = {"modes": BOTH, "max_new_tokens": 48, "num_problems": 200}

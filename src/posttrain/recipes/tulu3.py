@@ -1,10 +1,10 @@
 """Tülu 3: SFT, DPO on pairs of a pool of models, RL with verifiable rewards.
 
 Source: Tülu 3, arXiv 2411.15124, sections 4 to 6; Tülu 3.1 is the same with rl=grpo.
-Pairs come from a pool of models, the SFT model among them, whose answers a judge compares. DPO and
-a reward model both start from the SFT model and learn these pairs. RL starts from the DPO model with
-the verifier alone, 10 for a right answer and -10 for one without an end. With PPO the critic
-starts from the reward model, which gives no reward.
+Pairs come from a pool of models, the SFT model among them, whose answers a judge compares. DPO
+and a reward model both start from the SFT model and learn these pairs. RL starts from the DPO
+model with the verifier alone, 10 for a right answer and -10 for one without an end. With PPO the
+critic starts from the reward model, which gives no reward.
 Left out: persona prompts; a judge model (a noisy oracle compares); the sum over tokens in the SFT
 loss; four passes over each batch of PPO (one, in minibatches).
 """
