@@ -13,7 +13,7 @@ chat, a noisy oracle judges in place of a model.
 from posttrain import Recipe, Stage, judges
 
 
-def recipe(r: Recipe, base: str = "tiny", steps: int = 60) -> Stage:
+def recipe(r: Recipe, base: str = "tiny", steps: int = 80) -> Stage:
     start = r.base(base, thinking=True)
     sft = think_sft(r, start)
     prompts = r.prompts(r.domains, mode="think")
@@ -38,8 +38,8 @@ def think_sft(r: Recipe, start: Stage) -> Stage:
     """The average of SFT at two learning rates, on traces."""
     traces = r.demos(r.domains, mode="think")
     runs = [
-        r.sft(start=start, data=traces, steps=40, lr=lr, name=f"think_sft_{lr}")
-        for lr in (1e-3, 5e-4)
+        r.sft(start=start, data=traces, steps=120, lr=lr, name=f"think_sft_{lr}")
+        for lr in (2e-3, 1e-3)
     ]
     return r.merge(runs, name="think_sft")
 
@@ -75,7 +75,7 @@ def olmo_rl(
         group_size=8,
         prompts_per_step=32,
         steps=steps,
-        lr=2e-4,
+        lr=3e-4,
         lr_schedule="constant",
         max_new_tokens=48,
         name=name,
