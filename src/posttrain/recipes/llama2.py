@@ -1,0 +1,72 @@
+"""Llama 2-Chat: five rounds of rejection sampling from the base, a gate of two reward models, PPO.
+
+Source: Llama 2, arXiv 2307.09288, sections 3.1 and 3.2.
+Each round the two newest chat models answer prompts of a helpfulness and of a safety task, and
+annotators say which answer is better and how clearly. Two reward models start from the newest
+chat model and learn all comparisons so far with a margin: the helpful one those of both tasks,
+the safety one its own and some helpful ones. The gate of both picks the best of K samples.
+Fine-tuning starts from the base every time: on the last round's picks up to round 3, on those of
+all rounds from then on. PPO follows the last round, on the whitened gate; its critic starts from
+the helpful model.
+Left out: ghost attention; open preference sets; the 70B that samples for smaller models. The
+first half of the domains stands for safety prompts, a noisy oracle for the annotators.
+"""
+
+from posttrain import Recipe, Stage, judges
+
+
+def recipe(r: Recipe, base: str = "tiny", rounds: int = 5, k: int = 8) -> Stage:
+    half = (len(r.domains) + 1) // 2
+    safety, helpful, everything = r.domains[:half], r.domains[-half:], r.prompts(r.domains)
+    start = r.base(base)
+    sft = r.sft(start=start, data=r.demos(r.domains, noise=0.1), steps=40, lr=5e-4)
+
+    newest, safe, good, picked = [sft], [], [], []
+    for n in range(1, rounds + 1):
+        new = {"first_prompt": 300 * (n - 1), "num_prompts": 300, "max_new_tokens": 24}
+        for task, domains, answers in (("helpful", helpful, good), ("safety", safety, safe)):
+            prompts = r.prompts(domains)
+            answers.append(r.sample(newest[-2:], prompts=prompts, k=2, name=f"{task}{n}", **new))
+        rm_helpful = reward_model(r, newest[-1], good + safe, f"rm_helpful{n}")
+        rm_safety = reward_model(r, newest[-1], safe + good[:1], f"rm_safety{n}")
+
+        reward = gate(r, rm_helpful, rm_safety, safety)
+        samples = r.sample(
+            newest[-1], prompts=everything, k=k, temperature=1.2, name=f"samples{n}", **new
+        )
+        picked.append(r.score(samples, judge=reward, name=f"scored{n}"))
+        pool = picked if n > 3 else picked[-1:]
+        best = r.select(pool, how="best", by="score", max_per_prompt=1, name=f"best{n}")
+        newest.append(r.sft(start=start, data=best, steps=60, lr=5e-4, name=f"chat{n}"))
+
+    final = r.rl(
+        start=newest[-1],
+        prompts=everything,
+        reward=judges.whitened(reward),
+        advantage="gae",
+        critic=rm_helpful,
+        kl_coef=0.01,
+        kl_estimator="k1",
+        kl_in="reward",
+        steps=40,
+        prompts_per_step=256,
+        group_size=1,
+        updates_per_batch=8,
+        lr=1e-4,
+        max_new_tokens=24,
+        name="ppo",
+    )
+    return r.evaluate(final, init=sft, max_new_tokens=24)
+
+
+def reward_model(r: Recipe, start: Stage, answers: list[Stage], name: str) -> Stage:
+    """From annotated answers, with a margin for how clear a preference is."""
+    pairs = r.pairs(answers, judge=judges.oracle(), name=f"{name}_pairs")
+    return r.reward_model(start=start, data=pairs, margins="strength", steps=60, lr=1e-3, name=name)
+
+
+def gate(r: Recipe, helpful: Stage, safety: Stage, domains: tuple[str, ...]) -> judges.Judge:
+    """The safety model on its prompts and wherever it is below 0.15, else the helpful one."""
+    safe, unsafe = judges.scalar(safety), judges.scalar(safety, squash=True)
+    gated = judges.gate(unsafe, below=0.15, then=safe, otherwise=judges.scalar(helpful))
+    return judges.by_domain({d: safe if d in domains else gated for d in r.domains})

@@ -1,0 +1,59 @@
+"""Llama 3: six rounds of reward model, rejection sampling, SFT and DPO, weights averaged.
+
+Source: Llama 3, arXiv 2407.21783, section 4.
+Each round two models answer and an annotator compares them. The reward model starts from the
+pre-trained model and learns all comparisons so far, only the clear ones and without a margin. It
+picks the best of K samples of the last round's chat model, or of the code expert in its domain.
+SFT starts from the pre-trained model, on the picks of its top quartile without near repeats and
+on human data. DPO starts from it and learns only the newest comparisons. Two DPO runs are
+averaged into the round's model.
+Left out: edited responses; difficulty scores; merges of the reward and SFT models; long context,
+tools, vision. Sizes of runs are scaled down. The first domain stands for code, a noisy oracle for
+annotators.
+"""
+
+from posttrain import Recipe, Stage, judges
+
+
+def recipe(r: Recipe, base: str = "tiny", rounds: int = 6, k: int = 10) -> Stage:
+    pretrained, human = r.base(base), r.demos(r.domains, noise=0.1)
+    prompts, code = r.prompts(r.domains), r.domains[0]
+    sft = r.sft(start=pretrained, data=human, steps=40, lr=5e-4)
+    code_base = r.sft(start=pretrained, data=r.demos(code), steps=100, lr=1e-3, name="code_base")
+    expert = r.sft(start=code_base, data=human, steps=20, lr=5e-4, name="code_expert")
+
+    chat, previous, annotated = sft, expert, []
+    for n in range(1, rounds + 1):
+        new = {"first_prompt": 300 * (n - 1), "num_prompts": 300, "max_new_tokens": 24}
+        annotated.append(
+            r.sample([chat, previous], prompts=prompts, k=2, name=f"annotation{n}", **new)
+        )
+        compared = r.pairs(annotated, judge=judges.oracle(), min_strength=3, name=f"clear{n}")
+        rm = r.reward_model(start=pretrained, data=compared, steps=80, lr=1e-3, name=f"rm{n}")
+
+        samplers = dict.fromkeys(r.domains, chat) | {code: expert}
+        samples = r.sample(samplers, prompts=prompts, k=k, name=f"samples{n}", **new)
+        scored = r.score(samples, judge=judges.scalar(rm), name=f"scored{n}")
+        best = r.select(
+            scored, how="top_share", by="score", share=0.25, max_per_prompt=1, name=f"best{n}"
+        )
+        distinct = r.dedup(best, near=0.9, name=f"distinct{n}")
+        mixed = r.mix({distinct: 0.8, human: 0.2}, name=f"sft_mix{n}")
+        tuned = r.sft(start=pretrained, data=mixed, steps=80, lr=5e-4, name=f"sft{n}")
+
+        latest = r.pairs(annotated[-1], judge=judges.oracle(), min_strength=3, name=f"latest{n}")
+        runs = [
+            r.dpo(
+                start=tuned,
+                data=latest,
+                beta=0.1,
+                nll_weight=0.2,
+                mask_formatting=True,
+                steps=40,
+                lr=lr,
+                name=f"dpo{n}_{lr}",
+            )
+            for lr in (1e-4, 2e-4)
+        ]
+        previous, chat = chat, r.merge(runs, name=f"chat{n}")
+    return r.evaluate(chat, init=sft, max_new_tokens=24)
