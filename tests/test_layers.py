@@ -21,16 +21,21 @@ ALLOWED: dict[str, set[str]] = {
     "losses": set(),
     "rl": {"losses"},
     "modes": {"engine"},
+    "hints": {"engine"},
     "domains": {"engine", "modes"},
     "report": {"engine"},
     "external": {"engine"},
     "backends": {"engine", "losses", "rl", "modes"},
     "schedules": {"engine"},
-    "stages.settings": {"engine", "schedules", "modes"},
+    "stages.settings": {"engine", "schedules", "modes", "hints"},
     "stages.config": {"engine", "stages.settings"},
     "stages": {
         "engine", "losses", "rl", "domains", "report", "backends", "schedules", "modes",
+<<<<<<< HEAD
         "stages.settings", "external",
+=======
+        "hints", "stages.settings",
+>>>>>>> 0f49abf (A teacher can read the student's responses after a prompt with a hint; demonstrations with hints)
     },
     "language": {"engine", "external", "domains", "schedules", "stages.config", "modes"},
     "recipe": {"engine", "external", "domains", "stages.config", "language"},
@@ -62,6 +67,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "stages.config": {"pydantic"},
     "schedules": set(),
     "modes": set(),
+    "hints": set(),
     "stages": {"torch", "numpy", "safetensors", "transformers", "reasoning_gym"},
     "language": set(),
     "recipe": set(),

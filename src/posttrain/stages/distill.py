@@ -40,7 +40,7 @@ from posttrain.stages.rollouts import (
     verifiers,
 )
 from posttrain.stages.settings.distill import Distill
-from posttrain.stages.teachers import Reading, Targets, Teachers
+from posttrain.stages.teachers import Reading, Targets, Teachers, hinted_prompts
 
 
 def run(config: Distill, ctx: Context) -> dict[str, float]:
@@ -59,7 +59,8 @@ def run(config: Distill, ctx: Context) -> dict[str, float]:
     aux = Auxiliary(config, config.seed, ctx, chat, language_model.pad_id)
     for step in range(ctx.resume(learner), config.steps):
         problems = pool.draw(step, config.prompts_per_step)
-        reading = teachers.reading(config, teacher_numbers(config, teachers, problems))
+        prompts = hinted_prompts(config, chat, problems, where=f"stage {ctx.name!r}")
+        reading = teachers.reading(config, teacher_numbers(config, teachers, problems), prompts)
         scored = sample_and_verify(
             sampler,
             chat,
