@@ -31,11 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     "stages.config": {"engine", "stages.settings"},
     "stages": {
         "engine", "losses", "rl", "domains", "report", "backends", "schedules", "modes",
-<<<<<<< HEAD
-        "stages.settings", "external",
-=======
-        "hints", "stages.settings",
->>>>>>> 0f49abf (A teacher can read the student's responses after a prompt with a hint; demonstrations with hints)
+        "stages.settings", "external", "hints",
     },
     "language": {"engine", "external", "domains", "schedules", "stages.config", "modes"},
     "recipe": {"engine", "external", "domains", "stages.config", "language"},
