@@ -38,7 +38,7 @@ from posttrain.language.operands import (
     profile_edge,
     rollout_edges,
 )
-from posttrain.language.routes import route, samplers
+from posttrain.language.routes import Teachers, route, samplers
 from posttrain.stages.config import VERSIONS
 from posttrain.suites.domain import Suite, Table
 
@@ -92,10 +92,13 @@ class Recipe:
         *,
         mode: str | Iterable[str] | None = None,
         noise: float = 0.0,
+        hint: str | None = None,
     ) -> Demos:
         """The demonstrations of one domain or of several, in a mode or each in several.
 
-        A share `noise` of them is wrong. Raises ConfigError for a domain that has none.
+        A share `noise` of them is wrong. With a `hint`, a template of the prompt such as
+        "{prompt} {answer}", each is there with the plain prompt and with the hinted one. Raises
+        ConfigError for a domain that has none.
         """
         known = self._build.known(domains)
         for name in known:
@@ -109,7 +112,7 @@ class Recipe:
         modes = check_modes(mode)
         if "think" in modes:
             self._build.require_thoughts(known)
-        return Demos(known, modes, noise)
+        return Demos(known, modes, noise, hint)
 
     def model(self, source: str | Path, *, name: str = "base") -> Stage:
         """A checkpoint from outside: a directory, an adopted name or a Hub id."""
@@ -171,6 +174,7 @@ class Recipe:
             stage,
             "modes",
             "demo_noise",
+            "hint",
             because="the rows of a data stage are as they are; leave it out, or learn from "
             "r.demos(...)",
         )
@@ -261,7 +265,7 @@ class Recipe:
         self,
         *,
         start: Stage,
-        teachers: Mapping[str, Stage | str],
+        teachers: Teachers,
         prompts: Prompts | Stage,
         aux: Aux | None = None,
         name: str = "student",
@@ -269,16 +273,21 @@ class Recipe:
     ) -> Stage:
         """On-policy distillation of each prompt's domain from that domain's teacher into `start`.
 
-        `teachers` maps every domain of `prompts` to a stage, or to "self" for the start itself.
+        `teachers` maps every domain of `prompts` to a stage, or to "self" for the start itself; to
+        a list of these, which take its prompts in turn; or to a dict with those of each mode.
         `aux` as in `sft`.
         """
         inputs = {"start": self._build.model(name, "start", start)}
         inputs |= self._build.data(name, prompts, (Prompts,))
-        routes, edges = route(self._build, name, prompts.domains, teachers, start)
+        routes, edges = route(
+            self._build, name, prompts.domains, teachers, start, modes=self._build.modes(prompts)
+        )
         for edge in edges.values():
             self._build.same_vocabulary(name, start.name, edge)
         settings = prompts.settings() | settings
-        return self._trained("distill", name, settings, inputs | edges, aux, routes)
+        stage = self._trained("distill", name, settings, inputs | edges, aux, routes)
+        self._build.named_domains(stage, prompts.domains, "hints")
+        return stage
 
     def merge(
         self,
@@ -302,7 +311,7 @@ class Recipe:
         student: Stage,
         *,
         init: Stage,
-        teachers: Mapping[str, Stage | str] | None = None,
+        teachers: Teachers | None = None,
         domains: Iterable[str] | None = None,
         name: str = "evaluation",
         **settings: Any,
@@ -314,7 +323,10 @@ class Recipe:
         }
         known = self._build.known(self.domains if domains is None else domains)
         inputs |= self._build.data(name, Prompts(known), (Prompts,))
-        routes, edges = route(self._build, name, known, teachers or {}, init, strict=False)
+        modes = settings.get("modes", ())
+        routes, edges = route(
+            self._build, name, known, teachers or {}, init, modes=modes, strict=False
+        )
         return self._build.stage("evaluate", name, settings, inputs | edges, routes)
 
     def sample(
@@ -387,7 +399,7 @@ class Recipe:
         settings: Mapping[str, Any],
         inputs: Mapping[str, str],
         aux: Aux | None,
-        routes: Mapping[str, str] | None = None,
+        routes: Mapping[str, str | tuple[str, ...]] | None = None,
     ) -> Stage:
         """A stage that trains, with its auxiliary losses."""
         settings, edges = auxiliary(self._build, name, aux, settings)

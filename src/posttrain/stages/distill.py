@@ -33,7 +33,7 @@ from posttrain.stages.rollouts import (
     verifiers,
 )
 from posttrain.stages.settings.distill import Distill
-from posttrain.stages.teachers import Reading, Teachers
+from posttrain.stages.teachers import Reading, Teachers, hinted_prompts
 
 
 def run(config: Distill, ctx: Context) -> dict[str, float]:
@@ -41,8 +41,7 @@ def run(config: Distill, ctx: Context) -> dict[str, float]:
     judges = verifiers(ctx) if config.reward_weight > 0 else None
     language_model = load(ctx.inputs["start"], device=ctx.device)
     domains, dtype = list(ctx.domains), getattr(torch, config.precision)
-    names = sorted(set(config.routes.values()))
-    paths = {name: ctx.inputs[f"teachers.{name}"] for name in names}
+    paths = {name: ctx.inputs[f"teachers.{name}"] for name in config.teachers}
     teachers = Teachers(paths, language_model, dtype=dtype, device=ctx.device, workers=ctx.workers)
     chat = Chat(language_model)
     rows = {name: ctx.problems(name, "train", config.modes) for name in domains}
@@ -52,7 +51,8 @@ def run(config: Distill, ctx: Context) -> dict[str, float]:
     aux = Auxiliary(config, config.seed, ctx, chat, language_model.pad_id)
     for step in range(ctx.resume(learner), config.steps):
         problems = pool.draw(step, config.prompts_per_step)
-        reading = teachers.reading(config, teacher_numbers(config, teachers, problems))
+        prompts = hinted_prompts(config, chat, problems, where=f"stage {ctx.name!r}")
+        reading = teachers.reading(config, teacher_numbers(config, teachers, problems), prompts)
         scored = sample_and_verify(
             sampler,
             chat,
@@ -74,7 +74,10 @@ def run(config: Distill, ctx: Context) -> dict[str, float]:
 
 def teacher_numbers(config: Distill, teachers: Teachers, problems: list[Problem]) -> Tensor:
     """`teacher_B` of the responses to these problems, group after group."""
-    numbers = [teachers.names.index(config.routes[p["domain"]]) for p in problems]
+    numbers = []
+    for place, problem in enumerate(problems):
+        names = config.teachers_of(problem["domain"], problem.get("mode"))
+        numbers.append(teachers.names.index(names[place % len(names)]))
     return torch.tensor(numbers).repeat_interleave(config.samples_per_prompt)
 
 
