@@ -39,7 +39,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "recipe": {"engine", "external", "domains", "stages.config", "language", "judges"},
     "package": {"recipe", "language", "domains", "schedules", "judges"},
-    "recipes": {"package"},
+    "recipes": {"package", "judges", "schedules"},
     "loading": {"engine", "recipe", "language", "domains"},
     "worker": {
         "engine", "report", "language", "domains", "backends", "stages", "stages.config",

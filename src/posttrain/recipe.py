@@ -21,6 +21,7 @@ from posttrain.engine.graph import Graph, Node
 from posttrain.engine.store import Store
 from posttrain.external import find_external
 from posttrain.judges import Judge
+from posttrain.language.bases import TINY
 from posttrain.language.builder import Builder
 from posttrain.language.handles import Demos, Prompts, Stage, check_modes
 from posttrain.language.joining import Aux, auxiliary, check_auxiliary, check_merge, merging
@@ -41,20 +42,6 @@ from posttrain.language.operands import (
 from posttrain.language.routes import Teachers, route, samplers
 from posttrain.stages.config import VERSIONS
 from posttrain.suites.domain import Suite, Table
-
-TINY: dict[str, dict[str, Any]] = {
-    "tiny": {"steps": 350, "lr": 4e-3, "loss_on": "response"},
-    "mini": {
-        "steps": 350,
-        "lr": 4e-3,
-        "loss_on": "response",
-        "hidden_size": 48,
-        "num_layers": 2,
-        "intermediate_size": 192,
-    },
-}
-"""Models that a recipe can start from without any download: about 0.2 and 0.1 million
-parameters."""
 
 
 class Recipe:
@@ -364,6 +351,13 @@ class Recipe:
         stage = self._build.stage("select", name, settings, inputs)
         check_steps(self._build, name)
         return stage
+
+    def comparisons(
+        self, rollouts: Stage | Sequence[Stage], *, name: str = "comparisons", **settings: Any
+    ) -> Stage:
+        """Which of two responses is better, as data that teaches a model to judge."""
+        inputs = rollout_edges("comparisons", name, rollouts)
+        return self._build.stage("comparisons", name, settings, inputs)
 
     def pairs(
         self,

@@ -90,6 +90,7 @@ def run_stage(job: Job, ctx: Context) -> dict[str, Any]:
         score,
         select,
         sft,
+        verdicts,
     )
 
     if job.kind == "model":
@@ -113,6 +114,7 @@ def run_stage(job: Job, ctx: Context) -> dict[str, Any]:
         "filter": filter.run,
         "mix": mix.run,
         "dedup": dedup.run,
+        "comparisons": verdicts.run,
         "best": best.run,
     }
     metrics: dict[str, Any] = loops[job.kind](build_config(job.kind, job.name, job.config), ctx)

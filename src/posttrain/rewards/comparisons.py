@@ -34,7 +34,7 @@ def build_comparisons(
     max_per_prompt: int = 2,
     min_margin: float = 0.0,
 ) -> list[dict[str, Any]]:
-    """Training problems out of the rows of a rollouts.jsonl: id, prompt, answer, demo.
+    """Training problems out of the rows of a rollouts.jsonl: id, domain, prompt, answer, demo.
 
     Of one problem's distinct finished responses the n-th best goes against the n-th worst while
     their rewards differ by more than `min_margin`. Which stands first follows from a hash, about
@@ -62,6 +62,7 @@ def build_comparisons(
             problems.append(
                 {
                     "id": f"{domain}-{problem_id}-{digest.hex()[:8]}",
+                    "domain": domain,
                     "prompt": question(template, good, a, b),
                     "answer": answer,
                     "demo": answer,

@@ -12,7 +12,16 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from posttrain.engine.errors import ConfigError
-from posttrain.stages.settings.data import Dedup, Filter, Mix, Profile, Sample, Score, Select
+from posttrain.stages.settings.data import (
+    Comparisons,
+    Dedup,
+    Filter,
+    Mix,
+    Profile,
+    Sample,
+    Score,
+    Select,
+)
 from posttrain.stages.settings.distill import Distill
 from posttrain.stages.settings.imitate import Pretrain, Sft
 from posttrain.stages.settings.models import Best, DomainData, Evaluate, ExternalModel, Merge
@@ -38,6 +47,7 @@ CONFIGS: dict[str, type[BaseModel]] = {
     "filter": Filter,
     "mix": Mix,
     "dedup": Dedup,
+    "comparisons": Comparisons,
     "best": Best,
 }
 

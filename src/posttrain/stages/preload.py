@@ -23,4 +23,5 @@ from posttrain.stages import (  # noqa: F401
     score,
     select,
     sft,
+    verdicts,
 )

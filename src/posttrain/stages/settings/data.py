@@ -234,3 +234,16 @@ class Dedup(BaseModel):
         if self.near is None:
             refuse_unread(self, "ngram", because="near = null")
         return self
+
+
+class Comparisons(BaseModel):
+    """Problems that train a judge: `r.comparisons(rollouts)`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    max_per_prompt: int = Field(2, gt=0)
+    """Of a problem's responses the n-th best goes against the n-th worst, for so many n."""
+    min_margin: float = Field(0.0, ge=0, lt=1)
+    """Their rewards differ by more than this."""
+    template: str | None = None
+    """What is asked, with {prompt}, {a}, {b} and {answer}; "c {prompt}|{a}|{b}" if not given."""

@@ -1,0 +1,26 @@
+"""Rollouts as problems that train a judge: which of two responses is the better one."""
+
+from __future__ import annotations
+
+from posttrain.engine.errors import ConfigError
+from posttrain.rewards.comparisons import build_comparisons
+from posttrain.stages.context import Context
+from posttrain.stages.rollouts import write_jsonl
+from posttrain.stages.rows import read_rollouts
+from posttrain.stages.settings.data import Comparisons
+
+
+def run(config: Comparisons, ctx: Context) -> dict[str, float]:
+    """Write data.jsonl, rows of question and verdict, from rollouts whose rewards are known."""
+    rollouts = read_rollouts(ctx)
+    try:
+        rows = build_comparisons(
+            rollouts,
+            template=config.template,
+            max_per_prompt=config.max_per_prompt,
+            min_margin=config.min_margin,
+        )
+    except ConfigError as error:
+        raise ConfigError(f"stage {ctx.name!r}: {error}") from None
+    write_jsonl(ctx.out / "data.jsonl", rows)
+    return {"rows": len(rows), "first_share": sum(row["answer"] == "1" for row in rows) / len(rows)}
