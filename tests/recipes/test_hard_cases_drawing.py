@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from posttrain import schedules
+from posttrain import judges, schedules
 from posttrain.engine.errors import ConfigError
 from posttrain.engine.record import Artifact
 from posttrain.engine.runner import run
@@ -76,20 +76,34 @@ def start(r: Recipe) -> Stage:
 
 
 @pytest.mark.slow
-def test_the_mix_of_prompts_changes_within_a_stage(
+def test_the_mix_of_prompts_and_the_reward_change_within_a_stage(
     recipe: Callable[..., Recipe], execute: Callable[..., dict[str, Artifact]]
 ) -> None:
-    """Case 11, DeepSeek-R1's last stage: general prompts only in its last part."""
+    """Case 11, DeepSeek-R1's last stage: general prompts and the preference reward only in its last
+    part. What a response scores until then is the verifier's reward."""
     r = recipe()
+    base, prompts = start(r), r.prompts(r.domains)
+    liked = r.reward_model(
+        start=base,
+        data=r.pairs(r.sample(base, prompts=prompts, k=8, max_new_tokens=4)),
+        steps=5,
+        lr=1e-3,
+        batch_size=16,
+    )
+    late = judges.verifier() + schedules.steps({0: 0.0, 3: 0.5}) * judges.scalar(liked)
     mix = schedules.steps({0: {"reasoning": 1, "general": 0}, 3: {"reasoning": 1, "general": 1}})
-    policy = r.rl(start=start(r), prompts=r.prompts(r.domains), steps=5, domain_shares=mix, **RL)
+    policy = r.rl(start=base, prompts=prompts, reward=late, steps=5, domain_shares=mix, **RL)
     found = execute(r, policy)["rl"]
     assert edges(found) == {
         "start": "base",
+        "judges.reward_model": "reward_model",
         "domains.reasoning": "reasoning",
         "domains.general": "general",
     }
-    drawn = Counter((row["step"], row["domain"]) for row in read(found, "rollouts.jsonl"))
+    rows = read(found, "rollouts.jsonl")
+    assert all(row["score"] == row["reward"] for row in rows if row["step"] < 3)
+    assert any(row["score"] != row["reward"] for row in rows if row["step"] >= 3)
+    drawn = Counter((row["step"], row["domain"]) for row in rows)
     assert drawn == {(step, "reasoning"): 24 for step in range(3)} | {
         (step, domain): 12 for step in (3, 4) for domain in ("reasoning", "general")
     }

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from posttrain import schedules
+from posttrain import judges, schedules
 from posttrain.engine.errors import ConfigError
 from posttrain.stages.config import build_config
 from posttrain.stages.context import Context, Resumable
@@ -232,6 +232,15 @@ def test_the_policy_is_profiled_anew(rl: Callable[..., Any], rates: Mapping[str,
     more = [before[step + 1] - before[step] - sampled[step] for step in range(6)]
     assert [tokens > 0 for tokens in more] == [False, False, True, False, True, False]
     assert [line["profiled"] for line in ran.lines] == [0, 0, 10, 0, 10, 0]
+
+
+def test_a_profile_holds_pass_rates_whatever_the_reward_is(rl: Callable[..., Any]) -> None:
+    """With a reward that is 1 for everything the profile has what the verifiers say."""
+    reward = judges.constant(1.0).to_config()[0]
+    ran = rl(curriculum="band", reprofile_every=1, reward=reward, steps=2, drop_zero_variance=False)
+    rates = {row["rate"] for row in read(ran.out / "profile-1.jsonl")}
+    assert [line["reward"] for line in ran.lines] == [1, 1]
+    assert min(rates) < 1
 
 
 def test_a_plateau_makes_a_profile(rl: Callable[..., Any]) -> None:

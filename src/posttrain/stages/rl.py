@@ -8,13 +8,12 @@ Legend: B rows, N flat response tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 
-from posttrain.backends.base import Sampler
 from posttrain.backends.chat import Chat
 from posttrain.backends.checkpoint import load, save
 from posttrain.backends.local import LocalLearner, flat_index
@@ -24,10 +23,11 @@ from posttrain.rewards.pool import VerifierPool
 from posttrain.rl.advantage import zero_variance
 from posttrain.schedules import learning_rate, value_at
 from posttrain.stages.auxiliary import Auxiliary, take_metrics
+from posttrain.stages.batches import Problem
 from posttrain.stages.context import Context
 from posttrain.stages.credit import credit
 from posttrain.stages.critic import Critic, learn_values, new_critic
-from posttrain.stages.drawing import Drawing
+from posttrain.stages.drawing import Drawing, Sample
 from posttrain.stages.judging import batch_of, make_judge
 from posttrain.stages.learner import new_learner
 from posttrain.stages.policy_update import PolicyUpdate, kl_weights, old_logprobs, reward_kl
@@ -61,17 +61,17 @@ def run(config: Rl, ctx: Context) -> dict[str, float]:
         now = config.at(step, config.steps, ctx.history)
         if reference is not None:
             reference.reset(step, learner)
-        sample = partial(
-            sample_and_judge,
-            panel,
-            partial(value_at, step=step, total=config.steps, history=ctx.history),
+        verify = partial(
+            sample_and_verify,
             sampler,
             chat,
             judges=judges,
             max_new_tokens=now.max_new_tokens,
             temperature=now.temperature,
         )
-        tokens, metrics = drawing.reprofile(now, step, ctx.history, sample)
+        at = partial(value_at, step=step, total=config.steps, history=ctx.history)
+        sample = partial(sample_and_judge, panel, at, verify)
+        tokens, metrics = drawing.reprofile(now, step, ctx.history, verify)
         drawn = drawing.draw(now, step, sample)
         rows = log.write(
             step,
@@ -106,10 +106,16 @@ def new_panel(config: Rl, ctx: Context, learner: LocalLearner, pool: VerifierPoo
 
 
 def sample_and_judge(
-    panel: Panel | None, at: At, sampler: Sampler, chat: Chat, problems: Any, **how: Any
+    panel: Panel | None,
+    at: At,
+    verify: Sample,
+    problems: Sequence[Problem],
+    *,
+    group_size: int,
+    seed: int,
 ) -> Scored:
-    """`sample_and_verify`, and then what the judges say as the reward; `at` resolves schedules."""
-    scored = sample_and_verify(sampler, chat, problems, **how)
+    """Verified samples, and then what the judges say as the reward; `at` resolves schedules."""
+    scored = verify(problems, group_size=group_size, seed=seed)
     if panel is None:
         return scored
     scores = panel.score(batch_of(scored), at)
