@@ -31,6 +31,7 @@ from posttrain.language.operands import (
     check_filter,
     check_mix,
     check_pairs,
+    check_scored,
     check_steps,
     contest,
     domains_of,
@@ -350,6 +351,7 @@ class Recipe:
         inputs = rollout_edges("select", name, rollouts)
         stage = self._build.stage("select", name, settings, inputs)
         check_steps(self._build, name)
+        check_scored(self._build, name)
         return stage
 
     def comparisons(
@@ -384,6 +386,7 @@ class Recipe:
             settings = {"how": "strong_against_weak"} | settings
         stage = self._build.stage("pairs", name, settings, inputs)
         check_pairs(self._build, name)
+        check_scored(self._build, name)
         return stage
 
     def _trained(

@@ -194,6 +194,11 @@ BAD: list[tuple[Callable[[Recipe, Any], Any], str]] = [
     (lambda r, b: r.best({"a": b, "b": r.demos("add")}), r"candidates\['b'\] = .* is not a model"),
     (lambda r, b: r.best({"a": b, "b": b}, prompts=b), r"it takes r\.prompts"),
     (lambda r, b: r.rl(start=b, prompts=rollouts(r, b), **STEPS), "its prompts are 'rollouts'"),
+    (
+        lambda r, b: r.select(rollouts(r, b), how="best", by="score"),
+        "by = score, and 'rollouts' is a sample stage",
+    ),
+    (lambda r, b: r.pairs(rollouts(r, b), by="score"), "whose rollouts have rewards only"),
     (lambda r, b: r.score(rollouts(r, b), judge="oracle"), "judge = 'oracle' is no judge"),
     (lambda r, b: r.score(b, judge=judges.oracle()), "not 'base'"),
     (

@@ -115,6 +115,21 @@ def test_the_oracle_compares_pairs(ask: Callable[..., Any], domains: Mapping[str
 PAIRS = "pairs.jsonl"
 
 
+def test_the_oracle_is_asked_about_the_best_and_the_worst(ask: Callable[..., Any]) -> None:
+    """Without noise it prefers the one that it scored higher, one pair of each problem."""
+    judge = judges.oracle(noise=0.0)
+    scored = rows_of(ask("score", judge).out / FILE)
+    best = {}
+    for row in scored:
+        best.setdefault(row["id"], []).append((row["score"], row["response"]))
+    rows = rows_of(ask("pairs", judge, by="score").out / PAIRS)
+    assert len(rows) == 6 and all(row["strength"] == 4 for row in rows)
+    for row in rows:
+        assert row["chosen"] == max(best[row["id"]])[1]
+        assert (min(best[row["id"]])[0], row["rejected"]) in best[row["id"]]
+    assert len(rows_of(ask("pairs", judge, by="score", min_strength=4).out / PAIRS)) == 6
+
+
 def test_random_pairs_are_judged(ask: Callable[..., Any]) -> None:
     settings = {"by": "score", "how": "random", "max_per_prompt": 2}
     rows = rows_of(ask("pairs", judges.oracle(), **settings).out / PAIRS)
@@ -206,7 +221,7 @@ def test_a_comparing_judge_compares_the_candidates(
             {"judge": spec(judges.oracle()), "how": "strong_against_weak"},
             "asks no judge; leave judge out",
         ),
-        ("pairs", {"min_strength": 2}, "min_strength = 2: it needs a judge that is asked about"),
+        ("pairs", {"min_strength": 2}, "min_strength = 2: it needs a judge of pairs"),
         (
             "pairs",
             {"judge": spec(judges.oracle()), "by": "score", "how": "all", "min_margin": 0.1},

@@ -167,6 +167,20 @@ def check_steps(build: Builder, stage: str) -> None:
                 )
 
 
+def check_scored(build: Builder, stage: str) -> None:
+    """Raise ConfigError where a stage goes by scores that its rollouts do not have."""
+    node = build.nodes[stage]
+    if node.config["by"] != "score" or node.config.get("judge") is not None:
+        return
+    for edge, source in node.inputs.items():
+        kind = build.handle(source).kind
+        if edge.partition(".")[0] in ("rollouts", "against") and kind not in ("score", ""):
+            raise ConfigError(
+                f"stage {stage!r} ({node.kind}): by = score, and {source!r} is a {kind} stage, "
+                "whose rollouts have rewards only; give it r.score(rollouts, judge=...)"
+            )
+
+
 def check_pairs(build: Builder, stage: str) -> None:
     """Raise ConfigError where `how` and the stages that a pairs stage reads do not fit."""
     node = build.nodes[stage]

@@ -34,7 +34,7 @@ from posttrain.stages.settings.preference import Pairs
 def run(config: Pairs, ctx: Context) -> dict[str, float]:
     """Write pairs.jsonl: id, domain, prompt, chosen, rejected, rewards (of both, in this order)."""
     ours = by_problem(read_rollouts(ctx))
-    if config.judge is not None and not config.pairwise:
+    if config.judge is not None and (not config.pairwise or config.how == "best_against_worst"):
         ours = judged(config, ctx, ours)
     theirs = by_problem(read_rollouts(ctx, "against")) or ours
     if config.pairwise:
@@ -93,7 +93,12 @@ def preferred(
     for key, rows in problems.items():
         pairs = list(combinations(rows, 2))
         if config.how == "random":
-            pairs = sorted(pairs, key=lambda pair: shuffled(pair, config.seed))
+            pairs.sort(key=lambda pair: shuffled(pair, config.seed))
+        elif config.how == "best_against_worst":
+            best_first = sorted(rows, key=lambda row: -row["score"])
+            pairs = list(zip(best_first, best_first[::-1], strict=True))
+            pairs = [(one, other) for one, other in pairs if one["score"] > other["score"]]
+        if config.how != "all":
             pairs = pairs[: config.max_per_prompt]
         asked += [(key, one, other) for one, other in pairs]
     whole = problems_of(ctx, [one for _, one, _ in asked])

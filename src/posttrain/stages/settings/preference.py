@@ -57,7 +57,7 @@ class Pairs(BaseModel):
     def pairwise(self) -> bool:
         """Whether the judge is asked about pairs, not about responses."""
         kind = "" if self.judge is None else self.judge["judge"]
-        return kind in ("oracle", "human") and self.how in ("all", "random")
+        return kind == "oracle" or (kind == "human" and self.how in ("all", "random"))
 
     @field_validator("judge")
     @classmethod
@@ -73,7 +73,7 @@ class Pairs(BaseModel):
         if self.pairwise:
             refuse_unread(self, "min_margin", because="a judge of pairs; set min_strength")
         else:
-            because = "a judge that is asked about pairs: oracle or human, with how all or random"
+            because = "a judge of pairs: oracle, or human with how all or random"
             if self.min_strength is not None:
                 raise ValueError(f"min_strength = {self.min_strength}: it needs {because}")
         return self
