@@ -80,10 +80,13 @@ class Recipe:
         *,
         mode: str | Iterable[str] | None = None,
         noise: float = 0.0,
+        hint: str | None = None,
     ) -> Demos:
         """The demonstrations of one domain or of several, in a mode or each in several.
 
-        A share `noise` of them is wrong. Raises ConfigError for a domain that has none.
+        A share `noise` of them is wrong. With a `hint`, a template of the prompt such as
+        "{prompt} {answer}", each is there with the plain prompt and with the hinted one. Raises
+        ConfigError for a domain that has none.
         """
         known = self._build.known(domains)
         for name in known:
@@ -97,7 +100,7 @@ class Recipe:
         modes = check_modes(mode)
         if "think" in modes:
             self._build.require_thoughts(known)
-        return Demos(known, modes, noise)
+        return Demos(known, modes, noise, hint)
 
     def model(self, source: str | Path, *, name: str = "base") -> Stage:
         """A checkpoint from outside: a directory, an adopted name or a Hub id."""
@@ -159,6 +162,7 @@ class Recipe:
             stage,
             "modes",
             "demo_noise",
+            "hint",
             because="the rows of a data stage are as they are; leave it out, or learn from "
             "r.demos(...)",
         )
@@ -266,7 +270,9 @@ class Recipe:
         for edge in edges.values():
             self._build.same_vocabulary(name, start.name, edge)
         settings = prompts.settings() | settings
-        return self._trained("distill", name, settings, inputs | edges, aux, routes)
+        stage = self._trained("distill", name, settings, inputs | edges, aux, routes)
+        self._build.named_domains(stage, prompts.domains, "hints")
+        return stage
 
     def merge(
         self,

@@ -445,3 +445,23 @@ def test_a_user_checkpoint_takes_the_place_of_the_tiny_base(
     assert graph.nodes["base"].kind == "model"
     missing: Mapping[str, Any] = load(tmp_path).nodes
     assert missing["base"].kind == "pretrain"
+
+
+def test_hints_are_settings_of_the_stages_that_read_them(
+    make_recipe: Callable[..., Recipe],
+) -> None:
+    r = make_recipe()
+    sft = r.sft(start=start(r), data=r.demos(DOMAINS, hint="{prompt} {answer}"), **STEPS)
+    student = {"start": sft, "teachers": {"add": "self"}, "prompts": r.prompts("add"), **STEPS}
+    hints = {"add": "{prompt} {answer}"}
+    taught = r.distill(hints=hints, **student)
+    nodes = r.graph(r.evaluate(taught, init=sft)).nodes
+    assert nodes["sft"].config["hint"] == "{prompt} {answer}"
+    assert nodes["student"].config["hints"] == hints
+    with pytest.raises(ConfigError, match="field 'hints': 'sort' is not a domain of its prompts"):
+        r.distill(hints={"sort": "{prompt}"}, name="other", **student)
+    with pytest.raises(ConfigError, match=r"'mix' \(mix\): demonstrations with a hint are for sft"):
+        r.mix({r.demos("add", hint="{prompt} {answer}"): 1.0})
+    with pytest.raises(ConfigError, match=r"aux\['ptx'\] has a hint"):
+        data = r.demos("add", hint="{prompt} {answer}")
+        r.sft(start=sft, data=r.demos("add"), aux={"ptx": (data, 1.0)}, name="more", **STEPS)

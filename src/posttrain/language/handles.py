@@ -48,17 +48,19 @@ class Prompts:
 class Demos:
     """The training prompts of some domains with demonstrations of good responses.
 
-    Each is in each of the modes, and a share `noise` of them is wrong.
+    Each is in each of the modes, and a share `noise` of them is wrong. With a `hint` each is there
+    with its own prompt and with the hinted one.
     """
 
     domains: tuple[str, ...]
     modes: tuple[str, ...] = ()
     noise: float = 0.0
+    hint: str | None = None
 
     def settings(self) -> dict[str, Any]:
         """What the handle asks of the stage that learns from it."""
-        modes = {"modes": self.modes} if self.modes else {}
-        return modes | ({"demo_noise": self.noise} if self.noise else {})
+        settings = {"modes": self.modes, "demo_noise": self.noise, "hint": self.hint}
+        return {name: value for name, value in settings.items() if value}
 
 
 SELF = "self"

@@ -42,6 +42,11 @@ def auxiliary(
                 f"stage {stage!r}: aux[{name!r}] has noise = {data.noise}; the demonstrations of "
                 "an auxiliary loss have no slips, so leave noise out"
             )
+        if isinstance(data, Demos) and data.hint:
+            raise ConfigError(
+                f"stage {stage!r}: aux[{name!r}] has a hint; the demonstrations of an auxiliary "
+                "loss have their own prompts, so leave hint out"
+            )
         if isinstance(data, Demos) and data.modes:
             modes[name] = data.modes
         for edge, source in build.data(stage, data, (Demos, Stage)).items():

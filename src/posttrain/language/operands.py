@@ -87,6 +87,11 @@ def mixed(
     inputs: dict[str, str] = {}
     for source, weight in sources.items():
         edges = build.data(stage, source, (Demos, Stage))
+        if isinstance(source, Demos) and source.hint:
+            raise ConfigError(
+                f"stage {stage!r} (mix): demonstrations with a hint are for sft alone; leave hint "
+                "out"
+            )
         if isinstance(source, Stage):
             edge = f"data.{sum(key.startswith('data.') for key in inputs)}"
             inputs[edge] = edges["data"]

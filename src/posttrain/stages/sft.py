@@ -12,6 +12,7 @@ from posttrain.backends.base import Head, Metrics, MicroBatch, Part
 from posttrain.backends.chat import Chat
 from posttrain.backends.checkpoint import load, save
 from posttrain.backends.local import LocalLearner, response_targets
+from posttrain.hints import also_hinted
 from posttrain.losses.ops import token_logprobs
 from posttrain.losses.sft import cross_entropy
 from posttrain.rewards.oracle import demonstrate
@@ -35,7 +36,7 @@ def run(config: Sft, ctx: Context) -> dict[str, float]:
     """Train from `start` on demonstrations, or on the rows of a `data` artifact."""
     language_model = load(ctx.inputs["start"], device=ctx.device)
     chat = Chat(language_model)
-    demos = demonstrations(config, ctx)
+    demos = also_hinted(demonstrations(config, ctx), config.hint, where=f"stage {ctx.name!r}")
     pool = Pool(demos, seed=config.seed)
     num_rows = sum(map(len, demos.values()))
     steps = config.steps or math.ceil((config.epochs or 0) * num_rows / config.batch_size)

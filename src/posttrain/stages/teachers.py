@@ -10,9 +10,9 @@ Legend: B rows, N flat response tokens of one teacher's rows, E teacher's hidden
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor, Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,14 @@ import torch
 from torch import Tensor
 
 from posttrain.backends.base import Head, Sampling
+from posttrain.backends.chat import Chat
 from posttrain.backends.checkpoint import LanguageModel, load
 from posttrain.backends.local import LocalScorer, response_logprobs
 from posttrain.engine.errors import ConfigError
+from posttrain.hints import hinted
 from posttrain.losses.distill import teacher_top_k_targets
-from posttrain.rl.types import Rollouts
+from posttrain.rl.types import Rollouts, pad_rows
+from posttrain.stages.batches import Problem
 from posttrain.stages.settings.distill import Distill
 
 
@@ -71,9 +74,15 @@ class Teachers:
         self.scorers = {name: by_path[path] for name, path in paths.items()}
         self.workers = workers
 
-    def reading(self, config: Distill, teacher_B: Tensor) -> Reading:
-        """Begin to score a batch; row b is for teacher `teacher_B[b]` (int64, indexes `names`)."""
-        return Reading(self, config, teacher_B)
+    def reading(
+        self, config: Distill, teacher_B: Tensor, prompts: Sequence[Sequence[int] | None] = ()
+    ) -> Reading:
+        """Begin to score a batch; row b is for teacher `teacher_B[b]` (int64, indexes `names`).
+
+        Where `prompts` has token ids for the group of a row, its teacher reads the response after
+        these, and else after the prompt that the student saw.
+        """
+        return Reading(self, config, teacher_B, prompts)
 
 
 class Reading:
@@ -84,8 +93,15 @@ class Reading:
     and not from whether there is a core to spare.
     """
 
-    def __init__(self, teachers: Teachers, config: Distill, teacher_B: Tensor) -> None:
+    def __init__(
+        self,
+        teachers: Teachers,
+        config: Distill,
+        teacher_B: Tensor,
+        prompts: Sequence[Sequence[int] | None] = (),
+    ) -> None:
         self.teachers, self.config, self.teacher_B = teachers, config, teacher_B
+        self.prompts = prompts
         self.parts: list[tuple[int, Tensor, Future[Scores] | Scores]] = []
         # Ended rows by group: a group is read when it is whole, so that its prompt is read once.
         self.groups: dict[int, list[int]] = {}
@@ -122,13 +138,20 @@ class Reading:
         teacher_B = self.teacher_B[row_B]
         for number in teacher_B.unique().tolist():
             member_B = (teacher_B == number).nonzero()[:, 0]
-            work = (self.teachers.scorers[self.teachers.names[number]], rows.rows(member_B))
+            asked = self._asked(row_B[member_B], rows.rows(member_B))
+            work = (self.teachers.scorers[self.teachers.names[number]], asked)
             scores: Future[Scores] | Scores
             if self.teachers.workers is None:
                 scores = read_rows(self.config, *work)
             else:
                 scores = self.teachers.workers.submit(read_rows, self.config, *work)
             self.parts.append((number, row_B[member_B], scores))
+
+    def _asked(self, row_B: Tensor, rows: Rollouts) -> Rollouts:
+        """Rows `row_B` of the batch as their teacher is to read them."""
+        size = self.config.samples_per_prompt
+        given = [self.prompts[row // size] if self.prompts else None for row in row_B.tolist()]
+        return rows if all(prompt is None for prompt in given) else after_prompts(rows, given)
 
     def _joined(self, number: int, rollouts: Rollouts) -> Targets:
         """The parts of one teacher, its rows in the order of the batch."""
@@ -172,6 +195,35 @@ def read_rows(config: Distill, scorer: LocalScorer, rows: Rollouts) -> Scores:
         temperature=config.temperature,
     )
     return {"top_ids_NK": top_ids_NK, "top_logp_NK": top_logp_NK}
+
+
+def hinted_prompts(
+    config: Distill, chat: Chat, problems: Sequence[Problem], *, where: str
+) -> list[list[int] | None]:
+    """What the teachers read instead of each prompt: token ids, None where there is no hint."""
+    hints = [config.hints.get(problem["domain"]) for problem in problems]
+    return [
+        None
+        if hint is None
+        else chat.prompt(hinted(problem, hint, where=where), problem.get("mode"))
+        for problem, hint in zip(problems, hints, strict=True)
+    ]
+
+
+def after_prompts(rows: Rollouts, prompts: Sequence[Sequence[int] | None]) -> Rollouts:
+    """The same responses after other prompts; None leaves a row's own.
+
+    The n-th response token stays the n-th: only the context before it differs.
+    """
+    starts, lengths = rows.prompt_len_B.tolist(), rows.response_len_B.tolist()
+    tokens = rows.tokens_BT.tolist()
+    changed = [
+        [*(row[:start] if prompt is None else prompt), *row[start : start + length]]
+        for row, start, length, prompt in zip(tokens, starts, lengths, prompts, strict=True)
+    ]
+    # What fills the rows up is never read.
+    tokens_BT, length_B = pad_rows(changed, 0)
+    return replace(rows, tokens_BT=tokens_BT, prompt_len_B=length_B - rows.response_len_B)
 
 
 def check_same_tokens(

@@ -6,6 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from posttrain.hints import check_hint
 from posttrain.stages.settings.base import (
     Aggregation,
     Config,
@@ -48,6 +49,9 @@ class Distill(Config, Optimizer, InModes, WithAux, Rollout, Correction, Aggregat
     """`tokens` weighs domains so that each contributes its share of prompts in tokens too."""
     domain_weights: dict[str, Weight] = Field(default_factory=dict)
     """Weight of a domain's loss; 1 where none is given."""
+    hints: dict[str, str] = Field(default_factory=dict)
+    """Domain to a template of the prompt, such as "{prompt} {answer}": its teacher reads the
+    responses after that instead of the prompt that the student saw."""
     routes: dict[str, str] = Field(default_factory=dict)
     """Domain to teacher; filled in by the recipe."""
 
@@ -61,6 +65,11 @@ class Distill(Config, Optimizer, InModes, WithAux, Rollout, Correction, Aggregat
                 "sampled_token, where it is a detached advantage, or top_k or full_vocabulary"
             )
         return value
+
+    @field_validator("hints")
+    @classmethod
+    def _hints_are_templates(cls, value: dict[str, str]) -> dict[str, str]:
+        return {name: check_hint(template) for name, template in value.items()}
 
     @model_validator(mode="after")
     def _estimator_reads(self) -> Self:

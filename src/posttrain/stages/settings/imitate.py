@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from posttrain.hints import check_hint
 from posttrain.stages.settings.base import (
     Config,
     InModes,
@@ -56,6 +57,14 @@ class Sft(Config, Optimizer, InModes, WithAux):
     demo_noise: float = Field(0.0, ge=0, le=1)
     """Share of the demonstrations that are wrong, as a careless annotator writes them
     (`rewards/oracle.py`). Comes from the recipe's `noise`."""
+    hint: str | None = None
+    """Template of a second prompt for every demonstration, beside its own. Comes from the recipe's
+    `hint`."""
+
+    @field_validator("hint")
+    @classmethod
+    def _hint_is_a_template(cls, value: str | None) -> str | None:
+        return None if value is None else check_hint(value)
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
