@@ -26,7 +26,7 @@ from posttrain.language.handles import Demos, Prompts, Stage, check_modes
 from posttrain.language.joining import Aux, auxiliary, check_auxiliary, check_merge, merging
 from posttrain.language.judging import check_judge, judge_edges
 from posttrain.language.operands import check_drawing, contest, mixed, profile_edge, rollout_edges
-from posttrain.language.routes import route, samplers
+from posttrain.language.routes import Teachers, route, samplers
 from posttrain.stages.config import VERSIONS
 from posttrain.suites.domain import Suite, Table
 
@@ -253,7 +253,7 @@ class Recipe:
         self,
         *,
         start: Stage,
-        teachers: Mapping[str, Stage | str],
+        teachers: Teachers,
         prompts: Prompts | Stage,
         aux: Aux | None = None,
         name: str = "student",
@@ -261,12 +261,15 @@ class Recipe:
     ) -> Stage:
         """On-policy distillation of each prompt's domain from that domain's teacher into `start`.
 
-        `teachers` maps every domain of `prompts` to a stage, or to "self" for the start itself.
+        `teachers` maps every domain of `prompts` to a stage, or to "self" for the start itself; to
+        a list of these, which take its prompts in turn; or to a dict with those of each mode.
         `aux` as in `sft`.
         """
         inputs = {"start": self._build.model(name, "start", start)}
         inputs |= self._build.data(name, prompts, (Prompts,))
-        routes, edges = route(self._build, name, prompts.domains, teachers, start)
+        routes, edges = route(
+            self._build, name, prompts.domains, teachers, start, modes=self._build.modes(prompts)
+        )
         for edge in edges.values():
             self._build.same_vocabulary(name, start.name, edge)
         settings = prompts.settings() | settings
@@ -296,7 +299,7 @@ class Recipe:
         student: Stage,
         *,
         init: Stage,
-        teachers: Mapping[str, Stage | str] | None = None,
+        teachers: Teachers | None = None,
         domains: Iterable[str] | None = None,
         name: str = "evaluation",
         **settings: Any,
@@ -308,7 +311,10 @@ class Recipe:
         }
         known = self._build.known(self.domains if domains is None else domains)
         inputs |= self._build.data(name, Prompts(known), (Prompts,))
-        routes, edges = route(self._build, name, known, teachers or {}, init, strict=False)
+        modes = settings.get("modes", ())
+        routes, edges = route(
+            self._build, name, known, teachers or {}, init, modes=modes, strict=False
+        )
         return self._build.stage("evaluate", name, settings, inputs | edges, routes)
 
     def sample(
@@ -377,7 +383,7 @@ class Recipe:
         settings: Mapping[str, Any],
         inputs: Mapping[str, str],
         aux: Aux | None,
-        routes: Mapping[str, str] | None = None,
+        routes: Mapping[str, str | tuple[str, ...]] | None = None,
     ) -> Stage:
         """A stage that trains, with its auxiliary losses."""
         settings, edges = auxiliary(self._build, name, aux, settings)

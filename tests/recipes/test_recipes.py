@@ -465,3 +465,32 @@ def test_hints_are_settings_of_the_stages_that_read_them(
     with pytest.raises(ConfigError, match=r"aux\['ptx'\] has a hint"):
         data = r.demos("add", hint="{prompt} {answer}")
         r.sft(start=sft, data=r.demos("add"), aux={"ptx": (data, 1.0)}, name="more", **STEPS)
+
+
+def test_a_domain_has_teachers_by_mode_or_several_in_turn(
+    make_recipe: Callable[..., Recipe],
+) -> None:
+    r = make_recipe()
+    base = start(r)
+    one, two = (r.sft(start=base, data=r.demos("add"), name=n, **STEPS) for n in ("one", "two"))
+    modes = ("think", "no_think")
+    both = {"start": base, "prompts": r.prompts(("add", "sort"), mode=modes), **STEPS}
+    teachers = {"add": {"think": [one, two], "no_think": "self"}, "sort": two}
+    student = r.distill(teachers=teachers, **both)
+    shown = {"add": {"think": one, "no_think": two}}
+    nodes = r.graph(r.evaluate(student, init=base, teachers=shown, modes=modes)).nodes
+    routes = {"add/think": ["one", "two"], "add/no_think": "self", "sort": "two"}
+    assert nodes["student"].config["routes"] == routes
+    edges = {edge: to for edge, to in nodes["student"].inputs.items() if "teachers" in edge}
+    assert edges == {"teachers.one": "one", "teachers.two": "two", "teachers.self": "base"}
+    assert nodes["evaluation"].config["routes"] == {"add/think": "one", "add/no_think": "two"}
+    refused: list[tuple[Any, str]] = [
+        ({"add": {"think": one}, "sort": two}, "modes think, and its prompts have think, no_think"),
+        ({"add": [], "sort": two}, r"teachers\['add'\] names no teacher"),
+        ({"add": [one, "two"], "sort": two}, r"teachers\['add'\] = 'two'; it takes a stage"),
+    ]
+    for number, (given, message) in enumerate(refused):
+        with pytest.raises(ConfigError, match=message):
+            r.distill(teachers=given, name=f"refused{number}", **both)
+    with pytest.raises(ConfigError, match="are 2 teachers; an evaluation compares with one"):
+        r.evaluate(student, init=base, teachers={"add": [one, two]}, name="more")

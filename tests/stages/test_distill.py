@@ -403,3 +403,19 @@ def test_a_teacher_of_another_size_and_architecture_will_do(
 def test_settings_that_mean_nothing_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build_config("distill", "student", BASE | changes)
+
+
+def test_teachers_by_mode_and_teachers_in_turn(distill: Callable[..., Any]) -> None:
+    """Of 12 prompts 6 are of each domain; where a domain has two teachers each reads half."""
+    both = distill(steps=1, routes={"short": ("first", "second"), "words": "second"}).lines[0]
+    assert (both["rows/first"], both["rows/second"]) == (3, 9)
+    config = build_config(
+        "distill",
+        "s",
+        {"steps": 1, "routes": {"a/think": ("x", "y"), "a/no_think": "z", "b": "x"}},
+    )
+    assert isinstance(config, Distill)
+    assert config.teachers == ["x", "y", "z"]
+    assert config.teachers_of("a", "think") == ("x", "y")
+    assert config.teachers_of("a", "no_think") == ("z",)
+    assert config.teachers_of("b", "think") == config.teachers_of("b") == ("x",)

@@ -241,6 +241,12 @@ class Builder:
             )
         return data.name
 
+    def modes(self, prompts: Prompts | Stage) -> tuple[str, ...]:
+        """The modes that these prompts are in."""
+        if isinstance(prompts, Prompts):
+            return prompts.modes
+        return tuple(self.nodes[prompts.name].config["modes"])
+
     def model(self, stage: str, edge: str, value: object, *, scores: bool = False) -> str:
         """The name of a stage that makes a language model, for the edge `edge`.
 

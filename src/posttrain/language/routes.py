@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from posttrain.engine.errors import ConfigError
 from posttrain.language.builder import Builder
 from posttrain.language.handles import SELF, Stage
+
+Teacher = Stage | str
+ByMode = Mapping[str, "Teacher | Sequence[Teacher]"]
+Teachers = Mapping[str, Teacher | Sequence[Teacher] | ByMode]
+"""Domain to its teacher, to several that take its prompts in turn, or to those of each mode."""
 
 
 def route(
     build: Builder,
     stage: str,
     domains: tuple[str, ...],
-    teachers: Mapping[str, Stage | str],
+    teachers: Teachers,
     start: Stage,
     *,
+    modes: Sequence[str] = (),
     strict: bool = True,
-) -> tuple[dict[str, str], dict[str, str]]:
-    """Domain to teacher name, and the teachers' edges; strict: every domain needs a teacher."""
+) -> tuple[dict[str, str | tuple[str, ...]], dict[str, str]]:
+    """Domain, or `domain/mode`, to the name of its teacher or to several, and the teachers' edges.
+
+    Strict: every domain needs a teacher, and each domain with teachers by mode one for each of the
+    `modes`.
+    """
     unknown = [domain for domain in teachers if domain not in build.domains]
     if unknown:
         build.known(unknown[0])
@@ -36,30 +46,65 @@ def route(
             f"given for {', '.join(teachers) or 'none'}; add teachers[{missing[0]!r}] = a "
             f'stage, or "self" to hold the domain where the student starts'
         )
-    routes: dict[str, str] = {}
+    routes: dict[str, str | tuple[str, ...]] = {}
     edges: dict[str, str] = {}
-    for domain in domains:
-        teacher = teachers.get(domain)
-        if teacher is None or (teacher == SELF and not strict):
-            continue
-        if isinstance(teacher, str):
-            if teacher != SELF:
-                raise ConfigError(
-                    f"stage {stage!r}: teachers[{domain!r}] = {teacher!r}; it takes a stage or "
-                    f'"{SELF}"'
-                )
-            name, source = SELF, start
-        else:
-            name, source = teacher.name, teacher
-        routes[domain] = name
-        edge = f"teachers.{name}"
-        if edges.get(edge, source.name) != source.name:
+    for key, where, several in _each(stage, domains, teachers, tuple(modes), strict):
+        if not strict and len(several) > 1:
             raise ConfigError(
-                f"stage {stage!r}: a teacher is called {SELF!r}, which means the student's own "
-                "start; give that stage another name="
+                f"stage {stage!r}: {where} are {len(several)} teachers; an evaluation compares "
+                "with one, so name the one that counts"
             )
-        edges[edge] = build.model(stage, f"teachers[{domain!r}]", source)
+        names: list[str] = []
+        for teacher in several:
+            if teacher == SELF and not strict:
+                continue
+            if isinstance(teacher, str) and teacher != SELF:
+                raise ConfigError(
+                    f'stage {stage!r}: {where} = {teacher!r}; it takes a stage or "{SELF}"'
+                )
+            source = start if isinstance(teacher, str) else teacher
+            name = SELF if isinstance(teacher, str) else teacher.name
+            if edges.get(f"teachers.{name}", source.name) != source.name:
+                raise ConfigError(
+                    f"stage {stage!r}: a teacher is called {SELF!r}, which means the student's own "
+                    "start; give that stage another name="
+                )
+            edges[f"teachers.{name}"] = build.model(stage, where, source)
+            names.append(name)
+        if names:
+            routes[key] = names[0] if len(names) == 1 else tuple(names)
     return routes, edges
+
+
+def _each(
+    stage: str, domains: Sequence[str], teachers: Teachers, modes: tuple[str, ...], strict: bool
+) -> Iterator[tuple[str, str, list[Teacher]]]:
+    """Key of the route, what the recipe calls it, and the teachers there."""
+    for domain in domains:
+        given = teachers.get(domain)
+        if given is None:
+            continue
+        where = f"teachers[{domain!r}]"
+        if not isinstance(given, Mapping):
+            yield domain, where, _listed(stage, where, given)
+            continue
+        if set(given) != set(modes) and (strict or not set(modes) <= set(given)):
+            raise ConfigError(
+                f"stage {stage!r}: {where} has teachers for the modes {', '.join(given)}, and its "
+                f"prompts have {', '.join(modes) or 'none'}; give one for each mode of the prompts"
+            )
+        for mode in modes:
+            place = f"{where}[{mode!r}]"
+            yield f"{domain}/{mode}", place, _listed(stage, place, given[mode])
+
+
+def _listed(stage: str, where: str, given: Teacher | Sequence[Teacher]) -> list[Teacher]:
+    several = (
+        [given] if isinstance(given, Stage | str) or not isinstance(given, Sequence) else given
+    )
+    if not several:
+        raise ConfigError(f"stage {stage!r}: {where} names no teacher; give a stage")
+    return list(several)
 
 
 def samplers(

@@ -1,10 +1,10 @@
 """Composer 2: continued pretraining, then RL with Dr. GRPO; 2.5 teaches itself with hints.
 
 Source: Composer 2, arXiv 2603.24477; Composer 2.5 announcement.
-RL has neither a standard deviation nor a length in its normalisation, the KL to the start as k1 in
-the reward (the variance of k3 grows without bound), a concave cost of length, and draws harder
-prompts as it goes on. In version 2.5 the teacher of the last stage is the model itself with a hint in
-its prompt, here the reference answer: it reads what the model wrote without it, and corrects it.
+RL has neither a standard deviation nor a length in its normalisation, the KL to the start as k1
+in the reward (the variance of k3 grows without bound), a concave cost of length, and draws harder
+prompts as it goes on. In version 2.5 the teacher of the last stage is the model itself with a hint
+in its prompt, here the reference answer: it reads what the model wrote without it, and corrects it.
 Left out: the harness, tool calls and turns in the cost, self-summaries, asynchrony. Continued
 pretraining is on demonstrations, and has seen hints in 2.5. Sizes are scaled down.
 """

@@ -41,7 +41,9 @@ def recipe(r: Recipe, base: str = "tiny", iterations: int = 1) -> Stage:
 
     both = r.prompts(r.domains, mode=MODES)
     general = grpo(r, hybrid, both, "general_rl", steps=40)
-    healthy = judges.verifier() + 0.2 * judges.finished() - 0.2 * judges.repetition(unit="character")
+    healthy = (
+        judges.verifier() + 0.2 * judges.finished() - 0.2 * judges.repetition(unit="character")
+    )
     final = grpo(r, general, both, "pathology_rl", reward=healthy, steps=10)
     return r.evaluate(final, init=hybrid, modes=MODES, max_new_tokens=48, num_problems=200)
 

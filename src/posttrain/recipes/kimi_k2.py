@@ -1,11 +1,11 @@
 """Kimi K2: one SFT, then joint RL on verifiable rewards and on the policy's own critique.
 
 Source: Kimi K2, arXiv 2507.20534, section 3.
-The SFT model is also the first critic: in the last domain the policy ranks its own responses pair by pair,
-and it learns to, from verifiable rollouts, beside RL. The loss is K1.5's square of the advantage
-minus tau times the log-ratio. Prompts are of moderate difficulty for the SFT model; responses have
-a budget of tokens, above which they cost; the temperature falls; a PTX loss on demonstrations
-keeps what RL does not ask for.
+The SFT model is also the first critic: in the last domain the policy ranks its own responses pair
+by pair, and it learns to, from verifiable rollouts, beside RL. The loss is K1.5's square of the
+advantage minus tau times the log-ratio. Prompts are of moderate difficulty for the SFT model;
+responses have a budget of tokens, above which they cost; the temperature falls; a PTX loss on
+demonstrations keeps what RL does not ask for.
 Left out: synthetic agents, rubrics, Muon. The critic's comparisons are of the SFT model's
 rollouts and are not made anew while RL runs. Steps and learning rates are scaled down.
 """

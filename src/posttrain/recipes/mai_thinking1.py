@@ -2,10 +2,11 @@
 
 Source: MAI-Thinking-1 technical report, post-training.
 A climb is GRPO whose limit on length grows and whose upper clip follows the entropy: 1/(1-e) + k,
-k up while the entropy is below its target and down while it is above. Reward: the task, language, and a
-cost of length scaled by the pass rate. Self-distillation restarts a climb: SFT of the base on correct traces of the climb's
-late steps, then RL again. The final model is SFT of the base on the traces of all climbs, 89, 9
-and 2 % of the tokens, and a light climb on the last climb's domains with a share of the others.
+k up while the entropy is below its target and down while it is above. Reward: the task, language,
+and a cost of length scaled by the pass rate. Self-distillation restarts a climb: SFT of the base on
+correct traces of the climb's late steps, then RL again. The final model is SFT of the base on the
+traces of all climbs, 89, 9 and 2 % of the tokens, and a light climb on the last climb's domains
+with a share of the others.
 Left out: agents, the text reward model, top-p with replayed masks, staleness. The base has learnt
 the suite's notation from demonstrations, as it has no other text. Sizes are scaled down.
 """
@@ -46,7 +47,9 @@ def recipe(r: Recipe, base: str = "tiny", restarts: int = 1) -> Stage:
     return r.evaluate(final, init=sft, max_new_tokens=24)
 
 
-def climb(r: Recipe, start: Stage, domains: tuple[str, ...], name: str, **settings: object) -> Stage:
+def climb(
+    r: Recipe, start: Stage, domains: tuple[str, ...], name: str, **settings: object
+) -> Stage:
     return r.rl(
         start=start,
         prompts=r.prompts(domains),
@@ -54,9 +57,7 @@ def climb(r: Recipe, start: Stage, domains: tuple[str, ...], name: str, **settin
         advantage="group_zscore",
         clip_low=0.6,
         # 1 + clip_high = 1 / (1 - 0.6) + k, k from 0 to 2.5 in steps of 0.25.
-        clip_high=schedules.track(
-            "entropy", target=0.3, first=1.5, change=0.25, low=1.5, high=4.0
-        ),
+        clip_high=schedules.track("entropy", target=0.3, first=1.5, change=0.25, low=1.5, high=4.0),
         max_new_tokens=schedules.steps({0: 12, 8: 16, 16: 24}),
         updates_per_batch=5,
         group_size=16,

@@ -1,13 +1,14 @@
 """MiMo-V2-Flash: six domain teachers and the student itself, merged by MOPD; the loop closes.
 
 Source: MiMo-V2-Flash, arXiv 2601.02780, section 4.
-One SFT in both modes; each teacher is RL of it on its own prompts; what no teacher covers is held by
-the student's own start. MOPD starts from the SFT, not from a teacher: the sampled token's
+One SFT in both modes; each teacher is RL of it on its own prompts; what no teacher covers is held
+by the student's own start. MOPD starts from the SFT, not from a teacher: the sampled token's
 log-ratio to the teacher is the advantage, plus that of the outcome reward, and tokens whose
 train-to-sample ratio leaves the band are masked. With rounds=2 teachers are trained anew from the
 distilled student (co-evolution).
-Left out: agents, judges with rubrics, mixture of experts. A teacher is of a domain and a mode, since
-four domains make no six: all that think, and half of those that do not. Sizes are scaled down.
+Left out: agents, judges with rubrics, mixture of experts. A teacher is of a domain and a mode,
+since four domains make no six: all that think, and half of those that do not. Each starts with a
+light SFT, without which a model this small does not become one. Sizes are scaled down.
 """
 
 from posttrain import Recipe, Stage
@@ -24,9 +25,7 @@ def recipe(r: Recipe, base: str = "tiny", rounds: int = 1, alpha: float = 1.0) -
     for n in range(1, rounds + 1):
         thinking = {d: teacher(r, student, d, "think", n) for d in r.domains}
         direct = {d: teacher(r, student, d, "no_think", n) for d in taught_twice}
-        teachers = {
-            d: {"think": thinking[d], "no_think": direct.get(d, "self")} for d in r.domains
-        }
+        teachers = {d: {"think": thinking[d], "no_think": direct.get(d, "self")} for d in r.domains}
         student = r.distill(
             start=student,
             teachers=teachers,

@@ -31,8 +31,9 @@ def recipe(r: Recipe, base: str = "tiny", healed: str = "model.norm.weight") -> 
                      name=f"rlvr{n}", **RL)  # fmt: skip
 
     alone = r.prompts(hard)
-    pivot = r.rl(start=model, prompts=alone, **(RL | {"max_new_tokens": 16}), group_size=16,
-                 prompts_per_step=16, mask_unfinished=True, steps=15, lr=1e-4, name="swe_pivot")  # fmt: skip
+    single = RL | {"max_new_tokens": 16, "mask_unfinished": True}
+    pivot = r.rl(start=model, prompts=alone, group_size=16, prompts_per_step=16, steps=15,
+                 lr=1e-4, name="swe_pivot", **single)  # fmt: skip
     episodes = r.rl(start=pivot, prompts=alone, group_size=32, prompts_per_step=16, steps=15,
                     lr=1e-4, name="swe_end_to_end", **RL)  # fmt: skip
 
@@ -49,7 +50,5 @@ def recipe(r: Recipe, base: str = "tiny", healed: str = "model.norm.weight") -> 
         **RL,
     )
     data = r.select(rlhf, how="correct", max_per_prompt=1, name="rl_data")
-    final = r.sft(
-        start=rlhf, data=data, trainable=[healed], steps=20, lr=1e-4, name="mtp_healing"
-    )
+    final = r.sft(start=rlhf, data=data, trainable=[healed], steps=20, lr=1e-4, name="mtp_healing")
     return r.evaluate(final, init=sft, max_new_tokens=24)

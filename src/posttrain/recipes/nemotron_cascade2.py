@@ -29,7 +29,7 @@ def recipe(r: Recipe, base: str = "tiny") -> Stage:
     preferences = judges.verifier() + 0.2 * judges.oracle()
     side = climb(r, c1, r.prompts(human), "side_rlhf", reward=preferences, steps=40)
     best = r.best([c1, c2, c3], max_new_tokens=24, name="best_so_far")
-    teachers = {d: best for d in r.domains} | {math: c1, human: side}
+    teachers = dict.fromkeys(r.domains, best) | {math: c1, human: side}
     c4 = r.distill(
         start=c3,
         teachers=teachers,
@@ -50,7 +50,9 @@ def recipe(r: Recipe, base: str = "tiny") -> Stage:
     c5 = climb(r, c4, r.prompts(r.domains), "c5_rlhf", reward=preferences, kl_coef=0.03, steps=15)
     c6 = climb(r, c5, r.prompts(r.domains), "c6_long_context", max_new_tokens=32, steps=15)
     rates = r.profile(c6, prompts=r.prompts(r.domains), n=8, num_prompts=400, max_new_tokens=24)
-    hard = r.filter(r.prompts(r.domains), profile=rates, high=0.99, at_least=50, name="code_prompts")
+    hard = r.filter(
+        r.prompts(r.domains), profile=rates, high=0.99, at_least=50, name="code_prompts"
+    )
     c7 = climb(r, c6, hard, "c7_code", group_size=16, steps=20)
     c8a = climb(r, c7, hard, "c8a_swe_agentless", group_size=16, mask_unfinished=True, steps=15)
     some = r.filter(r.prompts(r.domains), profile=rates, high=0.99, keep_unsolved=0.1, at_least=50,

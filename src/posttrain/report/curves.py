@@ -218,7 +218,11 @@ def _lines(
     full = dict.fromkeys(k for line in stage.lines for k in line if k.startswith(f"{key}/"))
     if full and len(stages) == 1:
         # What is logged per teacher gets the colour of that teacher's domain.
-        owner = {teacher: domain for domain, teacher in stage.config.get("routes", {}).items()}
+        owner = {
+            teacher: route.partition("/")[0]
+            for route, names in stage.config.get("routes", {}).items()
+            for teacher in ([names] if isinstance(names, str) else names)
+        }
         found = []
         for name in (k.partition("/")[2] for k in full):
             x, y = _thin(_points(stage, (f"{key}/{name}",)))

@@ -51,9 +51,10 @@ def run(config: Evaluate, ctx: Context) -> dict[str, float]:
     result = evaluation(
         scores,
         routes={
-            name: config.routes[rows[0]["domain"]]
+            name: config.routes[key]
             for name, rows in problems.items()
-            if rows[0]["domain"] in config.routes
+            for key in (name, rows[0]["domain"])
+            if key in config.routes
         },
         constants=constants,
         resamples=config.bootstrap,

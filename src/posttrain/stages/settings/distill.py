@@ -52,8 +52,19 @@ class Distill(Config, Optimizer, InModes, WithAux, Rollout, Correction, Aggregat
     hints: dict[str, str] = Field(default_factory=dict)
     """Domain to a template of the prompt, such as "{prompt} {answer}": its teacher reads the
     responses after that instead of the prompt that the student saw."""
-    routes: dict[str, str] = Field(default_factory=dict)
-    """Domain to teacher; filled in by the recipe."""
+    routes: dict[str, str | tuple[str, ...]] = Field(default_factory=dict)
+    """Domain, or domain/mode, to its teacher or to several; filled in by the recipe."""
+
+    def teachers_of(self, domain: str, mode: str | None = None) -> tuple[str, ...]:
+        """The teachers of a domain's prompts in a mode; they take them in turn."""
+        names = self.routes[f"{domain}/{mode}" if f"{domain}/{mode}" in self.routes else domain]
+        return (names,) if isinstance(names, str) else names
+
+    @property
+    def teachers(self) -> list[str]:
+        """The names of all teachers, sorted."""
+        every = [(names,) if isinstance(names, str) else names for names in self.routes.values()]
+        return sorted({name for names in every for name in names})
 
     @field_validator("estimator", mode="before")
     @classmethod
@@ -106,11 +117,12 @@ class Distill(Config, Optimizer, InModes, WithAux, Rollout, Correction, Aggregat
 
     @model_validator(mode="after")
     def _weights_name_domains(self) -> Self:
-        unknown = [name for name in self.domain_weights if name not in self.routes]
+        domains = dict.fromkeys(route.partition("/")[0] for route in self.routes)
+        unknown = [name for name in self.domain_weights if name not in domains]
         if unknown and self.routes:
             raise ValueError(
                 f"domain_weights: {unknown[0]!r} is not a domain of its prompts; choices: "
-                f"{', '.join(self.routes)}"
+                f"{', '.join(domains)}"
             )
         return self
 
