@@ -22,3 +22,173 @@ ALLOWED: dict[str, set[str]] = {
     "rl": {"losses"},
     "modes": {"engine"},
     "hints": {"engine"},
+    "domains": {"engine", "modes", "schedules"},
+    "report": {"engine"},
+    "external": {"engine"},
+    "backends": {"engine", "losses", "rl", "modes"},
+    "schedules": {"engine"},
+    "judges": {"engine", "schedules", "domains"},
+    "stages.settings": {"engine", "schedules", "domains", "modes", "hints"},
+    "stages.config": {"engine", "stages.settings"},
+    "stages": {
+        "engine", "losses", "rl", "domains", "report", "backends", "schedules", "modes",
+        "stages.settings", "external", "hints",
+    },
+    "language": {
+        "engine", "external", "domains", "schedules", "stages.config", "modes", "judges",
+    },
+    "recipe": {"engine", "external", "domains", "stages.config", "language", "judges"},
+    "package": {"recipe", "language", "domains", "schedules", "judges"},
+    "recipes": {"package"},
+    "loading": {"engine", "recipe", "language", "domains"},
+    "worker": {
+        "engine", "report", "language", "domains", "backends", "stages", "stages.config",
+    },
+    "commands": {
+        "engine", "external", "report", "backends", "stages", "stages.config", "recipe", "language",
+        "loading", "worker", "domains",
+    },
+    "cli": {"engine", "commands", "package"},
+    "__main__": {"cli"},
+}  # fmt: skip
+# Suites and rewards are one layer: a suite names verifiers, a verifier reads a domain's notation.
+ALIASES = {"suites": "domains", "rewards": "domains", "__init__": "package"}
+
+THIRD_PARTY: dict[str, set[str]] = {
+    "engine": set(),
+    "losses": {"torch"},
+    "rl": {"torch"},
+    "domains": {"reasoning_gym", "math_verify", "datasets", "pyarrow"},
+    "report": {"numpy", "jinja2", "markupsafe", "matplotlib", "rich"},
+    "external": {"huggingface_hub"},
+    "backends": {"torch", "transformers", "tokenizers", "safetensors"},
+    "stages.settings": {"pydantic"},
+    "stages.config": {"pydantic"},
+    "schedules": set(),
+    "judges": set(),
+    "modes": set(),
+    "hints": set(),
+    "stages": {"torch", "numpy", "safetensors", "transformers", "reasoning_gym"},
+    "language": set(),
+    "recipe": set(),
+    "package": set(),
+    "recipes": set(),
+    "loading": set(),
+    "worker": {"torch"},
+    "commands": {"typer", "rich", "transformers", "torch"},
+    "cli": {"typer", "rich"},
+    "__main__": set(),
+}
+
+FILES = sorted(ROOT.rglob("*.py"))
+ids = [str(path.relative_to(ROOT)) for path in FILES]
+
+
+def unit_of(module: str) -> str:
+    """The unit of a module named from the package's root, such as `stages.config`."""
+    parts = module.split(".")
+    pair = ".".join(parts[:2])
+    return pair if pair in ALLOWED else ALIASES.get(parts[0], parts[0])
+
+
+def imports(path: Path) -> Iterator[tuple[str, str]]:
+    """(kind, name) of everything a file imports, inside functions too: kind is own or other."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            assert node.module is not None
+            names = [node.module]
+            if node.module == "posttrain":
+                modules = [n.name for n in node.names if (ROOT / f"{n.name}.py").exists()]
+                modules += [n.name for n in node.names if (ROOT / n.name).is_dir()]
+                names = [f"posttrain.{name}" for name in modules] or ["posttrain.__init__"]
+        else:
+            continue
+        for name in names:
+            if name == "posttrain":
+                # The bare name: to find the package's directory.
+                continue
+            if name.split(".")[0] == "posttrain":
+                yield "own", name.removeprefix("posttrain.")
+            elif name.split(".")[0] not in sys.stdlib_module_names:
+                yield "other", name.split(".")[0]
+
+
+def unit_of_file(path: Path) -> str:
+    module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    return unit_of(module)
+
+
+def test_the_allowed_directions_have_no_cycle() -> None:
+    order = list(TopologicalSorter(ALLOWED).static_order())
+    assert set(order) == set(ALLOWED) == set(THIRD_PARTY)
+
+
+@pytest.mark.parametrize("path", FILES, ids=ids)
+def test_imports_point_one_way(path: Path) -> None:
+    unit = unit_of_file(path)
+    assert unit in ALLOWED, f"{path}: give the unit {unit!r} its place in ALLOWED"
+    for kind, name in imports(path):
+        if kind == "own":
+            other = unit_of(name)
+            assert other == unit or other in ALLOWED[unit], f"{unit} may not import {name}"
+        else:
+            assert name in THIRD_PARTY[unit], f"{unit} may not import {name}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=ids)
+def test_nothing_imports_from_tests(path: Path) -> None:
+    assert not {name for _, name in imports(path)} & {"tests", "conftest", "pytest"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=ids)
+def test_files_and_functions_are_small(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 500
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno is not None
+            assert node.end_lineno - node.lineno < 80, f"{node.name} has too many lines"
+
+
+def test_classes_inherit_one_level_deep() -> None:
+    """Errors apart: they form one small tree that users catch by its root."""
+    bases: dict[str, list[str]] = {}
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                bases[node.name] = [ast.unparse(base).split(".")[-1] for base in node.bases]
+
+    def depth(name: str) -> int:
+        return 1 + max(map(depth, own)) if (own := [b for b in bases[name] if b in bases]) else 0
+
+    errors = {name for name in bases if name.endswith(("Error", "Interrupted"))}
+    deep = {name: depth(name) for name in bases.keys() - errors if depth(name) > 1}
+    assert deep == {}
+    assert all(depth(name) <= 2 for name in errors)
+
+
+def test_modules_and_public_names_are_documented() -> None:
+    bare = []
+    for path in FILES:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        if path.name != "__init__.py" and not ast.get_docstring(tree):
+            bare.append(str(path.relative_to(ROOT)))
+        if path.parent.name == "recipes":
+            # Their module docstring says what recipe() is; the file is to be read as a whole.
+            continue
+        public = [
+            node
+            for node in tree.body
+            if isinstance(node, ast.ClassDef)
+            # The docstring of a command is its help text, and not every command has a text.
+            or (isinstance(node, ast.FunctionDef) and not node.decorator_list)
+        ]
+        bare += [
+            f"{path.relative_to(ROOT)}: {node.name}"
+            for node in public
+            if not node.name.startswith("_") and not ast.get_docstring(node)
+        ]
+    assert bare == []
