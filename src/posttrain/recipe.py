@@ -451,6 +451,16 @@ class Recipe:
             )
         return stage
 
+    def comparisons(
+        self, rollouts: Stage | Sequence[Stage], *, name: str = "comparisons", **settings: Any
+    ) -> Stage:
+        """Questions which of two rollouts is better, with answers, as data for `sft` and `aux`.
+
+        What learns them can be asked by `judges.compare`, or `judges.itself`.
+        """
+        edges = rollout_edges("comparisons", name, rollouts)
+        return self._build.stage("comparisons", name, settings, edges)
+
     def dedup(
         self, data: Stage | Sequence[Stage], *, name: str = "distinct", **settings: Any
     ) -> Stage:

@@ -78,6 +78,7 @@ def run_stage(job: Job, ctx: Context) -> dict[str, Any]:
         dpo,
         evaluate,
         filter,
+        judging_data,
         merge,
         mix,
         model,
@@ -111,6 +112,7 @@ def run_stage(job: Job, ctx: Context) -> dict[str, Any]:
         "filter": filter.run,
         "mix": mix.run,
         "dedup": dedup.run,
+        "comparisons": judging_data.run,
         "best": best.run,
     }
     metrics: dict[str, Any] = loops[job.kind](build_config(job.kind, job.name, job.config), ctx)

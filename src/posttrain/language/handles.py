@@ -12,7 +12,7 @@ MODEL_KINDS = ("model", "pretrain", "sft", "dpo", "rl", "distill", "merge", "bes
 """Kinds of stages that make a language model."""
 REWARD_MODEL = "reward_model"
 """The kind of stage that makes a model which scores responses and writes none."""
-DATA_KINDS = ("select", "mix", "dedup")
+DATA_KINDS = ("select", "mix", "dedup", "comparisons")
 """Kinds of stages that make rows of prompt and demonstration."""
 ROLLOUT_KINDS = ("sample", "score", "rl")
 """Kinds of stages that leave scored responses behind."""

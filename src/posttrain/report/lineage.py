@@ -38,6 +38,7 @@ KEY_NUMBERS = {
     "filter": ("rows", "prompts"),
     "mix": ("rows", "rows"),
     "dedup": ("rows", "rows"),
+    "comparisons": ("rows", "rows"),
     "best": ("score", "score"),
     "domain": ("train", "problems"),
 }

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from posttrain.engine.errors import ConfigError
-from posttrain.stages.settings.data import Dedup, Filter, Mix, Profile, Sample, Select
+from posttrain.stages.settings.data import Comparisons, Dedup, Filter, Mix, Profile, Sample, Select
 from posttrain.stages.settings.distill import Distill
 from posttrain.stages.settings.imitate import Pretrain, Sft
 from posttrain.stages.settings.models import Best, DomainData, Evaluate, ExternalModel, Merge
@@ -37,6 +37,7 @@ CONFIGS: dict[str, type[BaseModel]] = {
     "filter": Filter,
     "mix": Mix,
     "dedup": Dedup,
+    "comparisons": Comparisons,
     "best": Best,
 }
 

@@ -12,6 +12,7 @@ from posttrain.stages import (  # noqa: F401
     dpo,
     evaluate,
     filter,
+    judging_data,
     merge,
     mix,
     pairs,

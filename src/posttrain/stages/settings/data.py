@@ -177,6 +177,19 @@ class Mix(BaseModel):
     """The sources and their weights; filled in by the recipe."""
 
 
+class Comparisons(BaseModel):
+    """Questions that teach to compare: `r.comparisons(rollouts)`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    max_per_prompt: int = Field(2, gt=0)
+    """The n-th best response goes against the n-th worst, up to this n."""
+    min_margin: float = Field(0.0, ge=0)
+    """The two rewards differ by more than this."""
+    template: str | None = None
+    """The question, as the judge that asks it has it; without one the judges' own."""
+
+
 class Dedup(BaseModel):
     """Data without repeats: `r.dedup(data, near=0.8)`."""
 
