@@ -21,7 +21,7 @@ def recipe(r: Recipe, base: str = "tiny", rounds: int = 2) -> Stage:
     s0 = r.rl(start=sft, prompts=r.prompts(r.domains), steps=50, lr=2e-4, max_new_tokens=24,
               name="rlvr")  # fmt: skip
 
-    pipelines = (long_sft_then_rl, rl_alone, pivot_then_end_to_end)
+    pipelines = (rl_alone, long_sft_then_rl, pivot_then_end_to_end)
     covered = r.domains[: max(1, len(r.domains) - 1)]
     teachers: dict[str, Stage] = {}
     student = s0
