@@ -14,7 +14,12 @@ from posttrain.report.lineage import lineage_svg
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 PICTURES = DOCS / "recipes"
-LABELS = ("Source:", "In one line:", "Left out:")
+LABELS = {
+    "In one line:": r"(`[^`]*`)",
+    "Source:": r"(.*?)(?=^In one line:)",
+    "Left out:": r"(.*)",
+}
+"""Label in a recipe's docstring -> what stands behind it."""
 
 STYLE = """
 svg { --ink: #1b1f24; --muted: #59636e; --line: #d8dee4; --soft: #f5f7f9;
@@ -66,8 +71,8 @@ def described(path: Path) -> dict[str, str]:
     """Summary and labelled paragraphs of a recipe's docstring."""
     text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
     found = {"summary": text.partition("\n")[0]}
-    for label in LABELS:
-        paragraph = re.search(rf"^{label}(.*?)(?=^\w[\w ]*:|^$|\Z)", text, re.DOTALL | re.MULTILINE)
+    for label, pattern in LABELS.items():
+        paragraph = re.search(rf"^{label} {pattern}", text, re.DOTALL | re.MULTILINE)
         if paragraph:
             found[label] = " ".join(paragraph.group(1).split())
     return found
