@@ -31,13 +31,13 @@ def recipe(r: Recipe, base: str = "tiny", rl: Literal["ppo", "grpo"] = "ppo") ->
         beta=5,
         lr_schedule="linear",
         steps=80,
-        lr=1e-4,
+        lr=2e-5,
     )
     settings: dict[str, Any] = {"advantage": "group_zscore", "group_size": 8}
     if rl == "ppo":
         # The reward model gives no reward; it is where the critic starts.
-        value = r.reward_model(start=sft, data=pairs, epochs=1, lr=1e-3, name="value_init")
-        settings = {"advantage": "gae", "critic": value, "group_size": 8}
+        value = r.reward_model(start=sft, data=pairs, steps=100, lr=1e-3, name="value_init")
+        settings = {"advantage": "gae", "critic": value, "critic_lr": 1e-3, "group_size": 8}
     final = r.rl(
         start=dpo,
         prompts=prompts,
@@ -48,7 +48,7 @@ def recipe(r: Recipe, base: str = "tiny", rl: Literal["ppo", "grpo"] = "ppo") ->
         prompts_per_step=32,
         updates_per_batch=4,
         steps=60,
-        lr=1e-4,
+        lr=2e-4,
         max_new_tokens=24,
         name="rlvr",
         **settings,
