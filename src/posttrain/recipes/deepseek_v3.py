@@ -25,7 +25,7 @@ def recipe(r: Recipe, base: str = "tiny") -> Stage:
     sft = r.sft(start=start, data=concise, epochs=2, lr_end=0.2, lr=5e-4)
 
     answers = r.sample(sft, prompts=prompts, k=4, num_prompts=500, max_new_tokens=24)
-    preferences = r.pairs(answers, judge=judges.oracle(), how="all", name="preferences")
+    preferences = r.pairs(answers, judge=judges.oracle(noise=0.5), how="all", name="preferences")
     rm = r.reward_model(start=sft, data=preferences, steps=80, lr=1e-3)
     rules = dict.fromkeys(r.domains[:-1], judges.verifier())
     final = r.rl(

@@ -61,7 +61,7 @@ def recipe(r: Recipe, base: str = "tiny", rounds: int = 5, k: int = 8) -> Stage:
 
 def reward_model(r: Recipe, start: Stage, answers: list[Stage], name: str) -> Stage:
     """From annotated answers, with a margin for how clear a preference is."""
-    pairs = r.pairs(answers, judge=judges.oracle(), how="all", name=f"{name}_pairs")
+    pairs = r.pairs(answers, judge=judges.oracle(noise=0.5), how="all", name=f"{name}_pairs")
     return r.reward_model(start=start, data=pairs, margins="strength", steps=60, lr=1e-3, name=name)
 
 

@@ -24,7 +24,7 @@ def recipe(r: Recipe, base: str = "tiny", rounds: int = 6, k: int = 10) -> Stage
     code_base = r.sft(start=pretrained, data=r.demos(code), steps=100, lr=1e-3, name="code_base")
     expert = r.sft(start=code_base, data=human, steps=20, lr=5e-4, name="code_expert")
 
-    clear: Any = {"judge": judges.oracle(), "how": "all", "min_strength": 3}
+    clear: Any = {"judge": judges.oracle(noise=0.5), "how": "all", "min_strength": 3}
     chat, previous, annotated = sft, expert, []
     for n in range(1, rounds + 1):
         new = {"first_prompt": 200 * (n - 1), "num_prompts": 200, "max_new_tokens": 24}

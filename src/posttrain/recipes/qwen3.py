@@ -46,7 +46,10 @@ def recipe(
     both = r.prompts(r.domains, mode=BOTH)
     answers = r.sample(s3, prompts=both, k=4, num_prompts=300, max_new_tokens=48, name="answers")
     rm = r.reward_model(
-        start=s3, data=r.pairs(answers, judge=judges.oracle(), how="all"), steps=80, lr=1e-3
+        start=s3,
+        data=r.pairs(answers, judge=judges.oracle(noise=0.5), how="all"),
+        steps=80,
+        lr=1e-3,
     )
     rules = dict.fromkeys(r.domains[:-1], judges.verifier())
     reward = judges.by_domain(rules | {r.domains[-1]: judges.scalar(rm)})
