@@ -201,7 +201,7 @@ def test_deepseek_r1(tmp_path: Path) -> None:
     final = nodes["r1"].config
     assert final["temperature"] == 0.7
     late = final["schedules"]["domain_shares"]["values"]
-    assert late["0"]["palindrome"] == 0 and late["30"]["palindrome"] > 0
+    assert late["0"]["palindrome"] == 0 and late["24"]["palindrome"] > 0
 
     small = load(tmp_path, "deepseek_r1", "model=distilled").nodes
     assert small["r1_distilled"].inputs["start"] == "small_base"

@@ -21,7 +21,7 @@ LANGUAGE = judges.language(regex="[a-zA-Z]", unit="character")
 
 
 def recipe(
-    r: Recipe, base: str = "tiny", steps: int = 40, model: Literal["r1", "distilled"] = "r1"
+    r: Recipe, base: str = "tiny", steps: int = 32, model: Literal["r1", "distilled"] = "r1"
 ) -> Stage:
     start = r.base(base, thinking=True)
     reasoning, general = r.domains[:-1] or r.domains, r.domains[-1]
@@ -42,8 +42,12 @@ def recipe(
     dev3 = r.sft(start=start, data=rows, epochs=2, lr=5e-4, name="dev3")
 
     answers = r.sample(dev3, prompts=soft, k=4, max_new_tokens=48, name="general_samples")
-    judged = r.pairs(answers, judge=judges.oracle(), how="all", name="judged")
-    helpful = r.reward_model(start=dev3, data=judged, steps=80, lr=1e-3, name="helpful")
+    judged = r.pairs(
+        answers, judge=judges.oracle(noise=0.5), how="all", min_strength=3, name="judged"
+    )
+    helpful = r.reward_model(
+        start=dev3, data=judged, per_prompt=True, steps=80, lr=1e-3, name="helpful"
+    )
     late = steps * 3 // 4
     preference = schedules.steps({0: 0.0, late: 1.0}) * judges.scalar(helpful)
     final = r.rl(

@@ -35,14 +35,16 @@ def recipe(r: Recipe, base: str = "tiny", rounds: int = 1, ranked: int = 6) -> S
             r.sample(
                 sampler,
                 prompts=r.prompts(r.domains),
-                first_prompt=500 * (n - 1),
-                num_prompts=500,
+                first_prompt=1500 * (n - 1),
+                num_prompts=1500,
                 k=ranked,
                 max_new_tokens=24,
                 name=f"samples{n}",
             )
         )
-        comparisons = r.pairs(rankings, judge=judges.oracle(), how="all", name=f"comparisons{n}")
+        comparisons = r.pairs(
+            rankings, judge=judges.oracle(noise=0.5), how="all", name=f"comparisons{n}"
+        )
         reward_model = r.reward_model(
             start=sft, data=comparisons, per_prompt=True, epochs=1, lr=1e-3, name=f"rm{n}"
         )

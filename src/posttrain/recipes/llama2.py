@@ -23,7 +23,7 @@ def recipe(r: Recipe, base: str = "tiny", rounds: int = 5, k: int = 8) -> Stage:
 
     newest, safe, good, picked = [sft], [], [], []
     for n in range(1, rounds + 1):
-        new = {"first_prompt": 300 * (n - 1), "num_prompts": 300, "max_new_tokens": 24}
+        new = {"first_prompt": 200 * (n - 1), "num_prompts": 200, "max_new_tokens": 24}
         for task, domains, answers in (("helpful", helpful, good), ("safety", safety, safe)):
             prompts = r.prompts(domains)
             answers.append(r.sample(newest[-2:], prompts=prompts, k=2, name=f"{task}{n}", **new))
@@ -61,7 +61,7 @@ def recipe(r: Recipe, base: str = "tiny", rounds: int = 5, k: int = 8) -> Stage:
 
 def reward_model(r: Recipe, start: Stage, answers: list[Stage], name: str) -> Stage:
     """From annotated answers, with a margin for how clear a preference is."""
-    pairs = r.pairs(answers, judge=judges.oracle(), name=f"{name}_pairs")
+    pairs = r.pairs(answers, judge=judges.oracle(noise=0.5), how="all", name=f"{name}_pairs")
     return r.reward_model(start=start, data=pairs, margins="strength", steps=60, lr=1e-3, name=name)
 
 

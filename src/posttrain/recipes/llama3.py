@@ -12,6 +12,8 @@ tools, vision. Sizes of runs are scaled down. The first domain stands for code, 
 annotators.
 """
 
+from typing import Any
+
 from posttrain import Recipe, Stage, judges
 
 
@@ -22,14 +24,15 @@ def recipe(r: Recipe, base: str = "tiny", rounds: int = 6, k: int = 10) -> Stage
     code_base = r.sft(start=pretrained, data=r.demos(code), steps=100, lr=1e-3, name="code_base")
     expert = r.sft(start=code_base, data=human, steps=20, lr=5e-4, name="code_expert")
 
+    clear: Any = {"judge": judges.oracle(noise=0.5), "how": "all", "min_strength": 3}
     chat, previous, annotated = sft, expert, []
     for n in range(1, rounds + 1):
-        new = {"first_prompt": 300 * (n - 1), "num_prompts": 300, "max_new_tokens": 24}
+        new = {"first_prompt": 200 * (n - 1), "num_prompts": 200, "max_new_tokens": 24}
         annotated.append(
             r.sample([chat, previous], prompts=prompts, k=2, name=f"annotation{n}", **new)
         )
-        compared = r.pairs(annotated, judge=judges.oracle(), min_strength=3, name=f"clear{n}")
-        rm = r.reward_model(start=pretrained, data=compared, steps=80, lr=1e-3, name=f"rm{n}")
+        compared = r.pairs(annotated, name=f"clear{n}", **clear)
+        rm = r.reward_model(start=pretrained, data=compared, steps=60, lr=1e-3, name=f"rm{n}")
 
         samplers = dict.fromkeys(r.domains, chat) | {code: expert}
         samples = r.sample(samplers, prompts=prompts, k=k, name=f"samples{n}", **new)
@@ -39,9 +42,9 @@ def recipe(r: Recipe, base: str = "tiny", rounds: int = 6, k: int = 10) -> Stage
         )
         distinct = r.dedup(best, near=0.9, name=f"distinct{n}")
         mixed = r.mix({distinct: 0.8, human: 0.2}, name=f"sft_mix{n}")
-        tuned = r.sft(start=pretrained, data=mixed, steps=80, lr=5e-4, name=f"sft{n}")
+        tuned = r.sft(start=pretrained, data=mixed, steps=60, lr=5e-4, name=f"sft{n}")
 
-        latest = r.pairs(annotated[-1], judge=judges.oracle(), min_strength=3, name=f"latest{n}")
+        latest = r.pairs(annotated[-1], name=f"latest{n}", **clear)
         runs = [
             r.dpo(
                 start=tuned,
@@ -49,11 +52,11 @@ def recipe(r: Recipe, base: str = "tiny", rounds: int = 6, k: int = 10) -> Stage
                 beta=0.1,
                 nll_weight=0.2,
                 mask_formatting=True,
-                steps=40,
+                steps=20,
                 lr=lr,
                 name=f"dpo{n}_{lr}",
             )
-            for lr in (1e-4, 2e-4)
+            for lr in (2e-5, 5e-5)
         ]
         previous, chat = chat, r.merge(runs, name=f"chat{n}")
     return r.evaluate(chat, init=sft, max_new_tokens=24)

@@ -33,7 +33,7 @@ def recipe(r: Recipe, base: str = "tiny", steps: int = 40) -> Stage:
         ),
     }
     verified = dict.fromkeys(r.domains[:-1], judges.verifier())
-    reward = judges.by_domain(verified | {r.domains[-1]: judges.oracle()})
+    reward = judges.by_domain(verified | {r.domains[-1]: 0.2 * judges.oracle()})
     candidates = {}
     for kind, data in pairs.items():
         dpo = r.dpo(
@@ -42,7 +42,7 @@ def recipe(r: Recipe, base: str = "tiny", steps: int = 40) -> Stage:
             loss="length_normalised",
             beta=5,
             epochs=1,
-            lr=1e-4,
+            lr=1e-5,
             name=f"{kind}_dpo",
         )
         candidates[kind] = olmo_rl(r, dpo, prompts, reward, steps, f"{kind}_rl")

@@ -9,7 +9,7 @@ Left out: code sandboxes, asynchrony, decontamination.
 from posttrain import Recipe, Stage
 
 
-def recipe(r: Recipe, base: str = "tiny", steps: int = 60) -> Stage:
+def recipe(r: Recipe, base: str = "tiny", steps: int = 50) -> Stage:
     start = r.base(base, thinking=True)
     models, subsets = {}, {d: (d,) for d in r.domains} | {"mix": r.domains}
     for name, domains in subsets.items():

@@ -22,14 +22,19 @@ def recipe(r: Recipe, base: str = "tiny", steps: int = 80) -> Stage:
     rejected = r.sample(weak(r, base), prompts=prompts, k=1, max_new_tokens=48, name="rejected")
     delta = r.pairs(chosen, against=rejected, chosen_max_tokens=44, name="delta_pairs")
     dpo = r.dpo(
-        start=sft, data=delta, loss="length_normalised", beta=5, epochs=1, lr=1e-4, name="dpo"
+        start=sft, data=delta, loss="length_normalised", beta=5, epochs=1, lr=1e-5, name="dpo"
     )
 
     rates = r.profile(dpo, prompts=prompts, n=8, num_prompts=1000, max_new_tokens=48)
     hard = r.filter(prompts, profile=rates, high=0.625, at_least=100, name="unsolved")
     verified = dict.fromkeys(r.domains[:-1], judges.verifier())
     final = olmo_rl(
-        r, dpo, hard, judges.by_domain(verified | {r.domains[-1]: judges.oracle()}), steps, "think"
+        r,
+        dpo,
+        hard,
+        judges.by_domain(verified | {r.domains[-1]: 0.2 * judges.oracle()}),
+        steps,
+        "think",
     )
     return r.evaluate(final, init=sft, modes=("think",), max_new_tokens=48, num_problems=200)
 

@@ -6,7 +6,7 @@ thoughts does not solve. Reasoning RL takes few other prompts, hard but not hope
 Fusion starts from that model and mixes its own correct answers to the cold-start queries with
 answers without thoughts. General RL asks in both modes. With model=small a small base learns the
 flagship's samples in both modes, then its own samples are corrected by the flagship's logits.
-Left out: query annotation by domain; more than 20 tasks of general RL: the last domain has a
+Left out: query annotation by domain; more than 20 tasks of general RL: the first domain has a
 reward model, the others have rules. Sizes are scaled down.
 """
 
@@ -44,13 +44,12 @@ def recipe(
     s3 = r.sft(start=s2, data=fusion, steps=60, lr=5e-4, name="fusion")
 
     both = r.prompts(r.domains, mode=BOTH)
-    answers = r.sample(s3, prompts=both, k=4, num_prompts=300, max_new_tokens=48, name="answers")
-    rm = r.reward_model(
-        start=s3, data=r.pairs(answers, judge=judges.oracle(), how="all"), steps=80, lr=1e-3
-    )
-    rules = dict.fromkeys(r.domains[:-1], judges.verifier())
-    reward = judges.by_domain(rules | {r.domains[-1]: judges.scalar(rm)})
-    final = r.rl(start=s3, prompts=both, reward=reward, steps=40, lr=2e-4, max_new_tokens=48,
+    answers = r.sample(s3, prompts=both, k=4, num_prompts=500, max_new_tokens=48, name="answers")
+    clear = r.pairs(answers, judge=judges.oracle(noise=0.5), how="all", min_strength=3)
+    rm = r.reward_model(start=s3, data=clear, per_prompt=True, steps=100, lr=1e-3)
+    rules = dict.fromkeys(r.domains[1:], judges.verifier())
+    reward = judges.by_domain(rules | {r.domains[0]: judges.scalar(rm)})
+    final = r.rl(start=s3, prompts=both, reward=reward, steps=40, lr=1e-4, max_new_tokens=48,
                  name="general_rl")  # fmt: skip
     if model == "flagship":
         return r.evaluate(final, init=s3, **asked)

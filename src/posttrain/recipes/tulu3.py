@@ -23,7 +23,7 @@ def recipe(r: Recipe, base: str = "tiny", rl: Literal["ppo", "grpo"] = "ppo") ->
     pool = r.sample(
         [sft, strong, weak], prompts=prompts, k=2, num_prompts=1000, max_new_tokens=24, name="pool"
     )
-    pairs = r.pairs(pool, judge=judges.oracle())
+    pairs = r.pairs(pool, judge=judges.oracle(noise=0.5))
     dpo = r.dpo(
         start=sft,
         data=pairs,
@@ -31,13 +31,19 @@ def recipe(r: Recipe, base: str = "tiny", rl: Literal["ppo", "grpo"] = "ppo") ->
         beta=5,
         lr_schedule="linear",
         steps=80,
-        lr=1e-4,
+        lr=2e-5,
     )
     settings: dict[str, Any] = {"advantage": "group_zscore", "group_size": 8}
     if rl == "ppo":
         # The reward model gives no reward; it is where the critic starts.
-        value = r.reward_model(start=sft, data=pairs, epochs=1, lr=1e-3, name="value_init")
-        settings = {"advantage": "gae", "critic": value, "group_size": 8}
+        value = r.reward_model(start=sft, data=pairs, steps=100, lr=1e-3, name="value_init")
+        settings = {
+            "advantage": "gae",
+            "critic": value,
+            "critic_lr": 1e-3,
+            "value_clip": None,
+            "group_size": 8,
+        }
     final = r.rl(
         start=dpo,
         prompts=prompts,
