@@ -36,8 +36,9 @@ def recipe(r: Recipe, base: str = "tiny", version: Literal["2", "2.5"] = "2.5") 
         curriculum="gaussian",
         target_rate=schedules.linear(0.7, 0.3),
         update_rates=True,
-        steps=60,
-        lr=2e-4,
+        group_size=16,
+        steps=50,
+        lr=1e-4,
         max_new_tokens=24,
         name="composer2",
     )

@@ -20,8 +20,9 @@ def recipe(r: Recipe, base: str = "tiny") -> Stage:
         start=sft,
         prompts=r.prompts(r.domains, mode=MODES),
         prompts_per_step=48,
+        group_size=16,
         steps=50,
-        lr=2e-4,
+        lr=7e-5,
         name="mixed_grpo",
         **ASKED,
     )

@@ -31,7 +31,7 @@ def recipe(r: Recipe, base: str = "tiny", kl_coef: float = 0.005, delta: float =
         updates_per_batch=4,
         prompts_per_step=48,
         steps=50,
-        lr=2e-4,
+        lr=1e-4,
         name="mixed_grpo",
         **ASKED,
     )

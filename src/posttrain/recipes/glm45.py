@@ -14,7 +14,7 @@ skills: the first half for reasoning, the next for agents, the last for chat.
 from posttrain import Recipe, Stage, judges, schedules
 
 MODES = ("think", "no_think")
-GRPO = {"kl_coef": 0.0, "max_new_tokens": 48, "lr": 1.5e-4}
+GRPO = {"kl_coef": 0.0, "max_new_tokens": 48, "lr": 7e-5}
 
 
 def recipe(r: Recipe, base: str = "tiny", iterations: int = 1) -> Stage:

@@ -18,7 +18,7 @@ ICEPOP = {"correction": "icepop", "correction_low": 0.5, "correction_high": 2.0}
 def recipe(r: Recipe, base: str = "tiny") -> Stage:
     kept = r.domains[-1]
     reasoning, agentic, general = r.domains[:1], r.domains[1:2], r.domains[2:-1]
-    s = r.sft(start=r.base(base), data=r.demos(r.domains), steps=100, lr=8e-4, name="sft")
+    s = r.sft(start=r.base(base), data=r.demos(r.domains), steps=250, lr=1.5e-3, name="sft")
     model, last = s, {kept: s}
     for name, domains in {"reasoning": reasoning, "agentic": agentic, "general": general}.items():
         # A suite of few domains leaves some of the stages without prompts of their own.
@@ -30,8 +30,9 @@ def recipe(r: Recipe, base: str = "tiny") -> Stage:
                 updates_per_batch=2,
                 group_size=16,
                 prompts_per_step=32,
+                advantage="group_mean",
                 steps=30,
-                lr=2e-4,
+                lr=1e-4,
                 max_new_tokens=24,
                 name=f"{name}_rl",
                 **ICEPOP,
@@ -45,7 +46,7 @@ def recipe(r: Recipe, base: str = "tiny") -> Stage:
         estimator="sampled_token",
         samples_per_prompt=1,
         prompts_per_step=128,
-        steps=80,
+        steps=60,
         lr=2e-4,
         max_new_tokens=24,
         name="cross_stage",

@@ -13,7 +13,7 @@ rollouts and are not made anew while RL runs. Steps and learning rates are scale
 from posttrain import Recipe, Stage, judges, schedules
 
 
-def recipe(r: Recipe, base: str = "tiny", tau: float = 0.05) -> Stage:
+def recipe(r: Recipe, base: str = "tiny", tau: float = 0.5) -> Stage:
     sft = r.sft(start=r.base(base), data=r.demos(r.domains), steps=60, lr=5e-4)
 
     everything, critique = r.prompts(r.domains), r.domains[-1]
@@ -25,7 +25,8 @@ def recipe(r: Recipe, base: str = "tiny", tau: float = 0.05) -> Stage:
     rates = r.profile(critic, prompts=everything, n=8, num_prompts=800, max_new_tokens=24)
     moderate = r.filter(everything, profile=rates, low=0.1, high=0.9, at_least=100, name="moderate")
     checked = judges.verifier() - 0.1 * judges.length(budget=16, shape="budget")
-    ranked = judges.verifier() + 0.5 * judges.itself(pairing="all", swap=False)
+    # Where the verifier tells all responses apart there is nothing to have an opinion about.
+    ranked = judges.lexicographic(judges.verifier(), judges.itself(pairing="all", swap=False))
     final = r.rl(
         start=critic,
         prompts=moderate,
@@ -36,8 +37,9 @@ def recipe(r: Recipe, base: str = "tiny", tau: float = 0.05) -> Stage:
         temperature=schedules.linear(1.0, 0.7),
         aux={"ptx": (r.demos(r.domains), 0.1), "critic": (compared, 0.1)},
         updates_per_batch=2,
-        steps=80,
-        lr=2e-4,
+        group_size=16,
+        steps=50,
+        lr=5e-5,
         max_new_tokens=24,
         name="joint_rl",
     )

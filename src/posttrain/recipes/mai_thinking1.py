@@ -63,7 +63,7 @@ def climb(
         group_size=16,
         prompts_per_step=16,
         steps=40,
-        lr=1e-4,
+        lr=5e-5,
         name=name,
         **settings,
     )

@@ -13,7 +13,12 @@ mixture of experts. The generative reward model is tiny and learns by SFT. Steps
 
 from posttrain import Recipe, Stage, judges, schedules
 
-GROUPS = {"advantage": "leave_one_out", "clip_low": 0.2, "clip_high": 0.28, "max_new_tokens": 48}
+GROUPS = {
+    "advantage": "leave_one_out",
+    "clip_high": 0.28,
+    "group_size": 16,
+    "max_new_tokens": 48,
+}
 
 
 def recipe(r: Recipe, base: str = "tiny") -> Stage:
@@ -37,8 +42,8 @@ def recipe(r: Recipe, base: str = "tiny") -> Stage:
         domain_shares=dict.fromkeys(r.domains, 1.0),
         correction="icepop",
         updates_per_batch=2,
-        steps=60,
-        lr=2e-4,
+        steps=50,
+        lr=1e-4,
         name="rlvr",
         **GROUPS,
     )
@@ -58,7 +63,7 @@ def recipe(r: Recipe, base: str = "tiny") -> Stage:
         correction="icepop",
         updates_per_batch=2,
         steps=15,
-        lr=1e-4,
+        lr=5e-5,
         name="rlhf",
         **GROUPS,
     )

@@ -13,7 +13,13 @@ for it. Steps, lengths and learning rates are scaled down.
 from posttrain import Recipe, Stage, judges
 from posttrain.recipes.nemotron3_nano import genrm
 
-RL = {"clip_high": 0.28, "correction": "icepop", "updates_per_batch": 2, "max_new_tokens": 24}
+RL = {
+    "advantage": "group_mean",
+    "clip_high": 0.28,
+    "correction": "icepop",
+    "updates_per_batch": 2,
+    "max_new_tokens": 24,
+}
 
 
 def recipe(r: Recipe, base: str = "tiny", healed: str = "model.norm.weight") -> Stage:
@@ -27,15 +33,15 @@ def recipe(r: Recipe, base: str = "tiny", healed: str = "model.norm.weight") -> 
         # The blend moves towards the later half of the domains.
         half = len(r.domains) // 2
         blend = {d: 1.0 if i < half else weight for i, d in enumerate(r.domains)}
-        model = r.rl(start=model, prompts=prompts, domain_shares=blend, steps=40, lr=2e-4,
-                     name=f"rlvr{n}", **RL)  # fmt: skip
+        model = r.rl(start=model, prompts=prompts, domain_shares=blend, group_size=16,
+                     steps=30, lr=1e-4, name=f"rlvr{n}", **RL)  # fmt: skip
 
     alone = r.prompts(hard)
     single = RL | {"max_new_tokens": 16, "mask_unfinished": True}
     pivot = r.rl(start=model, prompts=alone, group_size=16, prompts_per_step=16, steps=15,
-                 lr=1e-4, name="swe_pivot", **single)  # fmt: skip
+                 lr=5e-5, name="swe_pivot", **single)  # fmt: skip
     episodes = r.rl(start=pivot, prompts=alone, group_size=32, prompts_per_step=16, steps=15,
-                    lr=1e-4, name="swe_end_to_end", **RL)  # fmt: skip
+                    lr=5e-5, name="swe_end_to_end", **RL)  # fmt: skip
 
     rules = judges.verifier()
     preferred = rules + judges.compare(genrm(r, sft), pairing="circular")
@@ -45,7 +51,7 @@ def recipe(r: Recipe, base: str = "tiny", healed: str = "model.norm.weight") -> 
         reward=judges.by_domain({d: preferred if d == hard else rules for d in r.domains}),
         kl_coef=1e-4,
         steps=20,
-        lr=1e-4,
+        lr=5e-5,
         name="rlhf",
         **RL,
     )

@@ -63,5 +63,5 @@ def recipe(r: Recipe, base: str = "tiny") -> Stage:
 
 def climb(r: Recipe, start: Stage, prompts: Any, name: str, **settings: Any) -> Stage:
     """On-policy GRPO without a KL penalty."""
-    settings = {"max_new_tokens": 24, "lr": 1.5e-4} | GRPO | settings
+    settings = {"max_new_tokens": 24, "lr": 7e-5} | GRPO | settings
     return r.rl(start=start, prompts=prompts, name=name, **settings)
