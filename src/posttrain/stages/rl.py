@@ -16,11 +16,12 @@ import torch
 
 from posttrain.backends.chat import Chat
 from posttrain.backends.checkpoint import load, save
-from posttrain.backends.local import LocalLearner, flat_index
+from posttrain.backends.local import LocalLearner
 from posttrain.backends.sampler import LocalSampler
 from posttrain.rewards.judging import At, Panel
 from posttrain.rewards.pool import VerifierPool
 from posttrain.rl.advantage import zero_variance
+from posttrain.rl.kept import flat_index
 from posttrain.schedules import learning_rate, value_at
 from posttrain.stages.auxiliary import Auxiliary, take_metrics
 from posttrain.stages.batches import Problem
@@ -68,6 +69,7 @@ def run(config: Rl, ctx: Context) -> dict[str, float]:
             judges=judges,
             max_new_tokens=now.max_new_tokens,
             temperature=now.temperature,
+            top_p=now.top_p,
         )
         at = partial(value_at, step=step, total=config.steps, history=ctx.history)
         sample = partial(sample_and_judge, panel, at, verify)
@@ -160,6 +162,8 @@ def learn(
 
     The critic learns from the rows that the policy learns from, and first.
     """
+    if not config.replay_mask:
+        scored = replace(scored, rollouts=replace(scored.rollouts, kept=None))
     reference_logp_N, kl_N = None, None
     lr = learning_rate(config, step, config.steps)
     metrics = {"lr": lr}
@@ -222,6 +226,8 @@ def batch_metrics(scored: Scored, *, judged: bool) -> dict[str, float]:
         "response_length": float(rollouts.response_len_B.float().mean()),
         "finished_share": float(rollouts.finished_B.float().mean()),
     }
+    if rollouts.kept is not None:
+        metrics["nucleus_size"] = float(rollouts.kept.count_N.float().mean())
     if judged:
         metrics["accuracy"] = float(scored.verified_B.mean())
     by_domain: dict[str, list[float]] = {}

@@ -71,6 +71,7 @@ def sample_and_verify(
     max_new_tokens: int,
     temperature: float,
     seed: int,
+    top_p: float = 1.0,
     reader: Reader | None = None,
     prefix: str = "",
 ) -> Scored:
@@ -88,6 +89,7 @@ def sample_and_verify(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         seed=seed,
+        top_p=top_p,
     )
     rows = [problem for problem in problems for _ in range(group_size)]
     texts = [""] * len(rows) if judges is not None else []

@@ -38,6 +38,7 @@ class Rl(Config, Optimizer, InModes, WithAux, Rollout, Correction, Aggregation, 
             "group_size",
             "max_new_tokens",
             "temperature",
+            "top_p",
             "clip_low",
             "clip_high",
             "tau",
@@ -52,6 +53,11 @@ class Rl(Config, Optimizer, InModes, WithAux, Rollout, Correction, Aggregation, 
     prompts_per_step: int = Field(32, gt=0)
     group_size: int = Field(8, gt=0)
     """Responses per prompt; 2 or more where an advantage is relative to the group."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Tokens are drawn from the likeliest ones that have this probability together."""
+    replay_mask: bool = True
+    """With `top_p`: policy, policy before the updates and reference have their log-probs over the
+    tokens that could be drawn, as the sampler had (Keep Sampling Mask, DeepSeek-V3.2)."""
     advantage: Literal["group_mean", "group_zscore", "leave_one_out", "batch", "global", "gae"] = (
         "group_zscore"
     )
@@ -188,6 +194,18 @@ class Rl(Config, Optimizer, InModes, WithAux, Rollout, Correction, Aggregation, 
         if not self.uses_reference:
             names = ("kl_estimator", "kl_in", "domain_kl", "reference_every")
             refuse_unread(self, *names, because="kl_coef = 0")
+        return self
+
+    @model_validator(mode="after")
+    def _mask_is_read(self) -> Self:
+        if self.top_p == 1 and "top_p" not in self.schedules:
+            refuse_unread(self, "replay_mask", because="top_p = 1")
+        elif not self.replay_mask and self.uses_reference and self.kl_in == "reward":
+            raise ValueError(
+                "replay_mask = False with kl_in = reward: the sampler's log-probs are over the "
+                "nucleus and the reference's over the vocabulary, so their difference is no KL "
+                "divergence; leave replay_mask out, or use kl_in = loss"
+            )
         return self
 
     @model_validator(mode="after")
