@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from posttrain.engine.errors import ConfigError
 from posttrain.engine.record import Artifact
 from posttrain.engine.runner import run
 from posttrain.engine.store import Store
@@ -59,6 +60,49 @@ def read(artifact: Artifact, file: str) -> list[dict[str, Any]]:
 def start(r: Recipe) -> Stage:
     """A model that solves some of the problems."""
     return r.pretrain(data=r.demos(r.domains), steps=60, lr=5e-3, batch_size=32)
+
+
+@pytest.mark.slow
+def test_case_18_chains_of_segments_share_one_reward(
+    recipe: Recipe, execute: Callable[..., dict[str, Artifact]]
+) -> None:
+    """Case 18, Composer 2: the policy goes on from what it wrote itself, twice, and all three
+    responses are learned from with the reward of the last; what it wrote is data as well."""
+    r = recipe
+    policy = r.rl(
+        start=start(r),
+        prompts=r.prompts(r.domains),
+        segments=3,
+        chain="{prompt} {response}",
+        **RL,
+    )
+    found = execute(r, r.sft(start=policy, data=r.select(policy, how="best"), steps=1))
+    assert edges(found["rl"]) == {"start": "base", "domains.digits": "digits"}
+    assert edges(found["selection"]) == {"rollouts": "rl"}
+    assert edges(found["sft"]) == {"start": "rl", "data": "selection"}
+    rows = read(found["rl"], "rollouts.jsonl")
+    chains: dict[tuple[int, int], list[dict[str, Any]]] = {}
+    for row in rows:
+        chains.setdefault((row["step"], row["chain"]), []).append(row)
+    assert len(chains) == 2 * 4 * 4
+    for links in chains.values():
+        assert [row["segment"] for row in links] == [0, 1, 2]
+        own = links[0]["prompt"]
+        assert [row["prompt"] for row in links[1:]] == [
+            f"{own} {row['response']}" for row in links[:2]
+        ]
+        assert len({row["reward"] for row in links}) == 1
+        assert links[0]["reward"] == float(links[2]["response"] == links[2]["answer"])
+    assert {links[0]["reward"] for links in chains.values()} == {0.0, 1.0}
+
+
+def test_segments_are_not_compared(recipe: Recipe) -> None:
+    """Case 18: two segments of chains are no two answers to one prompt."""
+    r = recipe
+    policy = r.rl(start=start(r), prompts=r.prompts(r.domains), segments=2, **RL)
+    pairs = r.pairs(policy)
+    with pytest.raises(ConfigError, match=r"'pairs' \(pairs\): 'rl' has segments = 2"):
+        r.graph(pairs)
 
 
 @pytest.mark.slow

@@ -279,8 +279,9 @@ class Killed(Exception):
             "reprofile_prompts": 5,
         },
         {"top_p": 0.8, "dynamic_sampling": 1},
+        {"segments": 2, "dynamic_sampling": 1, "retire_above": 0.5, "top_p": 0.9},
     ],
-    ids=["shares", "dynamic", "retire", "gaussian", "reprofile", "top_p"],
+    ids=["shares", "dynamic", "retire", "gaussian", "reprofile", "top_p", "chains"],
 )
 def test_a_stopped_stage_goes_on_to_the_same_bits(
     changes: dict[str, Any],

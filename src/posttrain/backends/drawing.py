@@ -187,9 +187,12 @@ class Drawn:
             response_len_B=response_len_B,
             logp_BR=self.logp_BR[row_B, :longest] * valid_BR,
             finished_B=self.finished_B[row_B],
-            kept=self._kept_of(self.kept_at_BR[row_B, :longest][valid_BR]),
+            kept=self._kept_of(row_B, valid_BR),
         )
 
-    def _kept_of(self, place_N: Tensor) -> Kept | None:
-        """What the tokens that stand at `place_N` were drawn from; None for all ids."""
-        return joined_kept(self.kept).tokens(place_N) if self.kept else None
+    def _kept_of(self, row_B: Tensor, valid_BR: Tensor) -> Kept | None:
+        """What the response tokens of these rows were drawn from; None for all ids."""
+        if not self.kept:
+            return None
+        place_BR = self.kept_at_BR[row_B, : valid_BR.shape[1]]
+        return joined_kept(self.kept).tokens(place_BR[valid_BR])

@@ -80,11 +80,12 @@ def sample_and_verify(
     Responses are verified, and read by a `reader`, as they end, beside those still being sampled. A
     response that was cut at the length limit scores 0: it has not given its answer. So does one
     that thinks and does not end to think. Without `judges`, rewards are 0 and texts are left out.
-    Every response begins with the text `prefix`, whose tokens count as the prompt's.
+    Every response begins with the text `prefix`, whose tokens count as the prompt's. A problem with
+    `asked` is asked that instead of its prompt.
     """
     begun = chat.begin(prefix)
     sampling = sampler.stream(
-        [[*chat.prompt(p["prompt"], p.get("mode")), *begun] for p in problems],
+        [[*chat.prompt(p.get("asked", p["prompt"]), p.get("mode")), *begun] for p in problems],
         group_size=group_size,
         max_new_tokens=max_new_tokens,
         temperature=temperature,

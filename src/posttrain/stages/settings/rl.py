@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from string import Formatter
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -53,6 +54,11 @@ class Rl(Config, Optimizer, InModes, WithAux, Rollout, Correction, Aggregation, 
     prompts_per_step: int = Field(32, gt=0)
     group_size: int = Field(8, gt=0)
     """Responses per prompt; 2 or more where an advantage is relative to the group."""
+    segments: int = Field(1, gt=0)
+    """Responses one after another that make a rollout: each is asked with the one before it, the
+    last one is judged, and all of them get the advantage of the chain (Composer 2)."""
+    chain: str = "{prompt} {response}"
+    """With `segments`: the next prompt, from the problem's own and the response before."""
     top_p: float = Field(1.0, gt=0, le=1)
     """Tokens are drawn from the likeliest ones that have this probability together."""
     replay_mask: bool = True
@@ -112,6 +118,27 @@ class Rl(Config, Optimizer, InModes, WithAux, Rollout, Correction, Aggregation, 
         except ConfigError as error:
             raise ValueError(str(error)) from None
         return dict(spec)
+
+    @field_validator("chain")
+    @classmethod
+    def _chain_is_a_template(cls, value: str) -> str:
+        try:
+            parts = list(Formatter().parse(value))
+        except ValueError as error:
+            raise ValueError(f"{value!r} is no template ({error}); write {{{{ for {{") from None
+        names = [name for _, name, _, _ in parts if name is not None]
+        plain = not any(spec or conversion for _, _, spec, conversion in parts)
+        if not plain or not set(names) <= {"prompt", "response"} or "response" not in names:
+            raise ValueError(
+                f"{value!r} is no template for the next prompt; it takes {{response}}, which must "
+                "be there, and {prompt}, and nothing else in braces"
+            )
+        return value
+
+    @property
+    def rows_per_prompt(self) -> int:
+        """Adjacent rows of a batch that answer one prompt."""
+        return self.group_size * self.segments
 
     @property
     def verified_only(self) -> bool:
@@ -194,6 +221,17 @@ class Rl(Config, Optimizer, InModes, WithAux, Rollout, Correction, Aggregation, 
         if not self.uses_reference:
             names = ("kl_estimator", "kl_in", "domain_kl", "reference_every")
             refuse_unread(self, *names, because="kl_coef = 0")
+        return self
+
+    @model_validator(mode="after")
+    def _chains_are_read(self) -> Self:
+        if self.segments == 1:
+            refuse_unread(self, "chain", because="segments = 1")
+        elif self.uses_critic:
+            raise ValueError(
+                f"segments = {self.segments} with advantage = gae: a critic values one response "
+                "and knows nothing of the segments that follow; use another advantage"
+            )
         return self
 
     @model_validator(mode="after")
