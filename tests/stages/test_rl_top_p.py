@@ -25,8 +25,9 @@ BASE = {
 def rl(
     run_stage: Callable[..., Any], models: Mapping[str, str], domains: Mapping[str, str]
 ) -> Callable[..., Any]:
-    def run(**changes: Any) -> Any:
-        return run_stage("rl", BASE | changes, {"start": models["start"], **domains})
+    def run(threads: int = 1, **changes: Any) -> Any:
+        inputs = {"start": models["start"], **domains}
+        return run_stage("rl", BASE | changes, inputs, threads=threads)
 
     return run
 
@@ -55,6 +56,10 @@ def test_the_reference_is_over_the_same_tokens(rl: Callable[..., Any]) -> None:
     for kl_in in ("loss", "reward"):
         first = rl(kl_coef=0.1, kl_in=kl_in, steps=1).lines[0]
         assert first["kl_reference"] == pytest.approx(0, abs=1e-5)
+
+
+def test_threads_change_nothing(rl: Callable[..., Any], same: Callable[..., bool]) -> None:
+    assert same(rl(steps=2), rl(steps=2, threads=2))
 
 
 def test_more_draws_and_updates_keep_the_mask(rl: Callable[..., Any]) -> None:
