@@ -278,8 +278,10 @@ class Killed(Exception):
             "reprofile_on_plateau": 1,
             "reprofile_prompts": 5,
         },
+        {"top_p": 0.8, "dynamic_sampling": 1},
+        {"segments": 2, "dynamic_sampling": 1, "retire_above": 0.5, "top_p": 0.9},
     ],
-    ids=["shares", "dynamic", "retire", "gaussian", "reprofile"],
+    ids=["shares", "dynamic", "retire", "gaussian", "reprofile", "top_p", "chains"],
 )
 def test_a_stopped_stage_goes_on_to_the_same_bits(
     changes: dict[str, Any],

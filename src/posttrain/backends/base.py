@@ -95,11 +95,14 @@ class Sampler(Protocol):
         max_new_tokens: int,
         temperature: float,
         seed: int,
+        top_p: float = 1.0,
     ) -> Rollouts:
         """`group_size` responses to each prompt, in the order of the prompts.
 
-        `temperature` 0 is greedy decoding. Log-probs in the result are those of the distribution
-        that was sampled from (temperature included; at temperature 0 those of the model itself).
+        `temperature` 0 is greedy decoding. With `top_p` below 1 each token is drawn from the fewest
+        likeliest tokens with that probability together, and rollouts carry these as `kept`.
+        Log-probs in the result are those of the distribution that was sampled from (temperature and
+        `top_p` included; at temperature 0, which goes without `top_p`, those of the model itself).
         """
         ...
 
@@ -111,6 +114,7 @@ class Sampler(Protocol):
         max_new_tokens: int,
         temperature: float,
         seed: int,
+        top_p: float = 1.0,
     ) -> Sampling:
         """The same as `sample`, row by row as they end."""
         ...

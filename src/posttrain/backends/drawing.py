@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from posttrain.rl.kept import Kept, joined_kept, kept_of
 from posttrain.rl.types import Rollouts, pad_rows
 
 
@@ -34,6 +35,31 @@ def draw(logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> tuple[Tens
         token_B = torch.searchsorted(cumulative_BV, target_B1, right=True)[:, 0]
         token_B = token_B.clamp_(max=logits_BV.shape[1] - 1)
     return token_B, logp_BV.gather(1, token_B[:, None])[:, 0]
+
+
+def masked(logits_BV: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor | None]:
+    """The logits with -inf outside each row's nucleus, and `kept_BV`, bool, the nucleus.
+
+    With `top_p` 1 the logits as they are and None.
+    """
+    if top_p == 1:
+        return logits_BV, None
+    kept_BV = nucleus(logits_BV / temperature, top_p)
+    return logits_BV.masked_fill(~kept_BV, -torch.inf), kept_BV
+
+
+def nucleus(logits_BV: Tensor, top_p: float) -> Tensor:
+    """`kept_BV`, bool: the fewest likeliest tokens whose probabilities add up to `top_p` or more.
+
+    Of equal probabilities the lower id comes first (Holtzman et al., arXiv 1904.09751).
+    """
+    ordered_BV, id_BV = torch.softmax(logits_BV, dim=-1).sort(dim=-1, descending=True, stable=True)
+    cumulative_BV = cumulative(ordered_BV.double())
+    short_BV = cumulative_BV[:, :-1] < top_p * cumulative_BV[:, -1:].double()
+    first_B1 = torch.ones_like(short_BV[:, :1])
+    return torch.zeros_like(id_BV, dtype=torch.bool).scatter(
+        1, id_BV, torch.cat([first_B1, short_BV], dim=1)
+    )
 
 
 def cumulative(probability_BV: Tensor) -> Tensor:
@@ -99,10 +125,27 @@ class Drawn:
         self.logp_BR = torch.zeros(num_rows, max_new_tokens)
         self.response_len_B = torch.zeros(num_rows, dtype=torch.int64)
         self.finished_B = torch.zeros(num_rows, dtype=torch.bool)
+        # With a nucleus: that of every token in the order of drawing, and where a row's stand.
+        self.kept: list[Kept] = []
+        self.num_kept = 0
+        self.kept_at_BR = torch.zeros(num_rows, max_new_tokens, dtype=torch.int64)
 
-    def record(self, row_L: Tensor, at_L: Tensor, token_L: Tensor, logp_L: Tensor) -> Tensor:
-        """Store token number `at_L` of these rows. Returns a bool per row: whether it ended."""
+    def record(
+        self,
+        row_L: Tensor,
+        at_L: Tensor,
+        token_L: Tensor,
+        logp_L: Tensor,
+        kept_LV: Tensor | None = None,
+    ) -> Tensor:
+        """Store token number `at_L` of these rows, drawn from `kept_LV` or from all ids. Returns a
+        bool per row: whether it ended."""
         flat_L = row_L * self.max_new_tokens + at_L
+        if kept_LV is not None:
+            self.kept.append(kept_of(kept_LV))
+            place_L = torch.arange(self.num_kept, self.num_kept + len(row_L))
+            self.kept_at_BR.view(-1).index_copy_(0, flat_L, place_L)
+            self.num_kept += len(row_L)
         self.tokens_BR.view(-1).index_copy_(0, flat_L, token_L)
         self.logp_BR.view(-1).index_copy_(0, flat_L, logp_L)
         stopped_L = self.stops_V[token_L]
@@ -144,4 +187,12 @@ class Drawn:
             response_len_B=response_len_B,
             logp_BR=self.logp_BR[row_B, :longest] * valid_BR,
             finished_B=self.finished_B[row_B],
+            kept=self._kept_of(row_B, valid_BR),
         )
+
+    def _kept_of(self, row_B: Tensor, valid_BR: Tensor) -> Kept | None:
+        """What the response tokens of these rows were drawn from; None for all ids."""
+        if not self.kept:
+            return None
+        place_BR = self.kept_at_BR[row_B, : valid_BR.shape[1]]
+        return joined_kept(self.kept).tokens(place_BR[valid_BR])

@@ -26,7 +26,9 @@ from posttrain.backends.packing import Packed, flat_passes, forward_passes
 from posttrain.backends.precision import computing_copy, give_gradients, take_weights
 from posttrain.backends.weights import Average, freeze_others
 from posttrain.engine.errors import ConfigError, StageError
+from posttrain.losses.kept import kept_logprobs
 from posttrain.losses.ops import token_logprobs
+from posttrain.rl.kept import flat_index
 from posttrain.rl.types import Rollouts
 
 POSITIONS = "max_position_embeddings"
@@ -106,6 +108,30 @@ def response_targets(rollouts: Rollouts) -> Tensor:
     return rollouts.tokens_BT[rollouts.response_mask_BT()]
 
 
+def rollout_logprobs(
+    hidden_ND: Tensor, head: Head, rollouts: Rollouts, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """`(logp_N, entropy_N)` of the response tokens from the hidden states that predict them.
+
+    Over the ids that rollouts carry as kept, where they do. All on one device; `logp_N` is
+    differentiable, `entropy_N` detached.
+    """
+    targets_N, kept = response_targets(rollouts), rollouts.kept
+    if kept is None:
+        return token_logprobs(
+            hidden_ND, head.weight_VD, targets_N, bias_V=head.bias_V, temperature=temperature
+        )
+    return kept_logprobs(
+        hidden_ND,
+        head.weight_VD,
+        targets_N,
+        kept.ids_F,
+        kept.count_N,
+        bias_V=head.bias_V,
+        temperature=temperature,
+    )
+
+
 @torch.no_grad()
 def response_logprobs(
     hidden_ND: Tensor, head: Head, rollouts: Rollouts, temperature: float
@@ -114,13 +140,8 @@ def response_logprobs(
 
     On the CPU, as the rollouts are.
     """
-    logp_N, _ = token_logprobs(
-        hidden_ND,
-        head.weight_VD,
-        response_targets(rollouts).to(hidden_ND.device),
-        bias_V=head.bias_V,
-        temperature=temperature,
-    )
+    rollouts = rollouts.to(hidden_ND.device)
+    logp_N, _ = rollout_logprobs(hidden_ND, head, rollouts, temperature)
     return logp_N.cpu()
 
 
@@ -146,14 +167,6 @@ class LocalScorer:
             hidden_ND[flat_N.to(part.device)] = part
         assert hidden_ND is not None, "no rows to score"
         return hidden_ND
-
-
-def flat_index(start_B: Tensor, count_B: Tensor, index_B: Tensor) -> Tensor:
-    """Where the response tokens of the rows `index_B` stand in a flat `_N` tensor."""
-    count = count_B[index_B]
-    offset_N = torch.arange(int(count.sum()), device=count.device)
-    offset_N -= (count.cumsum(0) - count).repeat_interleave(count)
-    return start_B[index_B].repeat_interleave(count) + offset_N
 
 
 class LocalLearner:

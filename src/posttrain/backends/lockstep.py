@@ -20,7 +20,7 @@ from torch import Tensor
 
 from posttrain.backends.architecture import CachedRows
 from posttrain.backends.base import Head
-from posttrain.backends.drawing import Drawn, draw, row_seeds, uniform
+from posttrain.backends.drawing import Drawn, draw, masked, row_seeds, uniform
 from posttrain.rl.types import Rollouts
 
 # Moving rows copies their whole state, so they move together: when less than this share goes on.
@@ -38,10 +38,11 @@ class Lockstep:
         *,
         temperature: float,
         seed: int,
+        top_p: float = 1.0,
         max_rows: int = 256,
     ) -> None:
         self.model, self.head, self.drawn = model, head, drawn
-        self.temperature = temperature
+        self.temperature, self.top_p = temperature, top_p
         self.seed_B = row_seeds(len(drawn.tokens_BR), seed)
         self.group_size = drawn.group_size
         self.prompts_per_batch = max(1, max_rows // drawn.group_size)
@@ -134,9 +135,10 @@ class _Batch:
             weight, bias = run.head.weight_VD, run.head.bias_V
             logits_LV = torch.nn.functional.linear(hidden_LD, weight, bias).float()
             uniform_L = uniform(run.seed_B[row_L], at_L).to(self.device)
+            logits_LV, kept_LV = masked(logits_LV, run.temperature, run.top_p)
             drawn_L, logp_L = draw(logits_LV, uniform_L, run.temperature)
             token_L[draws_L] = drawn_L.cpu()
-            ended_L[draws_L] = drawn.record(row_L, at_L, token_L[draws_L], logp_L.cpu())
+            ended_L[draws_L] = drawn.record(row_L, at_L, token_L[draws_L], logp_L.cpu(), kept_LV)
         self.done_L |= ended_L
         ended_rows_L = self.row_L[ended_L]
         if self.running:

@@ -21,7 +21,7 @@ from posttrain.backends.architecture import path_of
 from posttrain.backends.base import Head, Sampling
 from posttrain.backends.checkpoint import LanguageModel, output_head
 from posttrain.backends.decoder import Decoder, TransformersDecoder
-from posttrain.backends.drawing import Drawn, draw, row_seeds, uniform
+from posttrain.backends.drawing import Drawn, draw, masked, row_seeds, uniform
 from posttrain.backends.fused import FusedDecoder, is_fusable
 from posttrain.backends.lockstep import Lockstep
 from posttrain.backends.product import Product
@@ -56,6 +56,7 @@ class LocalSampler:
         max_new_tokens: int,
         temperature: float,
         seed: int,
+        top_p: float = 1.0,
     ) -> Rollouts:
         """See `Sampler.sample`. Raises ConfigError if a prompt leaves no room for a response."""
         sampling = self.stream(
@@ -64,6 +65,7 @@ class LocalSampler:
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             seed=seed,
+            top_p=top_p,
         )
         for _ in sampling:
             pass
@@ -77,6 +79,7 @@ class LocalSampler:
         max_new_tokens: int,
         temperature: float,
         seed: int,
+        top_p: float = 1.0,
     ) -> Sampling:
         """See `Sampler.stream`. Raises ConfigError if a prompt leaves no room for a response."""
         self._check_lengths(prompts, max_new_tokens)
@@ -88,7 +91,7 @@ class LocalSampler:
             stop_ids=self.stop_ids,
             num_ids=len(self.head.weight_VD),
         )
-        settings: dict[str, Any] = {"temperature": temperature, "seed": seed}
+        settings: dict[str, Any] = {"temperature": temperature, "seed": seed, "top_p": top_p}
         if path_of(self.model) == "plain":
             return Lockstep(self.model, self.head, drawn, max_rows=self.max_rows, **settings)
         return Slots(self, drawn, **settings)
@@ -124,10 +127,10 @@ class Slots:
     """A `Sampling` whose rows stand in slots 0..L-1 of a decoder."""
 
     def __init__(
-        self, sampler: LocalSampler, drawn: Drawn, *, temperature: float, seed: int
+        self, sampler: LocalSampler, drawn: Drawn, *, temperature: float, seed: int, top_p: float
     ) -> None:
         self.model, self.head, self.drawn = sampler.model, sampler.head, drawn
-        self.temperature = temperature
+        self.temperature, self.top_p = temperature, top_p
         self.project = _projection(self.head)
         num_rows, self.limit = drawn.tokens_BR.shape
         self.num_slots = min(num_rows, max(sampler.max_rows, drawn.group_size))
@@ -182,9 +185,10 @@ class Slots:
         weight = self.head.weight_VD
         logits_LV = self.project(self.hidden_LD).float()
         uniform_L = self.uniform_LR.gather(1, self.drawn_L[:, None])[:, 0].to(weight.device)
+        logits_LV, kept_LV = masked(logits_LV, self.temperature, self.top_p)
         token_L, logp_L = draw(logits_LV, uniform_L, self.temperature)
         token_L = token_L.cpu()
-        ended_L = self.drawn.record(self.row_L, self.drawn_L, token_L, logp_L.cpu())
+        ended_L = self.drawn.record(self.row_L, self.drawn_L, token_L, logp_L.cpu(), kept_LV)
         self.drawn_L = self.drawn_L + 1
         ended_E = None
         if bool(ended_L.any()):

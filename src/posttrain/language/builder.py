@@ -13,6 +13,7 @@ from posttrain.engine.fingerprint import file_digest
 from posttrain.engine.graph import Graph, Node
 from posttrain.engine.store import Store
 from posttrain.external import External, find_external, token_conflict
+from posttrain.language.chains import check_chains
 from posttrain.language.handles import (
     DATA_KINDS,
     MODEL_KINDS,
@@ -60,8 +61,10 @@ class Builder:
         return tuple(self.suite.domains)
 
     def graph(self, target: Stage) -> Graph:
-        """The finished graph. Raises ConfigError for a setting that matched no stage."""
+        """The finished graph. Raises ConfigError for a setting that matched no stage, or for a
+        stage that compares segments of chains."""
         self._all_used()
+        check_chains(self.nodes)
         graph = Graph(nodes=self.nodes, target=target.name)
         graph.order()
         return graph

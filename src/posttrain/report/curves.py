@@ -45,6 +45,8 @@ METRICS = {
     ),
     "correction_truncated": Metric(title="Truncated ratios", hint="share of tokens"),
     "kept_share": Metric(title="Rows with signal", hint="share whose group has unequal rewards"),
+    "chain_length": Metric(title="Chain length", hint="mean, tokens"),
+    "nucleus_size": Metric(title="Nucleus", hint="mean, tokens"),
     "draws": Metric(title="Draws per step"),
     "retired_share": Metric(title="Retired", hint="share of problems that are solved and rest"),
     "open_share": Metric(title="Open problems", hint="share that the curriculum admits"),

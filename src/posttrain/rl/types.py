@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from posttrain.rl.kept import Kept, flat_index
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rollouts:
@@ -37,6 +39,8 @@ class Rollouts:
     """float32, log-prob of each response token under the sampling policy; 0 in padding."""
     finished_B: Tensor
     """bool, True where the row ended with a stop token."""
+    kept: Kept | None = None
+    """The ids that each response token was drawn from, row after row; None for all ids."""
 
     def __len__(self) -> int:
         return int(self.tokens_BT.shape[0])
@@ -58,7 +62,13 @@ class Rollouts:
             response_len_B=self.response_len_B[index],
             logp_BR=self.logp_BR[index, :num_responses],
             finished_B=self.finished_B[index],
+            kept=None if self.kept is None else self._kept_rows(self.kept, index),
         )
+
+    def _kept_rows(self, kept: Kept, index: Tensor) -> Kept:
+        start_B = self.response_len_B.cumsum(0) - self.response_len_B
+        rows_B = torch.arange(len(self), device=index.device)[index]
+        return kept.tokens(flat_index(start_B, self.response_len_B, rows_B))
 
     def to(self, device: torch.device) -> Rollouts:
         """The same rows on another device; these themselves where they are on it."""
@@ -69,6 +79,7 @@ class Rollouts:
             response_len_B=self.response_len_B.to(device),
             logp_BR=self.logp_BR.to(device),
             finished_B=self.finished_B.to(device),
+            kept=None if self.kept is None else self.kept.to(device),
         )
 
     def response_mask_BT(self) -> Tensor:

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from posttrain.backends.base import Head, Metrics, MicroBatch
 from posttrain.backends.checkpoint import LanguageModel
-from posttrain.backends.local import LocalLearner, LocalScorer, flat_index
+from posttrain.backends.local import LocalLearner, LocalScorer
 from posttrain.backends.scalar import load_scalar, scores_N
 from posttrain.losses.value import clipped_value, explained_variance
+from posttrain.rl.kept import flat_index
 from posttrain.rl.types import Rollouts
 from posttrain.stages.context import Context
 from posttrain.stages.credit import Credit

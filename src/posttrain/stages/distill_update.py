@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from posttrain.backends.base import Head, Metrics, MicroBatch
-from posttrain.backends.local import flat_index, response_targets
+from posttrain.backends.local import response_targets
 from posttrain.losses.distill import full_vocabulary_of_each, sampled_token, top_k
 from posttrain.losses.divergence import TeacherStates
 from posttrain.losses.ops import aggregation_weights, token_logprobs
 from posttrain.losses.policy import policy_gradient
 from posttrain.rl.corrections import importance_correction
+from posttrain.rl.kept import flat_index
 from posttrain.stages.rollouts import Scored
 from posttrain.stages.settings.distill import Distill
 from posttrain.stages.teachers import Targets

@@ -36,7 +36,7 @@ class Sample(Protocol):
     """Samples and judges a group of responses to each problem, with a step's other settings."""
 
     def __call__(self, problems: Sequence[Problem], *, group_size: int, seed: int) -> Scored:
-        """The scored responses, group after group."""
+        """The scored responses, group after group; those of a chain stand together."""
         ...
 
 
@@ -90,7 +90,8 @@ class Drawing:
             if self._profile(step).exists():
                 self._learn_rates(_read(self._profile(step)))
             self.shares.allocate(now.prompts_per_step, now.domain_shares)
-            for row in rows[:: now.group_size]:
+            # The first row of a prompt has it as the problem does, in a chain of segments as well.
+            for row in rows[:: now.rows_per_prompt]:
                 self.supplies[row["domain"]].mark(row)
             self.observe(now, rows)
             done = step + 1
@@ -113,7 +114,7 @@ class Drawing:
         if not reprofile_due(now, step, history("reward")):
             return 0, {"profiled": 0.0}
         rows: list[dict[str, Any]] = []
-        tokens = 0
+        tokens, size = 0, now.reprofile_samples * now.segments
         for position, supply in enumerate(self.supplies.values()):
             words = (now.seed, step, PROFILING, position)
             problems = supply.some(now.reprofile_prompts, seed=derived_seed(*words))
@@ -122,7 +123,7 @@ class Drawing:
                 seed = derived_seed(*words, start + 1)
                 scored = sample(part, group_size=now.reprofile_samples, seed=seed)
                 tokens += scored.rollouts.num_tokens
-                rates = _rates(scored.verified_B.tolist(), now.reprofile_samples)
+                rates = _rates(scored.verified_B.tolist(), size)
                 rows += [
                     kept(problem, "id", "domain", "mode")
                     | {"rate": rate, "samples": now.reprofile_samples}
@@ -147,13 +148,13 @@ class Drawing:
                 rates += known
             seed = derived_seed(now.seed, step, number) if number else step_seed(now.seed, step)
             parts.append(sample(problems, group_size=now.group_size, seed=seed))
-            missing = _missing(wanted, parts, now.group_size)
+            missing = _missing(wanted, parts, now.rows_per_prompt)
             if not any(missing.values()):
                 break
         sampled = joined(parts)
         batch = sampled
         if len(parts) > 1:
-            batch = chosen_groups(sampled, wanted, now.group_size)
+            batch = chosen_groups(sampled, wanted, now.rows_per_prompt)
         if now.dynamic_sampling:
             metrics["draws"] = float(len(parts))
         if now.curriculum != "none":
@@ -162,8 +163,8 @@ class Drawing:
 
     def observe(self, now: Rl, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         """Take in the rollouts of a step, as the log has them; returns metrics."""
-        rates = _rates([row["reward"] for row in rows], now.group_size)
-        for row, rate in zip(rows[:: now.group_size], rates, strict=True):
+        rates = _rates([row["reward"] for row in rows], now.rows_per_prompt)
+        for row, rate in zip(rows[:: now.rows_per_prompt], rates, strict=True):
             supply = self.supplies[row["domain"]]
             if now.update_rates:
                 supply.learn(row, rate)

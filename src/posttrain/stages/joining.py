@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from posttrain.rl.advantage import zero_variance
+from posttrain.rl.kept import joined_kept
 from posttrain.rl.types import Rollouts
 from posttrain.stages.rollouts import Scored
 
@@ -79,6 +80,8 @@ def _together(parts: Sequence[Rollouts]) -> Rollouts:
     """Rows of unlike widths; what a shorter one is padded with is never read."""
     columns = max(part.tokens_BT.shape[1] for part in parts)
     responses = max(part.logp_BR.shape[1] for part in parts)
+    kept = [part.kept for part in parts if part.kept is not None]
+    assert len(kept) in (0, len(parts)), "all parts carry what was kept, or none"
     return replace(
         parts[0],
         tokens_BT=torch.cat([pad(p.tokens_BT, (0, columns - p.tokens_BT.shape[1])) for p in parts]),
@@ -86,4 +89,5 @@ def _together(parts: Sequence[Rollouts]) -> Rollouts:
         response_len_B=torch.cat([part.response_len_B for part in parts]),
         logp_BR=torch.cat([pad(p.logp_BR, (0, responses - p.logp_BR.shape[1])) for p in parts]),
         finished_B=torch.cat([part.finished_B for part in parts]),
+        kept=joined_kept(kept) if kept else None,
     )

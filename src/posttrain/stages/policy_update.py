@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from posttrain.backends.base import Head, Metrics, MicroBatch
-from posttrain.backends.local import LocalLearner, flat_index, response_targets
-from posttrain.losses.ops import aggregation_weights, kl_estimate, token_logprobs
+from posttrain.backends.local import LocalLearner, rollout_logprobs
+from posttrain.losses.ops import aggregation_weights, kl_estimate
 from posttrain.losses.policy import kl_penalty, policy_gradient, unbiased_kl_penalty
 from posttrain.losses.surrogates import cispo, geometric_mean, squared_log_ratio
 from posttrain.rl.corrections import importance_correction, off_policy_mask
+from posttrain.rl.kept import flat_index
 from posttrain.rl.types import Rollouts
 from posttrain.stages.rollouts import Scored
 from posttrain.stages.settings.rl import Rl
@@ -54,13 +55,7 @@ class PolicyUpdate:
         config, length_B = self.config, part.rollouts.response_len_B
         row_N = part.rollouts.row_N()
         flat_N = flat_index(self.start_B, self.length_B, part.index_B)
-        logp_N, entropy_N = token_logprobs(
-            hidden_ND,
-            head.weight_VD,
-            response_targets(part.rollouts),
-            bias_V=head.bias_V,
-            temperature=config.temperature,
-        )
+        logp_N, entropy_N = rollout_logprobs(hidden_ND, head, part.rollouts, config.temperature)
         weight_N, _ = aggregation_weights(
             row_N, len(length_B), aggregation=config.aggregation, constant=self.constant
         )

@@ -16,24 +16,26 @@ import torch
 
 from posttrain.backends.chat import Chat
 from posttrain.backends.checkpoint import load, save
-from posttrain.backends.local import LocalLearner, flat_index
+from posttrain.backends.local import LocalLearner
 from posttrain.backends.sampler import LocalSampler
 from posttrain.rewards.judging import At, Panel
 from posttrain.rewards.pool import VerifierPool
 from posttrain.rl.advantage import zero_variance
+from posttrain.rl.kept import flat_index
 from posttrain.schedules import learning_rate, value_at
 from posttrain.stages.auxiliary import Auxiliary, take_metrics
 from posttrain.stages.batches import Problem
+from posttrain.stages.chains import chain_batch, sample_chains, sum_of
 from posttrain.stages.context import Context
 from posttrain.stages.credit import credit
 from posttrain.stages.critic import Critic, learn_values, new_critic
 from posttrain.stages.drawing import Drawing, Sample
-from posttrain.stages.judging import batch_of, make_judge
+from posttrain.stages.judging import make_judge
 from posttrain.stages.learner import new_learner
 from posttrain.stages.policy_update import PolicyUpdate, kl_weights, old_logprobs, reward_kl
 from posttrain.stages.reference import Reference
 from posttrain.stages.rollout_log import RolloutLog
-from posttrain.stages.rollouts import Scored, equal_parts, sample_and_verify, verifiers
+from posttrain.stages.rollouts import Scored, equal_parts, verifiers
 from posttrain.stages.settings.rl import Rl
 from posttrain.stages.together import Together
 
@@ -62,15 +64,18 @@ def run(config: Rl, ctx: Context) -> dict[str, float]:
         if reference is not None:
             reference.reset(step, learner)
         verify = partial(
-            sample_and_verify,
+            sample_chains,
             sampler,
             chat,
             judges=judges,
+            segments=now.segments,
+            chain=now.chain,
             max_new_tokens=now.max_new_tokens,
             temperature=now.temperature,
+            top_p=now.top_p,
         )
         at = partial(value_at, step=step, total=config.steps, history=ctx.history)
-        sample = partial(sample_and_judge, panel, at, verify)
+        sample = partial(sample_and_judge, panel, at, verify, segments=now.segments)
         tokens, metrics = drawing.reprofile(now, step, ctx.history, verify)
         drawn = drawing.draw(now, step, sample)
         rows = log.write(
@@ -79,10 +84,11 @@ def run(config: Rl, ctx: Context) -> dict[str, float]:
             model=ctx.name,
             temperature=now.temperature,
             judged=panel is not None,
+            segments=now.segments,
         )
         metrics |= drawn.metrics | drawing.observe(now, rows) | setting_metrics(config, now)
         metrics |= learn(now, learner, reference, drawn.batch, step=step, critic=critic, aux=aux)
-        metrics |= batch_metrics(drawn.sampled, judged=panel is not None)
+        metrics |= batch_metrics(drawn.sampled, judged=panel is not None, segments=now.segments)
         metrics["kept_share"] *= drawn.batch_share
         tokens += drawn.sampled.rollouts.num_tokens
         ctx.log(step + 1, config.steps, tokens=tokens, **metrics)
@@ -111,15 +117,20 @@ def sample_and_judge(
     verify: Sample,
     problems: Sequence[Problem],
     *,
+    segments: int,
     group_size: int,
     seed: int,
 ) -> Scored:
-    """Verified samples, and then what the judges say as the reward; `at` resolves schedules."""
+    """Verified samples, and then what the judges say as the reward; `at` resolves schedules.
+
+    The rows of a chain of `segments` share what is said of it.
+    """
     scored = verify(problems, group_size=group_size, seed=seed)
     if panel is None:
         return scored
-    scores = panel.score(batch_of(scored), at)
-    return replace(scored, reward_B=torch.tensor(scores, dtype=torch.float32))
+    scores = panel.score(chain_batch(scored, segments), at)
+    reward_C = torch.tensor(scores, dtype=torch.float32)
+    return replace(scored, reward_B=reward_C.repeat_interleave(segments))
 
 
 def setting_metrics(config: Rl, now: Rl) -> dict[str, float]:
@@ -160,6 +171,8 @@ def learn(
 
     The critic learns from the rows that the policy learns from, and first.
     """
+    if not config.replay_mask:
+        scored = replace(scored, rollouts=replace(scored.rollouts, kept=None))
     reference_logp_N, kl_N = None, None
     lr = learning_rate(config, step, config.steps)
     metrics = {"lr": lr}
@@ -212,7 +225,7 @@ def learn(
     return metrics | {name: value / tokens for name, value in sums.items()}
 
 
-def batch_metrics(scored: Scored, *, judged: bool) -> dict[str, float]:
+def batch_metrics(scored: Scored, *, judged: bool, segments: int = 1) -> dict[str, float]:
     """Reward, response length and finished share of a batch; reward by domain where several.
 
     Where other judges than the verifier were asked (`judged`), its mean score too."""
@@ -222,6 +235,10 @@ def batch_metrics(scored: Scored, *, judged: bool) -> dict[str, float]:
         "response_length": float(rollouts.response_len_B.float().mean()),
         "finished_share": float(rollouts.finished_B.float().mean()),
     }
+    if segments > 1:
+        metrics["chain_length"] = float(sum_of(rollouts.response_len_B, segments).float().mean())
+    if rollouts.kept is not None:
+        metrics["nucleus_size"] = float(rollouts.kept.count_N.float().mean())
     if judged:
         metrics["accuracy"] = float(scored.verified_B.mean())
     by_domain: dict[str, list[float]] = {}

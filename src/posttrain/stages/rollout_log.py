@@ -40,12 +40,26 @@ class RolloutLog:
         yield from rows
 
     def write(
-        self, step: int, scored: Scored, *, model: str, temperature: float, judged: bool
+        self,
+        step: int,
+        scored: Scored,
+        *,
+        model: str,
+        temperature: float,
+        judged: bool,
+        segments: int = 1,
     ) -> list[dict[str, Any]]:
         """Append the rows of 0-based `step` and return them; where other judges than the verifier
-        were asked (`judged`) each has its score as well."""
+        were asked (`judged`) each has its score as well. The rows of chains of several `segments`
+        have the number of their chain in the step and of their segment in the chain."""
         rows = rollout_rows(scored, model=model, temperature=temperature)
         rows = [row | {"step": step} for row in rows]
+        if segments > 1:
+            places = (divmod(number, segments) for number in range(len(rows)))
+            rows = [
+                row | {"chain": chain, "segment": segment}
+                for row, (chain, segment) in zip(rows, places, strict=True)
+            ]
         if judged:
             scores = scored.reward_B.tolist()
             rows = [row | {"score": score} for row, score in zip(rows, scores, strict=True)]
@@ -65,6 +79,7 @@ def rollout_rows(scored: Scored, *, model: str, temperature: float) -> list[dict
             for key in ("id", "domain", "prompt", "answer", "mode")
             if key in problem
         }
+        | ({"prompt": problem["asked"]} if "asked" in problem else {})
         | {
             "response": text,
             "reward": reward,

@@ -71,6 +71,7 @@ def sample_and_verify(
     max_new_tokens: int,
     temperature: float,
     seed: int,
+    top_p: float = 1.0,
     reader: Reader | None = None,
     prefix: str = "",
 ) -> Scored:
@@ -79,15 +80,17 @@ def sample_and_verify(
     Responses are verified, and read by a `reader`, as they end, beside those still being sampled. A
     response that was cut at the length limit scores 0: it has not given its answer. So does one
     that thinks and does not end to think. Without `judges`, rewards are 0 and texts are left out.
-    Every response begins with the text `prefix`, whose tokens count as the prompt's.
+    Every response begins with the text `prefix`, whose tokens count as the prompt's. A problem with
+    `asked` is asked that instead of its prompt.
     """
     begun = chat.begin(prefix)
     sampling = sampler.stream(
-        [[*chat.prompt(p["prompt"], p.get("mode")), *begun] for p in problems],
+        [[*chat.prompt(p.get("asked", p["prompt"]), p.get("mode")), *begun] for p in problems],
         group_size=group_size,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         seed=seed,
+        top_p=top_p,
     )
     rows = [problem for problem in problems for _ in range(group_size)]
     texts = [""] * len(rows) if judges is not None else []

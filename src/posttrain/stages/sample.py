@@ -93,6 +93,7 @@ def answers(
             group_size=group_size,
             max_new_tokens=config.max_new_tokens,
             temperature=config.temperature,
+            top_p=config.top_p,
             seed=step_seed(config.seed, (number << 20) + config.first_prompt + start),
             prefix=prefix,
         )

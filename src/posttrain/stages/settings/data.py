@@ -65,6 +65,14 @@ class Drawn(BaseModel):
     """Prompts per domain, from the training split; none is used twice."""
     max_new_tokens: int = Field(64, gt=0)
     temperature: float = Field(1.0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Tokens are drawn from the likeliest ones that have this probability together."""
+
+    @model_validator(mode="after")
+    def _top_p_is_read(self) -> Self:
+        if self.temperature == 0:
+            refuse_unread(self, "top_p", because="temperature = 0, which takes the likeliest token")
+        return self
 
 
 class Sample(Config, InModes, Drawn):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from string import Formatter
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -38,6 +39,7 @@ class Rl(Config, Optimizer, InModes, WithAux, Rollout, Correction, Aggregation, 
             "group_size",
             "max_new_tokens",
             "temperature",
+            "top_p",
             "clip_low",
             "clip_high",
             "tau",
@@ -52,6 +54,16 @@ class Rl(Config, Optimizer, InModes, WithAux, Rollout, Correction, Aggregation, 
     prompts_per_step: int = Field(32, gt=0)
     group_size: int = Field(8, gt=0)
     """Responses per prompt; 2 or more where an advantage is relative to the group."""
+    segments: int = Field(1, gt=0)
+    """Responses one after another that make a rollout: each is asked with the one before it, the
+    last one is judged, and all of them get the advantage of the chain (Composer 2)."""
+    chain: str = "{prompt} {response}"
+    """With `segments`: the next prompt, from the problem's own and the response before."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Tokens are drawn from the likeliest ones that have this probability together."""
+    replay_mask: bool = True
+    """With `top_p`: policy, policy before the updates and reference have their log-probs over the
+    tokens that could be drawn, as the sampler had (Keep Sampling Mask, DeepSeek-V3.2)."""
     advantage: Literal["group_mean", "group_zscore", "leave_one_out", "batch", "global", "gae"] = (
         "group_zscore"
     )
@@ -106,6 +118,27 @@ class Rl(Config, Optimizer, InModes, WithAux, Rollout, Correction, Aggregation, 
         except ConfigError as error:
             raise ValueError(str(error)) from None
         return dict(spec)
+
+    @field_validator("chain")
+    @classmethod
+    def _chain_is_a_template(cls, value: str) -> str:
+        try:
+            parts = list(Formatter().parse(value))
+        except ValueError as error:
+            raise ValueError(f"{value!r} is no template ({error}); write {{{{ for {{") from None
+        names = [name for _, name, _, _ in parts if name is not None]
+        plain = not any(spec or conversion for _, _, spec, conversion in parts)
+        if not plain or not set(names) <= {"prompt", "response"} or "response" not in names:
+            raise ValueError(
+                f"{value!r} is no template for the next prompt; it takes {{response}}, which must "
+                "be there, and {prompt}, and nothing else in braces"
+            )
+        return value
+
+    @property
+    def rows_per_prompt(self) -> int:
+        """Adjacent rows of a batch that answer one prompt."""
+        return self.group_size * self.segments
 
     @property
     def verified_only(self) -> bool:
@@ -188,6 +221,29 @@ class Rl(Config, Optimizer, InModes, WithAux, Rollout, Correction, Aggregation, 
         if not self.uses_reference:
             names = ("kl_estimator", "kl_in", "domain_kl", "reference_every")
             refuse_unread(self, *names, because="kl_coef = 0")
+        return self
+
+    @model_validator(mode="after")
+    def _chains_are_read(self) -> Self:
+        if self.segments == 1:
+            refuse_unread(self, "chain", because="segments = 1")
+        elif self.uses_critic:
+            raise ValueError(
+                f"segments = {self.segments} with advantage = gae: a critic values one response "
+                "and knows nothing of the segments that follow; use another advantage"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _mask_is_read(self) -> Self:
+        if self.top_p == 1 and "top_p" not in self.schedules:
+            refuse_unread(self, "replay_mask", because="top_p = 1")
+        elif not self.replay_mask and self.uses_reference and self.kl_in == "reward":
+            raise ValueError(
+                "replay_mask = False with kl_in = reward: the sampler's log-probs are over the "
+                "nucleus and the reference's over the vocabulary, so their difference is no KL "
+                "divergence; leave replay_mask out, or use kl_in = loss"
+            )
         return self
 
     @model_validator(mode="after")

@@ -1,0 +1,89 @@
+"""rl from the nucleus: its mask is replayed where log-probs are computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+
+from posttrain.engine.errors import ConfigError
+from posttrain.stages.config import build_config
+
+BASE = {
+    "steps": 3,
+    "prompts_per_step": 4,
+    "group_size": 4,
+    "max_new_tokens": 6,
+    "lr": 0.02,
+    "warmup_steps": 1,
+    "top_p": 0.7,
+}
+
+
+@pytest.fixture
+def rl(
+    run_stage: Callable[..., Any], models: Mapping[str, str], domains: Mapping[str, str]
+) -> Callable[..., Any]:
+    def run(threads: int = 1, **changes: Any) -> Any:
+        inputs = {"start": models["start"], **domains}
+        return run_stage("rl", BASE | changes, inputs, threads=threads)
+
+    return run
+
+
+def test_the_ratio_to_the_sampler_is_one_with_the_mask_only(rl: Callable[..., Any]) -> None:
+    with_mask = rl(correction="truncated", correction_high=5)
+    for line in with_mask.lines:
+        assert line["sampler_ratio"] == pytest.approx(1, abs=1e-4)
+        assert line["nucleus_size"] >= 1
+    without = rl(correction="truncated", correction_high=5, replay_mask=False)
+    for line in without.lines:
+        assert line["sampler_ratio"] < 0.95
+
+
+def test_top_p_and_the_mask_change_what_is_learned(
+    rl: Callable[..., Any], same: Callable[..., bool]
+) -> None:
+    plain, nucleus, unmasked = rl(top_p=1.0), rl(), rl(replay_mask=False)
+    assert "nucleus_size" not in plain.lines[0]
+    assert not same(plain, nucleus)
+    assert not same(nucleus, unmasked)
+
+
+def test_the_reference_is_over_the_same_tokens(rl: Callable[..., Any]) -> None:
+    """Before the first update the policy is its reference, over the nucleus as over all."""
+    for kl_in in ("loss", "reward"):
+        first = rl(kl_coef=0.1, kl_in=kl_in, steps=1).lines[0]
+        assert first["kl_reference"] == pytest.approx(0, abs=1e-5)
+
+
+def test_threads_change_nothing(rl: Callable[..., Any], same: Callable[..., bool]) -> None:
+    assert same(rl(steps=2), rl(steps=2, threads=2))
+
+
+def test_more_draws_and_updates_keep_the_mask(rl: Callable[..., Any]) -> None:
+    ran = rl(dynamic_sampling=2, updates_per_batch=2, correction="icepop")
+    assert [line["step"] for line in ran.lines] == [1, 2, 3]
+    assert ran.lines[0]["ratio"] == pytest.approx(1, abs=0.2)
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"replay_mask": False}, "replay_mask = False: it is not read with top_p = 1"),
+        (
+            {"top_p": 0.9, "replay_mask": False, "kl_coef": 0.1, "kl_in": "reward"},
+            "replay_mask = False with kl_in = reward",
+        ),
+        ({"top_p": 0.0}, "top_p"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_config("rl", "policy", {"steps": 4, **values})
+
+
+def test_greedy_samples_have_no_nucleus() -> None:
+    with pytest.raises(ConfigError, match=r"top_p = 0\.5: it is not read with temperature = 0"):
+        build_config("sample", "samples", {"temperature": 0, "top_p": 0.5})
