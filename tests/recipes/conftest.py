@@ -1,5 +1,5 @@
-"""What the hard cases of the recipe language share: a suite of three small domains, one store, and a
-base model that is made once and found there by every later recipe."""
+"""What the hard cases of the recipe language share: a suite of three small domains, one store, and
+a base model that is made once and found there by every later recipe."""
 
 from __future__ import annotations
 
@@ -67,6 +67,37 @@ def write_suite(folder: Path) -> Path:
 
 
 @dataclass(frozen=True)
+class Made:
+    """What a stage left in the store."""
+
+    artifact: Artifact
+
+    @property
+    def edges(self) -> dict[str, str]:
+        """Edge to the name of the stage that it comes from, as the record has it."""
+        return {edge: source["name"] for edge, source in self.artifact.inputs.items()}
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The settings in the record."""
+        return dict(self.artifact.payload["config"])
+
+    @property
+    def weights(self) -> str:
+        """The sha256 of the weights."""
+        return str(self.artifact.files["model.safetensors"]["sha256"])
+
+    def read(self, file: str) -> Any:
+        """The object in a JSON file."""
+        return json.loads((self.artifact.path / file).read_text(encoding="utf-8"))
+
+    def rows(self, file: str) -> list[dict[str, Any]]:
+        """The objects in a file of JSON lines."""
+        text = (self.artifact.path / file).read_text(encoding="utf-8")
+        return [json.loads(line) for line in text.splitlines()]
+
+
+@dataclass(frozen=True)
 class Bench:
     """Builds and runs the recipes of the hard cases."""
 
@@ -83,21 +114,23 @@ class Bench:
         """A model that answers with digits, the same for every recipe that changes nothing."""
         size = {"hidden_size": 32, "num_layers": 1, "intermediate_size": 64}
         long = {"steps": 30, "lr": 5e-3, "batch_size": 32, "seed": 0}
-        return r.pretrain(data=r.demos(r.domains), **size | long | settings)
+        return r.pretrain(**{"data": r.demos(r.domains)} | size | long | settings)
 
-    def run(self, r: Recipe, target: Stage) -> dict[str, Artifact]:
-        """Run a recipe to its end; returns the lineage of its target, by the names of the stages.
-
-        Raises what the run raises.
-        """
+    def run(self, r: Recipe, target: Stage) -> dict[str, Made]:
+        """Run a recipe to its end; returns the lineage of its target. Raises what `run` raises."""
         made = {
             event.name: event.payload["path"]
             for event in run(r.graph(target), self.store, execute=EXECUTE, preload=PRELOAD)
             if event.kind in ("finished", "cached")
         }
-        found = self.store.lineage(self.store.load(Path(made[target.name])))
+        return self.lineage(self.store, self.store.load(Path(made[target.name])))
+
+    def lineage(self, store: Store, artifact: Artifact) -> dict[str, Made]:
+        """An artifact and all that it descends from, by the names of the stages, from the records
+        of a store."""
+        found = store.lineage(artifact)
         assert not any(ancestor.missing for ancestor in found)
-        return {a.artifact.name: a.artifact for a in found if a.artifact is not None}
+        return {a.artifact.name: Made(a.artifact) for a in found if a.artifact is not None}
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ from posttrain.loading import describe, load_recipe, shipped_recipes
 RECIPES = shipped_recipes()
 MAY_IMPORT = {"posttrain", "typing", "collections", "itertools", "__future__"}
 LAYOUT = {tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.COMMENT}
-SUITE = '''
+SUITE = """
 from posttrain import Domain, Suite, Table, VerifierSpec
 
 verifier = VerifierSpec(name="exact")
@@ -26,7 +26,7 @@ rows = Table(train="rows.jsonl", demo="demo", thought="thought")
 def suite() -> Suite:
     domains = {name: Domain(name=name, source=rows, verifier=verifier) for name in NAMES}
     return Suite(name="other", domains=domains)
-'''
+"""
 
 
 def lines_of_code(path: Path) -> int:

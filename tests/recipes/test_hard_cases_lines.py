@@ -6,13 +6,11 @@ are the edges that the store's records have afterwards.
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import pytest
 
 from posttrain import judges
-from posttrain.engine.record import Artifact
 from posttrain.language.handles import Stage
 from posttrain.recipe import Recipe
 
@@ -31,14 +29,6 @@ RL: dict[str, Any] = {
 DOMAIN = {"domains.reasoning": "reasoning"}
 
 
-def edges(artifact: Artifact) -> dict[str, str]:
-    return {edge: source["name"] for edge, source in artifact.inputs.items()}
-
-
-def read(artifact: Artifact, file: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (artifact.path / file).open(encoding="utf-8")]
-
-
 def ranked(r: Recipe, model: Stage, name: str = "pairs") -> Stage:
     """Pairs of a model's own responses, best against worst."""
     rollouts = r.sample(model, prompts=r.prompts("reasoning"), k=6, name=f"{name}_from", **DRAW)
@@ -54,11 +44,11 @@ def test_case_01_a_line_that_only_makes_data(bench: Any) -> None:
     written = r.select(r.sample([dev1, dev2], prompts=r.prompts("reasoning"), k=2, **DRAW))
     dev3 = r.sft(start=base, data=written, name="dev3", **LEARN)
     made = bench.run(r, dev3)
-    assert edges(made["dev3"]) == {"start": "base", "data": "selection"}
-    assert edges(made["selection"]) == {"rollouts": "rollouts"}
-    assert edges(made["rollouts"]) == {"models.dev1": "dev1", "models.dev2": "dev2"} | DOMAIN
-    assert edges(made["dev2"]) == {"start": "dev1"} | DOMAIN
-    assert edges(made["dev1"]) == {"start": "base"} | DOMAIN
+    assert made["dev3"].edges == {"start": "base", "data": "selection"}
+    assert made["selection"].edges == {"rollouts": "rollouts"}
+    assert made["rollouts"].edges == {"models.dev1": "dev1", "models.dev2": "dev2"} | DOMAIN
+    assert made["dev2"].edges == {"start": "dev1"} | DOMAIN
+    assert made["dev1"].edges == {"start": "base"} | DOMAIN
 
 
 def test_case_02_three_model_edges_in_one_round(bench: Any) -> None:
@@ -78,14 +68,14 @@ def test_case_02_three_model_edges_in_one_round(bench: Any) -> None:
         best = r.dpo(start=sft, data=pairs, name=f"dpo_{i}", **LEARN)
     made = bench.run(r, best)
     for i, sampler in ((1, "base"), (2, "dpo_1")):
-        assert edges(made[f"rollouts_{i}"]) == {f"models.{sampler}": sampler} | DOMAIN
-        assert edges(made[f"pairs_{i}"]) == {"rollouts": f"rollouts_{i}"}
-        assert edges(made[f"scorer_{i}"]) == {"start": "base", "data": f"pairs_{i}"}
+        assert made[f"rollouts_{i}"].edges == {f"models.{sampler}": sampler} | DOMAIN
+        assert made[f"pairs_{i}"].edges == {"rollouts": f"rollouts_{i}"}
+        assert made[f"scorer_{i}"].edges == {"start": "base", "data": f"pairs_{i}"}
         judge = {f"judges.scorer_{i}": f"scorer_{i}"}
-        assert edges(made[f"scored_{i}"]) == {"rollouts": f"rollouts_{i}"} | judge | DOMAIN
-        assert edges(made[f"chosen_{i}"]) == {"rollouts": f"scored_{i}"}
-        assert edges(made[f"sft_{i}"]) == {"start": "base", "data": f"chosen_{i}"}
-        assert edges(made[f"dpo_{i}"]) == {"start": f"sft_{i}", "data": f"pairs_{i}"}
+        assert made[f"scored_{i}"].edges == {"rollouts": f"rollouts_{i}"} | judge | DOMAIN
+        assert made[f"chosen_{i}"].edges == {"rollouts": f"scored_{i}"}
+        assert made[f"sft_{i}"].edges == {"start": "base", "data": f"chosen_{i}"}
+        assert made[f"dpo_{i}"].edges == {"start": f"sft_{i}", "data": f"pairs_{i}"}
 
 
 def test_case_03_another_size_samples_than_learns(bench: Any) -> None:
@@ -95,13 +85,10 @@ def test_case_03_another_size_samples_than_learns(bench: Any) -> None:
     rollouts = r.sample(large, prompts=r.prompts("reasoning"), k=4, **DRAW)
     chosen = r.select(rollouts, how="best", max_per_prompt=1)
     made = bench.run(r, r.sft(start=small, data=chosen, **LEARN))
-    assert edges(made["rollouts"]) == {"models.large": "large"} | DOMAIN
-    assert edges(made["selection"]) == {"rollouts": "rollouts"}
-    assert edges(made["sft"]) == {"start": "base", "data": "selection"}
-    width = {
-        name: json.loads((made[name].path / "config.json").read_text())["hidden_size"]
-        for name in ("large", "sft")
-    }
+    assert made["rollouts"].edges == {"models.large": "large"} | DOMAIN
+    assert made["selection"].edges == {"rollouts": "rollouts"}
+    assert made["sft"].edges == {"start": "base", "data": "selection"}
+    width = {name: made[name].read("config.json")["hidden_size"] for name in ("large", "sft")}
     assert width == {"large": 48, "sft": 32}
 
 
@@ -110,30 +97,30 @@ def test_case_04_a_reward_model_is_only_where_the_critic_starts(bench: Any) -> N
     r = bench.recipe(4)
     base = bench.base(r)
     scorer = r.reward_model(start=base, data=ranked(r, base), **LEARN)
-    policy = r.rl(
-        start=base, prompts=r.prompts("reasoning"), critic=scorer, advantage="gae", **RL
-    )
+    policy = r.rl(start=base, prompts=r.prompts("reasoning"), critic=scorer, advantage="gae", **RL)
     made = bench.run(r, policy)
-    assert edges(made["rl"]) == {"start": "base", "critic": "reward_model"} | DOMAIN
-    assert edges(made["reward_model"]) == {"start": "base", "data": "pairs"}
-    assert made["rl"].payload["config"]["reward"] == {"judge": "verifier"}
-    assert all(line["value_loss"] > 0 for line in read(made["rl"], "metrics.jsonl"))
+    assert made["rl"].edges == {"start": "base", "critic": "reward_model"} | DOMAIN
+    assert made["reward_model"].edges == {"start": "base", "data": "pairs"}
+    assert made["rl"].config["reward"] == {"judge": "verifier"}
+    assert all(line["value_loss"] > 0 for line in made["rl"].rows("metrics.jsonl"))
 
 
 def test_case_05_what_rl_sampled_feeds_a_later_sft(bench: Any) -> None:
-    """Case 5, MAI-Thinking-1, GLM-4.5, K2.5: an RL stage's rollouts by step and success are the data
-    of a later SFT."""
+    """Case 5, MAI-Thinking-1, GLM-4.5, K2.5: an RL stage's rollouts by step and success are the
+    data of a later SFT."""
     r = bench.recipe(5)
     base = bench.base(r)
     policy = r.rl(start=base, prompts=r.prompts("reasoning"), **RL | {"steps": 4})
     late = r.select(policy, how="all", success=True, first_step=2, last_step=3)
     made = bench.run(r, r.sft(start=base, data=late, **LEARN))
-    assert edges(made["sft"]) == {"start": "base", "data": "selection"}
-    assert edges(made["selection"]) == {"rollouts": "rl"}
-    rows = read(made["rl"], "rollouts.jsonl")
+    assert made["sft"].edges == {"start": "base", "data": "selection"}
+    assert made["selection"].edges == {"rollouts": "rl"}
+    rows = made["rl"].rows("rollouts.jsonl")
     assert {row["step"] for row in rows} == {0, 1, 2, 3}
-    wanted = {(row["id"], row["response"]) for row in rows if row["step"] >= 2 and row["reward"] == 1}
-    assert {(row["id"], row["demo"]) for row in read(made["selection"], "data.jsonl")} == wanted
+    wanted = {
+        (row["id"], row["response"]) for row in rows if row["step"] >= 2 and row["reward"] == 1
+    }
+    assert {(row["id"], row["demo"]) for row in made["selection"].rows("data.jsonl")} == wanted
     assert 0 < len(wanted) < len(rows)
 
 
@@ -155,18 +142,24 @@ def test_case_06_the_policy_is_its_own_judge(bench: Any) -> None:
     )
     made = bench.run(r, policy)
     # No judge among the edges: it has no weights but the policy's.
-    assert edges(made["rl"]) == {
-        "start": "base",
-        "aux.judging": "comparisons",
-        "domains.judging": "judging",
-    } | DOMAIN
-    assert edges(made["comparisons"]) == {"rollouts": "rollouts"}
-    assert all(line["aux/judging"] > 0 for line in read(made["rl"], "metrics.jsonl"))
+    assert (
+        made["rl"].edges
+        == {
+            "start": "base",
+            "aux.judging": "comparisons",
+            "domains.judging": "judging",
+        }
+        | DOMAIN
+    )
+    assert made["comparisons"].edges == {"rollouts": "rollouts"}
+    assert all(line["aux/judging"] > 0 for line in made["rl"].rows("metrics.jsonl"))
     groups: dict[Any, list[dict[str, Any]]] = {}
-    for row in read(made["rl"], "rollouts.jsonl"):
+    for row in made["rl"].rows("rollouts.jsonl"):
         groups.setdefault((row["step"], row["domain"], row["id"]), []).append(row)
+    decided = []
     for (_, domain, _), rows in groups.items():
         tied = len({row["reward"] for row in rows}) == 1
         judged = any(row["score"] != row["reward"] for row in rows)
         assert judged == (domain == "reasoning" and tied)
-    assert any(domain == "reasoning" for _, domain, _ in groups)
+        decided.append(judged)
+    assert any(decided)

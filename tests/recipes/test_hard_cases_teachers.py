@@ -5,12 +5,9 @@ As in `test_hard_cases_lines.py`: the edges are those of the store's records.
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import pytest
-
-from posttrain.engine.record import Artifact
 
 pytestmark = pytest.mark.slow
 
@@ -27,14 +24,6 @@ ALL = {f"domains.{name}": name for name in ("reasoning", "general", "judging")}
 HINT = "{prompt} {answer}"
 
 
-def edges(artifact: Artifact) -> dict[str, str]:
-    return {edge: source["name"] for edge, source in artifact.inputs.items()}
-
-
-def read(artifact: Artifact, file: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (artifact.path / file).open(encoding="utf-8")]
-
-
 def test_case_07_earlier_stages_teach(bench: Any) -> None:
     """Case 7, GLM-5: three earlier stages of the student's own line are its teachers, the last of
     them being where it starts."""
@@ -45,15 +34,19 @@ def test_case_07_earlier_stages_teach(bench: Any) -> None:
     teachers = {"judging": sft, "reasoning": first, "general": second}
     student = r.distill(start=second, teachers=teachers, prompts=r.prompts(r.domains), **STEP)
     made = bench.run(r, student)
-    assert edges(made["student"]) == {
-        "start": "second",
-        "teachers.sft": "sft",
-        "teachers.first": "first",
-        "teachers.second": "second",
-    } | ALL
-    assert edges(made["second"]) == {"start": "first", "domains.general": "general"}
-    assert edges(made["first"]) == {"start": "sft", "domains.reasoning": "reasoning"}
-    start = read(made["student"], "metrics.jsonl")[0]
+    assert (
+        made["student"].edges
+        == {
+            "start": "second",
+            "teachers.sft": "sft",
+            "teachers.first": "first",
+            "teachers.second": "second",
+        }
+        | ALL
+    )
+    assert made["second"].edges == {"start": "first", "domains.general": "general"}
+    assert made["first"].edges == {"start": "sft", "domains.reasoning": "reasoning"}
+    start = made["student"].rows("metrics.jsonl")[0]
     assert start["kl/general"] < 1e-6 < min(start["kl/reasoning"], start["kl/judging"])
 
 
@@ -66,14 +59,14 @@ def test_case_08_the_teacher_is_the_student_with_a_hint(bench: Any) -> None:
     hinted = r.distill(teachers={"reasoning": "self"}, hints={"reasoning": HINT}, **given)
     made = bench.run(r, r.merge([plain, hinted]))
     for name in ("plain", "student"):
-        assert edges(made[name]) == {
+        assert made[name].edges == {
             "start": "sft",
             "teachers.self": "sft",
             "domains.reasoning": "reasoning",
         }
-    assert made["student"].payload["config"]["hints"] == {"reasoning": HINT}
-    assert edges(made["merged"]) == {"models.plain": "plain", "models.student": "student"}
-    apart = {name: read(made[name], "metrics.jsonl")[0]["kl"] for name in ("plain", "student")}
+    assert made["student"].config["hints"] == {"reasoning": HINT}
+    assert made["merged"].edges == {"models.plain": "plain", "models.student": "student"}
+    apart = {name: made[name].rows("metrics.jsonl")[0]["kl"] for name in ("plain", "student")}
     assert apart["plain"] < 1e-6 and apart["student"] > 1e-3
 
 
@@ -88,21 +81,29 @@ def test_case_09_a_second_round_with_old_and_new_teachers(bench: Any) -> None:
     anew = r.rl(start=first, prompts=r.prompts("reasoning"), name="reasoning_2", **RL)
     mixed = {**teachers, "reasoning": anew}
     made = bench.run(r, r.distill(start=first, teachers=mixed, name="student_2", **given))
-    assert edges(made["student_1"]) == {
-        "start": "base",
-        "teachers.reasoning_1": "reasoning_1",
-        "teachers.general_1": "general_1",
-        "teachers.judging_1": "judging_1",
-    } | ALL
-    assert edges(made["student_2"]) == {
-        "start": "student_1",
-        "teachers.reasoning_2": "reasoning_2",
-        "teachers.general_1": "general_1",
-        "teachers.judging_1": "judging_1",
-    } | ALL
-    assert edges(made["reasoning_2"])["start"] == "student_1"
+    assert (
+        made["student_1"].edges
+        == {
+            "start": "base",
+            "teachers.reasoning_1": "reasoning_1",
+            "teachers.general_1": "general_1",
+            "teachers.judging_1": "judging_1",
+        }
+        | ALL
+    )
+    assert (
+        made["student_2"].edges
+        == {
+            "start": "student_1",
+            "teachers.reasoning_2": "reasoning_2",
+            "teachers.general_1": "general_1",
+            "teachers.judging_1": "judging_1",
+        }
+        | ALL
+    )
+    assert made["reasoning_2"].edges["start"] == "student_1"
     for edge in ("teachers.general_1", "teachers.judging_1"):
-        assert made["student_1"].inputs[edge] == made["student_2"].inputs[edge]
+        assert made["student_1"].artifact.inputs[edge] == made["student_2"].artifact.inputs[edge]
 
 
 def test_case_10_teachers_from_unequal_lines(bench: Any) -> None:
@@ -120,17 +121,21 @@ def test_case_10_teachers_from_unequal_lines(bench: Any) -> None:
     made = bench.run(
         r, r.distill(start=sft, teachers=teachers, prompts=r.prompts(r.domains), **STEP)
     )
-    assert edges(made["student"]) == {
-        "start": "sft",
-        "teachers.tuned": "tuned",
-        "teachers.chat": "chat",
-        "teachers.swe_3": "swe_3",
-    } | ALL
+    assert (
+        made["student"].edges
+        == {
+            "start": "sft",
+            "teachers.tuned": "tuned",
+            "teachers.chat": "chat",
+            "teachers.swe_3": "swe_3",
+        }
+        | ALL
+    )
     lines = {"tuned": ["sft"], "chat": ["light", "sft"], "swe_3": ["swe_2", "swe_1", "sft"]}
     for name, line in lines.items():
         passed = []
         while name != "sft":
-            name = edges(made[name])["start"]
+            name = made[name].edges["start"]
             passed.append(name)
         assert passed == line
 
@@ -143,10 +148,10 @@ def test_case_15_another_context_is_another_stage(bench: Any) -> None:
     settings = RL | {"max_new_tokens": 16, "lr": 2e-4, "prompts_per_step": 4}
     swe = r.rl(start=blend, prompts=r.prompts("reasoning"), name="swe", **settings)
     made = bench.run(r, swe)
-    assert edges(made["blend"]) == {"start": "base"} | ALL
-    assert edges(made["swe"]) == {"start": "blend", "domains.reasoning": "reasoning"}
+    assert made["blend"].edges == {"start": "base"} | ALL
+    assert made["swe"].edges == {"start": "blend", "domains.reasoning": "reasoning"}
     fields = ("max_new_tokens", "lr", "prompts_per_step")
-    found = {n: [made[n].payload["config"][f] for f in fields] for n in ("blend", "swe")}
+    found = {n: [made[n].config[f] for f in fields] for n in ("blend", "swe")}
     assert found == {"blend": [4, 1e-3, 6], "swe": [16, 2e-4, 4]}
-    longest = {n: max(row["num_tokens"] for row in read(made[n], "rollouts.jsonl")) for n in found}
+    longest = {n: max(row["num_tokens"] for row in made[n].rows("rollouts.jsonl")) for n in found}
     assert longest["blend"] <= 4 < longest["swe"] <= 16
