@@ -1,0 +1,140 @@
+"""What the hard cases of the recipe language share: a suite of three small domains, one store, and
+a base model that is made once and found there by every later recipe."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from posttrain.engine.record import Artifact
+from posttrain.engine.runner import run
+from posttrain.engine.store import Store
+from posttrain.language.handles import Stage
+from posttrain.recipe import Recipe
+from posttrain.rewards.comparisons import QUESTION
+from posttrain.suites.domain import Suite
+from posttrain.suites.load import load_suite
+from posttrain.worker import EXECUTE, PRELOAD
+
+SUITE = """
+name = "hard"
+[domains.reasoning]
+train = "reasoning.jsonl"
+demo = "demo"
+thought = "thought"
+verifier = "regex"
+pattern = "^[0-4]"
+[domains.general]
+train = "general.jsonl"
+demo = "demo"
+thought = "thought"
+verifier = "regex"
+pattern = "^[3-7]"
+[domains.judging]
+train = "judging.jsonl"
+demo = "demo"
+verifier = "exact"
+"""
+
+
+def write_suite(folder: Path) -> Path:
+    """A suite of three tables of 120 problems; returns its file.
+
+    The answers are digits as good as random, so that a model which has learned to write digits is
+    right by chance. `judging` asks which of two digits is the greater one, as judges ask.
+    """
+    tables: dict[str, list[dict[str, str]]] = {"reasoning": [], "general": [], "judging": []}
+    for i in range(100, 220):
+        drawn = zlib.crc32(str(i).encode())
+        a, b = str(drawn % 10), str((drawn + 1 + drawn // 10 % 9) % 10)
+        for name, answer in {"reasoning": a + b, "general": a}.items():
+            row = {"prompt": f"{name[0]} {i}", "answer": answer, "demo": answer, "thought": b}
+            tables[name].append(row)
+        verdict = "1" if a > b else "2"
+        prompt = QUESTION.format(prompt=f"r {i}", a=a, b=b)
+        tables["judging"].append({"prompt": prompt, "answer": verdict, "demo": verdict})
+    for name, rows in tables.items():
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text(text)
+    path = folder / "hard.toml"
+    path.write_text(SUITE)
+    return path
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a stage left in the store."""
+
+    artifact: Artifact
+
+    @property
+    def edges(self) -> dict[str, str]:
+        """Edge to the name of the stage that it comes from, as the record has it."""
+        return {edge: source["name"] for edge, source in self.artifact.inputs.items()}
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The settings in the record."""
+        return dict(self.artifact.payload["config"])
+
+    @property
+    def weights(self) -> str:
+        """The sha256 of the weights."""
+        return str(self.artifact.files["model.safetensors"]["sha256"])
+
+    def read(self, file: str) -> Any:
+        """The object in a JSON file."""
+        return json.loads((self.artifact.path / file).read_text(encoding="utf-8"))
+
+    def rows(self, file: str) -> list[dict[str, Any]]:
+        """The objects in a file of JSON lines."""
+        text = (self.artifact.path / file).read_text(encoding="utf-8")
+        return [json.loads(line) for line in text.splitlines()]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Builds and runs the recipes of the hard cases."""
+
+    suite: Suite
+    folder: Path
+    store: Store
+
+    def recipe(self, case: int) -> Recipe:
+        """A builder over the suite. Its seed is the number of the case: a stage that two cases
+        have in common would otherwise be found in the store under the first one's name."""
+        return Recipe(self.suite, self.folder, seed=case, store=self.store)
+
+    def base(self, r: Recipe, **settings: Any) -> Stage:
+        """A model that answers with digits, the same for every recipe that changes nothing."""
+        size = {"hidden_size": 32, "num_layers": 1, "intermediate_size": 64}
+        long = {"steps": 30, "lr": 5e-3, "batch_size": 32, "seed": 0}
+        return r.pretrain(**{"data": r.demos(r.domains)} | size | long | settings)
+
+    def run(self, r: Recipe, target: Stage) -> dict[str, Made]:
+        """Run a recipe to its end; returns the lineage of its target. Raises what `run` raises."""
+        made = {
+            event.name: event.payload["path"]
+            for event in run(r.graph(target), self.store, execute=EXECUTE, preload=PRELOAD)
+            if event.kind in ("finished", "cached")
+        }
+        return self.lineage(self.store, self.store.load(Path(made[target.name])))
+
+    def lineage(self, store: Store, artifact: Artifact) -> dict[str, Made]:
+        """An artifact and all that it descends from, by the names of the stages, from the records
+        of a store."""
+        found = store.lineage(artifact)
+        assert not any(ancestor.missing for ancestor in found)
+        return {a.artifact.name: Made(a.artifact) for a in found if a.artifact is not None}
+
+
+@pytest.fixture(scope="session")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    folder = tmp_path_factory.mktemp("hard")
+    suite, directory = load_suite(str(write_suite(folder)))
+    return Bench(suite, directory, Store(folder / "store"))
