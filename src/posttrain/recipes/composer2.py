@@ -1,6 +1,8 @@
 """Composer 2: continued pretraining, then RL with Dr. GRPO; 2.5 teaches itself with hints.
 
 Source: Composer 2, arXiv 2603.24477; Composer 2.5 announcement.
+In one line: `base → pretrain(code) → sft → rl[verify − concave length](Dr.GRPO, k1 KL); 2.5: →
+opd{itself + hint}`.
 RL has neither a standard deviation nor a length in its normalisation, the KL to the start as k1
 in the reward (the variance of k3 grows without bound), a concave cost of length, and draws harder
 prompts as it goes on. In version 2.5 the teacher of the last stage is the model itself with a hint

@@ -2,6 +2,8 @@
 
 Source: DeepSeek-R1, arXiv 2501.12948, sections 2.3 and 2.4; Dev1 to Dev3 as in the Nature
 version.
+In one line: `z = base → rl[rule]; c = base → sft(D@z) → rl[rule + language]; base →
+sft(correct(D@c) + general) → rl[rule + late rm]; distilled: small → sft(the same rows)`.
 R1-Zero only samples: Dev1 is SFT of the base on its correct traces. Dev2 is RL of Dev1 with an
 added reward for one language. Dev3 is SFT of the base again, on Dev2's correct samples and a
 quarter of data that needs no reasoning. R1 is RL of Dev3 by rules; general prompts and the

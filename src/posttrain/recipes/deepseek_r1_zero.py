@@ -1,6 +1,7 @@
 """DeepSeek-R1-Zero: reinforcement learning from the base by rules alone.
 
 Source: DeepSeek-R1, arXiv 2501.12948, section 2.2; settings of the Nature version.
+In one line: `base → rl[rule + format](GRPO, reference := policy from time to time)`.
 GRPO from the base, no SFT before it. Rewards are accuracy and format. KL of 0.001 (k3, in the
 loss) to a reference that becomes the policy from time to time; 16 responses to each of 32
 prompts; one batch of rollouts is 16 minibatches; a clip at 10 that only outliers meet; responses

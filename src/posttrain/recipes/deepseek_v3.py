@@ -1,6 +1,7 @@
 """DeepSeek-V3: experts that blend two styles teach the base by rejection sampling, then GRPO.
 
 Source: DeepSeek-V3, arXiv 2412.19437, section 5.
+In one line: `E = {d: sft → rl[d](T high)}; base → sft(correct(D@E)) → rl[rule + rm](GRPO)`.
 Each domain's expert starts from the base, is shown every problem with the plain answer and with
 the R1 answer under a system prompt, and gets RL at a high temperature. Correct and short samples
 of the experts are the SFT set of a model that starts from the base again. A reward model starts

@@ -1,6 +1,8 @@
 """DeepSeek-V3.1: specialists of one base, distilled by SFT into one model that thinks or does not.
 
 Source: DeepSeek-V3.1 model card; pipeline of V3.1-Terminus in DeepSeek-V3.2-Exp, section 3.
+In one line: `E = {d × mode: base → rl[d]}; base → sft(correct(D@E), think + no_think) → rl[all
+domains](GRPO)`.
 For each domain one specialist that thinks and one that does not, all by RL from the same base. They
 only sample: SFT starts from the base again and learns what the verifier accepts of both kinds, so
 different models make its thinking and its other data. One mixed GRPO in both modes follows.

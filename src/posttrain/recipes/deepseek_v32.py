@@ -1,6 +1,8 @@
 """DeepSeek-V3.2: specialists, one SFT on their samples, one mixed GRPO with its stabilisers.
 
 Source: DeepSeek-V3.2, arXiv 2512.02556, section 3; DeepSeek-V3.2-Exp, section 3.
+In one line: `E = {d × mode: base → rl[d]}; base → sft(correct(D@E)) → rl[all domains](GRPO,
+stabilised)`.
 Specialists in both modes and the SFT of the base on their correct samples are those of
 `deepseek_v31`. All domains are then trained in one RL stage, since stages one after another forget:
 advantages without the standard deviation, an unbiased KL estimate weighed by domain (0 for the

@@ -1,6 +1,8 @@
 """DeepSeek-V4: an expert for every domain and effort, merged by full-vocabulary distillation.
 
 Source: DeepSeek-V4, arXiv 2606.19348, section 5.
+In one line: `s = base → sft; E = {d × effort: s → sft → rl[rule + itself]}; s → opd{E}(full
+vocabulary)`.
 Experts start from one SFT: per domain one that does not think, one that thinks within a budget
 (high) and one that thinks without a cost (max). Rules reward them, and where the rules tie the
 actor compares its own responses; it learns to judge beside its domain. The student starts from the

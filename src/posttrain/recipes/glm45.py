@@ -1,6 +1,8 @@
 """GLM-4.5: a reasoning, an agent and a general expert, joined by SFT of the base; then general RL.
 
 Source: GLM-4.5, arXiv 2508.06471, section 3.
+In one line: `E = {reason: sft → rl(difficulty, T up), agent: for k: sft(D@previous) → rl(harder),
+chat}; base → sft(select(D@E)) → rl[general] → rl[late prompts]`.
 Each expert has its own cold start. Reasoning: RL without KL on moderately hard prompts, then on
 those that the policy rarely solves; the temperature rises whenever the reward has stopped to.
 Agent: RL, then SFT of the base on the model's own successes in place of the cold start's data, then

@@ -1,6 +1,8 @@
 """GLM-5: reasoning, agentic and general RL one after another, then cross-stage distillation.
 
 Source: GLM-5, arXiv 2602.15763, section 3.
+In one line: `S = base → sft; R = S → rl[reason]; A = R → rl[agent]; G = A → rl[general]; G →
+opd{S, R, G}`.
 S is the SFT, R reasoning RL from S, A agentic RL from R, G general RL from A, each on its own
 domains. Each stage forgets some of the ones before, so at the end G is distilled on the prompts of
 each from the checkpoint that knew best: S, R and G itself, sampled tokens, one response per

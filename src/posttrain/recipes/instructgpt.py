@@ -1,6 +1,8 @@
 """InstructGPT: demonstrations, a reward model of rankings, PPO with a pre-training mix.
 
 Source: InstructGPT, arXiv 2203.02155, sections 3.2 to 3.5, appendix C.
+In one line: `s = base → sft; rm = s → reward_model(rank(D@s)); (base → sft(+ pretraining)) →
+rl[rm](PPO, critic = rm, aux = pretraining)`.
 A reward model starts from the SFT model and learns all pairs of each ranking of K = 4 to 9 SFT
 samples as one. PPO starts from a sibling of it, fine-tuned with 10 % of pre-training text, and is
 scored by the reward model, from which its critic starts too. Pre-training gradients are mixed in

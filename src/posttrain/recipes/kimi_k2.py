@@ -1,6 +1,7 @@
 """Kimi K2: one SFT, then joint RL on verifiable rewards and on the policy's own critique.
 
 Source: Kimi K2, arXiv 2507.20534, section 3.
+In one line: `base → sft → rl[verify + self-critique](squared loss, T down, aux = ptx)`.
 The SFT model is also the first critic: in the last domain the policy ranks its own responses pair
 by pair, and it learns to, from verifiable rollouts, beside RL. The loss is K1.5's square of the
 advantage minus tau times the log-ratio. Prompts are of moderate difficulty for the SFT model;

@@ -1,6 +1,9 @@
 """Llama 2-Chat: five rounds of rejection sampling from the base, a gate of two reward models, PPO.
 
 Source: Llama 2, arXiv 2307.09288, sections 3.1 and 3.2.
+In one line: `m = base → sft; for r in 1..5: P += human(D@{m, m′}); h, s = m → reward_model(P);
+pool += best(D@m, [h, s]); m = base → sft(pool; last only if r ≤ 3); finally m → rl[gate(s,
+h)](PPO)`.
 Each round the two newest chat models answer prompts of a helpfulness and of a safety task, and
 annotators say which answer is better and how clearly. Two reward models start from the newest
 chat model and learn all comparisons so far with a margin: the helpful one those of both tasks,

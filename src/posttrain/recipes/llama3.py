@@ -1,6 +1,8 @@
 """Llama 3: six rounds of reward model, rejection sampling, SFT and DPO, weights averaged.
 
 Source: Llama 3, arXiv 2407.21783, section 4.
+In one line: `for r in 1..6: P += human(D@{m}); rm = base → reward_model(P); d = prune(best(D@m,
+rm)) + human; m = merge(dpo(base → sft(d), P_latest))`.
 Each round two models answer and an annotator compares them. The reward model starts from the
 pre-trained model and learns all comparisons so far, only the clear ones and without a margin. It
 picks the best of K samples of the last round's chat model, or of the code expert in its domain.

@@ -1,6 +1,8 @@
 """MAI-Thinking-1: three RL climbs from a base without traces, their traces by SFT, a light climb.
 
 Source: MAI-Thinking-1 technical report, post-training.
+In one line: `C = {d: for k: (mid → sft(correct(D@climb))) → rl[d](longer and longer)}; mid →
+sft(mix(D@C)) → rl[light]`.
 A climb is GRPO whose limit on length grows and whose upper clip follows the entropy: 1/(1-e) + k,
 k up while the entropy is below its target and down while it is above. Reward: the task, language,
 and a cost of length scaled by the pass rate. Self-distillation restarts a climb: SFT of the base on

@@ -1,6 +1,7 @@
 """MiMo-V2-Flash: six domain teachers and the student itself, merged by MOPD; the loop closes.
 
 Source: MiMo-V2-Flash, arXiv 2601.02780, section 4.
+In one line: `for r: s = base → sft; T = {d: s → rl[d]} ∪ {s}; s → opd{T}(+ outcome reward)`.
 One SFT in both modes; each teacher is RL of it on its own prompts; what no teacher covers is held
 by the student's own start. MOPD starts from the SFT, not from a teacher: the sampled token's
 log-ratio to the teacher is the advantage, plus that of the outcome reward, and tokens whose

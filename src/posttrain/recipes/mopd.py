@@ -1,6 +1,7 @@
 """Multi-teacher on-policy distillation: one specialist per domain, merged into one student.
 
 Source: MOPD, arXiv 2606.30406; MiMo-V2-Flash, arXiv 2601.02780, section 4.
+In one line: `s = base → sft; T = {d: s → sft(d) → rl[d]}; s → opd{T}`.
 Base, one general SFT, then per domain a light SFT and RL on that domain only, all from the same SFT
 checkpoint. The student starts there too, answers prompts of all domains itself, and the teacher of
 each prompt's domain corrects it token by token.

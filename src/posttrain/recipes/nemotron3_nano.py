@@ -1,6 +1,7 @@
 """Nemotron 3 Nano: SFT, RL on all environments at once with a curriculum, RLHF, a small DPO.
 
 Source: Nemotron 3 Nano, arXiv 2512.20848, section 3.
+In one line: `base → sft → rl[all](Gaussian curriculum) → rl[genrm] → dpo(D@self)`.
 SFT with a tenth of its rows stripped of their reasoning. RL leaves out prompts that the SFT model
 always solves, keeps the domains' shares of a batch fixed, and draws prompts by a Gaussian over the
 pass rate whose mean falls from easy to hard; on a plateau the policy is profiled anew. RLHF asks a

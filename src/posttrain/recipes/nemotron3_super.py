@@ -1,6 +1,8 @@
 """Nemotron 3 Super: three RLVR blends, pivot RL, end-to-end RL, RLHF with a GenRM, MTP healing.
 
 Source: Nemotron 3 Super technical report, post-training, as summarised in NVIDIA-NeMo/Nemotron.
+In one line: `base → sft → rl(blend 1) → rl(blend 2) → rl(blend 3) → rl[pivot] → rl[end to end] →
+rl[genrm](KL 1e-4) → sft(trainable = a part)`.
 Every stage starts from the one before. RLVR runs three times with other shares of the domains and
 otherwise the same settings; prompts that are always solved are left out. The hard domain, which
 stands for software engineering, comes by itself: first single decisions (short responses, a light

@@ -1,6 +1,8 @@
 """Nemotron 3 Ultra: RLVR, a warm-up SFT, and two rounds of MOPD with refreshed and kept teachers.
 
 Source: Nemotron 3 Ultra technical report, post-training, as summarised in NVIDIA-NeMo/Nemotron.
+In one line: `s = base → sft → rl[all]; for i in 1..2: T = teachers(s or base) ∪ old T; s = (i = 1:
+s → sft(warm-up)) → opd{T}; → sft(trainable = a part)`.
 RLVR on all domains makes the student. Teachers have pipelines of their own: one is SFT and RL from
 the RLVR model, one RL alone, one goes from the SFT by pivot RL to end-to-end RL; what none covers,
 the student itself teaches. A light SFT on the teachers' samples warms the student up. MOPD: one

@@ -1,6 +1,8 @@
 """Nemotron-Cascade 2: one domain after another by RL, with MOPD from its own earlier checkpoints.
 
 Source: Nemotron-Cascade 2, arXiv 2603.19220, sections 3 and 4.
+In one line: `c = base → sft → rl[if] → rl[mix] → opd{sft, side branch, best so far} → rl[genrm] →
+rl[long] → rl[code]`.
 A line of checkpoints C1 to C8: SFT, instruction-following RL, multi-domain RL, MOPD, RLHF, long
 context, code, software engineering in two steps. MOPD's teachers are C1 where RL has not helped
 (mathematics), a branch off C1 for preferences, and the best checkpoint so far for the rest. RL is

@@ -1,6 +1,7 @@
 """OLMo 3 Instruct: from the Think SFT, two DPO candidates that each get RL, and the better one.
 
 Source: OLMo 3, arXiv 2512.13961, section 5.
+In one line: `think.sft → sft → {dpo × 2} → {rl} → best`.
 SFT without traces starts from the SFT model of OLMo 3 Think, not from the base. Two DPO
 candidates start from it: one on delta pairs (a strong model's answer over a weak one's), one on
 pairs that a judge makes out of a pool of strong and weak models, the worst answer rejected.

@@ -1,6 +1,7 @@
 """OLMo 3 RL-Zero: RL from the base with verifiable rewards, one model per domain and one for all.
 
 Source: OLMo 3, arXiv 2512.13961, section 6.
+In one line: `{d: base → rl[verify]} and base → rl[mix]`.
 Every model starts from the base. Prompts that the base always solves drop out. The models of
 single domains stand beside that of the mix in the report, as if they were its teachers.
 Left out: code sandboxes, asynchrony, decontamination.

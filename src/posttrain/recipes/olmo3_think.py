@@ -1,6 +1,8 @@
 """OLMo 3 Think: an SFT soup on traces, delta DPO, RL on prompts of the right difficulty.
 
 Source: OLMo 3, arXiv 2512.13961, section 4, tables 17 and 20; 32B settings.
+In one line: `base → sft(traces) → dpo(pairs(big, small)) → filter(profile(dpo)) → rl[by
+domain](OlmoRL)`.
 The SFT model is the average of two learning rates. DPO starts from it: a strong model's trace is
 chosen over a weak one's for the same prompt, with no judge. The DPO model is profiled, prompts
 that it solves more than 62.5 % of the time drop out, and RL starts from it on the rest (OlmoRL:

@@ -1,6 +1,8 @@
 """Qwen3: long-CoT cold start, reasoning RL, thinking-mode fusion, general RL; strong to weak.
 
 Source: Qwen3, arXiv 2505.09388, section 4.
+In one line: `base → sft(long traces) → rl[verify] → sft(select(D@self) + no_think) → rl[general];
+small: base → sft(D@big) → opd{big}(logits)`.
 Cold start is short SFT of the base on QwQ's correct answers, to queries that a model without
 thoughts does not solve. Reasoning RL takes few other prompts, hard but not hopeless for it.
 Fusion starts from that model and mixes its own correct answers to the cold-start queries with

@@ -1,6 +1,8 @@
 """Tülu 3: SFT, DPO on pairs of a pool of models, RL with verifiable rewards.
 
 Source: Tülu 3, arXiv 2411.15124, sections 4 to 6; Tülu 3.1 is the same with rl=grpo.
+In one line: `base → sft → dpo(pairs(D@{pool, sft}), length-normalised) → rl[verify](PPO, critic =
+reward_model(pairs); 3.1: GRPO)`.
 Pairs come from a pool of models, the SFT model among them, whose answers a judge compares. DPO
 and a reward model both start from the SFT model and learn these pairs. RL starts from the DPO
 model with the verifier alone, 10 for a right answer and -10 for one without an end. With PPO the
