@@ -14,12 +14,7 @@ mixture of experts. The generative reward model is tiny and learns by SFT. Steps
 
 from posttrain import Recipe, Stage, judges, schedules
 
-GROUPS = {
-    "advantage": "leave_one_out",
-    "clip_high": 0.28,
-    "group_size": 16,
-    "max_new_tokens": 48,
-}
+GROUPS = {"advantage": "leave_one_out", "clip_high": 0.28, "group_size": 16, "max_new_tokens": 48}
 
 
 def recipe(r: Recipe, base: str = "tiny") -> Stage:

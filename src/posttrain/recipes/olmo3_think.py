@@ -30,14 +30,8 @@ def recipe(r: Recipe, base: str = "tiny", steps: int = 80) -> Stage:
     rates = r.profile(dpo, prompts=prompts, n=8, num_prompts=1000, max_new_tokens=48)
     hard = r.filter(prompts, profile=rates, high=0.625, at_least=100, name="unsolved")
     verified = dict.fromkeys(r.domains[:-1], judges.verifier())
-    final = olmo_rl(
-        r,
-        dpo,
-        hard,
-        judges.by_domain(verified | {r.domains[-1]: 0.2 * judges.oracle()}),
-        steps,
-        "think",
-    )
+    reward = judges.by_domain(verified | {r.domains[-1]: 0.2 * judges.oracle()})
+    final = olmo_rl(r, dpo, hard, reward, steps, "think")
     return r.evaluate(final, init=sft, modes=("think",), max_new_tokens=48, num_problems=200)
 
 
