@@ -45,11 +45,9 @@ def recipe(r: Recipe, base: str = "tiny") -> Stage:
     )
 
     judge, chat = genrm(r, sft), r.domains[-1]
+    shortest = judges.length(shape="group_relative")
     conciseness = judges.gate(
-        judges.verifier(),
-        below=0.5,
-        then=judges.constant(0.0),
-        otherwise=judges.length(shape="group_relative"),
+        judges.verifier(), below=0.5, then=judges.constant(0.0), otherwise=shortest
     )
     human = judges.compare(judge, pairing="circular") + judges.verifier() - 0.1 * conciseness
     rlhf = r.rl(
