@@ -30,6 +30,7 @@ def recipe(
     hard, soft = r.prompts(reasoning, mode="think"), r.prompts(general, mode="think")
     rules = judges.verifier() + 0.1 * FORMAT + 0.1 * LANGUAGE
     grpo = {"advantage": "group_zscore", "aggregation": "sequence", "kl_coef": 0.001, "lr": 2e-4}
+    grpo |= {"updates_per_batch": 4, "clip_low": 1.0, "clip_high": 10.0}
 
     first = zero(r, start, reasoning, steps)
     traces = r.sample(first, prompts=hard, num_prompts=500, max_new_tokens=64, name="zero_samples")
@@ -67,7 +68,7 @@ def recipe(
     )
     asked = {"modes": ("think",), "max_new_tokens": 48, "num_problems": 200}
     if model == "r1":
-        return r.evaluate(final, init=dev3, **asked)
+        return r.evaluate(final, init=dev1, **asked)
     small = r.base("mini" if base == "tiny" else base, thinking=True, name="small_base")
     student = r.sft(start=small, data=rows, epochs=2, lr=1e-3, name="r1_distilled")
     return r.evaluate(student, init=small, teachers=dict.fromkeys(r.domains, dev2), **asked)

@@ -54,7 +54,7 @@ def recipe(
     final = r.rl(start=s3, prompts=both, reward=reward, steps=40, lr=1e-4, max_new_tokens=48,
                  name="general_rl")  # fmt: skip
     if model == "flagship":
-        return r.evaluate(final, init=s3, **asked)
+        return r.evaluate(final, init=s1, **asked)
 
     small = r.base("mini" if base == "tiny" else base, thinking=True, name="small_base")
     big = r.sample(final, prompts=both, k=1, max_new_tokens=48, name="flagship_samples")
