@@ -11,7 +11,7 @@ import pytest
 
 from posttrain.engine.errors import ConfigError
 from posttrain.stages.config import build_config
-from posttrain.stages.filter import choose
+from posttrain.stages.filter import across_modes, choose
 from posttrain.stages.settings.data import Filter
 
 PROFILE: dict[str, Any] = {"n": 4, "max_new_tokens": 6, "num_prompts": 70}
@@ -145,6 +145,15 @@ def test_whole_problem_rows_of_profiled_problems_stay(
 def test_modes_are_profiled_apart(filtered: Callable[..., Any]) -> None:
     with pytest.raises(ConfigError, match="no profile has a problem of domain 'short' among"):
         filtered(modes=["think"])
+
+
+def test_a_profile_of_one_mode_stands_for_the_other() -> None:
+    problems = [{"domain": "d", "id": i, "mode": "think"} for i in "ab"]
+    one = {("d", "a", "no_think"): 0.25}
+    assert across_modes(one, problems) == one | {("d", "a", "think"): 0.25}
+    both = one | {("d", "b", "think"): 1.0}
+    assert across_modes(both, problems) == both
+    assert across_modes({("d", "a", None): 0.5}, problems) == {("d", "a", None): 0.5}
 
 
 def test_filtered_prompts_are_what_a_stage_draws(

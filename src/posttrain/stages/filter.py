@@ -20,8 +20,10 @@ def run(config: Filter, ctx: Context) -> dict[str, float]:
     rates, others = read_rates(ctx, "profile"), read_rates(ctx, "against")
     chosen: list[Problem] = []
     known, total = 0, 0
-    for name in ctx.domains:
-        problems = ctx.problems(name, "train", config.modes)
+    problems_of = {name: ctx.problems(name, "train", config.modes) for name in ctx.domains}
+    everything = [problem for problems in problems_of.values() for problem in problems]
+    rates, others = across_modes(rates, everything), across_modes(others, everything)
+    for name, problems in problems_of.items():
         profiled = [
             problem
             for problem in problems
@@ -54,6 +56,19 @@ def read_rates(ctx: Context, edge: str) -> dict[Key, float]:
     if edge not in ctx.inputs:
         return {}
     return {key_of(row): row["rate"] for row in read_rows(ctx.inputs[edge] / "profile.jsonl")}
+
+
+def across_modes(rates: Rates, problems: Sequence[Problem]) -> Rates:
+    """The same rates, where those of a single mode also stand for the other mode of a problem.
+
+    So prompts to think about can be those that are not solved without a thought (Qwen3).
+    """
+    modes = {mode for _, _, mode in rates}
+    if len(modes) != 1 or modes == {None}:
+        return rates
+    (mode,) = modes
+    found = {key_of(p): rates.get((p["domain"], p["id"], mode)) for p in problems}
+    return {**rates, **{key: rate for key, rate in found.items() if rate is not None}}
 
 
 def choose(
