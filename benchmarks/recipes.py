@@ -49,7 +49,11 @@ def main() -> None:
         make_bases(store)
         fresh = {}
         for name in arguments.only or shipped_recipes():
-            fresh[name] = measure(name, store)
+            try:
+                fresh[name] = measure(name, store)
+            except RuntimeError as error:
+                print(f"{name}: {error}", file=sys.stderr)
+                continue
             save(fresh, kept | fresh)
     write_page(kept | fresh)
 
@@ -96,7 +100,7 @@ def run(recipe: str, store: Path, *more: str) -> dict[str, Any]:
     command += ["--store", str(store), "--report", str(report)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        sys.exit(f"{' '.join(command)}\nfailed with {done.returncode}:\n{done.stderr[-3000:]}")
+        raise RuntimeError(f"failed with {done.returncode}:\n{done.stderr[-1500:]}")
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 

@@ -103,7 +103,7 @@ def markdown(rows: dict[str, Any]) -> str:
 def write_picture(name: str, folder: Path, artifact: str) -> None:
     """The lineage of a recipe's evaluation as a picture that stands by itself."""
     store = Store(folder)
-    stages = gather(store, store.resolve(artifact))
+    stages = gather(store, store.resolve(Path(artifact).name))
     svg = lineage_svg(stages, domain_colours(stages))
     end = svg.index(">") + 1
     PICTURES.mkdir(exist_ok=True)

@@ -62,7 +62,7 @@ def test_a_run_tells_in_json_what_became_of_each_stage(cli: Callable[..., Any]) 
         assert 0 < stage["seconds"] <= found["seconds"]
         assert (Path(stage["artifact"]) / "record.json").is_file()
     evaluation = found["evaluation"]
-    norm = {"norm", "norm_low", "norm_high", "min_recovery", "norm_domains"}
+    norm = {"norm", "norm_low", "norm_high", "min_recovery", "norm_domains", "gain"}
     assert {"domains", *norm, "greedy"} == set(evaluation)
     assert set(evaluation["domains"]) == {"sums", "copies"}
     for domain in evaluation["domains"].values():

@@ -93,7 +93,7 @@ def test_one_model_answers_in_both_modes(
     """It thinks where it is asked to, at length, and answers at once where it is not; what it
     says goes on as data with its mode, and is scored by the answer alone."""
     inputs = thinker("models.last")
-    settings = {"k": 2, "num_prompts": 40, "max_new_tokens": 12, "routes": {"last": "models.last"}}
+    settings = {"k": 2, "num_prompts": 40, "max_new_tokens": 12, "routes": {"last": ["last"]}}
     ran = run_stage("sample", settings | {"modes": BOTH}, inputs)
     rows = read(ran.out / "rollouts.jsonl")
     by_mode = {mode: [row for row in rows if row["mode"] == mode] for mode in BOTH}

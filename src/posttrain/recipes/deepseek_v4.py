@@ -23,7 +23,8 @@ def recipe(r: Recipe, base: str = "tiny") -> Stage:
     start = r.base(base, thinking=True)
     sft = r.sft(start=start, data=r.demos(r.domains, mode=MODES), steps=40, lr=5e-4)
 
-    seen = r.sample(sft, prompts=r.prompts(r.domains), k=4, num_prompts=300, max_new_tokens=24)
+    asked = r.prompts(r.domains, mode="no_think")
+    seen = r.sample(sft, prompts=asked, k=4, num_prompts=300, max_new_tokens=24)
     compared = r.comparisons(seen, name="judging_data")
     experts = {
         (d, effort): expert(r, sft, compared, d, effort) for d in r.domains for effort in EFFORTS
@@ -45,8 +46,8 @@ def recipe(r: Recipe, base: str = "tiny") -> Stage:
         max_new_tokens=48,
     )
     best = {d: experts[d, "max"] for d in r.domains}
-    asked = {"modes": MODES, "num_problems": 200, "max_new_tokens": 48}
-    return r.evaluate(student, init=sft, teachers=best, **asked)
+    scored = {"modes": MODES, "num_problems": 200, "max_new_tokens": 48}
+    return r.evaluate(student, init=sft, teachers=best, **scored)
 
 
 def expert(r: Recipe, sft: Stage, compared: Stage, domain: str, effort: str) -> Stage:

@@ -76,7 +76,7 @@ def recipe(r: Recipe, base: str = "tiny") -> Stage:
 
 def genrm(r: Recipe, start: Stage) -> Stage:
     """A generative reward model: it is shown two responses, and says which is better."""
-    seen = r.sample(start, prompts=r.prompts(r.domains), k=8, num_prompts=400, max_new_tokens=24,
-                    name="genrm_samples")  # fmt: skip
+    asked = r.prompts(r.domains, mode="no_think")
+    seen = r.sample(start, prompts=asked, k=8, num_prompts=400, max_new_tokens=24, name="genrm_in")
     compared = r.comparisons(seen, name="genrm_data")
     return r.sft(start=start, data=compared, steps=200, lr=1.5e-3, name="genrm")
