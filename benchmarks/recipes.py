@@ -5,8 +5,9 @@
     python benchmarks/recipes.py --page                 # only write docs/recipes.md again
 
 The bases that recipes share are made first; a recipe's time is that of `posttrain run NAME` with
-those in the store. Recipes share the store, as a user's would; the stages of a recipe that another
-one had made already are listed under `cached`. Scores are on held-out problems. Writes
+those in the store; where it had run there already, the time of that run, from its start to the
+commit of the evaluation. Recipes share the store, as a user's would; the stages of a recipe that
+another one had made already are listed under `cached`. Scores are on held-out problems. Writes
 results/recipes_<date>.json with a Markdown table beside it, results/recipes_latest.json with the
 newest row of each recipe, and docs/recipes.md with the lineage pictures that it shows.
 """
@@ -23,6 +24,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from posttrain.engine.store import Store
 from posttrain.loading import shipped_recipes
 from suite.machine import machine
 from suite.recipe_page import markdown, write_page, write_picture
@@ -87,10 +89,20 @@ def measure(name: str, store: Path) -> dict[str, Any]:
             for domain, found in evaluation["domains"].items()
         },
     }
-    write_picture(name, store, next(s["artifact"] for s in own if s["kind"] == "evaluate"))
+    last = Path(next(stage["artifact"] for stage in own if stage["kind"] == "evaluate")).name
+    if len(row["cached"]) == len(own):
+        row["seconds"] = round(seconds_of(store, last), 1)
+    write_picture(name, store, last)
     gain = evaluation["gain"]
     print(f"{name}: {seconds:.0f} s, gain {gain['value']:+.3f}", file=sys.stderr)
     return row
+
+
+def seconds_of(folder: Path, artifact: str) -> float:
+    """How long the run took that made this evaluation, from its start to the evaluation's commit."""
+    found = Store(folder).resolve(artifact)
+    began = datetime.fromisoformat(found.provenance["started"])
+    return (datetime.fromisoformat(found.created) - began).total_seconds()
 
 
 def run(recipe: str, store: Path, *more: str) -> dict[str, Any]:
