@@ -99,7 +99,7 @@ def measure(name: str, store: Path) -> dict[str, Any]:
 
 
 def seconds_of(folder: Path, artifact: str) -> float:
-    """How long the run took that made this evaluation, from its start to the evaluation's commit."""
+    """How long the run took that made this evaluation, from its start to its last commit."""
     found = Store(folder).resolve(artifact)
     began = datetime.fromisoformat(found.provenance["started"])
     return (datetime.fromisoformat(found.created) - began).total_seconds()
