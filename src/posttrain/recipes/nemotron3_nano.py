@@ -44,7 +44,7 @@ def recipe(r: Recipe, base: str = "tiny") -> Stage:
         **GROUPS,
     )
 
-    judge, chat = genrm(r, sft), r.domains[-1]
+    judge, chat = genrm(r, sft, "no_think"), r.domains[-1]
     shortest = judges.length(shape="group_relative")
     conciseness = judges.gate(
         judges.verifier(), below=0.5, then=judges.constant(0.0), otherwise=shortest
@@ -74,9 +74,9 @@ def recipe(r: Recipe, base: str = "tiny") -> Stage:
     return r.evaluate(final, init=sft, modes=("think",), max_new_tokens=48, num_problems=200)
 
 
-def genrm(r: Recipe, start: Stage) -> Stage:
+def genrm(r: Recipe, start: Stage, mode: str | None = None) -> Stage:
     """A generative reward model: it is shown two responses, and says which is better."""
-    asked = r.prompts(r.domains, mode="no_think")
+    asked = r.prompts(r.domains, mode=mode)
     seen = r.sample(start, prompts=asked, k=8, num_prompts=400, max_new_tokens=24, name="genrm_in")
     compared = r.comparisons(seen, name="genrm_data")
     return r.sft(start=start, data=compared, steps=200, lr=1.5e-3, name="genrm")
