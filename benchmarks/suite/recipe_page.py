@@ -46,10 +46,11 @@ In the notation `a → b` b starts from a's checkpoint, `base →` starts from t
 data sampled by m, `{…}` are parallel branches, `rl[v]` is reinforcement learning on reward v,
 `opd{…}` is on-policy distillation from those teachers, `for r` is a loop.
 
-Time is from `posttrain run NAME` to its report, with the shared base in the store. The gain is that
-of the last model over the checkpoint that it is compared with, its SFT where it has one, in points
-of accuracy at temperature 1 on held-out problems, mean over domains, with the 95 % interval of a
-bootstrap over problems.
+Time is from `posttrain run NAME` to its report, with the shared base in the store; stages that
+another recipe or an earlier run had made are told as "there". The gain is that of the last model
+over the checkpoint that it is compared with, its SFT where it has one, in points of accuracy at
+temperature 1 on held-out problems, mean over domains, with the 95 % interval of a bootstrap over
+problems. One seed. A recipe without a row has not been measured as it stands.
 
 """
 
@@ -61,6 +62,8 @@ def write_page(rows: dict[str, Any]) -> None:
     for name, path in names.items():
         said = described(path)
         parts.append(f"\n## {name}\n\n{said['summary']}\n\n")
+        # Fenced, since brackets before parentheses would be read as a link.
+        parts.append(f"```text\n{said.pop('In one line:', '').strip('`')}\n```\n\n")
         parts += [f"- {label} {said[label]}\n" for label in LABELS if said.get(label)]
         if (PICTURES / f"{name}.svg").exists():
             parts.append(f"\n![Lineage of {name}](recipes/{name}.svg)\n")
@@ -88,9 +91,12 @@ def markdown(rows: dict[str, Any]) -> str:
         gain = row["gain"]
         verdict = "yes" if gain["low"] > 0 else "no" if gain["high"] < 0 else "not told apart"
         interval = f"{100 * gain['low']:+.1f} to {100 * gain['high']:+.1f}"
+        found = len(row["cached"])
+        # Where all were there, the time is that of the run that made them.
+        stages = f"{row['stages']}, {found} there" if 0 < found < row["stages"] else row["stages"]
         norm = "" if row["norm"] is None else f"{row['norm']:.2f}"
         lines.append(
-            f"| [{name}](#{name}) | {row['stages']} | {row['seconds']:.0f} s "
+            f"| [{name}](#{name}) | {stages} | {row['seconds']:.0f} s "
             f"| {100 * gain['value']:+.1f} ({interval}) | {verdict} | {norm} |"
         )
     machines = {
