@@ -7,7 +7,8 @@ single domains stand beside that of the mix in the report, as if they were its t
 Left out: code sandboxes, asynchrony, decontamination.
 """
 
-from posttrain import Recipe, Stage
+from posttrain import Recipe, Stage, judges
+from posttrain.recipes.olmo3_think import olmo_rl
 
 
 def recipe(r: Recipe, base: str = "tiny", steps: int = 50) -> Stage:
@@ -19,24 +20,8 @@ def recipe(r: Recipe, base: str = "tiny", steps: int = 50) -> Stage:
             start, prompts=prompts, n=8, num_prompts=500, max_new_tokens=48, name=f"{name}_profile"
         )
         unsolved = r.filter(prompts, profile=rates, high=0.99, at_least=50, name=f"{name}_prompts")
-        models[name] = r.rl(
-            start=start,
-            prompts=unsolved,
-            advantage="group_mean",
-            aggregation="token",
-            dynamic_sampling=4,
-            clip_high=0.272,
-            correction="truncated",
-            correction_high=2.0,
-            updates_per_batch=4,
-            group_size=8,
-            prompts_per_step=32,
-            steps=steps,
-            lr=2e-4,
-            lr_schedule="constant",
-            max_new_tokens=48,
-            name=f"{name}_zero",
-        )
+        reward = judges.verifier()
+        models[name] = olmo_rl(r, start, unsolved, reward, steps, f"{name}_zero", 2e-4)
     mix = models.pop("mix")
     return r.evaluate(
         mix, init=start, teachers=models, modes=("think",), max_new_tokens=48, num_problems=200

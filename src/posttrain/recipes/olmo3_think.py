@@ -58,9 +58,8 @@ def weak(r: Recipe, base: str) -> Stage:
     return r.sft(start=start, data=data, steps=5, lr=1e-4, name="qwen_0.6b")
 
 
-def olmo_rl(
-    r: Recipe, start: Stage, prompts: Stage, reward: judges.Judge, steps: int, name: str
-) -> Stage:
+def olmo_rl(r: Recipe, start: Stage, prompts: Stage, reward: judges.Judge, steps: int, name: str,
+            lr: float = 3e-4) -> Stage:  # fmt: skip
     """OlmoRL with the verifiers and judges of the paper's table 20."""
     return r.rl(
         start=start,
@@ -76,7 +75,7 @@ def olmo_rl(
         group_size=8,
         prompts_per_step=32,
         steps=steps,
-        lr=3e-4,
+        lr=lr,
         lr_schedule="constant",
         max_new_tokens=48,
         name=name,

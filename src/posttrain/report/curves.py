@@ -32,7 +32,7 @@ class Metric:
 
 METRICS = {
     "loss": Metric(title="Loss", log=True),
-    "reward": Metric(title="Reward", hint="mean verifier score of the samples"),
+    "reward": Metric(title="Reward", hint="mean over the samples"),
     "kl": Metric(title="Reverse KL", hint="to the teacher, nats per token", log=True),
     "entropy": Metric(title="Entropy", hint="nats per token"),
     "response_length": Metric(title="Response length", hint="mean, tokens"),
