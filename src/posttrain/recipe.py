@@ -237,7 +237,7 @@ class Recipe:
             inputs["profile"] = edge
         if reward is not None:
             settings = {"reward": reward.to_config()[0]} | settings
-            inputs |= judge_edges(self._build, name, "rl", reward)
+            inputs |= judge_edges(self._build, name, "reward", reward)
         stage = self._trained("rl", name, prompts.settings() | settings, inputs, aux)
         check_judge(self._build, stage, "reward", prompts.domains)
         if critic is not None and self._build.nodes[name].config["advantage"] != "gae":

@@ -8,18 +8,25 @@ from posttrain.engine.errors import ConfigError
 from posttrain.judges import Judge, models
 from posttrain.language.builder import Builder
 from posttrain.language.handles import Stage
-from posttrain.rewards.judge_spec import check_domains, check_use
+from posttrain.rewards.judge_spec import check_domains, check_use, walk
 
 
-def judge_edges(build: Builder, stage: str, kind: str, judge: object) -> dict[str, str]:
-    """The edges `judges.NAME` of the stages that a judge asks. Raises ConfigError for no judge."""
+def judge_edges(build: Builder, stage: str, field: str, judge: object) -> dict[str, str]:
+    """The edges `judges.NAME` of the stages that a judge asks.
+
+    Raises ConfigError for what is no judge, and for a stage that cannot be asked so.
+    """
     if not isinstance(judge, Judge):
         raise ConfigError(
-            f"stage {stage!r} ({kind}): {judge!r} is no judge; it takes what posttrain.judges "
+            f"stage {stage!r}: {field} = {judge!r} is no judge; it takes what posttrain.judges "
             "makes, such as judges.verifier() or judges.scalar(reward_model)"
         )
-    _, stages = judge.to_config()
-    return {edge: build.model(stage, edge, asked, scores=True) for edge, asked in stages.items()}
+    spec, stages = judge.to_config()
+    scored = {part["model"] for part in walk(spec) if part["judge"] == "scalar"}
+    return {
+        edge: build.model(stage, edge, asked, scores=edge in scored)
+        for edge, asked in stages.items()
+    }
 
 
 def check_judge(build: Builder, stage: Stage, field: str, domains: Sequence[str]) -> None:

@@ -9,7 +9,8 @@ from posttrain.engine.errors import ConfigError
 from posttrain.judges import Judge
 from posttrain.language.builder import Builder
 from posttrain.language.handles import ROLLOUT_KINDS, Demos, Stage
-from posttrain.rewards.judge_spec import check_domains, walk
+from posttrain.language.judging import judge_edges
+from posttrain.rewards.judge_spec import check_domains
 
 
 def rollout_edges(
@@ -36,22 +37,15 @@ def judged(
     build: Builder, stage: str, judge: object, domains: Sequence[str]
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """The setting `judge`, and the edges to the stages it asks and to the domains it judges."""
-    if not isinstance(judge, Judge):
-        raise ConfigError(
-            f"stage {stage!r}: judge = {judge!r} is no judge; it takes one of posttrain.judges, "
-            "such as judges.oracle()"
-        )
+    edges = judge_edges(build, stage, "judge", judge)
     if not domains:
         raise ConfigError(
             f"stage {stage!r}: the domains of what it judges are not known; define the stages that "
             "it reads above it"
         )
-    spec, stages = judge.to_config()
+    assert isinstance(judge, Judge)
+    spec, _ = judge.to_config()
     check_domains(spec, tuple(domains), where=f"stage {stage!r}")
-    edges = {edge: source.name for edge, source in stages.items()}
-    for part in walk(spec):
-        if part["judge"] == "compare":
-            build.model(stage, part["model"], stages[part["model"]])
     return {"judge": spec}, edges | build.domain_edges(stage, domains)
 
 
