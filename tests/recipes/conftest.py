@@ -1,10 +1,15 @@
-"""What the hard cases of the recipe language share: a suite of three small domains, one store, and
-a base model that is made once and found there by every later recipe."""
+"""What recipes in tests share.
+
+The hard cases of the language: a suite of three small domains, one store, and a base model that is
+made once and found there by every later recipe. Others: a suite of two domains, and how to run a
+recipe in a store of its own.
+"""
 
 from __future__ import annotations
 
 import json
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +22,8 @@ from posttrain.engine.store import Store
 from posttrain.language.handles import Stage
 from posttrain.recipe import Recipe
 from posttrain.rewards.comparisons import QUESTION
-from posttrain.suites.domain import Suite
+from posttrain.rewards.spec import VerifierSpec
+from posttrain.suites.domain import Domain, Suite, Table
 from posttrain.suites.load import load_suite
 from posttrain.worker import EXECUTE, PRELOAD
 
@@ -138,3 +144,32 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     folder = tmp_path_factory.mktemp("hard")
     suite, directory = load_suite(str(write_suite(folder)))
     return Bench(suite, directory, Store(folder / "store"))
+
+
+@pytest.fixture
+def two_domains(tmp_path: Path) -> Suite:
+    """Two domains of 120 problems: repeat the number, or its last digit."""
+    domains = {}
+    for name, answers in {"whole": lambda i: str(i), "last": lambda i: str(i % 10)}.items():
+        rows = [
+            {"prompt": f"{name} {i}", "answer": answers(i), "demo": answers(i)}
+            for i in range(100, 220)
+        ]
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        table = Table(train=path.name, demo="demo")
+        domains[name] = Domain(name=name, source=table, verifier=VerifierSpec(name="exact"))
+    return Suite(name="mine", domains=domains)
+
+
+@pytest.fixture
+def execute(tmp_path: Path) -> Callable[[Recipe, Stage], dict[str, Artifact]]:
+    """Run a recipe to its end; returns the artifacts by name."""
+
+    def execute(r: Recipe, target: Stage) -> dict[str, Artifact]:
+        store = Store(tmp_path / "store")
+        kinds = {e.kind for e in run(r.graph(target), store, execute=EXECUTE, preload=PRELOAD)}
+        assert "finished" in kinds and "failed" not in kinds
+        return {artifact.name: artifact for artifact in store.list()}
+
+    return execute

@@ -15,27 +15,11 @@ from posttrain.engine.runner import run
 from posttrain.engine.store import Store
 from posttrain.language.handles import Stage
 from posttrain.recipe import Recipe
-from posttrain.rewards.spec import VerifierSpec
-from posttrain.suites.domain import Domain, Suite, Table
+from posttrain.suites.domain import Suite
 from posttrain.worker import EXECUTE, PRELOAD
 
 LIMIT = {"max_new_tokens": 4}
 TRAIN = {"lr": 2e-3, "warmup_steps": 1, "batch_size": 16}
-
-
-def suite(folder: Path) -> Suite:
-    """Two domains of 120 problems: repeat the number, or its last digit."""
-    domains = {}
-    for name, answers in {"whole": lambda i: str(i), "last": lambda i: str(i % 10)}.items():
-        rows = [
-            {"prompt": f"{name} {i}", "answer": answers(i), "demo": answers(i)}
-            for i in range(100, 220)
-        ]
-        path = folder / f"{name}.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        table = Table(train=path.name, demo="demo")
-        domains[name] = Domain(name=name, source=table, verifier=VerifierSpec(name="exact"))
-    return Suite(name="mine", domains=domains)
 
 
 def recipe(r: Recipe) -> Stage:
@@ -86,9 +70,9 @@ def rows_of(found: dict[str, Artifact], name: str, file: str) -> list[dict[str, 
 
 
 @pytest.mark.slow
-def test_all_data_operators_run_in_one_recipe(tmp_path: Path) -> None:
+def test_all_data_operators_run_in_one_recipe(tmp_path: Path, two_domains: Suite) -> None:
     def build() -> Any:
-        r = Recipe(suite(tmp_path), tmp_path)
+        r = Recipe(two_domains, tmp_path)
         return r.graph(recipe(r))
 
     store = Store(tmp_path / "store")

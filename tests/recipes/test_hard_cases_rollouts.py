@@ -14,13 +14,10 @@ import pytest
 
 from posttrain.engine.errors import ConfigError
 from posttrain.engine.record import Artifact
-from posttrain.engine.runner import run
-from posttrain.engine.store import Store
 from posttrain.language.handles import Stage
 from posttrain.recipe import Recipe
 from posttrain.rewards.spec import VerifierSpec
 from posttrain.suites.domain import Domain, Suite, Table
-from posttrain.worker import EXECUTE, PRELOAD
 
 RL = {"steps": 2, "prompts_per_step": 4, "group_size": 4, "max_new_tokens": 4, "warmup_steps": 1}
 
@@ -34,19 +31,6 @@ def recipe(tmp_path: Path) -> Recipe:
     table = Table(train="digits.jsonl", demo="demo")
     digits = Domain(name="digits", source=table, verifier=VerifierSpec(name="exact"))
     return Recipe(Suite(name="mine", domains={"digits": digits}), tmp_path)
-
-
-@pytest.fixture
-def execute(tmp_path: Path) -> Callable[[Recipe, Stage], dict[str, Artifact]]:
-    """Run a recipe to its end; returns the artifacts by name."""
-
-    def execute(r: Recipe, target: Stage) -> dict[str, Artifact]:
-        store = Store(tmp_path / "store")
-        kinds = {e.kind for e in run(r.graph(target), store, execute=EXECUTE, preload=PRELOAD)}
-        assert "finished" in kinds and "failed" not in kinds
-        return {artifact.name: artifact for artifact in store.list()}
-
-    return execute
 
 
 def edges(artifact: Artifact) -> dict[str, str]:

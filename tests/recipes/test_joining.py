@@ -17,32 +17,16 @@ from posttrain.engine.runner import run
 from posttrain.engine.store import Store
 from posttrain.language.handles import Stage
 from posttrain.recipe import Recipe
-from posttrain.rewards.spec import VerifierSpec
-from posttrain.suites.domain import Domain, Suite, Table
+from posttrain.suites.domain import Suite
 from posttrain.worker import EXECUTE, PRELOAD
 
 FAST: dict[str, Any] = {"lr": 2e-3, "warmup_steps": 1}
 
 
-def suite(folder: Path) -> Suite:
-    """Two domains of 120 problems: repeat the number, or its last digit."""
-    domains = {}
-    for name, answers in {"whole": lambda i: str(i), "last": lambda i: str(i % 10)}.items():
-        rows = [
-            {"prompt": f"{name} {i}", "answer": answers(i), "demo": answers(i)}
-            for i in range(100, 220)
-        ]
-        path = folder / f"{name}.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        table = Table(train=path.name, demo="demo")
-        domains[name] = Domain(name=name, source=table, verifier=VerifierSpec(name="exact"))
-    return Suite(name="mine", domains=domains)
-
-
 @pytest.fixture
-def build(tmp_path: Path) -> Any:
+def build(tmp_path: Path, two_domains: Suite) -> Any:
     def build(overrides: Mapping[str, Any] | None = None) -> Recipe:
-        return Recipe(suite(tmp_path), tmp_path, overrides=overrides)
+        return Recipe(two_domains, tmp_path, overrides=overrides)
 
     return build
 
