@@ -6,6 +6,8 @@ config, safetensors, tokenizer, generation config. Never pickle, never remote co
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,41 +66,20 @@ def load(
     of the last hidden state (the losses work from hidden states and head), or which `check_plain`
     refuses.
     """
-    path = Path(path)
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        if is_scalar(config):
-            raise ConfigError(
-                f"{path}: this is a reward model ({config.architectures[0]}): it scores responses "
-                "and writes none; name a language model here"
-            )
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=dtype,
-            use_safetensors=True,
-            output_loading_info=True,
-            trust_remote_code=False,
-        )
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    path, what = Path(path), "a causal language model"
+    config = read_config(path, what=what)
+    if is_scalar(config):
         raise ConfigError(
-            f"{path}: transformers cannot load this checkpoint as a causal language model "
-            f"({str(error).splitlines()[0]}); it must be a directory with config.json, "
-            "model.safetensors and tokenizer files"
-        ) from error
+            f"{path}: this is a reward model ({config.architectures[0]}): it scores responses "
+            "and writes none; name a language model here"
+        )
     for field in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
         if getattr(config, field, None) not in (None, 1, 1.0):
             raise ConfigError(
                 f"{path}/config.json: {field} = {getattr(config, field)}: models that change their "
                 "logits after the output projection are not supported; choose a model without it"
             )
-    if loading["missing_keys"]:
-        missing = sorted(loading["missing_keys"])
-        raise ConfigError(
-            f"{path}: its weight files lack {len(missing)} of the tensors that config.json asks "
-            f"for, such as {missing[0]}; they would start at random. Complete the checkpoint, or "
-            "mend config.json"
-        )
+    model, tokenizer = read_weights(AutoModelForCausalLM, path, dtype=dtype, what=what)
     rows = int(model.get_output_embeddings().weight.shape[0])
     if len(tokenizer) > rows:
         raise ConfigError(
@@ -109,6 +90,49 @@ def load(
         check_plain(model, str(path))
     _allow_saving(model.generation_config, path)
     return LanguageModel(model=model.to(device), tokenizer=tokenizer)
+
+
+def read_config(path: Path, *, what: str) -> Any:
+    """The config of a checkpoint that is to be `what`. Raises ConfigError where there is none."""
+    with _readable(path, what):
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+
+
+def read_weights(auto: Any, path: Path, *, dtype: torch.dtype, what: str) -> tuple[Any, Any]:
+    """A model, `what` transformers' class `auto` makes of it, and its tokenizer.
+
+    Raises ConfigError for files that cannot be read and for weights that are not there.
+    """
+    with _readable(path, what):
+        model, loading = auto.from_pretrained(
+            path,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            trust_remote_code=False,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    if loading["missing_keys"]:
+        missing = sorted(loading["missing_keys"])
+        raise ConfigError(
+            f"{path}: its weight files lack {len(missing)} of the tensors that config.json asks "
+            f"for, such as {missing[0]}; they would start at random. Complete the checkpoint, or "
+            "mend config.json"
+        )
+    return model, tokenizer
+
+
+@contextmanager
+def _readable(path: Path, what: str) -> Iterator[None]:
+    """Turn what transformers raises over a directory's files into a ConfigError."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ConfigError(
+            f"{path}: transformers cannot load this checkpoint as {what} "
+            f"({str(error).splitlines()[0]}); it must be a directory with config.json, "
+            "model.safetensors and tokenizer files"
+        ) from error
 
 
 def is_scalar(config: Any) -> bool:

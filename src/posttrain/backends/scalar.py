@@ -16,18 +16,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
-    AutoConfig,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     GenerationConfig,
 )
 
 from posttrain.backends.architecture import backbone, path_of
 from posttrain.backends.base import Head, Scorer
-from posttrain.backends.checkpoint import SCALAR, LanguageModel, is_scalar, load, save
+from posttrain.backends.checkpoint import (
+    SCALAR,
+    LanguageModel,
+    is_scalar,
+    load,
+    read_config,
+    read_weights,
+    save,
+)
 from posttrain.engine.errors import ConfigError
 from posttrain.rl.types import Rollouts
 
@@ -52,32 +57,11 @@ def load_scalar(
     has ids that the model lacks or whose tokens see later ones; for a causal LM also what `load`
     refuses, and where transformers has no model with a score for its family.
     """
-    path = Path(path)
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        if not is_scalar(config):
-            return _with_score(load(path, dtype=dtype), path, device)
-        model, loading = AutoModelForSequenceClassification.from_pretrained(
-            path,
-            dtype=dtype,
-            use_safetensors=True,
-            output_loading_info=True,
-            trust_remote_code=False,
-        )
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ConfigError(
-            f"{path}: transformers cannot load this checkpoint as a model with a score "
-            f"({str(error).splitlines()[0]}); it must be a directory with config.json, "
-            "model.safetensors and tokenizer files"
-        ) from error
-    if loading["missing_keys"]:
-        missing = sorted(loading["missing_keys"])
-        raise ConfigError(
-            f"{path}: its weight files lack {len(missing)} of the tensors that config.json asks "
-            f"for, such as {missing[0]}; they would start at random. Complete the checkpoint, or "
-            "mend config.json"
-        )
+    path, what = Path(path), "a model with a score"
+    if not is_scalar(read_config(path, what=what)):
+        return _with_score(load(path, dtype=dtype), path, device)
+    auto = AutoModelForSequenceClassification
+    model, tokenizer = read_weights(auto, path, dtype=dtype, what=what)
     _check(model.eval(), tokenizer, path)
     # What a causal LM has of itself: it says which tokens end a response.
     model.generation_config = (
