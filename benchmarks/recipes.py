@@ -56,7 +56,7 @@ def main() -> None:
             except RuntimeError as error:
                 print(f"{name}: {error}", file=sys.stderr)
                 continue
-            save(fresh, kept | fresh)
+            save(kept | fresh)
     write_page(kept | fresh)
 
 
@@ -117,15 +117,15 @@ def run(recipe: str, store: Path, *more: str) -> dict[str, Any]:
     return found
 
 
-def save(fresh: dict[str, Any], rows: dict[str, Any]) -> None:
+def save(rows: dict[str, Any]) -> None:
     """Write what is there so far, so that a recipe that fails loses nothing."""
     LATEST.write_text(json.dumps({"benchmark": "recipes", "rows": rows}, indent=1) + "\n")
     date = datetime.now(UTC).strftime("%Y-%m-%d")
+    today = {name: row for name, row in rows.items() if row["date"] == date}
     stem = LATEST.parent / f"recipes_{date}"
-    result = {"benchmark": "recipes", "limit_seconds": LIMIT_SECONDS, "rows": fresh}
+    result = {"benchmark": "recipes", "limit_seconds": LIMIT_SECONDS, "rows": today}
     stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    title = f"# Every recipe, {date}\n\n"
-    stem.with_suffix(".md").write_text(title + markdown(fresh) + "\n")
+    stem.with_suffix(".md").write_text(f"# Every recipe, {date}\n\n{markdown(today)}\n")
 
 
 if __name__ == "__main__":

@@ -73,6 +73,7 @@ def run_stage(job: Job, ctx: Context) -> dict[str, Any]:
     """The loop of the job's kind; returns its summary metrics."""
     from posttrain.stages import (
         best,
+        comparisons,
         dedup,
         distill,
         dpo,
@@ -90,7 +91,6 @@ def run_stage(job: Job, ctx: Context) -> dict[str, Any]:
         score,
         select,
         sft,
-        verdicts,
     )
 
     if job.kind == "model":
@@ -114,7 +114,7 @@ def run_stage(job: Job, ctx: Context) -> dict[str, Any]:
         "filter": filter.run,
         "mix": mix.run,
         "dedup": dedup.run,
-        "comparisons": verdicts.run,
+        "comparisons": comparisons.run,
         "best": best.run,
     }
     metrics: dict[str, Any] = loops[job.kind](build_config(job.kind, job.name, job.config), ctx)

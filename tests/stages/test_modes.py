@@ -15,8 +15,8 @@ from posttrain.backends.checkpoint import load
 from posttrain.engine.errors import ConfigError
 from posttrain.rewards.spec import VerifierSpec
 from posttrain.rewards.verifiers import load_verifier
-from posttrain.stages.comparisons import Responses
 from posttrain.stages.config import build_config
+from posttrain.stages.ranked import Responses
 from posttrain.suites.domain import Domain, Table, build_domain, domain_node
 
 BOTH = ["think", "no_think"]

@@ -27,9 +27,9 @@ from posttrain.backends.local import LocalLearner
 from posttrain.backends.scalar import ended, load_scalar, save_scalar
 from posttrain.engine.errors import ConfigError
 from posttrain.stages.batches import Pool
-from posttrain.stages.comparisons import Responses, draws_of, hold_out
 from posttrain.stages.config import build_config
 from posttrain.stages.context import Context
+from posttrain.stages.ranked import Responses, draws_of, hold_out
 from posttrain.stages.reward_model import RewardUpdate, labels
 from posttrain.stages.settings.preference import RewardModel
 

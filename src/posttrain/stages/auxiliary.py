@@ -11,7 +11,6 @@ Legend: N flat response tokens, D hidden.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from posttrain.modes import Mode, in_modes
 from posttrain.rl.types import Rollouts
 from posttrain.stages.batches import Pool, Problem, sequences
 from posttrain.stages.context import Context
+from posttrain.stages.rows import read_rows
 from posttrain.stages.settings.base import WithAux
 
 EDGE = "aux"
@@ -100,8 +100,7 @@ def auxiliary_rows(ctx: Context, name: str, modes: Sequence[Mode] = ()) -> dict[
     demos: dict[str, list[Problem]] = {}
     for found, path in sorted(ctx.inputs.items()):
         if found.startswith(f"{edge}."):
-            lines = (path / "train.jsonl").read_text(encoding="utf-8").splitlines()
-            rows = in_modes([json.loads(line) for line in lines], modes)
+            rows = in_modes(list(read_rows(path / "train.jsonl")), modes)
             demos[found.removeprefix(f"{edge}.")] = rows
     if not demos:
         raise ConfigError(
@@ -118,7 +117,7 @@ def rows_by_domain(path: Path, stage: str) -> dict[str, list[Problem]]:
     The rows of a mix stand in one group, whatever their domains: its shares are to stay.
     """
     rows: dict[str, list[Problem]] = {}
-    for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+    for row in read_rows(path):
         rows.setdefault(row.get("pool", row["domain"]), []).append(row)
     if not rows:
         raise ConfigError(f"stage {stage!r}: its data has no rows; loosen the selection")

@@ -23,6 +23,7 @@ from posttrain.stages.context import Context
 from posttrain.stages.curriculum import Shares, derived_seed, reprofile_due
 from posttrain.stages.joining import chosen_groups, joined
 from posttrain.stages.rollouts import Scored, step_seed
+from posttrain.stages.rows import read_rows
 from posttrain.stages.settings.rl import Rl
 from posttrain.stages.supply import Supply
 
@@ -71,7 +72,7 @@ class Drawing:
         }
         self.shares = Shares(list(self.supplies))
         if "profile" in ctx.inputs:
-            self._learn_rates(_read(ctx.inputs["profile"] / "profile.jsonl"))
+            self._learn_rates(read_rows(ctx.inputs["profile"] / "profile.jsonl"))
             for name, supply in self.supplies.items():
                 if not supply.known:
                     raise ConfigError(
@@ -88,7 +89,7 @@ class Drawing:
         for step, rows in enumerate(past):
             now = config.at(step, config.steps, history)
             if self._profile(step).exists():
-                self._learn_rates(_read(self._profile(step)))
+                self._learn_rates(read_rows(self._profile(step)))
             self.shares.allocate(now.prompts_per_step, now.domain_shares)
             # The first row of a prompt has it as the problem does, in a chain of segments as well.
             for row in rows[:: now.rows_per_prompt]:
@@ -208,8 +209,3 @@ def _missing(wanted: Mapping[str, int], parts: Sequence[Scored], size: int) -> d
 def _rates(rewards: Sequence[float], size: int) -> list[float]:
     """The mean of each `size` rewards."""
     return [sum(rewards[i : i + size]) / size for i in range(0, len(rewards), size)]
-
-
-def _read(path: Path) -> list[dict[str, Any]]:
-    with path.open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]

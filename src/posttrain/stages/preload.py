@@ -7,6 +7,7 @@ from transformers.models.qwen3 import modeling_qwen3  # noqa: F401
 
 from posttrain.stages import (  # noqa: F401
     best,
+    comparisons,
     dedup,
     distill,
     dpo,
@@ -23,5 +24,4 @@ from posttrain.stages import (  # noqa: F401
     score,
     select,
     sft,
-    verdicts,
 )

@@ -30,7 +30,10 @@ from posttrain.backends.scalar import (
 from posttrain.losses.reward import bradley_terry, pointwise, prompt_weights
 from posttrain.schedules import learning_rate
 from posttrain.stages.batches import Pool
-from posttrain.stages.comparisons import (
+from posttrain.stages.context import Context
+from posttrain.stages.learner import new_learner
+from posttrain.stages.preferences import read_pairs
+from posttrain.stages.ranked import (
     Batch,
     Draw,
     Responses,
@@ -38,9 +41,6 @@ from posttrain.stages.comparisons import (
     draws_of,
     hold_out,
 )
-from posttrain.stages.context import Context
-from posttrain.stages.learner import new_learner
-from posttrain.stages.preferences import read_pairs
 from posttrain.stages.settings.preference import RewardModel
 
 DRAWS_PER_CALL = 256
