@@ -245,7 +245,7 @@ class Recipe:
                 f"stage {name!r} (rl): critic = {critic.name!r} is read with advantage = gae only; "
                 "set that, or leave critic= out"
             )
-        self._build.named_domains(stage, prompts.domains, "domain_kl")
+        self._build.named_domains(stage, prompts.domains, "domain_kl", "critique_domains")
         check_drawing(self._build, stage, prompts.domains, profile)
         return stage
 

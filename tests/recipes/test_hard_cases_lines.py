@@ -126,7 +126,8 @@ def test_case_05_what_rl_sampled_feeds_a_later_sft(bench: Any) -> None:
 
 def test_case_06_the_policy_is_its_own_judge(bench: Any) -> None:
     """Case 6, DeepSeek-V4, Kimi K2: the judge is the policy, which learns to judge beside its work:
-    by prompts of its own, and by comparisons of responses whose rewards are known."""
+    by prompts of its own, and by comparisons of responses whose rewards are known: those of another
+    model, and its own of every step."""
     r = bench.recipe(6)
     base = bench.base(r)
     seen = r.sample(base, prompts=r.prompts("reasoning"), k=6, **DRAW)
@@ -138,6 +139,8 @@ def test_case_06_the_policy_is_its_own_judge(bench: Any) -> None:
         reward=judges.by_domain({"reasoning": itself, "judging": judges.verifier()}),
         aux={"judging": (compared, 0.5)},
         aux_batch_size=8,
+        critique_weight=0.5,
+        critique_domains=("reasoning",),
         **RL,
     )
     made = bench.run(r, policy)
@@ -152,7 +155,9 @@ def test_case_06_the_policy_is_its_own_judge(bench: Any) -> None:
         | DOMAIN
     )
     assert made["comparisons"].edges == {"rollouts": "rollouts"}
-    assert all(line["aux/judging"] > 0 for line in made["rl"].rows("metrics.jsonl"))
+    lines = made["rl"].rows("metrics.jsonl")
+    assert all(line["aux/judging"] > 0 for line in lines)
+    assert any(line["critique/pairs"] > 0 and line["critique/loss"] > 0 for line in lines)
     groups: dict[Any, list[dict[str, Any]]] = {}
     for row in made["rl"].rows("rollouts.jsonl"):
         groups.setdefault((row["step"], row["domain"], row["id"]), []).append(row)

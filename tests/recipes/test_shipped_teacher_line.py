@@ -80,8 +80,9 @@ def test_v4_merges_twelve_experts_by_their_logits(load: Load) -> None:
         assert line(graph, name) == [name, f"{name}_sft", "sft", "base"]
         reward = graph.nodes[name].config["reward"]
         assert reward["judge"] == "lexicographic" and reward["second"]["judge"] == "itself"
-        # The actor learns to judge beside its domain.
-        assert graph.nodes[name].inputs["aux.judging"] == "judging_data"
+        # The actor learns to judge before RL, and beside it on what it samples.
+        assert graph.nodes[f"{name}_sft"].inputs["aux.judging"] == "judging_data"
+        assert graph.nodes[name].config["critique_weight"] > 0
     assert "sum" in str(graph.nodes["add_high"].config["reward"]["first"]["judge"])
     assert graph.nodes["add_max"].config["reward"]["first"] == {"judge": "verifier"}
 
@@ -175,7 +176,8 @@ def test_mai_climbs_restart_from_the_base(load: Load) -> None:
 def test_kimi_judges_itself_with_a_squared_loss(load: Load) -> None:
     graph = load("kimi_k2")
     config = graph.nodes["joint_rl"].config
-    assert config["surrogate"] == "squared" and set(config["aux"]) == {"ptx", "critic"}
+    assert config["surrogate"] == "squared" and set(config["aux"]) == {"ptx"}
+    assert config["critique_weight"] > 0
     assert config["schedules"]["temperature"]["last"] < config["temperature"]
     judges = config["reward"]["domains"]
     assert "itself" in str(judges["palindrome"]) and "itself" not in str(judges["add"])

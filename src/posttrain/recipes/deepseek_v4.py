@@ -5,9 +5,10 @@ In one line: `s = base → sft; E = {d × effort: s → sft → rl[rule + itself
 vocabulary)`.
 Experts start from one SFT: per domain one that does not think, one that thinks within a budget
 (high) and one that thinks without a cost (max). Rules reward them, and where the rules tie the
-actor compares its own responses; it learns to judge beside its domain. The student starts from the
-SFT, answers in both modes, and the experts' logits correct it: all of the vocabulary, reverse KL,
-teachers' last hidden states kept in half precision. This replaces a last mixed RL.
+actor compares its own responses; it learns to judge beside its domain, on what it samples. The
+student starts from the SFT, answers in both modes, and the experts' logits correct it: all of the
+vocabulary, reverse KL, teachers' last hidden states kept in half precision. This replaces a last
+mixed RL.
 Left out: rubrics, FP4, agents. High and max share the mode think, so each prompt goes to one of
 them in turn. Budgets of tokens, steps and learning rates are scaled down.
 """
@@ -68,7 +69,7 @@ def expert(r: Recipe, sft: Stage, compared: Stage, domain: str, effort: str) -> 
         start=light,
         prompts=r.prompts(domain, mode=mode),
         reward=judges.lexicographic(rules, judges.itself(pairing="circular", swap=False)),
-        aux={"judging": (compared, 0.1)},
+        critique_weight=0.1,
         prompts_per_step=24,
         steps=15,
         lr=1e-4,

@@ -3,12 +3,11 @@
 Source: Kimi K2, arXiv 2507.20534, section 3.
 In one line: `base → sft → rl[verify + self-critique](squared loss, T down, aux = ptx)`.
 The SFT model is also the first critic: in the last domain the policy ranks its own responses pair
-by pair, and it learns to, from verifiable rollouts, beside RL. The loss is K1.5's square of the
-advantage minus tau times the log-ratio. Prompts are of moderate difficulty for the SFT model;
+by pair, and RL refines it as a critic on each step's verified rollouts. The loss is K1.5's square
+of the advantage minus tau times the log-ratio. Prompts are of moderate difficulty for the critic;
 responses have a budget of tokens, above which they cost; the temperature falls; a PTX loss on
 demonstrations keeps what RL does not ask for.
-Left out: synthetic agents, rubrics, Muon. The critic's comparisons are of the SFT model's
-rollouts and are not made anew while RL runs. Steps and learning rates are scaled down.
+Left out: synthetic agents, rubrics, Muon. Steps and learning rates are scaled down.
 """
 
 from posttrain import Recipe, Stage, judges, schedules
@@ -36,7 +35,8 @@ def recipe(r: Recipe, base: str = "tiny", tau: float = 0.5) -> Stage:
         tau=tau,
         advantage="group_mean",
         temperature=schedules.linear(1.0, 0.7),
-        aux={"ptx": (r.demos(r.domains), 0.1), "critic": (compared, 0.1)},
+        aux={"ptx": (r.demos(r.domains), 0.1)},
+        critique_weight=0.1,
         updates_per_batch=2,
         group_size=16,
         steps=50,

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from posttrain.engine.errors import ConfigError
@@ -27,6 +28,18 @@ def question(template: str | None, problem: Mapping[str, Any], a: str, b: str) -
     return fill(QUESTION if template is None else template, values)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """Two responses to one problem, one of which is known to be the better one."""
+
+    id: str
+    problem: Mapping[str, Any]
+    a: str
+    b: str
+    verdict: str
+    """One of `VERDICTS`."""
+
+
 def build_comparisons(
     rollouts: Iterable[Mapping[str, Any]],
     *,
@@ -36,21 +49,56 @@ def build_comparisons(
 ) -> list[dict[str, Any]]:
     """Training problems out of the rows of a rollouts.jsonl: id, domain, prompt, answer, demo.
 
-    Of one problem's distinct finished responses the n-th best goes against the n-th worst while
-    their rewards differ by more than `min_margin`. Which stands first follows from a hash, about
-    as often the better as the worse. The answer, 1 or 2, suits an exact verifier.
-
-    Raises ConfigError where no two responses differ in their rewards.
+    The answer, 1 or 2, says which of the two responses of a `Compared` is better and suits an exact
+    verifier. Raises ConfigError where no two responses differ in their rewards.
     """
+    by_problem = problems_of(rollouts)
+    found = compared(by_problem, max_per_prompt=max_per_prompt, min_margin=min_margin)
+    if not found:
+        raise ConfigError(
+            f"no two responses to one of {len(by_problem)} problems differ in their rewards by "
+            f"more than {min_margin:g}, so there is nothing to compare; sample more responses per "
+            "prompt, or from a model that is sometimes right"
+        )
+    return [
+        {
+            "id": pair.id,
+            "domain": pair.problem["domain"],
+            "prompt": question(template, pair.problem, pair.a, pair.b),
+            "answer": pair.verdict,
+            "demo": pair.verdict,
+        }
+        for pair in found
+    ]
+
+
+def problems_of(
+    rollouts: Iterable[Mapping[str, Any]],
+) -> dict[tuple[str, str], list[Mapping[str, Any]]]:
+    """The finished responses to each problem (domain, id), each text once."""
     found: dict[tuple[str, str], dict[str, Mapping[str, Any]]] = {}
     for row in rollouts:
         if row["finished"]:
             of_problem = found.setdefault((row["domain"], row["id"]), {})
             of_problem.setdefault(row["response"], row)
-    problems = []
-    for (domain, problem_id), rows in found.items():
-        best = sorted(rows.values(), key=lambda row: -row["reward"])[:max_per_prompt]
-        worst = sorted(rows.values(), key=lambda row: row["reward"])
+    return {key: list(rows.values()) for key, rows in found.items()}
+
+
+def compared(
+    by_problem: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]],
+    *,
+    max_per_prompt: int = 2,
+    min_margin: float = 0.0,
+) -> list[Compared]:
+    """Of each problem's responses the n-th best against the n-th worst, for `max_per_prompt` n.
+
+    While their rewards differ by more than `min_margin`. Which stands first follows from a hash,
+    about as often the better as the worse.
+    """
+    found = []
+    for (domain, problem_id), rows in by_problem.items():
+        best = sorted(rows, key=lambda row: -row["reward"])[:max_per_prompt]
+        worst = sorted(rows, key=lambda row: row["reward"])
         for good, bad in zip(best, worst, strict=False):
             if good["reward"] - bad["reward"] <= min_margin:
                 break
@@ -58,20 +106,13 @@ def build_comparisons(
             digest = hashlib.sha256(json.dumps([domain, problem_id, *texts]).encode()).digest()
             second = digest[0] % 2 == 1
             a, b = texts[::-1] if second else texts
-            answer = VERDICTS[second]
-            problems.append(
-                {
-                    "id": f"{domain}-{problem_id}-{digest.hex()[:8]}",
-                    "domain": domain,
-                    "prompt": question(template, good, a, b),
-                    "answer": answer,
-                    "demo": answer,
-                }
+            found.append(
+                Compared(
+                    id=f"{domain}-{problem_id}-{digest.hex()[:8]}",
+                    problem=good,
+                    a=a,
+                    b=b,
+                    verdict=VERDICTS[second],
+                )
             )
-    if not problems:
-        raise ConfigError(
-            f"no two responses to one of {len(found)} problems differ in their rewards by more "
-            f"than {min_margin:g}, so there is nothing to compare; sample more responses per "
-            "prompt, or from a model that is sometimes right"
-        )
-    return problems
+    return found

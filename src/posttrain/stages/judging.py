@@ -175,7 +175,17 @@ class ModelComparison:
         """What a wins in each comparison, float32 in [0, 1]."""
         chat = Chat(self.language_model)
         first, second = verdict_ids(chat)
-        prompts = [self._prompt(chat, batch, pair) for pair in asked]
+        limit = positions_of(self.language_model)
+        prompts = [
+            comparison_prompt(
+                chat,
+                limit,
+                self.spec["template"],
+                batch.problems[pair.a],
+                (batch.texts[pair.a], batch.texts[pair.b]),
+            )
+            for pair in asked
+        ]
         rollouts = rollouts_of(prompts, [[first]] * len(prompts), self.language_model.pad_id)
         scorer = LocalScorer(self.language_model)
         hidden_BD = scorer.hidden(rollouts).float()
@@ -187,18 +197,34 @@ class ModelComparison:
                 logit_B2 = logit_B2 + scorer.head.bias_V[ids].float()
             return torch.softmax(logit_B2, dim=1)[:, 0].cpu()
 
-    def _prompt(self, chat: Chat, batch: Batch, pair: Comparison) -> list[int]:
-        problem, sides = batch.problems[pair.a], [batch.texts[pair.a], batch.texts[pair.b]]
-        limit = getattr(self.language_model.model.config, POSITIONS, None)
-        while True:
-            ids = chat.prompt(question(self.spec["template"], problem, *sides))
-            excess = 0 if limit is None else len(ids) + 1 - limit
-            if excess <= 0 or not any(sides):
-                return ids
-            longer = max((0, 1), key=lambda side: len(sides[side]))
-            # No more than makes both equally long, so that neither is cut more than it must.
-            gap = len(sides[longer]) - len(sides[1 - longer])
-            sides[longer] = sides[longer][min(excess, max(1, gap)) :]
+
+def comparison_prompt(
+    chat: Chat,
+    limit: int | None,
+    template: str | None,
+    problem: Mapping[str, Any],
+    texts: tuple[str, str],
+) -> list[int]:
+    """Token ids that ask which of two responses is better, and leave room for one more.
+
+    Where they would be more than `limit` the texts lose their beginnings, the longer one first.
+    """
+    sides = list(texts)
+    while True:
+        ids = chat.prompt(question(template, problem, *sides))
+        excess = 0 if limit is None else len(ids) + 1 - limit
+        if excess <= 0 or not any(sides):
+            return ids
+        longer = max((0, 1), key=lambda side: len(sides[side]))
+        # No more than makes both equally long, so that neither is cut more than it must.
+        gap = len(sides[longer]) - len(sides[1 - longer])
+        sides[longer] = sides[longer][min(excess, max(1, gap)) :]
+
+
+def positions_of(language_model: LanguageModel) -> int | None:
+    """Tokens of the longest row that the model can read, None where it has no such limit."""
+    limit: int | None = getattr(language_model.model.config, POSITIONS, None)
+    return limit
 
 
 def verdict_ids(chat: Chat) -> tuple[int, int]:

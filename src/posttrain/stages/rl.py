@@ -23,6 +23,7 @@ from posttrain.rewards.pool import VerifierPool
 from posttrain.rl.advantage import zero_variance
 from posttrain.rl.kept import flat_index
 from posttrain.schedules import learning_rate, value_at
+from posttrain.stages import critique
 from posttrain.stages.auxiliary import Auxiliary, take_metrics
 from posttrain.stages.batches import Problem
 from posttrain.stages.chains import chain_batch, sample_chains, sum_of
@@ -48,12 +49,15 @@ def run(config: Rl, ctx: Context) -> dict[str, float]:
     drawing = Drawing(config, ctx)
     learner = new_learner(config, language_model, ctx)
     reference = new_reference(config, ctx)
-    aux = Auxiliary(config, config.seed, ctx, chat, language_model.pad_id)
+    aux: critique.Also = Auxiliary(config, config.seed, ctx, chat, language_model.pad_id)
     sampler, log = LocalSampler(learner.policy), RolloutLog(ctx.out)
     critic = None
     if config.uses_critic:
         start = ctx.inputs.get("critic", ctx.inputs["start"])
         critic = new_critic(config, start, language_model, ctx)
+    judging = None
+    if config.uses_critique:
+        judging = aux = critique.Critique(config, language_model, aux)
     panel = new_panel(config, ctx, learner, judges)
     others = {"reference": reference, "critic": critic}
     state = Together(policy=learner, **{name: o for name, o in others.items() if o is not None})
@@ -87,6 +91,8 @@ def run(config: Rl, ctx: Context) -> dict[str, float]:
             segments=now.segments,
         )
         metrics |= drawn.metrics | drawing.observe(now, rows) | setting_metrics(config, now)
+        if judging is not None:
+            metrics |= judging.take(now, step, rows)
         metrics |= learn(now, learner, reference, drawn.batch, step=step, critic=critic, aux=aux)
         metrics |= batch_metrics(drawn.sampled, judged=panel is not None, segments=now.segments)
         metrics["kept_share"] *= drawn.batch_share
@@ -165,7 +171,7 @@ def learn(
     *,
     step: int,
     critic: Critic | None = None,
-    aux: Auxiliary | None = None,
+    aux: critique.Also | None = None,
 ) -> dict[str, float]:
     """All updates on one batch of scored rollouts; returns the step's metrics.
 
@@ -220,7 +226,7 @@ def learn(
         part = learner.update(update.rows, update.loss, count=update.count, lr=lr, also=also)
         sums = {name: sums.get(name, 0.0) + value for name, value in part.items()}
     metrics["grad_norm"] = sums.pop("grad_norm") / len(parts)
-    metrics |= take_metrics(sums, len(parts))
+    metrics |= take_metrics(sums, len(parts)) | critique.take_metrics(sums)
     tokens = sums.pop("tokens")
     return metrics | {name: value / tokens for name, value in sums.items()}
 

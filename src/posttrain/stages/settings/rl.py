@@ -21,6 +21,7 @@ from posttrain.stages.settings.base import (
     WithAux,
     refuse_unread,
 )
+from posttrain.stages.settings.rl_critique import Critiquing
 from posttrain.stages.settings.rl_drawing import (
     DRAWING_SCHEDULABLE,
     Drawing,
@@ -29,7 +30,9 @@ from posttrain.stages.settings.rl_drawing import (
 )
 
 
-class Rl(Config, Optimizer, InModes, WithAux, Rollout, Correction, Aggregation, Drawing):
+class Rl(
+    Config, Optimizer, InModes, WithAux, Rollout, Correction, Aggregation, Drawing, Critiquing
+):
     """GRPO and its relatives on verifiable rewards: `r.rl(start=..., prompts=...)`."""
 
     SCHEDULABLE: ClassVar[frozenset[str]] = DRAWING_SCHEDULABLE | frozenset(
@@ -45,6 +48,8 @@ class Rl(Config, Optimizer, InModes, WithAux, Rollout, Correction, Aggregation, 
             "tau",
             "kl_coef",
             "critic_lr",
+            "critique_weight",
+            "critique_pairs",
         }
     )
 
@@ -151,6 +156,11 @@ class Rl(Config, Optimizer, InModes, WithAux, Rollout, Correction, Aggregation, 
         return self.kl_coef > 0 or "kl_coef" in self.schedules
 
     @property
+    def uses_critique(self) -> bool:
+        """Whether the policy learns to judge its own responses at any step."""
+        return self.critique_weight > 0 or "critique_weight" in self.schedules
+
+    @property
     def by_group(self) -> bool:
         """Whether an advantage is relative to the other responses to its prompt."""
         return self.advantage not in ("global", "gae")
@@ -227,11 +237,24 @@ class Rl(Config, Optimizer, InModes, WithAux, Rollout, Correction, Aggregation, 
     def _chains_are_read(self) -> Self:
         if self.segments == 1:
             refuse_unread(self, "chain", because="segments = 1")
+        elif self.uses_critique:
+            raise ValueError(
+                f"segments = {self.segments} with a critique_weight: its segments answer different "
+                "prompts, so there is no one question to compare them on; leave "
+                "critique_weight out"
+            )
         elif self.uses_critic:
             raise ValueError(
                 f"segments = {self.segments} with advantage = gae: a critic values one response "
                 "and knows nothing of the segments that follow; use another advantage"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _critique_is_read(self) -> Self:
+        if not self.uses_critique:
+            names = ("critique_pairs", "critique_domains")
+            refuse_unread(self, *names, because="critique_weight = 0")
         return self
 
     @model_validator(mode="after")
