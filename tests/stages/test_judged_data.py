@@ -13,6 +13,7 @@ from posttrain import judges
 from posttrain.engine.errors import ConfigError, Waiting
 from posttrain.rewards.oracle import Oracle
 from posttrain.rewards.pool import VerifierPool
+from posttrain.stages import score
 from posttrain.stages.config import build_config
 
 TEXTS = ("abc", "A bc", "7", "x" * 9)
@@ -67,6 +68,25 @@ def test_rows_gain_a_score(ask: Callable[..., Any], rollouts: list[dict[str, Any
         assert row["score"] == pytest.approx(row["reward"] - 0.5 * over)
     assert ran.metrics["rows"] == 24
     assert ran.metrics["score"] == pytest.approx(sum(row["score"] for row in rows) / 24)
+
+
+@pytest.mark.parametrize("judge", [judges.verifier() - judges.length(budget=3), judges.oracle()])
+def test_many_rows_are_asked_about_in_parts(
+    ask: Callable[..., Any],
+    rollouts: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    judge: judges.Judge,
+) -> None:
+    """Six groups of four, rows of a group apart: with five rows per call two groups at a time, but
+    all at once where a score is relative to all of them."""
+    rollouts.sort(key=lambda row: row["response"])
+    ranked = judges.normalised(judge, judges.length(budget=4))
+    whole = rows_of(ask("score", ranked).out / FILE)
+    monkeypatch.setattr(score, "ROWS_PER_CALL", 5)
+    parts = ask("score", ranked)
+    assert [(line["step"], line["total"]) for line in parts.lines] == [(1, 3), (2, 3), (3, 3)]
+    assert rows_of(parts.out / FILE) == whole
+    assert len(ask("score", judges.whitened(judge)).lines) == 1
 
 
 def test_the_seed_is_the_annotators(ask: Callable[..., Any]) -> None:

@@ -82,6 +82,24 @@ def leaves(spec: Mapping[str, Any]) -> dict[str, Spec]:
     return {key_of(part): part for part in found}
 
 
+def parts_to_ask(spec: Mapping[str, Any], batch: Batch, num_rows: int) -> list[list[int]]:
+    """The rows of a batch in parts of `num_rows` or a few more, each group in one of them.
+
+    All in one part where the judge has to see all at once: whitened scores, and people.
+    """
+    if any(part["judge"] in ("whitened", "human") for part in walk(spec)):
+        return [list(range(len(batch)))]
+    groups: dict[int, list[int]] = {}
+    for row, group in enumerate(batch.group):
+        groups.setdefault(group, []).append(row)
+    parts: list[list[int]] = [[]]
+    for rows in groups.values():
+        if len(parts[-1]) >= num_rows:
+            parts.append([])
+        parts[-1] += rows
+    return parts
+
+
 def resolve(spec: Mapping[str, Any], at: At | None) -> Spec:
     """The same judge with each schedule replaced by its value, the first one where `at` is None."""
 

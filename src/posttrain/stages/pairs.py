@@ -27,7 +27,7 @@ from posttrain.stages.rows import (
     read_rollouts,
     value_of,
 )
-from posttrain.stages.score import batch_of_rows
+from posttrain.stages.score import judge_rows
 from posttrain.stages.settings.preference import Pairs
 
 
@@ -74,7 +74,7 @@ def judged(config: Pairs, ctx: Context, problems: dict[Key, list[Row]]) -> dict[
     """The responses with the judge's score of each."""
     rows = [row for of_problem in problems.values() for row in of_problem]
     panel = make_judge(config.judge or {}, ctx, seed=config.seed)
-    scores = iter(panel.score(batch_of_rows(ctx, rows)))
+    scores = iter(judge_rows(ctx, panel, rows))
     return {
         key: [row | {"score": next(scores)} for row in of_problem]
         for key, of_problem in problems.items()

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from posttrain.rewards.judging import Batch
+from posttrain.rewards.judging import Batch, Panel, parts_to_ask
 from posttrain.stages.context import Context
 from posttrain.stages.judging import make_judge
 from posttrain.stages.rollouts import write_jsonl
 from posttrain.stages.rows import Row, key_of, problems_of, read_rollouts
 from posttrain.stages.settings.data import Score
+
+ROWS_PER_CALL = 512
+"""Responses that a judge is asked about at once, and a little more: whole groups."""
 
 
 def run(config: Score, ctx: Context) -> dict[str, float]:
@@ -17,13 +20,24 @@ def run(config: Score, ctx: Context) -> dict[str, float]:
     rows = read_rollouts(ctx)
     dtype = getattr(torch, config.precision)
     panel = make_judge(config.judge, ctx, dtype=dtype, seed=config.seed)
-    scores = panel.score(batch_of_rows(ctx, rows))
+    scores = judge_rows(ctx, panel, rows)
     scored = [row | {"score": score} for row, score in zip(rows, scores, strict=True)]
-    tokens = sum(row["num_tokens"] for row in rows)
-    mean = sum(scores) / len(scores)
-    ctx.log(1, 1, tokens=tokens, score=mean)
     write_jsonl(ctx.out / "rollouts.jsonl", scored)
-    return {"rows": len(rows), "score": mean}
+    return {"rows": len(rows), "score": sum(scores) / len(scores)}
+
+
+def judge_rows(ctx: Context, panel: Panel, rows: list[Row]) -> list[float]:
+    """The judge's score of each row, a part of them at a time, with a line of metrics for each."""
+    batch = batch_of_rows(ctx, rows)
+    parts = parts_to_ask(panel.spec, batch, ROWS_PER_CALL)
+    scores = [0.0] * len(rows)
+    for number, index in enumerate(parts):
+        found = panel.score(batch.rows(index))
+        for row, value in zip(index, found, strict=True):
+            scores[row] = value
+        tokens = sum(rows[row]["num_tokens"] for row in index)
+        ctx.log(number + 1, len(parts), tokens=tokens, score=sum(found) / len(found))
+    return scores
 
 
 def batch_of_rows(ctx: Context, rows: list[Row]) -> Batch:
