@@ -23,9 +23,9 @@ from posttrain.rewards.judging import Batch
 from posttrain.rewards.pool import VerifierPool
 from posttrain.stages.batches import Problem
 from posttrain.stages.curriculum import derived_seed
-from posttrain.stages.joining import joined, rows_of
 from posttrain.stages.judging import batch_of
 from posttrain.stages.rollouts import Scored, sample_and_verify
+from posttrain.stages.scored import joined, rows_of
 
 
 def sample_chains(

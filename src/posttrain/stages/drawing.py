@@ -21,9 +21,9 @@ from posttrain.schedules import History
 from posttrain.stages.batches import Problem, kept
 from posttrain.stages.context import Context
 from posttrain.stages.curriculum import Shares, derived_seed, reprofile_due
-from posttrain.stages.joining import chosen_groups, joined
 from posttrain.stages.rollouts import Scored, step_seed
 from posttrain.stages.rows import read_rows
+from posttrain.stages.scored import chosen_groups, joined
 from posttrain.stages.settings.rl import Rl
 from posttrain.stages.supply import Supply
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from posttrain.rl.types import Rollouts, pad_rows
-from posttrain.stages.joining import chosen_groups, joined
 from posttrain.stages.rollouts import Scored
+from posttrain.stages.scored import chosen_groups, joined
 
 Row = tuple[str, list[int], float]
 
