@@ -236,7 +236,7 @@ class Recipe(Operators):
                 "set that, or leave critic= out"
             )
         self._build.named_domains(stage, prompts.domains, "domain_kl", "critique_domains")
-        check_drawing(self._build, stage, prompts.domains, profile)
+        check_drawing(self._build, stage, profile)
         return stage
 
     def distill(

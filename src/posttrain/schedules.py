@@ -10,7 +10,7 @@ metrics logged before it, which is why a resumed stage goes on as if it had neve
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from posttrain.engine.errors import ConfigError
@@ -30,6 +30,9 @@ FIELDS: dict[str, frozenset[str]] = {
     "track": frozenset({"first", "metric", "target", "change", "low", "high"}),
 }
 """Kind of schedule -> its fields."""
+
+ALTERNATIONS = 8
+"""Rounds of an alternating schedule whose settings are checked together with the others'."""
 
 
 def steps(values: Mapping[int, Any]) -> Schedule:
@@ -125,6 +128,22 @@ def possible_values(schedule: Schedule) -> list[Any]:
     return [spec["first"], spec["last"]]
 
 
+def corners(schedules: Iterable[Schedule], total: int | None) -> tuple[list[int], int]:
+    """The 0-based steps at which schedules that read no metric turn, first and last step among
+    them, and the number of steps: `total`, or enough for all turns where it is not known."""
+    turns = {0}
+    for schedule in schedules:
+        if schedule["schedule"] == "steps":
+            turns |= set(map(int, schedule["values"]))
+        elif schedule["schedule"] == "alternate":
+            rounds = ALTERNATIONS * len(schedule["values"])
+            turns |= {number * schedule["every"] for number in range(rounds)}
+        elif schedule["until"] is not None:
+            turns.add(schedule["until"])
+    total = max(turns) + 2 if total is None else total
+    return sorted(turns | {total - 1}), total
+
+
 def metric_of(schedule: Schedule) -> str | None:
     """The metric that it reads, None where it only goes by the step."""
     metric = schedule.get("metric")
@@ -153,9 +172,7 @@ def value_at(schedule: Schedule, step: int, total: int, history: History) -> Any
     share = 1.0 if until <= 0 else min(1.0, step / until)
     if kind == "cosine":
         share = 0.5 * (1 - math.cos(math.pi * share))
-    first, last = schedule["first"], schedule["last"]
-    value = first + (last - first) * share
-    return round(value) if isinstance(first, int) and isinstance(last, int) else value
+    return schedule["first"] + (schedule["last"] - schedule["first"]) * share
 
 
 def plateaus(seen: Sequence[float], *, patience: int, gain: float) -> list[int]:
@@ -199,6 +216,18 @@ def _checked(schedule: Mapping[str, Any]) -> Schedule:
 
 
 def _problem(spec: Mapping[str, Any], kind: str) -> str:
+    if kind in ("steps", "alternate"):
+        wanted = Mapping if kind == "steps" else list
+        if not isinstance(spec["values"], wanted):
+            return f"values = {spec['values']!r}; see posttrain.schedules.{kind}"
+    else:
+        for name in ("first", "last", "low", "high"):
+            value = spec.get(name, 0)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                return (
+                    f"it calculates with numbers, and {name} = {value!r} is none; choices for "
+                    "other values: steps, alternate"
+                )
     if kind == "steps":
         keys = [str(key) for key in spec["values"]]
         if not all(key.isdigit() for key in keys) or "0" not in keys:

@@ -155,9 +155,9 @@ def test_what_does_not_fit_is_told_when_the_recipe_is_built(
         with pytest.raises(ConfigError, match=message):
             r.rl(start=base, prompts=r.prompts(prompts or r.domains), steps=5, **settings)
 
-    build("'generl' is not a domain of its prompts", domain_shares={"generl": 1})
+    build("'generl' is not one of the domains", domain_shares={"generl": 1})
     late = schedules.steps({0: {"reasoning": 1, "general": 1}, 3: {"math": 1}})
-    build("'math' is not a domain of its prompts", domain_shares=late)
+    build("'math' is not one of the domains", domain_shares=late)
     build("write 'general': 0 to leave it out", domain_shares={"reasoning": 1})
     build("give profile=r.profile", curriculum="band")
     build("not read with curriculum = none", "reasoning", profile="of reasoning")
@@ -167,5 +167,5 @@ def test_what_does_not_fit_is_told_when_the_recipe_is_built(
 
 def test_shares_can_be_set_from_outside(recipe: Callable[..., Recipe]) -> None:
     r = recipe(**{"rl.domain_shares": {"reasoning": 1, "nowhere": 1}})
-    with pytest.raises(ConfigError, match="'nowhere' is not a domain"):
+    with pytest.raises(ConfigError, match="'nowhere' is not one of the domains"):
         r.rl(start=start(r), prompts=r.prompts(r.domains), steps=5)

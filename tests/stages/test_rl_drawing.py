@@ -333,8 +333,15 @@ def test_a_profile_of_other_problems_is_told(
             "nothing to draw",
         ),
         (
-            {"domain_shares": schedules.linear({"short": 1}, {"short": 2})},  # type: ignore[arg-type]
-            "cannot have the schedule linear",
+            {
+                "domain_shares": {
+                    "schedule": "linear",
+                    "first": {"short": 1},
+                    "last": {"short": 2},
+                    "until": None,
+                }
+            },
+            "it calculates with numbers",
         ),
         ({"dynamic_sampling": 1, "advantage": "global"}, "not read with advantage = global"),
         ({"retire_above": 0}, "greater than 0"),

@@ -113,7 +113,7 @@ def test_a_resumed_log_forgets_what_will_be_sampled_again(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"steps": schedules.linear(1, 2)}, "steps cannot have a schedule; settings that can: ba"),
+        ({"steps": schedules.linear(1, 2)}, "steps cannot have a schedule; settings that can: au"),
         ({"temperature": schedules.linear(1.0, 0.0)}, "temperature = 0.0 of its schedule"),
         ({"temperature": {"schedule": "linar"}}, "choices: steps, linear"),
         ({"domain_kl": {"short": 0.0}}, "not read with kl_coef = 0"),

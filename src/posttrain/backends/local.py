@@ -215,6 +215,12 @@ class LocalLearner:
         )
         self.average = None if ema is None else Average(self.parameters, ema)
 
+    def adapt(self, *, weight_decay: float, max_grad_norm: float) -> None:
+        """Take these values for the updates that follow, in place of those given at first."""
+        self.max_grad_norm = max_grad_norm
+        for group in self.optimizer.param_groups:
+            group["weight_decay"] = weight_decay
+
     def update(
         self,
         rollouts: Rollouts,

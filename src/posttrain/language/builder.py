@@ -25,6 +25,7 @@ from posttrain.language.handles import (
 from posttrain.schedules import possible_values
 from posttrain.stages.config import CONFIGS, VERSIONS, build_config
 from posttrain.suites.domain import Suite, Table, domain_node
+from posttrain.suites.shares import shares_problem
 
 DERIVED = {
     "routes": "which model serves which domain",
@@ -101,7 +102,7 @@ class Builder:
                 )
         values |= derived
         config = build_config(kind, name, values)
-        return self.add(
+        stage = self.add(
             Node(
                 name=name,
                 kind=kind,
@@ -110,6 +111,20 @@ class Builder:
                 inputs=inputs,
             )
         )
+        if "domain_shares" in CONFIGS[kind].model_fields:
+            self._shared_out(stage)
+        return stage
+
+    def _shared_out(self, stage: Stage) -> None:
+        """Refuse shares that do not name the domains of a stage, as far as they are known."""
+        edges = self.nodes[stage.name].inputs
+        domains = [source for edge, source in edges.items() if edge.startswith("domains.")]
+        for shares in self.values(stage, "domain_shares") if domains else []:
+            problem = shares_problem(shares, domains)
+            if problem:
+                raise ConfigError(
+                    f"stage {stage.name!r} ({stage.kind}), field 'domain_shares': {problem}"
+                )
 
     def add(self, node: Node) -> Stage:
         """Add a node. Raises GraphError for a name that is taken."""

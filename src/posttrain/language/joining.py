@@ -9,9 +9,10 @@ from typing import Any
 from posttrain.engine.errors import ConfigError
 from posttrain.language.builder import Builder
 from posttrain.language.handles import Demos, Stage
+from posttrain.schedules import Schedule
 
-Aux = Mapping[str, tuple[Demos | Stage, float]]
-"""Name of an auxiliary loss to its data and its weight."""
+Aux = Mapping[str, tuple[Demos | Stage, float | Schedule]]
+"""Name of an auxiliary loss to its data and its weight, which may have a schedule."""
 
 NAME = re.compile(r"[A-Za-z0-9_-]+")
 
@@ -23,7 +24,7 @@ def auxiliary(
 
     Raises ConfigError for what is not a pair of data and weight.
     """
-    weights: dict[str, float] = {}
+    weights: dict[str, float | Schedule] = {}
     modes: dict[str, tuple[str, ...]] = {}
     edges: dict[str, str] = {}
     for name, given in (aux or {}).items():

@@ -74,18 +74,8 @@ def profile_edge(
     return profile.name
 
 
-def check_drawing(
-    build: Builder, stage: Stage, domains: tuple[str, ...], profile: Stage | None
-) -> None:
-    """Refuse an rl stage whose shares or curriculum do not fit its prompts and its profile."""
-    build.named_domains(stage, domains, "domain_shares")
-    for shares in build.values(stage, "domain_shares"):
-        for domain in domains:
-            if shares and domain not in shares:
-                raise ConfigError(
-                    f"stage {stage.name!r} (rl), field 'domain_shares': it gives no share to "
-                    f"domain {domain!r} of its prompts; write {domain!r}: 0 to leave it out"
-                )
+def check_drawing(build: Builder, stage: Stage, profile: Stage | None) -> None:
+    """Refuse an rl stage whose curriculum does not fit its profile."""
     curriculum = build.nodes[stage.name].config["curriculum"]
     if curriculum != "none" and profile is None:
         raise ConfigError(

@@ -45,8 +45,8 @@ class Auxiliary:
             # Not the stage's seed: the rows must not come in the order in which its own come.
             self.pools[name] = Pool(rows, seed=_seed(seed, name))
 
-    def parts(self, update: int) -> list[Part]:
-        """The batches of 0-based optimiser step `update` of the stage."""
+    def parts(self, update: int, weights: Mapping[str, float]) -> list[Part]:
+        """The batches of 0-based optimiser step `update` of the stage, weighed as in `weights`."""
         found = []
         for name, pool in self.pools.items():
             batch = encode(pool.draw(update, self.config.aux_batch_size), self.chat, self.pad_id)
@@ -56,7 +56,7 @@ class Auxiliary:
                     rollouts=batch,
                     loss=token_cross_entropy(name, batch.num_tokens),
                     count=batch.num_tokens,
-                    weight=self.config.aux[name],
+                    weight=weights[name],
                 )
             )
         return found

@@ -38,8 +38,8 @@ CHOOSING = 1 << 21
 class Also(Protocol):
     """Further losses of a stage's optimiser steps."""
 
-    def parts(self, update: int) -> list[Part]:
-        """Those of 0-based optimiser step `update` of the stage."""
+    def parts(self, update: int, weights: Mapping[str, float]) -> list[Part]:
+        """Those of 0-based optimiser step `update` of the stage, weighed as in `weights`."""
         ...
 
 
@@ -74,9 +74,12 @@ class Critique:
         self.weight = now.critique_weight
         return {f"{NAME}/pairs": float(len(chosen))}
 
-    def parts(self, update: int) -> list[Part]:
-        """The losses of an update; the comparisons of a step are shared out over its updates."""
-        parts = self.also.parts(update)
+    def parts(self, update: int, weights: Mapping[str, float]) -> list[Part]:
+        """The losses of an update, `also` weighed as in `weights`.
+
+        The comparisons of a step are shared out over its updates.
+        """
+        parts = self.also.parts(update, weights)
         batch = self.batches[update % len(self.batches)]
         if not batch:
             return parts

@@ -21,10 +21,10 @@ from posttrain.backends.sampler import LocalSampler
 from posttrain.rl.advantage import advantages
 from posttrain.schedules import learning_rate
 from posttrain.stages.auxiliary import Auxiliary, take_metrics
-from posttrain.stages.batches import Pool, Problem
+from posttrain.stages.batches import Batches, Problem
 from posttrain.stages.context import Context
 from posttrain.stages.distill_update import DistillUpdate
-from posttrain.stages.learner import new_learner
+from posttrain.stages.learner import adapt, new_learner
 from posttrain.stages.rollouts import (
     Scored,
     equal_parts,
@@ -38,34 +38,39 @@ from posttrain.stages.teachers import Reading, Teachers, hinted_prompts
 
 def run(config: Distill, ctx: Context) -> dict[str, float]:
     """Train `start` towards the teachers on the prompts of their domains."""
-    judges = verifiers(ctx) if config.reward_weight > 0 else None
+    judges = verifiers(ctx) if config.rewarded else None
     language_model = load(ctx.inputs["start"], device=ctx.device)
     domains, dtype = list(ctx.domains), getattr(torch, config.precision)
     paths = {name: ctx.inputs[f"teachers.{name}"] for name in config.teachers}
     teachers = Teachers(paths, language_model, dtype=dtype, device=ctx.device, workers=ctx.workers)
     chat = Chat(language_model)
     rows = {name: ctx.problems(name, "train", config.modes) for name in domains}
-    pool = Pool(rows, seed=config.seed)
+    batches = Batches(rows, config, size="prompts_per_step", stage=ctx.name)
     learner = new_learner(config, language_model, ctx)
     sampler = LocalSampler(learner.policy)
     aux = Auxiliary(config, config.seed, ctx, chat, language_model.pad_id)
-    for step in range(ctx.resume(learner), config.steps):
-        problems = pool.draw(step, config.prompts_per_step)
-        prompts = hinted_prompts(config, chat, problems, where=f"stage {ctx.name!r}")
-        reading = teachers.reading(config, teacher_numbers(config, teachers, problems), prompts)
+    first = ctx.resume(learner)
+    batches.resume(config, first, config.steps, ctx.history)
+    for step in range(first, config.steps):
+        now = config.at(step, config.steps, ctx.history)
+        adapt(learner, now)
+        problems = batches.draw(now)
+        prompts = hinted_prompts(now, chat, problems, where=f"stage {ctx.name!r}")
+        reading = teachers.reading(now, teacher_numbers(now, teachers, problems), prompts)
         scored = sample_and_verify(
             sampler,
             chat,
             problems,
             judges,
-            group_size=config.samples_per_prompt,
-            max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature,
-            seed=step_seed(config.seed, step),
+            group_size=now.samples_per_prompt,
+            max_new_tokens=now.max_new_tokens,
+            temperature=now.temperature,
+            seed=step_seed(now.seed, step),
             reader=reading,
         )
-        lr = learning_rate(config, step, config.steps)
-        metrics = learn(config, learner, reading, domains, scored, lr=lr, step=step, aux=aux)
+        lr = learning_rate(now, step, config.steps)
+        metrics = now.scheduled()
+        metrics |= learn(now, learner, reading, domains, scored, lr=lr, step=step, aux=aux)
         ctx.log(step + 1, config.steps, tokens=scored.rollouts.num_tokens, **metrics)
         ctx.checkpoint(step + 1, learner)
     save(learner.result(), ctx.out)
@@ -114,7 +119,11 @@ def learn(
             advantage_B=reward_B[rows_B],
             device=learner.device,
         )
-        also = () if aux is None else aux.parts(step * config.updates_per_batch + num_updates)
+        also = (
+            ()
+            if aux is None
+            else aux.parts(step * config.updates_per_batch + num_updates, config.aux)
+        )
         part = learner.update(update.rows, update.loss, count=update.count, lr=lr, also=also)
         sums = {name: sums.get(name, 0.0) + part.get(name, 0.0) for name in sums | part}
         count, num_updates = count + update.count, num_updates + 1
@@ -124,7 +133,7 @@ def learn(
     metrics |= describe(sums, domains, rollouts.num_tokens)
     metrics["response_length"] = float(rollouts.response_len_B.float().mean())
     metrics["finished_share"] = float(rollouts.finished_B.float().mean())
-    if config.reward_weight > 0:
+    if config.rewarded:
         metrics["reward"] = float(scored.reward_B.mean())
     for number, name in enumerate(reading.teachers.names):
         metrics[f"rows/{name}"] = float((teacher_B == number).sum())

@@ -38,9 +38,9 @@ from posttrain.losses.preference import (
 from posttrain.rl.types import Rollouts
 from posttrain.schedules import learning_rate
 from posttrain.stages.auxiliary import Auxiliary, take_metrics
-from posttrain.stages.batches import Pool
+from posttrain.stages.batches import Batches
 from posttrain.stages.context import Context
-from posttrain.stages.learner import new_learner
+from posttrain.stages.learner import adapt, new_learner
 from posttrain.stages.preferences import Rows, encode, encode_mismatched, read_pairs
 from posttrain.stages.settings.preference import Dpo
 from posttrain.stages.teachers import check_same_tokens
@@ -71,21 +71,26 @@ def run(config: Dpo, ctx: Context) -> dict[str, float]:
         sums_B = response_sums(LocalScorer(reference), others, counted_V)
         baseline = Baseline(others, sums_B, counted_V)
     del reference
-    pool = Pool(by_domain, seed=config.seed)
+    batches = Batches(by_domain, config, size="batch_size", stage=ctx.name)
     steps = config.steps or math.ceil((config.epochs or 0) * len(pairs) / config.batch_size)
-    for step in range(ctx.resume(learner), steps):
-        drawn = torch.tensor([pair["row"] for pair in pool.draw(step, config.batch_size)])
+    first = ctx.resume(learner)
+    batches.resume(config, first, steps, ctx.history)
+    for step in range(first, steps):
+        now = config.at(step, steps, ctx.history)
+        adapt(learner, now)
+        drawn = torch.tensor([pair["row"] for pair in batches.draw(now)])
         index_B = (2 * drawn[:, None] + torch.arange(2)).flatten()
         update = PairUpdate(
-            config,
+            now,
             rows=rows.batch(index_B),
             counted_V=counted_V,
             reference_B=None if reference_B is None else reference_B[index_B],
             baseline=None if baseline is None else baseline.value(learner, index_B),
             device=learner.device,
         )
-        lr = learning_rate(config, step, steps)
-        metrics = learn(learner, update, lr=lr, also=aux.parts(step))
+        lr = learning_rate(now, step, steps)
+        metrics = learn(learner, update, lr=lr, also=aux.parts(step, now.aux))
+        metrics |= now.scheduled()
         ctx.log(step + 1, steps, tokens=update.rows.num_tokens, **metrics)
         ctx.checkpoint(step + 1, learner)
     save(learner.result(), ctx.out)

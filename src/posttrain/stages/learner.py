@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 
 from posttrain.backends.checkpoint import LanguageModel
@@ -11,6 +13,20 @@ from posttrain.stages.settings.distill import Distill
 from posttrain.stages.settings.imitate import Pretrain, Sft
 from posttrain.stages.settings.preference import Dpo, RewardModel
 from posttrain.stages.settings.rl import Rl
+
+
+class Updates(Protocol):
+    """The settings of an optimiser that may change over the steps."""
+
+    @property
+    def weight_decay(self) -> float: ...
+    @property
+    def max_grad_norm(self) -> float: ...
+
+
+def adapt(learner: LocalLearner, now: Updates) -> None:
+    """Let the updates of a step go by the settings of that step."""
+    learner.adapt(weight_decay=now.weight_decay, max_grad_norm=now.max_grad_norm)
 
 
 def new_learner(

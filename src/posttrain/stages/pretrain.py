@@ -6,9 +6,9 @@ from posttrain.backends.chat import Chat
 from posttrain.backends.checkpoint import save
 from posttrain.backends.tiny import character_tokenizer, new_model
 from posttrain.schedules import learning_rate
-from posttrain.stages.batches import Pool, sequences
+from posttrain.stages.batches import Batches, sequences
 from posttrain.stages.context import Context
-from posttrain.stages.learner import new_learner
+from posttrain.stages.learner import adapt, new_learner
 from posttrain.stages.settings.imitate import Pretrain
 from posttrain.stages.sft import demonstrations, imitate
 
@@ -33,10 +33,14 @@ def run(config: Pretrain, ctx: Context) -> dict[str, float]:
     )
     language_model.model.to(ctx.device)
     chat = Chat(language_model)
-    pool = Pool(demos, seed=config.seed)
+    batches = Batches(demos, config, size="batch_size", stage=ctx.name)
     learner = new_learner(config, language_model, ctx)
-    for step in range(ctx.resume(learner), config.steps):
-        rows = pool.draw(step, config.batch_size)
+    first = ctx.resume(learner)
+    batches.resume(config, first, config.steps, ctx.history)
+    for step in range(first, config.steps):
+        now = config.at(step, config.steps, ctx.history)
+        adapt(learner, now)
+        rows = batches.draw(now)
         prompts = [chat.prompt(row["prompt"], row.get("mode")) for row in rows]
         responses = [chat.response(row["prompt"], row["demo"], row.get("mode")) for row in rows]
         if config.loss_on == "all":
@@ -44,7 +48,8 @@ def run(config: Pretrain, ctx: Context) -> dict[str, float]:
             responses = [[*p[1:], *r] for p, r in zip(prompts, responses, strict=True)]
             prompts = [p[:1] for p in prompts]
         batch = sequences(prompts, responses, language_model.pad_id)
-        metrics = imitate(learner, batch, lr=learning_rate(config, step, config.steps))
+        metrics = imitate(learner, batch, lr=learning_rate(now, step, config.steps))
+        metrics |= now.scheduled()
         ctx.log(step + 1, config.steps, tokens=batch.num_tokens, **metrics)
         ctx.checkpoint(step + 1, learner)
     save(learner.result(), ctx.out)

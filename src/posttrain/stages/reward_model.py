@@ -29,9 +29,9 @@ from posttrain.backends.scalar import (
 )
 from posttrain.losses.reward import bradley_terry, pointwise, prompt_weights
 from posttrain.schedules import learning_rate
-from posttrain.stages.batches import Pool
+from posttrain.stages.batches import Batches
 from posttrain.stages.context import Context
-from posttrain.stages.learner import new_learner
+from posttrain.stages.learner import adapt, new_learner
 from posttrain.stages.preferences import read_pairs
 from posttrain.stages.ranked import (
     Batch,
@@ -60,13 +60,17 @@ def run(config: RewardModel, ctx: Context) -> dict[str, float]:
     every = list(chain.from_iterable(draws.values()))
     responses = Responses(every, chat, pad_id)
     learner = new_learner(config, language_model, ctx)
-    pool = Pool(draws, seed=config.seed)
+    batches = Batches(draws, config, size="batch_size", stage=ctx.name)
     steps = config.steps or math.ceil((config.epochs or 0) * len(every) / config.batch_size)
-    for step in range(ctx.resume(learner), steps):
-        batch = responses.batch(pool.draw(step, config.batch_size), strengths=strengths)
-        lr = learning_rate(config, step, steps)
-        metrics = learn(learner, RewardUpdate(config, batch, device=learner.device), lr=lr)
-        ctx.log(step + 1, steps, tokens=batch.rows.num_tokens, **metrics)
+    first = ctx.resume(learner)
+    batches.resume(config, first, steps, ctx.history)
+    for step in range(first, steps):
+        now = config.at(step, steps, ctx.history)
+        adapt(learner, now)
+        batch = responses.batch(batches.draw(now), strengths=strengths)
+        lr = learning_rate(now, step, steps)
+        metrics = learn(learner, RewardUpdate(now, batch, device=learner.device), lr=lr)
+        ctx.log(step + 1, steps, tokens=batch.rows.num_tokens, **metrics, **now.scheduled())
         ctx.checkpoint(step + 1, learner)
     result = learner.result()
     save_scalar(result, ctx.out)

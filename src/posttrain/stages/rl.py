@@ -32,7 +32,7 @@ from posttrain.stages.credit import credit
 from posttrain.stages.critic import Critic, learn_values, new_critic
 from posttrain.stages.drawing import Drawing, Sample
 from posttrain.stages.judging import make_judge
-from posttrain.stages.learner import new_learner
+from posttrain.stages.learner import adapt, new_learner
 from posttrain.stages.policy_update import PolicyUpdate, kl_weights, old_logprobs, reward_kl
 from posttrain.stages.reference import Reference
 from posttrain.stages.rollout_log import RolloutLog
@@ -65,6 +65,8 @@ def run(config: Rl, ctx: Context) -> dict[str, float]:
     drawing.resume(config, ctx.history, log.resume(first))
     for step in range(first, config.steps):
         now = config.at(step, config.steps, ctx.history)
+        for trained in (learner, *([] if critic is None else [critic.learner])):
+            adapt(trained, now)
         if reference is not None:
             reference.reset(step, learner)
         verify = partial(
@@ -90,7 +92,7 @@ def run(config: Rl, ctx: Context) -> dict[str, float]:
             judged=panel is not None,
             segments=now.segments,
         )
-        metrics |= drawn.metrics | drawing.observe(now, rows) | setting_metrics(config, now)
+        metrics |= drawn.metrics | drawing.observe(now, rows) | now.scheduled()
         if judging is not None:
             metrics |= judging.take(now, step, rows)
         metrics |= learn(now, learner, reference, drawn.batch, step=step, critic=critic, aux=aux)
@@ -137,18 +139,6 @@ def sample_and_judge(
     scores = panel.score(chain_batch(scored, segments), at)
     reward_C = torch.tensor(scores, dtype=torch.float32)
     return replace(scored, reward_B=reward_C.repeat_interleave(segments))
-
-
-def setting_metrics(config: Rl, now: Rl) -> dict[str, float]:
-    """The values of the settings that have a schedule, `now` being those of the step."""
-    metrics: dict[str, float] = {}
-    for name in config.schedules:
-        value = getattr(now, name)
-        if isinstance(value, dict):
-            metrics |= {f"setting/{name}/{key}": float(part) for key, part in value.items()}
-        else:
-            metrics[f"setting/{name}"] = float(value)
-    return metrics
 
 
 def new_reference(config: Rl, ctx: Context) -> Reference | None:
@@ -222,7 +212,9 @@ def learn(
             kl_weight_B=kl_weight_B[rows_B],
             device=learner.device,
         )
-        also = () if aux is None else aux.parts(step * config.updates_per_batch + number)
+        also = (
+            () if aux is None else aux.parts(step * config.updates_per_batch + number, config.aux)
+        )
         part = learner.update(update.rows, update.loss, count=update.count, lr=lr, also=also)
         sums = {name: sums.get(name, 0.0) + value for name, value in part.items()}
     metrics["grad_norm"] = sums.pop("grad_norm") / len(parts)

@@ -25,9 +25,9 @@ from posttrain.stages.auxiliary import (
     rows_by_domain,
     take_metrics,
 )
-from posttrain.stages.batches import Pool, Problem
+from posttrain.stages.batches import Batches, Problem
 from posttrain.stages.context import Context
-from posttrain.stages.learner import new_learner
+from posttrain.stages.learner import adapt, new_learner
 from posttrain.stages.rollouts import verifiers
 from posttrain.stages.settings.imitate import Pretrain, Sft
 
@@ -37,16 +37,20 @@ def run(config: Sft, ctx: Context) -> dict[str, float]:
     language_model = load(ctx.inputs["start"], device=ctx.device)
     chat = Chat(language_model)
     demos = also_hinted(demonstrations(config, ctx), config.hint, where=f"stage {ctx.name!r}")
-    pool = Pool(demos, seed=config.seed)
+    batches = Batches(demos, config, size="batch_size", stage=ctx.name)
     num_rows = sum(map(len, demos.values()))
     steps = config.steps or math.ceil((config.epochs or 0) * num_rows / config.batch_size)
     learner = new_learner(config, language_model, ctx)
     aux = Auxiliary(config, config.seed, ctx, chat, language_model.pad_id)
-    for step in range(ctx.resume(learner), steps):
-        batch = encode(pool.draw(step, config.batch_size), chat, language_model.pad_id)
-        lr = learning_rate(config, step, steps)
-        metrics = imitate(learner, batch, lr=lr, also=aux.parts(step))
-        ctx.log(step + 1, steps, tokens=batch.num_tokens, **metrics)
+    first = ctx.resume(learner)
+    batches.resume(config, first, steps, ctx.history)
+    for step in range(first, steps):
+        now = config.at(step, steps, ctx.history)
+        adapt(learner, now)
+        batch = encode(batches.draw(now), chat, language_model.pad_id)
+        lr = learning_rate(now, step, steps)
+        metrics = imitate(learner, batch, lr=lr, also=aux.parts(step, now.aux))
+        ctx.log(step + 1, steps, tokens=batch.num_tokens, **metrics, **now.scheduled())
         ctx.checkpoint(step + 1, learner)
     save(learner.result(), ctx.out)
     return {"loss": ctx.metrics["loss"], "tokens": ctx.tokens}

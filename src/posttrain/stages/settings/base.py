@@ -1,4 +1,4 @@
-"""What the settings of several kinds have in common: seeds, optimiser, sampling, averaging.
+"""What the settings of several kinds have in common: optimiser, shares, sampling, averaging.
 
 Kept apart from the stage loops so that planning a run imports neither torch nor transformers. A
 setting is part of a stage's identity: change it and the stage runs again. Paths, threads and
@@ -7,99 +7,50 @@ devices are therefore not here.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Protocol, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from posttrain.engine.errors import ConfigError
 from posttrain.modes import Mode
-from posttrain.schedules import History, Schedule, is_schedule, possible_values, steps, value_at
+from posttrain.schedules import possible_values
+from posttrain.stages.settings.scheduled import refuse_unread
 
 Positive = Field(gt=0)
 Weight = Annotated[float, Field(ge=0)]
 
 
-def refuse_unread(config: BaseModel, *fields: str, because: str) -> None:
-    """Raise ValueError for a setting that was changed and that nothing reads."""
-    for name in fields:
-        field = type(config).model_fields[name]
-        value, default = getattr(config, name), field.get_default(call_default_factory=True)
-        if value != default:
-            raise ValueError(
-                f"{name} = {value}: it is not read with {because}; leave it out, or change the "
-                "other setting"
-            )
+def one_length(config: Lengths, size: str = "batch_size") -> None:
+    """Raise ValueError unless a stage has exactly one of its two lengths.
 
-
-def steps_or_epochs(steps: int | None, epochs: float | None) -> None:
-    """Raise ValueError unless a stage has exactly one of its two lengths."""
-    if (steps is None) == (epochs is None):
-        raise ValueError("give exactly one of steps and epochs")
-
-
-class Config(BaseModel):
-    """Base of the settings of stages that compute with models: an unknown name is an error.
-
-    Where a stage has steps, the settings in its `SCHEDULABLE` may be given as a schedule
-    (`posttrain.schedules`): the field then holds the first value, `schedules` the rest, and `at`
-    the settings of a step.
+    It cannot be a number of passes where the number of rows per step, `size`, has a schedule.
     """
+    if (config.steps is None) == (config.epochs is None):
+        raise ValueError("give exactly one of steps and epochs")
+    if config.epochs is not None and size in config.schedules:
+        raise ValueError(
+            f"epochs = {config.epochs:g} with a schedule of {size}: the steps of a pass are not "
+            "known before; give steps instead"
+        )
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    SCHEDULABLE: ClassVar[frozenset[str]] = frozenset()
+class Lengths(Protocol):
+    """A stage whose length is given in steps or in passes over its data."""
 
-    seed: int = Field(0, ge=0, lt=2**31)
-    """Every random choice of the stage follows from it."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Type in which models compute. Weights that are trained stay in float32, and so does every
-    softmax of a loss."""
-    schedules: dict[str, Schedule] = Field(default_factory=dict)
-    """Setting to its schedule; filled in where a setting is given as a schedule."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _take_schedules(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        found = {name: value for name, value in values.items() if is_schedule(value)}
-        kept = {**values.get("schedules", {}), **found}
-        for name in kept:
-            if name not in cls.SCHEDULABLE:
-                choices = ", ".join(sorted(cls.SCHEDULABLE)) or "none of this stage"
-                raise ValueError(f"{name} cannot have a schedule; settings that can: {choices}")
-        try:
-            firsts = {name: possible_values(value)[0] for name, value in found.items()}
-        except ConfigError as error:
-            raise ValueError(str(error)) from None
-        return {**values, **firsts, **({"schedules": kept} if kept else {})}
-
-    @model_validator(mode="after")
-    def _scheduled_values_fit(self) -> Self:
-        plain = {name: getattr(self, name) for name in type(self).model_fields}
-        # As constants, so that what a schedule makes sense of stays sensible, and nothing recurs.
-        plain["schedules"] = {n: steps({0: getattr(self, n)}) for n in self.schedules}
-        for name, schedule in self.schedules.items():
-            for value in possible_values(schedule)[1:]:
-                try:
-                    type(self)(**{**plain, name: value})
-                except ValidationError as error:
-                    message = error.errors()[0]["msg"]
-                    raise ValueError(f"{name} = {value} of its schedule: {message}") from None
-        return self
-
-    def at(self, step: int, total: int, history: History) -> Self:
-        """The settings of 0-based `step` of `total`, schedules resolved."""
-        if not self.schedules:
-            return self
-        now = {n: value_at(s, step, total, history) for n, s in self.schedules.items()}
-        return self.model_copy(update=now)
+    @property
+    def steps(self) -> int | None: ...
+    @property
+    def epochs(self) -> float | None: ...
+    @property
+    def schedules(self) -> Mapping[str, Any]: ...
 
 
 class Optimizer(BaseModel):
     """AdamW and its learning-rate schedule; mixed into the stages that train."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    SCHEDULABLE: ClassVar[frozenset[str]] = frozenset({"lr", "weight_decay", "max_grad_norm"})
 
     lr: float = Field(1e-5, gt=0)
     """Peak learning rate."""
@@ -143,10 +94,33 @@ class InModes(BaseModel):
         return self
 
 
+class DomainShares(BaseModel):
+    """How much of a batch each domain has; mixed into the stages that draw and train."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    SCHEDULABLE: ClassVar[frozenset[str]] = frozenset({"domain_shares"})
+
+    domain_shares: dict[str, Weight] = Field(default_factory=dict)
+    """Share of every batch that a domain has, relative to the sum of all; even where none is given.
+    It names all domains; 0 leaves one out."""
+
+    @model_validator(mode="after")
+    def _some_domain_is_drawn(self) -> Self:
+        if self.domain_shares and not any(self.domain_shares.values()):
+            raise ValueError(
+                "domain_shares gives every domain a share of 0, so that there is nothing to draw; "
+                "give one of them a share above 0"
+            )
+        return self
+
+
 class WithAux(BaseModel):
     """Losses beside the stage's own; mixed into the stages that train from a start."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    SCHEDULABLE: ClassVar[frozenset[str]] = frozenset({"aux"})
 
     aux: dict[str, Weight] = Field(default_factory=dict)
     """Name of an auxiliary loss to its weight: weight times the mean cross-entropy per token is
@@ -160,6 +134,14 @@ class WithAux(BaseModel):
     def _batch_is_read(self) -> Self:
         if not self.aux:
             refuse_unread(self, "aux_batch_size", because="no aux")
+        schedule = getattr(self, "schedules", {}).get("aux")
+        for weights in [] if schedule is None else possible_values(schedule):
+            if isinstance(weights, dict) and weights.keys() != self.aux.keys():
+                raise ValueError(
+                    f"aux: its schedule names {', '.join(weights) or 'none'} at one step and "
+                    f"{', '.join(self.aux) or 'none'} at the first; give each weight a schedule of "
+                    "its own"
+                )
         unknown = [name for name in self.aux_modes if name not in self.aux]
         if unknown:
             raise ValueError(f"aux_modes: {unknown[0]!r} is not an auxiliary loss")
@@ -170,6 +152,8 @@ class Correction(BaseModel):
     """Importance correction between the policy that sampled and the one that learns."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    SCHEDULABLE: ClassVar[frozenset[str]] = frozenset({"correction_low", "correction_high"})
 
     correction: Literal["none", "truncated", "icepop", "sequence_truncated", "sequence_icepop"] = (
         "none"
@@ -209,6 +193,8 @@ class Rollout(BaseModel):
     """How a stage samples."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    SCHEDULABLE: ClassVar[frozenset[str]] = frozenset({"max_new_tokens", "temperature"})
 
     max_new_tokens: int = Field(64, gt=0)
     temperature: float = Field(1.0, gt=0)

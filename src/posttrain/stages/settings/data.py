@@ -11,7 +11,8 @@ from posttrain.engine.errors import ConfigError
 from posttrain.modes import Mode
 from posttrain.rewards.judge_spec import check, check_use
 from posttrain.schedules import is_schedule
-from posttrain.stages.settings.base import Config, InModes, refuse_unread
+from posttrain.stages.settings.base import InModes
+from posttrain.stages.settings.scheduled import Config, refuse_unread
 
 Share = Annotated[float, Field(ge=0, le=1)]
 

@@ -2,31 +2,41 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from posttrain.hints import check_hint
 from posttrain.stages.settings.base import (
     Aggregation,
-    Config,
     Correction,
+    DomainShares,
     InModes,
     Optimizer,
     Positive,
     Rollout,
     Weight,
     WithAux,
-    refuse_unread,
 )
+from posttrain.stages.settings.scheduled import Config, refuse_unread
 
 
-class Distill(Config, Optimizer, InModes, WithAux, Rollout, Correction, Aggregation):
+class Distill(Config, Optimizer, DomainShares, InModes, WithAux, Rollout, Correction, Aggregation):
     """On-policy distillation from one teacher per domain: `r.distill(start=..., teachers=...)`."""
+
+    SCHEDULABLE: ClassVar[frozenset[str]] = (
+        Optimizer.SCHEDULABLE
+        | DomainShares.SCHEDULABLE
+        | WithAux.SCHEDULABLE
+        | Rollout.SCHEDULABLE
+        | Correction.SCHEDULABLE
+        | {"prompts_per_step", "samples_per_prompt", "jsd_beta", "top_k"}
+        | {"advantage_clip", "reward_weight", "domain_weights"}
+    )
 
     steps: int = Positive
     prompts_per_step: int = Field(256, gt=0)
-    """Drawn evenly over the domains."""
+    """Drawn evenly over the domains unless `domain_shares` are given."""
     samples_per_prompt: int = Field(1, gt=0)
     estimator: Literal["sampled_token", "top_k", "full_vocabulary"] = "full_vocabulary"
     divergence: Literal["reverse_kl", "forward_kl", "jsd"] = "reverse_kl"
@@ -65,6 +75,11 @@ class Distill(Config, Optimizer, InModes, WithAux, Rollout, Correction, Aggregat
         """The names of all teachers, sorted."""
         every = [(names,) if isinstance(names, str) else names for names in self.routes.values()]
         return sorted({name for names in every for name in names})
+
+    @property
+    def rewarded(self) -> bool:
+        """Whether the verifiable reward has a weight above 0 at some step."""
+        return any(weight > 0 for weight in self.possible("reward_weight"))
 
     @field_validator("estimator", mode="before")
     @classmethod

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from posttrain.hints import check_hint
 from posttrain.stages.settings.base import (
-    Config,
+    DomainShares,
     InModes,
     Optimizer,
     Positive,
     WithAux,
-    steps_or_epochs,
+    one_length,
 )
+from posttrain.stages.settings.scheduled import Config
 
 
-class Pretrain(Config, Optimizer, InModes):
+class Pretrain(Config, Optimizer, DomainShares, InModes):
     """A tiny model from nothing: `r.pretrain(data=...)`."""
+
+    SCHEDULABLE: ClassVar[frozenset[str]] = (
+        Optimizer.SCHEDULABLE | DomainShares.SCHEDULABLE | {"batch_size"}
+    )
 
     steps: int = Positive
     batch_size: int = Field(128, gt=0)
-    """Documents per step, drawn evenly over the domains."""
+    """Documents per step, drawn evenly over the domains unless `domain_shares` are given."""
     loss_on: Literal["all", "response"] = "all"
     """Learn every token of a document, or only those of its response."""
     hidden_size: int = Field(64, gt=0)
@@ -47,8 +52,12 @@ class Pretrain(Config, Optimizer, InModes):
         return self
 
 
-class Sft(Config, Optimizer, InModes, WithAux):
+class Sft(Config, Optimizer, DomainShares, InModes, WithAux):
     """Supervised fine-tuning on demonstrations: `r.sft(start=..., data=...)`."""
+
+    SCHEDULABLE: ClassVar[frozenset[str]] = (
+        Optimizer.SCHEDULABLE | DomainShares.SCHEDULABLE | WithAux.SCHEDULABLE | {"batch_size"}
+    )
 
     steps: int | None = Field(None, gt=0)
     epochs: float | None = Field(None, gt=0)
@@ -68,5 +77,5 @@ class Sft(Config, Optimizer, InModes, WithAux):
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
-        steps_or_epochs(self.steps, self.epochs)
+        one_length(self)
         return self

@@ -6,8 +6,9 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from posttrain.stages.settings.base import Config, InModes, refuse_unread
+from posttrain.stages.settings.base import InModes
 from posttrain.stages.settings.data import check_judge
+from posttrain.stages.settings.scheduled import Config, refuse_unread
 
 
 class Evaluate(Config, InModes):

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from posttrain.stages.settings.base import (
-    Config,
-    Optimizer,
-    WithAux,
-    refuse_unread,
-    steps_or_epochs,
-)
+from posttrain.stages.settings.base import DomainShares, Optimizer, WithAux, one_length
 from posttrain.stages.settings.data import check_characters, check_judge
+from posttrain.stages.settings.scheduled import Config, refuse_unread
 
 
 class Pairs(BaseModel):
@@ -87,14 +82,22 @@ class Pairs(BaseModel):
         return self
 
 
-class Dpo(Config, Optimizer, WithAux):
+class Dpo(Config, Optimizer, DomainShares, WithAux):
     """Learning from preferences: `r.dpo(start=..., data=r.pairs(...))`."""
+
+    SCHEDULABLE: ClassVar[frozenset[str]] = (
+        Optimizer.SCHEDULABLE
+        | DomainShares.SCHEDULABLE
+        | WithAux.SCHEDULABLE
+        | {"batch_size", "beta", "gamma", "label_smoothing", "nll_weight"}
+        | {"desirable_weight", "undesirable_weight"}
+    )
 
     steps: int | None = Field(None, gt=0)
     epochs: float | None = Field(None, gt=0)
     """Passes over the pairs; give this or `steps`."""
     batch_size: int = Field(32, gt=0)
-    """Pairs per step, drawn evenly over the domains."""
+    """Pairs per step, drawn evenly over the domains unless `domain_shares` are given."""
     loss: Literal["sigmoid", "length_normalised", "simpo", "ipo", "kto"] = "sigmoid"
     """`sigmoid` is DPO. `kto` learns from each response by itself. `simpo` needs no reference."""
     beta: float = Field(0.1, gt=0)
@@ -113,7 +116,7 @@ class Dpo(Config, Optimizer, WithAux):
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
-        steps_or_epochs(self.steps, self.epochs)
+        one_length(self)
         return self
 
     @model_validator(mode="after")
@@ -130,14 +133,19 @@ class Dpo(Config, Optimizer, WithAux):
         return self
 
 
-class RewardModel(Config, Optimizer):
+class RewardModel(Config, Optimizer, DomainShares):
     """A reward model from preference pairs: `r.reward_model(start=..., data=r.pairs(...))`."""
+
+    SCHEDULABLE: ClassVar[frozenset[str]] = (
+        Optimizer.SCHEDULABLE | DomainShares.SCHEDULABLE | {"batch_size", "centring"}
+    )
 
     steps: int | None = Field(None, gt=0)
     epochs: float | None = Field(None, gt=0)
     """Passes over the pairs; give this or `steps`."""
     batch_size: int = Field(32, gt=0)
-    """Pairs per step, drawn evenly over the domains; prompts with `per_prompt`."""
+    """Pairs per step, or prompts with `per_prompt`; evenly over the domains unless `domain_shares`
+    are given."""
     loss: Literal["bradley_terry", "pointwise"] = "bradley_terry"
     """By the difference of the two rewards of a pair, or by each response as good or bad."""
     margins: Literal["none", "strength"] = "none"
@@ -151,7 +159,7 @@ class RewardModel(Config, Optimizer):
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
-        steps_or_epochs(self.steps, self.epochs)
+        one_length(self)
         return self
 
     @model_validator(mode="after")

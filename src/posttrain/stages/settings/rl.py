@@ -11,46 +11,48 @@ from posttrain.engine.errors import ConfigError
 from posttrain.rewards.judge_spec import check, check_use
 from posttrain.stages.settings.base import (
     Aggregation,
-    Config,
     Correction,
+    DomainShares,
     InModes,
     Optimizer,
     Positive,
     Rollout,
     Weight,
     WithAux,
-    refuse_unread,
 )
 from posttrain.stages.settings.rl_critique import Critiquing
 from posttrain.stages.settings.rl_drawing import (
-    DRAWING_SCHEDULABLE,
     Drawing,
     check_band,
-    check_shares,
 )
+from posttrain.stages.settings.scheduled import Config, refuse_unread
 
 
 class Rl(
-    Config, Optimizer, InModes, WithAux, Rollout, Correction, Aggregation, Drawing, Critiquing
+    Config,
+    Optimizer,
+    DomainShares,
+    InModes,
+    WithAux,
+    Rollout,
+    Correction,
+    Aggregation,
+    Drawing,
+    Critiquing,
 ):
     """GRPO and its relatives on verifiable rewards: `r.rl(start=..., prompts=...)`."""
 
-    SCHEDULABLE: ClassVar[frozenset[str]] = DRAWING_SCHEDULABLE | frozenset(
-        {
-            "lr",
-            "prompts_per_step",
-            "group_size",
-            "max_new_tokens",
-            "temperature",
-            "top_p",
-            "clip_low",
-            "clip_high",
-            "tau",
-            "kl_coef",
-            "critic_lr",
-            "critique_weight",
-            "critique_pairs",
-        }
+    SCHEDULABLE: ClassVar[frozenset[str]] = (
+        Optimizer.SCHEDULABLE
+        | DomainShares.SCHEDULABLE
+        | WithAux.SCHEDULABLE
+        | Rollout.SCHEDULABLE
+        | Correction.SCHEDULABLE
+        | Drawing.SCHEDULABLE
+        | Critiquing.SCHEDULABLE
+        | {"prompts_per_step", "group_size", "top_p", "kl_coef", "domain_kl"}
+        | {"clip_low", "clip_high", "dual_clip", "tau", "off_policy_delta"}
+        | {"critic_lr", "gae_lambda", "gae_gamma", "value_clip"}
     )
 
     steps: int = Positive
@@ -184,7 +186,6 @@ class Rl(
 
     @model_validator(mode="after")
     def _draws_are_possible(self) -> Self:
-        check_shares(self.schedules)
         check_band(self, self.schedules, self.steps)
         return self
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from pydantic import BaseModel, ConfigDict, Field
 
 
@@ -9,6 +11,8 @@ class Critiquing(BaseModel):
     """Learning to judge, beside the rewards, from what the policy has just sampled."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    SCHEDULABLE: ClassVar[frozenset[str]] = frozenset({"critique_weight", "critique_pairs"})
 
     critique_weight: float = Field(0.0, ge=0)
     """Weight of the mean cross-entropy of verdicts on pairs of the step's own responses, of which

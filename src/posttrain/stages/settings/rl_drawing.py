@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from posttrain.schedules import Schedule, metric_of, possible_values, value_at
-from posttrain.stages.settings.base import Weight, refuse_unread
+from posttrain.stages.settings.scheduled import refuse_unread
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
-DRAWING_SCHEDULABLE = frozenset({"domain_shares", "band_low", "band_high", "target_rate", "spread"})
 BAND = ("band_low", "band_high")
 GAUSSIAN = ("target_rate", "spread")
 REPROFILE = ("reprofile_every", "reprofile_on_plateau")
@@ -23,9 +22,10 @@ class Drawing(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    domain_shares: dict[str, Weight] = Field(default_factory=dict)
-    """Share of every batch that a domain has, relative to the sum of all; even where none is given.
-    It names all domains; 0 leaves one out."""
+    SCHEDULABLE: ClassVar[frozenset[str]] = frozenset(
+        {"dynamic_sampling", "retire_above", *BAND, *GAUSSIAN}
+    )
+
     dynamic_sampling: int = Field(0, ge=0, le=255)
     """Further draws per step until every group of the batch has unequal rewards (DAPO, arXiv
     2503.14476, 3.2)."""
@@ -57,15 +57,6 @@ class Drawing(BaseModel):
         return any(getattr(self, name) is not None for name in REPROFILE)
 
     @model_validator(mode="after")
-    def _some_domain_is_drawn(self) -> Self:
-        if self.domain_shares and not any(self.domain_shares.values()):
-            raise ValueError(
-                "domain_shares gives every domain a share of 0, so that there is nothing to draw; "
-                "give one of them a share above 0"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _curriculum_reads(self) -> Self:
         because = f"curriculum = {self.curriculum}"
         if self.curriculum != "band":
@@ -78,16 +69,6 @@ class Drawing(BaseModel):
             names = ("reprofile_samples", "reprofile_prompts")
             refuse_unread(self, *names, because="no reprofile_every and no reprofile_on_plateau")
         return self
-
-
-def check_shares(schedules: Mapping[str, Schedule]) -> None:
-    """Raise ValueError for a schedule on shares that would have to calculate with them."""
-    kind = schedules.get("domain_shares", {}).get("schedule", "steps")
-    if kind not in ("steps", "alternate"):
-        raise ValueError(
-            f"domain_shares cannot have the schedule {kind}, which calculates with numbers; "
-            "choices: steps, alternate"
-        )
 
 
 def check_band(config: Drawing, schedules: Mapping[str, Schedule], steps: int) -> None:

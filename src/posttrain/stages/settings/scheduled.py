@@ -1,0 +1,197 @@
+"""What all settings of stages that compute share: seed, precision, and values that change by step.
+
+A setting may be given as a schedule (`posttrain.schedules`). In a dict of numbers, such as weights
+of domains, an entry may be one: its key among `Config.schedules` is then `setting.entry`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from posttrain.engine.errors import ConfigError
+from posttrain.schedules import (
+    History,
+    Schedule,
+    corners,
+    is_schedule,
+    metric_of,
+    possible_values,
+    steps,
+    value_at,
+)
+
+
+def refuse_unread(config: BaseModel, *fields: str, because: str) -> None:
+    """Raise ValueError for a setting that was changed or scheduled, and that nothing reads."""
+    scheduled = {field_of(key) for key in getattr(config, "schedules", {})}
+    for name in fields:
+        field = type(config).model_fields[name]
+        value, default = getattr(config, name), field.get_default(call_default_factory=True)
+        if value != default or name in scheduled:
+            given = f"{name} has a schedule" if name in scheduled else f"{name} = {value}"
+            raise ValueError(
+                f"{given}: it is not read with {because}; leave it out, or change the other setting"
+            )
+
+
+def field_of(key: str) -> str:
+    """The setting that a key of `Config.schedules` is about: `aux` of `aux.ptx`."""
+    return key.partition(".")[0]
+
+
+class Config(BaseModel):
+    """Base of the settings of stages that compute with models: an unknown name is an error.
+
+    Where a stage has steps, the settings in its `SCHEDULABLE`, or entries of those that are dicts,
+    may be given as a schedule: the field then holds the first value, `schedules` the rest, and `at`
+    the settings of a step.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    SCHEDULABLE: ClassVar[frozenset[str]] = frozenset()
+
+    seed: int = Field(0, ge=0, lt=2**31)
+    """Every random choice of the stage follows from it."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Type in which models compute. Weights that are trained stay in float32, and so does every
+    softmax of a loss."""
+    schedules: dict[str, Schedule] = Field(default_factory=dict)
+    """Setting, or setting.entry, to its schedule; filled in where one is given as a schedule."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_schedules(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        found = {name: value for name, value in values.items() if is_schedule(value)}
+        for name in cls.SCHEDULABLE & values.keys() - found.keys():
+            if isinstance(values[name], Mapping):
+                entries = values[name].items()
+                found |= {f"{name}.{key}": part for key, part in entries if is_schedule(part)}
+        kept = {**values.get("schedules", {}), **found}
+        for key in kept:
+            if field_of(key) not in cls.SCHEDULABLE:
+                choices = ", ".join(sorted(cls.SCHEDULABLE)) or "none of this stage"
+                raise ValueError(f"{key} cannot have a schedule; settings that can: {choices}")
+        for key, schedule in kept.items():
+            try:
+                possible_values(schedule)
+            except ConfigError as error:
+                raise ValueError(f"{key}: {error}") from None
+        firsts = {key: possible_values(schedule)[0] for key, schedule in found.items()}
+        plain = {**values, **({"schedules": kept} if kept else {})}
+        return plain | _placed(plain, firsts)
+
+    @model_validator(mode="after")
+    def _entries_are_there(self) -> Self:
+        for key in self.schedules:
+            name, _, entry = key.partition(".")
+            whole = getattr(self, name)
+            here = isinstance(whole, dict) and entry in whole and name not in self.schedules
+            if entry and not here:
+                raise ValueError(
+                    f"schedules: {key!r} is no entry of {name} with a value of its own; give the "
+                    f"schedule in {name} itself"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _scheduled_values_fit(self) -> Self:
+        """Check what the settings are at each step at which a schedule turns. Where a metric
+        decides, each end of what a value can be is combined with what the others are then."""
+        plain = {name: getattr(self, name) for name in type(self).model_fields}
+        # As constants, so that what a schedule makes sense of stays sensible, and nothing recurs.
+        plain["schedules"] = {key: steps({0: self._first(key)}) for key in self.schedules}
+        free = {k: s for k, s in self.schedules.items() if metric_of(s) is not None}
+        bound = {k: s for k, s in self.schedules.items() if k not in free}
+        if all(len(possible_values(schedule)) == 1 for schedule in self.schedules.values()):
+            return self
+        turns, total = corners(bound.values(), getattr(self, "steps", None))
+        for step in turns:
+            then = {key: value_at(s, step, total, _no_history) for key, s in bound.items()}
+            then |= {key: possible_values(schedule)[0] for key, schedule in free.items()}
+            others = [{k: value} for k, s in free.items() for value in possible_values(s)[1:]]
+            for values in [then, *(then | other for other in others)]:
+                self._fits(plain, values, step)
+        return self
+
+    def _fits(self, plain: Mapping[str, Any], values: Mapping[str, Any], step: int) -> None:
+        """Raise ValueError where the settings cannot be these together."""
+        try:
+            type(self)(**{**plain, **_placed(plain, self._whole(values))})
+        except ValidationError as error:
+            problem = error.errors()[0]
+            where = ".".join(map(str, problem["loc"]))
+            named = {k: v for k, v in values.items() if field_of(k) == field_of(where)}
+            told = named or values
+            shown = ", ".join(f"{key} = {value}" for key, value in told.items())
+            whose = "its schedule" if len(told) == 1 else f"their schedules at step {step}"
+            raise ValueError(f"{shown} of {whose}: {problem['msg']}") from None
+
+    def _first(self, key: str) -> Any:
+        name, _, entry = key.partition(".")
+        return getattr(self, name)[entry] if entry else getattr(self, name)
+
+    def _whole(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The same values, rounded where the setting counts something."""
+        counts = {key for key in values if type(self._first(key)) is int}
+        return {
+            key: round(value) if key in counts and isinstance(value, float) else value
+            for key, value in values.items()
+        }
+
+    def possible(self, name: str) -> list[Any]:
+        """The value of a setting, or the first one and the others at the ends of its schedule."""
+        return (
+            possible_values(self.schedules[name])
+            if name in self.schedules
+            else [getattr(self, name)]
+        )
+
+    def only(self, *names: str) -> Self:
+        """The same with no other schedules than those of these settings and their entries."""
+        kept = {key: s for key, s in self.schedules.items() if field_of(key) in names}
+        return self.model_copy(update={"schedules": kept})
+
+    def at(self, step: int, total: int, history: History) -> Self:
+        """The settings of 0-based `step` of `total`, schedules resolved."""
+        if not self.schedules:
+            return self
+        now = {key: value_at(s, step, total, history) for key, s in self.schedules.items()}
+        return self.model_copy(update=_placed(dict(self), self._whole(now)))
+
+    def scheduled(self) -> dict[str, float]:
+        """The values of what has a schedule as metrics, `setting/NAME` or `setting/NAME/ENTRY`.
+
+        Of the settings that `at` gave it is what a step was made with. None is left out.
+        """
+        metrics: dict[str, float] = {}
+        for key in self.schedules:
+            value, place = self._first(key), f"setting/{key.replace('.', '/', 1)}"
+            parts = value if isinstance(value, dict) else {"": value}
+            metrics |= {
+                f"{place}/{entry}".rstrip("/"): float(part)
+                for entry, part in parts.items()
+                if part is not None
+            }
+        return metrics
+
+
+def _no_history(metric: str) -> tuple[float, ...]:
+    return ()
+
+
+def _placed(settings: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that these values change, by name; entries go into copies of their dicts."""
+    changed: dict[str, Any] = {}
+    for key, value in values.items():
+        name, _, entry = key.partition(".")
+        if entry:
+            changed[name] = {**changed.get(name, settings[name]), entry: value}
+        else:
+            changed[name] = value
+    return changed
