@@ -54,6 +54,8 @@ class Rl(
         | {"clip_low", "clip_high", "dual_clip", "tau", "off_policy_delta"}
         | {"critic_lr", "gae_lambda", "gae_gamma", "value_clip"}
     )
+    LOGS_ALL: ClassVar[bool] = False
+    """A step in which no row is kept logs nothing of an update."""
 
     steps: int = Positive
     reward: dict[str, Any] = Field(default_factory=lambda: {"judge": "verifier"})

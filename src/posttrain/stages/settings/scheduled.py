@@ -53,6 +53,8 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     SCHEDULABLE: ClassVar[frozenset[str]] = frozenset()
+    LOGS_ALL: ClassVar[bool] = True
+    """Whether every step logs all metrics of the stage; those by domain apart."""
 
     seed: int = Field(0, ge=0, lt=2**31)
     """Every random choice of the stage follows from it."""
@@ -116,13 +118,13 @@ class Config(BaseModel):
             then |= {key: possible_values(schedule)[0] for key, schedule in free.items()}
             others = [{k: value} for k, s in free.items() for value in possible_values(s)[1:]]
             for values in [then, *(then | other for other in others)]:
-                self._fits(plain, values, step)
+                self._fits(plain, self._whole(values), step)
         return self
 
     def _fits(self, plain: Mapping[str, Any], values: Mapping[str, Any], step: int) -> None:
         """Raise ValueError where the settings cannot be these together."""
         try:
-            type(self)(**{**plain, **_placed(plain, self._whole(values))})
+            type(self)(**{**plain, **_placed(plain, values)})
         except ValidationError as error:
             problem = error.errors()[0]
             where = ".".join(map(str, problem["loc"]))
@@ -146,11 +148,8 @@ class Config(BaseModel):
 
     def possible(self, name: str) -> list[Any]:
         """The value of a setting, or the first one and the others at the ends of its schedule."""
-        return (
-            possible_values(self.schedules[name])
-            if name in self.schedules
-            else [getattr(self, name)]
-        )
+        schedule = self.schedules.get(name)
+        return [getattr(self, name)] if schedule is None else possible_values(schedule)
 
     def only(self, *names: str) -> Self:
         """The same with no other schedules than those of these settings and their entries."""
@@ -158,9 +157,19 @@ class Config(BaseModel):
         return self.model_copy(update={"schedules": kept})
 
     def at(self, step: int, total: int, history: History) -> Self:
-        """The settings of 0-based `step` of `total`, schedules resolved."""
+        """The settings of 0-based `step` of `total`, schedules resolved.
+
+        Raises ConfigError for a schedule that reads a metric which the stage does not log.
+        """
         if not self.schedules:
             return self
+        for key, schedule in self.schedules.items() if step > 0 and self.LOGS_ALL else ():
+            metric = metric_of(schedule)
+            if metric is not None and "/" not in metric and not history(metric):
+                raise ConfigError(
+                    f"the schedule of {key} reads the metric {metric!r}, which this stage does not "
+                    "log; choose one of its metrics (docs/metrics.md), such as loss"
+                )
         now = {key: value_at(s, step, total, history) for key, s in self.schedules.items()}
         return self.model_copy(update=_placed(dict(self), self._whole(now)))
 

@@ -1,0 +1,449 @@
+"""Schedules and shares of domains in every stage that has steps: they act, and they resume."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from posttrain import schedules
+from posttrain.engine.errors import ConfigError
+from posttrain.stages.batches import Batches, Pool
+from posttrain.stages.config import build_config
+from posttrain.stages.context import Context, Resumable
+
+STEPS = 6
+COMMON: dict[str, Any] = {"lr": 0.01, "warmup_steps": 1, "steps": STEPS}
+ROLLOUT: dict[str, Any] = {"prompts_per_step": 6, "max_new_tokens": 5}
+STAGES: dict[str, dict[str, Any]] = {
+    "pretrain": {"batch_size": 8, "hidden_size": 16, "num_layers": 1, "max_positions": 32},
+    "sft": {"batch_size": 8},
+    "dpo": {"batch_size": 8, "lr": 0.003},
+    "reward_model": {"batch_size": 8},
+    "rl": {**ROLLOUT, "group_size": 4},
+    "distill": {**ROLLOUT, "routes": {"short": "t", "words": "t"}},
+}
+SIZE = {"rl": "prompts_per_step", "distill": "prompts_per_step"}
+"""The setting that counts the rows of a step; `batch_size` of the others."""
+GIVEN = ("pretrain", "sft", "dpo", "reward_model", "distill")
+"""Stages whose rows are drawn by `Batches`."""
+ALWAYS = schedules.on_plateau(8, 14, change=3, metric="loss", patience=1, gain=1e9)
+"""A number of rows that a metric decides on: 8, 8, 11, 11, 14, 14."""
+
+
+class Killed(Exception):
+    """In place of a signal."""
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> str:
+    """Pairs and demonstrations of two domains."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    rows = [
+        {"id": str(i), "domain": name, "prompt": f"{name} {i}", "demo": f"{i % 7}{name}"}
+        for i in range(30)
+        for name in ("words", "short")
+    ]
+    pairs = [row | {"chosen": row["demo"], "rejected": f"no{row['demo']}"} for row in rows]
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    record = {"format": 1, "name": "data", "kind": "select", "fingerprint": "2" * 64}
+    (folder / "record.json").write_text(json.dumps(record))
+    return str(folder)
+
+
+@pytest.fixture
+def train(
+    run_stage: Callable[..., Any], models: Mapping[str, str], domains: Mapping[str, str], data: str
+) -> Callable[..., Any]:
+    """Run a stage of a kind; `more` are further edges."""
+
+    def run(
+        kind: str, more: Mapping[str, str] | None = None, work: Path | None = None, **changes: Any
+    ) -> Any:
+        inputs = {**(more or {})}
+        if kind != "pretrain":
+            inputs["start"] = models["start"]
+        if kind in ("dpo", "reward_model"):
+            inputs["data"] = data
+        elif "data" not in inputs:
+            inputs |= domains
+        if kind == "distill":
+            inputs["teachers.t"] = models["one"]
+        return run_stage(kind, COMMON | STAGES[kind] | changes, inputs, work)
+
+    return run
+
+
+def check(kind: str, **changes: Any) -> Any:
+    """The checked settings of a stage."""
+    return build_config(kind, "mine", COMMON | STAGES[kind] | changes)
+
+
+def setting(ran: Any, name: str) -> list[float]:
+    """The logged values of a setting."""
+    return [line[f"setting/{name}"] for line in ran.lines]
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Counter[str]]:
+    """How many rows of each domain the steps of a stage draw, step by step."""
+    seen: list[Counter[str]] = []
+    draw = Batches.draw
+
+    def watched(self: Batches, now: Any) -> list[dict[str, Any]]:
+        before = dict(self.drawn)
+        rows = draw(self, now)
+        seen.append(Counter({name: self.drawn[name] - before[name] for name in before}))
+        assert len(rows) == seen[-1].total()
+        return rows
+
+    monkeypatch.setattr(Batches, "draw", watched)
+    return seen
+
+
+@pytest.mark.parametrize("kind", STAGES)
+def test_a_constant_schedule_is_the_constant(
+    train: Callable[..., Any], kind: str, same: Any
+) -> None:
+    values = {"weight_decay": 0.5, "max_grad_norm": 0.3, SIZE.get(kind, "batch_size"): 5}
+    constant = train(kind, **{name: schedules.steps({0: v}) for name, v in values.items()})
+    assert same(constant, train(kind, **values))
+    for name, value in values.items():
+        assert setting(constant, name) == [value] * STEPS
+
+
+@pytest.mark.parametrize("name", ["lr", "weight_decay", "max_grad_norm"])
+@pytest.mark.parametrize("kind", STAGES)
+def test_the_optimiser_takes_the_values_of_the_step(
+    train: Callable[..., Any], kind: str, name: str, same: Any
+) -> None:
+    """Another value from step 3 on: the first three steps are as without, the end is not."""
+    early = {"lr": 0.01, "weight_decay": 0.0, "max_grad_norm": 1e3}[name]
+    late = {"lr": 0.002, "weight_decay": 5.0, "max_grad_norm": 0.01}[name]
+    plain = train(kind, **{name: early})
+    changed = train(kind, **{name: schedules.steps({0: early, 3: late})})
+    assert [line["lr"] for line in changed.lines[:3]] == [line["lr"] for line in plain.lines[:3]]
+    assert changed.lines[2]["tokens"] == plain.lines[2]["tokens"]
+    assert setting(changed, name) == [early] * 3 + [late] * 3
+    assert not same(plain, changed)
+    if name == "lr":
+        shares = [c["lr"] / p["lr"] for c, p in zip(changed.lines, plain.lines, strict=True)]
+        assert shares == pytest.approx([1, 1, 1, 0.2, 0.2, 0.2], rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", GIVEN)
+def test_rows_and_shares_change_with_the_steps(
+    train: Callable[..., Any], kind: str, drawn: list[Counter[str]]
+) -> None:
+    """Four rows and then eight, first of `short` alone, then a quarter of them of `short`."""
+    size = SIZE.get(kind, "batch_size")
+    shares = {"short": schedules.steps({0: 1, 4: 1}), "words": schedules.steps({0: 0, 3: 3})}
+    ran = train(kind, **{size: schedules.steps({0: 4, 3: 8})}, domain_shares=shares)
+    assert [dict(step) for step in drawn] == [{"short": 4, "words": 0}] * 3 + [
+        {"short": 2, "words": 6}
+    ] * 3
+    assert setting(ran, size) == [4] * 3 + [8] * 3
+    assert setting(ran, "domain_shares/words") == [0] * 3 + [3] * 3
+
+
+def test_steps_that_draw_unlike_numbers_leave_nothing_out() -> None:
+    """Rows come as from one `Pool`, none twice in a pass; without schedules exactly as from it."""
+    rows = {name: [{"id": f"{name}{i}"} for i in range(7)] for name in ("a", "b")}
+    changing = check("sft", batch_size=schedules.alternate(3, 4, every=1))
+    batches = Batches(rows, changing, size="batch_size", stage="mine")
+    found = [
+        row["id"] for step in range(4) for row in batches.draw(changing.at(step, 6, lambda _: []))
+    ]
+    assert len(found) == len(set(found)) == 14
+    for count in (1, 5, 8):
+        plain = check("sft", batch_size=count)
+        batches = Batches(rows, plain, size="batch_size", stage="mine")
+        pool = Pool(rows, seed=0)
+        for step in range(9):
+            assert batches.draw(plain) == pool.draw(step, count)
+
+
+RESUMED: list[tuple[str, dict[str, Any]]] = [
+    ("pretrain", {"batch_size": ALWAYS}),
+    ("sft", {"batch_size": ALWAYS, "domain_shares": {"short": 1, "words": 2}}),
+    ("dpo", {"batch_size": ALWAYS, "beta": schedules.linear(0.1, 1.0)}),
+    ("reward_model", {"batch_size": ALWAYS, "centring": schedules.linear(0.0, 0.1)}),
+    (
+        "rl",
+        {
+            "prompts_per_step": schedules.alternate(3, 5, every=1),
+            "weight_decay": schedules.track(
+                "reward", target=2.0, first=0.0, change=0.5, low=0.0, high=9.0
+            ),
+            "retire_above": schedules.steps({0: None, 2: 0.5}),
+        },
+    ),
+    (
+        "distill",
+        {
+            "prompts_per_step": ALWAYS,
+            "domain_shares": {"short": schedules.linear(1, 0), "words": 1},
+            "temperature": schedules.track(
+                "entropy", target=99.0, first=1.0, change=0.1, low=0.5, high=1.4
+            ),
+        },
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "changes"), RESUMED, ids=[kind for kind, _ in RESUMED])
+def test_a_stopped_stage_goes_on_to_the_same_bits(
+    kind: str,
+    changes: dict[str, Any],
+    train: Callable[..., Any],
+    same: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """Saved after four steps, killed after the fifth: that one is made twice."""
+    calm = train(kind, **changes)
+
+    def checkpoint(ctx: Context, step: int, learner: Resumable) -> None:
+        if step == 4:
+            ctx.save(step, learner)
+        if step == 5:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Context, "checkpoint", checkpoint)
+        with pytest.raises(Killed):
+            train(kind, work=tmp_path / "stopped", **changes)
+    stopped = train(kind, work=tmp_path / "stopped", **changes)
+    assert same(calm, stopped)
+    assert [{**line, "seconds": 0} for line in calm.lines] == [
+        {**line, "seconds": 0} for line in stopped.lines
+    ]
+    if changes.get("batch_size", changes.get("prompts_per_step")) is ALWAYS:
+        size = setting(calm, SIZE.get(kind, "batch_size"))
+        assert size == [8, 8, 11, 11, 14, 14]
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo", "rl", "distill"])
+def test_the_weight_of_an_auxiliary_loss_has_a_schedule(
+    train: Callable[..., Any], kind: str, data: str, same: Any
+) -> None:
+    """With weight 0 it is measured and not learned; from step 3 on it is."""
+    edge = {"aux.ptx": data}
+    off = train(kind, edge, aux={"ptx": 0.0})
+    late = train(kind, edge, aux={"ptx": schedules.steps({0: 0.0, 3: 5.0})})
+    assert setting(late, "aux/ptx") == [0.0] * 3 + [5.0] * 3
+    assert [line.get("aux/ptx") for line in late.lines[:4]] == [
+        line.get("aux/ptx") for line in off.lines[:4]
+    ]
+    assert not same(off, late)
+    whole = train(kind, edge, aux=schedules.steps({0: {"ptx": 0.0}, 3: {"ptx": 5.0}}))
+    assert same(late, whole)
+    assert setting(whole, "aux/ptx") == setting(late, "aux/ptx")
+
+
+DPO = {
+    "beta": ({}, 0.5, 2.0),
+    "nll_weight": ({}, 0.0, 1.0),
+    "label_smoothing": ({}, 0.0, 0.4),
+    "gamma": ({"loss": "simpo"}, 0.1, 3.0),
+    "desirable_weight": ({"loss": "kto"}, 1.0, 4.0),
+    "undesirable_weight": ({"loss": "kto"}, 1.0, 4.0),
+}
+DISTILL = {
+    "jsd_beta": ({"divergence": "jsd"}, 0.2, 0.8),
+    "top_k": ({"estimator": "top_k"}, 4, 40),
+    "advantage_clip": ({"estimator": "sampled_token"}, None, 0.1),
+    "temperature": ({}, 1.0, 0.5),
+    "max_new_tokens": ({}, 5, 2),
+    "samples_per_prompt": ({}, 1, 3),
+    "reward_weight": ({"samples_per_prompt": 4}, 0.0, 5.0),
+    "correction_high": (
+        {"estimator": "sampled_token", "correction": "truncated", "updates_per_batch": 2},
+        5.0,
+        1.0,
+    ),
+}
+RL = {
+    "domain_kl": ({"kl_coef": 0.5}, {"short": 1.0}, {"short": 0.0}),
+    "dual_clip": ({"updates_per_batch": 4, "lr": 0.2}, None, 1.01),
+    "off_policy_delta": ({"updates_per_batch": 4, "lr": 0.05}, None, 0.0),
+    "gae_lambda": ({"advantage": "gae"}, 0.95, 0.0),
+    "gae_gamma": ({"advantage": "gae"}, 1.0, 0.5),
+    "value_clip": ({"advantage": "gae", "updates_per_batch": 2}, None, 1e-3),
+    "dynamic_sampling": ({}, 0, 3),
+    "correction_low": ({"correction": "icepop", "updates_per_batch": 2, "lr": 0.05}, 0.0, 1.0),
+}
+KNOBS = [
+    (kind, name, *case)
+    for kind, cases in {
+        "dpo": DPO,
+        "reward_model": {"centring": ({}, 0.0, 1.0)},
+        "distill": DISTILL,
+        "rl": RL,
+    }.items()
+    for name, case in cases.items()
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "others", "early", "late"), KNOBS, ids=[f"{k[0]}-{k[1]}" for k in KNOBS]
+)
+def test_a_knob_acts_from_its_step_on(
+    train: Callable[..., Any],
+    kind: str,
+    name: str,
+    others: dict[str, Any],
+    early: Any,
+    late: Any,
+    same: Any,
+) -> None:
+    """The steps before are those of the first value, and the end is that of neither value."""
+    first = train(kind, **others, **{name: early})
+    changed = train(kind, **others, **{name: schedules.steps({0: early, 3: late})})
+    second = train(kind, **others, **{name: late})
+    for theirs, ours in zip(first.lines[:3], changed.lines[:3], strict=True):
+        # A schedule of reward_weight verifies from the first step on, and so logs the reward.
+        assert theirs.items() - {("seconds", theirs["seconds"])} <= ours.items()
+    assert not same(first, changed) and not same(second, changed)
+    if not isinstance(late, dict):
+        assert [line[f"setting/{name}"] for line in changed.lines[3:]] == [late] * 3
+        assert changed.lines[0].get(f"setting/{name}") == early
+
+
+def test_the_weight_of_a_domain_has_a_schedule(train: Callable[..., Any], same: Any) -> None:
+    """An entry of a dict is as the dict itself; the other entry stays."""
+    both = {"short": 0.0, "words": 2.0}
+    entry = schedules.steps({0: 1.0, 3: 0.0})
+    ran = train("distill", domain_weights={"short": entry, "words": 2.0})
+    whole = schedules.steps({0: both | {"short": 1.0}, 3: both})
+    assert same(ran, train("distill", domain_weights=whole))
+    assert not same(ran, train("distill", domain_weights=both))
+    assert setting(ran, "domain_weights/short") == [1, 1, 1, 0, 0, 0]
+    assert "setting/domain_weights/words" not in ran.lines[0]
+
+
+def test_settings_that_count_are_rounded_and_others_are_not() -> None:
+    config = check("sft", batch_size=schedules.linear(8, 16), aux={"x": schedules.linear(1, 0)})
+    found = [config.at(step, 4, lambda _: []) for step in range(4)]
+    assert [now.batch_size for now in found] == [8, 11, 13, 16]
+    assert [now.aux["x"] for now in found] == pytest.approx([1, 2 / 3, 1 / 3, 0])
+
+
+def test_rows_of_a_data_artifact_have_domains_of_their_own(
+    train: Callable[..., Any], data: str, drawn: list[Counter[str]]
+) -> None:
+    train("sft", {"data": data}, domain_shares={"short": 0, "words": 1})
+    assert all(step == {"short": 0, "words": 8} for step in drawn)
+    for kind in ("sft", "dpo", "reward_model"):
+        edge = {"data": data}
+        with pytest.raises(
+            ConfigError, match=r"my_.*'x' is not one of the domains; .*short, words"
+        ):
+            train(kind, edge, domain_shares={"x": 1})
+        with pytest.raises(ConfigError, match="no share to domain 'words'; write 'words': 0"):
+            train(kind, edge, domain_shares={"short": 1})
+
+
+def test_a_metric_that_is_not_logged_is_told(train: Callable[..., Any]) -> None:
+    lr = schedules.on_plateau(0.01, 0.001, times=0.5)
+    with pytest.raises(ConfigError, match="schedule of lr reads the metric 'reward', which this"):
+        train("sft", lr=lr)
+
+
+TRUNCATED = {"estimator": "full_vocabulary", "correction": "truncated", "samples_per_prompt": 4}
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        ("sft", {"beta1": schedules.linear(0.1, 0.2)}, "beta1 cannot have a schedule; .*weight_de"),
+        ("sft", {"lr": schedules.linear(0.1, 0.0)}, "lr = 0.0 of its schedule: .*greater than 0"),
+        ("sft", {"batch_size": schedules.linear(4, 0)}, "batch_size = 0 of its schedule"),
+        ("sft", {"batch_size": schedules.linear(4.5, 8)}, "batch_size"),
+        (
+            "sft",
+            {"steps": None, "epochs": 2, "batch_size": schedules.linear(4, 8)},
+            "epochs = 2 with a schedule of batch_size: .*give steps",
+        ),
+        ("sft", {"aux": {"x": schedules.linear(1.0, -1.0)}}, "aux.x = -1.0 of its schedule"),
+        (
+            "sft",
+            {"aux": schedules.steps({0: {"x": 1.0}, 3: {"y": 1.0}})},
+            "its schedule names y at one step and x at the first",
+        ),
+        ("sft", {"aux": {"x": {"schedule": "linar"}}}, "aux.x: schedule 'linar' is not known"),
+        ("sft", {"schedules": {"aux.x": schedules.linear(1, 0)}}, "'aux.x' is no entry of aux"),
+        ("sft", {"schedules": {"lr.x": schedules.linear(1, 0)}}, "'lr.x' is no entry of lr"),
+        (
+            "sft",
+            {"domain_shares": {"a": schedules.linear(1, 0), "b": schedules.steps({0: 0, 5: 0})}},
+            "domain_shares.a = 0.*, domain_shares.b = 0 of their schedules at step 5.*nothing",
+        ),
+        ("dpo", {"gamma": schedules.steps({0: 0.5, 3: 0.5})}, "gamma has a schedule: it is not re"),
+        ("dpo", {"loss": "kto", "nll_weight": schedules.linear(0.0, 0.1)}, "nll_weight has a sche"),
+        (
+            "distill",
+            {"top_k": schedules.linear(64, 64)},
+            "top_k has a schedule: .*estimator = full",
+        ),
+        (
+            "distill",
+            {"reward_weight": schedules.linear(0.0, 1.0)},
+            "reward_weight = 1.0 of its schedule: .*samples_per_prompt to 2 or more",
+        ),
+        (
+            "distill",
+            TRUNCATED | {"reward_weight": schedules.linear(1.0, 0.0)},
+            "reward_weight = 0.0 of its schedule: .*nothing to correct",
+        ),
+        (
+            "distill",
+            {"domain_weights": {"short": schedules.linear(1.0, 0.0), "shrt": 1.0}},
+            "domain_weights: 'shrt' is not a domain",
+        ),
+        ("rl", {"gae_lambda": schedules.linear(0.95, 0.95)}, "gae_lambda has a schedule"),
+        (
+            "rl",
+            {"updates_per_batch": schedules.linear(1, 2)},
+            "updates_per_batch cannot have a sch",
+        ),
+        (
+            "evaluate",
+            {"num_problems": schedules.linear(1, 2)},
+            "settings that can: none of this st",
+        ),
+    ],
+)
+def test_mistakes_are_told(kind: str, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        base = {} if kind == "evaluate" else COMMON | STAGES[kind]
+        build_config(kind, "mine", base | changes)
+
+
+def test_shares_may_change_places() -> None:
+    """One domain fades out while the other comes in: at no step is there nothing to draw."""
+    shares = {"a": schedules.linear(1, 0), "b": schedules.linear(0, 1)}
+    config = check("sft", domain_shares=shares)
+    again = check("sft", **config.model_dump(mode="json"))
+    for found in (config, again):
+        now = [found.at(step, STEPS, lambda _: []).domain_shares for step in (0, STEPS - 1)]
+        assert now == [{"a": 1, "b": 0}, {"a": 0, "b": 1}]
+
+
+def test_weights_of_the_last_steps_are_those_of_the_present_decay(
+    train: Callable[..., Any],
+) -> None:
+    """Decay by hand: with lr 0.01 at its peak and decay 50 each step halves every weight."""
+    settings = {"lr_schedule": "constant", "warmup_steps": 0, "steps": 2, "max_grad_norm": 1e-9}
+    plain = train("sft", **settings).weights()
+    halved = train("sft", **settings, weight_decay=schedules.steps({0: 0.0, 1: 50.0})).weights()
+    # Adam moves a weight by lr at most, whatever the gradient: 0.01 per step.
+    for name, weight in plain.items():
+        torch.testing.assert_close(halved[name], weight / 2, atol=0.011, rtol=0)
