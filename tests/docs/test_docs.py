@@ -92,6 +92,18 @@ def test_every_setting_is_documented_with_its_default(kind: str) -> None:
             assert found[name] == f"`{json.dumps(default)}`", name
 
 
+@pytest.mark.parametrize("kind", [k for k in CONFIGS if hasattr(CONFIGS[k], "SCHEDULABLE")])
+def test_every_setting_that_may_have_a_schedule_is_documented(kind: str) -> None:
+    found: set[str] = set()
+    settings = page("docs/language.md").partition("## Settings")[2].partition("\n## ")[0]
+    for section in settings.split("\n### ")[1:]:
+        heading, _, body = section.partition("\n")
+        if f"`{kind}`" in heading:
+            for names in re.findall(r"May have a schedule: ([^.]*)\.", body):
+                found |= set(re.findall(r"`(\w+)`", names))
+    assert found == CONFIGS[kind].SCHEDULABLE  # type: ignore[attr-defined]
+
+
 def test_a_default_that_differs_is_told() -> None:
     defaults = {k: CONFIGS[k].model_fields["aggregation"].default for k in ("rl", "distill")}
     told = '`aggregation` is `"{rl}"` in `rl` and `"{distill}"` in `distill`.'
