@@ -59,7 +59,8 @@ def main(store: str, start: str, teacher: str, pauses: str) -> None:
     r = Recipe(suite, Path(pauses).parent)
     base = r.model(start, name="start")
     other = r.model(teacher, name="teacher")
-    tuned = r.sft(start=base, data=r.demos(r.domains), batch_size=8, **OPTIM)
+    growing = schedules.on_plateau(5, 13, change=4, metric="loss", patience=1, gain=1e9)
+    tuned = r.sft(start=base, data=r.demos(r.domains), batch_size=growing, **OPTIM)
     rollout = {"max_new_tokens": 6, "prompts_per_step": 6, "updates_per_batch": 2}
     policy = r.rl(
         start=tuned,

@@ -446,3 +446,14 @@ def test_weights_of_the_last_steps_are_those_of_the_present_decay(
     # Adam moves a weight by lr at most, whatever the gradient: 0.01 per step.
     for name, weight in plain.items():
         torch.testing.assert_close(halved[name], weight / 2, atol=0.011, rtol=0)
+
+
+def test_the_critic_takes_the_values_of_the_step(train: Callable[..., Any]) -> None:
+    """While the critic alone learns, nothing else can tell the two runs apart."""
+    settings = {"advantage": "gae", "critic_warmup_steps": 5}
+    plain = train("rl", **settings)
+    decayed = train("rl", **settings, weight_decay=schedules.steps({0: 0.0, 2: 9.0}))
+    losses = [[line["value_loss"] for line in ran.lines] for ran in (plain, decayed)]
+    assert losses[0][:3] == losses[1][:3]
+    assert losses[0][3] != losses[1][3]
+    assert plain.lines[4]["reward"] == decayed.lines[4]["reward"]
