@@ -15,12 +15,12 @@ from typing import Literal
 
 from posttrain import Recipe, Stage, judges, schedules
 
-HINT = "{prompt} {demo}"
+HINT = "{prompt}#{demo}"
 
 
 def recipe(r: Recipe, base: str = "tiny", version: Literal["2", "2.5"] = "2.5") -> Stage:
     data = r.demos(r.domains, hint=HINT if version == "2.5" else None)
-    pretrained = r.sft(start=r.base(base), data=data, steps=150, lr=1e-3, name="continued")
+    pretrained = r.sft(start=r.base(base), data=data, steps=600, lr=2e-3, name="continued")
     sft = r.sft(start=pretrained, data=data, steps=20, lr=3e-4)
 
     prompts = r.prompts(r.domains)
@@ -52,7 +52,7 @@ def recipe(r: Recipe, base: str = "tiny", version: Literal["2", "2.5"] = "2.5") 
         hints=dict.fromkeys(r.domains, HINT),
         prompts=prompts,
         steps=120,
-        lr=8e-4,
+        lr=5e-4,
         max_new_tokens=24,
         name="composer25",
     )
