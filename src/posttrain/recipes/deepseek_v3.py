@@ -8,7 +8,7 @@ of the experts are the SFT set of a model that starts from the base again. A rew
 from that SFT model, and GRPO too: rules judge where there are any, the reward model judges the
 rest.
 Left out: multi-token prediction; 1.5M rows; the data of V2.5 for writing and role-play. The mode
-think stands for the system prompt. The first domain stands for those without rules.
+think stands for the system prompt. The last domain stands for those without rules.
 """
 
 from posttrain import Recipe, Stage, judges
@@ -25,22 +25,24 @@ def recipe(r: Recipe, base: str = "tiny") -> Stage:
     concise = r.select(samples, how="shortest_correct", name="correct_and_concise")
     sft = r.sft(start=start, data=concise, epochs=2, lr_end=0.2, lr=5e-4)
 
-    answers = r.sample(sft, prompts=prompts, k=4, num_prompts=1500, max_new_tokens=24)
+    answers = r.sample(sft, prompts=prompts, k=8, num_prompts=1500, max_new_tokens=24)
     preferences = r.pairs(
-        answers, judge=judges.oracle(noise=0.5), how="all", min_strength=3, name="preferences"
+        answers, judge=judges.oracle(noise=0.2), how="all", min_strength=3, name="preferences"
     )
-    rm = r.reward_model(start=sft, data=preferences, per_prompt=True, steps=150, lr=1e-3)
-    rules = dict.fromkeys(r.domains[1:], judges.verifier())
+    rm = r.reward_model(start=sft, data=preferences, per_prompt=True, steps=250, lr=1e-3)
+    rules = dict.fromkeys(r.domains[:-1], judges.verifier())
     final = r.rl(
         start=sft,
         prompts=prompts,
-        reward=judges.by_domain(rules | {r.domains[0]: judges.scalar(rm)}),
+        reward=judges.by_domain(rules | {r.domains[-1]: judges.scalar(rm)}),
         advantage="group_zscore",
         aggregation="sequence",
-        kl_coef=0.001,
+        kl_coef=0.01,
         kl_estimator="k3",
+        domain_kl={r.domains[-1]: 20.0},
         steps=60,
-        lr=1e-4,
+        prompts_per_step=64,
+        lr=5e-5,
         max_new_tokens=24,
         name="grpo",
     )
