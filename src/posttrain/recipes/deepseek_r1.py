@@ -29,7 +29,7 @@ def recipe(
     reasoning, general = r.domains[:-1] or r.domains, r.domains[-1]
     hard, soft = r.prompts(reasoning, mode="think"), r.prompts(general, mode="think")
     rules = judges.verifier() + 0.1 * FORMAT + 0.1 * LANGUAGE
-    grpo = {"advantage": "group_zscore", "aggregation": "sequence", "kl_coef": 0.001, "lr": 2e-4}
+    grpo = {"advantage": "group_zscore", "aggregation": "sequence", "kl_coef": 0.001, "lr": 5e-5}
     grpo |= {"updates_per_batch": 4, "clip_low": 1.0, "clip_high": 10.0}
 
     first = zero(r, start, reasoning, steps)
