@@ -8,8 +8,8 @@ of the experts are the SFT set of a model that starts from the base again. A rew
 from that SFT model, and GRPO too: rules judge where there are any, the reward model judges the
 rest.
 Left out: multi-token prediction; 1.5M rows; the data of V2.5 for writing and role-play. The mode
-think stands for the system prompt. The last domain stands for those without rules;
-the KL weighs more there.
+think stands for the system prompt. The last domain stands for those without rules, and the KL
+weighs far more there.
 """
 
 from posttrain import Recipe, Stage, judges
@@ -41,7 +41,7 @@ def recipe(r: Recipe, base: str = "tiny") -> Stage:
         kl_coef=0.005,
         kl_estimator="k3",
         # What a small reward model says is soon gamed: there the policy is held closer.
-        domain_kl={r.domains[-1]: 50.0},
+        domain_kl={r.domains[-1]: 200.0},
         steps=120,
         prompts_per_step=64,
         lr=1e-4,
