@@ -94,7 +94,7 @@ def test_llama2(tmp_path: Path) -> None:
     ppo = nodes["ppo"]
     assert ppo.inputs["start"] == "chat5" and ppo.inputs["critic"] == "rm_helpful5"
     assert judged(ppo) == {"rm_helpful5", "rm_safety5"}
-    assert (ppo.config["kl_coef"], ppo.config["kl_in"]) == (0.01, "reward")
+    assert (ppo.config["kl_estimator"], ppo.config["kl_in"]) == ("k1", "reward")
 
 
 def test_llama3(tmp_path: Path) -> None:
