@@ -21,10 +21,10 @@ def recipe(r: Recipe, base: str = "tiny") -> Stage:
     final = r.rl(
         start=sft,
         prompts=r.prompts(r.domains, mode=MODES),
-        prompts_per_step=48,
+        prompts_per_step=128,
         group_size=16,
-        steps=50,
-        lr=7e-5,
+        steps=40,
+        lr=2e-4,
         name="mixed_grpo",
         **ASKED,
     )
@@ -45,7 +45,7 @@ def distilled(r: Recipe, start: Stage) -> Stage:
             **ASKED,
         )
         chosen[r.select(samples, how="correct", max_per_prompt=1, name=f"{mode}_data")] = 0.5
-    return r.sft(start=start, data=r.mix(chosen, name="sft_data"), steps=60, lr=8e-4)
+    return r.sft(start=start, data=r.mix(chosen, name="sft_data"), steps=120, lr=8e-4)
 
 
 def specialist(r: Recipe, start: Stage, domain: str, mode: str) -> Stage:

@@ -17,6 +17,7 @@ from posttrain import Recipe, Stage, judges, schedules
 
 MODES = ("think", "no_think")
 GRPO = {"kl_coef": 0.0, "max_new_tokens": 48, "lr": 7e-5}
+LATE = {"prompts_per_step": 128, "lr": 1e-4}
 
 
 def recipe(r: Recipe, base: str = "tiny", iterations: int = 1) -> Stage:
@@ -38,15 +39,15 @@ def recipe(r: Recipe, base: str = "tiny", iterations: int = 1) -> Stage:
                        max_new_tokens=48, name="expert_samples")  # fmt: skip
     thinking = r.select(samples, how="correct", max_repetition=0.5, name="thinking_data")
     direct = r.select(samples, how="correct", strip_thought=True, name="direct_data")
-    hybrid = r.sft(start=start, data=r.mix({thinking: 0.5, direct: 0.5}), steps=60, lr=8e-4,
+    hybrid = r.sft(start=start, data=r.mix({thinking: 0.5, direct: 0.5}), steps=120, lr=8e-4,
                    name="hybrid")  # fmt: skip
 
     both = r.prompts(r.domains, mode=MODES)
-    general = grpo(r, hybrid, both, "general_rl", steps=40)
+    general = grpo(r, hybrid, both, "general_rl", steps=40, prompts_per_step=128, lr=2e-4)
     healthy = (
         judges.verifier() + 0.2 * judges.finished() - 0.2 * judges.repetition(unit="character")
     )
-    final = grpo(r, general, both, "pathology_rl", reward=healthy, steps=10)
+    final = grpo(r, general, both, "pathology_rl", reward=healthy, steps=10, **LATE)
     return r.evaluate(final, init=hybrid, modes=MODES, max_new_tokens=48, num_problems=200)
 
 

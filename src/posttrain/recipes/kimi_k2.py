@@ -39,8 +39,9 @@ def recipe(r: Recipe, base: str = "tiny", tau: float = 0.5) -> Stage:
         critique_weight=0.1,
         updates_per_batch=2,
         group_size=16,
+        prompts_per_step=128,
         steps=50,
-        lr=5e-5,
+        lr=2e-4,
         max_new_tokens=24,
         name="joint_rl",
     )

@@ -22,6 +22,10 @@ REWARD = (
     - 0.25 * judges.length(budget=32, shape="pass_rate")
 )
 
+CLIMB = {"updates_per_batch": 5, "prompts_per_step": 16, "lr": 5e-5}
+# All domains at once need more responses per update before its noise allows a higher rate.
+MANY = {"updates_per_batch": 2, "prompts_per_step": 128, "lr": 2e-4}
+
 
 def recipe(r: Recipe, base: str = "tiny", restarts: int = 1) -> Stage:
     mid = r.base(base)
@@ -43,9 +47,9 @@ def recipe(r: Recipe, base: str = "tiny", restarts: int = 1) -> Stage:
         traces[r.select(samples, how="correct", name=f"climb{n}_data")] = TOKENS[n - 1]
 
     rows = r.mix(traces, by="tokens", tokenizer=mid, rows=4000, name="traces")
-    sft = r.sft(start=mid, data=rows, steps=60, lr=6e-4, name="trace_distillation")
+    sft = r.sft(start=mid, data=rows, steps=120, lr=6e-4, name="trace_distillation")
     light = {d: 4.0 if d in groups[-1] else 1.0 for d in r.domains}
-    final = climb(r, sft, r.domains, "light_climb", domain_shares=light)
+    final = climb(r, sft, r.domains, "light_climb", domain_shares=light, **MANY)
     return r.evaluate(final, init=sft, max_new_tokens=24)
 
 
@@ -61,11 +65,8 @@ def climb(
         # 1 + clip_high = 1 / (1 - 0.6) + k, k from 0 to 2.5 in steps of 0.25.
         clip_high=schedules.track("entropy", target=0.3, first=1.5, change=0.25, low=1.5, high=4.0),
         max_new_tokens=schedules.steps({0: 12, 8: 16, 16: 24}),
-        updates_per_batch=5,
         group_size=16,
-        prompts_per_step=16,
         steps=40,
-        lr=5e-5,
         name=name,
-        **settings,
+        **(CLIMB | settings),
     )

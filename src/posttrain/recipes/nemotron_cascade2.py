@@ -17,6 +17,7 @@ from typing import Any
 from posttrain import Recipe, Stage, judges
 
 GRPO = {"advantage": "group_zscore", "aggregation": "token", "temperature": 1.0}
+FEWER = {"prompts_per_step": 64, "lr": 1.5e-4}
 
 
 def recipe(r: Recipe, base: str = "tiny") -> Stage:
@@ -25,11 +26,13 @@ def recipe(r: Recipe, base: str = "tiny") -> Stage:
     blend = {d: shares.get(d, 0.15) for d in r.domains}
 
     c1 = r.sft(start=r.base(base), data=r.demos(r.domains), steps=60, lr=5e-4, name="c1_sft")
-    c2 = climb(r, c1, r.prompts(following), "c2_if_rl", steps=25)
-    c3 = climb(r, c2, r.prompts(r.domains), "c3_multi_domain", steps=50, domain_shares=blend)
+    c2 = climb(r, c1, r.prompts(following), "c2_if_rl", steps=25, **FEWER)
+    c3 = climb(
+        r, c2, r.prompts(r.domains), "c3_multi_domain", steps=50, lr=1.5e-4, domain_shares=blend
+    )
 
     preferences = judges.verifier() + 0.2 * judges.oracle()
-    side = climb(r, c1, r.prompts(human), "side_rlhf", reward=preferences, steps=40)
+    side = climb(r, c1, r.prompts(human), "side_rlhf", reward=preferences, steps=40, **FEWER)
     best = r.best([c1, c2, c3], max_new_tokens=24, name="best_so_far")
     teachers = dict.fromkeys(r.domains, best) | {math: c1, human: side}
     c4 = r.distill(
@@ -59,11 +62,11 @@ def recipe(r: Recipe, base: str = "tiny") -> Stage:
     c8a = climb(r, c7, hard, "c8a_swe_agentless", group_size=16, mask_unfinished=True, steps=15)
     some = r.filter(r.prompts(r.domains), profile=rates, high=0.99, keep_unsolved=0.1, at_least=50,
                     name="swe_prompts")  # fmt: skip
-    c8 = climb(r, c8a, some, "c8b_swe", group_size=32, prompts_per_step=16, steps=20)
+    c8 = climb(r, c8a, some, "c8b_swe", group_size=32, prompts_per_step=64, steps=20)
     return r.evaluate(c8, init=c1, teachers=teachers, max_new_tokens=24)
 
 
 def climb(r: Recipe, start: Stage, prompts: Any, name: str, **settings: Any) -> Stage:
     """On-policy GRPO without a KL penalty."""
-    settings = {"max_new_tokens": 24, "lr": 7e-5} | GRPO | settings
+    settings = {"max_new_tokens": 24, "prompts_per_step": 128, "lr": 2.5e-4} | GRPO | settings
     return r.rl(start=start, prompts=prompts, name=name, **settings)

@@ -21,7 +21,16 @@ def recipe(r: Recipe, base: str = "tiny", steps: int = 50) -> Stage:
         )
         unsolved = r.filter(prompts, profile=rates, high=0.99, at_least=50, name=f"{name}_prompts")
         reward = judges.verifier()
-        models[name] = olmo_rl(r, start, unsolved, reward, steps, f"{name}_zero", 2e-4)
+        models[name] = olmo_rl(
+            r,
+            start,
+            unsolved,
+            reward,
+            steps,
+            f"{name}_zero",
+            prompts_per_step=32,
+            updates_per_batch=4,
+        )
     mix = models.pop("mix")
     return r.evaluate(
         mix, init=start, teachers=models, modes=("think",), max_new_tokens=48, num_problems=200

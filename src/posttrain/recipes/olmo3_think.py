@@ -15,7 +15,7 @@ chat, a noisy oracle judges in place of a model.
 from posttrain import Recipe, Stage, judges
 
 
-def recipe(r: Recipe, base: str = "tiny", steps: int = 80) -> Stage:
+def recipe(r: Recipe, base: str = "tiny", steps: int = 40) -> Stage:
     start = r.base(base, thinking=True)
     sft = think_sft(r, start)
     prompts = r.prompts(r.domains, mode="think")
@@ -59,8 +59,9 @@ def weak(r: Recipe, base: str) -> Stage:
 
 
 def olmo_rl(r: Recipe, start: Stage, prompts: Stage, reward: judges.Judge, steps: int, name: str,
-            lr: float = 3e-4) -> Stage:  # fmt: skip
+            **settings: object) -> Stage:  # fmt: skip
     """OlmoRL with the verifiers and judges of the paper's table 20."""
+    settings = {"prompts_per_step": 96, "updates_per_batch": 2, "lr": 2e-4} | settings
     return r.rl(
         start=start,
         prompts=prompts,
@@ -71,12 +72,10 @@ def olmo_rl(r: Recipe, start: Stage, prompts: Stage, reward: judges.Judge, steps
         clip_high=0.272,
         correction="truncated",
         correction_high=2.0,
-        updates_per_batch=4,
         group_size=8,
-        prompts_per_step=32,
         steps=steps,
-        lr=lr,
         lr_schedule="constant",
         max_new_tokens=48,
         name=name,
+        **settings,
     )
