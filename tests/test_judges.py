@@ -119,6 +119,15 @@ def test_the_json_form_is_read_again(judge: judges.Judge) -> None:
         (lambda: "x" * judges.verifier(), "weight = 'x'; it has to be a number or a schedule"),
         (lambda: judges.normalised(judges.verifier()), "two judges or more"),
         (lambda: judges.by_domain({}), "a judge for each domain"),
+        (lambda: judges.by_domain({"a": 1}), "that of 'a' is 1, which is no judge"),
+        (lambda: judges.verifier() + 1, "judges.constant(...) for a number"),
+        (lambda: 1 + judges.verifier(), "a summand of a judge is 1, which is no judge"),
+        (lambda: judges.verifier() - RM, "judges.scalar(stage) for a reward model"),
+        (lambda: 1 - judges.verifier(), "what a judge is subtracted from is 1"),
+        (
+            lambda: judges.gate(judges.verifier(), below=1, then=0, otherwise=judges.constant(0)),
+            "judge gate: then is 0, which is no judge",
+        ),
     ],
 )
 def test_mistakes_are_told_when_the_recipe_is_built(
@@ -177,3 +186,8 @@ def test_judges_import_neither_torch_nor_transformers() -> None:
         "assert not {'torch', 'transformers', 'pydantic'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_judges_add_up_with_sum() -> None:
+    parts = [judges.verifier(), judges.constant(2.0)]
+    assert sum(parts).spec == (parts[0] + parts[1]).spec

@@ -93,13 +93,40 @@ class Judge:
         return self * -1.0
 
     def __add__(self, other: Judge) -> Judge:
-        if not isinstance(other, Judge):
-            return NotImplemented
+        """Raises ConfigError for what is no judge."""
+        _require(other, "a summand of a judge")
         terms = [*_terms(self), *_terms(other)]
         return Judge(spec_of("sum", terms=terms), _merged(self, other))
 
+    def __radd__(self, other: object) -> Judge:
+        # What sum() begins with.
+        if isinstance(other, int) and other == 0:
+            return self
+        raise _no_judge(other, "a summand of a judge")
+
     def __sub__(self, other: Judge) -> Judge:
-        return self + -other if isinstance(other, Judge) else NotImplemented
+        """Raises ConfigError for what is no judge."""
+        return self + -_require(other, "what is subtracted from a judge")
+
+    def __rsub__(self, other: object) -> Judge:
+        raise _no_judge(other, "what a judge is subtracted from")
+
+
+def _require(value: object, what: str) -> Judge:
+    """The value if it is a judge; else ConfigError, with `what` it stands for."""
+    if not isinstance(value, Judge):
+        raise _no_judge(value, what)
+    return value
+
+
+def _no_judge(value: object, what: str) -> ConfigError:
+    hint = "judges.constant(...) for a number"
+    if not isinstance(value, int | float):
+        hint = "judges.scalar(stage) for a reward model, judges.compare(stage) for a language model"
+    return ConfigError(
+        f"{what} is {value!r}, which is no judge; it takes what posttrain.judges makes, such as "
+        f"judges.verifier(), or {hint}"
+    )
 
 
 def verifier() -> Judge:
@@ -152,6 +179,7 @@ def length(
     stages: dict[str, Handle] = {}
     given: dict[str, Any] = {"budget": budget, "cache": cache, "k": k, "q": q}
     if of is not None:
+        _require(of, "judge length: of")
         stages, given["of"] = dict(of.stages), of.spec
     elif shape == "pass_rate":
         given["of"] = verifier().spec
@@ -276,6 +304,9 @@ def human(file: str | None = None, *, pairing: str = "circular") -> Judge:
 
 def gate(condition: Judge, *, below: Weight, then: Judge, otherwise: Judge) -> Judge:
     """`then` where `condition` scores less than `below`, else `otherwise` (Llama 2, 3.2.3)."""
+    parts = {"condition": condition, "then": then, "otherwise": otherwise}
+    for name, part in parts.items():
+        _require(part, f"judge gate: {name}")
     spec = spec_of(
         "gate", condition=condition.spec, below=below, then=then.spec, otherwise=otherwise.spec
     )
@@ -287,6 +318,8 @@ def lexicographic(first: Judge, second: Judge) -> Judge:
 
     After MAI-Thinking-1.
     """
+    for part in (first, second):
+        _require(part, "judge lexicographic: one of its two")
     return Judge(
         spec_of("lexicographic", first=first.spec, second=second.spec), _merged(first, second)
     )
@@ -294,16 +327,23 @@ def lexicographic(first: Judge, second: Judge) -> Judge:
 
 def normalised(*judges: Judge) -> Judge:
     """Each judge's z-score within the group, added (GDPO, arXiv 2601.05242); weigh the result."""
+    for judge in judges:
+        _require(judge, "judge normalised: one of them")
     return Judge(spec_of("normalised", judges=[j.spec for j in judges]), _merged(*judges))
 
 
 def whitened(judge: Judge) -> Judge:
     """The judge's z-score over the whole batch (Llama 2, 3.2.3)."""
+    _require(judge, "judge whitened: its judge")
     return Judge(spec_of("whitened", of=judge.spec), judge.stages)
 
 
 def by_domain(judges: Mapping[str, Judge]) -> Judge:
     """Each domain's own judge."""
+    if not isinstance(judges, Mapping):
+        raise ConfigError(f"judge by_domain: {judges!r} is no dict of domain to judge")
+    for name, judge in judges.items():
+        _require(judge, f"judge by_domain: that of {name!r}")
     return Judge(
         spec_of("by_domain", domains={name: j.spec for name, j in judges.items()}),
         _merged(*judges.values()),

@@ -226,8 +226,8 @@ class Recipe(Operators):
             edge = profile_edge(name, "profile", profile, prompts.domains, kind="rl")
             inputs["profile"] = edge
         if reward is not None:
-            settings = {"reward": reward.to_config()[0]} | settings
             inputs |= judge_edges(self._build, name, "reward", reward)
+            settings = {"reward": reward.to_config()[0]} | settings
         stage = self._trained("rl", name, prompts.settings() | settings, inputs, aux)
         check_judge(self._build, stage, "reward", prompts.domains)
         if critic is not None and self._build.nodes[name].config["advantage"] != "gae":

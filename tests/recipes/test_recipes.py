@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from posttrain import judges
 from posttrain.backends.checkpoint import LanguageModel, save
 from posttrain.engine.errors import ConfigError, GraphError
 from posttrain.engine.graph import Graph
@@ -471,7 +472,7 @@ def test_a_domain_has_teachers_by_mode_or_several_in_turn(
     make_recipe: Callable[..., Recipe],
 ) -> None:
     r = make_recipe()
-    base = start(r)
+    base = r.pretrain(data=r.demos(r.domains), thinking=True, **STEPS)
     one, two = (r.sft(start=base, data=r.demos("add"), name=n, **STEPS) for n in ("one", "two"))
     modes = ("think", "no_think")
     both = {"start": base, "prompts": r.prompts(("add", "sort"), mode=modes), **STEPS}
@@ -494,3 +495,56 @@ def test_a_domain_has_teachers_by_mode_or_several_in_turn(
             r.distill(teachers=given, name=f"refused{number}", **both)
     with pytest.raises(ConfigError, match="are 2 teachers; an evaluation compares with one"):
         r.evaluate(student, init=base, teachers={"add": [one, two]}, name="more")
+
+
+def test_modes_are_refused_where_the_base_has_none(make_recipe: Callable[..., Recipe]) -> None:
+    r = make_recipe()
+    sft = r.sft(start=start(r), data=r.demos("add"), **STEPS)
+    prompts = r.prompts("add", mode="think")
+    rollouts = r.sample(sft, prompts=prompts)
+    with pytest.raises(ConfigError, match=r"'rollouts' .* think is asked of 'sft', .* 'base'"):
+        r.graph(rollouts)
+
+
+def test_strengths_are_refused_where_nobody_says_them(make_recipe: Callable[..., Recipe]) -> None:
+    r = make_recipe()
+    base = start(r)
+    rollouts = r.sample(base, prompts=r.prompts("add"), k=4)
+    said = r.pairs(rollouts, judge=judges.oracle(), how="all", name="said")
+    r.graph(r.reward_model(start=base, data=said, margins="strength", name="clear", **STEPS))
+    r.reward_model(start=base, data=r.pairs(rollouts), margins="strength", name="unclear", **STEPS)
+    with pytest.raises(ConfigError, match=r"'unclear' .* those of 'pairs' have none"):
+        r.graph(base)
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        (lambda r, b: r.rl(start=b, prompts=r.prompts("add"), reward=b, **STEPS), "is no judge"),
+        (lambda r, b: r.rl(start=b, prompts=r.prompts("add"), reward=1.0, **STEPS), "is no judge"),
+        (lambda r, b: r.merge(b), "it is given 'base' alone; it takes a list"),
+        (
+            lambda r, b: r.distill(start=b, teachers=b, prompts=r.prompts("add"), **STEPS),
+            "is no dict of domain to teacher",
+        ),
+        (lambda r, b: r.sft(start=b, data=r.demos("add"), steps=True), "True is no number"),
+        (lambda r, b: r.sft(start=b, data=r.demos("add"), steps="3"), "write 3 without quotes"),
+        (lambda r, b: r.rl(start=b, prompts=r.prompts("add"), stpes=3), "did you mean 'steps'"),
+        (
+            lambda r, b: r.score(
+                r.sample(b, prompts=r.prompts("add")),
+                judge=judges.llm("http://localhost/v1", "m", rubric=True),
+            ),
+            "the rows of domain 'add' have none; name their column with rubric = ...",
+        ),
+    ],
+)
+def test_a_mistake_names_the_stage_and_the_fix(
+    make_recipe: Callable[..., Recipe],
+    mistake: Callable[[Recipe, Stage], object],
+    message: str,
+) -> None:
+    r = make_recipe()
+    with pytest.raises(ConfigError, match=r"^stage '") as caught:
+        mistake(r, start(r))
+    assert message in str(caught.value)

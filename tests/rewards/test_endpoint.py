@@ -17,6 +17,8 @@ from posttrain.rewards import endpoint as module
 from posttrain.rewards.endpoint import CONCURRENCY, RETRIES, TIMEOUT, Endpoint, ReplyCache
 from posttrain.rewards.grading import EndpointComparison, Grader, better, fill, grade, met
 from posttrain.rewards.judging import Batch
+from posttrain.rewards.spec import VerifierSpec
+from posttrain.suites.domain import Domain, Table, build_domain, domain_node
 
 Answer = tuple[int, str]
 
@@ -119,6 +121,56 @@ def test_a_rubric_of_the_row_is_a_weighted_share(server: Server, tmp_path: Path)
     for wrong in (None, [], [{"weight": 1}], [{"criterion": "x", "weight": 0}]):
         with pytest.raises(ConfigError, match="problem 1 of domain d"):
             grader.score(batch("2", rubric=wrong))
+
+
+@pytest.mark.parametrize("verifier", ["exact", "python:own.py:verify"])
+def test_the_criteria_of_a_table_reach_the_endpoint(
+    server: Server, tmp_path: Path, run_stage: Any, models: Any, verifier: str
+) -> None:
+    """From the suite's column to the score of each rollout, whatever the verifier; a criterion
+    without a weight has weight 1."""
+    path, own = tmp_path / "d", tmp_path / "own.py"
+    path.mkdir()
+    own.write_text("def verify(response, problem):\n    return 0.0\n")
+    rows = [
+        {
+            "prompt": f"ask {i}",
+            "answer": str(i),
+            "points": [{"criterion": f"says {i}", "weight": 3}, {"criterion": "is kind"}],
+        }
+        for i in range(60)
+    ]
+    table = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "rows.jsonl").write_text(table)
+    source = Table(train="rows.jsonl", rubric="points")
+    domain = Domain(name="d", source=source, verifier=VerifierSpec(name=verifier))
+    node = domain_node(domain, tmp_path)
+    build_domain(node.config, node.runtime, path, node.data)
+    (path / "record.json").write_text(
+        json.dumps({"format": 1, "name": "d", "kind": "domain", "fingerprint": "1" * 64})
+    )
+    server.reply = lambda prompt, n: (200, "1: yes\n2: no")
+    judge = judges.llm(server.url, "m", rubric=True)
+    sampling = {"prompts_per_step": 2, "group_size": 2, "max_new_tokens": 3}
+    edges = {"start": models["start"], "domains.d": str(path)}
+    ran = run_stage("rl", {"steps": 1, "reward": judge.spec} | sampling, edges)
+    found = [json.loads(line) for line in (ran.out / "rollouts.jsonl").read_text().splitlines()]
+    assert [row["score"] for row in found] == [0.75] * 4
+    number = found[0]["prompt"].removeprefix("ask ")
+    asked = [body["messages"][0]["content"] for body in server.seen]
+    assert any(f"1: says {number}\n2: is kind" in text for text in asked)
+
+
+@pytest.mark.parametrize(
+    "points", [[], "is kind", [{"weight": 1}], [{"criterion": "x", "weight": 0}]]
+)
+def test_a_bad_rubric_is_told_with_its_line(tmp_path: Path, points: Any) -> None:
+    row = {"prompt": "ask", "answer": "1", "points": points}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    source = Table(train="rows.jsonl", rubric="points")
+    domain = Domain(name="d", source=source, verifier=VerifierSpec(name="exact"))
+    with pytest.raises(ConfigError, match=r"line 1: column 'points': .*rubric"):
+        domain_node(domain, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,6 @@ from posttrain.engine.fingerprint import file_digest
 from posttrain.engine.graph import Graph, Node
 from posttrain.engine.store import Store
 from posttrain.external import External, find_external, token_conflict
-from posttrain.language.chains import check_chains
 from posttrain.language.handles import (
     DATA_KINDS,
     MODEL_KINDS,
@@ -22,6 +21,7 @@ from posttrain.language.handles import (
     Prompts,
     Stage,
 )
+from posttrain.language.whole import check_chains, check_strengths, check_thinking, root_of
 from posttrain.schedules import possible_values
 from posttrain.stages.config import CONFIGS, VERSIONS, build_config
 from posttrain.suites.domain import Suite, Table, domain_node
@@ -62,10 +62,11 @@ class Builder:
         return tuple(self.suite.domains)
 
     def graph(self, target: Stage) -> Graph:
-        """The finished graph. Raises ConfigError for a setting that matched no stage, or for a
-        stage that compares segments of chains."""
+        """The finished graph. Raises ConfigError for a setting that matched no stage, and what
+        the checks of a whole recipe raise."""
         self._all_used()
-        check_chains(self.nodes)
+        for check in (check_chains, check_thinking, check_strengths):
+            check(self.nodes)
         graph = Graph(nodes=self.nodes, target=target.name)
         graph.order()
         return graph
@@ -278,14 +279,6 @@ class Builder:
             )
         return value.name
 
-    def _root(self, name: str) -> str:
-        """The stage that a model descends from by its starts; in a cycle any stage of it."""
-        passed: set[str] = set()
-        while name in self.nodes and name not in passed and "start" in self.nodes[name].inputs:
-            passed.add(name)
-            name = self.nodes[name].inputs["start"]
-        return name
-
     def named_domains(self, stage: Stage, domains: tuple[str, ...], *fields: str) -> None:
         """Refuse a setting by domain that names a domain which the stage does not have."""
         for field in fields:
@@ -307,7 +300,7 @@ class Builder:
         self, stage: str, start: str, teacher: str, *, role: str = "teacher"
     ) -> None:
         """Refuse outside checkpoints whose tokens differ, before anything is computed."""
-        ours, theirs = self._root(start), self._root(teacher)
+        ours, theirs = root_of(self.nodes, start), root_of(self.nodes, teacher)
         if ours == theirs or not (ours in self.external and theirs in self.external):
             return
         conflict = token_conflict(self.external[ours], self.external[theirs])

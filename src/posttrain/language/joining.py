@@ -81,6 +81,11 @@ def merging(
     Raises ConfigError for fewer than two models, for one that occurs twice, and for checkpoints
     from outside whose tokens differ.
     """
+    if isinstance(models, Stage):
+        raise ConfigError(
+            f"stage {stage!r} (merge): it is given {models.name!r} alone; it takes a list of "
+            "models, or a dict of names to models"
+        )
     if not isinstance(models, Mapping):
         listed = list(models)
         names = [build.model(stage, f"models[{i}]", model) for i, model in enumerate(listed)]

@@ -9,7 +9,7 @@ from posttrain.engine.errors import ConfigError
 from posttrain.judges import Judge
 from posttrain.language.builder import Builder
 from posttrain.language.handles import ROLLOUT_KINDS, Demos, Stage
-from posttrain.language.judging import judge_edges
+from posttrain.language.judging import check_rubrics, judge_edges
 from posttrain.rewards.judge_spec import check_domains
 
 
@@ -46,6 +46,7 @@ def judged(
     assert isinstance(judge, Judge)
     spec, _ = judge.to_config()
     check_domains(spec, tuple(domains), where=f"stage {stage!r}")
+    check_rubrics(build, spec, domains, where=f"stage {stage!r}")
     return {"judge": spec}, edges | build.domain_edges(stage, domains)
 
 

@@ -29,6 +29,11 @@ def route(
     Strict: every domain needs a teacher, and each domain with teachers by mode one for each of the
     `modes`.
     """
+    if not isinstance(teachers, Mapping):
+        raise ConfigError(
+            f"stage {stage!r}: teachers = {teachers!r} is no dict of domain to teacher; for one "
+            "teacher of all domains write dict.fromkeys(r.domains, teacher)"
+        )
     unknown = [domain for domain in teachers if domain not in build.domains]
     if unknown:
         build.known(unknown[0])

@@ -11,6 +11,7 @@ from posttrain.engine.errors import ConfigError, StageError
 from posttrain.rewards.endpoint import SHOWN, Endpoint, Question
 from posttrain.rewards.judging import Batch
 from posttrain.rewards.pairing import Comparison, comparisons, win_shares
+from posttrain.rewards.rubric import checked_rubric
 
 GRADE = """You grade an answer.
 
@@ -117,26 +118,18 @@ class EndpointComparison:
 
 
 def criteria(problem: Row) -> list[Row]:
-    """The checked `rubric` of a problem row: a list of {"criterion", "weight"}; weight 1 if absent.
-
-    Raises ConfigError, naming the problem, where it is missing or of another form.
-    """
-    found = problem.get("rubric")
+    """The checked `rubric` of a problem row. Raises ConfigError, naming the problem, where it is
+    missing or of another form than `checked_rubric` takes."""
     where = f"judge llm: problem {problem.get('id')} of domain {problem.get('domain')}"
-    if not isinstance(found, list) or not found:
+    if "rubric" not in problem:
         raise ConfigError(
-            f'{where}: it has no rubric; rubric=True reads a list of {{"criterion": text, '
-            '"weight": number} from the column rubric of every row'
+            f"{where}: it has no rubric; name the column of the criteria with rubric = ... in the "
+            "suite"
         )
-    for entry in found:
-        weight = entry.get("weight", 1.0) if isinstance(entry, Mapping) else None
-        text = entry.get("criterion") if isinstance(entry, Mapping) else None
-        if not isinstance(text, str) or not isinstance(weight, int | float) or not weight > 0:
-            raise ConfigError(
-                f'{where}: {entry!r} in its rubric is no {{"criterion": text, "weight": number '
-                "above 0}"
-            )
-    return found
+    try:
+        return list(checked_rubric(problem["rubric"]))
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
 
 
 def _numbered(rubric: Sequence[Row]) -> str:

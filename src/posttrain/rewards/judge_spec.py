@@ -51,6 +51,14 @@ def walk(spec: Mapping[str, Any]) -> Iterator[Spec]:
     return (part for _, part in _walk(spec, ""))
 
 
+def walk_domain(spec: Mapping[str, Any], domain: str) -> Iterator[Spec]:
+    """As `walk`, without what other domains have for themselves in a `by_domain`."""
+    yield dict(spec)
+    own = spec["judge"] == "by_domain"
+    for inner in [spec["domains"][domain]] if own else parts_of(spec):
+        yield from walk_domain(inner, domain)
+
+
 def models(spec: Mapping[str, Any]) -> list[str]:
     """The edges of the stages that a judge asks, each once."""
     kinds = ("scalar", "compare")

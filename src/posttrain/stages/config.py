@@ -59,14 +59,26 @@ def build_config(kind: str, stage: str, values: Mapping[str, Any]) -> BaseModel:
     """The checked settings of a stage; ConfigError names stage, field, value and choices."""
     config = CONFIGS[kind]
     try:
-        return config(**values)
+        built = config(**values)
     except ValidationError as error:
         raise ConfigError(_explain(error, config, kind, stage)) from None
+    for field, given in values.items():
+        taken = getattr(built, field)
+        # pydantic makes a number of True and of "3"; nobody who writes that means it.
+        if isinstance(given, bool | str) and type(taken) in (int, float):
+            raise ConfigError(
+                f"stage {stage!r} ({kind}), field {field!r}: {given!r} is no number; write "
+                f"{taken!r} without quotes"
+                if isinstance(given, str)
+                else f"stage {stage!r} ({kind}), field {field!r}: {given!r} is no number"
+            )
+    return built
 
 
 def _explain(error: ValidationError, config: type[BaseModel], kind: str, stage: str) -> str:
     lines = []
-    for problem in error.errors():
+    # A misspelt setting may be the reason why another one is missing.
+    for problem in sorted(error.errors(), key=lambda one: one["type"] != "extra_forbidden"):
         field = ".".join(map(str, problem["loc"]))
         where = f"stage {stage!r} ({kind})" + (f", field {field!r}" if field else "")
         if problem["type"] == "extra_forbidden":

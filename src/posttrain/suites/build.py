@@ -203,6 +203,7 @@ def _table(
                 "meta": dict(row.meta),
             }
             | _steps(row.thought, row.direct)
+            | ({} if row.rubric is None else {"rubric": row.rubric})
         )
     duplicates = len(splits.pop("duplicate"))
     require_all_splits({split: len(rows) for split, rows in splits.items()}, where)

@@ -104,6 +104,9 @@ class Table:
     direct: str | None = None
     """Column of the answer without its steps, for demonstrations in both modes; without it that of
     `demo`."""
+    rubric: str | None = None
+    """Column of a list of {"criterion": text, "weight": number}: what `judges.llm(rubric=True)`
+    looks at in a response to the row."""
 
     def tables(self) -> dict[str, str]:
         """Split -> location, for the tables that are given."""
@@ -254,8 +257,8 @@ def _table_node(
         "id": source.id,
     }
     # Only where they are named: a domain without them is the domain that it was before.
-    steps = {"thought": source.thought, "direct": source.direct}
-    literals |= {field: column for field, column in steps.items() if column is not None}
+    others = {"thought": source.thought, "direct": source.direct, "rubric": source.rubric}
+    literals |= {field: column for field, column in others.items() if column is not None}
     _check_tables(locations, columns_of(literals, verifier.config["name"]), where)
     data = {split: place.digest(hash_file) for split, place in local.items()}
     files = {split: place.text for split, place in locations.items()}

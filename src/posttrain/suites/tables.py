@@ -14,6 +14,7 @@ from typing import Any
 
 from posttrain.engine.errors import ConfigError
 from posttrain.rewards.choices import choices_text
+from posttrain.rewards.rubric import checked_rubric
 from posttrain.suites.location import Location
 
 
@@ -27,18 +28,19 @@ class Columns:
     id: str | None
     thought: str | None = None
     direct: str | None = None
+    rubric: str | None = None
     rest: bool
     """Keep all other columns in the problem's `meta`, for verifiers that may read them."""
 
     def named(self) -> dict[str, str]:
         """Field name -> column name, for the columns that have to be there."""
         fields = {"prompt": self.prompt, "answer": self.answer, "demo": self.demo, "id": self.id}
-        fields |= {"thought": self.thought, "direct": self.direct}
+        fields |= {"thought": self.thought, "direct": self.direct, "rubric": self.rubric}
         return {field: column for field, column in fields.items() if column is not None}
 
 
 def columns_of(source: Mapping[str, Any], verifier: str) -> Columns:
-    """Columns that a table's fields prompt, answer, demo, id, thought and direct name.
+    """Columns that a table's fields prompt, answer, demo, id, thought, direct and rubric name.
 
     The verifiers that may read other columns than the answer get them all.
     """
@@ -49,6 +51,7 @@ def columns_of(source: Mapping[str, Any], verifier: str) -> Columns:
         id=source["id"],
         thought=source.get("thought"),
         direct=source.get("direct"),
+        rubric=source.get("rubric"),
         rest=verifier.partition(":")[0] in ("python", "reasoning_gym"),
     )
 
@@ -65,6 +68,7 @@ class Row:
     id: str | None
     thought: str | None = None
     direct: str | None = None
+    rubric: list[dict[str, Any]] | None = None
     meta: Mapping[str, Any]
 
 
@@ -211,6 +215,7 @@ def _row(record: dict[str, Any], columns: Columns, place: str) -> Row:
         id=None if columns.id is None else _text(record, columns.id, place),
         thought=None if columns.thought is None else _text(record, columns.thought, place),
         direct=None if columns.direct is None else _text(record, columns.direct, place),
+        rubric=None if columns.rubric is None else _rubric(record, columns.rubric, place),
         meta=rest if columns.rest else {},
     )
 
@@ -226,6 +231,13 @@ def _text(record: dict[str, Any], column: str, place: str) -> str:
         f"{place}: column {column!r} holds {str(value)[:60]!r} ({type(value).__name__}); "
         "it has to be a text or a number"
     )
+
+
+def _rubric(record: dict[str, Any], column: str, place: str) -> list[dict[str, Any]]:
+    try:
+        return checked_rubric(record[column])
+    except ConfigError as error:
+        raise ConfigError(f"{place}: column {column!r}: {error}") from None
 
 
 def _require_json(rest: dict[str, Any], place: str) -> None:

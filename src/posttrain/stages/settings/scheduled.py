@@ -127,12 +127,16 @@ class Config(BaseModel):
             type(self)(**{**plain, **_placed(plain, values)})
         except ValidationError as error:
             problem = error.errors()[0]
+            message = str(problem.get("ctx", {}).get("error", problem["msg"]))
+            if all(values[key] == self._first(key) for key in values):
+                # Wrong with these settings whatever the schedules are.
+                raise ValueError(message) from None
             where = ".".join(map(str, problem["loc"]))
             named = {k: v for k, v in values.items() if field_of(k) == field_of(where)}
             told = named or values
             shown = ", ".join(f"{key} = {value}" for key, value in told.items())
             whose = "its schedule" if len(told) == 1 else f"their schedules at step {step}"
-            raise ValueError(f"{shown} of {whose}: {problem['msg']}") from None
+            raise ValueError(f"{shown} of {whose}: {message}") from None
 
     def _first(self, key: str) -> Any:
         name, _, entry = key.partition(".")
