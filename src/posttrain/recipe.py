@@ -125,10 +125,12 @@ class Recipe(Operators):
         """A stage by its name, which may be defined further down."""
         return self._build.handle(name)
 
-    def pretrain(self, *, data: Demos, name: str = "base", **settings: Any) -> Stage:
-        """A tiny model trained from nothing on the documents of some domains."""
+    def pretrain(
+        self, *, data: Demos, aux: Aux | None = None, name: str = "base", **settings: Any
+    ) -> Stage:
+        """A tiny model trained from nothing on the documents of some domains; `aux` as in `sft`."""
         inputs = self._build.data(name, data, (Demos,))
-        return self._build.stage("pretrain", name, data.settings() | settings, inputs)
+        return self._trained("pretrain", name, data.settings() | settings, inputs, aux)
 
     def sft(
         self,

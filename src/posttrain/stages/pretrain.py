@@ -6,6 +6,7 @@ from posttrain.backends.chat import Chat
 from posttrain.backends.checkpoint import save
 from posttrain.backends.tiny import character_tokenizer, new_model
 from posttrain.schedules import learning_rate
+from posttrain.stages.auxiliary import Auxiliary, auxiliary_rows
 from posttrain.stages.batches import Batches, sequences
 from posttrain.stages.context import Context
 from posttrain.stages.learner import adapt, new_learner
@@ -17,9 +18,10 @@ def run(config: Pretrain, ctx: Context) -> dict[str, float]:
     """Train a new model on documents, each a prompt and its demonstration in chat form."""
     demos = demonstrations(config, ctx)
     fields = ("prompt", "demo", "thought", "direct") if config.thinking else ("prompt", "demo")
+    others = [auxiliary_rows(ctx, name, config.aux_modes.get(name, ())) for name in config.aux]
+    every = [row for found in (demos, *others) for rows in found.values() for row in rows]
     tokenizer = character_tokenizer(
-        (row[field] for rows in demos.values() for row in rows for field in fields if field in row),
-        thinking=config.thinking,
+        (row[field] for row in every for field in fields if field in row), thinking=config.thinking
     )
     language_model = new_model(
         tokenizer,
@@ -35,6 +37,7 @@ def run(config: Pretrain, ctx: Context) -> dict[str, float]:
     chat = Chat(language_model)
     batches = Batches(demos, config, size="batch_size", stage=ctx.name)
     learner = new_learner(config, language_model, ctx)
+    aux = Auxiliary(config, config.seed, ctx, chat, language_model.pad_id)
     first = ctx.resume(learner)
     batches.resume(config, first, config.steps, ctx.history)
     for step in range(first, config.steps):
@@ -48,7 +51,8 @@ def run(config: Pretrain, ctx: Context) -> dict[str, float]:
             responses = [[*p[1:], *r] for p, r in zip(prompts, responses, strict=True)]
             prompts = [p[:1] for p in prompts]
         batch = sequences(prompts, responses, language_model.pad_id)
-        metrics = imitate(learner, batch, lr=learning_rate(now, step, config.steps))
+        lr = learning_rate(now, step, config.steps)
+        metrics = imitate(learner, batch, lr=lr, also=aux.parts(step, now.aux))
         metrics |= now.scheduled()
         ctx.log(step + 1, config.steps, tokens=batch.num_tokens, **metrics)
         ctx.checkpoint(step + 1, learner)

@@ -18,11 +18,11 @@ from posttrain.stages.settings.base import (
 from posttrain.stages.settings.scheduled import Config
 
 
-class Pretrain(Config, Optimizer, DomainShares, InModes):
+class Pretrain(Config, Optimizer, DomainShares, InModes, WithAux):
     """A tiny model from nothing: `r.pretrain(data=...)`."""
 
     SCHEDULABLE: ClassVar[frozenset[str]] = (
-        Optimizer.SCHEDULABLE | DomainShares.SCHEDULABLE | {"batch_size"}
+        Optimizer.SCHEDULABLE | DomainShares.SCHEDULABLE | WithAux.SCHEDULABLE | {"batch_size"}
     )
 
     steps: int = Positive
