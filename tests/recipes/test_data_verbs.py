@@ -84,7 +84,7 @@ def test_filtered_prompts_stand_where_prompts_do(r: Recipe) -> None:
 
 
 def test_modes_travel_with_filtered_prompts(r: Recipe) -> None:
-    base = start(r)
+    base = r.pretrain(data=r.demos(r.domains), thinking=True, **STEPS)
     prompts = r.prompts("add", mode="think")
     profiled = r.profile(base, prompts=prompts)
     chosen = r.filter(prompts, profile=profiled)
