@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from posttrain.backends.checkpoint import LanguageModel, save
 from posttrain.engine.record import Artifact
 from posttrain.engine.runner import run
 from posttrain.engine.store import Store
@@ -147,19 +148,30 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 
 @pytest.fixture
-def two_domains(tmp_path: Path) -> Suite:
-    """Two domains of 120 problems: repeat the number, or its last digit."""
-    domains = {}
-    for name, answers in {"whole": lambda i: str(i), "last": lambda i: str(i % 10)}.items():
-        rows = [
-            {"prompt": f"{name} {i}", "answer": answers(i), "demo": answers(i)}
-            for i in range(100, 220)
-        ]
-        path = tmp_path / f"{name}.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        table = Table(train=path.name, demo="demo")
-        domains[name] = Domain(name=name, source=table, verifier=VerifierSpec(name="exact"))
-    return Suite(name="mine", domains=domains)
+def make_suite(tmp_path: Path) -> Callable[[str, str], Suite]:
+    """`make_suite(first, second)`: 120 problems each, to repeat a number or its last digit."""
+
+    def make(first: str, second: str) -> Suite:
+        domains = {}
+        answers: dict[str, Callable[[int], str]] = {first: str, second: lambda i: str(i % 10)}
+        for name, answer in answers.items():
+            rows = [
+                {"prompt": f"{name} {i}", "answer": answer(i), "demo": answer(i)}
+                for i in range(100, 220)
+            ]
+            path = tmp_path / f"{name}.jsonl"
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            table = Table(train=path.name, demo="demo")
+            domains[name] = Domain(name=name, source=table, verifier=VerifierSpec(name="exact"))
+        return Suite(name="mine", domains=domains)
+
+    return make
+
+
+@pytest.fixture
+def two_domains(make_suite: Callable[[str, str], Suite]) -> Suite:
+    """The domains `whole` and `last`."""
+    return make_suite("whole", "last")
 
 
 @pytest.fixture
@@ -173,3 +185,33 @@ def execute(tmp_path: Path) -> Callable[[Recipe, Stage], dict[str, Artifact]]:
         return {artifact.name: artifact for artifact in store.list()}
 
     return execute
+
+
+@pytest.fixture
+def make_recipe(tmp_path: Path) -> Callable[..., Recipe]:
+    """A builder over three domains in one small table."""
+    rows = [{"prompt": f"{i} apples", "answer": str(i), "demo": str(i)} for i in range(100)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    table, verifier = Table(train="rows.jsonl", demo="demo"), VerifierSpec(name="exact")
+    domains = {
+        name: Domain(name=name, source=table, verifier=verifier) for name in ("add", "sort", "turn")
+    }
+
+    def make(**options: Any) -> Recipe:
+        return Recipe(Suite(name="mine", domains=domains), tmp_path, **options)
+
+    return make
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path, make_model: Callable[..., LanguageModel]) -> Callable[..., str]:
+    """`checkpoint(name, extra=token)` saves a model, with one more token in its tokenizer."""
+
+    def make(name: str, extra: str | None = None) -> str:
+        language_model = make_model()
+        if extra is not None:
+            language_model.tokenizer.add_tokens([extra])
+        save(language_model, tmp_path / name)
+        return str(tmp_path / name)
+
+    return make

@@ -18,31 +18,15 @@ from posttrain.engine.errors import ConfigError
 from posttrain.engine.record import Artifact
 from posttrain.language.handles import Stage
 from posttrain.recipe import Recipe
-from posttrain.rewards.spec import VerifierSpec
-from posttrain.suites.domain import Domain, Suite, Table
+from posttrain.suites.domain import Suite
 
 RL = {"prompts_per_step": 6, "group_size": 4, "max_new_tokens": 4, "lr": 1e-3, "warmup_steps": 1}
 
 
-def suite(folder: Path) -> Suite:
-    """Two domains of 120 problems: repeat the number, or its last digit."""
-    domains = {}
-    for name, answers in {"reasoning": lambda i: str(i), "general": lambda i: str(i % 10)}.items():
-        rows = [
-            {"prompt": f"{name} {i}", "answer": answers(i), "demo": answers(i)}
-            for i in range(100, 220)
-        ]
-        path = folder / f"{name}.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        table = Table(train=path.name, demo="demo")
-        domains[name] = Domain(name=name, source=table, verifier=VerifierSpec(name="exact"))
-    return Suite(name="mine", domains=domains)
-
-
 @pytest.fixture
-def recipe(tmp_path: Path) -> Callable[..., Recipe]:
-    """A builder over the suite, with what `--set` gives."""
-    mine = suite(tmp_path)
+def recipe(tmp_path: Path, make_suite: Callable[[str, str], Suite]) -> Callable[..., Recipe]:
+    """A builder over two domains, with what `--set` gives."""
+    mine = make_suite("reasoning", "general")
     return lambda **overrides: Recipe(mine, tmp_path, overrides=overrides)
 
 
