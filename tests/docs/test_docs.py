@@ -101,7 +101,7 @@ def test_every_setting_that_may_have_a_schedule_is_documented(kind: str) -> None
         if f"`{kind}`" in heading:
             for names in re.findall(r"May have a schedule: ([^.]*)\.", body):
                 found |= set(re.findall(r"`(\w+)`", names))
-    assert found == CONFIGS[kind].SCHEDULABLE  # type: ignore[attr-defined]
+    assert found == CONFIGS[kind].schedulable()  # type: ignore[attr-defined]
 
 
 def test_a_default_that_differs_is_told() -> None:

@@ -24,7 +24,7 @@ from posttrain.stages.auxiliary import Auxiliary, take_metrics
 from posttrain.stages.batches import Batches, Problem
 from posttrain.stages.context import Context
 from posttrain.stages.distill_update import DistillUpdate
-from posttrain.stages.learner import adapt, new_learner
+from posttrain.stages.learner import new_learner, steps_to_do
 from posttrain.stages.rollouts import (
     Scored,
     equal_parts,
@@ -49,11 +49,7 @@ def run(config: Distill, ctx: Context) -> dict[str, float]:
     learner = new_learner(config, language_model, ctx)
     sampler = LocalSampler(learner.policy)
     aux = Auxiliary(config, config.seed, ctx, chat, language_model.pad_id)
-    first = ctx.resume(learner)
-    batches.resume(config, first, config.steps, ctx.history)
-    for step in range(first, config.steps):
-        now = config.at(step, config.steps, ctx.history)
-        adapt(learner, now)
+    for step, now in steps_to_do(config, ctx, learner, batches, config.steps):
         problems = batches.draw(now)
         prompts = hinted_prompts(now, chat, problems, where=f"stage {ctx.name!r}")
         reading = teachers.reading(now, teacher_numbers(now, teachers, problems), prompts)

@@ -40,7 +40,7 @@ from posttrain.schedules import learning_rate
 from posttrain.stages.auxiliary import Auxiliary, take_metrics
 from posttrain.stages.batches import Batches
 from posttrain.stages.context import Context
-from posttrain.stages.learner import adapt, new_learner
+from posttrain.stages.learner import new_learner, steps_to_do
 from posttrain.stages.preferences import Rows, encode, encode_mismatched, read_pairs
 from posttrain.stages.settings.preference import Dpo
 from posttrain.stages.teachers import check_same_tokens
@@ -73,11 +73,7 @@ def run(config: Dpo, ctx: Context) -> dict[str, float]:
     del reference
     batches = Batches(by_domain, config, size="batch_size", stage=ctx.name)
     steps = config.steps or math.ceil((config.epochs or 0) * len(pairs) / config.batch_size)
-    first = ctx.resume(learner)
-    batches.resume(config, first, steps, ctx.history)
-    for step in range(first, steps):
-        now = config.at(step, steps, ctx.history)
-        adapt(learner, now)
+    for step, now in steps_to_do(config, ctx, learner, batches, steps):
         drawn = torch.tensor([pair["row"] for pair in batches.draw(now)])
         index_B = (2 * drawn[:, None] + torch.arange(2)).flatten()
         update = PairUpdate(

@@ -1,18 +1,22 @@
-"""The learner of a stage, as its settings say."""
+"""The learner of a stage and the steps that it has to do, as the settings say."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Iterator
+from typing import Protocol, TypeVar
 
 import torch
 
 from posttrain.backends.checkpoint import LanguageModel
 from posttrain.backends.local import LocalLearner
+from posttrain.stages.batches import Batches
 from posttrain.stages.context import Context
 from posttrain.stages.settings.distill import Distill
 from posttrain.stages.settings.imitate import Pretrain, Sft
 from posttrain.stages.settings.preference import Dpo, RewardModel
 from posttrain.stages.settings.rl import Rl
+
+C = TypeVar("C", Pretrain, Sft, Dpo, RewardModel, Distill)
 
 
 class Updates(Protocol):
@@ -47,3 +51,18 @@ def new_learner(
         ema=config.ema,
         workers=ctx.workers,
     )
+
+
+def steps_to_do(
+    config: C, ctx: Context, learner: LocalLearner, batches: Batches, total: int
+) -> Iterator[tuple[int, C]]:
+    """The 0-based steps that are left of `total`, with the settings of each.
+
+    Resumes the stage first, at the point at which the first step is asked for.
+    """
+    first = ctx.resume(learner)
+    batches.resume(config, first, total, ctx.history)
+    for step in range(first, total):
+        now = config.at(step, total, ctx.history)
+        adapt(learner, now)
+        yield step, now

@@ -9,7 +9,7 @@ from posttrain.schedules import learning_rate
 from posttrain.stages.auxiliary import Auxiliary, auxiliary_rows
 from posttrain.stages.batches import Batches, sequences
 from posttrain.stages.context import Context
-from posttrain.stages.learner import adapt, new_learner
+from posttrain.stages.learner import new_learner, steps_to_do
 from posttrain.stages.settings.imitate import Pretrain
 from posttrain.stages.sft import demonstrations, imitate
 
@@ -38,11 +38,7 @@ def run(config: Pretrain, ctx: Context) -> dict[str, float]:
     batches = Batches(demos, config, size="batch_size", stage=ctx.name)
     learner = new_learner(config, language_model, ctx)
     aux = Auxiliary(config, config.seed, ctx, chat, language_model.pad_id)
-    first = ctx.resume(learner)
-    batches.resume(config, first, config.steps, ctx.history)
-    for step in range(first, config.steps):
-        now = config.at(step, config.steps, ctx.history)
-        adapt(learner, now)
+    for step, now in steps_to_do(config, ctx, learner, batches, config.steps):
         rows = batches.draw(now)
         prompts = [chat.prompt(row["prompt"], row.get("mode")) for row in rows]
         responses = [chat.response(row["prompt"], row["demo"], row.get("mode")) for row in rows]

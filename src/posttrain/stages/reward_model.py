@@ -31,7 +31,7 @@ from posttrain.losses.reward import bradley_terry, pointwise, prompt_weights
 from posttrain.schedules import learning_rate
 from posttrain.stages.batches import Batches
 from posttrain.stages.context import Context
-from posttrain.stages.learner import adapt, new_learner
+from posttrain.stages.learner import new_learner, steps_to_do
 from posttrain.stages.preferences import read_pairs
 from posttrain.stages.ranked import (
     Batch,
@@ -62,11 +62,7 @@ def run(config: RewardModel, ctx: Context) -> dict[str, float]:
     learner = new_learner(config, language_model, ctx)
     batches = Batches(draws, config, size="batch_size", stage=ctx.name)
     steps = config.steps or math.ceil((config.epochs or 0) * len(every) / config.batch_size)
-    first = ctx.resume(learner)
-    batches.resume(config, first, steps, ctx.history)
-    for step in range(first, steps):
-        now = config.at(step, steps, ctx.history)
-        adapt(learner, now)
+    for step, now in steps_to_do(config, ctx, learner, batches, steps):
         batch = responses.batch(batches.draw(now), strengths=strengths)
         lr = learning_rate(now, step, steps)
         metrics = learn(learner, RewardUpdate(now, batch, device=learner.device), lr=lr)

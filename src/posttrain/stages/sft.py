@@ -27,7 +27,7 @@ from posttrain.stages.auxiliary import (
 )
 from posttrain.stages.batches import Batches, Problem
 from posttrain.stages.context import Context
-from posttrain.stages.learner import adapt, new_learner
+from posttrain.stages.learner import new_learner, steps_to_do
 from posttrain.stages.rollouts import verifiers
 from posttrain.stages.settings.imitate import Pretrain, Sft
 
@@ -42,11 +42,7 @@ def run(config: Sft, ctx: Context) -> dict[str, float]:
     steps = config.steps or math.ceil((config.epochs or 0) * num_rows / config.batch_size)
     learner = new_learner(config, language_model, ctx)
     aux = Auxiliary(config, config.seed, ctx, chat, language_model.pad_id)
-    first = ctx.resume(learner)
-    batches.resume(config, first, steps, ctx.history)
-    for step in range(first, steps):
-        now = config.at(step, steps, ctx.history)
-        adapt(learner, now)
+    for step, now in steps_to_do(config, ctx, learner, batches, steps):
         batch = encode(batches.draw(now), chat, language_model.pad_id)
         lr = learning_rate(now, step, steps)
         metrics = imitate(learner, batch, lr=lr, also=aux.parts(step, now.aux))

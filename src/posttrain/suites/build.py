@@ -2,8 +2,9 @@
 and, for a python verifier, verifier.py; for an oracle of the user's, oracle.py.
 
 One JSON object per line: {"id", "domain", "prompt", "answer", "demo", "meta"}, and where the
-domain has them "thought" (the steps) and "direct" (the answer without steps). Every answer is
-shown to the verifier here, before any stage spends compute on a problem that nobody can solve.
+domain has them "thought" (the steps), "direct" (the answer without steps) and "rubric" (the
+criteria of an answer). Every answer is shown to the verifier here, before any stage spends compute
+on a problem that nobody can solve.
 """
 
 from __future__ import annotations

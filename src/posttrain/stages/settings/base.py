@@ -116,7 +116,7 @@ class DomainShares(BaseModel):
 
 
 class WithAux(BaseModel):
-    """Losses beside the stage's own; mixed into the stages that train from a start."""
+    """Losses beside the stage's own; mixed into the stages that train a language model."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 

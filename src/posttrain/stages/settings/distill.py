@@ -24,14 +24,16 @@ from posttrain.stages.settings.scheduled import Config, refuse_unread
 class Distill(Config, Optimizer, DomainShares, InModes, WithAux, Rollout, Correction, Aggregation):
     """On-policy distillation from one teacher per domain: `r.distill(start=..., teachers=...)`."""
 
-    SCHEDULABLE: ClassVar[frozenset[str]] = (
-        Optimizer.SCHEDULABLE
-        | DomainShares.SCHEDULABLE
-        | WithAux.SCHEDULABLE
-        | Rollout.SCHEDULABLE
-        | Correction.SCHEDULABLE
-        | {"prompts_per_step", "samples_per_prompt", "jsd_beta", "top_k"}
-        | {"advantage_clip", "reward_weight", "domain_weights"}
+    SCHEDULABLE: ClassVar[frozenset[str]] = frozenset(
+        {
+            "prompts_per_step",
+            "samples_per_prompt",
+            "jsd_beta",
+            "top_k",
+            "advantage_clip",
+            "reward_weight",
+            "domain_weights",
+        }
     )
 
     steps: int = Positive

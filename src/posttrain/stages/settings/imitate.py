@@ -21,9 +21,7 @@ from posttrain.stages.settings.scheduled import Config
 class Pretrain(Config, Optimizer, DomainShares, InModes, WithAux):
     """A tiny model from nothing: `r.pretrain(data=...)`."""
 
-    SCHEDULABLE: ClassVar[frozenset[str]] = (
-        Optimizer.SCHEDULABLE | DomainShares.SCHEDULABLE | WithAux.SCHEDULABLE | {"batch_size"}
-    )
+    SCHEDULABLE: ClassVar[frozenset[str]] = frozenset({"batch_size"})
 
     steps: int = Positive
     batch_size: int = Field(128, gt=0)
@@ -55,9 +53,7 @@ class Pretrain(Config, Optimizer, DomainShares, InModes, WithAux):
 class Sft(Config, Optimizer, DomainShares, InModes, WithAux):
     """Supervised fine-tuning on demonstrations: `r.sft(start=..., data=...)`."""
 
-    SCHEDULABLE: ClassVar[frozenset[str]] = (
-        Optimizer.SCHEDULABLE | DomainShares.SCHEDULABLE | WithAux.SCHEDULABLE | {"batch_size"}
-    )
+    SCHEDULABLE: ClassVar[frozenset[str]] = frozenset({"batch_size"})
 
     steps: int | None = Field(None, gt=0)
     epochs: float | None = Field(None, gt=0)

@@ -85,12 +85,16 @@ class Pairs(BaseModel):
 class Dpo(Config, Optimizer, DomainShares, WithAux):
     """Learning from preferences: `r.dpo(start=..., data=r.pairs(...))`."""
 
-    SCHEDULABLE: ClassVar[frozenset[str]] = (
-        Optimizer.SCHEDULABLE
-        | DomainShares.SCHEDULABLE
-        | WithAux.SCHEDULABLE
-        | {"batch_size", "beta", "gamma", "label_smoothing", "nll_weight"}
-        | {"desirable_weight", "undesirable_weight"}
+    SCHEDULABLE: ClassVar[frozenset[str]] = frozenset(
+        {
+            "batch_size",
+            "beta",
+            "gamma",
+            "label_smoothing",
+            "nll_weight",
+            "desirable_weight",
+            "undesirable_weight",
+        }
     )
 
     steps: int | None = Field(None, gt=0)
@@ -136,9 +140,7 @@ class Dpo(Config, Optimizer, DomainShares, WithAux):
 class RewardModel(Config, Optimizer, DomainShares):
     """A reward model from preference pairs: `r.reward_model(start=..., data=r.pairs(...))`."""
 
-    SCHEDULABLE: ClassVar[frozenset[str]] = (
-        Optimizer.SCHEDULABLE | DomainShares.SCHEDULABLE | {"batch_size", "centring"}
-    )
+    SCHEDULABLE: ClassVar[frozenset[str]] = frozenset({"batch_size", "centring"})
 
     steps: int | None = Field(None, gt=0)
     epochs: float | None = Field(None, gt=0)

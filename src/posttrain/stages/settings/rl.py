@@ -42,17 +42,23 @@ class Rl(
 ):
     """GRPO and its relatives on verifiable rewards: `r.rl(start=..., prompts=...)`."""
 
-    SCHEDULABLE: ClassVar[frozenset[str]] = (
-        Optimizer.SCHEDULABLE
-        | DomainShares.SCHEDULABLE
-        | WithAux.SCHEDULABLE
-        | Rollout.SCHEDULABLE
-        | Correction.SCHEDULABLE
-        | Drawing.SCHEDULABLE
-        | Critiquing.SCHEDULABLE
-        | {"prompts_per_step", "group_size", "top_p", "kl_coef", "domain_kl"}
-        | {"clip_low", "clip_high", "dual_clip", "tau", "off_policy_delta"}
-        | {"critic_lr", "gae_lambda", "gae_gamma", "value_clip"}
+    SCHEDULABLE: ClassVar[frozenset[str]] = frozenset(
+        {
+            "prompts_per_step",
+            "group_size",
+            "top_p",
+            "kl_coef",
+            "domain_kl",
+            "clip_low",
+            "clip_high",
+            "dual_clip",
+            "tau",
+            "off_policy_delta",
+            "critic_lr",
+            "gae_lambda",
+            "gae_gamma",
+            "value_clip",
+        }
     )
     LOGS_ALL: ClassVar[bool] = False
     """A step in which no row is kept logs nothing of an update."""

@@ -45,9 +45,9 @@ def field_of(key: str) -> str:
 class Config(BaseModel):
     """Base of the settings of stages that compute with models: an unknown name is an error.
 
-    Where a stage has steps, the settings in its `SCHEDULABLE`, or entries of those that are dicts,
-    may be given as a schedule: the field then holds the first value, `schedules` the rest, and `at`
-    the settings of a step.
+    Where a stage has steps, the settings in its `SCHEDULABLE` and in those of its parts, or entries
+    of those that are dicts, may be given as a schedule: the field then holds the first value,
+    `schedules` the rest, and `at` the settings of a step.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -64,20 +64,26 @@ class Config(BaseModel):
     schedules: dict[str, Schedule] = Field(default_factory=dict)
     """Setting, or setting.entry, to its schedule; filled in where one is given as a schedule."""
 
+    @classmethod
+    def schedulable(cls) -> frozenset[str]:
+        """The settings that may be given as a schedule, those of all parts."""
+        return frozenset().union(*(vars(part).get("SCHEDULABLE", ()) for part in cls.__mro__))
+
     @model_validator(mode="before")
     @classmethod
     def _take_schedules(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
         found = {name: value for name, value in values.items() if is_schedule(value)}
-        for name in cls.SCHEDULABLE & values.keys() - found.keys():
+        schedulable = cls.schedulable()
+        for name in schedulable & values.keys() - found.keys():
             if isinstance(values[name], Mapping):
                 entries = values[name].items()
                 found |= {f"{name}.{key}": part for key, part in entries if is_schedule(part)}
         kept = {**values.get("schedules", {}), **found}
         for key in kept:
-            if field_of(key) not in cls.SCHEDULABLE:
-                choices = ", ".join(sorted(cls.SCHEDULABLE)) or "none of this stage"
+            if field_of(key) not in schedulable:
+                choices = ", ".join(sorted(schedulable)) or "none of this stage"
                 raise ValueError(f"{key} cannot have a schedule; settings that can: {choices}")
         for key, schedule in kept.items():
             try:
