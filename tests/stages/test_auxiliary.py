@@ -15,7 +15,6 @@ from posttrain.backends.chat import Chat
 from posttrain.backends.checkpoint import load
 from posttrain.backends.local import LocalScorer, response_logprobs
 from posttrain.engine.errors import ConfigError
-from posttrain.stages import context
 from posttrain.stages.auxiliary import auxiliary_rows, encode
 from posttrain.stages.config import build_config
 from posttrain.stages.context import Context
@@ -39,42 +38,14 @@ TRAINING = [*KINDS, *MORE]
 
 
 @pytest.fixture
-def data(tmp_path: Path) -> str:
-    """A data artifact of two domains whose rows no other data has, and pairs in the same place."""
-    folder = tmp_path / "data"
-    folder.mkdir()
-    rows = [
-        {"id": str(i), "domain": name, "prompt": f"{name} {i}", "demo": f"{i % 7}{name}"}
-        for i in range(30)
-        for name in ("y", "x")
-    ]
-    pairs = [row | {"chosen": row["demo"], "rejected": f"no{row['demo']}"} for row in rows]
-    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
-    record = {"format": 1, "name": "data", "kind": "select", "fingerprint": "2" * 64}
-    (folder / "record.json").write_text(json.dumps(record))
-    return str(folder)
-
-
-@pytest.fixture
-def train(
-    run_stage: RunStage, models: Mapping[str, str], domains: Mapping[str, str], data: str
-) -> Callable[..., Any]:
+def train(run_stage: RunStage, edges: Callable[..., Any]) -> Callable[..., Any]:
     """Run a stage of a kind; `more` are further edges."""
 
     def run(
         kind: str, more: Mapping[str, str] | None = None, work: Path | None = None, **changes: Any
     ) -> Any:
-        inputs = {**(more or {})}
-        if kind != "pretrain":
-            inputs["start"] = models["start"]
-        if kind in ("dpo", "reward_model"):
-            inputs["data"] = data
-        else:
-            inputs |= domains
-        if kind == "distill":
-            inputs["teachers.t"] = models["one"]
-        return run_stage(kind, COMMON | (STAGES | MORE)[kind] | changes, inputs, work)
+        settings = COMMON | (STAGES | MORE)[kind] | changes
+        return run_stage(kind, settings, edges(kind, more), work)
 
     return run
 
@@ -172,7 +143,7 @@ def test_a_name_does_not_take_the_edges_of_a_longer_one(
     inputs = of_domains(domains, "a") | {"aux.ab": data}
     ctx = Context(name="mine", work=tmp_path / "work", inputs=inputs, threads=1)
     assert set(auxiliary_rows(ctx, "a")) == {"short", "words"}
-    assert set(auxiliary_rows(ctx, "ab")) == {"x", "y"}
+    assert set(auxiliary_rows(ctx, "ab")) == {"short", "words"}
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -217,18 +188,9 @@ def test_a_glob_that_matches_nothing_fails_with_names(train: Callable[..., Any])
             build_config("sft", "mine", {"steps": 1} | changes)
 
 
-class Stopped(Exception):
-    """Raised in place of a kill."""
-
-
 @pytest.mark.parametrize("kind", TRAINING)
 def test_a_stopped_stage_goes_on_to_the_same_bits(
-    train: Callable[..., Any],
-    kind: str,
-    data: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    same: Any,
+    train: Callable[..., Any], kind: str, data: str, goes_on: Callable[..., Any]
 ) -> None:
     """With a moving average, frozen weights and an auxiliary loss; stopped after step 3, whose
     checkpoint is that of step 2."""
@@ -236,23 +198,5 @@ def test_a_stopped_stage_goes_on_to_the_same_bits(
     more: dict[str, str] = {}
     if kind in KINDS:
         more, settings = {"aux.ptx": data}, settings | {"aux": {"ptx": 0.5}}
-    whole = train(kind, more, **settings)
-    monkeypatch.setattr(context, "SECONDS_BETWEEN_CHECKPOINTS", 1e9)
-
-    def stop(ctx: Context, step: int, learner: Any) -> None:
-        if step == 2:
-            ctx.save(step, learner)
-        if step == 3:
-            raise Stopped
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Context, "checkpoint", stop)
-        with pytest.raises(Stopped):
-            train(kind, more, tmp_path / "work", **settings)
-    resumed = train(kind, more, tmp_path / "work", **settings)
-    assert same(whole, resumed)
-    assert [line["step"] for line in resumed.lines] == [1, 2, 3, 4]
-    for one, other in zip(whole.lines, resumed.lines, strict=True):
-        assert {k: v for k, v in one.items() if k != "seconds"} == {
-            k: v for k, v in other.items() if k != "seconds"
-        }
+    calm, _ = goes_on(lambda work: train(kind, more, work, **settings), saved=2, killed=3)
+    assert [line["step"] for line in calm.lines] == [1, 2, 3, 4]

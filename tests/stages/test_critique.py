@@ -15,9 +15,7 @@ from posttrain.backends.chat import Chat
 from posttrain.backends.checkpoint import load
 from posttrain.engine.errors import ConfigError
 from posttrain.rewards.comparisons import build_comparisons
-from posttrain.stages import context
 from posttrain.stages.config import build_config
-from posttrain.stages.context import Context
 from posttrain.stages.judging import comparison_prompt, verdict_ids
 from posttrain.suites.load import load_suite
 
@@ -46,10 +44,6 @@ def rl(
 def rows_of(ran: Any, step: int) -> list[dict[str, Any]]:
     rows = map(json.loads, (ran.out / "rollouts.jsonl").read_text().splitlines())
     return [row for row in rows if row["step"] == step]
-
-
-def plain_lines(ran: Any) -> list[dict[str, float]]:
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in ran.lines]
 
 
 @pytest.mark.parametrize("template", [None, "which? {a} or {b}"])
@@ -111,7 +105,7 @@ def test_nothing_to_compare_is_nothing_to_learn(rl: Callable[..., Any], same: An
 
 
 def test_a_stopped_stage_goes_on_to_the_same_bits(
-    rl: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, same: Any
+    rl: Callable[..., Any], goes_on: Callable[..., Any], same: Any
 ) -> None:
     """Stopped after step 3, whose checkpoint is that of step 2; the weight rises, pairs are few."""
     settings: dict[str, Any] = {
@@ -119,22 +113,7 @@ def test_a_stopped_stage_goes_on_to_the_same_bits(
         "critique_pairs": 3,
         "updates_per_batch": 2,
     }
-    whole = rl(**settings)
-    monkeypatch.setattr(context, "SECONDS_BETWEEN_CHECKPOINTS", 1e9)
-
-    def stop(ctx: Context, step: int, learner: Any) -> None:
-        if step == 2:
-            ctx.save(step, learner)
-        if step == 3:
-            raise RuntimeError("stopped")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Context, "checkpoint", stop)
-        with pytest.raises(RuntimeError, match="stopped"):
-            rl(tmp_path / "work", **settings)
-    resumed = rl(tmp_path / "work", **settings)
-    assert same(whole, resumed)
-    assert plain_lines(whole) == plain_lines(resumed)
+    whole, _ = goes_on(lambda work: rl(work, **settings), saved=2, killed=3)
     assert [line["setting/critique_weight"] for line in whole.lines] == pytest.approx(
         [0, 1 / 3, 2 / 3, 1]
     )

@@ -13,7 +13,6 @@ import pytest
 from posttrain import judges, schedules
 from posttrain.engine.errors import ConfigError
 from posttrain.stages.config import build_config
-from posttrain.stages.context import Context, Resumable
 
 BASE: dict[str, Any] = {
     "steps": 6,
@@ -255,10 +254,6 @@ def test_a_plateau_makes_a_profile(rl: Callable[..., Any]) -> None:
     assert [step for step in range(6) if (ran.out / f"profile-{step}.jsonl").exists()] == expected
 
 
-class Killed(Exception):
-    """In place of a signal."""
-
-
 @pytest.mark.parametrize(
     "changes",
     [
@@ -284,30 +279,10 @@ class Killed(Exception):
     ids=["shares", "dynamic", "retire", "gaussian", "reprofile", "top_p", "chains"],
 )
 def test_a_stopped_stage_goes_on_to_the_same_bits(
-    changes: dict[str, Any],
-    rl: Callable[..., Any],
-    same: Any,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
+    changes: dict[str, Any], rl: Callable[..., Any], goes_on: Callable[..., Any]
 ) -> None:
     """Saved after four steps, killed after the fifth: that one is made twice."""
-    calm = rl(**changes)
-
-    def checkpoint(ctx: Context, step: int, learner: Resumable) -> None:
-        if step == 4:
-            ctx.save(step, learner)
-        if step == 5:
-            raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Context, "checkpoint", checkpoint)
-        with pytest.raises(Killed):
-            rl(tmp_path / "stopped", **changes)
-    stopped = rl(tmp_path / "stopped", **changes)
-    assert same(calm, stopped)
-    assert [{**line, "seconds": 0} for line in calm.lines] == [
-        {**line, "seconds": 0} for line in stopped.lines
-    ]
+    calm, stopped = goes_on(lambda work: rl(work, **changes), saved=4, killed=5)
     names = {path.name for path in calm.out.glob("*.jsonl")}
     assert names == {path.name for path in stopped.out.glob("*.jsonl")}
     for name in names:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,7 +14,6 @@ from posttrain import schedules
 from posttrain.engine.errors import ConfigError
 from posttrain.stages.batches import Batches, Pool
 from posttrain.stages.config import build_config
-from posttrain.stages.context import Context, Resumable
 
 STEPS = 6
 COMMON: dict[str, Any] = {"lr": 0.01, "warmup_steps": 1, "steps": STEPS}
@@ -36,47 +34,14 @@ ALWAYS = schedules.on_plateau(8, 14, change=3, metric="loss", patience=1, gain=1
 """A number of rows that a metric decides on: 8, 8, 11, 11, 14, 14."""
 
 
-class Killed(Exception):
-    """In place of a signal."""
-
-
 @pytest.fixture
-def data(tmp_path: Path) -> str:
-    """Pairs and demonstrations of two domains."""
-    folder = tmp_path / "data"
-    folder.mkdir()
-    rows = [
-        {"id": str(i), "domain": name, "prompt": f"{name} {i}", "demo": f"{i % 7}{name}"}
-        for i in range(30)
-        for name in ("words", "short")
-    ]
-    pairs = [row | {"chosen": row["demo"], "rejected": f"no{row['demo']}"} for row in rows]
-    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
-    record = {"format": 1, "name": "data", "kind": "select", "fingerprint": "2" * 64}
-    (folder / "record.json").write_text(json.dumps(record))
-    return str(folder)
-
-
-@pytest.fixture
-def train(
-    run_stage: Callable[..., Any], models: Mapping[str, str], domains: Mapping[str, str], data: str
-) -> Callable[..., Any]:
+def train(run_stage: Callable[..., Any], edges: Callable[..., Any]) -> Callable[..., Any]:
     """Run a stage of a kind; `more` are further edges."""
 
     def run(
         kind: str, more: Mapping[str, str] | None = None, work: Path | None = None, **changes: Any
     ) -> Any:
-        inputs = {**(more or {})}
-        if kind != "pretrain":
-            inputs["start"] = models["start"]
-        if kind in ("dpo", "reward_model"):
-            inputs["data"] = data
-        elif "data" not in inputs:
-            inputs |= domains
-        if kind == "distill":
-            inputs["teachers.t"] = models["one"]
-        return run_stage(kind, COMMON | STAGES[kind] | changes, inputs, work)
+        return run_stage(kind, COMMON | STAGES[kind] | changes, edges(kind, more), work)
 
     return run
 
@@ -200,31 +165,10 @@ RESUMED: list[tuple[str, dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("kind", "changes"), RESUMED, ids=[kind for kind, _ in RESUMED])
 def test_a_stopped_stage_goes_on_to_the_same_bits(
-    kind: str,
-    changes: dict[str, Any],
-    train: Callable[..., Any],
-    same: Any,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
+    kind: str, changes: dict[str, Any], train: Callable[..., Any], goes_on: Callable[..., Any]
 ) -> None:
     """Saved after four steps, killed after the fifth: that one is made twice."""
-    calm = train(kind, **changes)
-
-    def checkpoint(ctx: Context, step: int, learner: Resumable) -> None:
-        if step == 4:
-            ctx.save(step, learner)
-        if step == 5:
-            raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Context, "checkpoint", checkpoint)
-        with pytest.raises(Killed):
-            train(kind, work=tmp_path / "stopped", **changes)
-    stopped = train(kind, work=tmp_path / "stopped", **changes)
-    assert same(calm, stopped)
-    assert [{**line, "seconds": 0} for line in calm.lines] == [
-        {**line, "seconds": 0} for line in stopped.lines
-    ]
+    calm, _ = goes_on(lambda work: train(kind, work=work, **changes), saved=4, killed=5)
     if changes.get("batch_size", changes.get("prompts_per_step")) is ALWAYS:
         size = setting(calm, SIZE.get(kind, "batch_size"))
         assert size == [8, 8, 11, 11, 14, 14]
