@@ -157,7 +157,7 @@ def test_case_06_the_policy_is_its_own_judge(bench: Any) -> None:
     assert made["comparisons"].edges == {"rollouts": "rollouts"}
     lines = made["rl"].rows("metrics.jsonl")
     assert all(line["aux/judging"] > 0 for line in lines)
-    assert any(line["critique/pairs"] > 0 and line["critique/loss"] > 0 for line in lines)
+    assert any(line["critique_pairs"] > 0 and line["critique_loss"] > 0 for line in lines)
     groups: dict[Any, list[dict[str, Any]]] = {}
     for row in made["rl"].rows("rollouts.jsonl"):
         groups.setdefault((row["step"], row["domain"], row["id"]), []).append(row)

@@ -145,6 +145,30 @@ def test_unknown_metrics_are_shown_under_their_own_name():
     assert [(p.key, p.title) for p in found.folded] == [("zeal", "zeal")]
 
 
+def test_each_setting_with_a_schedule_has_a_panel_of_its_own():
+    """Their units differ. Entries of one setting share its panel; several stages do, too."""
+    values = {
+        "setting/temperature": lambda n: n,
+        "setting/domain_shares/add": lambda n: 2 * n,
+        "setting/domain_shares/sort": lambda n: 3 * n,
+    }
+    stages = [stage("r", "rl", lines(3, **values), "add sort")]
+    section = only(sections(stages, {"add": 1, "sort": 2}))
+    assert panel(section, "setting/temperature").title == "Setting temperature"
+    found = panel(section, "setting/domain_shares").lines
+    assert {line.label: line.colour for line in found} == {"add": 1, "sort": 2}
+    one, other = (stage(n, "rl", lines(3, **values), n) for n in ("add", "sort"))
+    both = panel(only(sections([one, other], {"add": 1, "sort": 2})), "setting/temperature")
+    assert [line.label for line in both.lines] == ["add", "sort"]
+
+
+def test_accuracy_of_rl_is_no_preference():
+    found = only(sections([stage("r", "rl", lines(3, accuracy=lambda n: n), "add")], {"add": 1}))
+    assert panel(found, "accuracy").title == "Accuracy"
+    found = only(sections([stage("d", "dpo", lines(3, accuracy=lambda n: n), "add")], {"add": 1}))
+    assert panel(found, "accuracy").title == "Preference accuracy"
+
+
 def test_stages_without_curves_have_no_section():
     one_line = stage("s", "sft", lines(1, loss=1.0))
     assert sections([one_line, stage("e", "evaluate", lines(6))], {}) == []

@@ -67,25 +67,25 @@ def test_the_metrics_are_those_of_the_start_on_its_own_rollouts(
         losses.append(-float(logp_V[good]))
         right.append(bool(logp_V[good] > logp_V[bad]))
     (line,) = ran.lines
-    assert line["critique/pairs"] == len(rows) > 4
-    assert line["critique/loss"] == pytest.approx(sum(losses) / len(rows), rel=1e-4)
-    assert line["critique/accuracy"] == pytest.approx(sum(right) / len(rows))
+    assert line["critique_pairs"] == len(rows) > 4
+    assert line["critique_loss"] == pytest.approx(sum(losses) / len(rows), rel=1e-4)
+    assert line["critique_accuracy"] == pytest.approx(sum(right) / len(rows))
 
 
 def test_the_verdicts_are_learned(rl: Callable[..., Any]) -> None:
     """Rewards alone leave the loss where it is: it is only measured with a weight near 0."""
     learned = rl(critique_weight=5.0, steps=30)
     measured = rl(critique_weight=1e-9, steps=30)
-    first, last = learned.lines[0]["critique/loss"], learned.lines[-1]["critique/loss"]
-    assert first == measured.lines[0]["critique/loss"]
-    assert last < 0.9 < measured.lines[-1]["critique/loss"]
+    first, last = learned.lines[0]["critique_loss"], learned.lines[-1]["critique_loss"]
+    assert first == measured.lines[0]["critique_loss"]
+    assert last < 0.9 < measured.lines[-1]["critique_loss"]
 
 
 def test_pairs_are_limited_and_shared_out_over_the_updates(rl: Callable[..., Any]) -> None:
-    every = rl(critique_weight=0.1, critique_pairs=999, steps=1).lines[0]["critique/pairs"]
+    every = rl(critique_weight=0.1, critique_pairs=999, steps=1).lines[0]["critique_pairs"]
     some = rl(critique_weight=0.1, critique_pairs=2, updates_per_batch=3, steps=1)
     assert every > 6
-    assert some.lines[0]["critique/pairs"] == 6
+    assert some.lines[0]["critique_pairs"] == 6
 
 
 def test_other_domains_are_not_compared(rl: Callable[..., Any]) -> None:
@@ -93,14 +93,14 @@ def test_other_domains_are_not_compared(rl: Callable[..., Any]) -> None:
     for line in ran.lines:
         rows = rows_of(ran, int(line["step"]) - 1)
         own = build_comparisons(row for row in rows if row["domain"] == "words")
-        assert line["critique/pairs"] == len(own) < len(build_comparisons(rows))
+        assert line["critique_pairs"] == len(own) < len(build_comparisons(rows))
 
 
 def test_nothing_to_compare_is_nothing_to_learn(rl: Callable[..., Any], same: Any) -> None:
     """Without randomness all responses to a prompt are alike."""
     cold = {"temperature": 1e-4, "advantage": "global"}
     with_critique, plain = rl(critique_weight=0.5, **cold), rl(**cold)
-    assert [line["critique/pairs"] for line in with_critique.lines] == [0.0] * 4
+    assert [line["critique_pairs"] for line in with_critique.lines] == [0.0] * 4
     assert same(with_critique, plain)
 
 

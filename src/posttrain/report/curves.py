@@ -1,7 +1,8 @@
 """Which training curves a report shows: metrics of many stages turned into small panels.
 
 Colour means domain. Stages of one kind that learn one domain each (specialists) share their panels;
-a stage that learns several draws a line per domain where it logs `<metric>/<domain>`.
+a stage that learns several draws a line per domain where it logs `<metric>/<domain>`. A setting
+that has a schedule is a metric of its own, `setting/<name>`.
 """
 
 from __future__ import annotations
@@ -63,6 +64,9 @@ METRICS = {
     "sampler_ratio": Metric(title="Learner to sampler ratio", hint="mean"),
     "correction": Metric(title="Correction", hint="factor of a token's loss, mean"),
     "correction_square": Metric(title="Correction squared", hint="mean"),
+    "critique_loss": Metric(title="Loss of the verdicts", hint="nats; .69 is a guess"),
+    "critique_accuracy": Metric(title="Right verdicts", hint="share of comparisons"),
+    "critique_pairs": Metric(title="Comparisons"),
     "aux": Metric(title="Auxiliary loss", hint="cross-entropy, nats per token"),
     "grad_norm": Metric(title="Gradient norm", hint="before clipping"),
     "lr": Metric(title="Learning rate"),
@@ -100,7 +104,10 @@ SHOWN = {
     ),
 }
 """Metrics that are shown, the rest is folded away."""
+TITLES = {("rl", "accuracy"): "Accuracy"}
+"""Where a metric is another one than in other stages."""
 HINTS = {
+    ("rl", "accuracy"): "verifier's score, mean over the samples",
     ("supervised", "loss"): "cross-entropy, nats per token",
     ("distill", "loss"): "as the estimator weighs it",
     ("dpo", "loss"): "mean over pairs; over responses with kto",
@@ -179,7 +186,7 @@ def _section(
     constant: list[str] = []
     folded_constant: list[str] = []
     keys = dict.fromkeys(
-        key.partition("/")[0] for stage in stages for line in stage.lines for key in line
+        _metric_of(key) for stage in stages for line in stage.lines for key in line
     )
     if "clip_low" in keys or "clip_high" in keys:
         keys["clip_share"] = None
@@ -190,14 +197,15 @@ def _section(
         values = {y for line in lines for y in line.y}
         if not values:
             continue
-        metric = METRICS.get(key, Metric(title=key))
+        metric = METRICS.get(key, Metric(title=key.replace("setting/", "Setting ")))
+        called = TITLES.get((family, key), metric.title)
         if len(values) == 1:
-            words = f"{in_sentence(metric.title)} {number(values.pop())}"
+            words = f"{in_sentence(called)} {number(values.pop())}"
             (constant if key in SHOWN[family] else folded_constant).append(words)
             continue
         panel = Panel(
             key=key,
-            title=metric.title,
+            title=called,
             hint=HINTS.get((family, key), metric.hint),
             lines=lines,
             log=metric.log and 0 < LOG_SPAN * min(values) < max(values),
@@ -213,6 +221,12 @@ def _section(
     )
 
 
+def _metric_of(key: str) -> str:
+    """The metric that a logged key belongs to: what stands before the domain, or the entry."""
+    head, _, rest = key.partition("/")
+    return f"{head}/{rest.partition('/')[0]}" if head == "setting" else head
+
+
 def _lines(
     stage: StageFacts, stages: Sequence[StageFacts], key: str, colours: dict[str, int]
 ) -> list[Line]:
@@ -226,7 +240,7 @@ def _lines(
             for teacher in ([names] if isinstance(names, str) else names)
         }
         found = []
-        for name in (k.partition("/")[2] for k in full):
+        for name in (k.removeprefix(f"{key}/") for k in full):
             x, y = _thin(_points(stage, (f"{key}/{name}",)))
             colour = colours.get(name) or colours.get(owner.get(name, ""), INK)
             found.append(Line(label=name, colour=colour, dash=0, x=x, y=y))

@@ -30,7 +30,7 @@ from posttrain.stages.judging import comparison_prompt, positions_of, rollouts_o
 from posttrain.stages.settings.rl import Rl
 
 NAME = "critique"
-"""Its metrics are `critique/...`."""
+"""Of the part of the loss; its metrics are `critique_...`."""
 CHOOSING = 1 << 21
 """Apart from the numbers of a step's draws and profiles."""
 
@@ -72,7 +72,7 @@ class Critique:
         chosen = [encoded[i] for i in order.permutation(len(encoded))[:room]]
         self.batches = [chosen[i :: now.updates_per_batch] for i in range(now.updates_per_batch)]
         self.weight = now.critique_weight
-        return {f"{NAME}/pairs": float(len(chosen))}
+        return {f"{NAME}_pairs": float(len(chosen))}
 
     def parts(self, update: int, weights: Mapping[str, float]) -> list[Part]:
         """The losses of an update, `also` weighed as in `weights`.
@@ -126,4 +126,5 @@ def verdict_loss(verdicts: tuple[int, int], total: int) -> LossFunction:
 
 def take_metrics(sums: dict[str, float]) -> dict[str, float]:
     """Remove what `verdict_loss` measured from the sums over a step's updates, and return it."""
-    return {name: sums.pop(name) for name in list(sums) if name.startswith(f"{NAME}/")}
+    found = [name for name in sums if name.startswith(f"{NAME}/")]
+    return {name.replace("/", "_"): sums.pop(name) for name in found}
