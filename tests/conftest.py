@@ -14,6 +14,7 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import json
+import signal
 import string
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -58,6 +59,14 @@ def _config(kind: str, vocabulary: int, positions: int) -> Any:
         # Grouped queries: four heads share one head of keys and values; the head is not tied.
         return LlamaConfig(num_key_value_heads=1, tie_word_embeddings=False, **shape)
     return Qwen3Config(num_key_value_heads=2, head_dim=8, tie_word_embeddings=True, **shape)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def heed_ctrl_c() -> None:
+    """A shell lets what it starts in the background ignore SIGINT, and every process below would.
+    Tests that press Ctrl-C need one that does not."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
