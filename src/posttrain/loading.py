@@ -19,12 +19,11 @@ from pathlib import Path
 from types import ModuleType, NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-from posttrain.engine.errors import ConfigError, PosttrainError
+from posttrain.engine.errors import ConfigError, PosttrainError, choices_text
 from posttrain.engine.graph import Graph
 from posttrain.engine.store import Store
 from posttrain.language.handles import Stage
 from posttrain.recipe import Recipe
-from posttrain.rewards.choices import choices_text
 from posttrain.suites.load import load_suite
 
 RECIPES = Path(__file__).with_name("recipes")

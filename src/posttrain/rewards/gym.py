@@ -17,8 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from posttrain.engine.errors import ConfigError, StageError
-from posttrain.rewards.choices import choices_text
+from posttrain.engine.errors import ConfigError, StageError, choices_text
 from posttrain.suites.formats import Format
 
 FULL_SCORE = 0.999

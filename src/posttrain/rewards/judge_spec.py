@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from posttrain.engine.errors import ConfigError
-from posttrain.rewards.choices import choices_text
+from posttrain.engine.errors import ConfigError, choices_text
 from posttrain.rewards.judge_fields import FIELDS, SHAPES, scheduled
 
 Spec = dict[str, Any]

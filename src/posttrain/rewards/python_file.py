@@ -16,9 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from posttrain.engine.errors import ConfigError, StageError
+from posttrain.engine.errors import ConfigError, StageError, choices_text
 from posttrain.engine.fingerprint import file_digest
-from posttrain.rewards.choices import choices_text
 
 
 def check_file(path: Path, function: str, *, where: str) -> None:

@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from posttrain.engine.errors import ConfigError
+from posttrain.engine.errors import ConfigError, choices_text
 from posttrain.engine.fingerprint import file_digest
-from posttrain.rewards.choices import choices_text
 from posttrain.rewards.gym import check_params
 from posttrain.rewards.python_file import check_file
 from posttrain.suites.formats import find_format

@@ -20,9 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from posttrain.engine.errors import ConfigError, StageError
+from posttrain.engine.errors import ConfigError, StageError, choices_text
 from posttrain.modes import visible
-from posttrain.rewards.choices import choices_text
 from posttrain.rewards.gym import gym_verifier
 from posttrain.rewards.math_answer import MathVerifier
 from posttrain.rewards.python_file import python_verifier

@@ -9,8 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import Any, Protocol
 
-from posttrain.engine.errors import ConfigError
-from posttrain.rewards.choices import choices_text
+from posttrain.engine.errors import ConfigError, choices_text
 
 
 class Format(Protocol):

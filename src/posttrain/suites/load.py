@@ -26,8 +26,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from posttrain.engine.errors import ConfigError
-from posttrain.rewards.choices import choices_text
+from posttrain.engine.errors import ConfigError, choices_text
 from posttrain.rewards.spec import OPTIONS, VerifierSpec, parse_verifier
 from posttrain.suites.domain import Domain, Procedural, Suite, Table, domain_name
 

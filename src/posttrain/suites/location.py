@@ -14,10 +14,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from posttrain.engine.errors import ConfigError
+from posttrain.engine.errors import ConfigError, choices_text
 from posttrain.engine.fingerprint import digest, file_digest
 from posttrain.engine.hashes import HashFile
-from posttrain.rewards.choices import choices_text
 
 _HUB = re.compile(
     r"hub:(?P<repo>[\w.-]+(?:/[\w.-]+)?)(?::(?P<config>[\w.-]+))?"

@@ -12,8 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from posttrain.engine.errors import ConfigError
-from posttrain.rewards.choices import choices_text
+from posttrain.engine.errors import ConfigError, choices_text
 from posttrain.rewards.rubric import checked_rubric
 from posttrain.suites.location import Location
 
