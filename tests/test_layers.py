@@ -57,7 +57,7 @@ ALIASES = {"suites": "domains", "rewards": "domains", "__init__": "package"}
 THIRD_PARTY: dict[str, set[str]] = {
     "engine": set(),
     "losses": {"torch"},
-    "rl": {"torch"},
+    "rl": {"torch", "numpy"},
     "domains": {"reasoning_gym", "math_verify", "datasets", "pyarrow"},
     "report": {"numpy", "jinja2", "markupsafe", "matplotlib", "rich"},
     "external": {"huggingface_hub"},
