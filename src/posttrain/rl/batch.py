@@ -278,7 +278,7 @@ class Batch:
             sampled_BT=pad_rows(sampled, 0)[0].bool(),
             problems=self.problems,
             texts=self.texts,
-            columns=self.columns,
+            columns=dict(self.columns),
         )
 
     def without(self, *names: str) -> Batch:
