@@ -22,7 +22,7 @@ from posttrain.language.handles import (
     Stage,
 )
 from posttrain.language.whole import check_chains, check_strengths, check_thinking, root_of
-from posttrain.schedules import possible_values
+from posttrain.schedules import parse_schedule
 from posttrain.stages.config import CONFIGS, VERSIONS, build_config
 from posttrain.suites.domain import Suite, Table, domain_node
 from posttrain.suites.shares import shares_problem
@@ -294,7 +294,7 @@ class Builder:
         """The value of a setting, or all at the ends of its schedule."""
         config = self.nodes[stage.name].config
         schedule = config.get("schedules", {}).get(field)
-        return [config[field]] if schedule is None else possible_values(schedule)
+        return [config[field]] if schedule is None else parse_schedule(schedule).possible_values()
 
     def same_vocabulary(
         self, stage: str, start: str, teacher: str, *, role: str = "teacher"
