@@ -15,7 +15,7 @@ from posttrain.engine.store import Store
 from posttrain.external import External, find_external, token_conflict
 from posttrain.language.handles import Demos, Prompts, Stage
 from posttrain.language.whole import check_chains, check_strengths, check_thinking, root_of
-from posttrain.schedules import possible_values
+from posttrain.schedules import parse_schedule
 from posttrain.stages.config import build_config
 from posttrain.stages.kinds import KINDS, Product, kind_of, kinds_making
 from posttrain.suites.domain import Suite, Table, domain_node
@@ -306,7 +306,7 @@ class Builder:
         """The value of a setting, or all at the ends of its schedule."""
         config = self.nodes[stage.name].config
         schedule = config.get("schedules", {}).get(field)
-        return [config[field]] if schedule is None else possible_values(schedule)
+        return [config[field]] if schedule is None else parse_schedule(schedule).possible_values()
 
     def same_vocabulary(
         self, stage: str, start: str, teacher: str, *, role: str = "teacher"
