@@ -23,17 +23,17 @@ from posttrain.stages.settings.data import (
     Select,
 )
 from posttrain.stages.settings.distill import Distill
-from posttrain.stages.settings.imitate import Pretrain, Sft
 from posttrain.stages.settings.models import Best, DomainData, Evaluate, ExternalModel, Merge
-from posttrain.stages.settings.preference import Dpo, Pairs, RewardModel
+from posttrain.stages.settings.preference import DpoStage, Pairs, RewardModel
 from posttrain.stages.settings.rl import Rl
+from posttrain.stages.settings.supervised import Pretrain, Sft
 
 CONFIGS: dict[str, type[BaseModel]] = {
     "domain": DomainData,
     "model": ExternalModel,
     "pretrain": Pretrain,
     "sft": Sft,
-    "dpo": Dpo,
+    "dpo": DpoStage,
     "reward_model": RewardModel,
     "rl": Rl,
     "distill": Distill,
