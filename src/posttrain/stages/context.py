@@ -173,7 +173,7 @@ class Context:
     def steps(
         self, settings: S, total: int, *, replayed: Sequence[Replayed] = (), **parts: Any
     ) -> Iterator[tuple[int, S]]:
-        """The 0-based steps that are left of `total`, with the settings of each, schedules resolved.
+        """The 0-based steps that are left of `total`, with the settings of each step.
 
         Before the first one the stage goes on from its newest checkpoint: `parts`, things with a
         state by name, get theirs back, and what is `replayed` goes through the steps that are done.
