@@ -124,7 +124,7 @@ _ALL = (
     ),
     Kind(
         name="pretrain",
-        settings=f"{_SETTINGS}.imitate:Pretrain",
+        settings=f"{_SETTINGS}.supervised:Pretrain",
         run="posttrain.stages.pretrain:run",
         makes=("model",),
         card="pre-trained from nothing",
@@ -136,7 +136,7 @@ _ALL = (
     ),
     Kind(
         name="sft",
-        settings=f"{_SETTINGS}.imitate:Sft",
+        settings=f"{_SETTINGS}.supervised:Sft",
         run="posttrain.stages.sft:run",
         makes=("model",),
         card="supervised fine-tuning",
@@ -148,7 +148,7 @@ _ALL = (
     ),
     Kind(
         name="dpo",
-        settings=f"{_SETTINGS}.preference:Dpo",
+        settings=f"{_SETTINGS}.preference:DpoStage",
         run="posttrain.stages.dpo:run",
         makes=("model",),
         card="learning from preference pairs",

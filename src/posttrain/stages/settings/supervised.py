@@ -1,30 +1,21 @@
-"""Settings of the stages that learn from given text."""
+"""Settings of the stages that learn from given text: pretraining and supervised fine-tuning."""
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from posttrain.hints import check_hint
-from posttrain.stages.settings.base import (
-    DomainShares,
-    InModes,
-    Optimizer,
-    Positive,
-    WithAux,
-    one_length,
-)
-from posttrain.stages.settings.scheduled import Config
+from posttrain.stages.settings.base import AuxLosses, Lengths, Modes, Training
+from posttrain.values import Settings, changing
 
 
-class Pretrain(Config, Optimizer, DomainShares, InModes, WithAux):
+class Pretrain(Settings, Training):
     """A tiny model from nothing: `r.pretrain(data=...)`."""
 
-    SCHEDULABLE: ClassVar[frozenset[str]] = frozenset({"batch_size"})
-
-    steps: int = Positive
-    batch_size: int = Field(128, gt=0)
+    steps: int = Field(gt=0)
+    batch_size: int = changing(128, gt=0)
     """Documents per step, drawn evenly over the domains unless `domain_shares` are given."""
     loss_on: Literal["all", "response"] = "all"
     """Learn every token of a document, or only those of its response."""
@@ -36,6 +27,8 @@ class Pretrain(Config, Optimizer, DomainShares, InModes, WithAux):
     max_positions: int = Field(128, gt=0)
     thinking: bool = False
     """Give the tokenizer `<think>` and `</think>` and the template `enable_thinking`."""
+    modes: Modes = ()
+    aux: AuxLosses = Field(default_factory=dict)
     demo_noise: float = Field(0.0, ge=0, le=1)
     """Share of the demonstrations that are wrong, as a careless annotator writes them
     (`rewards/oracle.py`). Comes from the recipe's `noise`."""
@@ -50,15 +43,12 @@ class Pretrain(Config, Optimizer, DomainShares, InModes, WithAux):
         return self
 
 
-class Sft(Config, Optimizer, DomainShares, InModes, WithAux):
+class Sft(Lengths, Settings, Training):
     """Supervised fine-tuning on demonstrations: `r.sft(start=..., data=...)`."""
 
-    SCHEDULABLE: ClassVar[frozenset[str]] = frozenset({"batch_size"})
-
-    steps: int | None = Field(None, gt=0)
-    epochs: float | None = Field(None, gt=0)
-    """Passes over the data; give this or `steps`."""
-    batch_size: int = Field(64, gt=0)
+    batch_size: int = changing(64, gt=0)
+    modes: Modes = ()
+    aux: AuxLosses = Field(default_factory=dict)
     demo_noise: float = Field(0.0, ge=0, le=1)
     """Share of the demonstrations that are wrong, as a careless annotator writes them
     (`rewards/oracle.py`). Comes from the recipe's `noise`."""
@@ -70,8 +60,3 @@ class Sft(Config, Optimizer, DomainShares, InModes, WithAux):
     @classmethod
     def _hint_is_a_template(cls, value: str | None) -> str | None:
         return None if value is None else check_hint(value)
-
-    @model_validator(mode="after")
-    def _one_length(self) -> Self:
-        one_length(self)
-        return self
