@@ -94,7 +94,9 @@ def test_with_every_id_kept_they_are_those_of_the_vocabulary() -> None:
 def test_no_tokens_and_counts_that_do_not_fit() -> None:
     hidden_ND, head_VD, _, targets_N, mask_NV = make_inputs()
     ids_F, count_N = ragged(mask_NV)
-    logp_N, entropy_N = nucleus_logprobs(hidden_ND[:0], head_VD, targets_N[:0], ids_F[:0], count_N[:0])
+    logp_N, entropy_N = nucleus_logprobs(
+        hidden_ND[:0], head_VD, targets_N[:0], ids_F[:0], count_N[:0]
+    )
     assert logp_N.shape == entropy_N.shape == (0,)
     with pytest.raises(ValueError, match="count_N sums to"):
         nucleus_logprobs(hidden_ND, head_VD, targets_N, ids_F[1:], count_N)

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 from posttrain.engine.errors import ConfigError, StageError
-from posttrain.modes import in_modes, visible
 from posttrain.rewards.oracle import (
     Oracle,
     brevity,
@@ -25,6 +24,7 @@ from posttrain.rewards.pool import VerifierPool
 from posttrain.rewards.spec import VerifierSpec
 from posttrain.suites.domain import Domain, Procedural, Suite, Table, build_domain, domain_node
 from posttrain.suites.load import load_suite
+from posttrain.suites.prompting import in_modes, visible
 
 Problem = dict[str, Any]
 TASTE = """

@@ -9,7 +9,7 @@ from posttrain.engine.atomic import guarded
 from posttrain.engine.errors import ConfigError
 from posttrain.engine.record import Artifact
 from posttrain.engine.store import Store
-from posttrain.loading import Loaded
+from posttrain.language.loader import Loaded
 
 
 def check_report_path(report: Path) -> None:

@@ -14,7 +14,7 @@ from posttrain.commands.page import check_report_path, write_report_of
 from posttrain.engine.errors import ConfigError, StoreError
 from posttrain.engine.record import Artifact
 from posttrain.engine.store import Store
-from posttrain.loading import Loaded, describe, is_recipe, load_recipe, shipped_recipes
+from posttrain.language.loader import Loaded, describe, is_recipe, load_recipe, shipped_recipes
 
 
 def report(

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.engine.errors import StageError
-from posttrain.modes import CLOSE, demonstration
 from posttrain.rewards.gym import FULL_SCORE
 from posttrain.rewards.python_file import python_verifier
 from posttrain.rewards.verifiers import (
@@ -34,6 +33,7 @@ from posttrain.rewards.verifiers import (
     make_verifier,
     verifier_name,
 )
+from posttrain.suites.prompting import CLOSE, demonstration
 
 Problem = Mapping[str, Any]
 

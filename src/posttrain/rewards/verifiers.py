@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from posttrain.engine.errors import ConfigError, StageError, choices_text
-from posttrain.modes import visible
 from posttrain.rewards.gym import gym_verifier
 from posttrain.rewards.math_answer import MathVerifier
 from posttrain.rewards.python_file import python_verifier
@@ -34,6 +33,7 @@ from posttrain.rewards.spec import (
     resolve_verifier,
 )
 from posttrain.suites.formats import find_format
+from posttrain.suites.prompting import visible
 
 __all__ = [
     "AnswerVerifier",
@@ -230,7 +230,7 @@ def verifier_name(domain_dir: Path) -> str:
 def load_verifier(domain_dir: Path) -> Verifier:
     """The verifier of a domain's artifact, from its domain.json (for python, its verifier.py).
 
-    It sees what `posttrain.modes.visible` leaves of a response.
+    It sees what `posttrain.suites.prompting.visible` leaves of a response.
     """
     record = json.loads((domain_dir / "domain.json").read_text(encoding="utf-8"))
     verifier = make_verifier(

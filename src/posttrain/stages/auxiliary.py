@@ -22,12 +22,12 @@ from posttrain.backends.local import response_targets
 from posttrain.engine.errors import ConfigError
 from posttrain.losses.ops import token_logprobs
 from posttrain.losses.sft import cross_entropy
-from posttrain.modes import Mode, in_modes
 from posttrain.rl.types import Rollouts
 from posttrain.stages.batches import Pool, Problem, sequences
 from posttrain.stages.context import Context
 from posttrain.stages.rows import read_rows
 from posttrain.stages.settings.base import WithAux
+from posttrain.suites.prompting import Mode, in_modes
 
 EDGE = "aux"
 

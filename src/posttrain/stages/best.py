@@ -18,9 +18,8 @@ from torch import Tensor
 
 from posttrain.backends.chat import Chat
 from posttrain.backends.checkpoint import load
+from posttrain.backends.checkpoint_source import MODEL_FILES
 from posttrain.backends.sampler import LocalSampler
-from posttrain.external import MODEL_FILES
-from posttrain.modes import in_modes
 from posttrain.report.statistics import mean_interval
 from posttrain.rewards.judging import Batch
 from posttrain.rewards.pool import VerifierPool
@@ -29,6 +28,7 @@ from posttrain.stages.context import Context
 from posttrain.stages.judging import batch_of, make_judge
 from posttrain.stages.rollouts import Scored, sample_and_verify, step_seed, verifiers
 from posttrain.stages.settings.models import Best
+from posttrain.suites.prompting import in_modes
 
 EDGE = "candidates."
 

@@ -31,9 +31,9 @@ from posttrain.engine.atomic import fsync
 from posttrain.engine.errors import ConfigError, StageError
 from posttrain.engine.jsonl import read_jsonl
 from posttrain.engine.work import METRICS, STEP, write_step
-from posttrain.modes import in_modes
 from posttrain.schedules import History
 from posttrain.stages.settings.base import Training
+from posttrain.suites.prompting import in_modes
 from posttrain.values import Settings
 
 SECONDS_BETWEEN_CHECKPOINTS = 10.0

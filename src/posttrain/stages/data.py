@@ -12,8 +12,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from posttrain.engine.errors import ConfigError
-from posttrain.modes import Problem
 from posttrain.schedules import History
+from posttrain.suites.prompting import Problem
 from posttrain.suites.shares import shares_problem
 
 

@@ -16,13 +16,13 @@ import torch
 from posttrain.backends.chat import Chat
 from posttrain.backends.checkpoint import LanguageModel, load
 from posttrain.backends.sampler import LocalSampler
-from posttrain.modes import in_modes, spoken
 from posttrain.report.statistics import Scores, evaluation
 from posttrain.rewards.pool import VerifierPool
 from posttrain.stages.batches import Problem
 from posttrain.stages.context import Context
 from posttrain.stages.rollouts import Scored, sample_and_verify, step_seed, submit, verifiers
 from posttrain.stages.settings.models import Evaluate
+from posttrain.suites.prompting import in_modes, spoken
 
 
 def run(config: Evaluate, ctx: Context) -> dict[str, float]:

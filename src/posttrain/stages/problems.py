@@ -22,7 +22,6 @@ from posttrain.algorithms import Band, Gaussian, InTurn, Reprofile
 from posttrain.engine.atomic import write_whole
 from posttrain.engine.errors import ConfigError
 from posttrain.engine.jsonl import read_jsonl
-from posttrain.modes import Problem
 from posttrain.rl.advantage import zero_variance
 from posttrain.rl.batch import Batch, concatenate
 from posttrain.rl.seeds import derived_seed, step_seed
@@ -32,6 +31,7 @@ from posttrain.stages.data import DomainShares
 from posttrain.stages.rollout_log import RolloutLog
 from posttrain.stages.rows import pick
 from posttrain.stages.settings.rl import Rl
+from posttrain.suites.prompting import Problem
 
 PROBLEMS_PER_CALL = 64
 """Problems that are profiled at a time."""

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.engine.errors import ConfigError
-from posttrain.modes import CLOSE, in_modes
 from posttrain.stages.context import Context
+from posttrain.suites.prompting import CLOSE, in_modes
 
 Row = dict[str, Any]
 Key = tuple[str, str, str | None]

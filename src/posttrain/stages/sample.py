@@ -11,7 +11,6 @@ import torch
 from posttrain.backends.chat import Chat
 from posttrain.backends.checkpoint import load
 from posttrain.backends.sampler import LocalSampler
-from posttrain.modes import in_modes
 from posttrain.rewards.pool import VerifierPool
 from posttrain.stages.batches import Problem
 from posttrain.stages.context import Context
@@ -24,6 +23,7 @@ from posttrain.stages.rollouts import (
     write_jsonl,
 )
 from posttrain.stages.settings.data import Drawn, Profile, Sample
+from posttrain.suites.prompting import in_modes
 
 PROMPTS_PER_CALL = 64
 

@@ -12,7 +12,6 @@ from posttrain.backends.base import Head, Metrics, MicroBatch, Part
 from posttrain.backends.chat import Chat
 from posttrain.backends.checkpoint import load, save
 from posttrain.backends.local import LocalLearner, response_targets
-from posttrain.hints import also_hinted
 from posttrain.losses.ops import token_logprobs
 from posttrain.losses.sft import cross_entropy
 from posttrain.rewards.oracle import demonstrate
@@ -30,6 +29,7 @@ from posttrain.stages.context import Context
 from posttrain.stages.learner import new_learner, steps_to_do
 from posttrain.stages.rollouts import verifiers
 from posttrain.stages.settings.imitate import Pretrain, Sft
+from posttrain.suites.prompting import also_hinted
 
 
 def run(config: Sft, ctx: Context) -> dict[str, float]:

@@ -24,11 +24,11 @@ from posttrain.backends.chat import Chat
 from posttrain.backends.checkpoint import LanguageModel, load
 from posttrain.backends.local import LocalScorer, response_logprobs
 from posttrain.engine.errors import ConfigError
-from posttrain.hints import hinted
 from posttrain.losses.distill import teacher_top_k_targets
 from posttrain.rl.types import Rollouts, pad_rows
 from posttrain.stages.batches import Problem
 from posttrain.stages.settings.distill import Distill
+from posttrain.suites.prompting import hinted
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,10 +9,10 @@ from pydantic import Field, field_validator, model_validator
 
 from posttrain.algorithms import Correct, Near, Repetition, Selection, Share
 from posttrain.engine.errors import ConfigError
-from posttrain.modes import Mode
 from posttrain.rewards.judge_spec import check, check_use
 from posttrain.schedules import is_schedule
 from posttrain.stages.settings.base import Computing, Modes
+from posttrain.suites.prompting import Mode
 from posttrain.values import Settings
 
 

@@ -22,7 +22,7 @@ from posttrain.stages.kinds import KINDS, kind_of
 if TYPE_CHECKING:  # it imports torch
     from posttrain.stages.context import Context
 
-EXECUTE = "posttrain.worker:run_job"
+EXECUTE = "posttrain.stages.worker:run_job"
 PRELOAD = (
     *("torch", "reasoning_gym", "transformers.models.auto.modeling_auto"),
     *("transformers.models.auto.tokenization_auto", "transformers.models.qwen3.modeling_qwen3"),
