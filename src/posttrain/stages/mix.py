@@ -14,7 +14,7 @@ from posttrain.stages.context import Context
 from posttrain.stages.rollouts import write_jsonl
 from posttrain.stages.rows import Row, read_rows
 from posttrain.stages.settings.data import Mix, Part
-from posttrain.stages.sft import demonstrated
+from posttrain.stages.supervised import demonstrated
 
 POOL = "mix"
 """What rows of a mix have as `pool`: they are drawn as they stand, not evenly over domains."""
