@@ -264,6 +264,15 @@ Correction = Annotated[Truncated | IcePop, Field(discriminator="kind"), ByKind] 
 """None for none."""
 
 
+def correction_arguments(correction: Truncated | IcePop | None) -> dict[str, Any]:
+    """A correction as the arguments of `posttrain.rl.corrections.importance_correction`."""
+    if correction is None:
+        return {"mode": "none", "low": 0.0, "high": 1.0}
+    low = correction.low if isinstance(correction, IcePop) else 0.0
+    mode = f"sequence_{correction.kind}" if correction.sequence else correction.kind
+    return {"mode": mode, "low": low, "high": correction.high}
+
+
 # Aggregation: how the losses of tokens become one number.
 
 

@@ -87,7 +87,7 @@ class Made:
     @property
     def config(self) -> dict[str, Any]:
         """The settings in the record."""
-        return dict(self.artifact.payload["config"])
+        return dict(self.artifact.config)
 
     @property
     def weights(self) -> str:

@@ -109,7 +109,9 @@ def _compare(
     followed = {f"inputs.{edge}" for edge in deeper}
     fields = [
         (field, x, y)
-        for field, x, y in diff_payloads(a["payload"], b["payload"])
+        for field, x, y in diff_payloads(
+            a["payload"], b["payload"], old_config=a["config"], new_config=b["config"]
+        )
         if field not in followed
     ]
     if fields:

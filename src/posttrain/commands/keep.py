@@ -118,7 +118,7 @@ def export(root: Path, name: str, target: Path, *, as_json: bool) -> None:
             name=artifact.name,
             kind=artifact.kind,
             fingerprint=artifact.fingerprint,
-            config=artifact.payload["config"],
+            config=artifact.config,
             inputs=artifact.inputs,
             metrics=artifact.metrics,
             scores=scores,

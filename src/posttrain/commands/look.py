@@ -100,7 +100,7 @@ def show(root: Path, name: str, *, as_json: bool) -> None:
     sections: dict[str, Mapping[str, Any]] = {
         "inputs": inputs,
         "data": artifact.payload["data"],
-        "settings": artifact.payload["config"],
+        "settings": artifact.config,
         "metrics": {key: number(value) for key, value in artifact.metrics.items()},
         "files": files,
         "provenance": {key: _fact(key, value) for key, value in facts.items()},

@@ -47,7 +47,7 @@ def write_report_of(
         return False
     if loaded is None:
         recipe, source = artifact.name, ""
-        seed = int(artifact.payload["config"].get("seed", 0))
+        seed = int(artifact.config.get("seed", 0))
     else:
         recipe, seed = loaded.name, loaded.seed
         source = loaded.path.read_text(encoding="utf-8")

@@ -25,7 +25,7 @@ from posttrain.engine.ancestry import Ancestor, Removed, gc, lineage, verify
 from posttrain.engine.atomic import guarded, write_whole
 from posttrain.engine.commit import add_reports, describe_files, move_into_place, reference
 from posttrain.engine.errors import StoreError
-from posttrain.engine.fingerprint import digest, files_digest
+from posttrain.engine.fingerprint import digest, files_digest, plain
 from posttrain.engine.graph import Node, payload
 from posttrain.engine.hashes import HASHES, FileHashes
 from posttrain.engine.record import (
@@ -192,6 +192,7 @@ class Store:
                     "version": node.version,
                     "fingerprint": fingerprint,
                     "payload": body,
+                    "config": plain(node.config, at=f"stage {node.name}: config"),
                     "inputs": {edge: reference(source) for edge, source in inputs.items()},
                     "files": describe_files(work.out, self.root / "work", self.hashes.digest),
                     "metrics": metrics,

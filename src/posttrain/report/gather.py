@@ -51,7 +51,7 @@ class StageFacts:
     @property
     def config(self) -> Mapping[str, Any]:
         """Its settings."""
-        config: Mapping[str, Any] = self.record["payload"]["config"]
+        config: Mapping[str, Any] = self.record["config"]
         return config
 
     @property

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from posttrain.losses.kept import kept_logprobs
+from posttrain.losses.nucleus import nucleus_logprobs
 from posttrain.losses.ops import token_logprobs
 
 TOKENS, HIDDEN, VOCABULARY = 6, 4, 7
@@ -35,19 +35,19 @@ def test_by_hand() -> None:
     hidden_ND = torch.ones(2, 1, dtype=torch.float64)
     ids_F, count_N = torch.tensor([1, 2, 3], dtype=torch.int32), torch.tensor([2, 1])
     targets_N = torch.tensor([2, 3])
-    logp_N, entropy_N = kept_logprobs(hidden_ND, head_VD, targets_N, ids_F, count_N)
+    logp_N, entropy_N = nucleus_logprobs(hidden_ND, head_VD, targets_N, ids_F, count_N)
     assert logp_N.tolist() == pytest.approx([math.log(0.6), 0.0])
     entropy = -(0.4 * math.log(0.4) + 0.6 * math.log(0.6))
     assert entropy_N.tolist() == pytest.approx([entropy, 0.0])
     # At temperature 1/2 the weights are squares: 9 / (4 + 9).
-    cold_N, _ = kept_logprobs(hidden_ND, head_VD, targets_N, ids_F, count_N, temperature=0.5)
+    cold_N, _ = nucleus_logprobs(hidden_ND, head_VD, targets_N, ids_F, count_N, temperature=0.5)
     assert cold_N.tolist() == pytest.approx([math.log(9 / 13), 0.0])
 
 
 @pytest.mark.parametrize("max_elements", [2**22, 2 * VOCABULARY, 1])
 def test_a_dense_computation_and_its_gradients_are_the_same(max_elements: int) -> None:
     hidden_ND, head_VD, bias_V, targets_N, mask_NV = make_inputs()
-    logp_N, _ = kept_logprobs(
+    logp_N, _ = nucleus_logprobs(
         hidden_ND,
         head_VD,
         targets_N,
@@ -74,7 +74,7 @@ def test_gradcheck() -> None:
 
     def logp(hidden_ND: Tensor, head_VD: Tensor, bias_V: Tensor) -> Tensor:
         kept = ragged(mask_NV)
-        return kept_logprobs(
+        return nucleus_logprobs(
             hidden_ND, head_VD, targets_N, *kept, bias_V=bias_V, temperature=0.7, max_elements=20
         )[0]
 
@@ -84,7 +84,7 @@ def test_gradcheck() -> None:
 def test_with_every_id_kept_they_are_those_of_the_vocabulary() -> None:
     hidden_ND, head_VD, bias_V, targets_N, mask_NV = make_inputs()
     kept = ragged(torch.ones_like(mask_NV))
-    found = kept_logprobs(hidden_ND, head_VD, targets_N, *kept, bias_V=bias_V)
+    found = nucleus_logprobs(hidden_ND, head_VD, targets_N, *kept, bias_V=bias_V)
     for mine, whole in zip(
         found, token_logprobs(hidden_ND, head_VD, targets_N, bias_V=bias_V), strict=True
     ):
@@ -94,9 +94,9 @@ def test_with_every_id_kept_they_are_those_of_the_vocabulary() -> None:
 def test_no_tokens_and_counts_that_do_not_fit() -> None:
     hidden_ND, head_VD, _, targets_N, mask_NV = make_inputs()
     ids_F, count_N = ragged(mask_NV)
-    logp_N, entropy_N = kept_logprobs(hidden_ND[:0], head_VD, targets_N[:0], ids_F[:0], count_N[:0])
+    logp_N, entropy_N = nucleus_logprobs(hidden_ND[:0], head_VD, targets_N[:0], ids_F[:0], count_N[:0])
     assert logp_N.shape == entropy_N.shape == (0,)
     with pytest.raises(ValueError, match="count_N sums to"):
-        kept_logprobs(hidden_ND, head_VD, targets_N, ids_F[1:], count_N)
+        nucleus_logprobs(hidden_ND, head_VD, targets_N, ids_F[1:], count_N)
     with pytest.raises(ValueError, match="count_N"):
-        kept_logprobs(hidden_ND, head_VD, targets_N, ids_F, count_N[1:])
+        nucleus_logprobs(hidden_ND, head_VD, targets_N, ids_F, count_N[1:])

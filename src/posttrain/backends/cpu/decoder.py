@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from posttrain.backends.cache import SlotCache
+from posttrain.backends.cpu.cache import SlotCache
 
 
 class Decoder(Protocol):

@@ -1,13 +1,17 @@
-"""Rows into forward passes: a group's prompt once, no padding to speak of, any causal transformer.
+"""Rows into forward passes: a group's prompt once, no padding to speak of, full attention only.
 
-Rows that stand next to each other with the same prompt become one unit: the prompt, then each
-response after it. Units are laid into bins. Position ids say where in its own row a token stands,
-and a mask lets a response see its prompt and itself and nothing else, so the numbers are those of
-one row at a time. Sharing the prompt is what a group of samples gains most from; filling the bins
-is what rows of mixed lengths gain most from.
+Rows that stand next to each other with the same prompt become one unit: the prompt, then what
+follows it in each row, up to the last sampled token. Units are laid into bins. Position ids say
+where in its own row a token stands, and a mask lets a row see its prompt and itself and nothing
+else, so the numbers are those of one row at a time. Sharing the prompt is what a group of samples
+gains most from; filling the bins is what rows of mixed lengths gain most from.
 
-Legend: B rows, G segments (a prompt or a response), C bins, T positions of a bin or of a row,
-N flat response tokens, M all tokens that are read.
+    unit    prompt p, rows a and b after it     p p p a a a b b
+    bin     units until the width is full       p p p a a a b b q q c c . .
+    pass    bins of one width                   tokens_CT, C bins of T positions
+
+Legend: B rows, G segments (a prompt, or what follows it in one row), C bins, T positions of a bin or
+of a row, S positions of all bins laid end to end, M tokens that are read, N sampled tokens.
 """
 
 from __future__ import annotations
@@ -16,11 +20,14 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from posttrain.rl.types import Rollouts
+from posttrain.backends.architecture import backbone
+from posttrain.backends.padded import read_lengths
+from posttrain.rl.batch import Batch
 
 MIN_WIDTH = 96
 """Bins are at least about this wide, so that short rows have others to share with."""
@@ -43,27 +50,39 @@ class _Unit:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Packed:
-    """The rows of one forward pass and where each of their tokens is."""
+class PackedPass:
+    """A `ForwardPass` over bins of one width: its rows, and where each of their tokens is."""
 
     index_B: Tensor
     """int64, which rows of the batch, ascending."""
     tokens_CT: Tensor
+    """int64, 0 where unused."""
     position_CT: Tensor
     """int64, the position of each token within its own row; 0 where unused."""
     predicts_N: Tensor
-    """int64, for each response token, row after row, the position that predicts it when the bins
-    are laid end to end."""
-    at_M: Tensor
-    """int64, ascending, where the tokens stand when the bins are laid end to end."""
+    """int64, for each sampled token, row after row, which of the S positions predicts it."""
+    index_M: Tensor
+    """int64, ascending, which of the S positions hold a token."""
     unit_CT: Tensor
     """int64, which unit a position belongs to; -1 where unused."""
     owner_CT: Tensor
-    """int64, the row that a response token belongs to; -1 in prompts, -2 where unused."""
+    """int64, the row that a token after a prompt belongs to; -1 in prompts, -2 where unused."""
     shared: bool
     """Whether some bin holds more than one row."""
 
-    def to(self, device: torch.device) -> Packed:
+    def hidden_states(self, model: Any, body: Any = None) -> Tensor:
+        """See `ForwardPass.hidden_states`."""
+        bins = self.to(model.device)
+        body = backbone(model) if body is None else body
+        hidden_CTD: Tensor = body(
+            input_ids=bins.tokens_CT,
+            use_cache=False,
+            position_ids=bins.position_CT,
+            attention_mask=bins.mask(model.dtype),
+        ).last_hidden_state
+        return hidden_CTD.flatten(0, 1)[bins.predicts_N]
+
+    def to(self, device: torch.device) -> PackedPass:
         """The same pass on another device; this one itself where it is on it."""
         return replace(
             self,
@@ -71,7 +90,7 @@ class Packed:
             tokens_CT=self.tokens_CT.to(device),
             position_CT=self.position_CT.to(device),
             predicts_N=self.predicts_N.to(device),
-            at_M=self.at_M.to(device),
+            index_M=self.index_M.to(device),
             unit_CT=self.unit_CT.to(device),
             owner_CT=self.owner_CT.to(device),
         )
@@ -89,53 +108,48 @@ class Packed:
         return mask_CTT.masked_fill_(~visible_CTT, -torch.inf)[:, None]
 
 
-def forward_passes(
-    rollouts: Rollouts, *, max_tokens: int, hidden_size: int, block: int = 1, pack: bool = True
-) -> Iterator[Packed]:
+def packed_passes(
+    batch: Batch, *, max_tokens: int, hidden_size: int, group_rows: int = 1
+) -> Iterator[PackedPass]:
     """All rows in passes of at most `max_tokens` positions, except where one unit is longer.
 
     Wide bins are filled better and narrow ones spend less on attention over what the mask forbids;
-    the model's `hidden_size` says how much the latter weighs. Rows come in blocks of `block` that
-    share a prompt and stay in one pass: 2 for the two sides of a preference. Without `pack` every
-    row has a bin of its own, for models whose layers look further than a mask can forbid.
+    the model's `hidden_size` says how much the latter weighs. Rows come in blocks of `group_rows`
+    that stay in one pass: 2 for the two sides of a preference.
     """
-    lengths = _Lengths(rollouts)
-    if pack:
-        limit = _shared_width(hidden_size)
-        units, costs = lengths.units(block, limit), _Costs.bins(hidden_size)
-        layout = _cheapest_bins(units, limit, max_tokens=max_tokens, costs=costs)
-    else:
-        layout = _one_row_per_bin(lengths.blocks(block), max_tokens=max_tokens)
-    for bins, width in layout:
-        yield lengths.lay_out(bins, width)
+    rows = _Rows(batch)
+    limit = _shared_width(hidden_size)
+    units, costs = rows.units(group_rows, limit), _Costs.bins(hidden_size)
+    for bins, width in _cheapest_bins(units, limit, max_tokens=max_tokens, costs=costs):
+        yield rows.lay_out(bins, width)
 
 
 def flat_passes(
-    rollouts: Rollouts, *, max_tokens: int, hidden_size: int, block: int = 1
-) -> Iterator[tuple[Packed, ...]]:
+    batch: Batch, *, max_tokens: int, hidden_size: int, group_rows: int = 1
+) -> Iterator[tuple[PackedPass, ...]]:
     """The same for models of which only attention sees bins (`flat.py`): a pass has several widths.
 
     Passes have like numbers of tokens, `max_tokens` and a bin at most. A batch worth it makes two
     at least, whether or not there is a second core for one, so that the sums are the same on every
     machine.
     """
-    lengths = _Lengths(rollouts)
+    rows = _Rows(batch)
     limit = _shared_width(hidden_size)
-    units = lengths.units(block, limit)
+    units = rows.units(group_rows, limit)
     total = sum(unit.width for unit in units)
     count = max(-(-total // max_tokens), 2 if total >= WORTH_TWO else 1)
     layout = _cheapest_bins(units, limit, max_tokens=max_tokens, costs=_Costs.flat(hidden_size))
-    read = 0
+    before = 0
     passes: list[list[tuple[list[_Unit], int]]] = [[] for _ in range(count)]
     for bins, width in layout:
         for one in bins:
             # A bin belongs where its middle lies.
             size = sum(unit.width for unit in one)
-            passes[(2 * read + size) * count // (2 * total)].append((one, width))
-            read += size
+            passes[(2 * before + size) * count // (2 * total)].append((one, width))
+            before += size
     for chosen in filter(None, passes):
         yield tuple(
-            lengths.lay_out([one for one, _ in same], width)
+            rows.lay_out([one for one, _ in same], width)
             for width, same in groupby(chosen, key=lambda one: one[1])
         )
 
@@ -145,110 +159,121 @@ def _shared_width(hidden_size: int) -> int:
     return min(MAX_SHARED_WIDTH, max(MIN_WIDTH, 4 * hidden_size))
 
 
-class _Lengths:
+class _Segment(NamedTuple):
+    """Tokens that stand together, in their row and in their bin."""
+
+    row: int
+    column: int
+    """Of the first token in its row."""
+    start: int
+    """Of the first token among the S positions."""
+    length: int
+    unit: int
+    owner: int
+    """See `PackedPass.owner_CT`."""
+
+
+class _Rows:
     """What packing needs to know of a batch, as Python numbers."""
 
-    def __init__(self, rollouts: Rollouts) -> None:
-        self.tokens_BT = rollouts.tokens_BT
-        self.prompt: list[int] = rollouts.prompt_len_B.tolist()
-        self.response: list[int] = rollouts.response_len_B.tolist()
-        self.same_prompt = _same_prompt_as_before(rollouts)
-
-    def read(self, row: int) -> int:
-        """Response tokens of a row that are read: the last one predicts nothing that is wanted."""
-        return max(0, self.response[row] - 1)
+    def __init__(self, batch: Batch) -> None:
+        self.batch = batch
+        self.prompt_len: list[int] = batch.prompt_len_B.tolist()
+        # Tokens after the prompt that are read.
+        self.read_len: list[int] = (read_lengths(batch) - batch.prompt_len_B).tolist()
+        self.same_prompt = _same_prompt_as_before(batch)
 
     def units(self, block: int, limit: int) -> list[_Unit]:
         """Neighbours with one prompt, as many as fit a width of `limit`; blocks stay whole."""
         units: list[_Unit] = []
         rows: list[int] = []
         width = 0
-        for first in range(0, len(self.prompt), block):
+        for first in range(0, len(self.prompt_len), block):
             fresh = range(first, first + block)
-            added = sum(map(self.read, fresh))
-            added += sum(self.prompt[row] for row in fresh if not self.same_prompt[row])
+            added = sum(self.read_len[row] for row in fresh)
+            added += sum(self.prompt_len[row] for row in fresh if not self.same_prompt[row])
             if rows and not (self.same_prompt[first] and width + added <= limit):
                 units.append(_Unit(rows=tuple(rows), width=width))
                 rows, width = [], 0
             if not rows and self.same_prompt[first]:
-                width = self.prompt[first]
+                # A unit that was full: the next one reads the prompt again.
+                width = self.prompt_len[first]
             width += added
             rows += fresh
         return [*units, _Unit(rows=tuple(rows), width=width)]
 
-    def blocks(self, block: int) -> list[list[_Unit]]:
-        """Every block of rows, each row a unit of its own."""
-        units = [
-            _Unit(rows=(row,), width=prompt + self.read(row))
-            for row, prompt in enumerate(self.prompt)
-        ]
-        return [units[first : first + block] for first in range(0, len(units), block)]
-
-    def lay_out(self, bins: Sequence[Sequence[_Unit]], width: int) -> Packed:
+    def lay_out(self, bins: Sequence[Sequence[_Unit]], width: int) -> PackedPass:
         """The tensors of one forward pass: one bin after the other, one unit after the other."""
-        segments: list[tuple[int, int, int, int, int, int]] = []
-        placed: dict[int, tuple[int, int]] = {}
+        segments: list[_Segment] = []
+        # Row -> the last position of its prompt and the first after it, among the S positions.
+        places: dict[int, tuple[int, int]] = {}
         number = 0
-        for at, units in zip(range(0, len(bins) * width, width), bins, strict=True):
+        for start, units in zip(range(0, len(bins) * width, width), bins, strict=True):
             for unit in units:
                 for row in unit.rows:
-                    prompt = self.prompt[row]
+                    prompt_len = self.prompt_len[row]
                     if row == unit.rows[0] or not self.same_prompt[row]:
                         number += 1
-                        segments.append((row, 0, at, prompt, number, -1))
-                        last, at = at + prompt - 1, at + prompt
-                    segments.append((row, prompt, at, self.read(row), number, row))
-                    placed[row] = (last, at)
-                    at += self.read(row)
-        return self._tensors(segments, placed, len(bins), width)
+                        segments.append(_Segment(row, 0, start, prompt_len, number, -1))
+                        prompt_end, start = start + prompt_len - 1, start + prompt_len
+                    read_len = self.read_len[row]
+                    segments.append(_Segment(row, prompt_len, start, read_len, number, row))
+                    places[row] = (prompt_end, start)
+                    start += read_len
+        return self._tensors(segments, places, len(bins), width)
 
     def _tensors(
         self,
-        segments: list[tuple[int, int, int, int, int, int]],
-        placed: dict[int, tuple[int, int]],
+        segments: list[_Segment],
+        places: dict[int, tuple[int, int]],
         num_bins: int,
         width: int,
-    ) -> Packed:
-        device = self.tokens_BT.device
-        table_G = torch.tensor(segments, device=device).T
-        row_G, column_G, at_G, length_G, unit_G, owner_G = table_G
+    ) -> PackedPass:
+        device = self.batch.device
+        row_G, column_G, start_G, length_G, unit_G, owner_G = torch.tensor(
+            segments, device=device
+        ).T
+        # Of every token that is read: its segment, and how far from the segment's first it is.
         segment_M = torch.arange(len(segments), device=device).repeat_interleave(length_G)
         offset_M = torch.arange(len(segment_M), device=device)
         offset_M -= (length_G.cumsum(0) - length_G)[segment_M]
-        at_M, column_M = at_G[segment_M] + offset_M, column_G[segment_M] + offset_M
+        index_M, column_M = start_G[segment_M] + offset_M, column_G[segment_M] + offset_M
         blank = torch.zeros(4, num_bins * width, dtype=torch.int64, device=device)
         blank[2], blank[3] = -1, -2
-        tokens_M, position_M, unit_M, owner_M = blank
-        tokens_M[at_M] = self.tokens_BT[row_G[segment_M], column_M]
-        position_M[at_M] = column_M
-        unit_M[at_M], owner_M[at_M] = unit_G[segment_M], owner_G[segment_M]
-        rows = sorted(placed)
-        response_B = torch.tensor([self.response[row] for row in rows], device=device)
-        last_B, start_B = torch.tensor([placed[row] for row in rows], device=device).T
-        row_N = torch.arange(len(rows), device=device).repeat_interleave(response_B)
-        offset_N = torch.arange(len(row_N), device=device)
-        offset_N -= (response_B.cumsum(0) - response_B)[row_N]
+        tokens_S, position_S, unit_S, owner_S = blank
+        tokens_S[index_M] = self.batch.tokens_BT[row_G[segment_M], column_M]
+        position_S[index_M] = column_M
+        unit_S[index_M], owner_S[index_M] = unit_G[segment_M], owner_G[segment_M]
+        index_B = torch.tensor(sorted(places), device=device)
+        prompt_end_B, start_B = torch.tensor(
+            [places[row] for row in sorted(places)], device=device
+        ).T
+        # [N, 2]: row after row, and from left to right within a row.
+        row_N, column_N = self.batch.sampled_BT[index_B].nonzero().T
+        offset_N = column_N - self.batch.prompt_len_B[index_B][row_N]
         shape = (num_bins, width)
-        return Packed(
-            index_B=torch.tensor(rows, device=device),
-            tokens_CT=tokens_M.view(shape),
-            position_CT=position_M.view(shape),
-            # The prompt's last token predicts the first of a response, and so on from there.
-            predicts_N=torch.where(offset_N == 0, last_B[row_N], start_B[row_N] + offset_N - 1),
-            at_M=at_M,
-            unit_CT=unit_M.view(shape),
-            owner_CT=owner_M.view(shape),
-            shared=len(rows) > num_bins,
+        return PackedPass(
+            index_B=index_B,
+            tokens_CT=tokens_S.view(shape),
+            position_CT=position_S.view(shape),
+            # The prompt's last token predicts the first after it, and so on from there.
+            predicts_N=torch.where(
+                offset_N == 0, prompt_end_B[row_N], start_B[row_N] + offset_N - 1
+            ),
+            index_M=index_M,
+            unit_CT=unit_S.view(shape),
+            owner_CT=owner_S.view(shape),
+            shared=len(places) > num_bins,
         )
 
 
-def _same_prompt_as_before(rollouts: Rollouts) -> list[bool]:
+def _same_prompt_as_before(batch: Batch) -> list[bool]:
     """For each row whether its prompt is that of the row before it."""
-    if len(rollouts) < 2:
-        return [False] * len(rollouts)
-    length_B = rollouts.prompt_len_B
+    if len(batch) < 2:
+        return [False] * len(batch)
+    length_B = batch.prompt_len_B
     columns = int(length_B.max())
-    tokens_BT = rollouts.tokens_BT[:, :columns]
+    tokens_BT = batch.tokens_BT[:, :columns]
     beyond_BT = torch.arange(columns, device=length_B.device) >= length_B[:, None]
     equal_BT = (tokens_BT[1:] == tokens_BT[:-1]) | beyond_BT[1:]
     same_B = equal_BT.all(dim=1) & (length_B[1:] == length_B[:-1])
@@ -324,21 +349,4 @@ def _fill_bins(
                 room -= widths.pop(found - 1)
             bins.append(chosen)
         passes.append((bins, width))
-    return passes
-
-
-def _one_row_per_bin(blocks: list[list[_Unit]], *, max_tokens: int) -> _Passes:
-    """The same without sharing: blocks of like length together, longest first."""
-
-    def longest(block: list[_Unit]) -> int:
-        return max(unit.width for unit in block)
-
-    passes: _Passes = []
-    bins: list[list[_Unit]] = []
-    width = 0
-    for block in sorted(blocks, key=longest, reverse=True):
-        if not bins or (len(bins) + len(block)) * width > max_tokens:
-            bins, width = [], longest(block)
-            passes.append((bins, width))
-        bins += [[unit] for unit in block]
     return passes

@@ -1,7 +1,7 @@
 """Log-probabilities over a part of the vocabulary: the policy that top-p sampling draws from.
 
 Shape suffixes: N flat response tokens of all rows, D hidden size, V vocabulary, C tokens of one
-chunk, F kept ids of all tokens, token after token.
+chunk, F ids of the nuclei of all tokens, token after token.
 """
 
 import torch
@@ -17,7 +17,7 @@ from posttrain.losses.projection import (
 )
 
 
-def kept_logprobs(
+def nucleus_logprobs(
     hidden_ND: Tensor,
     head_VD: Tensor,
     targets_N: Tensor,
@@ -28,12 +28,12 @@ def kept_logprobs(
     temperature: float = 1.0,
     max_elements: int = MAX_ELEMENTS,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability of each target and entropy (nats), both over the token's kept ids alone.
+    """Log-probability of each target and entropy (nats), both over the token's nucleus alone.
 
     As `posttrain.losses.ops.token_logprobs`, with a softmax over the first `count_N[0]` of `ids_F`
     for the first token, the next `count_N[1]` for the second, and so on (Keep Sampling Mask:
-    DeepSeek-V3.2, arXiv 2512.02556, section 3.1). Ids that are not kept get no gradient. A target
-    that is not kept has log-probability -inf. Of the logits one chunk of tokens exists at a time;
+    DeepSeek-V3.2, arXiv 2512.02556, section 3.1). Other ids get no gradient. A target outside its
+    nucleus has log-probability -inf. Of the logits one chunk of tokens exists at a time;
     the backward pass computes them again.
 
     Returns `(logp_N, entropy_N)`: `logp_N` is differentiable with respect to hidden states, head

@@ -1,21 +1,24 @@
-"""What all samplers share: the draw, a random number per row and position, and the record of it.
+"""What all samplers share: how a token is drawn, and where what was drawn is kept.
 
 A token is drawn by inverse transform from one uniform number that depends only on (seed, row,
 position), so that a row's response depends neither on the rows beside it nor on the sampler.
 
+With top-p sampling the policy that samples is not the policy over the whole vocabulary. So the
+batch says which ids each token was drawn from, its nucleus, and a learner takes the softmax over
+these (Keep Sampling Mask: DeepSeek-V3.2, arXiv 2512.02556, section 3.1).
+
 Legend: P prompts, B rows, L rows that are running, E rows that have just ended, T positions,
-R response positions, V vocabulary.
+R response positions, N sampled tokens of all rows, F ids of their nuclei, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from posttrain.rl.kept import Kept, joined_kept, kept_of
-from posttrain.rl.types import Rollouts, pad_rows
+from posttrain.rl.batch import Batch, between, pad_rows, ragged_index
 
 
 def draw(logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -37,19 +40,21 @@ def draw(logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> tuple[Tens
     return token_B, logp_BV.gather(1, token_B[:, None])[:, 0]
 
 
-def masked(logits_BV: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor | None]:
-    """The logits with -inf outside each row's nucleus, and `kept_BV`, bool, the nucleus.
+def mask_to_nucleus(
+    logits_BV: Tensor, temperature: float, top_p: float
+) -> tuple[Tensor, Tensor | None]:
+    """The logits with -inf outside each row's nucleus, and `nucleus_BV`, bool, which ids are in it.
 
     With `top_p` 1 the logits as they are and None.
     """
     if top_p == 1:
         return logits_BV, None
-    kept_BV = nucleus(logits_BV / temperature, top_p)
-    return logits_BV.masked_fill(~kept_BV, -torch.inf), kept_BV
+    nucleus_BV = nucleus(logits_BV / temperature, top_p)
+    return logits_BV.masked_fill(~nucleus_BV, -torch.inf), nucleus_BV
 
 
 def nucleus(logits_BV: Tensor, top_p: float) -> Tensor:
-    """`kept_BV`, bool: the fewest likeliest tokens whose probabilities add up to `top_p` or more.
+    """`nucleus_BV`, bool: the fewest likeliest tokens with a probability of `top_p` or more together.
 
     Of equal probabilities the lower id comes first (Holtzman et al., arXiv 1904.09751).
     """
@@ -101,8 +106,8 @@ def _shift(value: Tensor, bits: int) -> Tensor:
     return (value >> bits) & ((1 << (64 - bits)) - 1)
 
 
-class Drawn:
-    """The tokens drawn so far for every row, on the CPU, and the rollouts that they make."""
+class SampleBuffer:
+    """The tokens sampled so far for every row of a call, on the CPU, and the batch they make."""
 
     def __init__(
         self,
@@ -111,88 +116,114 @@ class Drawn:
         group_size: int,
         max_new_tokens: int,
         pad_id: int,
-        stop_ids: Tensor,
+        stop_ids: Sequence[int],
         num_ids: int,
     ) -> None:
         """`num_ids` is the size of the output layer: no id beyond it is ever drawn."""
         self.prompts_PT, self.prompt_len_P = pad_rows(prompts, pad_id)
         self.group_size, self.pad_id = group_size, pad_id
         self.max_new_tokens = max_new_tokens
-        self.stops_V = torch.zeros(num_ids, dtype=torch.bool)
-        self.stops_V[stop_ids[stop_ids < num_ids]] = True
+        self.is_stop_V = torch.zeros(num_ids, dtype=torch.bool)
+        for token in stop_ids:
+            if token < num_ids:
+                self.is_stop_V[token] = True
         num_rows = len(prompts) * group_size
         self.tokens_BR = torch.full((num_rows, max_new_tokens), pad_id)
         self.logp_BR = torch.zeros(num_rows, max_new_tokens)
         self.response_len_B = torch.zeros(num_rows, dtype=torch.int64)
         self.finished_B = torch.zeros(num_rows, dtype=torch.bool)
-        # With a nucleus: that of every token in the order of drawing, and where a row's stand.
-        self.kept: list[Kept] = []
-        self.num_kept = 0
-        self.kept_at_BR = torch.zeros(num_rows, max_new_tokens, dtype=torch.int64)
+        # With a nucleus: ids and counts of every token, token after token in the order of drawing,
+        # and which number in that order each response token has.
+        self.nucleus_ids: list[Tensor] = []
+        self.nucleus_counts: list[Tensor] = []
+        self.num_drawn = 0
+        self.drawn_BR = torch.zeros(num_rows, max_new_tokens, dtype=torch.int64)
 
     def record(
         self,
         row_L: Tensor,
-        at_L: Tensor,
+        position_L: Tensor,
         token_L: Tensor,
         logp_L: Tensor,
-        kept_LV: Tensor | None = None,
+        nucleus_LV: Tensor | None = None,
     ) -> Tensor:
-        """Store token number `at_L` of these rows, drawn from `kept_LV` or from all ids. Returns a
-        bool per row: whether it ended."""
-        flat_L = row_L * self.max_new_tokens + at_L
-        if kept_LV is not None:
-            self.kept.append(kept_of(kept_LV))
-            place_L = torch.arange(self.num_kept, self.num_kept + len(row_L))
-            self.kept_at_BR.view(-1).index_copy_(0, flat_L, place_L)
-            self.num_kept += len(row_L)
-        self.tokens_BR.view(-1).index_copy_(0, flat_L, token_L)
-        self.logp_BR.view(-1).index_copy_(0, flat_L, logp_L)
-        stopped_L = self.stops_V[token_L]
-        ended_L = stopped_L | (at_L + 1 >= self.max_new_tokens)
+        """Store the token at response position `position_L` of these rows, drawn from the ids of
+        `nucleus_LV` or from all. Returns a bool per row: whether it ended."""
+        index_L = row_L * self.max_new_tokens + position_L
+        if nucleus_LV is not None:
+            self.nucleus_ids.append(nucleus_LV.nonzero()[:, 1].to(torch.int32).cpu())
+            self.nucleus_counts.append(nucleus_LV.sum(1).cpu())
+            drawn_L = torch.arange(self.num_drawn, self.num_drawn + len(row_L))
+            self.drawn_BR.view(-1).index_copy_(0, index_L, drawn_L)
+            self.num_drawn += len(row_L)
+        self.tokens_BR.view(-1).index_copy_(0, index_L, token_L)
+        self.logp_BR.view(-1).index_copy_(0, index_L, logp_L)
+        stopped_L = self.is_stop_V[token_L]
+        ended_L = stopped_L | (position_L + 1 >= self.max_new_tokens)
         if bool(ended_L.any()):
             ended_E = row_L[ended_L]
             self.finished_B[ended_E] = stopped_L[ended_L]
-            self.response_len_B[ended_E] = at_L[ended_L] + 1
+            self.response_len_B[ended_E] = position_L[ended_L] + 1
         return ended_L
 
-    def responses(self, row_B: Tensor) -> list[list[int]]:
-        """Token ids of these rows, all of which have ended; stop token included."""
-        lengths = self.response_len_B[row_B].tolist()
-        rows = self.tokens_BR[row_B].tolist()
-        return [row[:length] for row, length in zip(rows, lengths, strict=True)]
-
-    def num_tokens(self, rows: Sequence[int]) -> int:
-        """Tokens of these rows of one group, all of which have ended; their prompt counts once."""
-        prompt = int(self.prompt_len_P[rows[0] // self.group_size])
-        return prompt + int(self.response_len_B[list(rows)].sum())
-
-    def rollouts(self, row_B: Tensor | None = None) -> Rollouts:
-        """The rows `row_B`, all of which have ended, or all rows, as one right-padded batch."""
+    def batch(self, row_B: Tensor | None = None) -> Batch:
+        """See `Sampling.batch`."""
         if row_B is None:
             row_B = torch.arange(len(self.response_len_B))
         prompt_B = row_B // self.group_size
         prompt_len_B, response_len_B = self.prompt_len_P[prompt_B], self.response_len_B[row_B]
+        length_B = prompt_len_B + response_len_B
         longest = int(response_len_B.max()) if len(row_B) else 0
-        used = int((prompt_len_B + response_len_B).max()) if len(row_B) else 0
+        width = int(length_B.max()) if len(row_B) else 0
+        # Prompts are written first, then each response over the padding of its prompt.
         tokens_BT = torch.full((len(row_B), self.prompts_PT.shape[1] + longest), self.pad_id)
         tokens_BT[:, : self.prompts_PT.shape[1]] = self.prompts_PT[prompt_B]
         position_R = torch.arange(longest)
         valid_BR = position_R < response_len_B[:, None]
         response_BR = torch.where(valid_BR, self.tokens_BR[row_B, :longest], self.pad_id)
         tokens_BT.scatter_(1, prompt_len_B[:, None] + position_R, response_BR)
-        return Rollouts(
-            tokens_BT=tokens_BT[:, :used].clone(),
+        batch = Batch(
+            tokens_BT=tokens_BT[:, :width].clone(),
             prompt_len_B=prompt_len_B,
-            response_len_B=response_len_B,
-            logp_BR=self.logp_BR[row_B, :longest] * valid_BR,
-            finished_B=self.finished_B[row_B],
-            kept=self._kept_of(row_B, valid_BR),
+            length_B=length_B,
+            sampled_BT=between(prompt_len_B, length_B, width),
         )
+        batch["sampler_logp_N"] = self.logp_BR[row_B, :longest][valid_BR]
+        batch["finished_B"] = self.finished_B[row_B]
+        if self.nucleus_ids:
+            drawn_N = self.drawn_BR[row_B, :longest][valid_BR]
+            count_N = torch.cat(self.nucleus_counts)
+            batch["nucleus_count_N"] = count_N[drawn_N]
+            batch["nucleus_ids_F"] = torch.cat(self.nucleus_ids)[ragged_index(count_N, drawn_N)]
+        return batch
 
-    def _kept_of(self, row_B: Tensor, valid_BR: Tensor) -> Kept | None:
-        """What the response tokens of these rows were drawn from; None for all ids."""
-        if not self.kept:
-            return None
-        place_BR = self.kept_at_BR[row_B, : valid_BR.shape[1]]
-        return joined_kept(self.kept).tokens(place_BR[valid_BR])
+
+class LocalSampling:
+    """A `Sampling` of rows that a loop samples into a buffer."""
+
+    def __init__(self, samples: SampleBuffer, loop: Iterable[Tensor]) -> None:
+        """`loop` yields the rows that have just ended, until all have."""
+        self.samples, self.loop = samples, loop
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """See `Sampling.__iter__`."""
+        return iter(self.loop)
+
+    def batch(self, row_B: Tensor | None = None) -> Batch:
+        """See `Sampling.batch`."""
+        return self.samples.batch(row_B)
+
+    def responses(self, row_B: Tensor) -> list[list[int]]:
+        """See `Sampling.responses`."""
+        lengths = self.samples.response_len_B[row_B].tolist()
+        rows = self.samples.tokens_BR[row_B].tolist()
+        return [row[:length] for row, length in zip(rows, lengths, strict=True)]
+
+    def num_tokens(self, rows: Sequence[int]) -> int:
+        """See `Sampling.num_tokens`."""
+        prompt = int(self.samples.prompt_len_P[rows[0] // self.samples.group_size])
+        return prompt + int(self.samples.response_len_B[list(rows)].sum())
+
+    def finished(self, row_B: Tensor) -> Tensor:
+        """See `Sampling.finished`."""
+        return self.samples.finished_B[row_B]

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from posttrain.backends.decoder import read_prompts
-from posttrain.backends.product import Product
+from posttrain.backends.cpu.decoder import read_prompts
+from posttrain.backends.cpu.product import Product
 
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
 HEADS = ("ForCausalLM", "ForSequenceClassification")
@@ -128,7 +128,7 @@ class FusedDecoder:
         """Positions that hold anything, in any slot."""
         slots, keys, positions = buffer.shape[2:5]
         key_H = torch.arange(keys, device=embedding_VD.device) * positions
-        self.place_J = torch.cat((key_H, key_H + slots * keys * positions))
+        self.offset_J = torch.cat((key_H, key_H + slots * keys * positions))
         """Where the keys and values of slot 0 begin when one layer's are laid end to end."""
         position_1T = torch.arange(positions, device=embedding_VD.device)[None]
         cos_1TC, sin_1TC = body.rotary_emb(embedding_VD, position_1T)
@@ -160,14 +160,14 @@ class FusedDecoder:
         mask_LT.masked_fill_(position_T > length_L[:, None], -torch.inf)
         stride = self.num_keys * self.cache.shape[4]
         slot_L = torch.arange(0, rows * stride, stride, device=token_L.device)
-        at_M = ((slot_L + length_L)[:, None] + self.place_J).flatten()
+        index_M = ((slot_L + length_L)[:, None] + self.offset_J).flatten()
         cos_L1C, sin_L1C = self.cos_T1C[length_L], self.sin_T1C[length_L]
         for layer, cache, states in zip(self.layers, self.cache, self.states, strict=True):
             normed_LD = _normalised(hidden_LD, layer.epsilon)
             heads_LJC = layer.qkv(normed_LD).view(rows, -1, self.width)
             self._turn(heads_LJC[:, : self.num_queries + self.num_keys], layer, cos_L1C, sin_L1C)
             fresh_MC = heads_LJC[:, self.num_queries :].reshape(-1, self.width)
-            cache.view(-1, self.width).index_copy_(0, at_M, fresh_MC)
+            cache.view(-1, self.width).index_copy_(0, index_M, fresh_MC)
             attended_LJ = self._attend(heads_LJC[:, : self.num_queries], states, mask_LT)
             hidden_LD = layer.out(attended_LJ).add_(hidden_LD)
             normed_LD = _normalised(hidden_LD, layer.epsilon)
@@ -212,5 +212,5 @@ def _inverse_size(input: Tensor, epsilon: float) -> Tensor:
 
 
 def _normalised(hidden_LD: Tensor, epsilon: float) -> Tensor:
-    """The norm before a layer's products, without its weight, which is in theirs."""
+    """RMSNorm without its weight, which is folded into the linear layer after it."""
     return (hidden_LD * _inverse_size(hidden_LD, epsilon)).to(hidden_LD.dtype)

@@ -7,38 +7,52 @@ of all others it needs keys and values alone. The modules are the model's own; t
 of its own forward pass over the bins.
 
 Legend: M tokens, W those that go on, Q query heads, H key-value heads, D hidden, C bins,
-T positions of a bin, S positions of all bins, E head dimension, N flat response tokens.
+T positions of a bin, S positions of all bins of one width, E head dimension, N sampled tokens, B
+rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from posttrain.backends.fused import is_fusable
-from posttrain.backends.packing import Packed
+from posttrain.backends.cpu.packing import PackedPass
 
 
-def is_flat(model: Any) -> bool:
-    """Whether `hidden_states` computes this model: its layers are those of the fast sampler."""
-    return is_fusable(model)
+@dataclass(frozen=True, kw_only=True)
+class FlatPass:
+    """A `ForwardPass` over bins of several widths, for models that `fused.is_fusable` accepts."""
+
+    parts: tuple[PackedPass, ...]
+
+    @property
+    def index_B(self) -> Tensor:
+        """See `ForwardPass.index_B`."""
+        return torch.cat([part.index_B for part in self.parts])
+
+    def hidden_states(self, model: Any, body: Any = None) -> Tensor:
+        """See `ForwardPass.hidden_states`. Calls the model's own modules one by one, so there is no
+        use for `body`."""
+        assert body is None, "a compiled model is given bins"
+        return hidden_states(model, [part.to(model.device) for part in self.parts])
 
 
-def hidden_states(model: Any, parts: Sequence[Packed]) -> Tensor:
-    """`hidden_ND`: last hidden states that predict the response tokens, part after part."""
-    tokens_M = torch.cat([part.tokens_CT.flatten()[part.at_M] for part in parts])
-    position_M = torch.cat([part.position_CT.flatten()[part.at_M] for part in parts])
+def hidden_states(model: Any, parts: Sequence[PackedPass]) -> Tensor:
+    """`hidden_ND`: last hidden states that predict the sampled tokens, part after part."""
+    tokens_M = torch.cat([part.tokens_CT.flatten()[part.index_M] for part in parts])
+    position_M = torch.cat([part.position_CT.flatten()[part.index_M] for part in parts])
     blocks, predicts, start = [], [], 0
     for part in parts:
         block = _Block(part, start, model.dtype)
-        predicts.append(start + block.flat_S[part.predicts_N])
+        predicts.append(start + block.token_S[part.predicts_N])
         blocks.append(block)
-        start += len(part.at_M)
-    wanted_W, place_N = torch.cat(predicts).unique(return_inverse=True)
+        start += len(part.index_M)
+    wanted_W, order_N = torch.cat(predicts).unique(return_inverse=True)
     body = model.base_model
     hidden_MD = body.embed_tokens(tokens_M)
     cos_1ME, sin_1ME = body.rotary_emb(hidden_MD, position_M[None])
@@ -47,7 +61,7 @@ def hidden_states(model: Any, parts: Sequence[Packed]) -> Tensor:
         hidden_MD = _layer(layer, hidden_MD, rotation, blocks, None)
     blocks = [block.at(wanted_W) for block in blocks]
     hidden_WD = _layer(body.layers[-1], hidden_MD, rotation, blocks, wanted_W)
-    hidden_ND: Tensor = body.norm(hidden_WD).index_select(0, place_N)
+    hidden_ND: Tensor = body.norm(hidden_WD).index_select(0, order_N)
     return hidden_ND
 
 
@@ -91,25 +105,25 @@ def _rotated(states_MHE: Tensor, cos_M1E: Tensor, sin_M1E: Tensor) -> Tensor:
 class _Block:
     """Where the tokens of one part stand, end to end and in its bins, and its mask."""
 
-    def __init__(self, part: Packed, start: int, dtype: torch.dtype) -> None:
-        self.shape, self.at_M = part.tokens_CT.shape, part.at_M
-        self.tokens = slice(start, start + len(part.at_M))
-        self.flat_S = torch.zeros_like(part.tokens_CT.flatten())
+    def __init__(self, part: PackedPass, start: int, dtype: torch.dtype) -> None:
+        self.shape, self.index_M = part.tokens_CT.shape, part.index_M
+        self.tokens = slice(start, start + len(part.index_M))
+        self.token_S = torch.zeros_like(part.tokens_CT.flatten())
         """For each position of the bins its token; any token where there is none."""
-        self.flat_S[part.at_M] = torch.arange(len(part.at_M), device=part.at_M.device)
+        self.token_S[part.index_M] = torch.arange(len(part.index_M), device=part.index_M.device)
         self.mask = part.mask(dtype)
         # Where queries come from and what is taken out: all tokens, or those of `at`.
-        self.query_tokens, self.query_S = self.tokens, self.flat_S
+        self.query_tokens, self.query_S = self.tokens, self.token_S
 
     def at(self, wanted_W: Tensor) -> _Block:
         """The same keys and values for the queries of the tokens `wanted_W` alone."""
         inside_W = (wanted_W >= self.tokens.start) & (wanted_W < self.tokens.stop)
         first, count = int((wanted_W < self.tokens.start).sum()), int(inside_W.sum())
         block = copy(self)
-        block.at_M = self.at_M[wanted_W[inside_W] - self.tokens.start]
+        block.index_M = self.index_M[wanted_W[inside_W] - self.tokens.start]
         block.query_tokens = slice(first, first + count)
-        block.query_S = torch.zeros_like(self.flat_S)
-        block.query_S[block.at_M] = torch.arange(count, device=block.at_M.device)
+        block.query_S = torch.zeros_like(self.token_S)
+        block.query_S[block.index_M] = torch.arange(count, device=block.index_M.device)
         return block
 
     def attend(
@@ -117,8 +131,8 @@ class _Block:
     ) -> Tensor:
         """Attention within the bins of this part, `[W, Q, E]` at its queries."""
         query_CQTE = self._lay_out(query_WQE[self.query_tokens], self.query_S)
-        key_CHTE = self._lay_out(key_MHE[self.tokens], self.flat_S)
-        value_CHTE = self._lay_out(value_MHE[self.tokens], self.flat_S)
+        key_CHTE = self._lay_out(key_MHE[self.tokens], self.token_S)
+        value_CHTE = self._lay_out(value_MHE[self.tokens], self.token_S)
         repeats = query_CQTE.shape[1] // key_CHTE.shape[1]
         if repeats > 1:
             key_CHTE = key_CHTE.repeat_interleave(repeats, dim=1)
@@ -131,7 +145,7 @@ class _Block:
             scale=scaling,
             is_causal=self.mask is None,
         )
-        return states_CQTE.transpose(1, 2).flatten(0, 1).index_select(0, self.at_M)
+        return states_CQTE.transpose(1, 2).flatten(0, 1).index_select(0, self.index_M)
 
-    def _lay_out(self, states_MHE: Tensor, flat_S: Tensor) -> Tensor:
-        return states_MHE.index_select(0, flat_S).unflatten(0, self.shape).transpose(1, 2)
+    def _lay_out(self, states_MHE: Tensor, token_S: Tensor) -> Tensor:
+        return states_MHE.index_select(0, token_S).unflatten(0, self.shape).transpose(1, 2)
