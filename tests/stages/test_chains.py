@@ -80,7 +80,7 @@ def test_the_last_segment_s_answer_is_the_reward(rl: Callable[..., Any]) -> None
 
 
 def test_length_judges_see_the_whole_chain(rl: Callable[..., Any]) -> None:
-    spec, _ = (judges.finished() - 0.1 * judges.length(budget=5)).to_config()
+    spec = (judges.finished() - 0.1 * judges.length(budget=5)).to_json()
     rows = read(rl(reward=spec).out / "rollouts.jsonl")
     totals = set()
     for first, last in parts_of(rows, 2):

@@ -22,11 +22,12 @@ from posttrain.backends.sampler import LocalSampler
 from posttrain.external import MODEL_FILES
 from posttrain.modes import in_modes
 from posttrain.report.statistics import mean_interval
-from posttrain.rewards.judging import Batch
+from posttrain.rewards.judge_kinds import Judge
+from posttrain.rewards.judging import Responses
 from posttrain.rewards.pool import VerifierPool
 from posttrain.stages.batches import Problem
 from posttrain.stages.context import Context
-from posttrain.stages.judging import batch_of, make_judge
+from posttrain.stages.judging import make_reward, responses_of
 from posttrain.stages.rollouts import Scored, sample_and_verify, step_seed, verifiers
 from posttrain.stages.settings.models import Best
 
@@ -49,7 +50,7 @@ def run(config: Best, ctx: Context) -> dict[str, Any]:
         ctx.log(number + 1, len(paths), tokens=tokens, reward=float(np.mean(rewards)))
     worths = {name: [s.reward_B.double() for s in rows] for name, rows in answers.items()}
     if config.judge is not None:
-        worths = judged(config, ctx, answers)
+        worths = judge_scores(config.judge, config, ctx, answers)
     found = {
         name: measured(config, list(problems), rows, worths[name]) for name, rows in answers.items()
     }
@@ -92,17 +93,19 @@ def answer(
     ]
 
 
-def judged(config: Best, ctx: Context, answers: dict[str, list[Scored]]) -> dict[str, list[Tensor]]:
+def judge_scores(
+    judge: Judge, config: Best, ctx: Context, answers: dict[str, list[Scored]]
+) -> dict[str, list[Tensor]]:
     """The judge's scores (float64) of all answers, those of all candidates to a problem in one
     group: a judge that compares responses compares the candidates."""
-    parts = [batch_of(scored) for rows in answers.values() for scored in rows]
+    parts = [responses_of(scored) for rows in answers.values() for scored in rows]
     group: list[int] = []
     for rows in answers.values():
         first = 0
         for scored in rows:
             group += (scored.group_B + first).tolist()
             first += int(scored.group_B.max()) + 1
-    batch = Batch(
+    responses = Responses(
         problems=[problem for part in parts for problem in part.problems],
         texts=[text for part in parts for text in part.texts],
         group=group,
@@ -111,8 +114,8 @@ def judged(config: Best, ctx: Context, answers: dict[str, list[Scored]]) -> dict
         verdicts=[verdict for part in parts for verdict in part.verdicts or ()],
     )
     dtype = getattr(torch, config.precision)
-    panel = make_judge(config.judge or {}, ctx, dtype=dtype, seed=config.seed)
-    score_B = torch.tensor(panel.score(batch), dtype=torch.float64)
+    scores, _ = make_reward(judge, ctx, dtype=dtype, seed=config.seed).score(responses)
+    score_B = torch.tensor(scores, dtype=torch.float64)
     split = iter(score_B.split([len(part) for part in parts]))
     return {name: [next(split) for _ in rows] for name, rows in answers.items()}
 

@@ -19,11 +19,11 @@ from torch import Tensor
 from posttrain.backends.base import Sampler
 from posttrain.backends.chat import Chat
 from posttrain.modes import visible
-from posttrain.rewards.judging import Batch
+from posttrain.rewards.judging import Responses
 from posttrain.rewards.pool import VerifierPool
 from posttrain.stages.batches import Problem
 from posttrain.stages.curriculum import derived_seed
-from posttrain.stages.judging import batch_of
+from posttrain.stages.judging import responses_of
 from posttrain.stages.rollouts import Scored, sample_and_verify
 from posttrain.stages.scored import joined, rows_of
 
@@ -106,10 +106,10 @@ def sum_of(value_B: Tensor, segments: int) -> Tensor:
     return value_B.view(-1, segments).sum(1)
 
 
-def chain_batch(scored: Scored, segments: int) -> Batch:
-    """The chains as a batch for judges: the last segment's response, the whole chain's tokens."""
+def chain_responses(scored: Scored, segments: int) -> Responses:
+    """The chains as judges see them: the last segment's response, the whole chain's tokens."""
     if segments == 1:
-        return batch_of(scored)
+        return responses_of(scored)
     rows_C = last_of(torch.arange(len(scored.problems)), segments)
     lengths_C = sum_of(scored.rollouts.response_len_B, segments)
-    return replace(batch_of(rows_of(scored, rows_C)), num_tokens=lengths_C.tolist())
+    return replace(responses_of(rows_of(scored, rows_C)), num_tokens=lengths_C.tolist())

@@ -6,16 +6,16 @@ from posttrain.engine.errors import ConfigError
 from posttrain.rewards.comparisons import build_comparisons
 from posttrain.stages.context import Context
 from posttrain.stages.rollouts import write_jsonl
-from posttrain.stages.rows import read_rollouts
+from posttrain.stages.rows import by_problem, read_rollouts
 from posttrain.stages.settings.data import Comparisons
 
 
 def run(config: Comparisons, ctx: Context) -> dict[str, float]:
     """Write data.jsonl, rows of question and verdict, from rollouts whose rewards are known."""
-    rollouts = read_rollouts(ctx)
+    finished = [row for row in read_rollouts(ctx) if row["finished"]]
     try:
         rows = build_comparisons(
-            rollouts,
+            by_problem(finished),
             template=config.template,
             max_per_prompt=config.max_per_prompt,
             min_margin=config.min_margin,

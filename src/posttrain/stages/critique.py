@@ -23,10 +23,11 @@ from posttrain.backends.checkpoint import LanguageModel
 from posttrain.backends.local import response_targets
 from posttrain.losses.ops import token_logprobs
 from posttrain.losses.sft import cross_entropy
-from posttrain.rewards.comparisons import VERDICTS, Compared, compared, problems_of
-from posttrain.rewards.judging import leaves
+from posttrain.rewards.comparisons import VERDICTS, Compared, compared
+from posttrain.rewards.judge_kinds import Itself
 from posttrain.stages.curriculum import derived_seed
 from posttrain.stages.judging import comparison_prompt, positions_of, rollouts_of, verdict_ids
+from posttrain.stages.rows import by_problem
 from posttrain.stages.settings.rl import Rl
 
 NAME = "critique"
@@ -51,8 +52,8 @@ class Critique:
         the same token."""
         self.also, self.chat = also, Chat(language_model)
         self.pad_id, self.limit = language_model.pad_id, positions_of(language_model)
-        asked = (leaf for leaf in leaves(config.reward).values() if leaf["judge"] == "itself")
-        self.template = next((leaf["template"] for leaf in asked), None)
+        asked = (part for part in config.reward.walk() if isinstance(part, Itself))
+        self.template = next((part.template for part in asked), None)
         """The question that the reward asks the policy, so that it learns to answer that one."""
         self.verdicts = verdict_ids(self.chat)
         self.batches: list[list[tuple[list[int], int]]] = []
@@ -65,7 +66,8 @@ class Critique:
         updates have room for follows from (seed, step).
         """
         known = now.critique_domains
-        pairs = compared(problems_of(row for row in rows if not known or row["domain"] in known))
+        asked = [row for row in rows if not known or row["domain"] in known]
+        pairs = compared(by_problem(row for row in asked if row["finished"]))
         encoded = [row for row in map(self._encode, pairs) if row is not None]
         room = now.critique_pairs * now.updates_per_batch
         order = np.random.default_rng(derived_seed(now.seed, step, CHOOSING))

@@ -1,10 +1,10 @@
 """Judges that need the stage: its verifiers, its models, its work directory.
 
-    panel = make_judge(config.reward, ctx, policy=learner.policy, verifiers=pool)   # once
-    scores = panel.score(batch, at)                                                 # every step
+    reward = make_reward(config.reward, ctx, policy=learner.policy, verifiers=pool)   # once
+    scores, parts = reward.score(responses_of(scored), at)                            # every step
 
-with `at = lambda schedule: schedule.at(step, total, history)`. `batch_of(scored)` makes the
-batch of a stage that samples.
+with `at = lambda schedule: schedule.at(step, total, history)`. The classes here score for the
+judges of `posttrain.rewards.judge_kinds` that name them.
 
 Legend: B rows (comparisons or responses), N flat response tokens (one per row here), D hidden,
 V vocabulary.
@@ -12,7 +12,10 @@ V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,11 +28,12 @@ from posttrain.backends.scalar import load_scalar, rewards_B
 from posttrain.engine.errors import ConfigError
 from posttrain.rewards.comparisons import VERDICTS, question
 from posttrain.rewards.endpoint import Endpoint, ReplyCache
-from posttrain.rewards.grading import EndpointComparison, Grader
-from posttrain.rewards.judging import Batch, Judge, Panel, leaves
+from posttrain.rewards.judge_kinds import Compare, Itself, Judge, Scalar, Verifier
+from posttrain.rewards.judge_kinds import Oracle as OracleKind
+from posttrain.rewards.judging import Responses, RewardFunction
 from posttrain.rewards.oracle import Oracle
 from posttrain.rewards.pairing import Comparison, comparisons, win_shares
-from posttrain.rewards.people import People
+from posttrain.rewards.people import Pair, Preference
 from posttrain.rewards.pool import VerifierPool
 from posttrain.rl.types import Rollouts, pad_rows
 from posttrain.stages.context import Context
@@ -39,47 +43,76 @@ REPLIES = "replies.jsonl"
 """In the work directory: what endpoints have answered."""
 
 
-def make_judge(
-    spec: Mapping[str, Any],
+@dataclass(frozen=True, kw_only=True)
+class StageTools:
+    """What a stage gives to the classes that score for its judges."""
+
+    ctx: Context
+    policy: LanguageModel | None = None
+    """What `judges.itself` asks, with the weights that it has at the time."""
+    verifiers: VerifierPool | None = None
+    """Asked where responses bring no verdicts."""
+    dtype: torch.dtype = torch.float32
+    seed: int = 0
+    """The oracle's."""
+
+    @property
+    def work(self) -> Path:
+        """The stage's work directory."""
+        return self.ctx.work
+
+    @property
+    def out(self) -> Path:
+        """Where the stage's artifact is made."""
+        return self.ctx.out
+
+    @cached_property
+    def _replies(self) -> ReplyCache:
+        return ReplyCache(self.work / REPLIES)
+
+    def endpoint(self, *, url: str, model: str, key: str | None) -> Endpoint:
+        """A model behind an endpoint; its replies are kept for all that ask the same."""
+        return Endpoint(url=url, model=model, key=key, cache=self._replies)
+
+    def annotator(self, noise: float) -> Oracle:
+        """The noisy annotator of the stage's domains; its workers end with the stage."""
+        ctx = self.ctx
+        pool = VerifierPool(ctx.domains, num_workers=min(ctx.threads, MAX_WORKERS), judge="oracle")
+        qualities = ctx.resources.enter_context(pool).scores
+        return Oracle(qualities=qualities, noise=noise, seed=self.seed)
+
+
+def make_reward(
+    judge: Judge,
     ctx: Context,
     *,
     policy: LanguageModel | None = None,
     verifiers: VerifierPool | None = None,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
-) -> Panel:
-    """A judge in its JSON form, ready to be asked; models are loaded once, from `ctx.inputs`.
+) -> RewardFunction:
+    """A judge ready to be asked; models are loaded once, from `ctx.inputs`.
 
-    `policy` is what `judges.itself` asks, with the weights that it has at the time; `verifiers` are
-    read where a batch brings no verdicts; `seed` is the oracle's. Raises ConfigError where the spec
-    needs what is not given, and what loading a model raises.
+    The arguments are those of `StageTools`. Raises ConfigError where a judge needs what is not
+    given, and what loading a model raises.
     """
-    cache = ReplyCache(ctx.work / REPLIES)
-
-    def endpoint(leaf: Mapping[str, Any]) -> Endpoint:
-        return Endpoint(url=leaf["url"], model=leaf["model"], key=leaf["key"], cache=cache)
-
-    def model(leaf: Mapping[str, Any]) -> LanguageModel:
-        return load(ctx.inputs[leaf["model"]], dtype=dtype, device=ctx.device)
-
-    make: dict[str, Callable[[Mapping[str, Any]], Judge]] = {
-        "verifier": lambda leaf: Verdicts(verifiers),
-        "oracle": lambda leaf: Opinion(oracle(ctx, leaf["noise"], seed)),
-        "scalar": lambda leaf: Scalar(
-            load_scalar(ctx.inputs[leaf["model"]], dtype=dtype, device=ctx.device), leaf["squash"]
-        ),
-        "compare": lambda leaf: ModelComparison(leaf, model(leaf)),
-        "itself": lambda leaf: ModelComparison(leaf, policy),
-        "llm": lambda leaf: Grader(leaf, endpoint(leaf)),
-        "compare_endpoint": lambda leaf: EndpointComparison(leaf, endpoint(leaf)),
-        "human": lambda leaf: People(leaf, ctx.work, ctx.out),
-    }
-    return Panel(spec, {key: make[leaf["judge"]](leaf) for key, leaf in leaves(spec).items()})
+    tools = StageTools(ctx=ctx, policy=policy, verifiers=verifiers, dtype=dtype, seed=seed)
+    asked = {part.identity: part for part in judge.walk() if part.SCORER}
+    return RewardFunction(judge, {name: part.scorer(tools) for name, part in asked.items()})
 
 
-def batch_of(scored: Scored) -> Batch:
-    """What a stage has sampled, with the verifier's verdicts, as a batch for judges."""
-    return Batch(
+def preferences(
+    judge: Judge, ctx: Context, pairs: Sequence[Pair], *, seed: int
+) -> list[Preference]:
+    """What a judge that is asked about pairs (`Judge.asked_about_pairs`) prefers in each."""
+    scorer: Any = judge.scorer(StageTools(ctx=ctx, seed=seed))
+    found: list[Preference] = scorer.prefer(pairs)
+    return found
+
+
+def responses_of(scored: Scored) -> Responses:
+    """What a stage has sampled, with the verifier's verdicts, as judges see it."""
+    return Responses(
         problems=scored.problems,
         texts=scored.texts,
         group=scored.group_B.tolist(),
@@ -89,59 +122,59 @@ def batch_of(scored: Scored) -> Batch:
     )
 
 
-class Verdicts:
+class VerifierJudge:
     """`judges.verifier`: the domain verifier's score, 0 for a response that was cut."""
 
-    def __init__(self, verifiers: VerifierPool | None) -> None:
-        self.verifiers = verifiers
+    def __init__(self, judge: Verifier, tools: StageTools) -> None:
+        self.verifiers = tools.verifiers
 
-    def score(self, batch: Batch) -> list[float]:
-        """Scores in [0, 1]; those that the batch brings, or the verifiers'."""
-        if batch.verdicts is not None:
-            return list(batch.verdicts)
-        assert self.verifiers is not None, "a batch without verdicts needs verifiers"
-        ended = [row for row, whole in enumerate(batch.finished) if whole]
-        problems = [dict(problem) for problem in batch.problems]
-        scores = [0.0] * len(batch)
-        for rows, found in submit(self.verifiers, ended, batch.texts, problems):
+    def score(self, responses: Responses) -> list[float]:
+        """Scores in [0, 1]; those that the responses bring, or the verifiers'."""
+        if responses.verdicts is not None:
+            return list(responses.verdicts)
+        assert self.verifiers is not None, "responses without verdicts need verifiers"
+        ended = [row for row, whole in enumerate(responses.finished) if whole]
+        problems = [dict(problem) for problem in responses.problems]
+        scores = [0.0] * len(responses)
+        for rows, found in submit(self.verifiers, ended, responses.texts, problems):
             for row, value in zip(rows, found.result(), strict=True):
                 scores[row] = value
         return scores
 
 
-def oracle(ctx: Context, noise: float, seed: int) -> Oracle:
-    """The noisy annotator of the stage's domains; its workers end with the stage."""
-    workers = min(ctx.threads, MAX_WORKERS)
-    pool = VerifierPool(ctx.domains, num_workers=workers, judge="oracle")
-    return Oracle(qualities=ctx.resources.enter_context(pool).scores, noise=noise, seed=seed)
+class OracleJudge:
+    """`judges.oracle`: what the suite's noisy annotator says."""
+
+    def __init__(self, judge: OracleKind, tools: StageTools) -> None:
+        self.annotator = tools.annotator(judge.noise)
+
+    def score(self, responses: Responses) -> list[float]:
+        """What each response is worth to it, in logits: the same response to the same problem has
+        the same score every time."""
+        return self.annotator.rates(responses.problems, responses.texts)
+
+    def prefer(self, pairs: Sequence[Pair]) -> list[Preference]:
+        """Which response of each pair it likes better, and how strongly."""
+        answers = [self.annotator.prefer(p.problem, p.first, p.second) for p in pairs]
+        return [Preference(first=1.0 - winner, strength=strength) for winner, strength in answers]
 
 
-class Opinion:
-    """`judges.oracle`: what each response is worth to the noisy annotator, in logits."""
-
-    def __init__(self, annotator: Oracle) -> None:
-        self.annotator = annotator
-
-    def score(self, batch: Batch) -> list[float]:
-        """Real numbers; the same response to the same problem has the same one every time."""
-        return self.annotator.rates(batch.problems, batch.texts)
-
-
-class Scalar:
+class ScalarJudge:
     """`judges.scalar`: a reward model, which reads the texts through its own tokenizer."""
 
-    def __init__(self, language_model: LanguageModel, squash: bool) -> None:
-        self.language_model = language_model
-        self.squash = squash
+    def __init__(self, judge: Scalar, tools: StageTools) -> None:
+        path = tools.ctx.inputs[judge.model]
+        self.language_model = load_scalar(path, dtype=tools.dtype, device=tools.ctx.device)
+        self.squash = judge.squash
 
-    def score(self, batch: Batch) -> list[float]:
+    def score(self, responses: Responses) -> list[float]:
         """Real numbers, in (0, 1) where squashed. Raises ConfigError for a row that is too long."""
         # Not kept: what a policy samples comes once, and the encodings would pile up.
         chat = Chat(self.language_model)
-        rows = list(zip(batch.problems, batch.texts, strict=True))
+        rows = list(zip(responses.problems, responses.texts, strict=True))
         prompts = [chat.prompt(p["prompt"], p.get("mode")) for p, _ in rows]
-        responses = [chat.response(p["prompt"], text, p.get("mode")) for p, text in rows]
-        rollouts = rollouts_of(prompts, responses, self.language_model.pad_id)
+        answers = [chat.response(p["prompt"], text, p.get("mode")) for p, text in rows]
+        rollouts = rollouts_of(prompts, answers, self.language_model.pad_id)
         reward_B = rewards_B(LocalScorer(self.language_model), rollouts)
         scores: list[float] = (reward_B.sigmoid() if self.squash else reward_B).tolist()
         return scores
@@ -155,23 +188,27 @@ class ModelComparison:
     their beginnings, the longer one first.
     """
 
-    def __init__(self, spec: Mapping[str, Any], language_model: LanguageModel | None) -> None:
+    def __init__(self, judge: Compare | Itself, tools: StageTools) -> None:
+        language_model = tools.policy
+        if judge.edge is not None:
+            ctx = tools.ctx
+            language_model = load(ctx.inputs[judge.edge], dtype=tools.dtype, device=ctx.device)
         if language_model is None:
             raise ConfigError(
                 "judge itself: only a stage that trains a policy on rewards (rl) has one; ask a "
                 "stage with judges.compare(stage)"
             )
-        self.spec = spec
+        self.judge = judge
         self.language_model = language_model
 
-    def score(self, batch: Batch) -> list[float]:
+    def score(self, responses: Responses) -> list[float]:
         """Shares in [0, 1]; 0.5 for a response that is alone in its group."""
-        asked = comparisons(batch.group, pairing=self.spec["pairing"], swap=self.spec["swap"])
+        asked = comparisons(responses.group, pairing=self.judge.pairing, swap=self.judge.swap)
         if not asked:
-            return [0.5] * len(batch)
-        return win_shares(len(batch), asked, self._wins_B(batch, asked).tolist())
+            return [0.5] * len(responses)
+        return win_shares(len(responses), asked, self._wins_B(responses, asked).tolist())
 
-    def _wins_B(self, batch: Batch, asked: Sequence[Comparison]) -> Tensor:
+    def _wins_B(self, responses: Responses, asked: Sequence[Comparison]) -> Tensor:
         """What a wins in each comparison, float32 in [0, 1]."""
         chat = Chat(self.language_model)
         first, second = verdict_ids(chat)
@@ -180,9 +217,9 @@ class ModelComparison:
             comparison_prompt(
                 chat,
                 limit,
-                self.spec["template"],
-                batch.problems[pair.a],
-                (batch.texts[pair.a], batch.texts[pair.b]),
+                self.judge.template,
+                responses.problems[pair.a],
+                (responses.texts[pair.a], responses.texts[pair.b]),
             )
             for pair in asked
         ]

@@ -13,10 +13,11 @@ from itertools import combinations
 from typing import Any
 
 from posttrain.engine.errors import ConfigError
-from posttrain.rewards.people import Pair, People, Preference
+from posttrain.rewards.judge_kinds import Judge
+from posttrain.rewards.people import Pair
 from posttrain.stages.batches import kept
 from posttrain.stages.context import Context
-from posttrain.stages.judging import make_judge, oracle
+from posttrain.stages.judging import make_reward, preferences
 from posttrain.stages.rollouts import write_jsonl
 from posttrain.stages.rows import (
     Key,
@@ -35,10 +36,10 @@ def run(config: Pairs, ctx: Context) -> dict[str, float]:
     """Write pairs.jsonl: id, domain, prompt, chosen, rejected, rewards (of both, in this order)."""
     ours = by_problem(read_rollouts(ctx))
     if config.judge is not None and (not config.pairwise or config.how == "best_against_worst"):
-        ours = judged(config, ctx, ours)
+        ours = with_scores(config.judge, config, ctx, ours)
     theirs = by_problem(read_rollouts(ctx, "against")) or ours
-    if config.pairwise:
-        found = preferred(config, ctx, ours)
+    if config.judge is not None and config.pairwise:
+        found = preferred(config.judge, config, ctx, ours)
     else:
         found = {k: choose(config, rows, theirs.get(k, []), ctx.name) for k, rows in ours.items()}
     pairs = [pair for of_problem in found.values() for pair in of_problem]
@@ -70,11 +71,13 @@ def row_of(config: Pairs, chosen: Row, rejected: Row) -> Row:
     return row
 
 
-def judged(config: Pairs, ctx: Context, problems: dict[Key, list[Row]]) -> dict[Key, list[Row]]:
+def with_scores(
+    judge: Judge, config: Pairs, ctx: Context, problems: dict[Key, list[Row]]
+) -> dict[Key, list[Row]]:
     """The responses with the judge's score of each."""
     rows = [row for of_problem in problems.values() for row in of_problem]
-    panel = make_judge(config.judge or {}, ctx, seed=config.seed)
-    scores = iter(judge_rows(ctx, panel, rows))
+    reward = make_reward(judge, ctx, seed=config.seed)
+    scores = iter(judge_rows(ctx, reward, rows))
     return {
         key: [row | {"score": next(scores)} for row in of_problem]
         for key, of_problem in problems.items()
@@ -82,7 +85,7 @@ def judged(config: Pairs, ctx: Context, problems: dict[Key, list[Row]]) -> dict[
 
 
 def preferred(
-    config: Pairs, ctx: Context, problems: dict[Key, list[Row]]
+    judge: Judge, config: Pairs, ctx: Context, problems: dict[Key, list[Row]]
 ) -> dict[Key, list[tuple[Row, Row]]]:
     """The pairs (chosen, rejected) of each problem by a judge that compares two responses.
 
@@ -107,23 +110,14 @@ def preferred(
         for problem, (_, one, other) in zip(whole, asked, strict=True)
     ]
     found: dict[Key, list[tuple[Row, Row]]] = {key: [] for key in problems}
-    for (key, one, other), answer in zip(asked, opinions(config, ctx, questions), strict=True):
+    answers = preferences(judge, ctx, questions, seed=config.seed)
+    for (key, one, other), answer in zip(asked, answers, strict=True):
         winner, loser = (one, other) if answer.first > 0.5 else (other, one)
         winner = winner | {"strength": answer.strength}
         enough = config.min_strength is None or (answer.strength or 0) >= config.min_strength
         if answer.first != 0.5 and enough and filtered(config, winner, loser):
             found[key].append((winner, loser))
     return found
-
-
-def opinions(config: Pairs, ctx: Context, questions: list[Pair]) -> list[Preference]:
-    """What the oracle or people say about pairs of responses."""
-    spec = config.judge or {}
-    if spec["judge"] == "human":
-        return People(spec, ctx.work, ctx.out).ask(questions)
-    annotator = oracle(ctx, spec["noise"], config.seed)
-    answers = [annotator.prefer(q.problem, q.first, q.second) for q in questions]
-    return [Preference(first=1.0 - winner, strength=strength) for winner, strength in answers]
 
 
 def choose(

@@ -19,7 +19,8 @@ from posttrain.backends.chat import Chat
 from posttrain.backends.checkpoint import load, save
 from posttrain.backends.local import LocalLearner
 from posttrain.backends.sampler import LocalSampler
-from posttrain.rewards.judging import At, Panel
+from posttrain.rewards.judge_kinds import At
+from posttrain.rewards.judging import RewardFunction
 from posttrain.rewards.pool import VerifierPool
 from posttrain.rl.advantage import zero_variance
 from posttrain.rl.kept import flat_index
@@ -27,12 +28,12 @@ from posttrain.schedules import learning_rate
 from posttrain.stages import critique
 from posttrain.stages.auxiliary import Auxiliary, take_metrics
 from posttrain.stages.batches import Problem
-from posttrain.stages.chains import chain_batch, sample_chains, sum_of
+from posttrain.stages.chains import chain_responses, sample_chains, sum_of
 from posttrain.stages.context import Context
 from posttrain.stages.credit import credit
 from posttrain.stages.critic import Critic, learn_values, new_critic
 from posttrain.stages.drawing import Drawing, Sample
-from posttrain.stages.judging import make_judge
+from posttrain.stages.judging import make_reward
 from posttrain.stages.learner import adapt, new_learner
 from posttrain.stages.policy_update import PolicyUpdate, kl_weights, old_logprobs, reward_kl
 from posttrain.stages.reference import Reference
@@ -59,7 +60,7 @@ def run(config: Rl, ctx: Context) -> dict[str, float]:
     judging = None
     if config.uses_critique:
         judging = aux = critique.Critique(config, language_model, aux)
-    panel = new_panel(config, ctx, learner, judges)
+    reward = new_reward(config, ctx, learner, judges)
     others = {"reference": reference, "critic": critic}
     state = Together(policy=learner, **{name: o for name, o in others.items() if o is not None})
     first = ctx.resume(state)
@@ -82,7 +83,8 @@ def run(config: Rl, ctx: Context) -> dict[str, float]:
             top_p=now.top_p,
         )
         at = methodcaller("at", step, config.steps, ctx.history)
-        sample = partial(sample_and_judge, panel, at, verify, segments=now.segments)
+        parts: dict[str, list[float]] = {}
+        sample = partial(sample_and_judge, reward, at, verify, parts, segments=now.segments)
         tokens, metrics = drawing.reprofile(now, step, ctx.history, verify)
         drawn = drawing.draw(now, step, sample)
         rows = log.write(
@@ -90,14 +92,15 @@ def run(config: Rl, ctx: Context) -> dict[str, float]:
             drawn.sampled,
             model=ctx.name,
             temperature=now.temperature,
-            judged=panel is not None,
+            judged=reward is not None,
             segments=now.segments,
         )
         metrics |= drawn.metrics | drawing.observe(now, rows) | now.scheduled()
         if judging is not None:
             metrics |= judging.take(now, step, rows)
         metrics |= learn(now, learner, reference, drawn.batch, step=step, critic=critic, aux=aux)
-        metrics |= batch_metrics(drawn.sampled, judged=panel is not None, segments=now.segments)
+        metrics |= batch_metrics(drawn.sampled, judged=reward is not None, segments=now.segments)
+        metrics |= {f"judge/{label}": sum(said) / len(said) for label, said in parts.items()}
         metrics["kept_share"] *= drawn.batch_share
         tokens += drawn.sampled.rollouts.num_tokens
         ctx.log(step + 1, config.steps, tokens=tokens, **metrics)
@@ -106,11 +109,13 @@ def run(config: Rl, ctx: Context) -> dict[str, float]:
     return {"reward": ctx.metrics["reward"], "tokens": ctx.tokens}
 
 
-def new_panel(config: Rl, ctx: Context, learner: LocalLearner, pool: VerifierPool) -> Panel | None:
+def new_reward(
+    config: Rl, ctx: Context, learner: LocalLearner, pool: VerifierPool
+) -> RewardFunction | None:
     """The judges of the reward, None where it is the verifier's score alone."""
     if config.verified_only:
         return None
-    return make_judge(
+    return make_reward(
         config.reward,
         ctx,
         policy=learner.policy,
@@ -121,9 +126,10 @@ def new_panel(config: Rl, ctx: Context, learner: LocalLearner, pool: VerifierPoo
 
 
 def sample_and_judge(
-    panel: Panel | None,
+    reward: RewardFunction | None,
     at: At,
     verify: Sample,
+    parts: dict[str, list[float]],
     problems: Sequence[Problem],
     *,
     segments: int,
@@ -132,12 +138,15 @@ def sample_and_judge(
 ) -> Scored:
     """Verified samples, and then what the judges say as the reward; `at` resolves schedules.
 
-    The rows of a chain of `segments` share what is said of it.
+    The rows of a chain of `segments` share what is said of it. `parts` collects by label what each
+    judge inside the reward said.
     """
     scored = verify(problems, group_size=group_size, seed=seed)
-    if panel is None:
+    if reward is None:
         return scored
-    scores = panel.score(chain_batch(scored, segments), at)
+    scores, said = reward.score(chain_responses(scored, segments), at)
+    for label, values in said.items():
+        parts.setdefault(label, []).extend(values)
     reward_C = torch.tensor(scores, dtype=torch.float32)
     return replace(scored, reward_B=reward_C.repeat_interleave(segments))
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from posttrain.rewards.judge_kinds import Judge, JudgeSetting
 from posttrain.stages.settings.base import DomainShares, Optimizer, WithAux, one_length
 from posttrain.stages.settings.data import check_characters, check_judge
 from posttrain.stages.settings.scheduled import Config, refuse_unread
@@ -39,7 +40,7 @@ class Pairs(BaseModel):
     chosen_max_repetition: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Most repeated n-grams of three words in the chosen response, as a share of all of them."""
 
-    judge: dict[str, Any] | None = None
+    judge: JudgeSetting | None = None
     """Who says which response is better, in its JSON form; comes from the recipe's `judge`."""
     min_strength: Annotated[int, Field(ge=2, le=4)] | None = None
     """Least strength of the preference, where the judge is asked about pairs."""
@@ -51,13 +52,12 @@ class Pairs(BaseModel):
     @property
     def pairwise(self) -> bool:
         """Whether the judge is asked about pairs, not about responses."""
-        kind = "" if self.judge is None else self.judge["judge"]
-        return kind == "oracle" or (kind == "human" and self.how in ("all", "random"))
+        return self.judge is not None and self.judge.asked_about_pairs(self.how)
 
     @field_validator("judge")
     @classmethod
-    def _judge_is_one(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
-        return check_judge(value, "pairs")
+    def _pairs_can_ask_it(cls, judge: Judge | None) -> Judge | None:
+        return check_judge(judge, "pairs")
 
     @model_validator(mode="after")
     def _judge_is_asked(self) -> Self:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from string import Formatter
-from typing import Any, ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from posttrain.engine.errors import ConfigError
-from posttrain.rewards.judge_spec import check, check_use
+from posttrain.rewards.judge_kinds import Judge, JudgeSetting, Verifier, check_use
 from posttrain.stages.settings.base import (
     Aggregation,
     Correction,
@@ -64,7 +63,7 @@ class Rl(
     """A step in which no row is kept logs nothing of an update."""
 
     steps: int = Positive
-    reward: dict[str, Any] = Field(default_factory=lambda: {"judge": "verifier"})
+    reward: JudgeSetting = Field(default_factory=Verifier)
     """The judge whose scores are the reward (`posttrain.judges`), in its JSON form."""
     prompts_per_step: int = Field(32, gt=0)
     group_size: int = Field(8, gt=0)
@@ -126,13 +125,9 @@ class Rl(
 
     @field_validator("reward")
     @classmethod
-    def _reward_is_a_judge(cls, value: dict[str, Any]) -> dict[str, Any]:
-        try:
-            spec = check(value)
-            check_use(spec, "rl", where="reward")
-        except ConfigError as error:
-            raise ValueError(str(error)) from None
-        return dict(spec)
+    def _rl_can_ask_it(cls, judge: Judge) -> Judge:
+        check_use(judge, "rl", where="reward")
+        return judge
 
     @field_validator("chain")
     @classmethod
@@ -158,7 +153,7 @@ class Rl(
     @property
     def verified_only(self) -> bool:
         """Whether the reward is the verifier's score and nothing else."""
-        return self.reward == {"judge": "verifier"}
+        return isinstance(self.reward, Verifier)
 
     @property
     def uses_reference(self) -> bool:
