@@ -103,7 +103,7 @@ def test_the_json_form_is_read_again(judge: judges.Judge) -> None:
         ),
         (
             lambda: judges.length(budget=4, cache=2),
-            "with shape = budget it reads no 'cache'; choices: budget",
+            "with shape = linear it reads no 'cache'; choices: budget",
         ),
         (lambda: judges.length(budget=4, shape="soft_overlong", cache=5), "cache = 5 is more than"),
         (lambda: judges.scalar(Stage("s", "sft")), "it takes a stage of kind reward_model"),
