@@ -13,7 +13,9 @@ two, those that both have are compared; the others are told at the end.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
+import io
 import json
 import os
 import struct
@@ -23,7 +25,6 @@ import tempfile
 import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -104,10 +105,10 @@ def _arguments() -> argparse.Namespace:
     return arguments
 
 
-# -- making -----------------------------------------------------------------------------------------
+# -- making ----------------------------------------------------------------------------------------
 
 
-@contextmanager
+@contextlib.contextmanager
 def worktree(commit: str, path: Path) -> Iterator[Path]:
     """The files of a commit, for as long as they are needed."""
     git = ("git", "-C", str(ROOT), "worktree")
@@ -148,9 +149,7 @@ def write_suite(folder: Path) -> None:
             row = {"prompt": f"{name[0]} {i}", "answer": answer, "demo": answer, "thought": b}
             tables[name].append(row)
         verdict = "1" if a > b else "2"
-        tables["judging"].append(
-            {"prompt": f"c r {i}|{a}|{b}", "answer": verdict, "demo": verdict}
-        )
+        tables["judging"].append({"prompt": f"c r {i}|{a}|{b}", "answer": verdict, "demo": verdict})
     for name, rows in tables.items():
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
@@ -159,24 +158,18 @@ def write_suite(folder: Path) -> None:
 
 def work(folder: Path, side: str, only: Sequence[str]) -> int:
     """In a process with the code of one side: make the cases one after another in one store."""
-    import contextlib
-    import io
-
+    from posttrain.cli import main as posttrain
     from same_bits_cases import cases
 
-    from posttrain.cli import main as posttrain
-
     failed = {}
+    options = ["--suite", str(folder / "digits.toml"), "--store", str(folder / "store")]
+    options += ["--set", f"side={side}", "--jobs", "1", "--device", "cpu", "--no-report"]
     for name, kind in cases().items():
         if only and not any(fnmatchcase(name, pattern) for pattern in only):
             continue
         told = io.StringIO()
-        options = ["--suite", str(folder / "digits.toml"), "--store", str(folder / "store")]
         with contextlib.redirect_stderr(told), contextlib.redirect_stdout(io.StringIO()):
-            code = posttrain(
-                ["run", str(CASES), "--set", f"target={name}", "--set", f"side={side}", *options]
-                + ["--jobs", "1", "--device", "cpu", "--no-report"]
-            )
+            code = posttrain(["run", str(CASES), "--set", f"target={name}", *options])
         if code:
             error = " ".join(told.getvalue().split())
             failed[name] = {"kind": kind, "error": error}
@@ -185,7 +178,7 @@ def work(folder: Path, side: str, only: Sequence[str]) -> int:
     return 0
 
 
-# -- reading ----------------------------------------------------------------------------------------
+# -- reading ---------------------------------------------------------------------------------------
 
 
 def snapshot(store: Path) -> Snapshot:
@@ -235,7 +228,7 @@ def tensors(path: Path) -> dict[str, str]:
     return found
 
 
-# -- comparing --------------------------------------------------------------------------------------
+# -- comparing -------------------------------------------------------------------------------------
 
 
 def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, str]:
@@ -316,7 +309,9 @@ def show(before: Snapshot, after: Snapshot) -> int:
         only |= {name: found["only"]} if found["only"] else {}
         parts = [found[part] for part in ("weights", "metrics", "files")]
         there = [one.get(part) or other.get(part) for part in ("weights", "metrics", "files")]
-        words = ["differs" if p else "same" if t else "-" for p, t in zip(parts, there, strict=True)]
+        words = [
+            "differs" if p else "same" if t else "-" for p, t in zip(parts, there, strict=True)
+        ]
         print(f"{name:<{width}}  {kind:<12}  {words[0]:<8} {words[1]:<8} {words[2]}")
         for part in filter(None, parts):
             print(f"{'':<{width}}  {part}")
