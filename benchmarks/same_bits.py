@@ -34,6 +34,8 @@ CASES = Path(__file__).with_name("same_bits_cases.py")
 
 UNCOMPARED = {"README.md", "record.json", "report.json"}
 """Files that name fingerprints, versions and times."""
+RESULTS = {"best.json", "evaluation.json"}
+"""Files with one object, whose fields are compared as those of a row are."""
 TIMES = {"seconds", "tokens_per_second"}
 """Fields of a line of metrics that say how long something took."""
 
@@ -72,7 +74,7 @@ def main() -> int:
         return work(arguments.worker, arguments.side, arguments.only)
     saved = None
     if arguments.snapshot is not None:
-        saved = arguments.snapshot / f"same_bits-{arguments.before}.json"
+        saved = arguments.snapshot / f"same_bits-{arguments.before}-{_cases_digest()}.json"
     with tempfile.TemporaryDirectory(prefix="same-bits-") as folder:
         room = Path(folder)
         if saved is not None and saved.exists():
@@ -105,6 +107,12 @@ def _arguments() -> argparse.Namespace:
     return arguments
 
 
+def _cases_digest() -> str:
+    """Of the older expressions: with others a snapshot would be of other stages."""
+    text = CASES.read_text(encoding="utf-8").partition("\nBEFORE: ")[2]
+    return hashlib.sha256((text + SUITE).encode()).hexdigest()[:8]
+
+
 # -- making ----------------------------------------------------------------------------------------
 
 
@@ -133,7 +141,7 @@ def make(tree: Path, side: str, room: Path, only: Sequence[str]) -> Snapshot:
     command = [sys.executable, str(Path(__file__)), "--worker", str(folder), "--side", side]
     subprocess.run([*command, *(["--only", *only] if only else [])], env=environment, check=True)
     failed = json.loads((folder / "failed.json").read_text(encoding="utf-8"))
-    found = snapshot(folder / "store") | failed
+    found: Snapshot = snapshot(folder / "store") | failed
     print(f"{side}: {len(found)} artifacts, {time.monotonic() - began:.0f} s", flush=True)
     return found
 
@@ -158,9 +166,12 @@ def write_suite(folder: Path) -> None:
 
 def work(folder: Path, side: str, only: Sequence[str]) -> int:
     """In a process with the code of one side: make the cases one after another in one store."""
-    from posttrain.cli import main as posttrain
+    import posttrain.cli
     from same_bits_cases import cases
 
+    source = os.environ["PYTHONPATH"]
+    if not posttrain.cli.__file__.startswith(source):
+        raise SystemExit(f"posttrain was imported from {posttrain.cli.__file__}, not from {source}")
     failed = {}
     options = ["--suite", str(folder / "digits.toml"), "--store", str(folder / "store")]
     options += ["--set", f"side={side}", "--jobs", "1", "--device", "cpu", "--no-report"]
@@ -169,7 +180,7 @@ def work(folder: Path, side: str, only: Sequence[str]) -> int:
             continue
         told = io.StringIO()
         with contextlib.redirect_stderr(told), contextlib.redirect_stdout(io.StringIO()):
-            code = posttrain(["run", str(CASES), "--set", f"target={name}", *options])
+            code = posttrain.cli.main(["run", str(CASES), "--set", f"target={name}", *options])
         if code:
             error = " ".join(told.getvalue().split())
             failed[name] = {"kind": kind, "error": error}
@@ -205,6 +216,8 @@ def _numbers(folder: Path) -> dict[str, Any]:
             ]
         elif path.suffix == ".jsonl":
             numbers["files"][name] = _rows(path)
+        elif name in RESULTS:
+            numbers["files"][name] = [json.loads(path.read_text(encoding="utf-8"))]
         else:
             numbers["files"][name] = hashlib.sha256(path.read_bytes()).hexdigest()
     return numbers
@@ -300,7 +313,8 @@ def show(before: Snapshot, after: Snapshot) -> int:
     names = list(dict.fromkeys([*before, *after]))
     width = max(map(len, names), default=0)
     missing = {"error": "there is no such artifact"}
-    differing, only = 0, {}
+    differing = 0
+    only: dict[str, str] = {}
     print(f"\n{'case':<{width}}  {'kind':<12}  {'weights':<8} {'metrics':<8} files")
     for name in names:
         one, other = before.get(name, missing), after.get(name, missing)

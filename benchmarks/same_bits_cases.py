@@ -232,9 +232,9 @@ BEFORE: dict[str, str] = {
     "modes=('think', 'no_think'), split='validation', samples=1, **measure)",
 }
 
-STAGES = frozenset(
-    ["pretrain", "sft", "dpo", "reward_model", "rl", "distill", "merge", "best", "evaluate", "sample", "score", "select", "pairs", "profile", "filter", "mix", "dedup", "comparisons"]
-)
+MODELS = ["pretrain", "sft", "dpo", "reward_model", "rl", "distill", "merge", "best", "evaluate"]
+ROWS = ["sample", "score", "select", "pairs", "profile", "filter", "mix", "dedup", "comparisons"]
+STAGES = frozenset([*MODELS, *ROWS])
 """The verbs that make a stage."""
 
 
