@@ -32,8 +32,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 CASES = Path(__file__).with_name("same_bits_cases.py")
 
-UNCOMPARED = {"README.md", "record.json", "report.json"}
-"""Files that name fingerprints, versions and times."""
+UNCOMPARED = {"README.md", "record.json", "code.diff"}
+"""Files that name fingerprints, versions and times, or hold the code."""
 RESULTS = {"best.json", "evaluation.json"}
 """Files with one object, whose fields are compared as those of a row are."""
 TIMES = {"seconds", "tokens_per_second"}
@@ -193,13 +193,14 @@ def work(folder: Path, side: str, only: Sequence[str]) -> int:
 
 
 def snapshot(store: Path) -> Snapshot:
-    """The numbers of all artifacts of a store."""
+    """The numbers of all artifacts of a store, oldest first: a cause stands before its effects."""
+    paths = store.glob("artifacts/*/*/record.json")
+    records = [(json.loads(path.read_text(encoding="utf-8")), path.parent) for path in paths]
     found: Snapshot = {}
-    for path in sorted(store.glob("artifacts/*/*/record.json")):
-        record = json.loads(path.read_text(encoding="utf-8"))
+    for record, folder in sorted(records, key=lambda one: (one[0]["created"], one[0]["name"])):
         if record["name"] in found:
             raise SystemExit(f"{store}: there are two artifacts named {record['name']!r}")
-        found[record["name"]] = {"kind": record["kind"]} | _numbers(path.parent)
+        found[record["name"]] = {"kind": record["kind"]} | _numbers(folder)
     return found
 
 
@@ -326,6 +327,8 @@ def show(before: Snapshot, after: Snapshot) -> int:
         words = [
             "differs" if p else "same" if t else "-" for p, t in zip(parts, there, strict=True)
         ]
+        if "error" in one or "error" in other:
+            words = ["failed", "-", "-"]
         print(f"{name:<{width}}  {kind:<12}  {words[0]:<8} {words[1]:<8} {words[2]}")
         for part in filter(None, parts):
             print(f"{'':<{width}}  {part}")

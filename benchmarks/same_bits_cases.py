@@ -35,8 +35,8 @@ BEFORE: dict[str, str] = {
     "two_updates": "dict(updates_per_batch=2)",
     "three_updates": "dict(updates_per_batch=3)",
     # So much per update that ratios leave their bounds.
-    "many": "policy | two_updates | dict(lr=1e-2)",
-    "more": "policy | three_updates | dict(lr=1e-2)",
+    "many": "policy | two_updates | dict(lr=4e-3, lr_schedule='constant')",
+    "more": "policy | three_updates | dict(lr=4e-3, lr_schedule='constant')",
     # The sampler has another distribution than the policy, so that there is something to correct.
     "unlike": "many | dict(top_p=.8, replay_mask=False)",
     "rounded": "many | dict(precision='bfloat16')",
@@ -48,7 +48,7 @@ BEFORE: dict[str, str] = {
     "thinker": "pretrain(data=demos(domains[:2], mode=('think', 'no_think')), thinking=True, "
     "steps=120, lr=5e-3, batch_size=32, **size)",
     "pretrain_response": "pretrain(data=demos('general', noise=.3), loss_on='response', aux=ptx, "
-    "aux_batch_size=4, weight_decay=.1, lr_schedule='linear', **learn, **size)",
+    "aux_batch_size=4, weight_decay=.1, lr_schedule='linear', **size | learn | dict(steps=4))",
     "sft_plain": "sft(start=base, data=demos('reasoning'), **learn)",
     "sft_lines": "sft(start=base, data=demos('general', noise=.3, hint='{prompt} {answer}'), "
     "epochs=.5, batch_size=16, lr=3e-3, lr_schedule='constant')",
@@ -75,16 +75,16 @@ BEFORE: dict[str, str] = {
     "shortest": "select([sampled, sampled_top], how='shortest_correct')",
     "top_share": "select(scored, how='top_share', by='score', share=.3)",
     "best_of": "select(scored, how='best', by='score', max_tokens=3)",
-    "of_rl": "select(rl_plain, how='all', first_step=1, success=True, max_per_prompt=None)",
+    "of_rl": "select(rl_plain, how='all', first_step=1, success=True, max_per_prompt=1)",
     "stripped": "select(sampled_modes, how='all', strip_thought=True)",
-    "compared": "comparisons(sampled, max_per_prompt=1, template='c {prompt}|{a}|{b}')",
+    "compared": "comparisons(sampled, max_per_prompt=1, template='{a} or {b} {prompt}')",
     "mixed": "mix({top_share: 1, demos('judging', noise=.1): 2}, by='tokens', tokenizer=base)",
     "mixed_rows": "mix({correct: 3, demos('general'): 1}, rows=40)",
     "distinct": "dedup([mixed, mixed_rows], of='prompt')",
     "distinct_near": "dedup(mixed_rows, near=.5, ngram=3)",
     "profiled": "profile(base, prompts=both, n=4, num_prompts=100, max_new_tokens=4)",
     "profiled_sft": "profile(sft_plain, prompts=both, n=4, num_prompts=100, max_new_tokens=4)",
-    "filtered": "filter(both, profile=profiled, low=.2, high=.8, keep_unsolved=.2, at_least=30)",
+    "filtered": "filter(both, profile=profiled, low=.3, high=.8, keep_unsolved=.2, at_least=85)",
     "filtered_gain": "filter(both, profile=profiled_sft, against=profiled, min_gain=.1)",
     "preferred": "pairs(sampled, max_per_prompt=2)",
     "preferred_oracle": "pairs(sampled, judge=judges.oracle(noise=.5), how='random', "
@@ -121,14 +121,14 @@ BEFORE: dict[str, str] = {
     "rl_gae_rewards": "rl(advantage='gae', critic=rm_plain, reward=judges.scalar(rm_plain), "
     "kl_coef=.05, kl_in='reward', kl_estimator='k1', **many)",
     # -- rl: surrogates and ratios -----------------------------------------------------------------
-    "rl_clip": "rl(clip_low=.1, clip_high=.15, **more)",
+    "rl_clip": "rl(clip_low=.1, clip_high=.05, **more)",
     "rl_clip_dual": "rl(clip_high=.3, dual_clip=1.02, **more | dict(lr=2e-2))",
     "rl_clip_sequence": "rl(ratio='sequence', clip_low=.02, clip_high=.03, "
     "aggregation='sequence', **many)",
     "rl_clip_product": "rl(ratio='product', **many)",
     "rl_cispo": "rl(surrogate='cispo', clip_low=1., clip_high=.05, **more)",
     "rl_cispo_sequence": "rl(surrogate='cispo', ratio='sequence', clip_high=.02, **many)",
-    "rl_cispo_product": "rl(surrogate='cispo', ratio='product', clip_high=.1, "
+    "rl_cispo_product": "rl(surrogate='cispo', ratio='product', clip_high=.01, "
     "correction='truncated', correction_high=1.1, **unlike)",
     "rl_geometric": "rl(surrogate='geometric_mean', clip_low=.03, clip_high=.05, **many)",
     "rl_squared": "rl(surrogate='squared', tau=.5, advantage='group_mean', **many)",
@@ -154,7 +154,7 @@ BEFORE: dict[str, str] = {
     "rl_top_p_unmasked": "rl(kl_coef=.1, **unlike)",
     "rl_unfinished": "rl(mask_unfinished=True, drop_zero_variance=False, **policy | "
     "dict(max_new_tokens=2))",
-    "rl_dynamic": "rl(dynamic_sampling=2, retire_above=.7, "
+    "rl_dynamic": "rl(dynamic_sampling=2, retire_above=.5, "
     "**policy | dict(prompts_per_step=12, steps=4))",
     "rl_band": "rl(profile=profiled, curriculum='band', band_low=.2, band_high=schedules.linear(.9,"
     " .6), update_rates=True, **policy)",
@@ -165,14 +165,14 @@ BEFORE: dict[str, str] = {
     "rl_filtered": "rl(**policy | dict(prompts=filtered))",
     "rl_modes": "rl(**policy | dict(start=thinker, prompts=thought, max_new_tokens=8))",
     "rl_segments": "rl(segments=2, chain='{prompt} {response}', **many)",
-    "rl_scheduled": "rl(clip_high=schedules.track('entropy', target=1., first=.28, change=.04, "
-    "low=.2, high=.36), kl_coef=schedules.steps({0: .1, 2: 0.}), temperature=schedules.linear(1., "
+    "rl_scheduled": "rl(clip_high=schedules.track('entropy', target=1., first=.02, change=.01, "
+    "low=.01, high=.04), kl_coef=schedules.steps({0: .1, 2: 0.}), temperature=schedules.linear(1., "
     ".7), domain_shares=schedules.steps({0: {'reasoning': "
     "1, 'general': 1}, 2: {'reasoning': 1, 'general': 0}}), **many | dict(steps=4, "
     "lr=schedules.steps({0: 1e-3, 1: 4e-3}), max_new_tokens=schedules.alternate(4, 2, every=1), "
     "group_size=schedules.steps({0: 4, 2: 6})))",
     "rl_scheduled_gae": "rl(advantage='gae', gae_lambda=schedules.linear(1., .5), critic_lr="
-    "schedules.linear(1e-3, 5e-3), value_clip=schedules.steps({0: .2, 1: .05}), **many)",
+    "schedules.linear(1e-3, 5e-3), value_clip=schedules.steps({0: .02, 1: .05}), **many)",
     # -- rl: rewards, and losses beside ------------------------------------------------------------
     "rl_judges": "rl(reward=judges.verifier() + .5 * judges.scalar(rm_margins, squash=True) - .1 * "
     "judges.length(budget=2), **policy)",
@@ -185,7 +185,7 @@ BEFORE: dict[str, str] = {
     "rl_judges_compare": "rl(reward=judges.compare(sft_lines, swap=False), **policy)",
     "rl_judges_itself": "rl(reward=judges.itself(pairing='circular') + judges.verifier(), "
     "**policy)",
-    "rl_critique": "rl(critique_weight=.5, critique_pairs=4, critique_domains=['general'], **many)",
+    "rl_critique": "rl(critique_weight=.5, critique_pairs=1, critique_domains=['general'], **many)",
     "rl_aux": "rl(aux=ptx | {'own': (correct, .1)}, aux_batch_size=6, ema=.9, trainable=['*attn*', "
     "'*norm*'], weight_decay=.1, **many)",
     "rl_bfloat16": "rl(precision='bfloat16', kl_coef=.1, correction='truncated', **many)",
