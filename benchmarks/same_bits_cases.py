@@ -31,7 +31,6 @@ BEFORE: dict[str, str] = {
     "rollout": "dict(steps=3, lr=3e-3, warmup_steps=1, max_new_tokens=4)",
     "group": "dict(prompts_per_step=6, group_size=4) | rollout",
     "policy": "dict(start=base, prompts=both) | group",
-    "one_update": "dict(updates_per_batch=1)",
     "two_updates": "dict(updates_per_batch=2)",
     "three_updates": "dict(updates_per_batch=3)",
     # So much per update that ratios leave their bounds.
