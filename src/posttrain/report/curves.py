@@ -1,17 +1,19 @@
 """Which training curves a report shows: metrics of many stages turned into small panels.
 
-Colour means domain. Stages of one kind that learn one domain each (specialists) share their panels;
-a stage that learns several draws a line per domain where it logs `<metric>/<domain>`. A setting
-that has a schedule is a metric of its own, `setting/<name>`.
+Colour means domain. Stages of one kind that learn one domain each (specialists) share their
+panels; a stage that learns several draws a line per domain where it logs `<metric>/<domain>`. A
+setting that has a schedule is a metric of its own, `setting/<name>`. Which panels a kind of stage
+shows stands in the table of kinds (`posttrain.stages.kinds`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from posttrain.report.gather import StageFacts
 from posttrain.report.wording import number
+from posttrain.stages.kinds import KINDS
 
 MAX_POINTS = 120
 """Longer curves are drawn as the means of that many runs of steps."""
@@ -90,29 +92,6 @@ METRICS = {
     "critic_lr": Metric(title="Learning rate of the critic"),
     "kl_baseline": Metric(title="KTO's baseline", hint="nats per response"),
 }
-SHOWN = {
-    "supervised": ("loss",),
-    "dpo": ("loss", "accuracy", "margin", "logp_chosen", "logp_rejected"),
-    "reward_model": ("loss", "accuracy", "margin", "reward_mean"),
-    "rl": (
-        *("reward", "entropy", "response_length", "clip_share", "correction_masked"),
-        "explained_variance",
-    ),
-    "distill": (
-        *("kl", "entropy", "response_length", "token_share", "clipped", "correction_masked"),
-        "reward",
-    ),
-}
-"""Metrics that are shown, the rest is folded away."""
-TITLES = {("rl", "accuracy"): "Accuracy"}
-"""Where a metric is another one than in other stages."""
-HINTS = {
-    ("rl", "accuracy"): "verifier's score, mean over the samples",
-    ("supervised", "loss"): "cross-entropy, nats per token",
-    ("distill", "loss"): "as the estimator weighs it",
-    ("dpo", "loss"): "mean over pairs; over responses with kto",
-    ("reward_model", "loss"): "mean over pairs; over prompts with per_prompt",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,32 +124,23 @@ class Section:
     title: str
     panels: list[Panel]
     folded: list[Panel]
-    constant: list[str] = field(default_factory=list)
+    constant: list[str]
     """Metrics that never change, in words: a plot of them would say nothing."""
-    folded_constant: list[str] = field(default_factory=list)
-    legend: list[Line] = field(default_factory=list)
+    folded_constant: list[str]
+    legend: list[Line]
 
 
-def sections(stages: Sequence[StageFacts], colours: dict[str, int]) -> list[Section]:
-    """All curves of a lineage, in the order of the recipe."""
-    logged = [stage for stage in stages if len(stage.lines) > 1]
-    supervised = [stage for stage in logged if stage.kind in ("pretrain", "sft")]
-    found = []
-    if supervised:
-        found.append(_section("Supervised stages", "supervised", supervised, colours))
-    preferring = [stage for stage in logged if stage.kind == "dpo"]
-    if preferring:
-        found.append(_section("Preference stages", "dpo", preferring, colours))
-    scoring = [stage for stage in logged if stage.kind == "reward_model"]
-    if scoring:
-        found.append(_section("Reward models", "reward_model", scoring, colours))
-    reinforced = [stage for stage in logged if stage.kind == "rl"]
-    if reinforced:
-        found.append(_section("Reinforcement learning", "rl", reinforced, colours))
-    for stage in logged:
-        if stage.kind == "distill":
-            found.append(_section(f"Distillation: {stage.name}", "distill", [stage], colours))
-    return found
+def sections(stages: Sequence[StageFacts], colours: Mapping[str, int]) -> list[Section]:
+    """All curves of a lineage, in the order of the table of kinds."""
+    order = list(KINDS)
+    groups: dict[str, list[StageFacts]] = {}
+    for stage in sorted(
+        stages, key=lambda s: order.index(s.kind) if s.kind in order else len(order)
+    ):
+        title = stage.kind_row.section.replace("{stage}", stage.name)
+        if title and len(stage.lines) > 1:
+            groups.setdefault(title, []).append(stage)
+    return [_section(title, members, colours) for title, members in groups.items()]
 
 
 def in_sentence(title: str) -> str:
@@ -178,46 +148,45 @@ def in_sentence(title: str) -> str:
     return title if title[:2].isupper() else title[:1].lower() + title[1:]
 
 
-def _section(
-    title: str, family: str, stages: Sequence[StageFacts], colours: dict[str, int]
-) -> Section:
-    shown: list[Panel] = []
-    folded: list[Panel] = []
-    constant: list[str] = []
-    folded_constant: list[str] = []
+def _section(title: str, stages: Sequence[StageFacts], colours: Mapping[str, int]) -> Section:
+    kind = stages[0].kind_row
     keys = dict.fromkeys(
         _metric_of(key) for stage in stages for line in stage.lines for key in line
     )
     if "clip_low" in keys or "clip_high" in keys:
         keys["clip_share"] = None
-    order = [key for key in SHOWN[family] if key in keys]
+    order = [key for key in kind.panels if key in keys]
     order += [key for key in keys if key not in order and key not in COUNTERS]
+    # What is shown at first, and what is folded away: the panels, and the constants in words.
+    panels: tuple[list[Panel], list[Panel]] = ([], [])
+    constant: tuple[list[str], list[str]] = ([], [])
     for key in order:
         lines = [line for stage in stages for line in _lines(stage, stages, key, colours)]
         values = {y for line in lines for y in line.y}
         if not values:
             continue
         metric = METRICS.get(key, Metric(title=key.replace("setting/", "Setting ")))
-        called = TITLES.get((family, key), metric.title)
+        called = kind.titles.get(key, metric.title)
+        folded = key not in kind.panels
         if len(values) == 1:
-            words = f"{in_sentence(called)} {number(values.pop())}"
-            (constant if key in SHOWN[family] else folded_constant).append(words)
+            constant[folded].append(f"{in_sentence(called)} {number(values.pop())}")
             continue
-        panel = Panel(
-            key=key,
-            title=called,
-            hint=HINTS.get((family, key), metric.hint),
-            lines=lines,
-            log=metric.log and 0 < LOG_SPAN * min(values) < max(values),
+        panels[folded].append(
+            Panel(
+                key=key,
+                title=called,
+                hint=kind.hints.get(key, metric.hint),
+                lines=lines,
+                log=metric.log and 0 < LOG_SPAN * min(values) < max(values),
+            )
         )
-        (shown if key in SHOWN[family] else folded).append(panel)
     return Section(
         title=title,
-        panels=shown,
-        folded=folded,
-        constant=constant,
-        folded_constant=folded_constant,
-        legend=_legend(shown + folded),
+        panels=panels[False],
+        folded=panels[True],
+        constant=constant[False],
+        folded_constant=constant[True],
+        legend=_legend(panels[False] + panels[True]),
     )
 
 
@@ -228,7 +197,7 @@ def _metric_of(key: str) -> str:
 
 
 def _lines(
-    stage: StageFacts, stages: Sequence[StageFacts], key: str, colours: dict[str, int]
+    stage: StageFacts, stages: Sequence[StageFacts], key: str, colours: Mapping[str, int]
 ) -> list[Line]:
     """The curves of one metric in one stage: one per domain where it has those, else one."""
     full = dict.fromkeys(k for line in stage.lines for k in line if k.startswith(f"{key}/"))
