@@ -29,7 +29,7 @@ from posttrain.language.judging import check_judge, judge_edges
 from posttrain.language.operands import check_drawing, contest, judged, profile_edge
 from posttrain.language.operators import Operators
 from posttrain.language.routes import Teachers, route
-from posttrain.stages.config import VERSIONS
+from posttrain.stages.kinds import KINDS
 from posttrain.suites.domain import Suite, Table
 
 
@@ -100,7 +100,7 @@ class Recipe(Operators):
         node = Node(
             name=name,
             kind="model",
-            version=VERSIONS["model"],
+            version=KINDS["model"].version,
             data={"files": external.sha256},
             runtime={"directory": str(external.directory), "files": list(external.files)},
         )

@@ -14,7 +14,7 @@ from posttrain.cli import app
 from posttrain.loading import shipped_recipes
 from posttrain.report.curves import COUNTERS, METRICS
 from posttrain.rewards.spec import OPTIONS
-from posttrain.stages.config import CONFIGS
+from posttrain.stages.kinds import KINDS
 from posttrain.suites.load import load_suite
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,7 +73,7 @@ def test_every_loss_names_its_proof() -> None:
         assert "Source" in section and TEST.search(section), name
 
 
-@pytest.mark.parametrize("kind", [k for k in CONFIGS if k not in ("domain", "model")])
+@pytest.mark.parametrize("kind", [k.name for k in KINDS.values() if not k.from_outside])
 def test_every_setting_is_documented_with_its_default(kind: str) -> None:
     """A table of settings belongs to the kinds that its heading names."""
     found: dict[str, str] = {}
@@ -82,7 +82,7 @@ def test_every_setting_is_documented_with_its_default(kind: str) -> None:
         heading, _, body = section.partition("\n")
         if heading == "All stages" or f"`{kind}`" in heading:
             found |= dict(ROW.findall(body))
-    fields = CONFIGS[kind].model_fields
+    fields = KINDS[kind].settings_class().model_fields
     assert set(found) == set(fields)
     for name, field in fields.items():
         if field.is_required():
@@ -92,7 +92,9 @@ def test_every_setting_is_documented_with_its_default(kind: str) -> None:
             assert found[name] == f"`{json.dumps(default)}`", name
 
 
-@pytest.mark.parametrize("kind", [k for k in CONFIGS if hasattr(CONFIGS[k], "SCHEDULABLE")])
+@pytest.mark.parametrize(
+    "kind", [k.name for k in KINDS.values() if hasattr(k.settings_class(), "SCHEDULABLE")]
+)
 def test_every_setting_that_may_have_a_schedule_is_documented(kind: str) -> None:
     found: set[str] = set()
     settings = page("docs/language.md").partition("## Settings")[2].partition("\n## ")[0]
@@ -101,11 +103,12 @@ def test_every_setting_that_may_have_a_schedule_is_documented(kind: str) -> None
         if f"`{kind}`" in heading:
             for names in re.findall(r"May have a schedule: ([^.]*)\.", body):
                 found |= set(re.findall(r"`(\w+)`", names))
-    assert found == CONFIGS[kind].schedulable()  # type: ignore[attr-defined]
+    assert found == KINDS[kind].settings_class().schedulable()
 
 
 def test_a_default_that_differs_is_told() -> None:
-    defaults = {k: CONFIGS[k].model_fields["aggregation"].default for k in ("rl", "distill")}
+    fields = {k: KINDS[k].settings_class().model_fields for k in ("rl", "distill")}
+    defaults = {k: found["aggregation"].default for k, found in fields.items()}
     told = '`aggregation` is `"{rl}"` in `rl` and `"{distill}"` in `distill`.'
     assert told.format(**defaults) in page("docs/language.md")
 
