@@ -59,9 +59,9 @@ ALIASES = {"suites": "domains", "rewards": "domains", "__init__": "package"}
 THIRD_PARTY: dict[str, set[str]] = {
     "engine": set(),
     "losses": {"torch"},
-    "rl": {"torch"},
+    "rl": {"torch", "numpy"},
     "domains": {"reasoning_gym", "math_verify", "datasets", "pyarrow"},
-    "report": {"numpy", "jinja2", "markupsafe", "matplotlib", "rich"},
+    "report": {"jinja2", "markupsafe", "rich"},
     "external": {"huggingface_hub"},
     "backends": {"torch", "transformers", "tokenizers", "safetensors"},
     "stages.settings": {"pydantic"},

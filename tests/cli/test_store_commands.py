@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
-from posttrain.commands.keep import count_parameters
 from posttrain.commands.output import age
+from posttrain.commands.store import count_parameters
 from posttrain.engine.store import Store
 
 MINI = ("mini.py", "--suite", "pairs.toml")

@@ -131,16 +131,18 @@ class Section:
 
 
 def sections(stages: Sequence[StageFacts], colours: Mapping[str, int]) -> list[Section]:
-    """All curves of a lineage, in the order of the table of kinds."""
-    order = list(KINDS)
+    """All curves of a lineage, in the order of the table of kinds; others' kinds come last."""
     groups: dict[str, list[StageFacts]] = {}
-    for stage in sorted(
-        stages, key=lambda s: order.index(s.kind) if s.kind in order else len(order)
-    ):
+    for stage in stages:
         title = stage.kind_row.section.replace("{stage}", stage.name)
         if title and len(stage.lines) > 1:
             groups.setdefault(title, []).append(stage)
-    return [_section(title, members, colours) for title, members in groups.items()]
+    order = {name: place for place, name in enumerate(KINDS)}
+    ranks = {
+        title: min(order.get(stage.kind, len(order)) for stage in members)
+        for title, members in groups.items()
+    }
+    return [_section(t, groups[t], colours) for t in sorted(groups, key=lambda t: ranks[t])]
 
 
 def in_sentence(title: str) -> str:

@@ -87,10 +87,11 @@ def _scores(evaluation: Evaluation, digits: int) -> Table:
     models = MODELS if taught else ("init", "student")
     easy = constant_domains(evaluation)
     table = _table()
-    for title in ("domain", *models):
-        table.add_column(title, overflow="fold")
+    # Least widths are of what a narrow terminal would else break inside: titles and intervals.
+    table.add_column("domain", overflow="fold", min_width=11)
+    for model in models:
+        table.add_column(model, overflow="fold", min_width=7)
     if taught:
-        # As wide as an interval, which a narrow terminal would else break inside.
         table.add_column("recovery", overflow="fold", min_width=9)
     table.add_column("constant", justify="right", overflow="fold")
     for name, row in evaluation["domains"].items():

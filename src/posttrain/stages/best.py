@@ -21,9 +21,9 @@ from posttrain.backends.checkpoint import load
 from posttrain.backends.sampler import LocalSampler
 from posttrain.external import MODEL_FILES
 from posttrain.modes import in_modes
-from posttrain.report.statistics import mean_interval
 from posttrain.rewards.judging import Batch
 from posttrain.rewards.pool import VerifierPool
+from posttrain.rl.statistics import mean_interval
 from posttrain.stages.batches import Problem
 from posttrain.stages.context import Context
 from posttrain.stages.judging import batch_of, make_judge

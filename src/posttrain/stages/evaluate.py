@@ -1,7 +1,7 @@
 """How good is each model, and how much of each teacher did the student recover?
 
 All models answer the same problems, which no training stage can draw from, at temperature 1 and
-greedily. The report of it is `evaluation.json`; `report/statistics.py` has the arithmetic.
+greedily. The report of it is `evaluation.json`; `rl/statistics.py` has the arithmetic.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from posttrain.backends.chat import Chat
 from posttrain.backends.checkpoint import LanguageModel, load
 from posttrain.backends.sampler import LocalSampler
 from posttrain.modes import in_modes, spoken
-from posttrain.report.statistics import Scores, evaluation
 from posttrain.rewards.pool import VerifierPool
+from posttrain.rl.statistics import Scores, evaluation
 from posttrain.stages.batches import Problem
 from posttrain.stages.context import Context
 from posttrain.stages.rollouts import Scored, sample_and_verify, step_seed, submit, verifiers
