@@ -88,12 +88,12 @@ def _scores(evaluation: Evaluation, digits: int) -> Table:
     easy = constant_domains(evaluation)
     table = _table()
     # Least widths are of what a narrow terminal would else break inside: titles and intervals.
-    table.add_column("domain", overflow="fold", min_width=11)
+    table.add_column("domain", overflow="fold")
     for model in models:
         table.add_column(model, overflow="fold", min_width=7)
     if taught:
         table.add_column("recovery", overflow="fold", min_width=9)
-    table.add_column("constant", justify="right", overflow="fold")
+    table.add_column("constant", justify="right", overflow="fold", min_width=8)
     for name, row in evaluation["domains"].items():
         for decoding in DECODINGS:
             cells = decoded(row, decoding)
