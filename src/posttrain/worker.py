@@ -7,6 +7,7 @@ here.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
@@ -39,6 +40,8 @@ TINY_BYTES = 16_000_000
 
 def run_job(job: Job) -> dict[str, Any]:
     """Run one stage; returns its summary metrics."""
+    if "import_from" in job.runtime:
+        sys.path.insert(0, job.runtime["import_from"])
     import torch
 
     from posttrain.backends.device import check_precision

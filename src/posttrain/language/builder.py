@@ -105,11 +105,28 @@ class Builder:
                 version=kind_of(kind).version,
                 config=config.model_dump(mode="json"),
                 inputs=inputs,
+                **self._code(kind),
             )
         )
         if "domain_shares" in fields:
             self._shared_out(stage)
         return stage
+
+    def _code(self, name: str) -> dict[str, dict[str, str]]:
+        """For a kind of another module: the digest of its loop, and where the module is found."""
+        if name in KINDS:
+            return {}
+        kind = kind_of(name)
+        try:
+            file = kind.file()
+        except ImportError as error:
+            raise ConfigError(
+                f"kind {name!r}: run = {kind.run!r} cannot be imported ({error})"
+            ) from None
+        return {
+            "data": {"code": self.hash_file(file)},
+            "runtime": {"import_from": str(kind.folder())},
+        }
 
     def _shared_out(self, stage: Stage) -> None:
         """Refuse shares that do not name the domains of a stage, as far as they are known."""

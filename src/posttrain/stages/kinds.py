@@ -15,6 +15,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, Literal
 
@@ -71,6 +73,9 @@ class Kind:
     hints: Mapping[str, str] = field(default_factory=dict)
     """Metric to the line below its title, where it is another one than elsewhere."""
 
+    def __str__(self) -> str:
+        return self.name
+
     def settings_class(self) -> Any:
         """The class of its settings, a pydantic model."""
         return resolve_name(self.settings)
@@ -78,6 +83,18 @@ class Kind:
     def loop(self) -> Any:
         """The function `run`. Importing it may import torch."""
         return resolve_name(self.run)
+
+    def file(self) -> Path:
+        """The file of its loop, found without running it. Raises ImportError if there is none."""
+        module = self.run.partition(":")[0]
+        spec = find_spec(module)
+        if spec is None or spec.origin is None:
+            raise ImportError(f"there is no module {module!r}")
+        return Path(spec.origin)
+
+    def folder(self) -> Path:
+        """What has to be in `sys.path` so that its loop is found."""
+        return self.file().parents[self.run.partition(":")[0].count(".")]
 
     def is_model(self) -> bool:
         """Whether it leaves a checkpoint behind, of whatever it may be asked."""
