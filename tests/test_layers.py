@@ -61,7 +61,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "losses": {"torch"},
     "rl": {"torch", "numpy"},
     "domains": {"reasoning_gym", "math_verify", "datasets", "pyarrow"},
-    "report": {"numpy", "jinja2", "markupsafe", "matplotlib", "rich"},
+    "report": {"jinja2", "markupsafe", "rich"},
     "backends.checkpoint_source": {"huggingface_hub"},
     "backends": {"torch", "transformers", "tokenizers", "safetensors"},
     "stages.settings": {"pydantic"},

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from posttrain.commands.output import console, emit
-from posttrain.commands.page import check_report_path, write_report_of
+from posttrain.commands.report import check_report_path, write_report_of
 from posttrain.engine.errors import Interrupted, PosttrainError
 from posttrain.engine.planner import PlanRow
 from posttrain.engine.planner import plan as plan_graph
