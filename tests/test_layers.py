@@ -22,43 +22,44 @@ ALLOWED: dict[str, set[str]] = {
     "rl": {"losses"},
     "modes": {"engine"},
     "hints": {"engine"},
-    "domains": {"engine", "modes", "schedules"},
+    "rewards": {"engine", "modes", "schedules"},
+    "suites": {"engine", "rewards"},
     "report": {"engine"},
     "external": {"engine"},
     "backends": {"engine", "losses", "rl", "modes"},
     "schedules": {"engine"},
-    "judges": {"engine", "schedules", "domains"},
-    "stages.settings": {"engine", "schedules", "domains", "modes", "hints"},
+    "judges": {"engine", "schedules", "rewards"},
+    "stages.settings": {"engine", "schedules", "rewards", "modes", "hints"},
     "stages.config": {"engine", "stages.settings"},
     "stages": {
-        "engine", "losses", "rl", "domains", "report", "backends", "schedules", "modes",
+        "engine", "losses", "rl", "rewards", "suites", "report", "backends", "schedules", "modes",
         "stages.settings", "external", "hints",
     },
     "language": {
-        "engine", "external", "domains", "schedules", "stages.config", "modes", "judges",
+        "engine", "external", "rewards", "suites", "schedules", "stages.config", "modes", "judges",
     },
-    "recipe": {"engine", "external", "domains", "stages.config", "language", "judges"},
-    "package": {"recipe", "language", "domains", "schedules", "judges"},
+    "recipe": {"engine", "external", "suites", "stages.config", "language", "judges"},
+    "package": {"recipe", "language", "suites", "schedules", "judges"},
     "recipes": {"package", "judges", "schedules"},
-    "loading": {"engine", "recipe", "language", "domains"},
+    "loading": {"engine", "recipe", "language", "suites"},
     "worker": {
-        "engine", "report", "language", "domains", "backends", "stages", "stages.config",
+        "engine", "report", "language", "suites", "backends", "stages", "stages.config",
     },
     "commands": {
         "engine", "external", "report", "backends", "stages", "stages.config", "recipe", "language",
-        "loading", "worker", "domains",
+        "loading", "worker",
     },
     "cli": {"engine", "commands", "package"},
     "__main__": {"cli"},
 }  # fmt: skip
-# Suites and rewards are one layer: a suite names verifiers, a verifier reads a domain's notation.
-ALIASES = {"suites": "domains", "rewards": "domains", "__init__": "package"}
+ALIASES = {"__init__": "package"}
 
 THIRD_PARTY: dict[str, set[str]] = {
     "engine": set(),
     "losses": {"torch"},
     "rl": {"torch"},
-    "domains": {"reasoning_gym", "math_verify", "datasets", "pyarrow"},
+    "rewards": {"reasoning_gym", "math_verify", "httpx2"},
+    "suites": {"datasets", "pyarrow"},
     "report": {"numpy", "jinja2", "markupsafe", "matplotlib", "rich"},
     "external": {"huggingface_hub"},
     "backends": {"torch", "transformers", "tokenizers", "safetensors"},

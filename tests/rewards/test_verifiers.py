@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from posttrain.engine.errors import ConfigError, StageError
+from posttrain.rewards.formats import FORMATS, Format
 from posttrain.rewards.math_answer import MathVerifier
 from posttrain.rewards.verifiers import (
     choice_letter,
@@ -218,13 +219,11 @@ def test_reasoning_gym_reads_a_table_row():
 
 
 def test_reasoning_gym_uses_the_format(monkeypatch):
-    class Spelled:
-        version = 1
-
+    class Spelled(Format):
         def answer(self, response):
             return str(["zero", "one", "two", "three"].index(response))
 
-    monkeypatch.setattr("posttrain.rewards.verifiers.find_format", lambda name, *, where: Spelled())
+    monkeypatch.setitem(FORMATS, "spelled", Spelled())
     spelled = verifier("reasoning_gym:chain_sum", format="spelled")
     assert spelled.score("three", problem("3", entry=ENTRY)) == 1.0
     assert spelled.score("two", problem("3", entry=ENTRY)) == 0.0

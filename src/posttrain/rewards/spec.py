@@ -10,9 +10,9 @@ from typing import Any
 
 from posttrain.engine.errors import ConfigError, choices_text
 from posttrain.engine.fingerprint import file_digest
+from posttrain.rewards.formats import find_format
 from posttrain.rewards.gym import check_params
 from posttrain.rewards.python_file import check_file
-from posttrain.suites.formats import find_format
 
 OPTIONS: Mapping[str, Mapping[str, type]] = {
     "math": {},

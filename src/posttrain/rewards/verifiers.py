@@ -22,6 +22,7 @@ from typing import Any, Protocol
 
 from posttrain.engine.errors import ConfigError, StageError, choices_text
 from posttrain.modes import visible
+from posttrain.rewards.formats import find_format
 from posttrain.rewards.gym import gym_verifier
 from posttrain.rewards.math_answer import MathVerifier
 from posttrain.rewards.python_file import python_verifier
@@ -33,7 +34,6 @@ from posttrain.rewards.spec import (
     parse_verifier,
     resolve_verifier,
 )
-from posttrain.suites.formats import find_format
 
 __all__ = [
     "AnswerVerifier",

@@ -19,9 +19,9 @@ from typing import Any
 
 from posttrain.engine.errors import ConfigError, StageError
 from posttrain.engine.fingerprint import file_digest
+from posttrain.rewards.formats import find_format
 from posttrain.rewards.gym import FULL_SCORE, create_gym
 from posttrain.rewards.verifiers import Verifier, make_verifier
-from posttrain.suites.formats import find_format
 from posttrain.suites.location import parse_location
 from posttrain.suites.split import (
     SPLITS,

@@ -16,10 +16,10 @@ from typing import Any
 from posttrain.engine.errors import ConfigError
 from posttrain.engine.fingerprint import file_digest, plain
 from posttrain.engine.hashes import HashFile
+from posttrain.rewards.formats import find_format
 from posttrain.rewards.gym import check_params
 from posttrain.rewards.spec import ResolvedVerifier, VerifierSpec, resolve_verifier
 from posttrain.suites.build import build_domain
-from posttrain.suites.formats import Format, find_format
 from posttrain.suites.location import Location, parse_location
 from posttrain.suites.split import SPLITS, place_rows, require_all_splits, split_of
 from posttrain.suites.tables import Columns, check_schema, columns_of, read_rows
@@ -28,7 +28,6 @@ __all__ = [
     "SPLITS",
     "Domain",
     "DomainNode",
-    "Format",
     "Procedural",
     "Suite",
     "Table",
