@@ -1,7 +1,6 @@
 """Every verifier with right, wrong and edge answers, and what it says about broken ones."""
 
 import json
-import threading
 from pathlib import Path
 
 import pytest
@@ -35,9 +34,7 @@ def verifier(name, **options):
 
 @pytest.fixture(scope="module")
 def math():
-    instance = MathVerifier()
-    yield instance
-    instance.close()
+    return MathVerifier()
 
 
 @pytest.mark.parametrize(
@@ -59,30 +56,6 @@ def math():
 )
 def test_math(math, answer, response, score):
     assert math.score(response, problem(answer)) == score
-
-
-def test_math_works_outside_the_main_thread(math):
-    scores = []
-    thread = threading.Thread(
-        target=lambda: scores.extend(math.score(f"it is {n}", problem("4")) for n in (3, 4))
-    )
-    thread.start()
-    thread.join()
-    assert scores == [0.0, 1.0]
-
-
-def test_math_gives_up_on_a_runaway_expression_and_goes_on():
-    impatient = MathVerifier(seconds=1.0)
-    assert impatient.score("$9^{9^{9^9}}$", problem("42")) == 0.0
-    assert impatient.score("it is 42", problem("42")) == 1.0
-    impatient.close()
-
-
-def test_math_survives_the_death_of_its_process(math):
-    assert math.score("it is 5", problem("5")) == 1.0
-    math._process.kill()
-    math._process.wait()
-    assert math.score("it is 6", problem("6")) == 1.0
 
 
 def test_math_names_the_problem_whose_answer_is_not_mathematics(math):

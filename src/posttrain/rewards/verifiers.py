@@ -221,10 +221,16 @@ def make_verifier(config: Mapping[str, Any], runtime: Mapping[str, Any] | None =
     raise ConfigError(f"unknown verifier {spec.name!r}; {choices_text(spec.kind, OPTIONS)}")
 
 
+def domain_config(domain_dir: Path) -> dict[str, Any]:
+    """The identity of a domain's artifact, from its domain.json: source, verifier, maybe oracle."""
+    record = json.loads((domain_dir / "domain.json").read_text(encoding="utf-8"))
+    config: dict[str, Any] = record["config"]
+    return config
+
+
 def verifier_name(domain_dir: Path) -> str:
     """The name of the verifier of a domain's artifact, such as `math` or `python:score`."""
-    record = json.loads((domain_dir / "domain.json").read_text(encoding="utf-8"))
-    return str(record["config"]["verifier"]["name"])
+    return str(domain_config(domain_dir)["verifier"]["name"])
 
 
 def load_verifier(domain_dir: Path) -> Verifier:
@@ -232,8 +238,6 @@ def load_verifier(domain_dir: Path) -> Verifier:
 
     It sees what `posttrain.modes.visible` leaves of a response.
     """
-    record = json.loads((domain_dir / "domain.json").read_text(encoding="utf-8"))
-    verifier = make_verifier(
-        record["config"]["verifier"], {"verifier_file": str(domain_dir / "verifier.py")}
-    )
-    return AnswerVerifier(verifier=verifier)
+    config = domain_config(domain_dir)["verifier"]
+    runtime = {"verifier_file": str(domain_dir / "verifier.py")}
+    return AnswerVerifier(verifier=make_verifier(config, runtime))

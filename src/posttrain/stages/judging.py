@@ -112,7 +112,7 @@ class Verdicts:
 def oracle(ctx: Context, noise: float, seed: int) -> Oracle:
     """The noisy annotator of the stage's domains; its workers end with the stage."""
     workers = min(ctx.threads, MAX_WORKERS)
-    pool = VerifierPool(ctx.domains, num_workers=workers, judge="oracle")
+    pool = VerifierPool(ctx.domains, num_workers=workers, oracle=True)
     return Oracle(qualities=ctx.resources.enter_context(pool).scores, noise=noise, seed=seed)
 
 

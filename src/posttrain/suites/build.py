@@ -19,9 +19,10 @@ from typing import Any
 
 from posttrain.engine.errors import ConfigError, StageError
 from posttrain.engine.fingerprint import file_digest
+from posttrain.engine.jsonl import write_jsonl
 from posttrain.rewards.formats import find_format
 from posttrain.rewards.gym import FULL_SCORE, create_gym
-from posttrain.rewards.verifiers import Verifier, make_verifier
+from posttrain.rewards.pool import VerifierPool
 from posttrain.suites.location import parse_location
 from posttrain.suites.split import (
     SPLITS,
@@ -74,14 +75,9 @@ def build_domain(
     if "oracle_file" in runtime:
         _require_unchanged(runtime["oracle_file"], known["oracle"], f"{where}: oracle")
         shutil.copyfile(runtime["oracle_file"], out / "oracle.py")
-    verifier = make_verifier(config["verifier"], {"verifier_file": str(out / "verifier.py")})
-    demo_score = _check(splits, verifier, strict=config["source"]["kind"] == "procedural")
-
     counts = {split: len(splits[split]) for split in SPLITS}
     for split in SPLITS:
-        with (out / f"{split}.jsonl").open("w", encoding="utf-8") as file:
-            for problem in splits[split]:
-                file.write(json.dumps(problem, ensure_ascii=False, allow_nan=False) + "\n")
+        write_jsonl(out / f"{split}.jsonl", splits[split])
     record = {
         "format": 1,
         "name": name,
@@ -90,6 +86,9 @@ def build_domain(
         "counts": counts,
     }
     (out / "domain.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    # In a process of its own where the verifier is slow, as stages will ask it.
+    with VerifierPool({name: out}, num_workers=1) as pool:
+        demo_score = _check(splits, pool, strict=config["source"]["kind"] == "procedural")
     metrics: dict[str, Any] = {**counts, "duplicates": duplicates}
     top = Counter(problem["answer"] for problem in splits["heldout"]).most_common(1)[0][1]
     metrics["top_answer_share"] = round(top / counts["heldout"], 4)
@@ -223,7 +222,7 @@ def _require_unchanged(file: str, digest: str, where: str) -> None:
 
 
 def _check(
-    splits: Mapping[str, list[Problem]], verifier: Verifier, *, strict: bool
+    splits: Mapping[str, list[Problem]], pool: VerifierPool, *, strict: bool
 ) -> float | None:
     """Shows every answer and some demonstrations to the verifier.
 
@@ -231,24 +230,27 @@ def _check(
     """
     scores = []
     for problems in splits.values():
-        for problem in problems:
-            verifier.check(problem)
-        step = max(1, len(problems) // NUM_DEMO_CHECKS)
-        for problem in problems[::step]:
-            # Without a demonstration the answer still is a response that the verifier survives.
-            if problem["demo"] is None:
-                verifier.score(problem["answer"], problem)
-                continue
-            texts = (problem["demo"], problem.get("direct", problem["demo"]))
-            found = {text: verifier.score(text, problem) for text in dict.fromkeys(texts)}
-            scores.append(found[problem["demo"]])
-            for text, score in found.items():
-                if strict and score < FULL_SCORE:
-                    raise StageError(
-                        f"problem {problem['id']}: its demonstration {text!r} scores {score:g} "
-                        f"under the domain's verifier, not 1; prompt: {problem['prompt']!r}"
-                    )
+        pool.check(problems[0]["domain"], problems)
+        chosen = problems[:: max(1, len(problems) // NUM_DEMO_CHECKS)]
+        asked = [(problem, text) for problem in chosen for text in _responses_to_show(problem)]
+        found = pool.scores([problem for problem, _ in asked], [text for _, text in asked])
+        for (problem, text), score in zip(asked, found, strict=True):
+            if text == problem["demo"]:
+                scores.append(score)
+            if strict and score < FULL_SCORE:
+                raise StageError(
+                    f"problem {problem['id']}: its demonstration {text!r} scores {score:g} "
+                    f"under the domain's verifier, not 1; prompt: {problem['prompt']!r}"
+                )
     return sum(scores) / len(scores) if scores else None
+
+
+def _responses_to_show(problem: Problem) -> list[str]:
+    """The demonstrations of a problem; without one the answer, a response to be survived."""
+    demo = problem["demo"]
+    if demo is None:
+        return [problem["answer"]]
+    return list(dict.fromkeys((demo, problem.get("direct", demo))))
 
 
 def _readme(
