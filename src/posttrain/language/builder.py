@@ -24,8 +24,7 @@ from posttrain.language.handles import (
 from posttrain.language.whole import check_chains, check_strengths, check_thinking, root_of
 from posttrain.schedules import possible_values
 from posttrain.stages.config import CONFIGS, VERSIONS, build_config
-from posttrain.suites.domain import Suite, Table, domain_node
-from posttrain.suites.shares import shares_problem
+from posttrain.suites.domain import Suite, Table, domain_node, shares_problem
 
 DERIVED = {
     "routes": "which model serves which domain",

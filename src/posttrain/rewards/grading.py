@@ -11,7 +11,7 @@ from posttrain.engine.errors import ConfigError, StageError
 from posttrain.rewards.endpoint import SHOWN, Endpoint, Question
 from posttrain.rewards.judging import Batch
 from posttrain.rewards.pairing import Comparison, comparisons, win_shares
-from posttrain.rewards.rubric import checked_rubric
+from posttrain.rewards.spec import checked_rubric
 
 GRADE = """You grade an answer.
 

@@ -26,27 +26,7 @@ from posttrain.rewards.formats import find_format
 from posttrain.rewards.gym import gym_verifier
 from posttrain.rewards.math_answer import MathVerifier
 from posttrain.rewards.python_file import python_verifier
-from posttrain.rewards.spec import (
-    OPTIONS,
-    ResolvedVerifier,
-    VerifierSpec,
-    compile_pattern,
-    parse_verifier,
-    resolve_verifier,
-)
-
-__all__ = [
-    "AnswerVerifier",
-    "ResolvedVerifier",
-    "Verifier",
-    "VerifierSpec",
-    "choice_letter",
-    "load_verifier",
-    "make_verifier",
-    "parse_verifier",
-    "resolve_verifier",
-    "verifier_name",
-]
+from posttrain.rewards.spec import OPTIONS, VerifierSpec, compile_pattern
 
 
 class Verifier(Protocol):

@@ -12,7 +12,7 @@ from posttrain.engine.errors import ConfigError
 from posttrain.rl.types import Rollouts, pad_rows
 from posttrain.schedules import History
 from posttrain.stages.curriculum import Shares
-from posttrain.suites.shares import shares_problem
+from posttrain.suites.domain import shares_problem
 
 Problem = dict[str, Any]
 

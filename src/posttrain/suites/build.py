@@ -49,9 +49,10 @@ def build_domain(
     out: Path,
     data: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Writes the artifact into the directory `out`; `config`, `runtime` are those of a DomainNode.
+    """Writes the artifact into the directory `out`.
 
-    `data` (default: `runtime["data"]`) are the sha256 values that the plan saw.
+    `config` and `runtime` are those of `domain_node`; `data` (default: `runtime["data"]`) are the
+    sha256 values that the plan saw.
 
     Returns:
         train, validation, heldout (numbers of problems), duplicates (dropped rows or draws),
@@ -128,17 +129,17 @@ def _procedural(config: Mapping[str, Any], where: str) -> tuple[dict[str, list[P
                 f"{where}: reasoning-gym's {source['dataset']} gives no reference answers, so "
                 "there would be no demonstrations to start from; choose another dataset"
             )
-        splits[split].append(
-            {
-                "id": f"{name}-{key[:12]}",
-                "domain": name,
-                "prompt": text_format.prompt(item),
-                "answer": str(item["answer"]),
-                "demo": text_format.demo(item),
-                "meta": {"entry": _as_json(item, source["dataset"], where)},
-            }
-            | _steps(text_format.thought(item), text_format.direct(item))
-        )
+        row = {
+            "id": f"{name}-{key[:12]}",
+            "domain": name,
+            "prompt": text_format.prompt(item),
+            "answer": str(item["answer"]),
+            "demo": text_format.demo(item),
+            "meta": {"entry": _as_json(item, source["dataset"], where)},
+        }
+        # A row without thoughts has no such field.
+        steps = {"thought": text_format.thought(item), "direct": text_format.direct(item)}
+        splits[split].append(row | {f: text for f, text in steps.items() if text is not None})
     short = ", ".join(f"{len(splits[s])} of {wanted[s]} for {s}" for s in SPLITS)
     raise ConfigError(
         f"{where}: reasoning-gym's {source['dataset']} with params {dict(source['params'])} ran "
@@ -146,12 +147,6 @@ def _procedural(config: Mapping[str, Any], where: str) -> tuple[dict[str, list[P
         f"that was wanted ({short}; about 75 % of the problems belong to train, 10 % to "
         "validation, 15 % to heldout). Ask for fewer, or widen params"
     )
-
-
-def _steps(thought: str | None, direct: str | None) -> dict[str, str]:
-    """The fields of a row that demonstrate thinking; rows without thoughts have none of them."""
-    given = {"thought": thought, "direct": direct}
-    return {field: text for field, text in given.items() if text is not None}
 
 
 def _items(source: Mapping[str, Any], where: str) -> Iterator[dict[str, Any]]:
@@ -194,16 +189,8 @@ def _table(
     splits: dict[str, list[Problem]] = {split: [] for split in (*SPLITS, "duplicate")}
     for split, row in place_rows(tables):
         splits[split].append(
-            {
-                "id": row.id or f"{name}-{prompt_digest(row.prompt)[:12]}",
-                "domain": name,
-                "prompt": row.prompt,
-                "answer": row.answer,
-                "demo": row.demo,
-                "meta": dict(row.meta),
-            }
-            | _steps(row.thought, row.direct)
-            | ({} if row.rubric is None else {"rubric": row.rubric})
+            {"id": row.id or f"{name}-{prompt_digest(row.prompt)[:12]}", "domain": name}
+            | row.problem
         )
     duplicates = len(splits.pop("duplicate"))
     require_all_splits({split: len(rows) for split, rows in splits.items()}, where)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version as version_of
 from pathlib import Path
@@ -18,7 +18,7 @@ from posttrain.engine.fingerprint import file_digest, plain
 from posttrain.engine.hashes import HashFile
 from posttrain.rewards.formats import find_format
 from posttrain.rewards.gym import check_params
-from posttrain.rewards.spec import ResolvedVerifier, VerifierSpec, resolve_verifier
+from posttrain.rewards.spec import NodeParts, VerifierSpec, resolve_verifier
 from posttrain.suites.build import build_domain
 from posttrain.suites.location import Location, parse_location
 from posttrain.suites.split import SPLITS, place_rows, require_all_splits, split_of
@@ -27,7 +27,6 @@ from posttrain.suites.tables import Columns, check_schema, columns_of, read_rows
 __all__ = [
     "SPLITS",
     "Domain",
-    "DomainNode",
     "Procedural",
     "Suite",
     "Table",
@@ -112,6 +111,13 @@ class Table:
         given = {"train": self.train, "validation": self.validation, "heldout": self.heldout}
         return {split: text for split, text in given.items() if text is not None}
 
+    def columns(self) -> dict[str, str | None]:
+        """Field -> column. Of the later ones only those that are named: a domain without them keeps
+        the identity that it had before they came."""
+        first = {"prompt": self.prompt, "answer": self.answer, "demo": self.demo, "id": self.id}
+        later = {"thought": self.thought, "direct": self.direct, "rubric": self.rubric}
+        return first | {field: column for field, column in later.items() if column is not None}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Domain:
@@ -147,20 +153,9 @@ class Suite:
                 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class DomainNode:
-    """The pieces of the graph node of kind "domain"."""
-
-    config: dict[str, Any]
-    """Identity: literals only."""
-    data: dict[str, str]
-    """Identity: sha256 of local tables (by split) and of the user's verifier file ("verifier")."""
-    runtime: dict[str, Any]
-    """Not identity: {"files": {split: location}, "verifier_file": path, "data": copy of data}."""
-
-
-def domain_node(domain: Domain, base_dir: Path, hash_file: HashFile = file_digest) -> DomainNode:
-    """Checks a domain as far as that is possible without computing, and says what identifies it.
+def domain_node(domain: Domain, base_dir: Path, hash_file: HashFile = file_digest) -> NodeParts:
+    """Checks a domain as far as that is possible without computing: the parts of its graph node, of
+    kind "domain". In `runtime` are also "files" (split -> location) and "data", a copy of `data`.
 
     JSONL tables are checked row by row, Parquet tables and folders by their schema. Relative paths
     are relative to `base_dir`. `hash_file` gives the sha256 of a table; that of a store need not
@@ -178,7 +173,7 @@ def domain_node(domain: Domain, base_dir: Path, hash_file: HashFile = file_diges
     return node if domain.oracle is None else _with_oracle(node, domain.oracle, base_dir, where)
 
 
-def _with_oracle(node: DomainNode, oracle: str, base_dir: Path, where: str) -> DomainNode:
+def _with_oracle(node: NodeParts, oracle: str, base_dir: Path, where: str) -> NodeParts:
     """The node with the user's oracle: its function and bytes in the identity, its file beside."""
     where = f"{where}: oracle"
     if not oracle.startswith("python:"):
@@ -189,7 +184,7 @@ def _with_oracle(node: DomainNode, oracle: str, base_dir: Path, where: str) -> D
     found = resolve_verifier(VerifierSpec(name=oracle), base_dir, where=where)
     data = node.data | {"oracle": found.data["verifier"]}
     runtime = node.runtime | {"oracle_file": found.runtime["verifier_file"], "data": data}
-    return DomainNode(
+    return NodeParts(
         config=node.config | {"oracle": found.config["name"]}, data=data, runtime=runtime
     )
 
@@ -206,8 +201,8 @@ def _spec(domain: Domain) -> VerifierSpec:
 
 
 def _procedural_node(
-    domain: Domain, source: Procedural, verifier: ResolvedVerifier, where: str
-) -> DomainNode:
+    domain: Domain, source: Procedural, verifier: NodeParts, where: str
+) -> NodeParts:
     check_params(source.dataset, source.params, where=where)
     version = find_format(source.format, where=where).version
     if source.format_version != version:
@@ -234,11 +229,11 @@ def _procedural_node(
 def _table_node(
     domain: Domain,
     source: Table,
-    verifier: ResolvedVerifier,
+    verifier: NodeParts,
     base_dir: Path,
     where: str,
     hash_file: HashFile,
-) -> DomainNode:
+) -> NodeParts:
     locations = {
         split: parse_location(text, base_dir, where=f"{where}: {split}")
         for split, text in source.tables().items()
@@ -250,14 +245,7 @@ def _table_node(
             split: place.text if place.path is None else place.kind
             for split, place in locations.items()
         },
-        "prompt": source.prompt,
-        "answer": source.answer,
-        "demo": source.demo,
-        "id": source.id,
-    }
-    # Only where they are named: a domain without them is the domain that it was before.
-    others = {"thought": source.thought, "direct": source.direct, "rubric": source.rubric}
-    literals |= {field: column for field, column in others.items() if column is not None}
+    } | source.columns()
     _check_tables(locations, columns_of(literals, verifier.config["name"]), where)
     data = {split: place.digest(hash_file) for split, place in local.items()}
     files = {split: place.text for split, place in locations.items()}
@@ -280,14 +268,25 @@ def _check_tables(locations: Mapping[str, Location], columns: Columns, where: st
 def _node(
     domain: Domain,
     literals: dict[str, Any],
-    verifier: ResolvedVerifier,
+    verifier: NodeParts,
     data: dict[str, str],
     runtime: dict[str, Any],
-) -> DomainNode:
+) -> NodeParts:
     data = {**data, **verifier.data}
     config = {"domain": domain.name, "source": literals, "verifier": dict(verifier.config)}
-    return DomainNode(
+    return NodeParts(
         config=plain(config, at=f"domain {domain.name}"),
         data=data,
         runtime={**runtime, **verifier.runtime, "data": data},
     )
+
+
+def shares_problem(shares: Mapping[str, float], domains: Sequence[str]) -> str:
+    """What is wrong with shares of a batch that are to name exactly these domains, or ""."""
+    for name in shares:
+        if name not in domains:
+            return f"{name!r} is not one of the domains; choices: {', '.join(domains)}"
+    for name in domains:
+        if shares and name not in shares:
+            return f"it gives no share to domain {name!r}; write {name!r}: 0 to leave it out"
+    return ""
