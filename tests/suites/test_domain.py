@@ -66,7 +66,7 @@ def numbered(count, start=0):
 def build(domain, base, out):
     node = domain_node(domain, base)
     out.mkdir(parents=True)
-    metrics = build_domain(node.config, node.runtime, out)
+    metrics = build_domain(node.config, node.runtime, out, node.data)
     rows = {
         split: [json.loads(line) for line in (out / f"{split}.jsonl").read_text().splitlines()]
         for split in SPLITS
@@ -247,7 +247,7 @@ def test_a_file_that_changes_between_plan_and_run_is_an_error(tmp_path):
     write_rows(tmp_path / "all.jsonl", numbered(101))
     (tmp_path / "out").mkdir()
     with pytest.raises(ConfigError, match=r"all\.jsonl changed since the plan was made"):
-        build_domain(node.config, node.runtime, tmp_path / "out")
+        build_domain(node.config, node.runtime, tmp_path / "out", node.data)
 
 
 @pytest.mark.parametrize(

@@ -44,15 +44,9 @@ Problem = dict[str, Any]
 
 
 def build_domain(
-    config: Mapping[str, Any],
-    runtime: Mapping[str, Any],
-    out: Path,
-    data: Mapping[str, str] | None = None,
+    config: Mapping[str, Any], runtime: Mapping[str, Any], out: Path, data: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Writes the artifact into the directory `out`.
-
-    `config` and `runtime` are those of `domain_node`; `data` (default: `runtime["data"]`) are the
-    sha256 values that the plan saw.
+    """Writes the artifact into the directory `out`; the others are the parts of `domain_node`.
 
     Returns:
         train, validation, heldout (numbers of problems), duplicates (dropped rows or draws),
@@ -65,17 +59,17 @@ def build_domain(
     """
     name = config["domain"]
     where = f"domain {name}"
-    known = data if data is not None else runtime.get("data", {})
     if config["source"]["kind"] == "procedural":
         splits, duplicates = _procedural(config, where)
     else:
-        splits, duplicates = _table(config, runtime, known, where)
-    if "verifier_file" in runtime:
-        _require_unchanged(runtime["verifier_file"], known["verifier"], f"{where}: verifier")
-        shutil.copyfile(runtime["verifier_file"], out / "verifier.py")
-    if "oracle_file" in runtime:
-        _require_unchanged(runtime["oracle_file"], known["oracle"], f"{where}: oracle")
-        shutil.copyfile(runtime["oracle_file"], out / "oracle.py")
+        splits, duplicates = _table(config, runtime, data, where)
+    for part in ("verifier", "oracle"):
+        file = runtime.get(f"{part}_file")
+        if file is None:
+            continue
+        if file_digest(Path(file)) != data[part]:
+            raise ConfigError(f"{where}: {part}: {file} {_CHANGED}")
+        shutil.copyfile(file, out / f"{part}.py")
     counts = {split: len(splits[split]) for split in SPLITS}
     for split in SPLITS:
         write_jsonl(out / f"{split}.jsonl", splits[split])
@@ -83,7 +77,7 @@ def build_domain(
         "format": 1,
         "name": name,
         "config": config,
-        "data": dict(known),
+        "data": dict(data),
         "counts": counts,
     }
     (out / "domain.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
@@ -201,11 +195,6 @@ _CHANGED = (
     "changed since the plan was made, so its rows are not the ones that the artifact's identity "
     "names; run the command again"
 )
-
-
-def _require_unchanged(file: str, digest: str, where: str) -> None:
-    if file_digest(Path(file)) != digest:
-        raise ConfigError(f"{where}: {file} {_CHANGED}")
 
 
 def _check(

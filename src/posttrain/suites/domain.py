@@ -155,7 +155,7 @@ class Suite:
 
 def domain_node(domain: Domain, base_dir: Path, hash_file: HashFile = file_digest) -> NodeParts:
     """Checks a domain as far as that is possible without computing: the parts of its graph node, of
-    kind "domain". In `runtime` are also "files" (split -> location) and "data", a copy of `data`.
+    kind "domain". In `runtime` is also "files", where each split's table lies.
 
     JSONL tables are checked row by row, Parquet tables and folders by their schema. Relative paths
     are relative to `base_dir`. `hash_file` gives the sha256 of a table; that of a store need not
@@ -166,27 +166,42 @@ def domain_node(domain: Domain, base_dir: Path, hash_file: HashFile = file_diges
     """
     where = f"domain {domain.name}"
     verifier = resolve_verifier(_spec(domain), base_dir, where=f"{where}: verifier")
+    data: dict[str, str] = {}
+    runtime: dict[str, Any] = {}
     if isinstance(domain.source, Procedural):
-        node = _procedural_node(domain, domain.source, verifier, where)
+        source = _procedural_identity(domain.source, where)
     else:
-        node = _table_node(domain, domain.source, verifier, base_dir, where, hash_file)
-    return node if domain.oracle is None else _with_oracle(node, domain.oracle, base_dir, where)
+        locations = {
+            split: parse_location(text, base_dir, where=f"{where}: {split}")
+            for split, text in domain.source.tables().items()
+        }
+        source = _table_identity(domain.source, locations)
+        _check_tables(locations, columns_of(source, verifier.config["name"]), where)
+        data = {
+            split: place.digest(hash_file)
+            for split, place in locations.items()
+            if place.path is not None
+        }
+        runtime["files"] = {split: place.text for split, place in locations.items()}
+    config = {"domain": domain.name, "source": source, "verifier": verifier.config}
+    data |= verifier.data
+    runtime |= verifier.runtime
+    if domain.oracle is not None:
+        oracle = _resolve_oracle(domain.oracle, base_dir, f"{where}: oracle")
+        config["oracle"] = oracle.config["name"]
+        data["oracle"] = oracle.data["verifier"]
+        runtime["oracle_file"] = oracle.runtime["verifier_file"]
+    return NodeParts(config=plain(config, at=where), data=data, runtime=runtime)
 
 
-def _with_oracle(node: NodeParts, oracle: str, base_dir: Path, where: str) -> NodeParts:
-    """The node with the user's oracle: its function and bytes in the identity, its file beside."""
-    where = f"{where}: oracle"
+def _resolve_oracle(oracle: str, base_dir: Path, where: str) -> NodeParts:
+    """The user's oracle, a function as that of a python verifier."""
     if not oracle.startswith("python:"):
         raise ConfigError(
             f"{where}: {oracle!r} has to be written 'python:<file.py>:<function>', for example "
             "'python:taste.py:quality'"
         )
-    found = resolve_verifier(VerifierSpec(name=oracle), base_dir, where=where)
-    data = node.data | {"oracle": found.data["verifier"]}
-    runtime = node.runtime | {"oracle_file": found.runtime["verifier_file"], "data": data}
-    return NodeParts(
-        config=node.config | {"oracle": found.config["name"]}, data=data, runtime=runtime
-    )
+    return resolve_verifier(VerifierSpec(name=oracle), base_dir, where=where)
 
 
 def _spec(domain: Domain) -> VerifierSpec:
@@ -200,9 +215,8 @@ def _spec(domain: Domain) -> VerifierSpec:
     return VerifierSpec(name=spec.name, options={**inherited, **spec.options})
 
 
-def _procedural_node(
-    domain: Domain, source: Procedural, verifier: NodeParts, where: str
-) -> NodeParts:
+def _procedural_identity(source: Procedural, where: str) -> dict[str, Any]:
+    """What identifies generated problems. Raises ConfigError for what reasoning-gym lacks."""
     check_params(source.dataset, source.params, where=where)
     version = find_format(source.format, where=where).version
     if source.format_version != version:
@@ -213,7 +227,7 @@ def _procedural_node(
     for split, count in source.counts().items():
         if not isinstance(count, int) or isinstance(count, bool) or count < 1:
             raise ConfigError(f"{where}: num_{split} is {count!r}; it has to be at least 1")
-    literals = {
+    return {
         "kind": "procedural",
         "dataset": source.dataset,
         "params": dict(source.params),
@@ -223,33 +237,15 @@ def _procedural_node(
         "seed": source.seed,
         "reasoning_gym": version_of("reasoning-gym"),
     }
-    return _node(domain, literals, verifier, {}, {})
 
 
-def _table_node(
-    domain: Domain,
-    source: Table,
-    verifier: NodeParts,
-    base_dir: Path,
-    where: str,
-    hash_file: HashFile,
-) -> NodeParts:
-    locations = {
-        split: parse_location(text, base_dir, where=f"{where}: {split}")
-        for split, text in source.tables().items()
+def _table_identity(source: Table, locations: Mapping[str, Location]) -> dict[str, Any]:
+    """What identifies tables beside their bytes: the columns, and the reference of a Hub table."""
+    tables = {
+        split: place.text if place.path is None else place.kind
+        for split, place in locations.items()
     }
-    local = {split: place for split, place in locations.items() if place.path is not None}
-    literals = {
-        "kind": "table",
-        "tables": {
-            split: place.text if place.path is None else place.kind
-            for split, place in locations.items()
-        },
-    } | source.columns()
-    _check_tables(locations, columns_of(literals, verifier.config["name"]), where)
-    data = {split: place.digest(hash_file) for split, place in local.items()}
-    files = {split: place.text for split, place in locations.items()}
-    return _node(domain, literals, verifier, data, {"files": files})
+    return {"kind": "table", "tables": tables} | source.columns()
 
 
 def _check_tables(locations: Mapping[str, Location], columns: Columns, where: str) -> None:
@@ -263,22 +259,6 @@ def _check_tables(locations: Mapping[str, Location], columns: Columns, where: st
     counts = Counter(split for split, _ in place_rows(readable))
     if len(readable) == len(locations):
         require_all_splits(counts, where)
-
-
-def _node(
-    domain: Domain,
-    literals: dict[str, Any],
-    verifier: NodeParts,
-    data: dict[str, str],
-    runtime: dict[str, Any],
-) -> NodeParts:
-    data = {**data, **verifier.data}
-    config = {"domain": domain.name, "source": literals, "verifier": dict(verifier.config)}
-    return NodeParts(
-        config=plain(config, at=f"domain {domain.name}"),
-        data=data,
-        runtime={**runtime, **verifier.runtime, "data": data},
-    )
 
 
 def shares_problem(shares: Mapping[str, float], domains: Sequence[str]) -> str:
