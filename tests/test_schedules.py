@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,11 +10,11 @@ import pytest
 
 from posttrain import schedules
 from posttrain.engine.errors import ConfigError
-from posttrain.schedules import possible_values, value_at
+from posttrain.schedules import Schedule, parse_schedule
 
 
-def values(schedule: dict[str, Any], count: int, history: Sequence[float] = ()) -> list[Any]:
-    return [value_at(schedule, step, count, lambda _: history) for step in range(count)]
+def values(schedule: Schedule, count: int, history: Sequence[float] = ()) -> list[Any]:
+    return [schedule.at(step, count, lambda _: history) for step in range(count)]
 
 
 def test_steps_hold_until_the_next() -> None:
@@ -54,8 +55,8 @@ def test_a_plateau_moves_the_value_once_per_pair_of_windows() -> None:
 
 def test_a_plateau_reads_only_what_came_before() -> None:
     plateau = schedules.on_plateau(1.0, 2.0, times=2.0, patience=1)
-    assert value_at(plateau, 1, 9, lambda _: [0.5, 0.5, 0.5]) == 1.0
-    assert value_at(plateau, 2, 9, lambda _: [0.5, 0.5, 0.5]) == 2.0
+    assert plateau.at(1, 9, lambda _: [0.5, 0.5, 0.5]) == 1.0
+    assert plateau.at(2, 9, lambda _: [0.5, 0.5, 0.5]) == 2.0
 
 
 def test_tracking_steps_towards_its_target_within_bounds() -> None:
@@ -77,8 +78,16 @@ def test_tracking_steps_towards_its_target_within_bounds() -> None:
             lambda: schedules.track("x", target=1, first=3.0, change=1, low=0, high=2),
             "not between",
         ),
-        (lambda: possible_values({"schedule": "linaer"}), "choices: steps, linear"),
-        (lambda: possible_values({"schedule": "linear", "first": 1}), "it takes first, last"),
+        (lambda: parse_schedule({"schedule": "linaer"}), "choices: steps, linear"),
+        (lambda: parse_schedule({"schedule": "linear", "first": 1}), "it takes first, last"),
+        (
+            lambda: parse_schedule({"schedule": "linear", "firs": 1, "last": 0}),
+            "has the fields firs",
+        ),
+        (lambda: parse_schedule("linear"), "schedule None is not known"),
+        (lambda: schedules.linear("a", 1.0), "first = 'a' is none; choices for other values"),
+        (lambda: schedules.linear(1.0, 0.0, until="x"), "until = 'x': "),
+        (lambda: schedules.steps([1.0]), r"values = \[1.0\]; see posttrain.schedules.steps"),
     ],
 )
 def test_mistakes_are_told(make: Any, says: str) -> None:
@@ -91,3 +100,31 @@ def test_plateaus_start_their_windows_anew() -> None:
     seen = [0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
     assert schedules.plateaus(seen, patience=2, gain=0.01) == [5, 9]
     assert schedules.plateaus(seen[:4], patience=2, gain=0.01) == []
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        schedules.steps({0: 32, 820: 64}),
+        schedules.linear(1, 0.5, until=3),
+        schedules.cosine(1.0, 0.0),
+        schedules.alternate("a", None, every=2),
+        schedules.on_plateau(0.9, 1.2, change=0.1),
+        schedules.track("entropy", target=1, first=0, change=0.5, low=0, high=2),
+    ],
+    ids=lambda schedule: schedule.schedule,
+)
+def test_the_json_form_is_read_again(schedule: Schedule) -> None:
+    told = json.loads(json.dumps(schedule.model_dump(mode="json")))
+    assert told["schedule"] == schedule.schedule
+    assert schedules.is_schedule(told) and schedules.is_schedule(schedule)
+    assert parse_schedule(told) == schedule
+    assert parse_schedule(told).model_dump(mode="json") == told
+
+
+def test_corners_are_where_schedules_turn() -> None:
+    """2 values of 2 steps each, 8 rounds: the last of 16 turns is at 30."""
+    turning = [schedules.steps({0: 1, 5: 2}), schedules.linear(1, 0, until=7)]
+    assert schedules.corners(turning, 10) == ([0, 5, 7, 9], 10)
+    found, total = schedules.corners([schedules.alternate(1, 2, every=2)], None)
+    assert found == [*range(0, 31, 2), 31] and total == 32

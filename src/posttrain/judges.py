@@ -85,7 +85,9 @@ class Judge:
         if len(terms) == 1 and number and not is_schedule(terms[0]["weight"]):
             terms = [terms[0] | {"weight": weight * terms[0]["weight"]}]
             return Judge(spec_of("sum", terms=terms), self.stages)
-        return Judge(spec_of("sum", terms=[{"weight": weight, "of": self.spec}]), self.stages)
+        return Judge(
+            spec_of("sum", terms=[{"weight": _json(weight), "of": self.spec}]), self.stages
+        )
 
     __rmul__ = __mul__
 
@@ -308,7 +310,11 @@ def gate(condition: Judge, *, below: Weight, then: Judge, otherwise: Judge) -> J
     for name, part in parts.items():
         _require(part, f"judge gate: {name}")
     spec = spec_of(
-        "gate", condition=condition.spec, below=below, then=then.spec, otherwise=otherwise.spec
+        "gate",
+        condition=condition.spec,
+        below=_json(below),
+        then=then.spec,
+        otherwise=otherwise.spec,
     )
     return Judge(spec, _merged(condition, then, otherwise))
 
@@ -348,6 +354,10 @@ def by_domain(judges: Mapping[str, Judge]) -> Judge:
         spec_of("by_domain", domains={name: j.spec for name, j in judges.items()}),
         _merged(*judges.values()),
     )
+
+
+def _json(weight: Weight) -> Any:
+    return weight.model_dump(mode="json") if isinstance(weight, Schedule) else weight
 
 
 def _terms(judge: Judge) -> list[Any]:

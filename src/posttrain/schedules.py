@@ -2,37 +2,282 @@
 
     r.rl(..., temperature=schedules.linear(1.0, 0.7), kl_coef=schedules.steps({0: 0.01, 40: 0.0}))
 
-A schedule is a plain value that the settings of a stage hold, so it is part of the stage's identity
-and is written as JSON in its record. What a step sees is a pure function of the step and of the
-metrics logged before it, which is why a resumed stage goes on as if it had never stopped.
+A schedule is a frozen value that the settings of a stage hold, so it is part of the stage's
+identity and is written as JSON, `{"schedule": kind, ...fields}`, in its record. What a step sees is
+a pure function of the step and of the metrics logged before it, which is why a resumed stage goes
+on as if it had never stopped. A new kind is one class here and its name in `AnySchedule`.
 """
 
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, Self, get_args
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from posttrain.engine.errors import ConfigError
 
 History = Callable[[str], Sequence[float]]
 """Metric name -> its logged values so far, one per step; empty where it was never logged."""
 
-Schedule = dict[str, Any]
-"""`{"schedule": kind, ...}`: what the functions below return."""
-
-FIELDS: dict[str, frozenset[str]] = {
-    "steps": frozenset({"values"}),
-    "linear": frozenset({"first", "last", "until"}),
-    "cosine": frozenset({"first", "last", "until"}),
-    "alternate": frozenset({"values", "every"}),
-    "on_plateau": frozenset({"first", "last", "change", "times", "metric", "patience", "gain"}),
-    "track": frozenset({"first", "metric", "target", "change", "low", "high"}),
-}
-"""Kind of schedule -> its fields."""
-
 ALTERNATIONS = 8
 """Rounds of an alternating schedule whose settings are checked together with the others'."""
+
+
+def _number(value: Any, info: ValidationInfo) -> Any:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not math.isfinite(value):
+        raise ValueError(
+            f"it calculates with numbers, and {info.field_name} = {value!r} is none; choices for "
+            "other values: steps, alternate"
+        )
+    return value
+
+
+def _step_or_none(until: int | None) -> int | None:
+    if until is not None and until < 1:
+        raise ValueError(f"until = {until}; it is the step of the last value, 1 or more")
+    return until
+
+
+Number = Annotated[int | float, BeforeValidator(_number)]
+Until = Annotated[int | None, AfterValidator(_step_or_none)]
+
+
+class Schedule(BaseModel):
+    """A value that changes from step to step; the kinds are the classes below."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    if TYPE_CHECKING:
+
+        @property
+        def metric(self) -> str | None:
+            """The metric that it reads, None where it only goes by the step."""
+
+    @abstractmethod
+    def at(self, step: int, total: int, history: History) -> Any:
+        """The value at 0-based `step` of `total`; `history` has the metrics of the steps before."""
+
+    @abstractmethod
+    def possible_values(self) -> list[Any]:
+        """The first value and then the others at the ends of what it can take."""
+
+    def turns(self) -> set[int]:
+        """The 0-based steps at which it changes its course, where it reads no metric."""
+        return set()
+
+
+class Steps(Schedule):
+    """Each value from its 0-based step on."""
+
+    schedule: Literal["steps"] = "steps"
+    values: dict[int, Any]
+    """Step to value, of any type that the setting takes; the first step is 0."""
+    metric: ClassVar[None] = None
+
+    @field_validator("values", mode="before")
+    @classmethod
+    def _begins_at_0(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            raise ValueError(f"values = {values!r}; see posttrain.schedules.steps")
+        keys = [str(key) for key in values]
+        if not all(key.isdigit() for key in keys) or "0" not in keys:
+            raise ValueError(
+                f"its steps are {', '.join(keys) or 'none'}; they are numbers, the first is 0"
+            )
+        return values
+
+    def at(self, step: int, total: int, history: History) -> Any:
+        """The value of the last step that has begun."""
+        return self.values[max(begin for begin in self.values if begin <= step)]
+
+    def possible_values(self) -> list[Any]:
+        """All values, by their steps."""
+        return [self.values[begin] for begin in sorted(self.values)]
+
+    def turns(self) -> set[int]:
+        """The steps of its values."""
+        return set(self.values)
+
+
+class Linear(Schedule):
+    """From `first` at step 0 to `last` at step `until`, in a straight line."""
+
+    schedule: Literal["linear"] = "linear"
+    first: Number
+    last: Number
+    until: Until = None
+    """None is the stage's last step."""
+    metric: ClassVar[None] = None
+
+    def at(self, step: int, total: int, history: History) -> Any:
+        """`last` from `until` on."""
+        return self.first + (self.last - self.first) * _progress(self.until, step, total)
+
+    def possible_values(self) -> list[Any]:
+        """Both ends."""
+        return [self.first, self.last]
+
+    def turns(self) -> set[int]:
+        """`until`, where it is given."""
+        return set() if self.until is None else {self.until}
+
+
+class Cosine(Schedule):
+    """Half a cosine from `first` to `last`, slow at both ends."""
+
+    schedule: Literal["cosine"] = "cosine"
+    first: Number
+    last: Number
+    until: Until = None
+    """None is the stage's last step."""
+    metric: ClassVar[None] = None
+
+    def at(self, step: int, total: int, history: History) -> Any:
+        """`last` from `until` on."""
+        share = 0.5 * (1 - math.cos(math.pi * _progress(self.until, step, total)))
+        return self.first + (self.last - self.first) * share
+
+    def possible_values(self) -> list[Any]:
+        """Both ends."""
+        return [self.first, self.last]
+
+    def turns(self) -> set[int]:
+        """`until`, where it is given."""
+        return set() if self.until is None else {self.until}
+
+
+class Alternate(Schedule):
+    """The values in turn, each for `every` steps."""
+
+    schedule: Literal["alternate"] = "alternate"
+    values: list[Any]
+    every: int
+    metric: ClassVar[None] = None
+
+    @field_validator("values", mode="before")
+    @classmethod
+    def _is_a_list(cls, values: Any) -> Any:
+        if not isinstance(values, list):
+            raise ValueError(f"values = {values!r}; see posttrain.schedules.alternate")
+        return values
+
+    @model_validator(mode="after")
+    def _takes_turns(self) -> Self:
+        if len(self.values) < 2 or self.every < 1:
+            raise ValueError("it takes two values or more, and every >= 1")
+        return self
+
+    def at(self, step: int, total: int, history: History) -> Any:
+        """The value whose turn it is."""
+        return self.values[step // self.every % len(self.values)]
+
+    def possible_values(self) -> list[Any]:
+        """All values, by their turns."""
+        return list(self.values)
+
+    def turns(self) -> set[int]:
+        """The first steps of the first turns, `ALTERNATIONS` of each value."""
+        return {turn * self.every for turn in range(ALTERNATIONS * len(self.values))}
+
+
+class OnPlateau(Schedule):
+    """Moves from `first` towards `last` whenever a metric has stopped rising."""
+
+    schedule: Literal["on_plateau"] = "on_plateau"
+    first: Number
+    last: Number
+    change: Number | None = None
+    """What is added at each plateau; or"""
+    times: Number | None = None
+    """what the value is multiplied by."""
+    metric: str = "reward"
+    patience: int = 10
+    """Steps of each of the two windows whose means are compared."""
+    gain: Number = 0.01
+    """Least rise of the mean that is no plateau, in units of the metric."""
+
+    @model_validator(mode="after")
+    def _moves(self) -> Self:
+        if (self.change is None) == (self.times is None):
+            raise ValueError("give exactly one of change and times")
+        if self.patience < 1:
+            raise ValueError(f"patience = {self.patience}; it is a number of steps, 1 or more")
+        if (self._moved(self.first) - self.first) * (self.last - self.first) <= 0:
+            raise ValueError(f"it would never move from {self.first} towards {self.last}")
+        return self
+
+    def _moved(self, value: Any) -> Any:
+        return value + self.change if self.times is None else value * self.times
+
+    def at(self, step: int, total: int, history: History) -> Any:
+        """`first`, moved once for each plateau before `step`, and never beyond `last`."""
+        value: Any = self.first
+        bound = max if self.last < self.first else min
+        seen = history(self.metric)[:step]
+        for _ in plateaus(seen, patience=self.patience, gain=self.gain):
+            value = bound(self._moved(value), self.last)
+        return value
+
+    def possible_values(self) -> list[Any]:
+        """Both ends."""
+        return [self.first, self.last]
+
+
+class Track(Schedule):
+    """Holds a metric near a target: after each step the value moves by `change` towards it."""
+
+    schedule: Literal["track"] = "track"
+    first: Number
+    metric: str
+    target: Number
+    change: Number
+    low: Number
+    high: Number
+
+    @model_validator(mode="after")
+    def _begins_within(self) -> Self:
+        if not self.low <= self.first <= self.high:
+            raise ValueError(
+                f"first = {self.first} is not between low = {self.low} and {self.high}"
+            )
+        return self
+
+    def at(self, step: int, total: int, history: History) -> Any:
+        """`first`, moved up for each step with a metric below the target, and down for one above,
+        within [`low`, `high`]."""
+        value: Any = self.first
+        for seen in history(self.metric)[:step]:
+            sign = (seen < self.target) - (seen > self.target)
+            value = min(max(value + sign * self.change, self.low), self.high)
+        return value
+
+    def possible_values(self) -> list[Any]:
+        """`first`, and the bounds."""
+        return [self.first, self.low, self.high]
+
+
+AnySchedule = Annotated[
+    Steps | Linear | Cosine | Alternate | OnPlateau | Track, Field(discriminator="schedule")
+]
+"""The type of a field that holds a schedule; pydantic reads it from JSON by its kind."""
+
+KINDS: dict[str, type[Schedule]] = {
+    kind.model_fields["schedule"].default: kind for kind in get_args(get_args(AnySchedule)[0])
+}
 
 
 def steps(values: Mapping[int, Any]) -> Schedule:
@@ -40,22 +285,22 @@ def steps(values: Mapping[int, Any]) -> Schedule:
 
     Values may be anything that the setting takes, also other than numbers.
     """
-    return _checked({"schedule": "steps", "values": {str(k): v for k, v in values.items()}})
+    return _made("steps", values=values)
 
 
 def linear(first: float, last: float, *, until: int | None = None) -> Schedule:
     """From `first` at step 0 to `last` at step `until`, the stage's last step if not given."""
-    return _checked({"schedule": "linear", "first": first, "last": last, "until": until})
+    return _made("linear", first=first, last=last, until=until)
 
 
 def cosine(first: float, last: float, *, until: int | None = None) -> Schedule:
     """Half a cosine from `first` to `last`, slow at both ends; `until` as in `linear`."""
-    return _checked({"schedule": "cosine", "first": first, "last": last, "until": until})
+    return _made("cosine", first=first, last=last, until=until)
 
 
 def alternate(*values: Any, every: int) -> Schedule:
     """The values in turn, each for `every` steps (Toggle of Kimi K2.5, arXiv 2602.02276)."""
-    return _checked({"schedule": "alternate", "values": list(values), "every": every})
+    return _made("alternate", values=list(values), every=every)
 
 
 def on_plateau(
@@ -74,18 +319,8 @@ def on_plateau(
     mean over the `patience` steps before. Then `change` is added, or the value is multiplied by
     `times`, and both windows start anew (the temperature of GLM-4.5, arXiv 2508.06471, 3.2).
     """
-    return _checked(
-        {
-            "schedule": "on_plateau",
-            "first": first,
-            "last": last,
-            "change": change,
-            "times": times,
-            "metric": metric,
-            "patience": patience,
-            "gain": gain,
-        }
-    )
+    moves = {"change": change, "times": times, "metric": metric, "patience": patience, "gain": gain}
+    return _made("on_plateau", first=first, last=last, **moves)
 
 
 def track(
@@ -96,83 +331,61 @@ def track(
     Up while the metric is below `target` and down while it is above, within [`low`, `high`]: the
     upper clip that keeps MAI-Thinking-1's entropy. A negative `change` moves the other way.
     """
-    return _checked(
-        {
-            "schedule": "track",
-            "first": first,
-            "metric": metric,
-            "target": target,
-            "change": change,
-            "low": low,
-            "high": high,
-        }
-    )
+    bounds = {"low": low, "high": high}
+    return _made("track", metric=metric, target=target, first=first, change=change, **bounds)
 
 
 def is_schedule(value: object) -> bool:
-    """Whether a setting's value is a schedule."""
-    return isinstance(value, Mapping) and "schedule" in value
+    """Whether a setting's value is a schedule, as an object or as JSON."""
+    return isinstance(value, Schedule) or (isinstance(value, Mapping) and "schedule" in value)
 
 
-def possible_values(schedule: Schedule) -> list[Any]:
-    """The first value and then the others at the ends of what it can take; a setting is checked
-    with each. Raises ConfigError for a malformed schedule."""
-    spec = _checked(schedule)
-    kind = spec["schedule"]
-    if kind == "steps":
-        return [spec["values"][key] for key in sorted(spec["values"], key=int)]
-    if kind == "alternate":
-        return list(spec["values"])
-    if kind == "track":
-        return [spec["first"], spec["low"], spec["high"]]
-    return [spec["first"], spec["last"]]
+def parse_schedule(value: Any) -> Schedule:
+    """The schedule that a value is, or that its JSON form describes.
+
+    Raises ConfigError for an unknown kind, a field that is missing or unknown, and values that do
+    not fit.
+    """
+    if isinstance(value, Schedule):
+        return value
+    kind = value.get("schedule") if isinstance(value, Mapping) else None
+    if kind not in KINDS:
+        raise ConfigError(f"schedule {kind!r} is not known; choices: {', '.join(KINDS)}")
+    fields = KINDS[kind].model_fields
+    given = set(value)
+    needed = {name for name, field in fields.items() if field.is_required()}
+    if not needed <= given <= set(fields):
+        raise ConfigError(
+            f"schedule {kind!r} has the fields {', '.join(sorted(given - {'schedule'}))}; it takes "
+            f"{', '.join(sorted(set(fields) - {'schedule'}))}"
+        )
+    try:
+        return KINDS[kind](**value)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        said = problem.get("ctx", {}).get("error")
+        if said is None:
+            where = ".".join(map(str, problem["loc"]))
+            said = f"{where} = {problem['input']!r}: {problem['msg']}"
+        raise ConfigError(f"schedule {kind!r}: {said}") from None
+
+
+def _made(kind: str, **fields: Any) -> Schedule:
+    return parse_schedule({"schedule": kind, **fields})
+
+
+def _progress(until: int | None, step: int, total: int) -> float:
+    """How far `step` is on the way to `until`, or to the last of `total` steps: 0 to 1."""
+    end = total - 1 if until is None else until
+    return 1.0 if end <= 0 else min(1.0, step / end)
 
 
 def corners(schedules: Iterable[Schedule], total: int | None) -> tuple[list[int], int]:
     """The 0-based steps at which schedules that read no metric turn, first and last step among
     them, and the number of steps: `total`, or enough for all turns where it is not known."""
-    turns = {0}
-    for schedule in schedules:
-        if schedule["schedule"] == "steps":
-            turns |= set(map(int, schedule["values"]))
-        elif schedule["schedule"] == "alternate":
-            rounds = ALTERNATIONS * len(schedule["values"])
-            turns |= {number * schedule["every"] for number in range(rounds)}
-        elif schedule["until"] is not None:
-            turns.add(schedule["until"])
+    turns = {0}.union(*(schedule.turns() for schedule in schedules))
     total = max(turns) + 2 if total is None else total
     return sorted(turns | {total - 1}), total
-
-
-def metric_of(schedule: Schedule) -> str | None:
-    """The metric that it reads, None where it only goes by the step."""
-    metric = schedule.get("metric")
-    return None if metric is None else str(metric)
-
-
-def value_at(schedule: Schedule, step: int, total: int, history: History) -> Any:
-    """The value at 0-based `step` of `total`; `history` has the metrics of the steps before."""
-    kind = schedule["schedule"]
-    if kind == "steps":
-        begun = [int(key) for key in schedule["values"] if int(key) <= step]
-        return schedule["values"][str(max(begun))]
-    if kind == "alternate":
-        values = schedule["values"]
-        return values[step // schedule["every"] % len(values)]
-    if kind == "on_plateau":
-        return _plateau(schedule, history(schedule["metric"])[:step])
-    if kind == "track":
-        value = schedule["first"]
-        for seen in history(schedule["metric"])[:step]:
-            sign = (seen < schedule["target"]) - (seen > schedule["target"])
-            moved = value + sign * schedule["change"]
-            value = min(max(moved, schedule["low"]), schedule["high"])
-        return value
-    until = total - 1 if schedule["until"] is None else schedule["until"]
-    share = 1.0 if until <= 0 else min(1.0, step / until)
-    if kind == "cosine":
-        share = 0.5 * (1 - math.cos(math.pi * share))
-    return schedule["first"] + (schedule["last"] - schedule["first"]) * share
 
 
 def plateaus(seen: Sequence[float], *, patience: int, gain: float) -> list[int]:
@@ -187,67 +400,6 @@ def plateaus(seen: Sequence[float], *, patience: int, gain: float) -> list[int]:
             found.append(now)
             begin = now
     return found
-
-
-def _plateau(schedule: Schedule, seen: Sequence[float]) -> Any:
-    value = schedule["first"]
-    bound = max if schedule["last"] < schedule["first"] else min
-    for _ in plateaus(seen, patience=schedule["patience"], gain=schedule["gain"]):
-        times, change = schedule["times"], schedule["change"]
-        moved = value * times if change is None else value + change
-        value = bound(moved, schedule["last"])
-    return value
-
-
-def _checked(schedule: Mapping[str, Any]) -> Schedule:
-    kind = schedule.get("schedule")
-    if kind not in FIELDS:
-        raise ConfigError(f"schedule {kind!r} is not known; choices: {', '.join(FIELDS)}")
-    given = frozenset(schedule) - {"schedule"}
-    if given != FIELDS[kind]:
-        raise ConfigError(
-            f"schedule {kind!r} has the fields {', '.join(sorted(given))}; it takes "
-            f"{', '.join(sorted(FIELDS[kind]))}"
-        )
-    problem = _problem(schedule, kind)
-    if problem:
-        raise ConfigError(f"schedule {kind!r}: {problem}")
-    return dict(schedule)
-
-
-def _problem(spec: Mapping[str, Any], kind: str) -> str:
-    if kind in ("steps", "alternate"):
-        wanted = Mapping if kind == "steps" else list
-        if not isinstance(spec["values"], wanted):
-            return f"values = {spec['values']!r}; see posttrain.schedules.{kind}"
-    else:
-        for name in ("first", "last", "low", "high"):
-            value = spec.get(name, 0)
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                return (
-                    f"it calculates with numbers, and {name} = {value!r} is none; choices for "
-                    "other values: steps, alternate"
-                )
-    if kind == "steps":
-        keys = [str(key) for key in spec["values"]]
-        if not all(key.isdigit() for key in keys) or "0" not in keys:
-            return f"its steps are {', '.join(keys) or 'none'}; they are numbers, the first is 0"
-    if kind == "alternate" and (len(spec["values"]) < 2 or spec["every"] < 1):
-        return "it takes two values or more, and every >= 1"
-    if kind in ("linear", "cosine") and spec["until"] is not None and spec["until"] < 1:
-        return f"until = {spec['until']}; it is the step of the last value, 1 or more"
-    if kind == "on_plateau":
-        if (spec["change"] is None) == (spec["times"] is None):
-            return "give exactly one of change and times"
-        if spec["patience"] < 1:
-            return f"patience = {spec['patience']}; it is a number of steps, 1 or more"
-        first, last = spec["first"], spec["last"]
-        moved = first * spec["times"] if spec["change"] is None else first + spec["change"]
-        if (moved - first) * (last - first) <= 0:
-            return f"it would never move from {first} towards {last}"
-    if kind == "track" and not (spec["low"] <= spec["first"] <= spec["high"]):
-        return f"first = {spec['first']} is not between low = {spec['low']} and {spec['high']}"
-    return ""
 
 
 class LearningRate(Protocol):

@@ -58,7 +58,7 @@ def test_a_scheduled_weight_has_the_value_of_the_step() -> None:
     weight = schedules.steps({0: 0.0, 10: 3.0})
     asked = panel(VERIFIER + weight * judges.finished(), right())
     assert asked.score(BATCH) == [1, 0, 1, 1]
-    at = lambda schedule: schedules.value_at(schedule, 12, 20, lambda _: [])  # noqa: E731
+    at = lambda schedule: schedule.at(12, 20, lambda _: [])  # noqa: E731
     assert asked.score(BATCH, at) == [4, 0, 4, 4]
     assert resolve({"below": weight}, at) == {"below": 3.0}
 

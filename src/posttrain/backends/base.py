@@ -1,21 +1,34 @@
-"""The seam between a stage and the machinery: three Protocols that a stage may call.
+"""The seam between a stage and the machinery: what a stage may ask of a learner, sampler or scorer.
 
-`backends/local.py` and `backends/sampler.py` are the reference that any other backend must agree
-with; a stage names them in one place, where it builds them, and calls only what stands here.
+A stage asks its context for them (`ctx.learner`, `ctx.sampler`, `ctx.scorer`) and calls only what
+stands here, so another backend needs no change to any stage. `backends/local.py` is the reference
+that every other backend must agree with.
 
-Legend: N flat response tokens (row after row), D hidden, V vocabulary.
+A loss is a function at the top of a module and its settings, so that it can be sent to another
+process as it is. There are two kinds: most losses need the log-probabilities of the sampled tokens
+and nothing else (`TokenLoss`); the exact divergence, values and rewards work from hidden states and
+the output head (`HeadLoss`). Either returns sums over tokens or rows, never means: the learner
+divides once by the count of the whole step, so the split into forward passes changes nothing but
+rounding.
+
+Legend: B rows, N sampled tokens (row after row), D hidden size, V vocabulary, K top-k.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from posttrain.rl.types import Rollouts
+from posttrain.backends.chat import Chat
+from posttrain.rl.batch import Batch
+
+Metrics = dict[str, Tensor]
+"""Detached sums over tokens or rows; they add up when a batch is split."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,31 +39,43 @@ class Head:
     bias_V: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class TokenLoss:
+    """A loss of the log-probabilities and entropies of the sampled tokens."""
+
+    function: Callable[[Any, Tensor, Tensor, Batch], tuple[Tensor, Metrics]]
+    """`function(settings, logp_N, entropy_N, batch) -> (loss sum, metric sums)`, at the top of a
+    module; `logp_N` carries the gradient, `entropy_N` does not. Every tensor and column of the
+    batch is on the device of `logp_N`."""
+    settings: Any = None
+    """The first argument of `function`; can be pickled."""
+    temperature: float = 1.0
+    """Logits are divided by it before the softmax, as they were for the sample."""
+
+
+@dataclass(frozen=True)
+class HeadLoss:
+    """A loss of the hidden states that predict the sampled tokens, and of the output head."""
+
+    function: Callable[[Any, Tensor, Head, Batch], tuple[Tensor, Metrics]]
+    """`function(settings, hidden_ND, head, batch) -> (loss sum, metric sums)`, at the top of a
+    module; `hidden_ND` and `head` carry the gradient."""
+    settings: Any = None
+    """The first argument of `function`; can be pickled. Tensors in it, such as the heads of
+    teachers, are constants."""
+
+
+Loss = TokenLoss | HeadLoss
+
+
 @dataclass(frozen=True, kw_only=True)
-class MicroBatch:
-    """The rows of one forward pass: which they are in the batch, and the rollouts themselves.
-
-    Both are on the learner's device.
-    """
-
-    index_B: Tensor
-    """int64, the rows' positions in the whole batch."""
-    rollouts: Rollouts
-
-
-Metrics = dict[str, Tensor]
-LossFunction = Callable[[Tensor, Head, MicroBatch], tuple[Tensor, Metrics]]
-"""`(hidden_ND, head, micro_batch) -> (loss sum, metric sums)`. Both are sums, never means."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Part:
+class AuxLoss:
     """A further loss, on rows of its own, in one optimiser step."""
 
     name: str
     """Its metrics are `name/metric`."""
-    rollouts: Rollouts
-    loss: LossFunction
+    batch: Batch
+    loss: Loss
     count: float
     weight: float = 1.0
     """`weight * sum(loss) / count` is added to what is descended."""
@@ -63,12 +88,18 @@ class Sampling(Protocol):
     def __iter__(self) -> Iterator[Tensor]:
         """Sample to the end; yields `row_B`, the rows that have just ended, as they end.
 
-        Which rows come together depends on what is sampled and on nothing else.
+        On the local backend, which rows come together depends on what is sampled and on nothing
+        else.
         """
         ...
 
-    def rollouts(self, row_B: Tensor | None = None) -> Rollouts:
-        """The rows `row_B`, all of which have ended, or all rows once the iteration is over."""
+    def batch(self, row_B: Tensor | None = None) -> Batch:
+        """The rows `row_B`, all of which have ended, or all rows once the iteration is over.
+
+        Columns: `sampler_logp_N` (float32, under the distribution that was sampled from),
+        `finished_B` (bool, True where a stop token ended the row, not the limit) and, with `top_p`
+        below 1, the nucleus of every token: `nucleus_count_N` and `nucleus_ids_F`.
+        """
         ...
 
     def responses(self, row_B: Tensor) -> list[list[int]]:
@@ -87,23 +118,11 @@ class Sampling(Protocol):
 class Sampler(Protocol):
     """Draws responses."""
 
-    def sample(
-        self,
-        prompts: Sequence[Sequence[int]],
-        *,
-        group_size: int,
-        max_new_tokens: int,
-        temperature: float,
-        seed: int,
-        top_p: float = 1.0,
-    ) -> Rollouts:
-        """`group_size` responses to each prompt, in the order of the prompts.
+    chat: Chat
+    """Text to tokens of the model, and back."""
 
-        `temperature` 0 is greedy decoding. With `top_p` below 1 each token is drawn from the fewest
-        likeliest tokens with that probability together, and rollouts carry these as `kept`.
-        Log-probs in the result are those of the distribution that was sampled from (temperature and
-        `top_p` included; at temperature 0, which goes without `top_p`, those of the model itself).
-        """
+    def sync(self, policy: Learner) -> None:
+        """Sample from the present weights of `policy` from now on."""
         ...
 
     def stream(
@@ -116,47 +135,158 @@ class Sampler(Protocol):
         seed: int,
         top_p: float = 1.0,
     ) -> Sampling:
-        """The same as `sample`, row by row as they end."""
+        """`group_size` responses to each prompt, in the order of the prompts, row by row as they
+        end.
+
+        `temperature` 0 is greedy decoding. With `top_p` below 1 each token is drawn from the fewest
+        likeliest tokens with that probability together. Log-probs are those of the distribution
+        that was sampled from (temperature and `top_p` included; at temperature 0, which goes
+        without `top_p`, those of the model itself). Raises ConfigError if a prompt leaves no room
+        for a response.
+        """
+        ...
+
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        group_size: int,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+        top_p: float = 1.0,
+    ) -> Batch:
+        """The same as `stream`, when all rows have ended."""
         ...
 
 
 class Scorer(Protocol):
-    """Reads a frozen model at the positions that predict response tokens."""
+    """Reads a model that is not learning at the positions that predict the sampled tokens."""
 
+    chat: Chat
     head: Head
+    """The output layer; of a model with a score, such as a reward model, that of one row."""
 
-    def hidden(self, rollouts: Rollouts) -> Tensor:
-        """`hidden_ND`, the last hidden states that predict the response tokens. No gradient.
+    def hidden(self, batch: Batch) -> Tensor:
+        """`hidden_ND`, the last hidden states that predict the sampled tokens. No gradient.
 
-        On the device of `head`; rollouts are on the CPU.
+        On the device of `head`; rows are on the CPU.
         """
+        ...
+
+    def logprobs(self, batch: Batch, *, temperature: float = 1.0) -> Tensor:
+        """`logp_N` of the sampled tokens, on the CPU; over the nucleus where the batch has one."""
+        ...
+
+    def top_k(self, batch: Batch, k: int, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """`(ids_NK, logp_NK)`, the `k` likeliest tokens at each position of a sampled token.
+
+        On the device of `head`.
+        """
+        ...
+
+    def scores(self, batch: Batch) -> Tensor:
+        """`score_N`, the number of a model with a score at each position, float32, on the CPU."""
+        ...
+
+    def sync(self, policy: Learner) -> None:
+        """Take over the present weights of `policy`."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """The weights by name, for a step checkpoint of a stage that calls `sync`."""
+        ...
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Put back what `state` gave."""
         ...
 
 
 class Learner(Protocol):
     """Holds the trainable model and its optimiser."""
 
-    device: torch.device
-    """Where a loss is computed; its constants must be there, rollouts are on the CPU."""
+    chat: Chat
 
     def update(
         self,
-        rollouts: Rollouts,
-        loss: LossFunction,
+        batch: Batch,
+        loss: Loss,
         *,
         count: float,
         lr: float,
         group_rows: int = 1,
-        also: Sequence[Part] = (),
+        aux: Sequence[AuxLoss] = (),
     ) -> dict[str, float]:
-        """One optimiser step on `sum(loss) / count`, plus the parts in `also`, clipped as one;
+        """One optimiser step on `sum(loss) / count`, plus the losses in `aux`, clipped as one;
         returns the metric sums and `grad_norm`.
 
-        The split into micro-batches is the learner's business and changes nothing but rounding;
-        each block of `group_rows` adjacent rows reaches `loss` together and in order.
+        The split into forward passes is the learner's business and changes nothing but rounding;
+        each block of `group_rows` adjacent rows reaches the loss together and in order.
         """
         ...
 
-    def logprobs(self, rollouts: Rollouts, *, temperature: float) -> Tensor:
-        """`logp_N` of the response tokens under the current weights, on the CPU. No gradient."""
+    def logprobs(self, batch: Batch, *, temperature: float = 1.0) -> Tensor:
+        """`logp_N` of the sampled tokens under the current weights, on the CPU. No gradient."""
+        ...
+
+    def set_hyperparameters(self, *, weight_decay: float, max_grad_norm: float) -> None:
+        """Take these values for the updates that follow."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """Weights, optimiser moments and moving average by name, for a step checkpoint."""
+        ...
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Put back what `state` gave; the next update is then as if nothing had happened."""
+        ...
+
+    def finish(self) -> None:
+        """For the end of a stage: where there is a moving average it takes the place of the
+        weights, in what is saved and in what is read."""
+        ...
+
+    def save(self, out: Path) -> None:
+        """Write the model to a directory, in the form that transformers reads."""
+        ...
+
+    def num_parameters(self) -> int:
+        """How many numbers the model has, frozen ones among them."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnerSettings:
+    """What a learner is made with. AdamW; see the settings of a stage for what each means."""
+
+    betas: tuple[float, float]
+    weight_decay: float
+    max_grad_norm: float
+    dtype: torch.dtype = torch.float32
+    """Type in which the model computes; weights and optimiser stay in float32."""
+    trainable: tuple[str, ...] = ("*",)
+    """Globs of parameter names; the weights that none of them matches stay as they are."""
+    ema: float | None = None
+
+
+class Backend(Protocol):
+    """Makes learners, samplers and scorers. A stage gets them from its context, never from here."""
+
+    def learner(self, checkpoint: Path, settings: LearnerSettings, *, scalar: bool) -> Learner:
+        """A learner on a checkpoint; `scalar` for a model with a score in place of logits.
+
+        Raises ConfigError for a checkpoint that cannot be read, or a glob of `trainable` that
+        matches no parameter.
+        """
+        ...
+
+    def sampler(self, source: Path | Learner, *, dtype: torch.dtype) -> Sampler:
+        """A sampler of a checkpoint, or of a learner's present weights."""
+        ...
+
+    def scorer(self, source: Path | Learner, *, dtype: torch.dtype, scalar: bool) -> Scorer:
+        """A frozen model of a checkpoint, or what a learner's model is at each call.
+
+        The latter reads the learner's own weights without a copy.
+        """
         ...

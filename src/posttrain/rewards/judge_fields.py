@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from posttrain.schedules import is_schedule, possible_values
+from posttrain.schedules import is_schedule, parse_schedule
 
 EDGE = "judges."
 """What the edges of a judge's stages begin with."""
@@ -41,7 +41,11 @@ def scheduled(value: Any) -> str:
     """A check of a number, or of a schedule that only takes numbers."""
     if not is_schedule(value):
         return "" if _number(value) else "a number or a schedule"
-    return "" if all(map(_number, possible_values(value))) else "a schedule of numbers"
+    return (
+        ""
+        if all(map(_number, parse_schedule(value).possible_values()))
+        else "a schedule of numbers"
+    )
 
 
 def _flag(value: Any) -> str:

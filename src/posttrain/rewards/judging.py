@@ -18,10 +18,10 @@ from typing import Any, Protocol
 from posttrain.engine.errors import ConfigError, StageError
 from posttrain.rewards import combine, penalties
 from posttrain.rewards.judge_spec import Spec, parts_of, walk
-from posttrain.schedules import is_schedule, possible_values
+from posttrain.schedules import Schedule, is_schedule, parse_schedule
 
-At = Callable[[Mapping[str, Any]], float]
-"""The value of a schedule at the present step; see `posttrain.schedules.value_at`."""
+At = Callable[[Schedule], float]
+"""The value of a schedule at the present step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +105,8 @@ def resolve(spec: Mapping[str, Any], at: At | None) -> Spec:
 
     def now(value: Any) -> Any:
         if is_schedule(value):
-            return possible_values(value)[0] if at is None else at(value)
+            value = parse_schedule(value)
+            return value.possible_values()[0] if at is None else at(value)
         if isinstance(value, Mapping):
             return {name: now(part) for name, part in value.items()}
         if isinstance(value, list | tuple):

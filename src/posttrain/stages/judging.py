@@ -3,7 +3,7 @@
     panel = make_judge(config.reward, ctx, policy=learner.policy, verifiers=pool)   # once
     scores = panel.score(batch, at)                                                 # every step
 
-with `at = lambda schedule: value_at(schedule, step, total, history)`. `batch_of(scored)` makes the
+with `at = lambda schedule: schedule.at(step, total, history)`. `batch_of(scored)` makes the
 batch of a stage that samples.
 
 Legend: B rows (comparisons or responses), N flat response tokens (one per row here), D hidden,

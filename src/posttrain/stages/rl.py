@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from operator import methodcaller
 
 import torch
 
@@ -22,7 +23,7 @@ from posttrain.rewards.judging import At, Panel
 from posttrain.rewards.pool import VerifierPool
 from posttrain.rl.advantage import zero_variance
 from posttrain.rl.kept import flat_index
-from posttrain.schedules import learning_rate, value_at
+from posttrain.schedules import learning_rate
 from posttrain.stages import critique
 from posttrain.stages.auxiliary import Auxiliary, take_metrics
 from posttrain.stages.batches import Problem
@@ -80,7 +81,7 @@ def run(config: Rl, ctx: Context) -> dict[str, float]:
             temperature=now.temperature,
             top_p=now.top_p,
         )
-        at = partial(value_at, step=step, total=config.steps, history=ctx.history)
+        at = methodcaller("at", step, config.steps, ctx.history)
         sample = partial(sample_and_judge, panel, at, verify, segments=now.segments)
         tokens, metrics = drawing.reprofile(now, step, ctx.history, verify)
         drawn = drawing.draw(now, step, sample)

@@ -13,7 +13,6 @@ from typing import Annotated, Any, ClassVar, Literal, Protocol, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from posttrain.modes import Mode
-from posttrain.schedules import possible_values
 from posttrain.stages.settings.scheduled import refuse_unread
 
 Positive = Field(gt=0)
@@ -135,7 +134,7 @@ class WithAux(BaseModel):
         if not self.aux:
             refuse_unread(self, "aux_batch_size", because="no aux")
         schedule = getattr(self, "schedules", {}).get("aux")
-        for weights in [] if schedule is None else possible_values(schedule):
+        for weights in [] if schedule is None else schedule.possible_values():
             if isinstance(weights, dict) and weights.keys() != self.aux.keys():
                 raise ValueError(
                     f"aux: its schedule names {', '.join(weights) or 'none'} at one step and "

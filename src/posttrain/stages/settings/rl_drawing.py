@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from posttrain.schedules import Schedule, metric_of, possible_values, value_at
+from posttrain.schedules import Schedule
 from posttrain.stages.settings.scheduled import refuse_unread
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -77,16 +77,16 @@ def check_band(config: Drawing, schedules: Mapping[str, Schedule], steps: int) -
         return
     specs = {name: schedules.get(name) for name in BAND}
     ends = {
-        name: [getattr(config, name)] if spec is None else possible_values(spec)
+        name: [getattr(config, name)] if spec is None else spec.possible_values()
         for name, spec in specs.items()
     }
     bands = {"some step": (max(ends["band_low"]), min(ends["band_high"]))}
     # Where a metric decides, what the two will be is not known: no two values may contradict.
-    if all(spec is None or metric_of(spec) is None for spec in specs.values()):
+    if all(spec is None or spec.metric is None for spec in specs.values()):
         values = {
             name: [getattr(config, name)] * steps
             if spec is None
-            else [value_at(spec, step, steps, lambda metric: ()) for step in range(steps)]
+            else [spec.at(step, steps, lambda metric: ()) for step in range(steps)]
             for name, spec in specs.items()
         }
         pairs = zip(values["band_low"], values["band_high"], strict=True)

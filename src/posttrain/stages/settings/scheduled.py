@@ -13,14 +13,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from posttrain.engine.errors import ConfigError
 from posttrain.schedules import (
+    AnySchedule,
     History,
-    Schedule,
     corners,
     is_schedule,
-    metric_of,
-    possible_values,
+    parse_schedule,
     steps,
-    value_at,
 )
 
 
@@ -61,7 +59,7 @@ class Config(BaseModel):
     precision: Literal["float32", "bfloat16"] = "float32"
     """Type in which models compute. Weights that are trained stay in float32, and so does every
     softmax of a loss."""
-    schedules: dict[str, Schedule] = Field(default_factory=dict)
+    schedules: dict[str, AnySchedule] = Field(default_factory=dict)
     """Setting, or setting.entry, to its schedule; filled in where one is given as a schedule."""
 
     @classmethod
@@ -87,10 +85,10 @@ class Config(BaseModel):
                 raise ValueError(f"{key} cannot have a schedule; settings that can: {choices}")
         for key, schedule in kept.items():
             try:
-                possible_values(schedule)
+                kept[key] = parse_schedule(schedule)
             except ConfigError as error:
                 raise ValueError(f"{key}: {error}") from None
-        firsts = {key: possible_values(schedule)[0] for key, schedule in found.items()}
+        firsts = {key: kept[key].possible_values()[0] for key in found}
         plain = {**values, **({"schedules": kept} if kept else {})}
         return plain | _placed(plain, firsts)
 
@@ -114,15 +112,15 @@ class Config(BaseModel):
         plain = {name: getattr(self, name) for name in type(self).model_fields}
         # As constants, so that what a schedule makes sense of stays sensible, and nothing recurs.
         plain["schedules"] = {key: steps({0: self._first(key)}) for key in self.schedules}
-        free = {k: s for k, s in self.schedules.items() if metric_of(s) is not None}
+        free = {k: s for k, s in self.schedules.items() if s.metric is not None}
         bound = {k: s for k, s in self.schedules.items() if k not in free}
-        if all(len(possible_values(schedule)) == 1 for schedule in self.schedules.values()):
+        if all(len(schedule.possible_values()) == 1 for schedule in self.schedules.values()):
             return self
         turns, total = corners(bound.values(), getattr(self, "steps", None))
         for step in turns:
-            then = {key: value_at(s, step, total, _no_history) for key, s in bound.items()}
-            then |= {key: possible_values(schedule)[0] for key, schedule in free.items()}
-            others = [{k: value} for k, s in free.items() for value in possible_values(s)[1:]]
+            then = {key: s.at(step, total, _no_history) for key, s in bound.items()}
+            then |= {key: schedule.possible_values()[0] for key, schedule in free.items()}
+            others = [{k: value} for k, s in free.items() for value in s.possible_values()[1:]]
             for values in [then, *(then | other for other in others)]:
                 self._fits(plain, self._whole(values), step)
         return self
@@ -159,7 +157,7 @@ class Config(BaseModel):
     def possible(self, name: str) -> list[Any]:
         """The value of a setting, or the first one and the others at the ends of its schedule."""
         schedule = self.schedules.get(name)
-        return [getattr(self, name)] if schedule is None else possible_values(schedule)
+        return [getattr(self, name)] if schedule is None else schedule.possible_values()
 
     def only(self, *names: str) -> Self:
         """The same with no other schedules than those of these settings and their entries."""
@@ -174,13 +172,13 @@ class Config(BaseModel):
         if not self.schedules:
             return self
         for key, schedule in self.schedules.items() if step > 0 and self.LOGS_ALL else ():
-            metric = metric_of(schedule)
+            metric = schedule.metric
             if metric is not None and "/" not in metric and not history(metric):
                 raise ConfigError(
                     f"the schedule of {key} reads the metric {metric!r}, which this stage does not "
                     "log; choose one of its metrics (docs/metrics.md), such as loss"
                 )
-        now = {key: value_at(s, step, total, history) for key, s in self.schedules.items()}
+        now = {key: s.at(step, total, history) for key, s in self.schedules.items()}
         return self.model_copy(update=_placed(dict(self), self._whole(now)))
 
     def scheduled(self) -> dict[str, float]:
