@@ -12,10 +12,10 @@ from posttrain.stages.batches import sequences
 from posttrain.backends.chat import Chat
 from posttrain.backends.checkpoint import load
 from posttrain.backends.local import LocalScorer
+from posttrain.backends.prompting import also_hinted, hinted
 from posttrain.engine.errors import ConfigError
 from posttrain.stages.config import build_config
 from posttrain.stages.teachers import after_prompts
-from posttrain.suites.prompting import also_hinted, hinted
 
 RunStage = Callable[..., Any]
 BASE: dict[str, Any] = {

@@ -17,8 +17,7 @@ from posttrain.language.settings import Overrides
 from posttrain.language.whole import check_strengths, check_thinking, root_of
 from posttrain.stages.config import build_config, config_of, identity_of
 from posttrain.stages.kinds import KINDS, Product, kind_of, kinds_making
-from posttrain.suites.domain import Suite, Table, domain_node
-from posttrain.suites.shares import shares_problem
+from posttrain.suites.domain import Suite, Table, domain_node, shares_problem
 
 DERIVED = {
     "routes": "which model serves which domain",

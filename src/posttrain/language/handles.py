@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from posttrain.backends.prompting import Mode, check_mode
 from posttrain.stages.kinds import Product, kind_of
-from posttrain.suites.prompting import Mode, check_mode
 
 
 @dataclass(frozen=True)

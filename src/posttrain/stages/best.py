@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from posttrain.backends.checkpoint_source import MODEL_FILES
+from posttrain.backends.prompting import Problem, in_modes
 from posttrain.rewards.judge_kinds import Judge
 from posttrain.rewards.pool import VerifierPool
 from posttrain.rl.batch import Batch, concatenate
@@ -26,7 +27,6 @@ from posttrain.stages.context import Context
 from posttrain.stages.judging import make_reward, responses_of
 from posttrain.stages.rollout import rollout, verifiers
 from posttrain.stages.settings.models import Best
-from posttrain.suites.prompting import Problem, in_modes
 
 EDGE = "candidates."
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from posttrain.backends.base import Sampler
+from posttrain.backends.prompting import Problem, in_modes, spoken
 from posttrain.rewards.pool import VerifierPool
 from posttrain.rl.batch import Batch
 from posttrain.rl.seeds import step_seed
@@ -20,7 +21,6 @@ from posttrain.rl.statistics import Scores, evaluation
 from posttrain.stages.context import Context
 from posttrain.stages.rollout import rollout, submit, verifiers
 from posttrain.stages.settings.models import Evaluate
-from posttrain.suites.prompting import Problem, in_modes, spoken
 
 
 def run(settings: Evaluate, ctx: Context) -> dict[str, float]:

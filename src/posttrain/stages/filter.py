@@ -6,11 +6,11 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from posttrain.backends.prompting import Problem
 from posttrain.engine.errors import ConfigError
 from posttrain.engine.jsonl import read_jsonl, write_jsonl
 from posttrain.stages.rows import Key, key_of
 from posttrain.stages.settings.data import Filter
-from posttrain.suites.prompting import Problem
 
 if TYPE_CHECKING:  # it imports torch
     from posttrain.stages.context import Context

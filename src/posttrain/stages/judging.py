@@ -76,7 +76,7 @@ class StageTools:
     def annotator(self, noise: float) -> Oracle:
         """The noisy annotator of the stage's domains; its workers end with the stage."""
         ctx = self.ctx
-        pool = VerifierPool(ctx.domains, num_workers=min(ctx.threads, MAX_WORKERS), judge="oracle")
+        pool = VerifierPool(ctx.domains, num_workers=min(ctx.threads, MAX_WORKERS), oracle=True)
         qualities = ctx.resources.enter_context(pool).scores
         return Oracle(qualities=qualities, noise=noise, seed=self.seed)
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from posttrain.algorithms import Band, Gaussian, InTurn, Reprofile
+from posttrain.backends.prompting import Problem
 from posttrain.engine.atomic import write_whole
 from posttrain.engine.errors import ConfigError
 from posttrain.engine.jsonl import read_jsonl
@@ -31,7 +32,6 @@ from posttrain.stages.data import DomainShares
 from posttrain.stages.rollout_log import RolloutLog
 from posttrain.stages.rows import pick
 from posttrain.stages.settings.rl import Rl
-from posttrain.suites.prompting import Problem
 
 PROBLEMS_PER_CALL = 64
 """Problems that are profiled at a time."""

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from posttrain.backends.base import Sampler, Sampling
+from posttrain.backends.prompting import Problem
 from posttrain.rewards.pool import VerifierPool
 from posttrain.rl.batch import Batch
 from posttrain.stages.context import Context
-from posttrain.suites.prompting import Problem
 
 CHUNK_ROWS = 16
 """Responses that go to a verifier at a time."""

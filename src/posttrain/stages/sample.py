@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from posttrain.backends.prompting import Problem, in_modes
 from posttrain.engine.jsonl import write_jsonl
 from posttrain.rewards.pool import VerifierPool
 from posttrain.rl.batch import Batch
@@ -14,7 +15,6 @@ from posttrain.stages.context import Context
 from posttrain.stages.rollout import rollout, rollout_rows, verifiers
 from posttrain.stages.rows import pick
 from posttrain.stages.settings.data import Profile, Sample
-from posttrain.suites.prompting import Problem, in_modes
 
 PROMPTS_PER_CALL = 64
 

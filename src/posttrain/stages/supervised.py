@@ -15,6 +15,7 @@ from typing import Any
 
 from posttrain.backends.base import Learner, TokenLoss
 from posttrain.backends.checkpoint import save
+from posttrain.backends.prompting import Problem, also_hinted
 from posttrain.backends.tiny import character_tokenizer, new_model
 from posttrain.rewards.oracle import demonstrate
 from posttrain.rl.batch import Batch, between
@@ -32,7 +33,6 @@ from posttrain.stages.context import Context
 from posttrain.stages.data import Batches
 from posttrain.stages.rollout import verifiers
 from posttrain.stages.settings.supervised import Pretrain, Sft
-from posttrain.suites.prompting import Problem, also_hinted
 
 TEXTS = ("prompt", "demo", "thought", "direct")
 """Fields of a row whose characters the tokenizer of a new model must have."""

@@ -27,10 +27,10 @@ from torch import Tensor
 from posttrain.algorithms import SampledToken, TopK
 from posttrain.backends.base import Head, Sampling, Scorer
 from posttrain.backends.chat import Chat, check_same_tokens
+from posttrain.backends.prompting import Problem, hinted
 from posttrain.rl.batch import Batch, ragged_index
 from posttrain.stages.context import Context
 from posttrain.stages.settings.distill import Distill
-from posttrain.suites.prompting import Problem, hinted
 
 READ_TOKENS = 1024
 """Rows are read when they have this many tokens: fewer fill a forward pass badly."""

@@ -8,9 +8,9 @@ from typing import Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from posttrain.algorithms import Correct, Near, Repetition, Selection, Share
+from posttrain.backends.prompting import Mode
 from posttrain.rewards.judge_kinds import Judge, JudgeSetting, check_use
 from posttrain.stages.settings.base import Computing, Modes
-from posttrain.suites.prompting import Mode
 from posttrain.values import Settings
 
 

@@ -18,8 +18,8 @@ from posttrain.algorithms import (
     TokenMean,
     TokenShare,
 )
+from posttrain.backends.prompting import check_hint
 from posttrain.stages.settings.base import AuxLosses, Modes, Rollouts, Training, Weight
-from posttrain.suites.prompting import check_hint
 from posttrain.values import Settings, changing
 
 

@@ -6,8 +6,8 @@ from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from posttrain.backends.prompting import check_hint
 from posttrain.stages.settings.base import AuxLosses, Lengths, Modes, Training
-from posttrain.suites.prompting import check_hint
 from posttrain.values import Settings, changing
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from posttrain.backends.prompting import demonstration, in_modes, spoken, visible
 from posttrain.rewards.verifiers import AnswerVerifier, ExactVerifier
-from posttrain.suites.prompting import demonstration, in_modes, spoken, visible
 
 ROW: dict[str, Any] = {
     "id": "1",
