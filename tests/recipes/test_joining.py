@@ -187,7 +187,7 @@ def test_a_recipe_with_all_of_it_runs_to_its_end(tmp_path: Path, build: Any) -> 
 
 def test_planning_them_imports_no_torch(tmp_path: Path) -> None:
     program = (
-        "import sys; import posttrain.language.joining, posttrain.recipe, posttrain.stages.config; "
+        "import sys; import posttrain.recipe, posttrain.stages.config; "
         "sys.exit(bool({'torch', 'transformers', 'safetensors'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
