@@ -44,7 +44,7 @@ from posttrain.rl.batch import Batch, ragged_index
 from posttrain.rl.corrections import importance_correction
 from posttrain.rl.seeds import step_seed
 from posttrain.schedules import learning_rate
-from posttrain.stages.auxiliary import AuxData, pop_metrics
+from posttrain.stages.aux_losses import AuxData, pop_metrics
 from posttrain.stages.context import Context
 from posttrain.stages.data import Batches
 from posttrain.stages.rollout import rollout, verifiers

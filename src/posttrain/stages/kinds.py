@@ -125,7 +125,7 @@ _ALL = (
     Kind(
         name="pretrain",
         settings=f"{_SETTINGS}.supervised:Pretrain",
-        run="posttrain.stages.pretrain:run",
+        run="posttrain.stages.supervised:pretrain",
         makes=("model",),
         card="pre-trained from nothing",
         headline=("loss",),
@@ -137,7 +137,7 @@ _ALL = (
     Kind(
         name="sft",
         settings=f"{_SETTINGS}.supervised:Sft",
-        run="posttrain.stages.sft:run",
+        run="posttrain.stages.supervised:sft",
         makes=("model",),
         card="supervised fine-tuning",
         headline=("loss",),
