@@ -255,9 +255,7 @@ def teacher_states(heads: Sequence[Head], batch: Batch) -> list[TeacherStates]:
         head_VE = heads[number].weight_VD
         # A teacher narrower than the widest one fills the first places.
         own_NE = hidden_NE[:, : head_VE.shape[1]]
-        states.append(
-            TeacherStates(hidden_NE=own_NE, head_VE=head_VE, bias_V=heads[number].bias_V)
-        )
+        states.append(TeacherStates(hidden_NE=own_NE, head_VE=head_VE, bias_V=heads[number].bias_V))
     return states
 
 
@@ -303,9 +301,7 @@ def token_weights(step_settings: Distill, batch: Batch) -> Tensor:
     return weight_N * batch["loss_weight_B"][batch.row_N]
 
 
-def domain_sums(
-    settings: LossSettings, batch: Batch, kl_N: Tensor, entropy_N: Tensor
-) -> Metrics:
+def domain_sums(settings: LossSettings, batch: Batch, kl_N: Tensor, entropy_N: Tensor) -> Metrics:
     """`kl/DOMAIN`, `entropy/DOMAIN` and `tokens/DOMAIN`: sums over the domain's tokens."""
     domain_N = batch["domain_B"][batch.row_N]
     metrics: Metrics = {}

@@ -44,7 +44,9 @@ def run(settings: Evaluate, ctx: Context) -> dict[str, float]:
             for shown, row in zip(transcripts[name], answer.shown, strict=False):
                 shown["responses"][edge] = row
         ctx.log(number + 1, len(models), tokens=sum(a.num_tokens for a in answers.values()))
-    constants = {name: best_constant(rows, said[name], verifier_pool) for name, rows in problems.items()}
+    constants = {
+        name: best_constant(rows, said[name], verifier_pool) for name, rows in problems.items()
+    }
     result = evaluation(
         scores,
         routes={

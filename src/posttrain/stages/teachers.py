@@ -169,9 +169,7 @@ def teacher_columns(step_settings: Distill, scorer: Scorer, rows: Batch) -> Colu
     if isinstance(estimator, SampledToken):
         return {"teacher_logp_N": scorer.logprobs(rows, temperature=step_settings.temperature)}
     if isinstance(estimator, TopK):
-        ids_NK, logp_NK = scorer.top_k(
-            rows, estimator.k, temperature=step_settings.temperature
-        )
+        ids_NK, logp_NK = scorer.top_k(rows, estimator.k, temperature=step_settings.temperature)
         return {"teacher_ids_NK": ids_NK, "teacher_logp_NK": logp_NK}
     hidden_NE = scorer.hidden(rows)
     if step_settings.precision == "float32":
