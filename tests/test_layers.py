@@ -131,6 +131,16 @@ def test_the_allowed_directions_have_no_cycle() -> None:
     assert set(order) == set(ALLOWED) == set(THIRD_PARTY)
 
 
+@pytest.mark.parametrize("package", ["engine", "language"])
+def test_the_files_of_a_package_import_each_other_without_a_circle(package: str) -> None:
+    found: dict[str, set[str]] = {}
+    for path in sorted((ROOT / package).glob("*.py")):
+        found[f"{package}.{path.stem}"] = {
+            name for kind, name in imports(path) if kind == "own" and name.startswith(package)
+        }
+    list(TopologicalSorter(found).static_order())
+
+
 @pytest.mark.parametrize("path", FILES, ids=ids)
 def test_imports_point_one_way(path: Path) -> None:
     unit = unit_of_file(path)

@@ -180,7 +180,7 @@ class Recipe(Operators):
             inputs["reference"] = self._build.model(name, "reference", reference)
             self._build.same_vocabulary(name, start.name, reference.name, role="reference")
         stage = self._trained("dpo", name, settings, inputs, aux)
-        if reference is not None and self._build.nodes[name].config["loss"] == "simpo":
+        if reference is not None and self._build.settings[name].loss.kind == "simpo":
             raise ConfigError(
                 f"stage {name!r} (dpo): loss = simpo reads no reference; leave reference= out, or "
                 "use another loss"
@@ -232,12 +232,12 @@ class Recipe(Operators):
             settings = {"reward": reward.to_config()[0]} | settings
         stage = self._trained("rl", name, prompts.settings() | settings, inputs, aux)
         check_judge(self._build, stage, "reward", prompts.domains)
-        if critic is not None and self._build.nodes[name].config["advantage"] != "gae":
+        if critic is not None and not self._build.settings[name].uses_critic:
             raise ConfigError(
                 f"stage {name!r} (rl): critic = {critic.name!r} is read with advantage = gae only; "
                 "set that, or leave critic= out"
             )
-        self._build.named_domains(stage, prompts.domains, "domain_kl", "critique_domains")
+        self._build.named_domains(stage, prompts.domains, "kl.domains", "critique.domains")
         check_drawing(self._build, stage, profile)
         return stage
 

@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from posttrain.engine import ancestry
 from posttrain.engine.graph import Graph, Node
 from posttrain.engine.record import Artifact
 from posttrain.engine.store import Store
@@ -192,7 +193,7 @@ def test_lineage_has_every_stage_with_its_fingerprint_and_number(
         for text in card.iter(f"{SVG}text")
         if text.get("class") == "name"
     }
-    for ancestor in store.lineage(finished):
+    for ancestor in ancestry.lineage(store, finished):
         record = ancestor.record
         if record["kind"] != "domain":
             assert record["fingerprint"][:8] in texts[record["name"]]

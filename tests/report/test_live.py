@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from posttrain.engine.events import Event
 from posttrain.engine.graph import Graph, Node
 from posttrain.engine.planner import plan
+from posttrain.engine.runner import Event
 from posttrain.engine.store import Store
 from posttrain.report import live
 from posttrain.report.live import LiveView

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from posttrain.commands.find import find_artifact
 from posttrain.commands.output import console, emit
+from posttrain.engine import ancestry
 from posttrain.engine.errors import StoreError
 from posttrain.engine.fingerprint import ABSENT, diff_payloads
 from posttrain.engine.record import Artifact, label_of
@@ -83,7 +84,7 @@ def _plain(value: Any) -> Any:
 
 
 def _records(store: Store, artifact: Artifact) -> dict[str, Mapping[str, Any]]:
-    return {a.record["fingerprint"]: a.record for a in store.lineage(artifact)}
+    return {a.record["fingerprint"]: a.record for a in ancestry.lineage(store, artifact)}
 
 
 def _compare(
@@ -137,7 +138,7 @@ def verify(root: Path, names: Sequence[str], *, as_json: bool) -> bool:
     problems: list[str] = []
     artifacts, starts = _chosen(store, names, problems)
     for artifact in starts:
-        problems += [p for p in store.verify(artifact) if p not in problems]
+        problems += [p for p in ancestry.verify(store, artifact) if p not in problems]
     records: dict[str, Mapping[str, Any]] = {}
     for artifact in artifacts:
         records |= {record["fingerprint"]: record for record in artifact.history}
@@ -168,7 +169,7 @@ def _chosen(
         found: dict[str, Artifact] = {}
         for start in starts:
             try:
-                ancestors = store.lineage(start)
+                ancestors = ancestry.lineage(store, start)
             except StoreError:
                 # `Store.verify` tells about the damaged record.
                 found[start.fingerprint] = start

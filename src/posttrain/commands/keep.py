@@ -14,6 +14,7 @@ from rich.text import Text
 from posttrain.commands.find import find_artifact
 from posttrain.commands.output import console, emit
 from posttrain.commands.run import PACKAGES
+from posttrain.engine import ancestry, transfer
 from posttrain.engine.ancestry import Removed
 from posttrain.engine.atomic import guarded, write_whole
 from posttrain.engine.errors import ConfigError, StoreError
@@ -47,7 +48,8 @@ def adopt(root: Path, source: str, *, name: str, copy: bool, as_json: bool) -> N
         (external.directory / file).resolve().is_relative_to(root.resolve())
         for file in external.files
     )
-    adopted = store.adopt(
+    adopted = transfer.adopt(
+        store,
         external.directory,
         name=name,
         kind="model",
@@ -110,7 +112,7 @@ def export(root: Path, name: str, target: Path, *, as_json: bool) -> None:
     """Copy an artifact out of the store; a model with a card that has its scores by now."""
     store = Store(root)
     artifact = find_artifact(store, name)
-    path = store.export(artifact, target)
+    path = transfer.export(store, artifact, target)
     scores = []
     if shown_kind(artifact.kind).is_model():
         scores = scores_of(store, artifact)
@@ -164,10 +166,10 @@ def gc(
         # Their inputs stay by the rule of the newest of each name.
         kept |= {path.name for path in (store.root / "work").glob("*") if path.is_dir()}
     out = console(as_json=as_json)
-    removed = store.gc(kept, dry_run=True)
+    removed = ancestry.gc(store, kept, dry_run=True)
     _list(out, store, removed)
     if removed and not dry_run and (yes or _confirm()):
-        removed = store.gc(kept, dry_run=False)
+        removed = ancestry.gc(store, kept, dry_run=False)
         freed = size(sum(item.bytes for item in removed))
         out.print(Text(f"removed {len(removed)}, {freed} freed", "bold"))
     if as_json:

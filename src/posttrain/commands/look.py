@@ -14,6 +14,7 @@ from rich.tree import Tree
 from posttrain.commands.find import find_artifact
 from posttrain.commands.output import age, console, emit
 from posttrain.commands.run import read_evaluation
+from posttrain.engine import ancestry
 from posttrain.engine.ancestry import Ancestor
 from posttrain.engine.record import SHORT, Artifact
 from posttrain.engine.store import Store
@@ -144,7 +145,7 @@ def lineage(root: Path, name: str, *, as_json: bool) -> None:
     """Print what an artifact descends from, as a tree that grows towards the beginnings."""
     store = Store(root)
     artifact = find_artifact(store, name)
-    ancestors = store.lineage(artifact)
+    ancestors = ancestry.lineage(store, artifact)
     if as_json:
         emit({"target": artifact.label, **_network(ancestors)})
         return

@@ -14,8 +14,7 @@ from posttrain.engine.store import Store
 from posttrain.external import External, find_external, token_conflict
 from posttrain.language.handles import Demos, Prompts, Stage
 from posttrain.language.settings import Overrides
-from posttrain.language.whole import check_chains, check_strengths, check_thinking, root_of
-from posttrain.schedules import parse_schedule
+from posttrain.language.whole import check_strengths, check_thinking, root_of
 from posttrain.stages.config import build_config, config_of, identity_of
 from posttrain.stages.kinds import KINDS, Product, kind_of, kinds_making
 from posttrain.suites.domain import Suite, Table, domain_node
@@ -46,6 +45,8 @@ class Builder:
         self.store = store
         self.hash_file = file_digest if store is None else store.hashes.digest
         self.nodes: dict[str, Node] = {}
+        self.settings: dict[str, Any] = {}
+        """Stage to its checked settings."""
         self.external: dict[str, External] = {}
         self._overrides = Overrides(overrides or {})
 
@@ -58,7 +59,7 @@ class Builder:
         """The finished graph. Raises ConfigError for a setting that matched no stage, and what
         the checks of a whole recipe raise."""
         self._overrides.check_used(self.nodes)
-        for check in (check_chains, check_thinking, check_strengths):
+        for check in (check_thinking, check_strengths):
             check(self.nodes)
         graph = Graph(nodes=self.nodes, target=target.name)
         graph.order()
@@ -90,7 +91,7 @@ class Builder:
                     "stages that the recipe passes; change those instead"
                 )
         values |= derived
-        config = build_config(kind, name, values)
+        config = self.settings[name] = build_config(kind, name, values)
         stage = self.add(
             Node(
                 name=name,
@@ -297,10 +298,13 @@ class Builder:
                         )
 
     def values(self, stage: Stage, field: str) -> list[Any]:
-        """The value of a setting, or all at the ends of its schedule."""
-        config = self.nodes[stage.name].config
-        schedule = config.get("schedules", {}).get(field)
-        return [config[field]] if schedule is None else parse_schedule(schedule).possible_values()
+        """The value of a setting, or all at the ends of its schedule; `kl.domains` is a setting of a
+        choice, and there is none where nothing was chosen."""
+        owner: Any = self.settings[stage.name]
+        *path, name = field.split(".")
+        for part in path:
+            owner = getattr(owner, part)
+        return [] if owner is None else owner.possible(name)
 
     def same_vocabulary(
         self, stage: str, start: str, teacher: str, *, role: str = "teacher"

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from posttrain.engine import ancestry
 from posttrain.engine.record import SHORT, Artifact
 from posttrain.engine.store import Store
 from posttrain.engine.work import METRICS
@@ -97,7 +98,7 @@ def gather(store: Store, artifact: Artifact) -> list[StageFacts]:
             edges=ancestor.edges,
             lines=[] if ancestor.artifact is None else _lines(ancestor.artifact),
         )
-        for ancestor in store.lineage(artifact)
+        for ancestor in ancestry.lineage(store, artifact)
     ]
 
 

@@ -20,9 +20,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from posttrain.engine.events import Event
 from posttrain.engine.graph import Graph
 from posttrain.engine.planner import PlanRow
+from posttrain.engine.runner import Event
 from posttrain.report.progress import Branch, Progress, tree
 from posttrain.report.terminal import FirstFit
 from posttrain.report.wording import clock, number

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from posttrain.engine.events import Event
 from posttrain.engine.graph import Graph
 from posttrain.engine.planner import PlanRow
+from posttrain.engine.runner import Event
 from posttrain.report.wording import number
 from posttrain.stages.kinds import shown_kind
 
