@@ -47,6 +47,16 @@ class Chat:
         tags = {added[tag] for tag in (OPEN, CLOSE) if tag in added}
         self._dropped = special - tags if special & tags else None
 
+    def fresh(self) -> Chat:
+        """The same without the encodings that it remembers, for texts that come only once."""
+        return Chat(
+            self.tokenizer,
+            stop_ids=self.stop_ids,
+            pad_id=self.pad_id,
+            num_ids=self.num_ids,
+            max_positions=self.max_positions,
+        )
+
     def prompt(self, text: str, mode: str | None = None) -> list[int]:
         """Token ids of a user message up to where the assistant starts to speak.
 

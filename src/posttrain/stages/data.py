@@ -14,7 +14,7 @@ import numpy as np
 from posttrain.engine.errors import ConfigError
 from posttrain.modes import Problem
 from posttrain.schedules import History
-from posttrain.suites.shares import shares_problem
+from posttrain.suites.domain import shares_problem
 
 
 class DrawSettings(Protocol):

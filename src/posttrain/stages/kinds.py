@@ -250,7 +250,7 @@ _ALL = (
     Kind(
         name="profile",
         settings=f"{_SETTINGS}.data:Profile",
-        run="posttrain.stages.profile:run",
+        run="posttrain.stages.sample:run_profile",
         makes=("rates",),
         number=("rate", "pass rate"),
         unit="domains",
