@@ -37,7 +37,7 @@ from posttrain.rl.batch import Batch, ragged_index
 from posttrain.rl.corrections import correction_of
 from posttrain.rl.seeds import step_seed
 from posttrain.schedules import learning_rate
-from posttrain.stages.auxiliary import AuxData, take_metrics
+from posttrain.stages.aux_losses import AuxData, pop_metrics
 from posttrain.stages.context import Context
 from posttrain.stages.data import Batches
 from posttrain.stages.rollout import rollout, verifiers
@@ -88,7 +88,7 @@ def run(settings: Distill, ctx: Context) -> dict[str, float]:
             count, num_updates = count + share_count, num_updates + 1
         # Log.
         metrics = {"lr": lr, "grad_norm": sums.pop("grad_norm") / num_updates}
-        metrics |= take_metrics(sums, num_updates)
+        metrics |= pop_metrics(sums, num_updates)
         metrics["loss"] = sums.pop("loss") / count
         metrics |= per_domain_metrics(sums, domains, batch.num_tokens)
         metrics["response_length"] = float(batch.sampled_len_B.float().mean())
