@@ -16,10 +16,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from posttrain.backends.checkpoint_source import find_checkpoint
 from posttrain.engine.errors import ConfigError
 from posttrain.engine.graph import Graph, Node
 from posttrain.engine.store import Store
-from posttrain.external import find_external
 from posttrain.judges import Judge
 from posttrain.language.bases import TINY
 from posttrain.language.builder import Builder
@@ -95,7 +95,7 @@ class Recipe(Operators):
     def model(self, source: str | Path, *, name: str = "base") -> Stage:
         """A checkpoint from outside: a directory, an adopted name or a Hub id."""
         adopted = self._build.adopted(str(source))
-        external = adopted or find_external(source, self._build.hash_file)
+        external = adopted or find_checkpoint(source, self._build.hash_file)
         self._build.external[name] = external
         node = Node(
             name=name,

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+from posttrain.backends.prompting import in_modes, visible
 from posttrain.engine.errors import ConfigError, StageError
-from posttrain.modes import in_modes, visible
 from posttrain.rewards.oracle import (
     Oracle,
     brevity,

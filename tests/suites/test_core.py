@@ -3,7 +3,7 @@
 import dataclasses
 import json
 
-from posttrain.modes import in_modes
+from posttrain.backends.prompting import in_modes
 from posttrain.rewards.formats import find_format
 from posttrain.rewards.verifiers import load_verifier
 from posttrain.suites.domain import SPLITS, build_domain, domain_node, split_of

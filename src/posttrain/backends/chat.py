@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from posttrain.backends.prompting import CLOSE, OPEN, check_mode
 from posttrain.engine.errors import ConfigError
-from posttrain.modes import CLOSE, OPEN, check_mode
 
 SWITCH = "enable_thinking"
 """The template variable that turns thinking on or off, as in Qwen3, GLM 4.5 and SmolLM 3."""

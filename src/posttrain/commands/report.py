@@ -13,7 +13,7 @@ from posttrain.engine.atomic import guarded
 from posttrain.engine.errors import ConfigError, StoreError
 from posttrain.engine.record import Artifact
 from posttrain.engine.store import Store
-from posttrain.loading import Loaded, describe, is_recipe, load_recipe, shipped_recipes
+from posttrain.language.loader import Loaded, describe, is_recipe, load_recipe, shipped_recipes
 from posttrain.stages.kinds import shown_kind
 
 

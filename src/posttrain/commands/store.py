@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from posttrain.backends.checkpoint_source import find_checkpoint
 from posttrain.commands.output import console, emit, plain_table
 from posttrain.commands.run import PACKAGES
 from posttrain.engine import ancestry, transfer
@@ -22,8 +23,7 @@ from posttrain.engine.provenance import capture
 from posttrain.engine.record import SHORT, Artifact
 from posttrain.engine.store import Store
 from posttrain.engine.transfer import read_history
-from posttrain.external import find_external
-from posttrain.loading import is_recipe, load_recipe
+from posttrain.language.loader import is_recipe, load_recipe
 from posttrain.report.card import model_card
 from posttrain.report.gather import scores_of
 from posttrain.report.wording import size
@@ -36,7 +36,7 @@ def adopt(root: Path, source: str, *, name: str, copy: bool, as_json: bool) -> N
     Files that lie in the store itself are copied: `gc` could remove what a link points at.
     """
     store = Store(root)
-    external = find_external(source, store.hashes.digest)
+    external = find_checkpoint(source, store.hashes.digest)
     present = [a for a in store.list() if a.kind == "model" and a.name == name]
     for artifact in present:
         if artifact.payload["data"] != {"files": external.sha256}:

@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from posttrain.backends.prompting import CLOSE, demonstration
 from posttrain.engine.errors import StageError
-from posttrain.modes import CLOSE, demonstration
 from posttrain.rewards.gym import FULL_SCORE
 from posttrain.rewards.python_file import python_verifier
 from posttrain.rewards.verifiers import (

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from posttrain.backends.prompting import visible
 from posttrain.engine.errors import ConfigError, StageError, choices_text
-from posttrain.modes import visible
 from posttrain.rewards.formats import find_format
 from posttrain.rewards.gym import gym_verifier
 from posttrain.rewards.math_answer import MathVerifier
@@ -216,7 +216,7 @@ def verifier_name(domain_dir: Path) -> str:
 def load_verifier(domain_dir: Path) -> Verifier:
     """The verifier of a domain's artifact, from its domain.json (for python, its verifier.py).
 
-    It sees what `posttrain.modes.visible` leaves of a response.
+    It sees what `posttrain.backends.prompting.visible` leaves of a response.
     """
     config = domain_config(domain_dir)["verifier"]
     runtime = {"verifier_file": str(domain_dir / "verifier.py")}

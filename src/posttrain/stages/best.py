@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from posttrain.external import MODEL_FILES
-from posttrain.modes import Problem, in_modes
+from posttrain.backends.checkpoint_source import MODEL_FILES
+from posttrain.backends.prompting import Problem, in_modes
 from posttrain.rewards.judge_kinds import Judge
 from posttrain.rewards.pool import VerifierPool
 from posttrain.rl.batch import Batch, concatenate

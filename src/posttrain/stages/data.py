@@ -11,8 +11,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from posttrain.backends.prompting import Problem
 from posttrain.engine.errors import ConfigError
-from posttrain.modes import Problem
 from posttrain.schedules import History
 from posttrain.suites.domain import shares_problem
 

@@ -26,7 +26,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from posttrain.algorithms import Jsd, SampledToken, TokenMean, TokenShare, TopK
+from posttrain.algorithms import (
+    Jsd,
+    SampledToken,
+    TokenMean,
+    TokenShare,
+    TopK,
+    correction_arguments,
+)
 from posttrain.backends.base import Head, HeadLoss, Metrics, TokenLoss
 from posttrain.losses.distill import JSD_BETA, full_vocabulary_of_each, sampled_token, top_k
 from posttrain.losses.divergence import TeacherStates
@@ -34,7 +41,7 @@ from posttrain.losses.ops import aggregation_weights, token_logprobs
 from posttrain.losses.policy import policy_gradient
 from posttrain.rl.advantage import advantages
 from posttrain.rl.batch import Batch, ragged_index
-from posttrain.rl.corrections import correction_of
+from posttrain.rl.corrections import importance_correction
 from posttrain.rl.seeds import step_seed
 from posttrain.schedules import learning_rate
 from posttrain.stages.aux_losses import AuxData, pop_metrics
@@ -165,7 +172,7 @@ def sampled_token_loss(
     s, teacher_logp_N = settings.step, batch["teacher_logp_N"]
     assert isinstance(s.estimator, SampledToken)
     weight_N = token_weights(s, batch)
-    correction_N, metrics = correction_of(s.correction, logp_N, batch)
+    correction_N, metrics = correction(s, logp_N, batch)
     total, sums = sampled_token(
         logp_N,
         teacher_logp_N,
@@ -198,7 +205,7 @@ def divergence_loss(
         )
         # For the reward only: a divergence does not depend on which token was sampled, so it has
         # nothing to correct.
-        correction_N, metrics = correction_of(s.correction, logp_N, batch)
+        correction_N, metrics = correction(s, logp_N, batch)
     student = {"bias_V": head.bias_V, "temperature": s.temperature}
     if isinstance(estimator, TopK):
         total, sums, per_token = top_k(
@@ -269,6 +276,17 @@ def reward_loss(logp_N: Tensor, weight_N: Tensor, correction_N: Tensor, batch: B
         correction_N=correction_N,
     )
     return total
+
+
+def correction(step_settings: Distill, logp_N: Tensor, batch: Batch) -> tuple[Tensor, Metrics]:
+    """`correction_N` for what differs between sampler and learner, and its metrics."""
+    return importance_correction(
+        logp_N,
+        batch["sampler_logp_N"],
+        row_N=batch.row_N,
+        num_rows=len(batch),
+        **correction_arguments(step_settings.correction),
+    )
 
 
 def token_weights(step_settings: Distill, batch: Batch) -> Tensor:

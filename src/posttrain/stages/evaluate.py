@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from posttrain.backends.base import Sampler
-from posttrain.modes import Problem, in_modes, spoken
+from posttrain.backends.prompting import Problem, in_modes, spoken
 from posttrain.rewards.pool import VerifierPool
 from posttrain.rl.batch import Batch
 from posttrain.rl.seeds import step_seed

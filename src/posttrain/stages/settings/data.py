@@ -8,7 +8,7 @@ from typing import Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from posttrain.algorithms import Correct, Near, Repetition, Selection, Share
-from posttrain.modes import Mode
+from posttrain.backends.prompting import Mode
 from posttrain.rewards.judge_kinds import Judge, JudgeSetting, check_use
 from posttrain.stages.settings.base import Computing, Modes
 from posttrain.values import Settings
