@@ -222,7 +222,7 @@ def run_stage(tmp_path: Path) -> Iterator[RunStage]:
 
     from posttrain.engine.process import Job
     from posttrain.stages.config import build_config, config_of
-    from posttrain.worker import run_job
+    from posttrain.stages.worker import run_job
 
     def run(
         kind: str,

@@ -16,17 +16,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from posttrain.backends.checkpoint_source import find_checkpoint
 from posttrain.engine.errors import ConfigError
 from posttrain.engine.graph import Graph, Node
 from posttrain.engine.store import Store
-from posttrain.external import find_external
 from posttrain.judges import Judge
 from posttrain.language.bases import TINY
 from posttrain.language.builder import Builder
 from posttrain.language.handles import Demos, Prompts, Stage, check_modes
 from posttrain.language.joining import Aux, auxiliary, check_auxiliary, check_merge, merging
 from posttrain.language.judging import check_judge, judge_edges
-from posttrain.language.operands import check_drawing, contest, judged, profile_edge
+from posttrain.language.operands import candidate_edges, check_drawing, judge_inputs, profile_edge
 from posttrain.language.operators import Operators
 from posttrain.language.routes import Teachers, route
 from posttrain.stages.kinds import KINDS, Kind
@@ -95,7 +95,7 @@ class Recipe(Operators):
     def model(self, source: str | Path, *, name: str = "base") -> Stage:
         """A checkpoint from outside: a directory, an adopted name or a Hub id."""
         adopted = self._build.adopted(str(source))
-        external = adopted or find_external(source, self._build.hash_file)
+        external = adopted or find_checkpoint(source, self._build.hash_file)
         self._build.external[name] = external
         node = Node(
             name=name,
@@ -229,7 +229,7 @@ class Recipe(Operators):
             inputs["profile"] = edge
         if reward is not None:
             inputs |= judge_edges(self._build, name, "reward", reward)
-            settings = {"reward": reward.to_config()[0]} | settings
+            settings = {"reward": reward} | settings
         stage = self._trained("rl", name, prompts.settings() | settings, inputs, aux)
         check_judge(self._build, stage, "reward", prompts.domains)
         if critic is not None and not self._build.settings[name].uses_critic:
@@ -338,7 +338,7 @@ class Recipe(Operators):
         Of equally good ones it is the first. With a `judge` the metric is its score; a judge that
         compares responses compares the candidates'.
         """
-        inputs = contest(self._build, name, candidates)
+        inputs = candidate_edges(self._build, name, candidates)
         prompts = Prompts(self.domains) if prompts is None else prompts
         if not isinstance(prompts, Prompts):
             raise ConfigError(
@@ -347,7 +347,7 @@ class Recipe(Operators):
             )
         inputs |= self._build.data(name, prompts, (Prompts,))
         if judge is not None:
-            asked, edges = judged(self._build, name, judge, prompts.domains)
+            asked, edges = judge_inputs(self._build, name, judge, prompts.domains)
             settings = {"metric": "score"} | asked | settings
             inputs |= edges
         return self._build.stage("best", name, prompts.settings() | settings, inputs)

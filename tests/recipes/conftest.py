@@ -25,9 +25,9 @@ from posttrain.language.handles import Stage
 from posttrain.recipe import Recipe
 from posttrain.rewards.comparisons import QUESTION
 from posttrain.rewards.spec import VerifierSpec
+from posttrain.stages.worker import EXECUTE, PRELOAD
 from posttrain.suites.domain import Domain, Suite, Table
 from posttrain.suites.load import load_suite
-from posttrain.worker import EXECUTE, PRELOAD
 
 SUITE = """
 name = "hard"

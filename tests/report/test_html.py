@@ -111,9 +111,14 @@ def test_plots_follow_the_colours_and_font_of_the_page(page: Page):
         assert re.findall(r"#[0-9a-f]{6}\b", figure) == []
         assert "font-family" not in figure
         assert "<style" not in figure
-    assert {"var(--ink)", "var(--accent)", "var(--c1)", "var(--c4)"} <= set(
+    assert {"var(--ink)", "var(--c1)", "var(--c4)"} <= set(
         re.findall(r"var\(--\w+\)", "".join(figures))
     )
+    drawn = {name for value in values(page, "class") for name in value.split()}
+    styled = set(
+        re.findall(r"\.([a-z-]+)", (Path(html.__file__).parent / "report.css").read_text())
+    )
+    assert {"grid", "axis", "curve", "interval", "init", "teacher", "student"} <= drawn & styled
 
 
 def test_sections_are_all_there(page: Page):

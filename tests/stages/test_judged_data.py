@@ -21,7 +21,7 @@ SHORT = judges.length(budget=10) * -1.0
 
 
 def spec(judge: judges.Judge) -> dict[str, Any]:
-    return judge.to_config()[0]
+    return judge.to_json()
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
@@ -120,7 +120,7 @@ def test_the_oracle_compares_pairs(ask: Callable[..., Any], domains: Mapping[str
     assert len(rows) == 36
     path = Path(domains["domains.short"])
     problems = {problem["id"]: problem for problem in rows_of(path / "train.jsonl")}
-    with VerifierPool({"short": path}, num_workers=1, judge="oracle") as pool:
+    with VerifierPool({"short": path}, num_workers=1, oracle=True) as pool:
         annotator = Oracle(qualities=pool.scores, noise=0.5, seed=0)
         for row in rows:
             answer = annotator.prefer(problems[row["id"]], row["chosen"], row["rejected"])

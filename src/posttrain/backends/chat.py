@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from posttrain.backends.prompting import CLOSE, OPEN, check_mode
 from posttrain.engine.errors import ConfigError
-from posttrain.modes import CLOSE, OPEN, check_mode
 
 SWITCH = "enable_thinking"
 """The template variable that turns thinking on or off, as in Qwen3, GLM 4.5 and SmolLM 3."""
@@ -46,6 +46,16 @@ class Chat:
         special, added = set(self.tokenizer.all_special_ids), self.tokenizer.get_added_vocab()
         tags = {added[tag] for tag in (OPEN, CLOSE) if tag in added}
         self._dropped = special - tags if special & tags else None
+
+    def fresh(self) -> Chat:
+        """The same without the encodings that it remembers, for texts that come only once."""
+        return Chat(
+            self.tokenizer,
+            stop_ids=self.stop_ids,
+            pad_id=self.pad_id,
+            num_ids=self.num_ids,
+            max_positions=self.max_positions,
+        )
 
     def prompt(self, text: str, mode: str | None = None) -> list[int]:
         """Token ids of a user message up to where the assistant starts to speak.

@@ -92,10 +92,13 @@ class Store:
 
     def resolve(self, text: str) -> Artifact:
         """The one artifact meant by a name, by the start of `name-fingerprint`, or of a fingerprint
-        (4 digits or more).
+        (4 digits or more), or by the path of its directory.
 
         Raises StoreError: nothing fits (nearest names), or more than one does (the choices).
         """
+        directory = Path(text).absolute()
+        if directory.parent.parent == self.root / "artifacts":
+            text = directory.name
         paths = {path.name: path for path in self._directories()}
         tiers = (
             [label for label in paths if label[: -SHORT - 1] == text],

@@ -7,18 +7,17 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from posttrain.backends.checkpoint_source import CheckpointSource, find_checkpoint, token_conflict
 from posttrain.engine.errors import ConfigError, GraphError
 from posttrain.engine.fingerprint import file_digest
 from posttrain.engine.graph import Graph, Node
 from posttrain.engine.store import Store
-from posttrain.external import External, find_external, token_conflict
 from posttrain.language.handles import Demos, Prompts, Stage
 from posttrain.language.settings import Overrides
 from posttrain.language.whole import check_strengths, check_thinking, root_of
 from posttrain.stages.config import build_config, config_of, identity_of
 from posttrain.stages.kinds import KINDS, Product, kind_of, kinds_making
-from posttrain.suites.domain import Suite, Table, domain_node
-from posttrain.suites.shares import shares_problem
+from posttrain.suites.domain import Suite, Table, domain_node, shares_problem
 
 DERIVED = {
     "routes": "which model serves which domain",
@@ -47,7 +46,7 @@ class Builder:
         self.nodes: dict[str, Node] = {}
         self.settings: dict[str, Any] = {}
         """Stage to its checked settings."""
-        self.external: dict[str, External] = {}
+        self.external: dict[str, CheckpointSource] = {}
         self._overrides = Overrides(overrides or {})
 
     @property
@@ -320,10 +319,10 @@ class Builder:
                 f"{conflict}; a {role} must come from the same tokenizer"
             )
 
-    def adopted(self, source: str) -> External | None:
+    def adopted(self, source: str) -> CheckpointSource | None:
         """An adopted checkpoint of that name, None if there is none."""
         if self.store is None or Path(source).is_dir():
             return None
         found = self.store.named("model", source)
         # Not what its record says: linked files may have changed since they were adopted.
-        return find_external(found[0].path, self.hash_file) if found else None
+        return find_checkpoint(found[0].path, self.hash_file) if found else None

@@ -10,8 +10,7 @@ from posttrain.engine.errors import ConfigError
 from posttrain.judges import Judge
 from posttrain.language.builder import Builder
 from posttrain.language.handles import Demos, Stage
-from posttrain.language.judging import check_rubrics, judge_edges
-from posttrain.rewards.judge_spec import check_domains
+from posttrain.language.judging import check_problems, judge_edges
 from posttrain.stages.kinds import kinds_making
 
 
@@ -35,7 +34,7 @@ def rollout_edges(
     return {key: source.name for key, source in several.items()}
 
 
-def judged(
+def judge_inputs(
     build: Builder, stage: str, judge: object, domains: Sequence[str]
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """The setting `judge`, and the edges to the stages it asks and to the domains it judges."""
@@ -46,10 +45,8 @@ def judged(
             "it reads above it"
         )
     assert isinstance(judge, Judge)
-    spec, _ = judge.to_config()
-    check_domains(spec, tuple(domains), where=f"stage {stage!r}")
-    check_rubrics(build, spec, domains, where=f"stage {stage!r}")
-    return {"judge": spec}, edges | build.domain_edges(stage, domains)
+    check_problems(build, judge, domains, where=f"stage {stage!r}")
+    return {"judge": judge}, edges | build.domain_edges(stage, domains)
 
 
 def domains_of(*sources: Stage | Sequence[Stage]) -> tuple[str, ...]:
@@ -92,7 +89,7 @@ def check_drawing(build: Builder, stage: Stage, profile: Stage | None) -> None:
         )
 
 
-def mixed(
+def mix_parts(
     build: Builder, stage: str, sources: Mapping[Demos | Stage, float]
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """The parts of a mix for its settings, and its edges."""
@@ -120,7 +117,7 @@ def mixed(
     return parts, inputs
 
 
-def contest(
+def candidate_edges(
     build: Builder, stage: str, candidates: Mapping[str, Stage] | Sequence[Stage]
 ) -> dict[str, str]:
     """The edges `candidates.NAME` of two models or more."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -13,6 +13,7 @@ from posttrain.engine import ancestry
 from posttrain.engine.record import SHORT, Artifact
 from posttrain.engine.store import Store
 from posttrain.engine.work import METRICS
+from posttrain.stages.kinds import Kind, shown_kind
 
 EVALUATION = "evaluation.json"
 TRANSCRIPTS = "transcripts.json"
@@ -38,6 +39,11 @@ class StageFacts:
     def kind(self) -> str:
         """Its kind."""
         return str(self.record["kind"])
+
+    @cached_property
+    def kind_row(self) -> Kind:
+        """What the table of kinds says about its kind."""
+        return shown_kind(self.kind)
 
     @property
     def fingerprint(self) -> str:
@@ -149,7 +155,7 @@ def scores_of(store: Store, artifact: Artifact) -> list[dict[str, Any]]:
     return found
 
 
-def domain_colours(stages: list[StageFacts]) -> dict[str, int]:
+def domain_colours(stages: Iterable[StageFacts]) -> dict[str, int]:
     """Domain -> number of its colour, 1 to `COLOURS`, the same everywhere in a report."""
     names = dict.fromkeys(name for stage in stages for name in stage.domains)
     return {name: number % COLOURS + 1 for number, name in enumerate(sorted(names))}

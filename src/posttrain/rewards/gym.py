@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.engine.errors import ConfigError, StageError, choices_text
-from posttrain.suites.formats import Format
+from posttrain.rewards.formats import Format
 
 FULL_SCORE = 0.999
 """Scores from here on count as solved; below, reasoning-gym gives part marks for near misses."""

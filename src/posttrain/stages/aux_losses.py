@@ -20,10 +20,10 @@ from torch import Tensor
 from posttrain.algorithms import Aux
 from posttrain.backends.base import AuxLoss, Metrics, TokenLoss
 from posttrain.backends.chat import Chat
+from posttrain.backends.prompting import Problem, in_modes
 from posttrain.engine.errors import ConfigError
 from posttrain.engine.jsonl import read_jsonl
 from posttrain.losses.sft import cross_entropy
-from posttrain.modes import Problem, in_modes
 from posttrain.rl.batch import Batch
 from posttrain.rl.seeds import named_seed
 from posttrain.stages.context import Context

@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from posttrain.external import MODEL_FILES
-from posttrain.modes import Problem, in_modes
-from posttrain.report.statistics import mean_interval
+from posttrain.backends.checkpoint_source import MODEL_FILES
+from posttrain.backends.prompting import Problem, in_modes
 from posttrain.rewards.judge_kinds import Judge
 from posttrain.rewards.pool import VerifierPool
 from posttrain.rl.batch import Batch, concatenate
 from posttrain.rl.seeds import step_seed
+from posttrain.rl.statistics import mean_interval
 from posttrain.stages.context import Context
 from posttrain.stages.judging import make_reward, responses_of
 from posttrain.stages.rollout import rollout, verifiers

@@ -27,11 +27,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from posttrain.backends.base import Backend, Learner, LearnerSettings, Sampler, Scorer
+from posttrain.backends.prompting import in_modes
 from posttrain.engine.atomic import fsync
 from posttrain.engine.errors import ConfigError, StageError
 from posttrain.engine.jsonl import read_jsonl
 from posttrain.engine.work import METRICS, STEP, write_step
-from posttrain.modes import in_modes
 from posttrain.schedules import History
 from posttrain.stages.settings.base import Training
 from posttrain.values import Settings

@@ -30,7 +30,7 @@ class Critic:
     """Values of states, and the updates that bring them nearer to the returns."""
 
     def __init__(self, settings: Rl, ctx: Context, policy: Learner) -> None:
-        """From the edge `critic` where there is one, else from the stage's start. All of its weights
+        """From the edge `critic` if there is one, else from the start of the stage. All its weights
         learn, with the optimiser of the stage. Raises ConfigError unless it reads the policy's
         tokens."""
         source = "critic" if "critic" in ctx.inputs else "start"

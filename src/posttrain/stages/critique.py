@@ -23,9 +23,10 @@ from posttrain.backends.chat import Chat
 from posttrain.losses.ops import token_logprobs
 from posttrain.losses.sft import cross_entropy
 from posttrain.rewards.comparisons import VERDICTS, Compared, compared
+from posttrain.rewards.judge_kinds import Itself
 from posttrain.rl.batch import Batch
 from posttrain.rl.seeds import derived_seed
-from posttrain.stages.judging import comparison_prompt, template_of_itself, verdict_ids
+from posttrain.stages.judging import comparison_prompt, verdict_ids
 from posttrain.stages.rows import by_problem
 from posttrain.stages.settings.rl import Rl
 
@@ -41,7 +42,8 @@ class CritiqueLoss:
     def __init__(self, settings: Rl, chat: Chat) -> None:
         """Raises ConfigError where the two verdicts begin with the same token."""
         self.chat = chat
-        self.template = template_of_itself(settings.reward)
+        asked = (part for part in settings.reward.walk() if isinstance(part, Itself))
+        self.template = next((part.template for part in asked), None)
         """The question that the reward asks the policy, so that it learns to answer that one."""
         self.verdicts = verdict_ids(chat)
 
@@ -55,8 +57,9 @@ class CritiqueLoss:
         (seed, step).
         """
         known = critique.domains
-        asked = by_problem(row for row in rows if not known or row["domain"] in known)
-        encoded = [row for row in map(self._encode, compared(asked)) if row is not None]
+        asked = [row for row in rows if not known or row["domain"] in known]
+        pairs = compared(by_problem(row for row in asked if row["finished"]))
+        encoded = [row for row in map(self._encode, pairs) if row is not None]
         order = np.random.default_rng(derived_seed(s.seed, step, CHOOSING))
         room = critique.pairs * s.num_minibatches
         chosen = [encoded[i] for i in order.permutation(len(encoded))[:room]]

@@ -11,10 +11,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from posttrain.backends.prompting import Problem
 from posttrain.engine.errors import ConfigError
-from posttrain.modes import Problem
 from posttrain.schedules import History
-from posttrain.suites.shares import shares_problem
+from posttrain.suites.domain import shares_problem
 
 
 class DrawSettings(Protocol):

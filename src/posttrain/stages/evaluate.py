@@ -1,7 +1,7 @@
 """How good is each model, and how much of each teacher did the student recover?
 
 All models answer the same problems, which no training stage can draw from, at temperature 1 and
-greedily. The report of it is `evaluation.json`; `report/statistics.py` has the arithmetic.
+greedily. The report of it is `evaluation.json`; `rl/statistics.py` has the arithmetic.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from posttrain.backends.base import Sampler
-from posttrain.modes import Problem, in_modes, spoken
-from posttrain.report.statistics import Scores, evaluation
+from posttrain.backends.prompting import Problem, in_modes, spoken
 from posttrain.rewards.pool import VerifierPool
 from posttrain.rl.batch import Batch
 from posttrain.rl.seeds import step_seed
+from posttrain.rl.statistics import Scores, evaluation
 from posttrain.stages.context import Context
 from posttrain.stages.rollout import rollout, submit, verifiers
 from posttrain.stages.settings.models import Evaluate

@@ -6,9 +6,9 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from posttrain.backends.prompting import Problem
 from posttrain.engine.errors import ConfigError
 from posttrain.engine.jsonl import read_jsonl, write_jsonl
-from posttrain.modes import Problem
 from posttrain.stages.rows import Key, key_of
 from posttrain.stages.settings.data import Filter
 

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from posttrain.algorithms import Band, Gaussian, InTurn, Reprofile
+from posttrain.backends.prompting import Problem
 from posttrain.engine.atomic import write_whole
 from posttrain.engine.errors import ConfigError
 from posttrain.engine.jsonl import read_jsonl
-from posttrain.modes import Problem
 from posttrain.rl.advantage import zero_variance
 from posttrain.rl.batch import Batch, concatenate
 from posttrain.rl.seeds import derived_seed, step_seed

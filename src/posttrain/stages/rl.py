@@ -10,6 +10,7 @@ Legend: B rows (responses), N sampled tokens of all rows, M those of the rows th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import methodcaller
 
 import torch
 from torch import Tensor
@@ -32,10 +33,10 @@ from posttrain.rl.corrections import importance_correction, off_policy_mask
 from posttrain.rl.gae import gae, token_rewards
 from posttrain.schedules import learning_rate
 from posttrain.stages import critique
-from posttrain.stages.auxiliary import AuxData, pop_metrics
+from posttrain.stages.aux_losses import AuxData, pop_metrics
 from posttrain.stages.context import Context
 from posttrain.stages.critic import Critic
-from posttrain.stages.judging import reward_function
+from posttrain.stages.judging import make_reward, responses_of
 from posttrain.stages.problems import ProblemSampler, reprofile_of
 from posttrain.stages.rollout import rollout, verifiers
 from posttrain.stages.rollout_log import RolloutLog
@@ -53,7 +54,7 @@ def run(settings: Rl, ctx: Context) -> dict[str, float]:
     critic = Critic(settings, ctx, policy) if settings.uses_critic else None
     judge = None
     if not settings.verified_only:
-        judge = reward_function(
+        judge = make_reward(
             settings.reward,
             ctx,
             policy=policy,
@@ -83,10 +84,15 @@ def run(settings: Rl, ctx: Context) -> dict[str, float]:
 
         # Draw, roll out, judge: again where the groups of the batch have equal rewards.
         draws: list[Batch] = []
+        said: dict[str, list[float]] = {}
         while asked := problems.draw(s, step, draws):
             drawn = sample(s, sampler, asked, pool, seed=problems.seed(s, step, len(draws)))
             if judge is not None:
-                metrics |= judge.score(drawn, step, settings.steps, ctx.history)
+                at = methodcaller("at", step, settings.steps, ctx.history)
+                scores, parts = judge.score(responses_of(drawn), at)
+                drawn["reward_B"] = torch.tensor(scores, dtype=torch.float32)
+                for label, values in parts.items():
+                    said.setdefault(label, []).extend(values)
             draws.append(drawn)
         sampled, batch = concatenate(draws), problems.batch(s, draws)
         rows = log.write(
@@ -96,6 +102,7 @@ def run(settings: Rl, ctx: Context) -> dict[str, float]:
             temperature=s.temperature,
             judged=judge is not None,
         )
+        metrics |= {f"judge/{label}": sum(of_it) / len(of_it) for label, of_it in said.items()}
         metrics |= problems.metrics(s, draws) | problems.observe(s, rows) | s.scheduled()
 
         # Score and credit.

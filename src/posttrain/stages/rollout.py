@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from posttrain.backends.base import Sampler, Sampling
-from posttrain.modes import Problem
+from posttrain.backends.prompting import Problem
 from posttrain.rewards.pool import VerifierPool
 from posttrain.rl.batch import Batch
 from posttrain.stages.context import Context

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posttrain.algorithms import Repetition
+from posttrain.backends.prompting import CLOSE, in_modes
 from posttrain.engine.errors import ConfigError
 from posttrain.engine.jsonl import read_jsonl
-from posttrain.modes import CLOSE, in_modes
 
 if TYPE_CHECKING:  # it imports torch
     from posttrain.stages.context import Context

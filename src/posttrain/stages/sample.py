@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from posttrain.backends.prompting import Problem, in_modes
 from posttrain.engine.jsonl import write_jsonl
-from posttrain.modes import Problem, in_modes
 from posttrain.rewards.pool import VerifierPool
 from posttrain.rl.batch import Batch
 from posttrain.rl.seeds import step_seed

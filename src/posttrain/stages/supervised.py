@@ -15,9 +15,8 @@ from typing import Any
 
 from posttrain.backends.base import Learner, TokenLoss
 from posttrain.backends.checkpoint import save
+from posttrain.backends.prompting import Problem, also_hinted
 from posttrain.backends.tiny import character_tokenizer, new_model
-from posttrain.hints import also_hinted
-from posttrain.modes import Problem
 from posttrain.rewards.oracle import demonstrate
 from posttrain.rl.batch import Batch, between
 from posttrain.schedules import learning_rate

@@ -27,8 +27,7 @@ from torch import Tensor
 from posttrain.algorithms import SampledToken, TopK
 from posttrain.backends.base import Head, Sampling, Scorer
 from posttrain.backends.chat import Chat, check_same_tokens
-from posttrain.hints import hinted
-from posttrain.modes import Problem
+from posttrain.backends.prompting import Problem, hinted
 from posttrain.rl.batch import Batch, ragged_index
 from posttrain.stages.context import Context
 from posttrain.stages.settings.distill import Distill

@@ -12,7 +12,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from posttrain.algorithms import AdamW, Aggregation, Aux, CosineDecay, Decay, TokenMean
-from posttrain.modes import Mode
+from posttrain.backends.prompting import Mode
 from posttrain.values import changing
 
 Weight = Annotated[float, Field(ge=0)]

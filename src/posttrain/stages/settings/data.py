@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from posttrain.algorithms import Correct, Near, Repetition, Selection, Share
-from posttrain.engine.errors import ConfigError
-from posttrain.modes import Mode
-from posttrain.rewards.judge_spec import check, check_use
-from posttrain.schedules import is_schedule
+from posttrain.backends.prompting import Mode
+from posttrain.rewards.judge_kinds import Judge, JudgeSetting, check_use
 from posttrain.stages.settings.base import Computing, Modes
 from posttrain.values import Settings
 
@@ -30,28 +28,16 @@ def check_characters(value: str | None) -> str | None:
     return value
 
 
-def check_judge(value: dict[str, Any] | None, kind: str) -> dict[str, Any] | None:
-    """Raise ValueError unless `value` is a judge (`posttrain.judges`) that a stage of this kind,
-    which has no steps, can ask."""
-    if value is None:
+def check_judge(judge: Judge | None, kind: str) -> Judge | None:
+    """Raise ValueError unless a stage of this kind, which has no steps, can ask the judge."""
+    if judge is None:
         return None
-    try:
-        spec = check(value)
-        check_use(spec, kind, where="judge")
-    except ConfigError as error:
-        raise ValueError(str(error)) from None
-    if _scheduled(spec):
+    check_use(judge, kind, where="judge")
+    if judge.scheduled:
         raise ValueError(
             "the judge has a weight with a schedule, and the stage has no steps; give a number"
         )
-    return spec
-
-
-def _scheduled(value: Any) -> bool:
-    if is_schedule(value):
-        return True
-    parts = value.values() if isinstance(value, dict) else value
-    return isinstance(value, dict | list | tuple) and any(map(_scheduled, parts))
+    return judge
 
 
 class Answering(Computing):
@@ -83,13 +69,13 @@ class Sample(Settings, Answering):
 class Score(Settings, Computing):
     """Rollouts with what a judge says of them: `r.score(rollouts, judge=...)`."""
 
-    judge: dict[str, Any]
-    """The judge in its JSON form; comes from the recipe's `judge`."""
+    judge: JudgeSetting
+    """Comes from the recipe's `judge`."""
 
     @field_validator("judge")
     @classmethod
-    def _judge_is_one(cls, value: dict[str, Any]) -> dict[str, Any] | None:
-        return check_judge(value, "score")
+    def _score_can_ask_it(cls, judge: Judge) -> Judge | None:
+        return check_judge(judge, "score")
 
 
 class Profile(Settings, Answering):

@@ -18,7 +18,7 @@ from posttrain.algorithms import (
     TokenMean,
     TokenShare,
 )
-from posttrain.hints import check_hint
+from posttrain.backends.prompting import check_hint
 from posttrain.stages.settings.base import AuxLosses, Modes, Rollouts, Training, Weight
 from posttrain.values import Settings, changing
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from posttrain.algorithms import Average, DareLinear, MergeHow, TaskArithmetic
+from posttrain.rewards.judge_kinds import Judge, JudgeSetting
 from posttrain.stages.settings.base import Computing, Modes
 from posttrain.stages.settings.data import check_judge
 from posttrain.values import Settings
@@ -58,8 +59,8 @@ class Best(Settings, Computing):
     modes: Modes = ()
     metric: Literal["accuracy", "greedy", "score"] = "accuracy"
     """Mean reward at temperature 1, of greedy responses, or the judge's score at temperature 1."""
-    judge: dict[str, Any] | None = None
-    """Whose score it is, in its JSON form; comes from the recipe's `judge`."""
+    judge: JudgeSetting | None = None
+    """Whose score it is; comes from the recipe's `judge`."""
     length_weight: float = Field(0.0, ge=0)
     """Taken off the metric per `max_new_tokens` of mean response length."""
     num_problems: int = Field(200, gt=1)
@@ -72,8 +73,8 @@ class Best(Settings, Computing):
 
     @field_validator("judge")
     @classmethod
-    def _judge_is_one(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
-        return check_judge(value, "best")
+    def _best_can_ask_it(cls, judge: Judge | None) -> Judge | None:
+        return check_judge(judge, "best")
 
     @model_validator(mode="after")
     def _judge_is_asked(self) -> Self:

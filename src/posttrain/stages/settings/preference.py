@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Self
+from typing import Annotated, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -16,6 +16,7 @@ from posttrain.algorithms import (
     RewardLoss,
     StrongAgainstWeak,
 )
+from posttrain.rewards.judge_kinds import Judge, JudgeSetting
 from posttrain.stages.settings.base import AuxLosses, Lengths, Training
 from posttrain.stages.settings.data import check_characters, check_judge
 from posttrain.values import Settings, changing
@@ -37,8 +38,8 @@ class Pairs(Settings):
     chosen_max_repetition: Repetition | None = None
     """Most repeated n-grams of words in the chosen response."""
 
-    judge: dict[str, Any] | None = None
-    """Who says which response is better, in its JSON form; comes from the recipe's `judge`."""
+    judge: JudgeSetting | None = None
+    """Who says which response is better; comes from the recipe's `judge`."""
     min_strength: Annotated[int, Field(ge=2, le=4)] | None = None
     """Least strength of the preference, where the judge is asked about pairs."""
     seed: int = Field(0, ge=0, lt=2**31)
@@ -49,8 +50,7 @@ class Pairs(Settings):
     @property
     def pairwise(self) -> bool:
         """Whether the judge is asked about pairs, not about responses."""
-        kind = "" if self.judge is None else self.judge["judge"]
-        return kind == "oracle" or (kind == "human" and self.how.kind in ("all", "random"))
+        return self.judge is not None and self.judge.asked_about_pairs(self.how.kind)
 
     @property
     def by(self) -> str:
@@ -59,8 +59,8 @@ class Pairs(Settings):
 
     @field_validator("judge")
     @classmethod
-    def _judge_is_one(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
-        return check_judge(value, "pairs")
+    def _pairs_can_ask_it(cls, judge: Judge | None) -> Judge | None:
+        return check_judge(judge, "pairs")
 
     @model_validator(mode="after")
     def _judge_is_asked(self) -> Self:

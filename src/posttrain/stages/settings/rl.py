@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -19,8 +19,7 @@ from posttrain.algorithms import (
     InTurn,
     Surrogate,
 )
-from posttrain.engine.errors import ConfigError
-from posttrain.rewards.judge_spec import check, check_use
+from posttrain.rewards.judge_kinds import Judge, JudgeSetting, Verifier, check_use
 from posttrain.stages.settings.base import AuxLosses, Modes, Rollouts, Training
 from posttrain.values import Settings, changing
 
@@ -32,8 +31,8 @@ class Rl(Settings, Training, Rollouts):
     """A step in which no row is trained on logs nothing of an update."""
 
     steps: int = Field(gt=0)
-    reward: dict[str, Any] = Field(default_factory=lambda: {"judge": "verifier"})
-    """The judge whose scores are the reward (`posttrain.judges`), in its JSON form."""
+    reward: JudgeSetting = Field(default_factory=Verifier)
+    """The judge whose scores are the reward (`posttrain.judges`)."""
     prompts_per_step: int = changing(32, gt=0)
     group_size: int = changing(8, gt=0)
     """Responses per prompt; 2 or more where an advantage is relative to the group."""
@@ -68,18 +67,14 @@ class Rl(Settings, Training, Rollouts):
 
     @field_validator("reward")
     @classmethod
-    def _reward_is_a_judge(cls, value: dict[str, Any]) -> dict[str, Any]:
-        try:
-            spec = check(value)
-            check_use(spec, "rl", where="reward")
-        except ConfigError as error:
-            raise ValueError(str(error)) from None
-        return dict(spec)
+    def _rl_can_ask_it(cls, judge: Judge) -> Judge:
+        check_use(judge, "rl", where="reward")
+        return judge
 
     @property
     def verified_only(self) -> bool:
         """Whether the reward is the verifier's score and nothing else."""
-        return self.reward == {"judge": "verifier"}
+        return isinstance(self.reward, Verifier)
 
     @property
     def by_group(self) -> bool:

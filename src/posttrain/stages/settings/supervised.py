@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from posttrain.hints import check_hint
+from posttrain.backends.prompting import check_hint
 from posttrain.stages.settings.base import AuxLosses, Lengths, Modes, Training
 from posttrain.values import Settings, changing
 

@@ -13,11 +13,13 @@ import json
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType, NoneType, UnionType
+from types import ModuleType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic import PydanticUserError, TypeAdapter, ValidationError
 
 from posttrain.engine.errors import ConfigError, PosttrainError, choices_text
 from posttrain.engine.graph import Graph
@@ -26,7 +28,9 @@ from posttrain.language.handles import Stage
 from posttrain.recipe import Recipe
 from posttrain.suites.load import load_suite
 
-RECIPES = Path(__file__).with_name("recipes")
+PACKAGE = Path(__file__).parents[1]
+
+RECIPES = PACKAGE / "recipes"
 """Where the shipped recipes are, one file each."""
 
 DEFAULT_SUITE = "core"
@@ -105,7 +109,7 @@ def load_recipe(
         suite=suite,
         seed=seed,
         settings=parameters | overrides,
-        sources=tuple(dict.fromkeys((path.parent, directory, Path(__file__).parent))),
+        sources=tuple(dict.fromkeys((path.parent, directory, PACKAGE))),
     )
 
 
@@ -272,43 +276,20 @@ def _annotation(function: Callable[..., Any], parameter: inspect.Parameter) -> A
 
 def _convert(text: str, annotation: Any, where: str) -> Any:
     """`text` as a value of the annotated type. Raises ConfigError with type or choices."""
-    union = get_origin(annotation) in (Union, UnionType)
-    alternatives = get_args(annotation) if union else (annotation,)
+    parsed = _parse(text)
+    try:
+        adapter = TypeAdapter(annotation)
+    except PydanticUserError:  # a class of which pydantic knows nothing
+        return parsed
+    whole = [int(parsed)] if isinstance(parsed, float) and parsed.is_integer() else []
+    truth = [text.lower() == "true"] if text.lower() in ("true", "false") else []
     # Any text is a str, so that comes last.
-    for alternative in sorted(alternatives, key=lambda a: a is str):
-        fits, value = _fit(text, alternative)
-        if fits:
-            return value
-    choices = [c for a in alternatives if get_origin(a) is Literal for c in get_args(a)]
+    for value in (parsed, *whole, *truth, text):
+        with suppress(ValidationError):
+            return adapter.validate_json(json.dumps(value), strict=True)
+    parts = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else [annotation]
+    choices = [str(c) for part in parts if get_origin(part) is Literal for c in get_args(part)]
     if choices:
-        raise ConfigError(f"{where}={text}: {choices_text(text, map(str, choices))}")
-    names = " or ".join(getattr(a, "__name__", str(a)) for a in alternatives)
+        raise ConfigError(f"{where}={text}: {choices_text(text, choices)}")
+    names = " or ".join(getattr(part, "__name__", str(part)) for part in parts)
     raise ConfigError(f"{where}={text}: {text!r} is not a value of type {names}")
-
-
-def _fit(text: str, wanted: Any) -> tuple[bool, Any]:
-    """Whether `text` is a value of one type, and the value."""
-    value = _parse(text)
-    origin = get_origin(wanted) or wanted
-    if origin is Literal:
-        for choice in get_args(wanted):
-            if text == choice or (value == choice and type(value) is type(choice)):
-                return True, choice
-        return False, None
-    if origin is str:
-        return True, value if isinstance(value, str) else text
-    if origin is bool:
-        low = text.lower()
-        return low in ("true", "false"), low == "true"
-    if origin is int:
-        whole = isinstance(value, float) and value.is_integer()
-        fits = whole or (isinstance(value, int) and not isinstance(value, bool))
-        return fits, int(value) if fits else None
-    if origin is float:
-        fits = isinstance(value, int | float) and not isinstance(value, bool)
-        return fits, float(value) if fits else None
-    if origin in (None, NoneType):
-        return value is None, None
-    if origin in (list, dict):
-        return isinstance(value, origin), value
-    return True, value

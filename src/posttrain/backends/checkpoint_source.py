@@ -38,7 +38,7 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
 @dataclass(frozen=True, kw_only=True)
-class External:
+class CheckpointSource:
     """A checkpoint directory and its identity."""
 
     directory: Path
@@ -56,7 +56,7 @@ class External:
     """The file it stands in, and its text; None where there is none."""
 
 
-def find_external(source: str | Path, hash_file: HashFile = file_digest) -> External:
+def find_checkpoint(source: str | Path, hash_file: HashFile = file_digest) -> CheckpointSource:
     """The checkpoint named by `source`. Hashes its files; downloads a Hub id not in the cache.
 
     `hash_file` gives the sha256 of a file; that of a store need not read it again.
@@ -86,7 +86,7 @@ def find_external(source: str | Path, hash_file: HashFile = file_digest) -> Exte
             "with save_pretrained(..., safe_serialization=True))"
         )
     # Read before the weights are hashed, which takes a while.
-    return External(
+    return CheckpointSource(
         directory=directory,
         files=tuple(files),
         config=_read_json(directory / "config.json"),
@@ -97,7 +97,7 @@ def find_external(source: str | Path, hash_file: HashFile = file_digest) -> Exte
     )
 
 
-def token_conflict(student: External, teacher: External) -> str | None:
+def token_conflict(student: CheckpointSource, teacher: CheckpointSource) -> str | None:
     """Where two checkpoints differ in what tokens mean, with both values and files; None if not.
 
     Compared is what both have of vocabulary, output size, stop tokens and chat template, as
@@ -111,7 +111,7 @@ def token_conflict(student: External, teacher: External) -> str | None:
             f"{theirs.get(token)} in {teacher.directory / 'tokenizer.json'} and "
             f"{ours.get(token)} in {student.directory / 'tokenizer.json'})"
         )
-    facts: tuple[tuple[str, Callable[[External], tuple[str, Any] | None]], ...] = (
+    facts: tuple[tuple[str, Callable[[CheckpointSource], tuple[str, Any] | None]], ...] = (
         ("vocab_size", _vocab_size),
         ("eos_token_id", _stop_ids),
         ("chat template", lambda external: external.chat_template),
@@ -127,12 +127,12 @@ def token_conflict(student: External, teacher: External) -> str | None:
     return None
 
 
-def _vocab_size(external: External) -> tuple[str, Any] | None:
+def _vocab_size(external: CheckpointSource) -> tuple[str, Any] | None:
     size = external.config.get("vocab_size")
     return None if size is None else ("config.json", size)
 
 
-def _stop_ids(external: External) -> tuple[str, Any] | None:
+def _stop_ids(external: CheckpointSource) -> tuple[str, Any] | None:
     """Those that end a response: the generation config's, else the config's."""
     contents = (
         ("generation_config.json", external.generation_config),

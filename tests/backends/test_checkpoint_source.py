@@ -9,17 +9,17 @@ from typing import Any
 
 import pytest
 
+from posttrain.backends.checkpoint_source import CheckpointSource, find_checkpoint, token_conflict
 from posttrain.engine.errors import ConfigError
-from posttrain.external import External, find_external, token_conflict
 
-Make = Callable[..., External]
+Make = Callable[..., CheckpointSource]
 
 
 @pytest.fixture
 def make(tmp_path: Path) -> Make:
     """`make(name, file=content)` writes a checkpoint's files; text as it is, else as JSON."""
 
-    def make(name: str, files: dict[str, Any] | None = None) -> External:
+    def make(name: str, files: dict[str, Any] | None = None) -> CheckpointSource:
         (tmp_path / name).mkdir()
         contents: dict[str, Any] = {
             "config.json": {"vocab_size": 2, "eos_token_id": 1},
@@ -29,7 +29,7 @@ def make(tmp_path: Path) -> Make:
         for file, content in (contents | (files or {})).items():
             text = content if isinstance(content, str) else json.dumps(content)
             (tmp_path / name / file).write_text(text)
-        return find_external(tmp_path / name)
+        return find_checkpoint(tmp_path / name)
 
     return make
 
@@ -133,4 +133,4 @@ def test_binary_json_is_broken_json(make: Make) -> None:
     found = make("one")
     (found.directory / "config.json").write_bytes(b'{"a": "\xff"}')
     with pytest.raises(ConfigError, match=r"config\.json: not JSON .no UTF-8 text at byte 8"):
-        find_external(found.directory)
+        find_checkpoint(found.directory)

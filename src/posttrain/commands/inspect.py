@@ -1,26 +1,26 @@
-"""`ls`, `show` and `lineage`: what is in the store."""
+"""`ls`, `show`, `lineage` and `diff`: what is in the store."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from posttrain.commands.find import find_artifact
-from posttrain.commands.output import age, console, emit
-from posttrain.commands.run import read_evaluation
+from posttrain.commands.output import age, console, emit, plain_table
 from posttrain.engine import ancestry
 from posttrain.engine.ancestry import Ancestor
-from posttrain.engine.record import SHORT, Artifact
+from posttrain.engine.fingerprint import ABSENT, diff_payloads
+from posttrain.engine.record import SHORT, Artifact, label_of
 from posttrain.engine.store import Store
-from posttrain.report.progress import Progress
+from posttrain.report.gather import EVALUATION, read_json
 from posttrain.report.terminal import evaluation_table
-from posttrain.report.wording import duration, number, size
+from posttrain.report.wording import duration, headline, number, size
+from posttrain.stages.kinds import shown_kind
 
 
 def ls(root: Path, *, as_json: bool) -> None:
@@ -34,13 +34,9 @@ def ls(root: Path, *, as_json: bool) -> None:
     if not artifacts:
         out.print(Text(f"no artifacts in {store.root}"), soft_wrap=True)
         return
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("name", overflow="fold")
-    table.add_column("kind")
-    table.add_column("fingerprint", min_width=SHORT)
-    table.add_column("size", justify="right")
-    table.add_column("age", justify="right")
-    table.add_column("metric", overflow="fold")
+    table = plain_table("name", "kind", "fingerprint", "size", "age", "metric")
+    table.columns[2].min_width = SHORT
+    table.columns[3].justify = table.columns[4].justify = "right"
     for artifact in artifacts:
         table.add_row(
             Text(artifact.name),
@@ -48,7 +44,7 @@ def ls(root: Path, *, as_json: bool) -> None:
             Text(artifact.fingerprint[:SHORT], "dim"),
             size(artifact.bytes),
             age(artifact.created),
-            Text(headline(artifact)),
+            Text(key_metric(artifact)),
         )
     out.print(table)
 
@@ -66,20 +62,17 @@ def summary(artifact: Artifact) -> dict[str, Any]:
     }
 
 
-def headline(artifact: Artifact) -> str:
-    """The metric that matters for the kind of an artifact, or else the first that it has."""
-    metrics = artifact.metrics
-    found = Progress(name=artifact.name, kind=artifact.kind, metrics=metrics).headline
-    if found or not metrics:
-        return found
-    name, value = next(iter(metrics.items()))
-    return f"{name} {number(value)}"
+def key_metric(artifact: Artifact) -> str:
+    """The number that says most about an artifact, or else the first that it has."""
+    found = headline(shown_kind(artifact.kind), artifact.metrics)
+    first = next((f"{name} {number(value)}" for name, value in artifact.metrics.items()), "")
+    return found or first
 
 
 def show(root: Path, name: str, *, as_json: bool) -> None:
     """Print the record of an artifact; of an evaluation its table as well."""
     store = Store(root)
-    artifact = find_artifact(store, name)
+    artifact = store.resolve(name)
     if as_json:
         emit({"path": str(artifact.path), **artifact.record})
         return
@@ -107,15 +100,13 @@ def show(root: Path, name: str, *, as_json: bool) -> None:
         "provenance": {key: _fact(key, value) for key, value in facts.items()},
         "history": {r["name"]: f"{r['kind']}, {r['created'][:16]}" for r in artifact.history},
     }
-    table = Table(box=None, pad_edge=False, show_header=False)
-    table.add_column("section", style="bold")
-    table.add_column("key", overflow="fold")
-    table.add_column("value", overflow="fold")
+    table = plain_table("section", "key", "value", show_header=False)
+    table.columns[0].style = "bold"
     for section, rows in sections.items():
         for row, (key, value) in enumerate(rows.items()):
             table.add_row("" if row else section, Text(key, "dim"), Text(_text(value)))
     out.print(table)
-    evaluation = read_evaluation(artifact)
+    evaluation = read_json(artifact, EVALUATION)
     if evaluation is not None:
         out.print(evaluation_table(evaluation))
 
@@ -144,7 +135,7 @@ def _fact(key: str, value: Any) -> str:
 def lineage(root: Path, name: str, *, as_json: bool) -> None:
     """Print what an artifact descends from, as a tree that grows towards the beginnings."""
     store = Store(root)
-    artifact = find_artifact(store, name)
+    artifact = store.resolve(name)
     ancestors = ancestry.lineage(store, artifact)
     if as_json:
         emit({"target": artifact.label, **_network(ancestors)})
@@ -206,5 +197,107 @@ def _node(ancestor: Ancestor, edge: str, *, again: bool = False) -> Text:
     elif ancestor.artifact is None:
         text.append("  record only, its files are elsewhere", "yellow")
     else:
-        text.append(f"  {headline(ancestor.artifact)}")
+        text.append(f"  {key_metric(ancestor.artifact)}")
     return text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """One pair of artifacts, at the same place of two ancestries, that differ by themselves."""
+
+    path: str
+    """Edges that lead to it, such as "start / start"; "" for the two artifacts themselves."""
+    a: str
+    b: str
+    fields: Sequence[tuple[str, Any, Any]]
+    """Dotted field and its two values; inputs only where an edge is missing on one side."""
+
+
+def diff(root: Path, first: str, second: str, *, as_json: bool) -> None:
+    """Print in which settings, data and ancestors two artifacts differ, and their metrics."""
+    store = Store(root)
+    a, b = store.resolve(first), store.resolve(second)
+    found = list(_compare(_records(store, a), _records(store, b), a.record, b.record, "", set()))
+    keys = dict.fromkeys([*a.metrics, *b.metrics])
+    metrics = {key: {"a": a.metrics.get(key), "b": b.metrics.get(key)} for key in keys}
+    if as_json:
+        differences = [
+            {
+                "path": d.path,
+                "a": d.a,
+                "b": d.b,
+                "fields": [{"field": f, "a": _plain(x), "b": _plain(y)} for f, x, y in d.fields],
+            }
+            for d in found
+        ]
+        emit({"a": a.label, "b": b.label, "differences": differences, "metrics": metrics})
+        return
+    out = console()
+    table = plain_table("", a.label, b.label)
+    for item in found:
+        if item.path:
+            table.add_row(Text(item.path, "bold"), Text(item.a, "dim"), Text(item.b, "dim"))
+        for field, x, y in item.fields:
+            indent = "  " if item.path else ""
+            name = field.removeprefix("config.")
+            table.add_row(Text(indent + name), Text(str(_plain(x))), Text(str(_plain(y))))
+    if found:
+        out.print(table)
+    else:
+        out.print("the same settings, data and ancestors")
+    table = plain_table("", a.label, b.label)
+    for key, values in metrics.items():
+        table.add_row(Text(key), number(values["a"]), number(values["b"]))
+    if metrics:
+        out.print(Text("\nmetrics", "bold"))
+        out.print(table)
+
+
+def _plain(value: Any) -> Any:
+    return None if value == ABSENT else value
+
+
+def _records(store: Store, artifact: Artifact) -> dict[str, Mapping[str, Any]]:
+    return {a.record["fingerprint"]: a.record for a in ancestry.lineage(store, artifact)}
+
+
+def _compare(
+    known_a: Mapping[str, Mapping[str, Any]],
+    known_b: Mapping[str, Mapping[str, Any]],
+    a: Mapping[str, Any],
+    b: Mapping[str, Any],
+    path: str,
+    seen: set[tuple[str, str]],
+) -> Iterator[Difference]:
+    """Differences of a pair, then of its inputs by edge: each pair once, equal ones not at all."""
+    pair = (a["fingerprint"], b["fingerprint"])
+    if pair in seen or pair[0] == pair[1]:
+        return
+    seen.add(pair)
+    ours, theirs = a["inputs"], b["inputs"]
+    shared = [edge for edge in ours if edge in theirs]
+    deeper = [
+        edge
+        for edge in shared
+        if ours[edge]["fingerprint"] in known_a and theirs[edge]["fingerprint"] in known_b
+    ]
+    followed = {f"inputs.{edge}" for edge in deeper}
+    fields = [
+        (field, x, y)
+        for field, x, y in diff_payloads(
+            a["payload"], b["payload"], old_config=a["config"], new_config=b["config"]
+        )
+        if field not in followed
+    ]
+    if fields:
+        labels = [label_of(record) for record in (a, b)]
+        yield Difference(path=path, a=labels[0], b=labels[1], fields=fields)
+    for edge in deeper:
+        yield from _compare(
+            known_a,
+            known_b,
+            known_a[ours[edge]["fingerprint"]],
+            known_b[theirs[edge]["fingerprint"]],
+            f"{path} / {edge}" if path else edge,
+            seen,
+        )

@@ -1,29 +1,29 @@
-"""`adopt`, `export` and `gc`: checkpoints into the store, out of it, and what may go."""
+"""`adopt`, `export`, `verify` and `gc`: checkpoints into the store and out of it, whether it holds
+what was made, and what may go."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
-from posttrain.commands.find import find_artifact
-from posttrain.commands.output import console, emit
+from posttrain.backends.checkpoint_source import find_checkpoint
+from posttrain.commands.output import console, emit, plain_table
 from posttrain.commands.run import PACKAGES
 from posttrain.engine import ancestry, transfer
 from posttrain.engine.ancestry import Removed
 from posttrain.engine.atomic import guarded, write_whole
 from posttrain.engine.errors import ConfigError, StoreError
 from posttrain.engine.provenance import capture
-from posttrain.engine.record import SHORT
+from posttrain.engine.record import SHORT, Artifact
 from posttrain.engine.store import Store
 from posttrain.engine.transfer import read_history
-from posttrain.external import find_external
-from posttrain.loading import is_recipe, load_recipe
+from posttrain.language.loader import is_recipe, load_recipe
 from posttrain.report.card import model_card
 from posttrain.report.gather import scores_of
 from posttrain.report.wording import size
@@ -36,7 +36,7 @@ def adopt(root: Path, source: str, *, name: str, copy: bool, as_json: bool) -> N
     Files that lie in the store itself are copied: `gc` could remove what a link points at.
     """
     store = Store(root)
-    external = find_external(source, store.hashes.digest)
+    external = find_checkpoint(source, store.hashes.digest)
     present = [a for a in store.list() if a.kind == "model" and a.name == name]
     for artifact in present:
         if artifact.payload["data"] != {"files": external.sha256}:
@@ -111,7 +111,7 @@ def count_parameters(directory: Path) -> int:
 def export(root: Path, name: str, target: Path, *, as_json: bool) -> None:
     """Copy an artifact out of the store; a model with a card that has its scores by now."""
     store = Store(root)
-    artifact = find_artifact(store, name)
+    artifact = store.resolve(name)
     path = transfer.export(store, artifact, target)
     scores = []
     if shown_kind(artifact.kind).is_model():
@@ -143,6 +143,63 @@ def export(root: Path, name: str, target: Path, *, as_json: bool) -> None:
     if scores:
         text.append(f", card with the scores of {', '.join(evaluations)}")
     console().print(text, soft_wrap=True)
+
+
+def verify(root: Path, names: Sequence[str], *, as_json: bool) -> bool:
+    """Print every problem of the named artifacts and their ancestors, of all if none is named.
+
+    Returns whether there is none.
+    """
+    store = Store(root)
+    problems: list[str] = []
+    artifacts, starts = _chosen(store, names, problems)
+    for artifact in starts:
+        problems += [p for p in ancestry.verify(store, artifact) if p not in problems]
+    records: dict[str, Mapping[str, Any]] = {}
+    for artifact in artifacts:
+        records |= {record["fingerprint"]: record for record in artifact.history}
+        records[artifact.fingerprint] = artifact.record
+    counts = {
+        "artifacts": len(artifacts),
+        "files": sum(len(artifact.files) for artifact in artifacts),
+        "records": len(records),
+    }
+    if as_json:
+        emit({"ok": not problems, "problems": problems, **counts})
+        return not problems
+    out = console()
+    for problem in problems:
+        out.print(Text.assemble(("✗ ", "bold red"), problem), soft_wrap=True)
+    state = ("ok", "bold green") if not problems else (f"{len(problems)} problems", "bold red")
+    checked = f"{counts['files']} files and {counts['records']} records"
+    out.print(Text.assemble(state, f": {checked} of {len(artifacts)} artifacts checked"))
+    return not problems
+
+
+def _chosen(
+    store: Store, names: Sequence[str], problems: list[str]
+) -> tuple[list[Artifact], list[Artifact]]:
+    """All artifacts to check, and those among them whose ancestries cover them all."""
+    if names:
+        starts = [store.resolve(name) for name in names]
+        found: dict[str, Artifact] = {}
+        for start in starts:
+            try:
+                ancestors = ancestry.lineage(store, start)
+            except StoreError:
+                # `Store.verify` tells about the damaged record.
+                found[start.fingerprint] = start
+                continue
+            found |= {a.artifact.fingerprint: a.artifact for a in ancestors if a.artifact}
+        return list(found.values()), starts
+    artifacts = []
+    for path in store.index().values():
+        try:
+            artifacts.append(store.load(path))
+        except StoreError as error:
+            problems.append(str(error))
+    used = {source["fingerprint"] for a in artifacts for source in a.inputs.values()}
+    return artifacts, [a for a in artifacts if a.fingerprint not in used]
 
 
 def gc(
@@ -189,9 +246,8 @@ def _list(out: Console, store: Store, found: Sequence[Removed]) -> None:
     if not found:
         out.print(Text(f"nothing to remove in {store.root}"), soft_wrap=True)
         return
-    table = Table(box=None, pad_edge=False, show_header=False)
-    table.add_column(overflow="fold")
-    table.add_column(justify="right")
+    table = plain_table("artifact", "size", show_header=False)
+    table.columns[1].justify = "right"
     for item in found:
         table.add_row(Text(item.label), size(item.bytes))
     out.print(table)
@@ -203,8 +259,13 @@ def _roots(store: Store) -> set[str]:
     """Every evaluation and outside model, and the newest artifact of each name."""
     artifacts = store.list()
     newest = {(a.kind, a.name): a.fingerprint for a in artifacts}
-    always = {a.fingerprint for a in artifacts if a.kind in ("evaluate", "model")}
-    return always | set(newest.values())
+    return {a.fingerprint for a in artifacts if _stays(a.kind)} | set(newest.values())
+
+
+def _stays(name: str) -> bool:
+    """Whether all artifacts of a kind are kept: results, and what no run could make again."""
+    kind = shown_kind(name)
+    return "scores" in kind.makes or (kind.from_outside and kind.is_model())
 
 
 def _named(store: Store, keep: Sequence[str]) -> set[str]:
@@ -214,5 +275,5 @@ def _named(store: Store, keep: Sequence[str]) -> set[str]:
         if is_recipe(text):
             found |= set(load_recipe(text, store=store).graph.fingerprints().values())
         else:
-            found.add(find_artifact(store, text).fingerprint)
+            found.add(store.resolve(text).fingerprint)
     return found

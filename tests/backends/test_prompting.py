@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from posttrain.modes import demonstration, in_modes, spoken, visible
+from posttrain.backends.prompting import demonstration, in_modes, spoken, visible
 from posttrain.rewards.verifiers import AnswerVerifier, ExactVerifier
 
 ROW: dict[str, Any] = {

@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # they import torch
     from posttrain.backends.base import Backend
     from posttrain.stages.context import Context
 
-EXECUTE = "posttrain.worker:run_job"
+EXECUTE = "posttrain.stages.worker:run_job"
 PRELOAD = (
     *("torch", "reasoning_gym", "transformers.models.auto.modeling_auto"),
     *("transformers.models.auto.tokenization_auto", "transformers.models.qwen3.modeling_qwen3"),

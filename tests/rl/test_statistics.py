@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from posttrain.report.scores import verdict
-from posttrain.report.statistics import Scores, _resample, evaluation
+from posttrain.rl.statistics import Scores, _resample, evaluation
 
 
 def same(values: Any) -> Scores:
