@@ -13,15 +13,14 @@ import pytest
 from posttrain import judges, schedules
 from posttrain.engine.errors import ConfigError
 from posttrain.language.handles import Stage
-from posttrain.rewards.judge_spec import check, check_domains, check_use, models, uses
+from posttrain.rewards.judge_kinds import check_domains, check_use, parse_judge
 
 RM = Stage("helpful", "reward_model")
 VERIFIER = {"judge": "verifier"}
 
 
 def config(judge: judges.Judge) -> dict[str, Any]:
-    spec, _ = judge.to_config()
-    return json.loads(json.dumps(spec))
+    return json.loads(json.dumps(judge.to_json()))
 
 
 def test_sums_keep_their_weights_in_order() -> None:
@@ -51,7 +50,7 @@ def test_a_weight_may_be_a_schedule() -> None:
         "terms": [{"weight": weight.model_dump(mode="json"), "of": {"judge": "finished"}}],
     }
     assert spec["terms"][1] == {"weight": -1.0, "of": scheduled}
-    assert check(spec) == spec
+    assert config(parse_judge(spec)) == spec
 
 
 def test_stages_become_edges() -> None:
@@ -62,10 +61,9 @@ def test_stages_become_edges() -> None:
         then=judges.scalar(safe, squash=True),
         otherwise=judges.lexicographic(judges.scalar(RM), judges.compare(model)),
     )
-    spec, stages = judge.to_config()
-    assert stages == {"judges.safe": safe, "judges.helpful": RM, "judges.genrm": model}
-    assert models(spec) == ["judges.safe", "judges.helpful", "judges.genrm"]
-    assert uses(spec, "compare") and not uses(spec, "verifier")
+    assert judge.stages == {"judges.safe": safe, "judges.helpful": RM, "judges.genrm": model}
+    asked = [part.edge for part in parse_judge(config(judge)).walk() if part.edge is not None]
+    assert asked == ["judges.safe", "judges.safe", "judges.helpful", "judges.genrm"]
 
 
 @pytest.mark.parametrize(
@@ -88,19 +86,25 @@ def test_stages_become_edges() -> None:
         judges.length(budget=8, shape="concave", k=0.5, q=0.5),
         judges.length(shape="group_relative"),
     ],
-    ids=lambda judge: judge.spec["judge"],
+    ids=lambda judge: judge.judge,
 )
 def test_the_json_form_is_read_again(judge: judges.Judge) -> None:
-    assert check(config(judge)) == config(judge)
+    assert config(parse_judge(config(judge))) == config(judge)
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: judges.length(budget=0), "budget = 0; it has to be a whole number > 0"),
-        (lambda: judges.length(), "judge length, shape = linear: budget is needed"),
-        (lambda: judges.length(budget=4, shape="linaer"), "one of linear, budget, soft_overlong"),
-        (lambda: judges.length(budget=4, cache=2), "it reads no 'cache'; choices: budget, shape"),
+        (lambda: judges.length(budget=0), "budget = 0; it has to be greater than 0"),
+        (lambda: judges.length(), "judge length: with shape = linear it needs budget"),
+        (
+            lambda: judges.length(budget=4, shape="linaer"),
+            "it has to be 'linear', 'budget', 'soft_overlong'",
+        ),
+        (
+            lambda: judges.length(budget=4, cache=2),
+            "with shape = linear it reads no 'cache'; choices: budget",
+        ),
         (lambda: judges.length(budget=4, shape="soft_overlong", cache=5), "cache = 5 is more than"),
         (lambda: judges.scalar(Stage("s", "sft")), "it takes a stage of kind reward_model"),
         (lambda: judges.scalar("rm"), "'rm' is no stage"),
@@ -116,12 +120,12 @@ def test_the_json_form_is_read_again(judge: judges.Judge) -> None:
         (lambda: judges.compare("http://x"), "needs model="),
         (lambda: judges.compare(RM, "m"), "belong to the url"),
         (lambda: judges.compare(Stage("rm", "reward_model")), "language model"),
-        (lambda: judges.itself(pairing="some"), "one of all, circular"),
+        (lambda: judges.itself(pairing="some"), "it has to be 'all' or 'circular'"),
         (lambda: judges.human() + judges.verifier(), "people compare pairs by themselves"),
         (lambda: judges.whitened(judges.human()), "people compare pairs by themselves"),
         (lambda: "x" * judges.verifier(), "weight = 'x'; it has to be a number or a schedule"),
-        (lambda: judges.normalised(judges.verifier()), "two judges or more"),
-        (lambda: judges.by_domain({}), "a judge for each domain"),
+        (lambda: judges.normalised(judges.verifier()), "it takes 2 or more"),
+        (lambda: judges.by_domain({}), "domains = {}; it takes 1 or more"),
         (lambda: judges.by_domain({"a": 1}), "that of 'a' is 1, which is no judge"),
         (lambda: judges.verifier() + 1, "judges.constant(...) for a number"),
         (lambda: 1 + judges.verifier(), "a summand of a judge is 1, which is no judge"),
@@ -146,35 +150,35 @@ def test_mistakes_are_told_when_the_recipe_is_built(
     [
         ("verifier", "'verifier' is no judge; it has the form"),
         ({"judge": "verifer"}, "did you mean 'verifier'?"),
-        ({"judge": "oracle", "noise": -1}, "noise = -1; it has to be a number >= 0"),
+        ({"judge": "oracle", "noise": -1}, "noise = -1; it has to be greater than or equal to 0"),
         ({"judge": "scalar", "model": "rm", "squash": False}, "the edge of a stage"),
-        ({"judge": "sum", "terms": []}, "one at least"),
-        ({"judge": "sum", "terms": [{"of": VERIFIER}]}, "is no term"),
+        ({"judge": "sum", "terms": []}, "terms = []; it takes 1 or more"),
+        ({"judge": "sum", "terms": [{"of": VERIFIER}]}, "sum.terms.0: weight is needed"),
         ({"judge": "sum", "terms": [3]}, "is no term"),
         ({"judge": "whitened", "of": {"judge": "x"}}, "rl.reward.whitened.of.x"),
         ({"judge": "whitened"}, "of is needed"),
-        ({"judge": "by_domain", "domains": 3}, "a judge for each domain"),
+        ({"judge": "by_domain", "domains": 3}, "domains = 3; it has to be a valid dictionary"),
         ({"judge": "gate", "below": "x", "condition": VERIFIER, "then": VERIFIER,
           "otherwise": VERIFIER}, "below = 'x'"),
     ],
 )  # fmt: skip
 def test_json_of_the_command_line_is_checked(spec: Any, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        check(spec, where="rl.reward")
+        parse_judge(spec, where="rl.reward")
     assert message in str(caught.value)
 
 
 def test_every_domain_needs_its_judge() -> None:
-    spec = config(judges.by_domain({"add": judges.verifier()}))
-    check_domains(spec, ("add",), where="stage 'rl'")
+    judge = judges.by_domain({"add": judges.verifier()})
+    check_domains(judge, ("add",), where="stage 'rl'")
     with pytest.raises(
         ConfigError, match=r"stage 'rl': judges\.by_domain has none for domain 'sub'"
     ):
-        check_domains(spec, ("add", "sub"), where="stage 'rl'")
+        check_domains(judge, ("add", "sub"), where="stage 'rl'")
 
 
 def test_some_judges_are_for_some_stages() -> None:
-    itself, human = config(judges.itself()), config(judges.human())
+    itself, human = judges.itself(), judges.human()
     check_use(itself, "rl", where="stage 'x'")
     check_use(human, "pairs", where="stage 'x'")
     with pytest.raises(ConfigError, match="trains a policy"):
@@ -193,4 +197,4 @@ def test_judges_import_neither_torch_nor_transformers() -> None:
 
 def test_judges_add_up_with_sum() -> None:
     parts = [judges.verifier(), judges.constant(2.0)]
-    assert sum(parts).spec == (parts[0] + parts[1]).spec
+    assert sum(parts) == parts[0] + parts[1]

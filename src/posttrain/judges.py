@@ -4,29 +4,26 @@
     reward = judges.gate(judges.scalar(safety), below=0.15,
                          then=judges.scalar(safety), otherwise=judges.scalar(helpful))
 
-A judge is frozen and runs nothing. `to_config` turns it into JSON, `{"judge": kind, ...}` nested,
-which is part of the stage's identity, and into the stages it asks: inputs of the stage under the
-edges `judges.NAME`. `check` reads such JSON again, so that `--set` may give it as well.
-`posttrain.rewards.judging` computes the scores. Higher is better; what its docstring calls a cost
-is to be subtracted.
+A judge is frozen and runs nothing. Its JSON form, `{"judge": kind, ...}` nested, is part of the
+stage's identity, and `--set` may give it as well; the stages that it asks are inputs of the stage
+under the edges `judges.NAME`. The classes, one for each kind, are in
+`posttrain.rewards.judge_kinds`. Higher is better; what its docstring calls a cost is to be
+subtracted. Every function raises ConfigError for values that do not fit.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from posttrain.engine.errors import ConfigError
-from posttrain.rewards.judge_fields import EDGE
-from posttrain.rewards.judge_spec import check, models, spec_of
-from posttrain.schedules import Schedule, is_schedule
+from posttrain.rewards.judge_kinds import EDGE, Handle, Judge, make_judge, require_judge
+from posttrain.schedules import Schedule
 
 __all__ = [
     "Judge",
     "by_domain",
-    "check",
     "compare",
     "constant",
     "finished",
@@ -38,7 +35,6 @@ __all__ = [
     "length",
     "lexicographic",
     "llm",
-    "models",
     "normalised",
     "oracle",
     "repetition",
@@ -48,92 +44,9 @@ __all__ = [
 ]
 
 
-class Handle(Protocol):
-    """A stage of the recipe, as `posttrain.language.handles.Stage`."""
-
-    @property
-    def name(self) -> str:
-        """What the recipe calls it."""
-        ...
-
-    @property
-    def kind(self) -> str:
-        """Its kind, empty while it is not defined yet."""
-        ...
-
-
-Weight = float | Schedule
-
-
-@dataclass(frozen=True, eq=False)
-class Judge:
-    """A judge. Made by the functions of this module; a recipe adds, subtracts and weighs them."""
-
-    spec: Mapping[str, Any]
-    """Its JSON form, checked."""
-    stages: Mapping[str, Handle] = field(default_factory=dict)
-    """Edge, `judges.NAME`, to the stage that it asks."""
-
-    def to_config(self) -> tuple[dict[str, Any], dict[str, Handle]]:
-        """The JSON form for the stage's settings, and the stage's edges."""
-        return dict(self.spec), dict(self.stages)
-
-    def __mul__(self, weight: Weight) -> Judge:
-        """Raises ConfigError for a weight that is neither a number nor a schedule."""
-        terms: list[Any] = list(self.spec["terms"]) if self.spec["judge"] == "sum" else []
-        number = isinstance(weight, int | float)
-        if len(terms) == 1 and number and not is_schedule(terms[0]["weight"]):
-            terms = [terms[0] | {"weight": weight * terms[0]["weight"]}]
-            return Judge(spec_of("sum", terms=terms), self.stages)
-        return Judge(
-            spec_of("sum", terms=[{"weight": _json(weight), "of": self.spec}]), self.stages
-        )
-
-    __rmul__ = __mul__
-
-    def __neg__(self) -> Judge:
-        return self * -1.0
-
-    def __add__(self, other: Judge) -> Judge:
-        """Raises ConfigError for what is no judge."""
-        _require(other, "a summand of a judge")
-        terms = [*_terms(self), *_terms(other)]
-        return Judge(spec_of("sum", terms=terms), _merged(self, other))
-
-    def __radd__(self, other: object) -> Judge:
-        # What sum() begins with.
-        if isinstance(other, int) and other == 0:
-            return self
-        raise _no_judge(other, "a summand of a judge")
-
-    def __sub__(self, other: Judge) -> Judge:
-        """Raises ConfigError for what is no judge."""
-        return self + -_require(other, "what is subtracted from a judge")
-
-    def __rsub__(self, other: object) -> Judge:
-        raise _no_judge(other, "what a judge is subtracted from")
-
-
-def _require(value: object, what: str) -> Judge:
-    """The value if it is a judge; else ConfigError, with `what` it stands for."""
-    if not isinstance(value, Judge):
-        raise _no_judge(value, what)
-    return value
-
-
-def _no_judge(value: object, what: str) -> ConfigError:
-    hint = "judges.constant(...) for a number"
-    if not isinstance(value, int | float):
-        hint = "judges.scalar(stage) for a reward model, judges.compare(stage) for a language model"
-    return ConfigError(
-        f"{what} is {value!r}, which is no judge; it takes what posttrain.judges makes, such as "
-        f"judges.verifier(), or {hint}"
-    )
-
-
 def verifier() -> Judge:
     """The verifier of the problem's domain: a value in [0, 1]; 0 where the response was cut."""
-    return Judge(spec_of("verifier"))
+    return make_judge("verifier")
 
 
 def scalar(stage: Handle, *, squash: bool = False) -> Judge:
@@ -141,8 +54,7 @@ def scalar(stage: Handle, *, squash: bool = False) -> Judge:
 
     `squash` puts it through the logistic function, into (0, 1).
     """
-    edge, stages = _edge("scalar", stage, ("reward_model",))
-    return Judge(spec_of("scalar", model=edge, squash=squash), stages)
+    return _asking("scalar", stage, ("reward_model",), squash=squash)
 
 
 def oracle(*, noise: float = 1.0) -> Judge:
@@ -151,12 +63,12 @@ def oracle(*, noise: float = 1.0) -> Judge:
     Five times a hidden quality in [0, 1] plus `noise` times a Gumbel variable; see
     `posttrain.rewards.oracle`.
     """
-    return Judge(spec_of("oracle", noise=noise))
+    return make_judge("oracle", noise=noise)
 
 
 def constant(value: float) -> Judge:
     """The same score for everything, such as the floor under a `gate`."""
-    return Judge(spec_of("constant", value=value))
+    return make_judge("constant", value=value)
 
 
 def length(
@@ -178,15 +90,11 @@ def length(
     MAI-Thinking-1). group_relative: (n - shortest) / (longest - shortest) of the group, without a
     budget (after Nemotron 3 Nano, arXiv 2512.20848; gate it with the quality).
     """
-    stages: dict[str, Handle] = {}
-    given: dict[str, Any] = {"budget": budget, "cache": cache, "k": k, "q": q}
     if of is not None:
-        _require(of, "judge length: of")
-        stages, given["of"] = dict(of.stages), of.spec
+        require_judge(of, "judge length: of")
     elif shape == "pass_rate":
-        given["of"] = verifier().spec
-    fields = {name: value for name, value in given.items() if value is not None}
-    return Judge(spec_of("length", shape=shape, **fields), stages)
+        of = verifier()
+    return make_judge("length", shape=shape, budget=budget, cache=cache, k=k, q=q, of=of)
 
 
 def language(alphabet: str | None = None, *, regex: str | None = None, unit: str = "word") -> Judge:
@@ -200,12 +108,12 @@ def language(alphabet: str | None = None, *, regex: str | None = None, unit: str
         raise ConfigError("judge language: give exactly one of alphabet and regex")
     if alphabet is not None:
         regex = f"[{re.escape(alphabet)}]"
-    return Judge(spec_of("language", regex=regex, unit=unit))
+    return make_judge("language", regex=regex, unit=unit)
 
 
 def format(pattern: str) -> Judge:
     """1 where the regular expression is found in the response, else 0; ^ and $ anchor it."""
-    return Judge(spec_of("format", pattern=pattern))
+    return make_judge("format", pattern=pattern)
 
 
 def repetition(*, n: int = 3, unit: str = "word") -> Judge:
@@ -213,12 +121,12 @@ def repetition(*, n: int = 3, unit: str = "word") -> Judge:
 
     `unit`: n-grams of a `word` (between white space) or of a `character`.
     """
-    return Judge(spec_of("repetition", n=n, unit=unit))
+    return make_judge("repetition", n=n, unit=unit)
 
 
 def finished() -> Judge:
     """1 where the response ended by itself, 0 where it was cut at the length limit."""
-    return Judge(spec_of("finished"))
+    return make_judge("finished")
 
 
 def llm(
@@ -240,18 +148,8 @@ def llm(
     prompt's text: {prompt}, {response}, {answer}, {rubric} stand for the row's. Without a list of
     criteria the reply's last number is the grade, from 0 to `best`.
     """
-    return Judge(
-        spec_of(
-            "llm",
-            url=url,
-            model=model,
-            key=key,
-            reference=reference,
-            rubric=rubric,
-            template=template,
-            best=best,
-        )
-    )
+    shown = {"reference": reference, "rubric": rubric, "template": template, "best": best}
+    return make_judge("llm", url=url, model=model, key=key, **shown)
 
 
 def compare(
@@ -279,19 +177,18 @@ def compare(
                 f"judge compare: stage {judge.name!r} is a reward model, which scores one "
                 "response; write judges.scalar(...), or give a stage that makes a language model"
             )
-        edge, stages = _edge("compare", judge, ())
-        return Judge(spec_of("compare", model=edge, **how), stages)
+        return _asking("compare", judge, (), **how)
     if model is None:
         raise ConfigError(
             f"judge compare: the endpoint {judge!r} needs model=, the name that it serves"
         )
-    return Judge(spec_of("compare_endpoint", url=judge, model=model, key=key, **how))
+    return make_judge("compare_endpoint", url=judge, model=model, key=key, **how)
 
 
 def itself(*, pairing: str = "all", swap: bool = True, template: str | None = None) -> Judge:
     """`compare` by the policy that is being trained, with its newest weights (Kimi K2, DeepSeek
     V4). Train it on comparisons as well: `posttrain.rewards.comparisons`."""
-    return Judge(spec_of("itself", pairing=pairing, swap=swap, template=template))
+    return make_judge("itself", pairing=pairing, swap=swap, template=template)
 
 
 def human(file: str | None = None, *, pairing: str = "circular") -> Judge:
@@ -301,22 +198,15 @@ def human(file: str | None = None, *, pairing: str = "circular") -> Judge:
     stage's work directory, which the message names. `pairing` as in `compare`. Takes part in no sum
     or combination.
     """
-    return Judge(spec_of("human", file=file, pairing=pairing))
+    return make_judge("human", file=file, pairing=pairing)
 
 
-def gate(condition: Judge, *, below: Weight, then: Judge, otherwise: Judge) -> Judge:
+def gate(condition: Judge, *, below: float | Schedule, then: Judge, otherwise: Judge) -> Judge:
     """`then` where `condition` scores less than `below`, else `otherwise` (Llama 2, 3.2.3)."""
     parts = {"condition": condition, "then": then, "otherwise": otherwise}
     for name, part in parts.items():
-        _require(part, f"judge gate: {name}")
-    spec = spec_of(
-        "gate",
-        condition=condition.spec,
-        below=_json(below),
-        then=then.spec,
-        otherwise=otherwise.spec,
-    )
-    return Judge(spec, _merged(condition, then, otherwise))
+        require_judge(part, f"judge gate: {name}")
+    return make_judge("gate", below=below, **parts)
 
 
 def lexicographic(first: Judge, second: Judge) -> Judge:
@@ -325,23 +215,20 @@ def lexicographic(first: Judge, second: Judge) -> Judge:
     After MAI-Thinking-1.
     """
     for part in (first, second):
-        _require(part, "judge lexicographic: one of its two")
-    return Judge(
-        spec_of("lexicographic", first=first.spec, second=second.spec), _merged(first, second)
-    )
+        require_judge(part, "judge lexicographic: one of its two")
+    return make_judge("lexicographic", first=first, second=second)
 
 
 def normalised(*judges: Judge) -> Judge:
     """Each judge's z-score within the group, added (GDPO, arXiv 2601.05242); weigh the result."""
     for judge in judges:
-        _require(judge, "judge normalised: one of them")
-    return Judge(spec_of("normalised", judges=[j.spec for j in judges]), _merged(*judges))
+        require_judge(judge, "judge normalised: one of them")
+    return make_judge("normalised", judges=judges)
 
 
 def whitened(judge: Judge) -> Judge:
     """The judge's z-score over the whole batch (Llama 2, 3.2.3)."""
-    _require(judge, "judge whitened: its judge")
-    return Judge(spec_of("whitened", of=judge.spec), judge.stages)
+    return make_judge("whitened", of=require_judge(judge, "judge whitened: its judge"))
 
 
 def by_domain(judges: Mapping[str, Judge]) -> Judge:
@@ -349,28 +236,12 @@ def by_domain(judges: Mapping[str, Judge]) -> Judge:
     if not isinstance(judges, Mapping):
         raise ConfigError(f"judge by_domain: {judges!r} is no dict of domain to judge")
     for name, judge in judges.items():
-        _require(judge, f"judge by_domain: that of {name!r}")
-    return Judge(
-        spec_of("by_domain", domains={name: j.spec for name, j in judges.items()}),
-        _merged(*judges.values()),
-    )
+        require_judge(judge, f"judge by_domain: that of {name!r}")
+    return make_judge("by_domain", domains=dict(judges))
 
 
-def _json(weight: Weight) -> Any:
-    return weight.model_dump(mode="json") if isinstance(weight, Schedule) else weight
-
-
-def _terms(judge: Judge) -> list[Any]:
-    if judge.spec["judge"] == "sum":
-        return list(judge.spec["terms"])
-    return [{"weight": 1.0, "of": judge.spec}]
-
-
-def _merged(*judges: Judge) -> dict[str, Handle]:
-    return {edge: stage for judge in judges for edge, stage in judge.stages.items()}
-
-
-def _edge(kind: str, stage: Handle, kinds: tuple[str, ...]) -> tuple[str, dict[str, Handle]]:
+def _asking(kind: str, stage: Handle, kinds: tuple[str, ...], **fields: Any) -> Judge:
+    """A judge that asks a stage, which is of one of `kinds` where any are given."""
     if not hasattr(stage, "name") or not hasattr(stage, "kind"):
         raise ConfigError(f"judge {kind}: {stage!r} is no stage; pass what a verb returned")
     if kinds and stage.kind not in (*kinds, ""):
@@ -378,4 +249,6 @@ def _edge(kind: str, stage: Handle, kinds: tuple[str, ...]) -> tuple[str, dict[s
             f"judge {kind}: stage {stage.name!r} is of kind {stage.kind}; it takes a stage of kind "
             f"{', '.join(kinds)}"
         )
-    return f"{EDGE}{stage.name}", {f"{EDGE}{stage.name}": stage}
+    judge = make_judge(kind, model=f"{EDGE}{stage.name}", **fields)
+    judge._stage = stage
+    return judge

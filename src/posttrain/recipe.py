@@ -26,7 +26,7 @@ from posttrain.language.builder import Builder
 from posttrain.language.handles import Demos, Prompts, Stage, check_modes
 from posttrain.language.joining import Aux, auxiliary, check_auxiliary, check_merge, merging
 from posttrain.language.judging import check_judge, judge_edges
-from posttrain.language.operands import check_drawing, contest, judged, profile_edge
+from posttrain.language.operands import candidate_edges, check_drawing, judge_inputs, profile_edge
 from posttrain.language.operators import Operators
 from posttrain.language.routes import Teachers, route
 from posttrain.stages.kinds import KINDS, Kind
@@ -180,7 +180,7 @@ class Recipe(Operators):
             inputs["reference"] = self._build.model(name, "reference", reference)
             self._build.same_vocabulary(name, start.name, reference.name, role="reference")
         stage = self._trained("dpo", name, settings, inputs, aux)
-        if reference is not None and self._build.nodes[name].config["loss"] == "simpo":
+        if reference is not None and self._build.settings[name].loss.kind == "simpo":
             raise ConfigError(
                 f"stage {name!r} (dpo): loss = simpo reads no reference; leave reference= out, or "
                 "use another loss"
@@ -229,15 +229,15 @@ class Recipe(Operators):
             inputs["profile"] = edge
         if reward is not None:
             inputs |= judge_edges(self._build, name, "reward", reward)
-            settings = {"reward": reward.to_config()[0]} | settings
+            settings = {"reward": reward} | settings
         stage = self._trained("rl", name, prompts.settings() | settings, inputs, aux)
         check_judge(self._build, stage, "reward", prompts.domains)
-        if critic is not None and self._build.nodes[name].config["advantage"] != "gae":
+        if critic is not None and not self._build.settings[name].uses_critic:
             raise ConfigError(
                 f"stage {name!r} (rl): critic = {critic.name!r} is read with advantage = gae only; "
                 "set that, or leave critic= out"
             )
-        self._build.named_domains(stage, prompts.domains, "domain_kl", "critique_domains")
+        self._build.named_domains(stage, prompts.domains, "kl.domains", "critique.domains")
         check_drawing(self._build, stage, profile)
         return stage
 
@@ -338,7 +338,7 @@ class Recipe(Operators):
         Of equally good ones it is the first. With a `judge` the metric is its score; a judge that
         compares responses compares the candidates'.
         """
-        inputs = contest(self._build, name, candidates)
+        inputs = candidate_edges(self._build, name, candidates)
         prompts = Prompts(self.domains) if prompts is None else prompts
         if not isinstance(prompts, Prompts):
             raise ConfigError(
@@ -347,7 +347,7 @@ class Recipe(Operators):
             )
         inputs |= self._build.data(name, prompts, (Prompts,))
         if judge is not None:
-            asked, edges = judged(self._build, name, judge, prompts.domains)
+            asked, edges = judge_inputs(self._build, name, judge, prompts.domains)
             settings = {"metric": "score"} | asked | settings
             inputs |= edges
         return self._build.stage("best", name, prompts.settings() | settings, inputs)

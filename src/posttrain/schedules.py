@@ -403,28 +403,31 @@ def plateaus(seen: Sequence[float], *, patience: int, gain: float) -> list[int]:
 
 
 class LearningRate(Protocol):
-    """The settings that `learning_rate` reads."""
+    """The settings of a stage that `learning_rate` reads."""
 
-    lr: float
-    lr_schedule: str
-    lr_end: float
-    warmup_steps: int
+    @property
+    def lr(self) -> float: ...
+    @property
+    def lr_decay(self) -> Any: ...
+    @property
+    def warmup_steps(self) -> int: ...
 
 
-def learning_rate(config: LearningRate, step: int, total: int) -> float:
-    """Learning rate of 0-based `step` of `total`: linear warm-up, then the configured shape.
+def learning_rate(settings: LearningRate, step: int, total: int) -> float:
+    """Learning rate of 0-based `step` of `total`: linear warm-up, then as `lr_decay` says.
 
     Warm-up takes at most half of the steps, so that a short stage reaches `lr` too; the last step
-    is at `lr * lr_end` (unless the schedule is constant).
+    is at `lr * lr_decay.end`, or at `lr` where it stays.
     """
-    warmup = min(config.warmup_steps, total // 2)
+    warmup = min(settings.warmup_steps, total // 2)
     if step < warmup:
-        return config.lr * (step + 1) / warmup
+        return settings.lr * (step + 1) / warmup
+    decay = settings.lr_decay
     progress = (step - warmup) / max(1, total - 1 - warmup)
-    if config.lr_schedule == "constant":
+    if decay.kind == "constant":
         share = 1.0
-    elif config.lr_schedule == "linear":
-        share = 1 - (1 - config.lr_end) * progress
+    elif decay.kind == "linear":
+        share = 1 - (1 - decay.end) * progress
     else:
-        share = config.lr_end + (1 - config.lr_end) * 0.5 * (1 + math.cos(math.pi * progress))
-    return config.lr * share
+        share = decay.end + (1 - decay.end) * 0.5 * (1 + math.cos(math.pi * progress))
+    return settings.lr * share

@@ -20,7 +20,7 @@ def stage(
         "name": name,
         "kind": kind,
         "fingerprint": name * 9,
-        "payload": {"config": config},
+        "config": config,
     }
     edges = {f"domains.{domain}": f"{domain}-0" for domain in domains.split()}
     return StageFacts(record=record, edges=edges, lines=lines)

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from posttrain.engine.errors import ConfigError, StageError
 from posttrain.rewards import endpoint as module
 from posttrain.rewards.endpoint import CONCURRENCY, RETRIES, TIMEOUT, Endpoint, ReplyCache
 from posttrain.rewards.grading import EndpointComparison, Grader, better, fill, grade, met
-from posttrain.rewards.judging import Batch
+from posttrain.rewards.judging import Responses
 from posttrain.rewards.spec import VerifierSpec
 from posttrain.suites.domain import Domain, Table, build_domain, domain_node
 
@@ -75,10 +76,16 @@ def ask(server: Server, path: Path, key: str | None = None) -> Endpoint:
     return Endpoint(url=server.url, model="m", key=key, cache=ReplyCache(path / "replies.jsonl"))
 
 
-def batch(*texts: str, **columns: Any) -> Batch:
+def tools(server: Server, path: Path) -> Any:
+    """What a stage gives to the judges that ask endpoints."""
+    cache = ReplyCache(path / "replies.jsonl")
+    return SimpleNamespace(endpoint=lambda **asked: Endpoint(**asked, cache=cache))
+
+
+def batch(*texts: str, **columns: Any) -> Responses:
     problem = {"id": "1", "domain": "d", "prompt": "1+1={x}", "answer": "2"} | columns
     count = len(texts)
-    return Batch(
+    return Responses(
         problems=[problem] * count,
         texts=texts,
         group=[0] * count,
@@ -93,7 +100,7 @@ def test_grades_are_shares_of_the_best_one(server: Server, tmp_path: Path) -> No
         f"3 of 4 look fine. Grade: {'8' if '2!' in prompt else '0'}",
     )
     judge = judges.llm(server.url, "m", reference=True, rubric="be brief")
-    grader = Grader(judge.spec, ask(server, tmp_path))
+    grader = Grader(judge, tools(server, tmp_path))
     assert grader.score(batch("2!", "no", "2!")) == [0.8, 0, 0.8]
     assert len(server.seen) == 2, "equal questions are asked once"
     body = next(body for body in server.seen if "2!" in body["messages"][0]["content"])
@@ -107,7 +114,7 @@ def test_a_template_replaces_the_question(server: Server, tmp_path: Path) -> Non
     with pytest.raises(ConfigError, match="shows"):
         judges.llm(server.url, "m", template=template)
     judge = judges.llm(server.url, "m", reference=True, template=template, best=5)
-    assert Grader(judge.spec, ask(server, tmp_path)).score(batch("{answer}")) == [1]
+    assert Grader(judge, tools(server, tmp_path)).score(batch("{answer}")) == [1]
     assert server.seen[0]["messages"][0]["content"] == "1+1={x} -> {answer}, not 2"
 
 
@@ -115,7 +122,7 @@ def test_a_rubric_of_the_row_is_a_weighted_share(server: Server, tmp_path: Path)
     rubric = [{"criterion": "is right", "weight": 3}, {"criterion": "is kind"}]
     server.reply = lambda prompt, n: (200, "1: no\nOn a second thought\n1: yes\n2. No")
     judge = judges.llm(server.url, "m", rubric=True)
-    grader = Grader(judge.spec, ask(server, tmp_path))
+    grader = Grader(judge, tools(server, tmp_path))
     assert grader.score(batch("2", rubric=rubric)) == [0.75]
     assert "1: is right\n2: is kind" in server.seen[0]["messages"][0]["content"]
     for wrong in (None, [], [{"weight": 1}], [{"criterion": "x", "weight": 0}]):
@@ -153,7 +160,7 @@ def test_the_criteria_of_a_table_reach_the_endpoint(
     judge = judges.llm(server.url, "m", rubric=True)
     sampling = {"prompts_per_step": 2, "group_size": 2, "max_new_tokens": 3}
     edges = {"start": models["start"], "domains.d": str(path)}
-    ran = run_stage("rl", {"steps": 1, "reward": judge.spec} | sampling, edges)
+    ran = run_stage("rl", {"steps": 1, "reward": judge.to_json()} | sampling, edges)
     found = [json.loads(line) for line in (ran.out / "rollouts.jsonl").read_text().splitlines()]
     assert [row["score"] for row in found] == [0.75] * 4
     number = found[0]["prompt"].removeprefix("ask ")
@@ -192,7 +199,7 @@ def test_comparisons_are_win_shares(
 
     server.reply = reply
     judge = judges.compare(server.url, "m", pairing=pairing, swap=swap, template="{a} or {b}")
-    found = EndpointComparison(judge.spec, ask(server, tmp_path)).score(batch("x", "a", "m"))
+    found = EndpointComparison(judge, tools(server, tmp_path)).score(batch("x", "a", "m"))
     assert found == pytest.approx(shares)
     assert len(server.seen) == questions
 
@@ -201,19 +208,19 @@ def test_both_orders_cancel_a_preference_for_the_first(server: Server, tmp_path:
     server.reply = lambda prompt, n: (200, "Better: 1")
     fixed = judges.compare(server.url, "m", swap=False)
     both = judges.compare(server.url, "m", swap=True)
-    asked = ask(server, tmp_path)
-    assert EndpointComparison(fixed.spec, asked).score(batch("p", "q")) == [1, 0]
-    assert EndpointComparison(both.spec, asked).score(batch("p", "q")) == [0.5, 0.5]
-    assert EndpointComparison(both.spec, asked).score(batch("alone")) == [0.5]
+    asked = tools(server, tmp_path)
+    assert EndpointComparison(fixed, asked).score(batch("p", "q")) == [1, 0]
+    assert EndpointComparison(both, asked).score(batch("p", "q")) == [0.5, 0.5]
+    assert EndpointComparison(both, asked).score(batch("alone")) == [0.5]
 
 
 def test_a_resumed_stage_asks_nothing_twice(server: Server, tmp_path: Path) -> None:
-    spec = judges.llm(server.url, "m").spec
+    judge = judges.llm(server.url, "m")
     server.reply = lambda prompt, n: (200, f"Grade: {n}")
-    first = Grader(spec, ask(server, tmp_path)).score(batch("p", "q"))
+    first = Grader(judge, tools(server, tmp_path)).score(batch("p", "q"))
     file = tmp_path / "replies.jsonl"
     file.write_bytes(file.read_bytes() + b'{"request": "cut o')
-    again = Grader(spec, ask(server, tmp_path))
+    again = Grader(judge, tools(server, tmp_path))
     assert again.score(batch("p", "q")) == first
     assert len(server.seen) == 2
     assert again.score(batch("p", "new"))[0] == first[0]
@@ -222,8 +229,8 @@ def test_a_resumed_stage_asks_nothing_twice(server: Server, tmp_path: Path) -> N
 
 def test_a_busy_server_is_asked_again(server: Server, tmp_path: Path) -> None:
     server.reply = lambda prompt, n: ((429, 503, 200)[n - 1], "Grade: 7")
-    spec = judges.llm(server.url, "m").spec
-    assert Grader(spec, ask(server, tmp_path)).score(batch("p")) == [0.7]
+    judge = judges.llm(server.url, "m")
+    assert Grader(judge, tools(server, tmp_path)).score(batch("p")) == [0.7]
     assert len(server.seen) == 3
 
 
@@ -231,7 +238,7 @@ def test_what_stays_broken_is_told(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(RETRIES, "1")
-    spec = judges.llm(server.url, "m").spec
+    judge = judges.llm(server.url, "m")
     for reply, kind, message in (
         ((500, "ouch"), StageError, "answered 500 .*ouch.*2 times in a row"),
         ((404, "no model m"), ConfigError, "answered 404 .*the model name 'm'"),
@@ -241,17 +248,17 @@ def test_what_stays_broken_is_told(
     ):
         server.reply = lambda prompt, n, reply=reply: reply
         with pytest.raises(kind, match=message):
-            Grader(spec, ask(server, tmp_path)).score(batch("p"))
+            Grader(judge, tools(server, tmp_path)).score(batch("p"))
     assert not (tmp_path / "replies.jsonl").exists(), "a bad reply is not kept"
-    nowhere = Endpoint(url="http://127.0.0.1:9/v1", model="m", cache=ReplyCache(tmp_path / "x"))
+    judge = judges.llm("http://127.0.0.1:9/v1", "m")
     with pytest.raises(StageError, match=r"127\.0\.0\.1:9/v1/chat/completions: it cannot"):
-        Grader(spec, nowhere).score(batch("p"))
+        Grader(judge, tools(server, tmp_path)).score(batch("p"))
 
 
 def test_a_reply_that_cannot_be_read_is_asked_for_again(server: Server, tmp_path: Path) -> None:
     server.reply = lambda prompt, n: (200, "hm" if n < 3 else "Grade: 4")
-    spec = judges.llm(server.url, "m").spec
-    assert Grader(spec, ask(server, tmp_path)).score(batch("p")) == [0.4]
+    judge = judges.llm(server.url, "m")
+    assert Grader(judge, tools(server, tmp_path)).score(batch("p")) == [0.4]
     prompts = [body["messages"][0]["content"] for body in server.seen]
     assert prompts[1] == prompts[2] == prompts[0] + module.REMINDER
 
@@ -264,7 +271,7 @@ def test_a_slow_server_runs_into_the_timeout(
     release = threading.Event()
     server.reply = lambda prompt, n: (200, f"Grade: 1 {release.wait(10)}")
     with pytest.raises(StageError, match="timed out"):
-        Grader(judges.llm(server.url, "m").spec, ask(server, tmp_path)).score(batch("p"))
+        Grader(judges.llm(server.url, "m"), tools(server, tmp_path)).score(batch("p"))
     release.set()
 
 
@@ -275,7 +282,7 @@ def test_requests_at_once_are_limited(
     pause = threading.Event()
     server.reply = lambda prompt, n: (200, f"{pause.wait(0.05)} Grade: 1")
     texts = [str(n) for n in range(6)]
-    Grader(judges.llm(server.url, "m").spec, ask(server, tmp_path)).score(batch(*texts))
+    Grader(judges.llm(server.url, "m"), tools(server, tmp_path)).score(batch(*texts))
     assert (server.most, len(server.seen)) == (2, 6)
     monkeypatch.setenv(CONCURRENCY, "many")
     with pytest.raises(ConfigError, match=f"{CONCURRENCY}='many'"):
@@ -285,12 +292,12 @@ def test_requests_at_once_are_limited(
 def test_the_key_comes_from_the_environment(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spec = judges.llm(server.url, "m", key="MY_KEY").spec
+    judge = judges.llm(server.url, "m", key="MY_KEY")
     monkeypatch.delenv("MY_KEY", raising=False)
     with pytest.raises(ConfigError, match="environment variable MY_KEY is empty or not set"):
-        Grader(spec, ask(server, tmp_path, "MY_KEY")).score(batch("p"))
+        Grader(judge, tools(server, tmp_path)).score(batch("p"))
     monkeypatch.setenv("MY_KEY", "secret")
-    Grader(spec, ask(server, tmp_path, "MY_KEY")).score(batch("p"))
+    Grader(judge, tools(server, tmp_path)).score(batch("p"))
     assert server.keys == ["Bearer secret"]
     assert "secret" not in (tmp_path / "replies.jsonl").read_text()
 

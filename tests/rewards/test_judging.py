@@ -9,9 +9,9 @@ import pytest
 from posttrain import judges, schedules
 from posttrain.engine.errors import ConfigError, StageError
 from posttrain.rewards import combine
-from posttrain.rewards.judging import Batch, Panel, key_of, leaves, resolve
+from posttrain.rewards.judging import Responses, RewardFunction
 
-BATCH = Batch(
+RESPONSES = Responses(
     problems=[{"id": str(i), "domain": d} for i, d in enumerate(("a", "a", "b", "b"))],
     texts=["one", "two", "three", "four"],
     group=[0, 0, 1, 1],
@@ -27,18 +27,21 @@ class Fixed:
         self.scores = scores
         self.asked = 0
 
-    def score(self, batch: Batch) -> list[float]:
+    def score(self, responses: Responses) -> list[float]:
         self.asked += 1
-        return [self.scores[text] for text in batch.texts]
+        return [self.scores[text] for text in responses.texts]
 
 
 VERIFIER = judges.verifier()
 ORACLE = judges.oracle()
 
 
-def panel(judge: judges.Judge, verifier: Any = None, oracle: Any = None) -> Panel:
-    known = {key_of(VERIFIER.spec): verifier, key_of(ORACLE.spec): oracle}
-    return Panel(judge.spec, {key: known[key] for key in leaves(judge.spec)})
+def reward(judge: judges.Judge, verifier: Any = None, oracle: Any = None) -> RewardFunction:
+    return RewardFunction(judge, {VERIFIER.identity: verifier, ORACLE.identity: oracle})
+
+
+def scores(judge: judges.Judge, verifier: Any = None, oracle: Any = None) -> list[float]:
+    return reward(judge, verifier, oracle).score(RESPONSES)[0]
 
 
 def right() -> Fixed:
@@ -51,70 +54,72 @@ def taste() -> Fixed:
 
 def test_a_sum_weighs_its_terms() -> None:
     judge = VERIFIER - 0.5 * judges.length(budget=6) + 2 * judges.finished()
-    assert panel(judge, right()).score(BATCH) == pytest.approx([3, 0, 2.75, 2.5])
+    assert scores(judge, right()) == pytest.approx([3, 0, 2.75, 2.5])
 
 
 def test_a_scheduled_weight_has_the_value_of_the_step() -> None:
     weight = schedules.steps({0: 0.0, 10: 3.0})
-    asked = panel(VERIFIER + weight * judges.finished(), right())
-    assert asked.score(BATCH) == [1, 0, 1, 1]
+    judge = VERIFIER + weight * judges.finished()
+    asked = reward(judge, right())
+    assert asked.score(RESPONSES)[0] == [1, 0, 1, 1]
     at = lambda schedule: schedule.at(12, 20, lambda _: [])  # noqa: E731
-    assert asked.score(BATCH, at) == [4, 0, 4, 4]
-    assert resolve({"below": weight}, at) == {"below": 3.0}
+    assert asked.score(RESPONSES, at)[0] == [4, 0, 4, 4]
+    assert judge.scheduled and judge.resolved(at) == VERIFIER + 3.0 * judges.finished()
+    assert not judge.resolved(at).scheduled
 
 
 def test_a_gate_takes_a_branch_per_row_and_asks_each_judge_once() -> None:
     verifier, oracle = right(), taste()
     judge = judges.gate(VERIFIER, below=0.5, then=judges.constant(-9), otherwise=ORACLE + VERIFIER)
-    assert panel(judge, verifier, oracle).score(BATCH) == [-1, -9, 5, 9]
+    assert scores(judge, verifier, oracle) == [-1, -9, 5, 9]
     assert (verifier.asked, oracle.asked) == (1, 1)
 
 
 def test_a_branch_that_no_row_takes_is_not_asked() -> None:
     oracle = taste()
     judge = judges.gate(judges.constant(1), below=0.5, then=ORACLE, otherwise=VERIFIER)
-    assert panel(judge, right(), oracle).score(BATCH) == [1, 0, 1, 1]
+    assert scores(judge, right(), oracle) == [1, 0, 1, 1]
     assert oracle.asked == 0
 
 
 def test_lexicographic_decides_only_ties() -> None:
     """Group 0 differs under the verifier, group 1 ties at 1: there the oracle is added."""
     judge = judges.lexicographic(VERIFIER, ORACLE)
-    assert panel(judge, right(), taste()).score(BATCH) == [1, 0, 5, 9]
+    assert scores(judge, right(), taste()) == [1, 0, 5, 9]
 
 
 def test_normalised_adds_z_scores_of_each_group() -> None:
     """Two values apart have z-scores 1 and -1 whatever their distance; equal ones 0."""
     judge = judges.normalised(VERIFIER, ORACLE)
-    found = panel(judge, right(), taste()).score(BATCH)
+    found = scores(judge, right(), taste())
     assert found == pytest.approx([0, 0, -1, 1], abs=1e-5)
 
 
 def test_whitened_is_over_the_batch() -> None:
     """-2, 2, 4, 8: mean 3, variance (25 + 1 + 1 + 25) / 4 = 13."""
-    found = panel(judges.whitened(ORACLE), oracle=taste()).score(BATCH)
+    found = scores(judges.whitened(ORACLE), oracle=taste())
     assert found == pytest.approx([value / 13**0.5 for value in (-5, -1, 1, 5)], abs=1e-5)
-    assert combine.whitened([2.0, 2.0]) == [0, 0]
+    assert combine.z_scores([2.0, 2.0]) == [0, 0]
 
 
 def test_by_domain_asks_each_domains_judge_about_its_rows() -> None:
     judge = judges.by_domain({"a": VERIFIER, "b": judges.whitened(ORACLE)})
-    found = panel(judge, right(), taste()).score(BATCH)
+    found = scores(judge, right(), taste())
     assert found == pytest.approx([1, 0, -1, 1], abs=1e-5)
     with pytest.raises(ConfigError, match="none for domain 'b'"):
-        panel(judges.by_domain({"a": VERIFIER}), right()).score(BATCH)
+        scores(judges.by_domain({"a": VERIFIER}), right())
 
 
 def test_a_length_cost_may_read_another_judge() -> None:
     judge = judges.length(budget=12, shape="pass_rate")
-    assert panel(judge, right()).score(BATCH) == pytest.approx([0.125, 0.25, 0.75, 1])
+    assert scores(judge, right()) == pytest.approx([0.125, 0.25, 0.75, 1])
 
 
-def test_detail_names_what_each_judge_said() -> None:
+def test_the_parts_of_a_reward_are_told() -> None:
     low = judges.gate(ORACLE, below=9, then=VERIFIER, otherwise=judges.finished())
     judge = VERIFIER - judges.length(budget=6) + low
-    scores, parts = panel(judge, right(), taste()).detail(BATCH)
-    assert scores == pytest.approx([2, 0, 1.5, 1])
+    total, parts = reward(judge, right(), taste()).score(RESPONSES)
+    assert total == pytest.approx([2, 0, 1.5, 1])
     assert parts == {
         "verifier": [1, 0, 1, 1],
         "length": [0, 0, 0.5, 1],
@@ -122,11 +127,26 @@ def test_detail_names_what_each_judge_said() -> None:
     }
 
 
+def test_parts_within_domains_are_told_together() -> None:
+    """Both domains have the verifier and a length cost, of 6 and of 12 tokens; only one a taste."""
+    cost = {name: judges.length(budget=budget) for name, budget in (("a", 6), ("b", 12))}
+    judge = judges.by_domain({"a": VERIFIER - cost["a"], "b": VERIFIER - cost["b"] + ORACLE})
+    total, parts = reward(judge, right(), taste()).score(RESPONSES)
+    assert total == [1, 0, 5, 9]
+    assert parts == {"verifier": [1, 0, 1, 1], "length": [0, 0, 0, 0], "oracle": [4, 8]}
+
+
+def test_portions_keep_groups_together() -> None:
+    assert reward(VERIFIER).portions(RESPONSES, 1) == [[0, 1], [2, 3]]
+    assert reward(VERIFIER).portions(RESPONSES, 3) == [[0, 1, 2, 3]]
+    assert reward(judges.whitened(VERIFIER)).portions(RESPONSES, 1) == [[0, 1, 2, 3]]
+
+
 @pytest.mark.parametrize("value", [[1.0], [1.0, 2.0, 3.0, float("nan")]])
 def test_a_judge_that_answers_nonsense_is_an_error(value: list[float]) -> None:
     class Odd:
-        def score(self, batch: Batch) -> list[float]:
+        def score(self, responses: Responses) -> list[float]:
             return value
 
     with pytest.raises(StageError, match="judge verifier: it gave"):
-        panel(VERIFIER, Odd()).score(BATCH)
+        scores(VERIFIER, Odd())

@@ -31,14 +31,13 @@ def test_concave() -> None:
 
 def test_pass_rate_costs_nothing_where_nothing_is_solved() -> None:
     """Groups 0 (half solved) and 1 (unsolved), interleaved; 5, 8 and 40 of 10 tokens."""
-    spec = {"shape": "pass_rate", "budget": 10}
-    found = penalties.length(spec, [5, 8, 40, 9], [0, 1, 0, 1], [1.0, 0.0, 0.0, 0.0])
+    tokens, group, quality = [5, 8, 40, 9], [0, 1, 0, 1], [1.0, 0.0, 0.0, 0.0]
+    found = penalties.length("pass_rate", tokens, group, quality, budget=10)
     assert found == pytest.approx([0.25, 0, 0.5, 0])
 
 
 def test_group_relative() -> None:
-    spec = {"shape": "group_relative"}
-    found = penalties.length(spec, [4, 7, 6, 7, 8], [0, 1, 0, 1, 0], None)
+    found = penalties.length("group_relative", [4, 7, 6, 7, 8], [0, 1, 0, 1, 0])
     assert found == pytest.approx([0, 0, 0.5, 0, 1])
 
 

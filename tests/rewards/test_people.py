@@ -5,23 +5,29 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from posttrain import judges
 from posttrain.engine.errors import ConfigError, Waiting
-from posttrain.rewards.judging import Batch
-from posttrain.rewards.people import FILE, Pair, People
+from posttrain.rewards.judging import Responses
+from posttrain.rewards.people import FILE, HumanJudge, Pair
 
 TEXTS = ("bad", "good", "best", "alone", "same", "same")
 
 
+def tools(work: Path, out: Path) -> Any:
+    """What a stage gives to the judges that ask people."""
+    return SimpleNamespace(work=work, out=out)
+
+
 @pytest.fixture
-def batch() -> Batch:
+def batch() -> Responses:
     problems = [{"id": str(i), "domain": "d", "prompt": f"p{i}", "answer": ""} for i in range(3)]
     group = [0, 0, 0, 1, 2, 2]
-    return Batch(
+    return Responses(
         problems=[problems[i] for i in group],
         texts=TEXTS,
         group=group,
@@ -31,9 +37,9 @@ def batch() -> Batch:
 
 
 @pytest.fixture
-def people(tmp_path: Path) -> People:
+def people(tmp_path: Path) -> HumanJudge:
     (tmp_path / "out").mkdir()
-    return People(judges.human().spec, tmp_path, tmp_path / "out")
+    return HumanJudge(judges.human(), tools(tmp_path, tmp_path / "out"))
 
 
 def edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
@@ -50,7 +56,7 @@ def prefer_longer(row: dict[str, Any]) -> None:
 
 
 def test_the_file_is_written_filled_in_and_kept(
-    people: People, batch: Batch, tmp_path: Path
+    people: HumanJudge, batch: Responses, tmp_path: Path
 ) -> None:
     path = tmp_path / FILE
     with pytest.raises(Waiting, match=r"3 of 3 comparisons in .*comparisons\.jsonl") as caught:
@@ -69,7 +75,7 @@ def test_the_file_is_written_filled_in_and_kept(
     assert (tmp_path / "out" / FILE).read_text() == path.read_text()
 
 
-def test_what_is_missing_is_counted(people: People, batch: Batch, tmp_path: Path) -> None:
+def test_what_is_missing_is_counted(people: HumanJudge, batch: Responses, tmp_path: Path) -> None:
     with pytest.raises(Waiting):
         people.score(batch)
     path = tmp_path / FILE
@@ -94,7 +100,7 @@ def test_what_is_missing_is_counted(people: People, batch: Batch, tmp_path: Path
     ],
 )
 def test_a_wrong_line_is_named(
-    people: People, batch: Batch, tmp_path: Path, field: str, value: Any, message: str
+    people: HumanJudge, batch: Responses, tmp_path: Path, field: str, value: Any, message: str
 ) -> None:
     with pytest.raises(Waiting):
         people.score(batch)
@@ -108,7 +114,9 @@ def test_a_wrong_line_is_named(
     assert message in str(caught.value)
 
 
-def test_lines_that_are_no_objects_are_named(people: People, batch: Batch, tmp_path: Path) -> None:
+def test_lines_that_are_no_objects_are_named(
+    people: HumanJudge, batch: Responses, tmp_path: Path
+) -> None:
     with pytest.raises(Waiting):
         people.score(batch)
     path = tmp_path / FILE
@@ -130,10 +138,10 @@ def test_lines_that_are_no_objects_are_named(people: People, batch: Batch, tmp_p
 
 
 def test_the_file_may_lie_elsewhere(
-    batch: Batch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    batch: Responses, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    people = People(judges.human("to/rate.jsonl").spec, tmp_path / "work", tmp_path / "work")
+    people = HumanJudge(judges.human("to/rate.jsonl"), tools(tmp_path / "work", tmp_path / "work"))
     with pytest.raises(Waiting, match=r"to/rate\.jsonl"):
         people.score(batch)
     assert (tmp_path / "to" / "rate.jsonl").exists()
@@ -141,7 +149,7 @@ def test_the_file_may_lie_elsewhere(
 
 def test_which_side_a_response_is_on_tells_nothing(tmp_path: Path) -> None:
     """About half of the first ones are a, and it is the same whichever comes first."""
-    spec = judges.human().spec
+    judge = judges.human()
     (tmp_path / "x").mkdir()
     (tmp_path / "y").mkdir()
     problems = [{"id": str(i), "domain": "d", "prompt": "p"} for i in range(200)]
@@ -149,12 +157,12 @@ def test_which_side_a_response_is_on_tells_nothing(tmp_path: Path) -> None:
     there = [Pair(problem=p, first="v", second="u") for p in problems]
     for place, pairs in (("x", here), ("y", there)):
         with pytest.raises(Waiting):
-            People(spec, tmp_path / place, tmp_path / place).ask(pairs)
+            HumanJudge(judge, tools(tmp_path / place, tmp_path / place)).prefer(pairs)
     text = (tmp_path / "x" / FILE).read_text()
     assert text == (tmp_path / "y" / FILE).read_text()
     assert 70 < text.count('"a": "u"') < 130
     edit(tmp_path / "x" / FILE, lambda row: row.update(preferred="b", strength=1))
-    found = People(spec, tmp_path / "x", tmp_path).ask(here)
+    found = HumanJudge(judge, tools(tmp_path / "x", tmp_path)).prefer(here)
     shown = [json.loads(line)["b"] for line in text.splitlines()]
     assert [p.first for p in found] == [float(b == "u") for b in shown]
     assert {p.strength for p in found} == {1}

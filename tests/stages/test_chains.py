@@ -15,7 +15,7 @@ from posttrain import judges
 from posttrain.engine.errors import ConfigError
 from posttrain.rl.advantage import advantages
 from posttrain.rl.types import Rollouts, pad_rows
-from posttrain.stages.chains import chain_batch
+from posttrain.stages.chains import chain_responses
 from posttrain.stages.config import build_config
 from posttrain.stages.credit import credit
 from posttrain.stages.rollouts import Scored
@@ -80,7 +80,7 @@ def test_the_last_segment_s_answer_is_the_reward(rl: Callable[..., Any]) -> None
 
 
 def test_length_judges_see_the_whole_chain(rl: Callable[..., Any]) -> None:
-    spec, _ = (judges.finished() - 0.1 * judges.length(budget=5)).to_config()
+    spec = (judges.finished() - 0.1 * judges.length(budget=5)).to_json()
     rows = read(rl(reward=spec).out / "rollouts.jsonl")
     totals = set()
     for first, last in parts_of(rows, 2):
@@ -147,7 +147,7 @@ def test_the_kl_of_all_segments_lowers_a_chain_s_reward() -> None:
 
 
 def test_judges_get_the_last_response_and_all_tokens() -> None:
-    batch = chain_batch(scored([1.0, 0.0, 0.5, 0.0], 3), 3)
+    batch = chain_responses(scored([1.0, 0.0, 0.5, 0.0], 3), 3)
     assert batch.texts == ["2", "5", "8", "11"]
     assert batch.group == [0, 0, 1, 1]
     assert batch.num_tokens == [6, 6, 6, 6]

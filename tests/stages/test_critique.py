@@ -53,7 +53,7 @@ def test_the_metrics_are_those_of_the_start_on_its_own_rollouts(
     """Of the first step, whose only update has not moved the weights; the question is that of the
     judge in the reward."""
     reward = judges.verifier() + 0.0 * judges.itself(template=template)
-    ran = rl(reward=reward.to_config()[0], critique_weight=0.5, critique_pairs=999, steps=1)
+    ran = rl(reward=reward.to_json(), critique_weight=0.5, critique_pairs=999, steps=1)
     rows = build_comparisons(rows_of(ran, 0), template=template)
     start = load(models["start"])
     chat = Chat(start)

@@ -21,7 +21,7 @@ SHORT = judges.length(budget=10) * -1.0
 
 
 def spec(judge: judges.Judge) -> dict[str, Any]:
-    return judge.to_config()[0]
+    return judge.to_json()
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:

@@ -15,9 +15,9 @@ from posttrain.backends.checkpoint import load
 from posttrain.backends.scalar import load_scalar, save_scalar
 from posttrain.engine.errors import ConfigError, Waiting
 from posttrain.language.handles import Stage
-from posttrain.rewards.judging import Batch
+from posttrain.rewards.judging import Responses, RewardFunction
 from posttrain.stages.context import Context
-from posttrain.stages.judging import make_judge, verdict_ids
+from posttrain.stages.judging import make_reward, verdict_ids
 from posttrain.stages.rollouts import verifiers
 
 if TYPE_CHECKING:
@@ -45,36 +45,40 @@ def scored(path: str) -> LanguageModel:
     return model
 
 
-def batch(*texts: str, **more: Any) -> Batch:
+def batch(*texts: str, **more: Any) -> Responses:
     problem = {"id": "1", "domain": "short", "prompt": "short abc", "answer": "abc", "demo": "abc"}
     count = len(texts)
     columns = {"finished": [True] * count, "num_tokens": [len(text) + 1 for text in texts]}
-    return Batch(problems=[problem] * count, texts=texts, group=[0] * count, **columns | more)
+    return Responses(problems=[problem] * count, texts=texts, group=[0] * count, **columns | more)
+
+
+def score(reward: RewardFunction, responses: Responses) -> list[float]:
+    return reward.score(responses)[0]
 
 
 def test_the_verifier_judges_what_has_ended(context: Context) -> None:
     """Right is what starts with a digit or a capital letter."""
-    panel = make_judge(judges.verifier().spec, context, verifiers=verifiers(context))
+    reward = make_reward(judges.verifier(), context, verifiers=verifiers(context))
     asked = batch("Abc", "abc", "9", finished=[True, True, False])
-    assert panel.score(asked) == [1, 0, 0]
+    assert score(reward, asked) == [1, 0, 0]
     known = batch("Abc", "abc", verdicts=[0.25, 0.5])
-    assert panel.score(known) == [0.25, 0.5]
+    assert score(reward, known) == [0.25, 0.5]
 
 
 def test_the_oracle_likes_what_is_right(context: Context) -> None:
-    panel = make_judge(judges.oracle(noise=0).spec, context)
-    right, wrong = panel.score(batch("Abc", "abc"))
+    reward = make_reward(judges.oracle(noise=0), context)
+    right, wrong = score(reward, batch("Abc", "abc"))
     assert right - wrong == pytest.approx(5 * 0.8)
-    noisy = make_judge(judges.oracle(noise=2).spec, context).score(batch("Abc", "abc"))
-    other = make_judge(judges.oracle(noise=2).spec, context, seed=1).score(batch("Abc", "abc"))
-    assert noisy == make_judge(judges.oracle(noise=2).spec, context).score(batch("Abc", "abc"))
+    noisy = score(make_reward(judges.oracle(noise=2), context), batch("Abc", "abc"))
+    other = score(make_reward(judges.oracle(noise=2), context, seed=1), batch("Abc", "abc"))
+    assert noisy == score(make_reward(judges.oracle(noise=2), context), batch("Abc", "abc"))
     assert noisy != other != [right, wrong]
 
 
 def test_a_reward_model_reads_the_last_token(context: Context) -> None:
     """Against transformers itself, one row at a time."""
     rm = Stage("rm", "reward_model")
-    panel = make_judge(judges.scalar(rm).spec, context)
+    reward = make_reward(judges.scalar(rm), context)
     texts = ("abc", "a longer one", "")
     model = load_scalar(context.inputs["judges.rm"])
     chat = Chat(model)
@@ -84,8 +88,8 @@ def test_a_reward_model_reads_the_last_token(context: Context) -> None:
         with torch.no_grad():
             hidden_1TD = model.model.model(torch.tensor([ids])).last_hidden_state
             expected.append(float(model.model.score(hidden_1TD[0, -1])))
-    assert panel.score(batch(*texts)) == pytest.approx(expected, abs=1e-4)
-    squashed = make_judge(judges.scalar(rm, squash=True).spec, context).score(batch(*texts))
+    assert score(reward, batch(*texts)) == pytest.approx(expected, abs=1e-4)
+    squashed = score(make_reward(judges.scalar(rm, squash=True), context), batch(*texts))
     assert squashed == pytest.approx(torch.tensor(expected).sigmoid().tolist(), abs=1e-5)
 
 
@@ -102,21 +106,21 @@ def by_hand(model: LanguageModel, text: str) -> float:
 def test_a_model_compares_by_its_verdict_tokens(
     context: Context, models: Mapping[str, str], swap: bool
 ) -> None:
-    panel = make_judge(judges.compare(MODEL, swap=swap).spec, context)
+    reward = make_reward(judges.compare(MODEL, swap=swap), context)
     model = load(models["one"])
     forth, back = (by_hand(model, f"c short abc|{ab}") for ab in ("xy|z", "z|xy"))
     share = (forth + 1 - back) / 2 if swap else forth
-    found = panel.score(batch("xy", "z"))
+    found = score(reward, batch("xy", "z"))
     assert found == pytest.approx([share, 1 - share], abs=1e-5)
-    assert panel.score(batch("alone")) == [0.5]
+    assert score(reward, batch("alone")) == [0.5]
 
 
 def test_circular_compares_each_with_the_next(context: Context, models: Mapping[str, str]) -> None:
-    spec = judges.compare(MODEL, pairing="circular", swap=False, template="{a}:{b}").spec
+    judge = judges.compare(MODEL, pairing="circular", swap=False, template="{a}:{b}")
     model = load(models["one"])
     uv, vw, wu = (by_hand(model, text) for text in ("u:v", "v:w", "w:u"))
     expected = [(uv + 1 - wu) / 2, (vw + 1 - uv) / 2, (wu + 1 - vw) / 2]
-    assert make_judge(spec, context).score(batch("u", "v", "w")) == pytest.approx(
+    assert score(make_reward(judge, context), batch("u", "v", "w")) == pytest.approx(
         expected, abs=1e-5
     )
 
@@ -125,16 +129,16 @@ def test_the_policy_judges_with_its_newest_weights(
     context: Context, models: Mapping[str, str]
 ) -> None:
     policy = load(models["start"])
-    panel = make_judge(judges.itself(template="{a}:{b}", swap=False).spec, context, policy=policy)
-    before = panel.score(batch("u", "v"))
+    reward = make_reward(judges.itself(template="{a}:{b}", swap=False), context, policy=policy)
+    before = score(reward, batch("u", "v"))
     assert before[0] == pytest.approx(by_hand(policy, "u:v"), abs=1e-5)
     with torch.no_grad():
         next(policy.model.parameters()).mul_(1.5)
-    after = panel.score(batch("u", "v"))
+    after = score(reward, batch("u", "v"))
     assert after != before
     assert after[0] == pytest.approx(by_hand(policy, "u:v"), abs=1e-5)
     with pytest.raises(ConfigError, match="judge itself: only a stage that trains"):
-        make_judge(judges.itself().spec, context)
+        make_reward(judges.itself(), context)
 
 
 def test_long_responses_lose_their_beginnings(
@@ -142,18 +146,18 @@ def test_long_responses_lose_their_beginnings(
 ) -> None:
     """32 positions: the question's frame takes 3, <|user|> and <|assistant|> 2, a verdict 1."""
     policy = make_model(positions=32)
-    spec = judges.itself(template="c {a}|{b}", swap=False).spec
-    panel = make_judge(spec, context, policy=policy)
+    judge = judges.itself(template="c {a}|{b}", swap=False)
+    reward = make_reward(judge, context, policy=policy)
     tail = "x" * 20 + "0123456789012345678901"
-    found = panel.score(batch(tail, "abc"))
+    found = score(reward, batch(tail, "abc"))
     assert found[0] == pytest.approx(by_hand(policy, f"c {tail[-23:]}|abc"), abs=1e-5)
 
 
 def test_people_make_the_stage_wait(context: Context) -> None:
-    panel = make_judge(judges.human().spec, context)
+    reward = make_reward(judges.human(), context)
     with pytest.raises(Waiting, match="1 of 1 comparisons"):
-        panel.score(batch("u", "v"))
+        score(reward, batch("u", "v"))
     path = context.work / "comparisons.jsonl"
     path.write_text(path.read_text().replace('"preferred": ""', '"preferred": "tie"'))
-    assert panel.score(batch("u", "v")) == [0.5, 0.5]
+    assert score(reward, batch("u", "v")) == [0.5, 0.5]
     assert (context.out / "comparisons.jsonl").exists()

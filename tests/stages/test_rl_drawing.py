@@ -235,7 +235,7 @@ def test_the_policy_is_profiled_anew(rl: Callable[..., Any], rates: Mapping[str,
 
 def test_a_profile_holds_pass_rates_whatever_the_reward_is(rl: Callable[..., Any]) -> None:
     """With a reward that is 1 for everything the profile has what the verifiers say."""
-    reward = judges.constant(1.0).to_config()[0]
+    reward = judges.constant(1.0).to_json()
     ran = rl(curriculum="band", reprofile_every=1, reward=reward, steps=2, drop_zero_variance=False)
     rates = {row["rate"] for row in read(ran.out / "profile-1.jsonl")}
     assert [line["reward"] for line in ran.lines] == [1, 1]

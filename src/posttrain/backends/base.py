@@ -19,13 +19,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
-from posttrain.backends.chat import Chat
 from posttrain.rl.batch import Batch
+
+if TYPE_CHECKING:  # it imports this module, through checkpoint.py
+    from posttrain.backends.chat import Chat
 
 Metrics = dict[str, Tensor]
 """Detached sums over tokens or rows; they add up when a batch is split."""

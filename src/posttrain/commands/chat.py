@@ -11,8 +11,10 @@ from rich.text import Text
 from posttrain.backends.chat import Chat
 from posttrain.backends.checkpoint import load
 from posttrain.backends.sampler import LocalSampler
-from posttrain.commands.find import find_model
 from posttrain.commands.output import console
+from posttrain.engine.errors import ConfigError
+from posttrain.engine.store import Store
+from posttrain.stages.kinds import kinds_making, shown_kind
 
 MAX_NEW_TOKENS = 256
 """Length of a response unless the model has fewer positions left."""
@@ -49,6 +51,23 @@ def chat(
             return
         out.print(Text(speaker.answer(message, seed=seed + turn), "green"))
         turn += 1
+
+
+def find_model(root: Path, text: str) -> Path:
+    """The checkpoint directory meant by `text`: a directory, or an artifact of the store.
+
+    Raises ConfigError for an artifact that is no model, StoreError when there is none.
+    """
+    path = Path(text).expanduser()
+    if (path / "config.json").is_file():
+        return path
+    artifact = Store(root).resolve(text)
+    if "model" not in shown_kind(artifact.kind).makes:
+        raise ConfigError(
+            f"{artifact.label} is of kind {artifact.kind}, not a model; kinds that are: "
+            f"{', '.join(kinds_making('model'))}"
+        )
+    return artifact.path
 
 
 class Speaker:

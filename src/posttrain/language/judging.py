@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from posttrain.engine.errors import ConfigError
-from posttrain.judges import Judge, models
 from posttrain.language.builder import Builder
 from posttrain.language.handles import Stage
-from posttrain.rewards.judge_spec import check_domains, check_use, walk, walk_domain
+from posttrain.rewards.judge_kinds import EDGE, Judge, Llm, Scalar, check_domains, parse_judge
 
 
 def judge_edges(build: Builder, stage: str, field: str, judge: object) -> dict[str, str]:
@@ -22,39 +20,37 @@ def judge_edges(build: Builder, stage: str, field: str, judge: object) -> dict[s
             f"stage {stage!r}: {field} = {judge!r} is no judge; it takes what posttrain.judges "
             "makes, such as judges.verifier() or judges.scalar(reward_model)"
         )
-    spec, stages = judge.to_config()
-    scored = {part["model"] for part in walk(spec) if part["judge"] == "scalar"}
+    scored = {part.edge for part in judge.walk() if isinstance(part, Scalar)}
     return {
         edge: build.model(stage, edge, asked, scores=edge in scored)
-        for edge, asked in stages.items()
+        for edge, asked in judge.stages.items()
     }
 
 
 def check_judge(build: Builder, stage: Stage, field: str, domains: Sequence[str]) -> None:
     """Refuse a judge, from the recipe or from --set, that the stage cannot ask."""
     node = build.nodes[stage.name]
-    spec, where = node.config[field], f"stage {stage.name!r} ({stage.kind}), field {field!r}"
-    if spec is None:
+    if node.config[field] is None:
         return
-    check_use(spec, stage.kind, where=where)
-    check_domains(spec, tuple(domains), where=where)
-    check_rubrics(build, spec, domains, where=where)
-    for edge in models(spec):
-        if edge not in node.inputs:
-            choices = [e for e in node.inputs if e.startswith("judges.")]
-            raise ConfigError(
-                f"{where}: it asks {edge!r}, which is no input of the stage; inputs: "
-                f"{', '.join(choices) or 'none'}; name the judge in the recipe"
-            )
+    judge, where = parse_judge(node.config[field]), f"stage {stage.name!r} ({stage.kind})"
+    check_problems(build, judge, domains, where=f"{where}, field {field!r}")
+    missing = [part.edge for part in judge.walk() if part.edge not in (None, *node.inputs)]
+    if missing:
+        choices = [edge for edge in node.inputs if edge.startswith(EDGE)]
+        raise ConfigError(
+            f"{where}, field {field!r}: it asks {missing[0]!r}, which is no input of the stage; "
+            f"inputs: {', '.join(choices) or 'none'}; name the judge in the recipe"
+        )
 
 
-def check_rubrics(
-    build: Builder, spec: Mapping[str, Any], domains: Sequence[str], *, where: str
-) -> None:
-    """Refuse a judge that reads the rubrics of rows in a domain whose rows have none."""
+def check_problems(build: Builder, judge: Judge, domains: Sequence[str], *, where: str) -> None:
+    """Refuse a judge that has nothing to say about the problems of a domain: a `by_domain` without
+    it, or a judge that reads the rubrics of rows that have none."""
+    check_domains(judge, domains, where=where)
     for domain in domains:
         source = build.suite.domains[domain].source
-        reads = any(part.get("rubric") is True for part in walk_domain(spec, domain))
+        asked = judge.walk(domain)
+        reads = any(isinstance(part, Llm) and part.rubric is True for part in asked)
         if reads and getattr(source, "rubric", None) is None:
             raise ConfigError(
                 f"{where}: judges.llm(rubric=True) grades by the criteria of each row, and the "

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from posttrain.algorithms import InTurn, StrongAgainstWeak
 from posttrain.engine.errors import ConfigError
 from posttrain.judges import Judge
 from posttrain.language.builder import Builder
 from posttrain.language.handles import Demos, Stage
-from posttrain.language.judging import check_rubrics, judge_edges
-from posttrain.rewards.judge_spec import check_domains
+from posttrain.language.judging import check_problems, judge_edges
 from posttrain.stages.kinds import kinds_making
 
 
@@ -34,7 +34,7 @@ def rollout_edges(
     return {key: source.name for key, source in several.items()}
 
 
-def judged(
+def judge_inputs(
     build: Builder, stage: str, judge: object, domains: Sequence[str]
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """The setting `judge`, and the edges to the stages it asks and to the domains it judges."""
@@ -45,10 +45,8 @@ def judged(
             "it reads above it"
         )
     assert isinstance(judge, Judge)
-    spec, _ = judge.to_config()
-    check_domains(spec, tuple(domains), where=f"stage {stage!r}")
-    check_rubrics(build, spec, domains, where=f"stage {stage!r}")
-    return {"judge": spec}, edges | build.domain_edges(stage, domains)
+    check_problems(build, judge, domains, where=f"stage {stage!r}")
+    return {"judge": judge}, edges | build.domain_edges(stage, domains)
 
 
 def domains_of(*sources: Stage | Sequence[Stage]) -> tuple[str, ...]:
@@ -78,20 +76,20 @@ def profile_edge(
 
 def check_drawing(build: Builder, stage: Stage, profile: Stage | None) -> None:
     """Refuse an rl stage whose curriculum does not fit its profile."""
-    curriculum = build.nodes[stage.name].config["curriculum"]
-    if curriculum != "none" and profile is None:
+    draw = build.settings[stage.name].draw
+    if not isinstance(draw, InTurn) and profile is None:
         raise ConfigError(
-            f"stage {stage.name!r} (rl), field 'curriculum': {curriculum} needs pass rates to "
-            "begin with; give profile=r.profile(start, prompts=...)"
+            f"stage {stage.name!r} (rl), field 'draw': {draw.kind} needs pass rates to begin with; "
+            "give profile=r.profile(start, prompts=...)"
         )
-    if curriculum == "none" and profile is not None:
+    if isinstance(draw, InTurn) and profile is not None:
         raise ConfigError(
-            f"stage {stage.name!r} (rl): profile = {profile.name!r} is not read with curriculum = "
-            "none; leave it out, or set curriculum to band or gaussian"
+            f"stage {stage.name!r} (rl): profile = {profile.name!r} is not read with draw = "
+            "in_turn; leave it out, or set draw to band or gaussian"
         )
 
 
-def mixed(
+def mix_parts(
     build: Builder, stage: str, sources: Mapping[Demos | Stage, float]
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """The parts of a mix for its settings, and its edges."""
@@ -119,7 +117,7 @@ def mixed(
     return parts, inputs
 
 
-def contest(
+def candidate_edges(
     build: Builder, stage: str, candidates: Mapping[str, Stage] | Sequence[Stage]
 ) -> dict[str, str]:
     """The edges `candidates.NAME` of two models or more."""
@@ -156,7 +154,9 @@ def check_steps(build: Builder, stage: str) -> None:
 def check_scored(build: Builder, stage: str) -> None:
     """Raise ConfigError where a stage goes by scores that its rollouts do not have."""
     node = build.nodes[stage]
-    if node.config["by"] != "score" or node.config.get("judge") is not None:
+    settings = build.settings[stage]
+    by = settings.by if node.kind == "pairs" else getattr(settings.how, "by", "reward")
+    if by != "score" or node.config.get("judge") is not None:
         return
     for edge, source in node.inputs.items():
         kind = build.handle(source).kind
@@ -171,9 +171,10 @@ def check_pairs(build: Builder, stage: str) -> None:
     """Raise ConfigError where `how` and the stages that a pairs stage reads do not fit."""
     node = build.nodes[stage]
     against = any(edge.partition(".")[0] == "against" for edge in node.inputs)
-    if (node.config["how"] == "strong_against_weak") != against:
+    how = build.settings[stage].how
+    if isinstance(how, StrongAgainstWeak) != against:
         raise ConfigError(
-            f"stage {stage!r} (pairs): how = {node.config['how']} "
+            f"stage {stage!r} (pairs): how = {how.kind} "
             + ("reads no" if against else "needs a")
             + " second stage; write r.pairs(strong, against=weak) for strong_against_weak and "
             "r.pairs(rollouts) for the others"

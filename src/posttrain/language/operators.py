@@ -20,8 +20,8 @@ from posttrain.language.operands import (
     check_scored,
     check_steps,
     domains_of,
-    judged,
-    mixed,
+    judge_inputs,
+    mix_parts,
     profile_edge,
     rollout_edges,
 )
@@ -58,7 +58,7 @@ class Operators:
     ) -> Stage:
         """The rollouts with the judge's score of each; they stand wherever rollouts do."""
         inputs = rollout_edges("score", name, rollouts)
-        asked, edges = judged(self._build, name, judge, domains_of(rollouts))
+        asked, edges = judge_inputs(self._build, name, judge, domains_of(rollouts))
         return self._build.stage("score", name, asked | settings, inputs | edges)
 
     def select(
@@ -95,8 +95,8 @@ class Operators:
         """
         inputs = rollout_edges("pairs", name, rollouts)
         if judge is not None:
-            asked, edges = judged(self._build, name, judge, domains_of(rollouts))
-            settings = {"by": "score"} | asked | settings
+            asked, edges = judge_inputs(self._build, name, judge, domains_of(rollouts))
+            settings = asked | settings
             inputs |= edges
         if against is not None:
             inputs |= rollout_edges("pairs", name, against, edge="against")
@@ -147,7 +147,7 @@ class Operators:
 
         With by="tokens" those of the tokens of the model `tokenizer`.
         """
-        parts, inputs = mixed(self._build, name, sources)
+        parts, inputs = mix_parts(self._build, name, sources)
         if tokenizer is not None:
             inputs["tokenizer"] = self._build.model(name, "tokenizer", tokenizer)
         stage = self._build.stage("mix", name, settings, inputs, parts=parts)

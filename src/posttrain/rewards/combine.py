@@ -40,7 +40,7 @@ def lexicographic(first: Scores, second: Scores, group: Sequence[int]) -> Scores
     return found
 
 
-def whitened(scores: Scores) -> Scores:
+def z_scores(scores: Scores) -> Scores:
     """(score - mean) / (standard deviation + epsilon), over all rows; 0 where all are alike.
 
     The standard deviation divides by the number of rows.
@@ -60,6 +60,6 @@ def normalised(parts: Sequence[Scores], group: Sequence[int]) -> Scores:
     total = [0.0] * len(group)
     for scores in parts:
         for rows in groups(group):
-            for row, z in zip(rows, whitened([scores[row] for row in rows]), strict=True):
+            for row, z in zip(rows, z_scores([scores[row] for row in rows]), strict=True):
                 total[row] += z
     return total

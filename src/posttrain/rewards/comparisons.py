@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from posttrain.engine.errors import ConfigError
 from posttrain.rewards.grading import fill
+
+Row = Mapping[str, Any]
+Key = tuple[str, str, str | None]
+"""A problem: domain, id, mode."""
 
 QUESTION = "c {prompt}|{a}|{b}"
 """What a model is asked: short, so that one of 128 positions can read it."""
@@ -41,18 +45,18 @@ class Compared:
 
 
 def build_comparisons(
-    rollouts: Iterable[Mapping[str, Any]],
+    by_problem: Mapping[Key, Sequence[Row]],
     *,
     template: str | None = None,
     max_per_prompt: int = 2,
     min_margin: float = 0.0,
 ) -> list[dict[str, Any]]:
-    """Training problems out of the rows of a rollouts.jsonl: id, domain, prompt, answer, demo.
+    """Problems that train a judge, rows with id, domain, prompt, answer, demo.
 
-    The answer, 1 or 2, says which of the two responses of a `Compared` is better and suits an exact
+    `by_problem` has the distinct finished responses to each problem, rows of a rollouts.jsonl. The
+    answer, 1 or 2, says which of the two responses of a `Compared` is better and suits an exact
     verifier. Raises ConfigError where no two responses differ in their rewards.
     """
-    by_problem = problems_of(rollouts)
     found = compared(by_problem, max_per_prompt=max_per_prompt, min_margin=min_margin)
     if not found:
         raise ConfigError(
@@ -72,20 +76,8 @@ def build_comparisons(
     ]
 
 
-def problems_of(
-    rollouts: Iterable[Mapping[str, Any]],
-) -> dict[tuple[str, str], list[Mapping[str, Any]]]:
-    """The finished responses to each problem (domain, id), each text once."""
-    found: dict[tuple[str, str], dict[str, Mapping[str, Any]]] = {}
-    for row in rollouts:
-        if row["finished"]:
-            of_problem = found.setdefault((row["domain"], row["id"]), {})
-            of_problem.setdefault(row["response"], row)
-    return {key: list(rows.values()) for key, rows in found.items()}
-
-
 def compared(
-    by_problem: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]],
+    by_problem: Mapping[Key, Sequence[Row]],
     *,
     max_per_prompt: int = 2,
     min_margin: float = 0.0,
@@ -96,7 +88,7 @@ def compared(
     about as often the better as the worse.
     """
     found = []
-    for (domain, problem_id), rows in by_problem.items():
+    for (domain, problem_id, _), rows in by_problem.items():
         best = sorted(rows, key=lambda row: -row["reward"])[:max_per_prompt]
         worst = sorted(rows, key=lambda row: row["reward"])
         for good, bad in zip(best, worst, strict=False):

@@ -8,8 +8,9 @@ from functools import partial
 from typing import Any
 
 from posttrain.engine.errors import ConfigError, StageError
-from posttrain.rewards.endpoint import SHOWN, Endpoint, Question
-from posttrain.rewards.judging import Batch
+from posttrain.rewards.endpoint import SHOWN, Question
+from posttrain.rewards.judge_kinds import CompareEndpoint, Llm
+from posttrain.rewards.judging import Responses, Tools
 from posttrain.rewards.pairing import Comparison, comparisons, win_shares
 from posttrain.rewards.spec import checked_rubric
 
@@ -65,16 +66,16 @@ def fill(template: str, values: Mapping[str, str]) -> str:
 class Grader:
     """`judges.llm`: a grade for each response, or the weighted share of its row's criteria."""
 
-    def __init__(self, spec: Mapping[str, Any], endpoint: Endpoint) -> None:
-        self.spec = spec
-        self.endpoint = endpoint
+    def __init__(self, judge: Llm, tools: Tools) -> None:
+        self.judge = judge
+        self.endpoint = tools.endpoint(url=judge.url, model=judge.model, key=judge.key)
 
-    def score(self, batch: Batch) -> list[float]:
+    def score(self, responses: Responses) -> list[float]:
         """Scores in [0, 1]. Raises ConfigError for a row without a rubric, else as `Endpoint`."""
-        by_row = self.spec["rubric"] is True
-        rubrics = [criteria(p) if by_row else [] for p in batch.problems]
-        rows = list(zip(batch.problems, batch.texts, rubrics, strict=True))
-        best = self.spec["best"]
+        by_row = self.judge.rubric is True
+        rubrics = [criteria(p) if by_row else [] for p in responses.problems]
+        rows = list(zip(responses.problems, responses.texts, rubrics, strict=True))
+        best = self.judge.best
         return self.endpoint.ask(
             [
                 Question(
@@ -86,13 +87,13 @@ class Grader:
         )
 
     def _question(self, problem: Row, text: str, rubric: Sequence[Row]) -> str:
-        spec, lines = self.spec, _numbered(rubric)
-        guide = lines or (spec["rubric"] or "")
+        judge, lines = self.judge, _numbered(rubric)
+        guide = lines or (judge.rubric or "")
         values = {"prompt": problem["prompt"], "response": text, "answer": str(problem["answer"])}
-        values |= {"rubric": guide, "criteria": lines, "best": f"{spec['best']:g}"}
-        if spec["template"] is not None:
-            return fill(spec["template"], values)
-        extra = REFERENCE if spec["reference"] else ""
+        values |= {"rubric": guide, "criteria": lines, "best": f"{judge.best:g}"}
+        if judge.template is not None:
+            return fill(judge.template, values)
+        extra = REFERENCE if judge.reference else ""
         extra += GUIDE if guide and not lines else ""
         return fill(CRITERIA if lines else GRADE, values | {"extra": fill(extra, values)})
 
@@ -100,21 +101,21 @@ class Grader:
 class EndpointComparison:
     """`judges.compare` with an endpoint: shares of wins within each group."""
 
-    def __init__(self, spec: Mapping[str, Any], endpoint: Endpoint) -> None:
-        self.spec = spec
-        self.endpoint = endpoint
+    def __init__(self, judge: CompareEndpoint, tools: Tools) -> None:
+        self.judge = judge
+        self.endpoint = tools.endpoint(url=judge.url, model=judge.model, key=judge.key)
 
-    def score(self, batch: Batch) -> list[float]:
+    def score(self, responses: Responses) -> list[float]:
         """Shares in [0, 1]; 0.5 for a response that is alone in its group."""
-        asked = comparisons(batch.group, pairing=self.spec["pairing"], swap=self.spec["swap"])
-        wins = self.endpoint.ask([Question(self._question(batch, p), better) for p in asked])
-        return win_shares(len(batch), asked, wins)
+        asked = comparisons(responses.group, pairing=self.judge.pairing, swap=self.judge.swap)
+        wins = self.endpoint.ask([Question(self._question(responses, p), better) for p in asked])
+        return win_shares(len(responses), asked, wins)
 
-    def _question(self, batch: Batch, pair: Comparison) -> str:
-        problem = batch.problems[pair.a]
+    def _question(self, responses: Responses, pair: Comparison) -> str:
+        problem = responses.problems[pair.a]
         values = {"prompt": problem["prompt"], "answer": str(problem["answer"])}
-        values |= {"a": batch.texts[pair.a], "b": batch.texts[pair.b]}
-        return fill(WHICH if self.spec["template"] is None else self.spec["template"], values)
+        values |= {"a": responses.texts[pair.a], "b": responses.texts[pair.b]}
+        return fill(WHICH if self.judge.template is None else self.judge.template, values)
 
 
 def criteria(problem: Row) -> list[Row]:

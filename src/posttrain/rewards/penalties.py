@@ -69,19 +69,18 @@ EACH: Mapping[str, Callable[..., float]] = {
 
 
 def length(
-    spec: Mapping[str, Any],
+    shape: str,
     num_tokens: Sequence[int],
     group: Sequence[int],
-    quality: Sequence[float] | None,
+    quality: Sequence[float] | None = None,
+    **how: Any,
 ) -> list[float]:
-    """The cost of each response; `spec` is the JSON form of `judges.length`.
+    """The cost of each response under a shape of `judges.length`; `how` are the shape's numbers.
 
     `group[i]` is the prompt of response i; `quality` is read by the shape pass_rate.
     """
-    shape = spec["shape"]
     if shape in EACH:
-        given = {name: spec[name] for name in ("budget", "cache", "k", "q") if name in spec}
-        return [EACH[shape](count, **given) for count in num_tokens]
+        return [EACH[shape](count, **how) for count in num_tokens]
     costs = [0.0] * len(num_tokens)
     for rows in groups(group):
         counts = [num_tokens[row] for row in rows]
@@ -89,7 +88,7 @@ def length(
             found = group_relative(counts)
         else:
             assert quality is not None
-            found = pass_rate(counts, [quality[row] for row in rows], budget=spec["budget"])
+            found = pass_rate(counts, [quality[row] for row in rows], **how)
         for row, cost in zip(rows, found, strict=True):
             costs[row] = cost
     return costs

@@ -18,7 +18,8 @@ from typing import Any
 
 from posttrain.engine.atomic import write_whole
 from posttrain.engine.errors import ConfigError, Waiting
-from posttrain.rewards.judging import Batch
+from posttrain.rewards.judge_kinds import Human
+from posttrain.rewards.judging import Responses, Tools
 from posttrain.rewards.pairing import comparisons, win_shares
 
 FILE = "comparisons.jsonl"
@@ -47,35 +48,32 @@ class Preference:
     """1 to 4; None where it was left out."""
 
 
-class People:
+class HumanJudge:
     """`judges.human`: win shares within each group. Ask it about all responses at once."""
 
-    def __init__(self, spec: Mapping[str, Any], work: Path, out: Path) -> None:
-        """`work` and `out` are the stage's; the filled file is copied into `out`, whose hash the
-        record keeps."""
-        self.spec = spec
-        self.path = work / FILE if spec["file"] is None else Path(spec["file"])
-        self.out = out
+    def __init__(self, judge: Human, tools: Tools) -> None:
+        """The filled file is copied into `tools.out`, whose hash the record keeps."""
+        self.judge = judge
+        self.path = tools.work / FILE if judge.file is None else Path(judge.file)
+        self.out = tools.out
 
-    def score(self, batch: Batch) -> list[float]:
-        """Shares in [0, 1]; 0.5 for a response that was in no comparison. Raises as `ask`.
+    def score(self, responses: Responses) -> list[float]:
+        """Shares in [0, 1]; 0.5 for a response that was in no comparison. Raises as `prefer`.
 
         Equal responses of a group are not compared: they share no win and no loss.
         """
         asked = [
             pair
-            for pair in comparisons(batch.group, pairing=self.spec["pairing"], swap=False)
-            if batch.texts[pair.a] != batch.texts[pair.b]
+            for pair in comparisons(responses.group, pairing=self.judge.pairing, swap=False)
+            if responses.texts[pair.a] != responses.texts[pair.b]
         ]
-        found = self.ask(
-            [
-                Pair(problem=batch.problems[p.a], first=batch.texts[p.a], second=batch.texts[p.b])
-                for p in asked
-            ]
+        problems, texts = responses.problems, responses.texts
+        found = self.prefer(
+            [Pair(problem=problems[p.a], first=texts[p.a], second=texts[p.b]) for p in asked]
         )
-        return win_shares(len(batch), asked, [preference.first for preference in found])
+        return win_shares(len(responses), asked, [preference.first for preference in found])
 
-    def ask(self, pairs: Sequence[Pair]) -> list[Preference]:
+    def prefer(self, pairs: Sequence[Pair]) -> list[Preference]:
         """What people prefer in each pair.
 
         Raises Waiting where the file was not there, and is now, or lacks verdicts; ConfigError,
