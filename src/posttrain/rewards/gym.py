@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.engine.errors import ConfigError, StageError, choices_text
-from posttrain.rewards.formats import Format
+from posttrain.rewards.formats import TextFormat
 
 FULL_SCORE = 0.999
 """Scores from here on count as solved; below, reasoning-gym gives part marks for near misses."""
@@ -121,7 +121,7 @@ class GymVerifier:
     name: str
     dataset: Any
     """The reasoning-gym dataset object that owns `score_answer`."""
-    format: Format
+    format: TextFormat
     partial: bool
     guarded: bool
     """True where the dataset's module evaluates text as Python or sympy code."""
@@ -200,7 +200,7 @@ def create_gym(name: str, params: Mapping[str, Any], *, seed: int, size: int, wh
 
 
 def gym_verifier(
-    name: str, *, format: Format, params: Mapping[str, Any], partial: bool
+    name: str, *, format: TextFormat, params: Mapping[str, Any], partial: bool
 ) -> GymVerifier:
     """The verifier of dataset `name`. Raises ConfigError for an unknown name or parameter."""
     dataset = create_gym(name, params, seed=0, size=1, where=f"verifier reasoning_gym:{name}")
