@@ -59,22 +59,18 @@ def gym_datasets() -> dict[str, Path]:
     return found
 
 
-def check_dataset(name: str, *, where: str) -> None:
-    """Raises ConfigError unless `name` is a dataset of the installed reasoning-gym."""
+def check_params(name: str, params: Mapping[str, Any], *, where: str) -> None:
+    """Raises ConfigError for a dataset that the installed reasoning-gym does not have, or a
+    parameter that the dataset's config class does not.
+
+    `seed` and `size` are refused too: the domain itself sets them.
+    """
     known = gym_datasets()
     if name not in known:
         raise ConfigError(
             f"{where}: reasoning-gym has no dataset {name!r}; {choices_text(name, known)}"
         )
-
-
-def check_params(name: str, params: Mapping[str, Any], *, where: str) -> None:
-    """Raises ConfigError for a parameter that the dataset's config class does not have.
-
-    `seed` and `size` are refused too: the domain itself sets them.
-    """
-    check_dataset(name, where=where)
-    fields = _config_fields(gym_datasets()[name]) - {"seed", "size"}
+    fields = _config_fields(known[name]) - {"seed", "size"}
     for key in params:
         if key in ("seed", "size"):
             raise ConfigError(
