@@ -58,7 +58,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "engine": set(),
     "losses": {"torch"},
     "rl": {"torch", "numpy"},
-    "domains": {"reasoning_gym", "math_verify", "datasets", "pyarrow"},
+    "domains": {"pydantic", "reasoning_gym", "math_verify", "datasets", "pyarrow"},
     "report": {"numpy", "jinja2", "markupsafe", "matplotlib", "rich"},
     "external": {"huggingface_hub"},
     "backends": {"torch", "transformers", "tokenizers", "safetensors"},

@@ -22,7 +22,7 @@ from posttrain.backends.sampler import LocalSampler
 from posttrain.external import MODEL_FILES
 from posttrain.modes import in_modes
 from posttrain.report.statistics import mean_interval
-from posttrain.rewards.judge_kinds import Judge
+from posttrain.rewards.judge_base import Judge
 from posttrain.rewards.judging import Responses
 from posttrain.rewards.pool import VerifierPool
 from posttrain.stages.batches import Problem

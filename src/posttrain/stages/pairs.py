@@ -13,7 +13,7 @@ from itertools import combinations
 from typing import Any
 
 from posttrain.engine.errors import ConfigError
-from posttrain.rewards.judge_kinds import Judge
+from posttrain.rewards.judge_base import Judge
 from posttrain.rewards.people import Pair
 from posttrain.stages.batches import kept
 from posttrain.stages.context import Context

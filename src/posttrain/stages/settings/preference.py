@@ -52,7 +52,7 @@ class Pairs(BaseModel):
     @property
     def pairwise(self) -> bool:
         """Whether the judge is asked about pairs, not about responses."""
-        return self.judge is not None and self.judge.asked_about_pairs(self.how)
+        return self.judge is not None and self.how in self.judge.PAIRS
 
     @field_validator("judge")
     @classmethod
