@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from posttrain.backends.chat import Chat
-from posttrain.backends.checkpoint import LanguageModel
+from posttrain.backends.checkpoint import LanguageModel, chat_of
 from posttrain.backends.tiny import character_tokenizer
 from posttrain.engine.errors import ConfigError
 
@@ -56,17 +56,26 @@ def language_model() -> LanguageModel:
     return LanguageModel(model=model, tokenizer=tokenizer)
 
 
+def new_chat(language_model: LanguageModel) -> Chat:
+    return Chat(
+        language_model.tokenizer,
+        stop_ids=language_model.stop_ids,
+        pad_id=language_model.pad_id,
+        num_ids=len(language_model.tokenizer),
+    )
+
+
 def with_template(
     language_model: LanguageModel, template: str | None, stop: Any = None
 ) -> tuple[Chat, Any]:
     language_model.tokenizer.chat_template = template
     language_model.model.generation_config.eos_token_id = stop
-    return Chat(language_model), language_model.tokenizer
+    return new_chat(language_model), language_model.tokenizer
 
 
 def test_the_tiny_tokenizer_is_one_token_per_character(make_model: Callable[..., Any]) -> None:
     model = make_model()
-    chat, tokenizer = Chat(model), model.tokenizer
+    chat, tokenizer = chat_of(model), model.tokenizer
     tokens = tokenizer.convert_ids_to_tokens(chat.prompt("a 4-1"))
     assert tokens == ["<|user|>", *"a 4-1", "<|assistant|>"]
     response = chat.response("a 4-1", "4-1=3")
@@ -80,7 +89,7 @@ def test_characters_that_the_tiny_tokenizer_lacks_become_one_unknown_token(
     make_model: Callable[..., Any],
 ) -> None:
     model = make_model()
-    chat, tokenizer = Chat(model), model.tokenizer
+    chat, tokenizer = chat_of(model), model.tokenizer
     unknown = tokenizer.convert_tokens_to_ids("<|unknown|>")
     assert chat.prompt("4µ2")[1:-1] == [
         tokenizer.convert_tokens_to_ids("4"),
@@ -207,7 +216,7 @@ def end_of(language_model: LanguageModel) -> int:
 
 def test_the_tiny_template_thinks_as_qwen3_does(language_model: LanguageModel) -> None:
     tokenizer = character_tokenizer([], thinking=True)
-    chat = Chat(replace(language_model, tokenizer=tokenizer))
+    chat = new_chat(replace(language_model, tokenizer=tokenizer))
     chat.stop_ids = (tokenizer.eos_token_id,)
 
     def tokens(ids: list[int]) -> list[str]:

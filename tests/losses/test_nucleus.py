@@ -13,7 +13,7 @@ TOKENS, HIDDEN, VOCABULARY = 6, 4, 7
 
 
 def make_inputs() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Hidden states, head and bias, float64; targets, and a mask that keeps each."""
+    """Hidden states, head and bias, float64; targets, and a mask that holds each."""
     generator = torch.Generator().manual_seed(0)
     hidden_ND = torch.randn(TOKENS, HIDDEN, generator=generator, dtype=torch.float64)
     head_VD = torch.randn(VOCABULARY, HIDDEN, generator=generator, dtype=torch.float64)
@@ -73,18 +73,18 @@ def test_gradcheck() -> None:
     hidden_ND, head_VD, bias_V, targets_N, mask_NV = make_inputs()
 
     def logp(hidden_ND: Tensor, head_VD: Tensor, bias_V: Tensor) -> Tensor:
-        kept = ragged(mask_NV)
+        nucleus = ragged(mask_NV)
         return nucleus_logprobs(
-            hidden_ND, head_VD, targets_N, *kept, bias_V=bias_V, temperature=0.7, max_elements=20
+            hidden_ND, head_VD, targets_N, *nucleus, bias_V=bias_V, temperature=0.7, max_elements=20
         )[0]
 
     assert torch.autograd.gradcheck(logp, (hidden_ND, head_VD, bias_V))
 
 
-def test_with_every_id_kept_they_are_those_of_the_vocabulary() -> None:
+def test_with_every_id_in_the_nucleus_they_are_those_of_the_vocabulary() -> None:
     hidden_ND, head_VD, bias_V, targets_N, mask_NV = make_inputs()
-    kept = ragged(torch.ones_like(mask_NV))
-    found = nucleus_logprobs(hidden_ND, head_VD, targets_N, *kept, bias_V=bias_V)
+    nucleus = ragged(torch.ones_like(mask_NV))
+    found = nucleus_logprobs(hidden_ND, head_VD, targets_N, *nucleus, bias_V=bias_V)
     for mine, whole in zip(
         found, token_logprobs(hidden_ND, head_VD, targets_N, bias_V=bias_V), strict=True
     ):
@@ -94,9 +94,8 @@ def test_with_every_id_kept_they_are_those_of_the_vocabulary() -> None:
 def test_no_tokens_and_counts_that_do_not_fit() -> None:
     hidden_ND, head_VD, _, targets_N, mask_NV = make_inputs()
     ids_F, count_N = ragged(mask_NV)
-    logp_N, entropy_N = nucleus_logprobs(
-        hidden_ND[:0], head_VD, targets_N[:0], ids_F[:0], count_N[:0]
-    )
+    none = (targets_N[:0], ids_F[:0], count_N[:0])
+    logp_N, entropy_N = nucleus_logprobs(hidden_ND[:0], head_VD, *none)
     assert logp_N.shape == entropy_N.shape == (0,)
     with pytest.raises(ValueError, match="count_N sums to"):
         nucleus_logprobs(hidden_ND, head_VD, targets_N, ids_F[1:], count_N)

@@ -54,7 +54,7 @@ def mask_to_nucleus(
 
 
 def nucleus(logits_BV: Tensor, top_p: float) -> Tensor:
-    """`nucleus_BV`, bool: the fewest likeliest tokens with a probability of `top_p` or more together.
+    """`nucleus_BV`, bool: the fewest likeliest tokens that have `top_p` or more together.
 
     Of equal probabilities the lower id comes first (Holtzman et al., arXiv 1904.09751).
     """

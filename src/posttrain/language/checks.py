@@ -14,7 +14,8 @@ from posttrain.engine.edges import named, with_role
 from posttrain.engine.errors import ConfigError
 from posttrain.engine.graph import Node
 from posttrain.language.builder import Builder, root_of
-from posttrain.rewards.judge_kinds import Judge, Llm, check_domains, parse_judge
+from posttrain.rewards.judge_base import ByDomain, Judge
+from posttrain.rewards.judge_kinds import Llm, parse_judge
 from posttrain.stages.kinds import KINDS
 from posttrain.suites.domain import Suite, Table
 
@@ -225,7 +226,9 @@ def _judge(build: Builder, stage: str, field: str, domains: Sequence[str]) -> No
 def problems_of_judge(build: Builder, judge: Judge, domains: Sequence[str], *, where: str) -> None:
     """Refuse a judge that has nothing to say about the problems of a domain: a `by_domain` without
     it, or a judge that reads the rubrics of rows that have none."""
-    check_domains(judge, domains, where=where)
+    for part in judge.walk():
+        if isinstance(part, ByDomain):
+            part.check(domains, where=where)
     for domain in domains:
         source = build.suite.domains[domain].source
         asked = judge.walk(domain)

@@ -16,7 +16,8 @@ from posttrain.engine.errors import ConfigError
 from posttrain.language import checks
 from posttrain.language.builder import Builder
 from posttrain.language.handles import Demos, Stage
-from posttrain.rewards.judge_kinds import Judge, Scalar
+from posttrain.rewards.judge_base import Judge
+from posttrain.rewards.judge_kinds import Scalar
 from posttrain.schedules import Schedule
 from posttrain.stages.kinds import kinds_making
 

@@ -51,7 +51,8 @@ def run(settings: Merge, ctx: Context) -> dict[str, float]:
         merged(
             [sources[name].tensors for name in names],
             [settings.weights.get(name, 1.0) for name in names],
-            how=settings.how,
+            how=settings.how.kind,
+            **settings.how.arguments(),
             base=None if base is None else base.tensors,
             seed=settings.seed,
         )

@@ -107,7 +107,9 @@ def draw_batch(draws: Sequence[Draw], chat: Chat) -> tuple[Batch, int]:
     """
     found = [_responses(draw) for draw in draws]
     group_rows = max(map(len, found))
-    prompts, responses, filled = [], [], []
+    prompts: list[list[int]] = []
+    responses: list[list[int]] = []
+    filled: list[bool] = []
     wins: list[list[tuple[int, int, float]]] = []
     pairs: list[tuple[int, int, int]] = []
     for number, (draw, texts) in enumerate(zip(draws, found, strict=True)):

@@ -9,8 +9,10 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
-from contextlib import closing
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 from posttrain.engine.process import Job
@@ -19,7 +21,8 @@ from posttrain.report.card import model_card
 from posttrain.stages.config import build_config
 from posttrain.stages.kinds import KINDS, kind_of
 
-if TYPE_CHECKING:  # it imports torch
+if TYPE_CHECKING:  # they import torch
+    from posttrain.backends.base import Backend
     from posttrain.stages.context import Context
 
 EXECUTE = "posttrain.stages.worker:run_job"
@@ -33,6 +36,9 @@ PRELOAD = (
 DEVICE, COMPILE = "POSTTRAIN_DEVICE", "POSTTRAIN_COMPILE"
 """Entries of a job's environment: the type of device that computes, the CPU without one, and, if it
 is there, that the learner is to be compiled."""
+BACKEND, LOCAL = "POSTTRAIN_BACKEND", "posttrain.backends.local:LocalBackend"
+"""The entry that names the class of the backend, and the class without one. It is called with
+`device`, `compile` and `workers` by name."""
 
 TINY_BYTES = 16_000_000
 """Weights of about four million parameters in float32."""
@@ -47,7 +53,8 @@ def run_job(job: Job) -> dict[str, Any]:
     from posttrain.backends.device import check_precision
     from posttrain.stages.context import Context
 
-    device = torch.device(job.environment.get(DEVICE, "cpu"))
+    environment = os.environ | job.environment
+    device = torch.device(environment.get(DEVICE, "cpu"))
     if device.type == "cuda":
         # What cuBLAS needs for the same bits every time; read when it is first used.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -56,20 +63,37 @@ def run_job(job: Job) -> dict[str, Any]:
     torch.use_deterministic_algorithms(True)
     # On by default with the line above; it writes every fresh tensor once for nothing.
     torch.utils.deterministic.fill_uninitialized_memory = False
-    ctx = Context(
-        name=job.name,
-        work=Path(job.work),
-        inputs=job.inputs,
-        threads=job.threads,
-        device=device,
-        compile=COMPILE in job.environment,
-    )
-    with closing(ctx):
+    with ExitStack() as stack:
+        # Threads for what can be done beside each other, where the stage has more cores than one
+        # operation uses. With no core to spare they would only take turns.
+        count = job.threads // torch.get_num_threads()
+        workers = None
+        if count >= 2 and device.type == "cpu":
+            workers = stack.enter_context(ThreadPoolExecutor(count, thread_name_prefix="work"))
+        ctx = Context(
+            name=job.name,
+            work=Path(job.work),
+            inputs=job.inputs,
+            threads=job.threads,
+            backend=new_backend(environment, workers=workers),
+            workers=workers,
+        )
+        stack.enter_context(closing(ctx))
         metrics = run_stage(job, ctx)
         ctx.finish()
     if kind_of(job.kind).is_model():
         write_card(job, ctx.out, metrics)
     return dict(metrics)
+
+
+def new_backend(
+    environment: Mapping[str, str], *, workers: ThreadPoolExecutor | None = None
+) -> Backend:
+    """What makes the models of a stage: the class that `environment` names, or the local one."""
+    make = resolve_name(environment.get(BACKEND, LOCAL))
+    device = environment.get(DEVICE, "cpu")
+    backend: Backend = make(device=device, compile=COMPILE in environment, workers=workers)
+    return backend
 
 
 def run_stage(job: Job, ctx: Context) -> dict[str, Any]:

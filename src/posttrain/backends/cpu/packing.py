@@ -10,8 +10,8 @@ gains most from; filling the bins is what rows of mixed lengths gain most from.
     bin     units until the width is full       p p p a a a b b q q c c . .
     pass    bins of one width                   tokens_CT, C bins of T positions
 
-Legend: B rows, G segments (a prompt, or what follows it in one row), C bins, T positions of a bin or
-of a row, S positions of all bins laid end to end, M tokens that are read, N sampled tokens.
+Legend: B rows, G segments (a prompt, or what follows it in one row), C bins, T positions of a bin
+or of a row, S positions of all bins laid end to end, M tokens that are read, N sampled tokens.
 """
 
 from __future__ import annotations
