@@ -482,5 +482,5 @@ class Recipe:
         """A stage that trains, with its auxiliary losses."""
         losses, data = inputs.aux_losses(self._build, name, aux)
         stage = self._build.stage(kind, name, {**settings, **losses}, {**edges, **data}, routes)
-        checks.aux_losses(self._build, name, aux)
+        checks.aux_losses(self._build, name)
         return stage

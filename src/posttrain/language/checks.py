@@ -23,14 +23,21 @@ MODELS = ("start", "model", "models", "candidates", "student", "init")
 """Roles of the models that a stage asks in its modes."""
 
 
-def aux_losses(build: Builder, stage: str, aux: Mapping[str, object] | None) -> None:
-    """Refuse weights, given as settings or by --set, of losses that have no data."""
-    known = list(aux or {})
-    for name in build.nodes[stage].config["aux"]:
+def aux_losses(build: Builder, stage: str) -> None:
+    """Refuse auxiliary losses, given as settings or by --set, that have no data, and modes of one
+    that reads the rows of a data stage."""
+    inputs = named(build.nodes[stage].inputs, "aux")
+    known = sorted({name.partition(".")[0] for name in inputs})
+    for name, loss in build.settings[stage].aux.items():
         if name not in known:
             raise ConfigError(
                 f"stage {stage!r}, field 'aux': {name!r} has no data in the recipe; choices: "
                 f"{', '.join(known) or 'none: give aux={name: (data, weight)}'}"
+            )
+        if name in inputs and loss.modes:
+            raise ConfigError(
+                f"stage {stage!r}, field 'aux.{name}.modes': the rows of {name!r} are as its data "
+                "stage made them; leave it out"
             )
 
 
