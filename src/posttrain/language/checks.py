@@ -282,7 +282,7 @@ def _strengths(nodes: Mapping[str, Node]) -> None:
         pairs: Any = KINDS["pairs"].settings_class()(**data.config)
         if not pairs.pairwise:
             raise ConfigError(
-                f"stage {node.name!r} ({node.kind}), field 'margins': strength is read from pairs "
-                f"whose judge compares two responses, and those of {data.name!r} have none; give "
-                "r.pairs a judge=judges.oracle(...), or judges.human() with how = all or random"
+                f"stage {node.name!r} ({node.kind}), field 'loss.margins': strength is read from "
+                f"pairs whose judge compares two responses, and those of {data.name!r} have none; "
+                "give r.pairs a judge=judges.oracle(...), or judges.human() with how = all or random"
             )
