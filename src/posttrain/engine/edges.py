@@ -6,10 +6,10 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def edge(role: str, *names: str) -> str:
+def edge_name(role: str, *names: str) -> str:
     """The edge of that role and name.
 
-    >>> edge("domains", "sums")
+    >>> edge_name("domains", "sums")
     'domains.sums'
     """
     return ".".join((role, *names))

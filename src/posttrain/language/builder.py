@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.backends.checkpoint_source import CheckpointSource, find_checkpoint, token_conflict
-from posttrain.engine.edges import edge, named, with_role
+from posttrain.engine.edges import edge_name, named, with_role
 from posttrain.engine.errors import ConfigError, GraphError, choices_text
 from posttrain.engine.fingerprint import file_digest
 from posttrain.engine.graph import Graph, Node
@@ -215,7 +215,7 @@ class Builder:
                     data=pieces.data,
                     runtime=pieces.runtime,
                 )
-        return {edge("domains", name): name for name in domains}
+        return {edge_name("domains", name): name for name in domains}
 
     def _filtered(self, stage: str, prompts: Stage) -> dict[str, str]:
         """The edges of prompts that a stage has chosen, and of the domains that they are of."""

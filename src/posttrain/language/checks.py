@@ -284,5 +284,6 @@ def _strengths(nodes: Mapping[str, Node]) -> None:
             raise ConfigError(
                 f"stage {node.name!r} ({node.kind}), field 'loss.margins': strength is read from "
                 f"pairs whose judge compares two responses, and those of {data.name!r} have none; "
-                "give r.pairs a judge=judges.oracle(...), or judges.human() with how = all or random"
+                "give r.pairs a judge=judges.oracle(...), or judges.human() with how = all or "
+                "random"
             )

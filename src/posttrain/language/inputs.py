@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from posttrain.algorithms import Aux as AuxSettings
-from posttrain.engine.edges import edge, named
+from posttrain.engine.edges import edge_name, named
 from posttrain.engine.errors import ConfigError
 from posttrain.language import checks
 from posttrain.language.builder import Builder
@@ -37,7 +37,7 @@ def rollouts(
     if isinstance(rollouts, Stage):
         several = {role: rollouts}
     else:
-        several = {edge(role, str(number)): source for number, source in enumerate(rollouts)}
+        several = {edge_name(role, str(number)): source for number, source in enumerate(rollouts)}
     for source in several.values():
         if not isinstance(source, Stage) or not source.may_make("rollouts"):
             found = f"{source.name!r} ({source.kind})" if isinstance(source, Stage) else source
@@ -90,7 +90,7 @@ def mix_parts(
                 "out"
             )
         if isinstance(source, Stage):
-            place = edge("data", str(len(named(inputs, "data"))))
+            place = edge_name("data", str(len(named(inputs, "data"))))
             inputs[place] = edges["data"]
             parts.append({"edge": place, "weight": weight})
         else:
@@ -115,7 +115,7 @@ def candidates(
             "more"
         )
     return {
-        edge("candidates", name): build.model(stage, f"candidates[{name!r}]", model)
+        edge_name("candidates", name): build.model(stage, f"candidates[{name!r}]", model)
         for name, model in candidates.items()
     }
 
@@ -150,7 +150,9 @@ def merged(
         )
     if not models:
         raise ConfigError(f"stage {stage!r} (merge): it has no models besides its base")
-    edges = {edge("models", n): build.model(stage, f"models[{n!r}]", m) for n, m in models.items()}
+    edges = {
+        edge_name("models", n): build.model(stage, f"models[{n!r}]", m) for n, m in models.items()
+    }
     first, *others = edges.values()
     for other in others:
         build.same_vocabulary(stage, first, other, role="model")
@@ -192,9 +194,11 @@ def aux_losses(
             losses[name]["modes"] = data.modes
         found = build.data(stage, data, (Demos, Stage))
         if isinstance(data, Demos):
-            edges |= {edge("aux", name, d): node for d, node in named(found, "domains").items()}
+            edges |= {
+                edge_name("aux", name, d): node for d, node in named(found, "domains").items()
+            }
         else:
-            edges[edge("aux", name)] = found["data"]
+            edges[edge_name("aux", name)] = found["data"]
     return ({"aux": losses} if losses else {}), edges
 
 
@@ -235,4 +239,4 @@ def several_data(build: Builder, stage: str, data: Stage | Sequence[Stage]) -> d
     if not data:
         raise ConfigError(f"stage {stage!r} (dedup): it is given no data; name one stage")
     found = [build.data(stage, source, (Stage,))["data"] for source in data]
-    return {edge("data", str(number)): source for number, source in enumerate(found)}
+    return {edge_name("data", str(number)): source for number, source in enumerate(found)}
