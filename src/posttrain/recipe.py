@@ -6,8 +6,8 @@
         student = r.distill(start=s, teachers=teachers, prompts=r.prompts(r.domains), steps=100)
         return r.evaluate(student, teachers=teachers, init=s)
 
-Every stage takes any setting of its kind by name (the classes in `stages/settings/`) and `name=`, which
-is what people see and what `--set NAME.FIELD=VALUE` refers to.
+Every stage takes any setting of its kind by name (the classes in `stages/settings/`) and `name=`,
+which is what people see and what `--set NAME.FIELD=VALUE` refers to.
 """
 
 from __future__ import annotations
