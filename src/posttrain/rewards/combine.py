@@ -43,7 +43,8 @@ def lexicographic(first: Scores, second: Scores, group: Sequence[int]) -> Scores
 def z_scores(scores: Scores) -> Scores:
     """(score - mean) / (standard deviation + epsilon), over all rows; 0 where all are alike.
 
-    The standard deviation divides by the number of rows.
+    The standard deviation divides by the number of rows; the whitening of advantages,
+    `posttrain.rl.advantage.whitened`, divides by one less.
     """
     mean = sum(scores) / len(scores)
     deviation = math.sqrt(sum((score - mean) ** 2 for score in scores) / len(scores))
