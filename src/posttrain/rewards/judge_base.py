@@ -72,18 +72,14 @@ class Judge(BaseModel):
     """Its kind."""
 
     def __init__(self, *values: Any, **fields: Any) -> None:
-        names = [name for name in type(self).model_fields if name != "judge"]
+        kind, *names = type(self).model_fields
+        kind = f"judge {type(self).model_fields[kind].default}"
         if len(values) > len(names):
-            raise TypeError(f"judge {self.kind()} takes {', '.join(names) or 'nothing'}")
+            raise TypeError(f"{kind} takes {', '.join(names) or 'nothing'}")
         try:
             super().__init__(**dict(zip(names, values, strict=False)), **fields)
         except ValidationError as error:
-            raise ConfigError(explain(error, f"judge {self.kind()}", names)) from None
-
-    @classmethod
-    def kind(cls) -> str:
-        """Its kind, as JSON has it."""
-        return str(cls.model_fields["judge"].default)
+            raise ConfigError(explain(error, kind, names)) from None
 
     @property
     def edge(self) -> str | None:
@@ -143,10 +139,11 @@ class Judge(BaseModel):
 
     def __mul__(self, weight: float | Schedule) -> Judge:
         """Raises ConfigError for a weight that is neither a number nor a schedule."""
-        first = self.terms[0] if isinstance(self, Sum) and len(self.terms) == 1 else None
-        if first is None or isinstance(first.weight, Schedule) or isinstance(weight, Schedule):
-            return Sum([{"weight": weight, "of": self}])
-        return Sum([{"weight": weight * first.weight, "of": first.of}])
+        if isinstance(self, Sum) and len(self.terms) == 1 and isinstance(weight, int | float):
+            (term,) = self.terms
+            if not isinstance(term.weight, Schedule):
+                return Sum([{"weight": weight * term.weight, "of": term.of}])
+        return Sum([{"weight": weight, "of": self}])
 
     __rmul__ = __mul__
 
