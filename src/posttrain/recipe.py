@@ -29,7 +29,7 @@ from posttrain.language.judging import check_judge, judge_edges
 from posttrain.language.operands import candidate_edges, check_drawing, judge_inputs, profile_edge
 from posttrain.language.operators import Operators
 from posttrain.language.routes import Teachers, route
-from posttrain.stages.config import VERSIONS
+from posttrain.stages.kinds import KINDS, Kind
 from posttrain.suites.domain import Suite, Table
 
 
@@ -100,7 +100,7 @@ class Recipe(Operators):
         node = Node(
             name=name,
             kind="model",
-            version=VERSIONS["model"],
+            version=KINDS["model"].version,
             data={"files": external.sha256},
             runtime={"directory": str(external.directory), "files": list(external.files)},
         )
@@ -351,6 +351,33 @@ class Recipe(Operators):
             settings = {"metric": "score"} | asked | settings
             inputs |= edges
         return self._build.stage("best", name, prompts.settings() | settings, inputs)
+
+    def stage_of_kind(
+        self,
+        kind: Kind,
+        *,
+        inputs: Mapping[str, Stage | Prompts | Demos],
+        name: str,
+        **settings: Any,
+    ) -> Stage:
+        """A stage of any kind, of the table or one that a module of yours defines (`kinds.Kind`).
+
+        `inputs` maps edges to stages. Prompts and demonstrations become the edges of their domains,
+        and their modes settings.
+        """
+        edges: dict[str, str] = {}
+        for edge, source in inputs.items():
+            if isinstance(source, Stage):
+                edges[edge] = source.name
+            elif isinstance(source, Prompts | Demos):
+                edges |= self._build.domain_edges(name, source.domains)
+                settings = source.settings() | settings
+            else:
+                raise ConfigError(
+                    f"stage {name!r}: its input {edge!r} is {source!r}; it takes a stage, "
+                    "r.prompts(...) or r.demos(...)"
+                )
+        return self._build.stage(kind.name, name, settings, edges)
 
     def graph(self, target: Stage) -> Graph:
         """The finished graph. Raises ConfigError for a setting that matched no stage."""

@@ -7,24 +7,28 @@ here.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from posttrain.engine.hashes import FileHashes
 from posttrain.engine.process import Job
 from posttrain.engine.record import read_record
-from posttrain.language.handles import MODEL_KINDS, REWARD_MODEL
 from posttrain.report.card import model_card
 from posttrain.stages.config import build_config
+from posttrain.stages.kinds import KINDS, kind_of
 
 if TYPE_CHECKING:  # it imports torch
     from posttrain.stages.context import Context
 
 EXECUTE = "posttrain.worker:run_job"
-PRELOAD = ("posttrain.stages.preload",)
-"""Imported once before stages fork from it."""
+PRELOAD = (
+    *("torch", "reasoning_gym", "transformers.models.auto.modeling_auto"),
+    *("transformers.models.auto.tokenization_auto", "transformers.models.qwen3.modeling_qwen3"),
+    *sorted({kind.run.partition(":")[0] for kind in KINDS.values()}),
+)
+"""Everything heavy that stages import: the fork server imports it once for all of them."""
 
 DEVICE, COMPILE = "POSTTRAIN_DEVICE", "POSTTRAIN_COMPILE"
 """Entries of a job's environment: the type of device that computes, the CPU without one, and, if it
@@ -36,11 +40,12 @@ TINY_BYTES = 16_000_000
 
 def run_job(job: Job) -> dict[str, Any]:
     """Run one stage; returns its summary metrics."""
+    if "import_from" in job.runtime:
+        sys.path.insert(0, job.runtime["import_from"])
     import torch
 
     from posttrain.backends.device import check_precision
     from posttrain.stages.context import Context
-    from posttrain.suites.domain import build_domain
 
     device = torch.device(job.environment.get(DEVICE, "cpu"))
     if device.type == "cuda":
@@ -59,65 +64,19 @@ def run_job(job: Job) -> dict[str, Any]:
         device=device,
         compile=COMPILE in job.environment,
     )
-    if job.kind == "domain":
-        return build_domain(job.config, job.runtime, ctx.out, job.data)
     with closing(ctx):
         metrics = run_stage(job, ctx)
         ctx.finish()
-    if job.kind in (*MODEL_KINDS, REWARD_MODEL):
+    if kind_of(job.kind).is_model():
         write_card(job, ctx.out, metrics)
     return dict(metrics)
 
 
 def run_stage(job: Job, ctx: Context) -> dict[str, Any]:
     """The loop of the job's kind; returns its summary metrics."""
-    from posttrain.stages import (
-        best,
-        comparisons,
-        dedup,
-        distill,
-        dpo,
-        evaluate,
-        filter,
-        merge,
-        mix,
-        model,
-        pairs,
-        pretrain,
-        profile,
-        reward_model,
-        rl,
-        sample,
-        score,
-        select,
-        sft,
-    )
-
-    if job.kind == "model":
-        directory = Path(job.runtime["directory"])
-        hashes = FileHashes(Path(job.hashes))
-        return model.run(directory, job.runtime["files"], job.data["files"], ctx, hashes.digest)
-    loops: dict[str, Any] = {
-        "pretrain": pretrain.run,
-        "sft": sft.run,
-        "dpo": dpo.run,
-        "reward_model": reward_model.run,
-        "rl": rl.run,
-        "distill": distill.run,
-        "merge": merge.run,
-        "evaluate": evaluate.run,
-        "sample": sample.run,
-        "score": score.run,
-        "select": select.run,
-        "pairs": pairs.run,
-        "profile": profile.run,
-        "filter": filter.run,
-        "mix": mix.run,
-        "dedup": dedup.run,
-        "comparisons": comparisons.run,
-        "best": best.run,
-    }
-    metrics: dict[str, Any] = loops[job.kind](build_config(job.kind, job.name, job.config), ctx)
+    kind = kind_of(job.kind)
+    settings = job if kind.from_outside else build_config(job.kind, job.name, job.config)
+    metrics: dict[str, Any] = kind.loop()(settings, ctx)
     return metrics
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from posttrain.loading import shipped_recipes
 from posttrain.report.curves import COUNTERS, METRICS
 from posttrain.rewards.judge_base import Judge
 from posttrain.rewards.spec import OPTIONS
-from posttrain.stages.config import CONFIGS
+from posttrain.stages.kinds import KINDS, Kind, kind_of
 from posttrain.suites.load import load_suite
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,16 +75,15 @@ def test_every_loss_names_its_proof() -> None:
         assert "Source" in section and TEST.search(section), name
 
 
-@pytest.mark.parametrize("kind", [k for k in CONFIGS if k not in ("domain", "model")])
-def test_every_setting_is_documented_with_its_default(kind: str) -> None:
+def check_settings(kind: Kind, text: str) -> None:
     """A table of settings belongs to the kinds that its heading names."""
     found: dict[str, str] = {}
-    settings = page("docs/language.md").partition("## Settings")[2].partition("\n## ")[0]
+    settings = text.partition("## Settings")[2].partition("\n## ")[0]
     for section in settings.split("\n### ")[1:]:
         heading, _, body = section.partition("\n")
-        if heading == "All stages" or f"`{kind}`" in heading:
+        if f"`{kind}`" in heading:
             found |= dict(ROW.findall(body))
-    fields = CONFIGS[kind].model_fields
+    fields = kind.settings_class().model_fields
     assert set(found) == set(fields)
     for name, field in fields.items():
         if field.is_required():
@@ -95,7 +95,28 @@ def test_every_setting_is_documented_with_its_default(kind: str) -> None:
             assert found[name] == f"`{json.dumps(default)}`", name
 
 
-@pytest.mark.parametrize("kind", [k for k in CONFIGS if hasattr(CONFIGS[k], "SCHEDULABLE")])
+@pytest.mark.parametrize("kind", [k for k in KINDS.values() if not k.from_outside], ids=str)
+def test_every_setting_is_documented_with_its_default(kind: Kind) -> None:
+    check_settings(kind, page("docs/language.md"))
+
+
+def test_the_settings_of_a_kind_of_ones_own_can_be_checked_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "tests/cli")
+    kind = kind_of("own_kind.ECHO")
+    text = "## Settings\n\n### `own_kind.ECHO`\n\n| `calls` | `3` | |\n| `loss` | `0.5` | |\n"
+    check_settings(kind, text)
+    for old, new in {"| `loss` | `0.5` | |": "", "`own_kind.ECHO`": "echo", "`3`": "`4`"}.items():
+        with pytest.raises(AssertionError):
+            check_settings(kind, text.replace(old, new))
+    # Other tests have a copy of that module, which is to be found in its place.
+    del sys.modules["own_kind"]
+
+
+@pytest.mark.parametrize(
+    "kind", [k.name for k in KINDS.values() if hasattr(k.settings_class(), "SCHEDULABLE")]
+)
 def test_every_setting_that_may_have_a_schedule_is_documented(kind: str) -> None:
     found: set[str] = set()
     settings = page("docs/language.md").partition("## Settings")[2].partition("\n## ")[0]
@@ -104,11 +125,12 @@ def test_every_setting_that_may_have_a_schedule_is_documented(kind: str) -> None
         if f"`{kind}`" in heading:
             for names in re.findall(r"May have a schedule: ([^.]*)\.", body):
                 found |= set(re.findall(r"`(\w+)`", names))
-    assert found == CONFIGS[kind].schedulable()  # type: ignore[attr-defined]
+    assert found == KINDS[kind].settings_class().schedulable()
 
 
 def test_a_default_that_differs_is_told() -> None:
-    defaults = {k: CONFIGS[k].model_fields["aggregation"].default for k in ("rl", "distill")}
+    fields = {k: KINDS[k].settings_class().model_fields for k in ("rl", "distill")}
+    defaults = {k: found["aggregation"].default for k, found in fields.items()}
     told = '`aggregation` is `"{rl}"` in `rl` and `"{distill}"` in `distill`.'
     assert told.format(**defaults) in page("docs/language.md")
 

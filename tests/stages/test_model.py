@@ -10,8 +10,8 @@ import pytest
 from posttrain.backends.checkpoint import LanguageModel, save
 from posttrain.engine.errors import ConfigError
 from posttrain.external import find_external
-from posttrain.stages import model
 from posttrain.stages.context import Context
+from posttrain.stages.outside import link_model
 
 
 def test_files_that_changed_after_the_plan_are_refused(
@@ -21,12 +21,12 @@ def test_files_that_changed_after_the_plan_are_refused(
     planned = find_external(tmp_path / "mine")
     arguments = (planned.directory, list(planned.files), planned.sha256)
     first = Context(name="base", work=tmp_path / "first", inputs={}, threads=1)
-    assert model.run(*arguments, first)["parameters"] > 0
+    assert link_model(*arguments, first)["parameters"] > 0
     assert (first.out / "model.safetensors").is_symlink()
 
     config = planned.directory / "generation_config.json"
     config.write_text(config.read_text() + " ")
     second = Context(name="base", work=tmp_path / "second", inputs={}, threads=1)
     with pytest.raises(ConfigError, match="mine: its files changed since this run was planned"):
-        model.run(*arguments, second)
+        link_model(*arguments, second)
     assert not list(second.out.iterdir())

@@ -8,7 +8,7 @@ from pathlib import Path
 from posttrain.engine.errors import ConfigError
 from posttrain.engine.record import Artifact
 from posttrain.engine.store import Store
-from posttrain.language.handles import MODEL_KINDS
+from posttrain.stages.kinds import kinds_making, shown_kind
 
 
 def find_artifact(store: Store, text: str) -> Artifact:
@@ -31,9 +31,9 @@ def find_model(root: Path, text: str) -> Path:
     if (path / "config.json").is_file():
         return path
     artifact = find_artifact(Store(root), text)
-    if artifact.kind not in MODEL_KINDS:
+    if "model" not in shown_kind(artifact.kind).makes:
         raise ConfigError(
             f"{artifact.label} is of kind {artifact.kind}, not a model; kinds that are: "
-            f"{', '.join(MODEL_KINDS)}"
+            f"{', '.join(kinds_making('model'))}"
         )
     return artifact.path

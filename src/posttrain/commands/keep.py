@@ -22,12 +22,11 @@ from posttrain.engine.record import SHORT
 from posttrain.engine.store import Store
 from posttrain.engine.transfer import read_history
 from posttrain.external import find_external
-from posttrain.language.handles import MODEL_KINDS, REWARD_MODEL
 from posttrain.loading import is_recipe, load_recipe
 from posttrain.report.card import model_card
 from posttrain.report.gather import scores_of
 from posttrain.report.wording import size
-from posttrain.stages.config import VERSIONS
+from posttrain.stages.kinds import KINDS, shown_kind
 
 
 def adopt(root: Path, source: str, *, name: str, copy: bool, as_json: bool) -> None:
@@ -58,7 +57,7 @@ def adopt(root: Path, source: str, *, name: str, copy: bool, as_json: bool) -> N
         provenance=dict(capture([], packages=PACKAGES).facts) | {"source": str(external.directory)},
         data={"files": external.sha256},
         history=read_history(external.directory),
-        version=VERSIONS["model"],
+        version=KINDS["model"].version,
     )
     if as_json:
         emit(
@@ -113,7 +112,7 @@ def export(root: Path, name: str, target: Path, *, as_json: bool) -> None:
     artifact = find_artifact(store, name)
     path = store.export(artifact, target)
     scores = []
-    if artifact.kind in (*MODEL_KINDS, REWARD_MODEL):
+    if shown_kind(artifact.kind).is_model():
         scores = scores_of(store, artifact)
         card = model_card(
             name=artifact.name,

@@ -13,17 +13,11 @@ from posttrain.engine.fingerprint import file_digest
 from posttrain.engine.graph import Graph, Node
 from posttrain.engine.store import Store
 from posttrain.external import External, find_external, token_conflict
-from posttrain.language.handles import (
-    DATA_KINDS,
-    MODEL_KINDS,
-    REWARD_MODEL,
-    Demos,
-    Prompts,
-    Stage,
-)
+from posttrain.language.handles import Demos, Prompts, Stage
 from posttrain.language.whole import check_chains, check_strengths, check_thinking, root_of
 from posttrain.schedules import parse_schedule
-from posttrain.stages.config import CONFIGS, VERSIONS, build_config
+from posttrain.stages.config import build_config
+from posttrain.stages.kinds import KINDS, Product, kind_of, kinds_making
 from posttrain.suites.domain import Suite, Table, domain_node
 from posttrain.suites.shares import shares_problem
 
@@ -85,18 +79,19 @@ class Builder:
         `routes` and the `derived` settings follow from what the recipe passes; nobody sets them.
         """
         values = dict(settings)
-        if "seed" in CONFIGS[kind].model_fields:
+        fields = kind_of(kind).settings_class().model_fields
+        if "seed" in fields:
             values = {"seed": self.seed} | values
         for key, value in self._overrides.items():
             pattern, _, field = key.rpartition(".")
             # A glob is for those of its stages that have the setting; a name is for that stage.
-            known = field in CONFIGS[kind].model_fields or not _is_glob(pattern)
+            known = field in fields or not _is_glob(pattern)
             if known and fnmatchcase(name, pattern):
                 self._used.add(key)
                 values[field] = value
         derived |= {} if routes is None else {"routes": dict(routes)}
         for field in ("routes", *derived):
-            if field in values and field in CONFIGS[kind].model_fields:
+            if field in values and field in fields:
                 raise ConfigError(
                     f"stage {name!r} ({kind}), field {field!r}: {DERIVED[field]} follows from the "
                     "stages that the recipe passes; change those instead"
@@ -107,14 +102,31 @@ class Builder:
             Node(
                 name=name,
                 kind=kind,
-                version=VERSIONS[kind],
+                version=kind_of(kind).version,
                 config=config.model_dump(mode="json"),
                 inputs=inputs,
+                **self._code(kind),
             )
         )
-        if "domain_shares" in CONFIGS[kind].model_fields:
+        if "domain_shares" in fields:
             self._shared_out(stage)
         return stage
+
+    def _code(self, name: str) -> dict[str, dict[str, str]]:
+        """For a kind of another module: the digest of its loop, and where the module is found."""
+        if name in KINDS:
+            return {}
+        kind = kind_of(name)
+        try:
+            file = kind.file()
+        except ImportError as error:
+            raise ConfigError(
+                f"kind {name!r}: run = {kind.run!r} cannot be imported ({error})"
+            ) from None
+        return {
+            "data": {"code": self.hash_file(file)},
+            "runtime": {"import_from": str(kind.folder())},
+        }
 
     def _shared_out(self, stage: Stage) -> None:
         """Refuse shares that do not name the domains of a stage, as far as they are known."""
@@ -181,10 +193,10 @@ class Builder:
         if not isinstance(data, allowed):
             raise ConfigError(f"stage {stage!r}: its data is {data!r}; it needs {choices}")
         if isinstance(data, Stage):
-            if data.kind not in (*DATA_KINDS, ""):
+            if not data.may_make("rows"):
                 raise ConfigError(
                     f"stage {stage!r}: its data is {data.name!r} ({data.kind}); it needs "
-                    f"{wanted[Demos]} or a stage of kind {', '.join(DATA_KINDS)}"
+                    f"{wanted[Demos]} or a stage of kind {', '.join(kinds_making('rows'))}"
                 )
             return {"data": data.name}
         assert isinstance(data, Demos | Prompts)
@@ -204,7 +216,7 @@ class Builder:
                 self.nodes[name] = Node(
                     name=name,
                     kind="domain",
-                    version=VERSIONS["domain"],
+                    version=KINDS["domain"].version,
                     config=pieces.config,
                     data=pieces.data,
                     runtime=pieces.runtime,
@@ -243,7 +255,7 @@ class Builder:
 
     def _filtered(self, stage: str, prompts: Stage) -> dict[str, str]:
         """The edges of prompts that a stage has chosen, and of the domains that they are of."""
-        if prompts.kind != "filter":
+        if not prompts.kind or not prompts.may_make("prompts"):
             what = prompts.kind or "not defined yet"
             raise ConfigError(
                 f"stage {stage!r}: its prompts are {prompts.name!r} ({what}); it needs "
@@ -253,7 +265,7 @@ class Builder:
 
     def pairs(self, kind: str, stage: str, data: Stage) -> str:
         """The name of the stage of preference pairs that another stage learns from."""
-        if data.kind not in ("pairs", ""):
+        if not data.may_make("pairs"):
             raise ConfigError(
                 f"stage {stage!r} ({kind}): its data is {data.name!r} ({data.kind}); it needs a "
                 "pairs stage: data=r.pairs(...)"
@@ -271,11 +283,11 @@ class Builder:
 
         With `scores` it may make a reward model as well.
         """
-        kinds = (*MODEL_KINDS, REWARD_MODEL) if scores else MODEL_KINDS
-        if not isinstance(value, Stage) or value.kind not in (*kinds, ""):
+        products: tuple[Product, ...] = ("model", "reward_model") if scores else ("model",)
+        if not isinstance(value, Stage) or not value.may_make(*products):
             raise ConfigError(
                 f"stage {stage!r}: {edge} = {value!r} is not a model; it takes a stage of kind "
-                f"{', '.join(kinds)}"
+                f"{', '.join(kinds_making(*products))}"
             )
         return value.name
 
@@ -326,7 +338,11 @@ class Builder:
         stages = [n for n, node in self.nodes.items() if node.kind not in ("domain", "model")]
         matched = [name for name in stages if fnmatchcase(name, pattern)]
         if matched and _is_glob(pattern):
-            fields = {f for n in matched for f in CONFIGS[self.nodes[n].kind].model_fields}
+            fields = {
+                f
+                for n in matched
+                for f in kind_of(self.nodes[n].kind).settings_class().model_fields
+            }
             near = difflib.get_close_matches(field, fields, n=1)
             hint = f" did you mean {near[0]!r}?" if near else ""
             raise ConfigError(

@@ -7,15 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from posttrain.modes import Mode, check_mode
-
-MODEL_KINDS = ("model", "pretrain", "sft", "dpo", "rl", "distill", "merge", "best")
-"""Kinds of stages that make a language model."""
-REWARD_MODEL = "reward_model"
-"""The kind of stage that makes a model which scores responses and writes none."""
-DATA_KINDS = ("select", "mix", "dedup", "comparisons")
-"""Kinds of stages that make rows of prompt and demonstration."""
-ROLLOUT_KINDS = ("sample", "score", "rl")
-"""Kinds of stages that leave scored responses behind."""
+from posttrain.stages.kinds import Product, kind_of
 
 
 @dataclass(frozen=True)
@@ -24,8 +16,13 @@ class Stage:
 
     name: str
     kind: str
+    """Empty for one that is defined further down."""
     domains: tuple[str, ...] = ()
     """Those of its prompts or its data; empty while they are not known."""
+
+    def may_make(self, *products: Product) -> bool:
+        """Whether it makes one of these, as far as it is known."""
+        return not self.kind or bool(set(products) & set(kind_of(self.kind).makes))
 
     def settings(self) -> dict[str, Any]:
         """What the handle asks of the stage that draws from it: nothing, its rows say it all."""

@@ -8,8 +8,9 @@ from typing import Any
 from posttrain.engine.errors import ConfigError
 from posttrain.judges import Judge
 from posttrain.language.builder import Builder
-from posttrain.language.handles import ROLLOUT_KINDS, Demos, Stage
+from posttrain.language.handles import Demos, Stage
 from posttrain.language.judging import check_problems, judge_edges
+from posttrain.stages.kinds import kinds_making
 
 
 def rollout_edges(
@@ -23,11 +24,11 @@ def rollout_edges(
     else:
         several = {f"{edge}.{number}": source for number, source in enumerate(rollouts)}
     for source in several.values():
-        if not isinstance(source, Stage) or source.kind not in (*ROLLOUT_KINDS, ""):
+        if not isinstance(source, Stage) or not source.may_make("rollouts"):
             found = f"{source.name!r} ({source.kind})" if isinstance(source, Stage) else source
             raise ConfigError(
                 f"stage {stage!r} ({kind}): it needs the rollouts of a stage of kind "
-                f"{', '.join(ROLLOUT_KINDS)}, not {found}"
+                f"{', '.join(kinds_making('rollouts'))}, not {found}"
             )
     return {key: source.name for key, source in several.items()}
 
@@ -57,7 +58,7 @@ def profile_edge(
     stage: str, edge: str, profile: object, domains: Sequence[str], *, kind: str = "filter"
 ) -> str:
     """The name of a profile stage that knows these domains."""
-    if not isinstance(profile, Stage) or profile.kind not in ("profile", ""):
+    if not isinstance(profile, Stage) or not profile.may_make("rates"):
         found = f"{profile.name!r} ({profile.kind})" if isinstance(profile, Stage) else profile
         raise ConfigError(
             f"stage {stage!r} ({kind}): {edge} = {found} is no profile; it takes "

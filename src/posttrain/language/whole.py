@@ -7,7 +7,7 @@ from typing import Any
 
 from posttrain.engine.errors import ConfigError
 from posttrain.engine.graph import Node
-from posttrain.stages.config import CONFIGS
+from posttrain.stages.kinds import KINDS
 
 MODELS = ("start", "model", "student", "init")
 """Edges to the models that a stage asks in its modes, beside those that begin as below."""
@@ -54,7 +54,7 @@ def check_strengths(nodes: Mapping[str, Node]) -> None:
         data = nodes.get(node.inputs.get("data", ""))
         if node.config.get("margins") != "strength" or data is None or data.kind != "pairs":
             continue
-        pairs: Any = CONFIGS["pairs"](**data.config)
+        pairs: Any = KINDS["pairs"].settings_class()(**data.config)
         if not pairs.pairwise:
             raise ConfigError(
                 f"stage {node.name!r} ({node.kind}), field 'margins': strength is read from pairs "

@@ -11,18 +11,7 @@ from posttrain.report.gather import DOMAIN_EDGE
 from posttrain.report.scores import norm_coverage
 from posttrain.report.views import flat
 from posttrain.report.wording import DASH, fixed, number, percent, percent_range
-
-WHAT = {
-    "pretrain": "pre-trained from nothing",
-    "sft": "supervised fine-tuning",
-    "dpo": "learning from preference pairs",
-    "reward_model": "a reward model from preference pairs",
-    "rl": "reinforcement learning on verifiable rewards",
-    "distill": "on-policy distillation from one teacher per domain",
-    "merge": "merged from the weights of several models",
-    "best": "the best of several models on validation problems",
-    "model": "taken in from outside",
-}
+from posttrain.stages.kinds import shown_kind
 
 
 def model_card(
@@ -47,7 +36,7 @@ def model_card(
     parts = [
         _head(kind, data),
         f"# {name}",
-        f"Made by posttrain: {WHAT.get(kind, kind)}. Fingerprint `{fingerprint}`.",
+        f"Made by posttrain: {shown_kind(kind).card or kind}. Fingerprint `{fingerprint}`.",
         *(["## Scores", *_scores(scores)] if scores else []),
         "## How it was made",
         _table(
@@ -71,7 +60,7 @@ def model_card(
             _table(("metric", "value"), [(key, number(v)) for key, v in metrics.items()]),
         ),
         "## How to load it",
-        _USE_SCORES if kind == "reward_model" else _USE,
+        _USE_SCORES if "reward_model" in shown_kind(kind).makes else _USE,
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -107,7 +96,7 @@ print(float(model(torch.tensor([ids[:last]])).logits))
 
 
 def _head(kind: str, domains: Mapping[str, Any]) -> str:
-    task = "text-classification" if kind == "reward_model" else "text-generation"
+    task = "text-classification" if "reward_model" in shown_kind(kind).makes else "text-generation"
     lines = ["---", "library_name: transformers", f"pipeline_tag: {task}"]
     # A JSON string is a YAML string, whatever is in it.
     lines += ["tags:", *(f"- {json.dumps(tag)}" for tag in ("posttrain", kind, *domains)), "---"]

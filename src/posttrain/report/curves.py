@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from posttrain.report.gather import StageFacts
 from posttrain.report.wording import number
+from posttrain.stages.kinds import KINDS, shown_kind
 
 MAX_POINTS = 120
 """Longer curves are drawn as the means of that many runs of steps."""
@@ -91,29 +92,6 @@ METRICS = {
     "critic_lr": Metric(title="Learning rate of the critic"),
     "kl_baseline": Metric(title="KTO's baseline", hint="nats per response"),
 }
-SHOWN = {
-    "supervised": ("loss",),
-    "dpo": ("loss", "accuracy", "margin", "logp_chosen", "logp_rejected"),
-    "reward_model": ("loss", "accuracy", "margin", "reward_mean"),
-    "rl": (
-        *("reward", "entropy", "response_length", "clip_share", "correction_masked"),
-        "explained_variance",
-    ),
-    "distill": (
-        *("kl", "entropy", "response_length", "token_share", "clipped", "correction_masked"),
-        "reward",
-    ),
-}
-"""Metrics that are shown, the rest is folded away."""
-TITLES = {("rl", "accuracy"): "Accuracy"}
-"""Where a metric is another one than in other stages."""
-HINTS = {
-    ("rl", "accuracy"): "verifier's score, mean over the samples",
-    ("supervised", "loss"): "cross-entropy, nats per token",
-    ("distill", "loss"): "as the estimator weighs it",
-    ("dpo", "loss"): "mean over pairs; over responses with kto",
-    ("reward_model", "loss"): "mean over pairs; over prompts with per_prompt",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,24 +132,17 @@ class Section:
 
 def sections(stages: Sequence[StageFacts], colours: dict[str, int]) -> list[Section]:
     """All curves of a lineage, in the order of the recipe."""
-    logged = [stage for stage in stages if len(stage.lines) > 1]
-    supervised = [stage for stage in logged if stage.kind in ("pretrain", "sft")]
-    found = []
-    if supervised:
-        found.append(_section("Supervised stages", "supervised", supervised, colours))
-    preferring = [stage for stage in logged if stage.kind == "dpo"]
-    if preferring:
-        found.append(_section("Preference stages", "dpo", preferring, colours))
-    scoring = [stage for stage in logged if stage.kind == "reward_model"]
-    if scoring:
-        found.append(_section("Reward models", "reward_model", scoring, colours))
-    reinforced = [stage for stage in logged if stage.kind == "rl"]
-    if reinforced:
-        found.append(_section("Reinforcement learning", "rl", reinforced, colours))
-    for stage in logged:
-        if stage.kind == "distill":
-            found.append(_section(f"Distillation: {stage.name}", "distill", [stage], colours))
-    return found
+    titled: dict[str, list[StageFacts]] = {}
+    # Kinds of other modules come after those of the table.
+    order = {name: place for place, name in enumerate(KINDS)}
+    for stage in sorted(stages, key=lambda stage: order.get(stage.kind, len(order))):
+        title = shown_kind(stage.kind).section.format(stage=stage.name)
+        if title and len(stage.lines) > 1:
+            titled.setdefault(title, []).append(stage)
+    return [
+        _section(title, [stage for stage in stages if stage in together], colours)
+        for title, together in titled.items()
+    ]
 
 
 def in_sentence(title: str) -> str:
@@ -179,9 +150,8 @@ def in_sentence(title: str) -> str:
     return title if title[:2].isupper() else title[:1].lower() + title[1:]
 
 
-def _section(
-    title: str, family: str, stages: Sequence[StageFacts], colours: dict[str, int]
-) -> Section:
+def _section(title: str, stages: Sequence[StageFacts], colours: dict[str, int]) -> Section:
+    kind = shown_kind(stages[0].kind)
     shown: list[Panel] = []
     folded: list[Panel] = []
     constant: list[str] = []
@@ -191,7 +161,7 @@ def _section(
     )
     if "clip_low" in keys or "clip_high" in keys:
         keys["clip_share"] = None
-    order = [key for key in SHOWN[family] if key in keys]
+    order = [key for key in kind.panels if key in keys]
     order += [key for key in keys if key not in order and key not in COUNTERS]
     for key in order:
         lines = [line for stage in stages for line in _lines(stage, stages, key, colours)]
@@ -199,19 +169,19 @@ def _section(
         if not values:
             continue
         metric = METRICS.get(key, Metric(title=key.replace("setting/", "Setting ")))
-        called = TITLES.get((family, key), metric.title)
+        called = kind.titles.get(key, metric.title)
         if len(values) == 1:
             words = f"{in_sentence(called)} {number(values.pop())}"
-            (constant if key in SHOWN[family] else folded_constant).append(words)
+            (constant if key in kind.panels else folded_constant).append(words)
             continue
         panel = Panel(
             key=key,
             title=called,
-            hint=HINTS.get((family, key), metric.hint),
+            hint=kind.hints.get(key, metric.hint),
             lines=lines,
             log=metric.log and 0 < LOG_SPAN * min(values) < max(values),
         )
-        (shown if key in SHOWN[family] else folded).append(panel)
+        (shown if key in kind.panels else folded).append(panel)
     return Section(
         title=title,
         panels=shown,

@@ -12,6 +12,7 @@ from html import escape
 from posttrain.report.gather import DOMAIN_EDGE, StageFacts
 from posttrain.report.layers import Layout, layout
 from posttrain.report.wording import number
+from posttrain.stages.kinds import shown_kind
 
 CARD_WIDTH = 176
 CARD_HEIGHT = 74
@@ -21,33 +22,11 @@ NAME_LENGTH = 19
 """Characters of a name that fit into a card."""
 SPINE = ("start", "student", "data", "rollouts")
 """Edges along which the left side of the drawing goes back."""
-KEY_NUMBERS = {
-    "pretrain": ("loss", "loss"),
-    "sft": ("loss", "loss"),
-    "dpo": ("accuracy", "accuracy"),
-    "reward_model": ("heldout_accuracy", "held-out"),
-    "rl": ("reward", "reward"),
-    "distill": ("kl", "KL"),
-    "evaluate": ("norm", "Norm"),
-    "model": ("parameters", "parameters"),
-    "merge": ("models", "models"),
-    "select": ("rows", "rows"),
-    "sample": ("rows", "rows"),
-    "pairs": ("rows", "pairs"),
-    "score": ("score", "score"),
-    "profile": ("rate", "pass rate"),
-    "filter": ("rows", "prompts"),
-    "mix": ("rows", "rows"),
-    "dedup": ("rows", "rows"),
-    "comparisons": ("rows", "rows"),
-    "best": ("score", "score"),
-    "domain": ("train", "problems"),
-}
 
 
 def key_number(stage: StageFacts) -> str:
     """The number that says most about a stage: "reward 0.81"; empty where it has none."""
-    key, word = KEY_NUMBERS.get(stage.kind, ("", ""))
+    key, word = shown_kind(stage.kind).number
     value = stage.metrics.get(key)
     return "" if value is None else f"{word} {number(value)}"
 

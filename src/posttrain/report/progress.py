@@ -12,24 +12,12 @@ from posttrain.engine.events import Event
 from posttrain.engine.graph import Graph
 from posttrain.engine.planner import PlanRow
 from posttrain.report.wording import number
+from posttrain.stages.kinds import shown_kind
 
 State = Literal["waiting", "running", "done", "cached", "failed", "blocked", "waits"]
 
 WINDOW_SECONDS = 10.0
 """Rates are averages over this long, so that they are steady but still follow a change."""
-
-KEY_METRICS = {
-    "pretrain": ("loss",),
-    "sft": ("loss",),
-    "dpo": ("accuracy",),
-    "reward_model": ("accuracy",),
-    "rl": ("reward",),
-    "distill": ("kl",),
-}
-ANY_METRIC = ("reward", "kl", "loss", "norm", "rows")
-"""Shown for other kinds, the first that a stage logs."""
-UNITS = {"evaluate": "models", "sample": "draws", "profile": "domains", "best": "models"}
-"""What a step of these kinds is."""
 
 
 @dataclass(kw_only=True)
@@ -114,14 +102,13 @@ class Progress:
     @property
     def headline(self) -> str:
         """The metric that matters for its kind: "reward 0.62"."""
-        step, unit = self.step, UNITS.get(self.kind)
-        if self.state == "running" and unit and step:
-            return f"{step[0]} of {step[1]} {unit}"
-        if self.kind == "evaluate" and self.metrics.get("norm") is not None:
-            return f"Norm {number(self.metrics['norm'])}"
-        for key in KEY_METRICS.get(self.kind, ANY_METRIC):
+        kind, step = shown_kind(self.kind), self.step
+        if self.state == "running" and kind.unit != "steps" and step:
+            return f"{step[0]} of {step[1]} {kind.unit}"
+        for key in kind.headline:
             if self.metrics.get(key) is not None:
-                return f"{key} {number(self.metrics[key])}"
+                word = "Norm" if key == "norm" else key
+                return f"{word} {number(self.metrics[key])}"
         return ""
 
     def _per_second(self, key: str) -> float | None:

@@ -142,8 +142,8 @@ class Judge(BaseModel):
         if isinstance(self, Sum) and len(self.terms) == 1 and isinstance(weight, int | float):
             (term,) = self.terms
             if not isinstance(term.weight, Schedule):
-                return Sum([{"weight": weight * term.weight, "of": term.of}])
-        return Sum([{"weight": weight, "of": self}])
+                return _sum([{"weight": weight * term.weight, "of": term.of}])
+        return _sum([{"weight": weight, "of": self}])
 
     __rmul__ = __mul__
 
@@ -152,18 +152,18 @@ class Judge(BaseModel):
 
     def __add__(self, other: Judge) -> Judge:
         """Raises ConfigError for what is no judge, as the other operators do."""
-        return Sum([*_terms(self), *_terms(other)])
+        return _sum([*_terms(self), *_terms(other)])
 
     def __radd__(self, other: Any) -> Judge:
         # What sum() begins with.
         zero = isinstance(other, int) and other == 0
-        return self if zero else Sum([*_terms(other), *_terms(self)])
+        return self if zero else _sum([*_terms(other), *_terms(self)])
 
     def __sub__(self, other: Judge) -> Judge:
         return self + (-other if isinstance(other, Judge) else other)
 
     def __rsub__(self, other: Any) -> Judge:
-        return Sum([*_terms(other), *_terms(-self)])
+        return _sum([*_terms(other), *_terms(-self)])
 
 
 class Term(BaseModel):
@@ -290,6 +290,11 @@ class ByDomain(Judge):
             for row, value in zip(index, found, strict=True):
                 scores[row] = value
         return scores
+
+
+def _sum(terms: list[Any]) -> Judge:
+    """The sum of terms that are still to be checked."""
+    return Sum(terms=tuple(terms))
 
 
 def _terms(judge: Any) -> list[Any]:

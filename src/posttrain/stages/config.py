@@ -1,6 +1,6 @@
-"""The register of all kinds of stages: their settings, their versions, and the check of both.
+"""The check of a stage's settings against those of its kind.
 
-The settings themselves are in `stages/settings/`, one room per kind.
+The settings themselves are in `stages/settings/`; the table of kinds names them (`kinds.py`).
 """
 
 from __future__ import annotations
@@ -12,52 +12,12 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from posttrain.engine.errors import ConfigError
-from posttrain.stages.settings.data import (
-    Comparisons,
-    Dedup,
-    Filter,
-    Mix,
-    Profile,
-    Sample,
-    Score,
-    Select,
-)
-from posttrain.stages.settings.distill import Distill
-from posttrain.stages.settings.imitate import Pretrain, Sft
-from posttrain.stages.settings.models import Best, DomainData, Evaluate, ExternalModel, Merge
-from posttrain.stages.settings.preference import Dpo, Pairs, RewardModel
-from posttrain.stages.settings.rl import Rl
-
-CONFIGS: dict[str, type[BaseModel]] = {
-    "domain": DomainData,
-    "model": ExternalModel,
-    "pretrain": Pretrain,
-    "sft": Sft,
-    "dpo": Dpo,
-    "reward_model": RewardModel,
-    "rl": Rl,
-    "distill": Distill,
-    "merge": Merge,
-    "evaluate": Evaluate,
-    "sample": Sample,
-    "score": Score,
-    "select": Select,
-    "pairs": Pairs,
-    "profile": Profile,
-    "filter": Filter,
-    "mix": Mix,
-    "dedup": Dedup,
-    "comparisons": Comparisons,
-    "best": Best,
-}
-
-# Raised by hand when a change makes a stage give other numbers for the same settings.
-VERSIONS: dict[str, int] = dict.fromkeys(CONFIGS, 1)
+from posttrain.stages.kinds import kind_of
 
 
 def build_config(kind: str, stage: str, values: Mapping[str, Any]) -> BaseModel:
     """The checked settings of a stage; ConfigError names stage, field, value and choices."""
-    config = CONFIGS[kind]
+    config: type[BaseModel] = kind_of(kind).settings_class()
     try:
         built = config(**values)
     except ValidationError as error:

@@ -1,23 +1,38 @@
-"""A checkpoint from outside as an artifact: its files are linked, not copied, and hashed.
+"""What a recipe takes from outside the store: the domains of its suite, and checkpoints.
 
-A large file that the plan hashed, and that the file system calls unchanged since, is not read again
-for that (`engine/hashes.py`).
+Files of a checkpoint are linked, not copied, and hashed. A large file that the plan hashed, and
+that the file system calls unchanged since, is not read again for that (`engine/hashes.py`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from posttrain.backends.checkpoint import load
 from posttrain.engine.errors import ConfigError
 from posttrain.engine.fingerprint import file_digest, files_digest
-from posttrain.engine.hashes import HashFile
+from posttrain.engine.hashes import FileHashes, HashFile
+from posttrain.engine.process import Job
 from posttrain.stages.context import Context
+from posttrain.suites.domain import build_domain
 
 
-def run(
+def run_domain(job: Job, ctx: Context) -> dict[str, Any]:
+    """Write the problems of a domain; returns what `build_domain` counts."""
+    return build_domain(job.config, job.runtime, ctx.out, job.data)
+
+
+def run_model(job: Job, ctx: Context) -> dict[str, Any]:
+    """Take in the checkpoint that the job's `runtime` names; returns its number of parameters."""
+    directory, files = Path(job.runtime["directory"]), job.runtime["files"]
+    return link_model(directory, files, job.data["files"], ctx, FileHashes(Path(job.hashes)).digest)
+
+
+def link_model(
     directory: Path,
-    files: list[str],
+    files: Sequence[str],
     sha256: str,
     ctx: Context,
     hash_file: HashFile = file_digest,
