@@ -21,11 +21,11 @@ from posttrain.rewards import judge_kinds as kinds
 from posttrain.rewards.judge_base import (
     ByDomain,
     Gate,
-    Judge,
     Lexicographic,
     Normalised,
     Whitened,
 )
+from posttrain.rewards.judge_base import Judge as Judge
 from posttrain.rewards.judge_fields import EDGE
 
 Maker = Callable[..., Judge]
@@ -126,7 +126,8 @@ def compare(
 
 def normalised(*judges: Judge) -> Judge:
     """Each judge's z-score within the group, added (GDPO, arXiv 2601.05242); weigh the result."""
-    return Normalised(judges=judges)
+    given: Any = judges
+    return Normalised(judges=given)
 
 
 def _edge(kind: str, stage: Handle) -> str:
