@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 from posttrain.engine.errors import ConfigError
 from posttrain.rewards import judge_kinds as kinds
@@ -47,18 +47,8 @@ whitened: Maker = Whitened
 by_domain: Maker = ByDomain
 
 
-class Handle(Protocol):
-    """A stage of the recipe, as `posttrain.language.handles.Stage`."""
-
-    @property
-    def name(self) -> str:
-        """What the recipe calls it."""
-        ...
-
-    @property
-    def kind(self) -> str:
-        """Its kind, empty while it is not defined yet."""
-        ...
+Handle = Any
+"""A stage of the recipe, what a verb returned: `posttrain.language.handles.Stage`."""
 
 
 def scalar(stage: Handle, *, squash: bool = False) -> Judge:

@@ -25,8 +25,9 @@ from posttrain.losses.ops import token_logprobs
 from posttrain.losses.sft import cross_entropy
 from posttrain.rewards.comparisons import VERDICTS, Compared, compared
 from posttrain.rewards.judge_kinds import Itself
+from posttrain.stages.batches import sequences
 from posttrain.stages.curriculum import derived_seed
-from posttrain.stages.judging import comparison_prompt, positions_of, rollouts_of, verdict_ids
+from posttrain.stages.judging import comparison_prompt, positions_of, verdict_ids
 from posttrain.stages.rows import by_problem
 from posttrain.stages.settings.rl import Rl
 
@@ -85,7 +86,7 @@ class Critique:
         batch = self.batches[update % len(self.batches)]
         if not batch:
             return parts
-        rollouts = rollouts_of([p for p, _ in batch], [[v] for _, v in batch], self.pad_id)
+        rollouts = sequences([p for p, _ in batch], [[v] for _, v in batch], self.pad_id)
         total = sum(map(len, self.batches))
         own = Part(
             name=NAME,

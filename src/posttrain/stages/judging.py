@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,7 +35,7 @@ from posttrain.rewards.oracle import Oracle
 from posttrain.rewards.pairing import Comparison, comparisons, win_shares
 from posttrain.rewards.people import Pair, Preference
 from posttrain.rewards.pool import VerifierPool
-from posttrain.rl.types import Rollouts, pad_rows
+from posttrain.stages.batches import sequences
 from posttrain.stages.context import Context
 from posttrain.stages.rollouts import MAX_WORKERS, Scored, submit
 
@@ -57,19 +56,9 @@ class StageTools:
     seed: int = 0
     """The oracle's."""
 
-    @property
-    def work(self) -> Path:
-        """The stage's work directory."""
-        return self.ctx.work
-
-    @property
-    def out(self) -> Path:
-        """Where the stage's artifact is made."""
-        return self.ctx.out
-
     @cached_property
     def _replies(self) -> ReplyCache:
-        return ReplyCache(self.work / REPLIES)
+        return ReplyCache(self.ctx.work / REPLIES)
 
     def endpoint(self, *, url: str, model: str, key: str | None) -> Endpoint:
         """A model behind an endpoint; its replies are kept for all that ask the same."""
@@ -175,7 +164,7 @@ class ScalarJudge:
         rows = list(zip(responses.problems, responses.texts, strict=True))
         prompts = [chat.prompt(p["prompt"], p.get("mode")) for p, _ in rows]
         answers = [chat.response(p["prompt"], text, p.get("mode")) for p, text in rows]
-        rollouts = rollouts_of(prompts, answers, self.language_model.pad_id)
+        rollouts = sequences(prompts, answers, self.language_model.pad_id)
         reward_B = rewards_B(LocalScorer(self.language_model), rollouts)
         scores: list[float] = (reward_B.sigmoid() if self.squash else reward_B).tolist()
         return scores
@@ -224,7 +213,7 @@ class ModelComparison:
             )
             for pair in asked
         ]
-        rollouts = rollouts_of(prompts, [[first]] * len(prompts), self.language_model.pad_id)
+        rollouts = sequences(prompts, [[first]] * len(prompts), self.language_model.pad_id)
         scorer = LocalScorer(self.language_model)
         hidden_BD = scorer.hidden(rollouts).float()
         # The softmax over the vocabulary cancels in the ratio of two of its values.
@@ -274,19 +263,3 @@ def verdict_ids(chat: Chat) -> tuple[int, int]:
             "same token, so its preference cannot be read; use another model, or an endpoint"
         )
     return first, second
-
-
-def rollouts_of(
-    prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], pad_id: int
-) -> Rollouts:
-    """Token ids as rollouts of no sampling policy (log-prob 0)."""
-    rows = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
-    tokens_BT, _ = pad_rows(rows, pad_id)
-    length_B = torch.tensor([len(response) for response in responses])
-    return Rollouts(
-        tokens_BT=tokens_BT,
-        prompt_len_B=torch.tensor([len(prompt) for prompt in prompts]),
-        response_len_B=length_B,
-        logp_BR=torch.zeros(len(rows), int(length_B.max())),
-        finished_B=torch.ones(len(rows), dtype=torch.bool),
-    )

@@ -19,8 +19,7 @@ from posttrain.backends.chat import Chat
 from posttrain.backends.checkpoint import load, save
 from posttrain.backends.local import LocalLearner
 from posttrain.backends.sampler import LocalSampler
-from posttrain.rewards.judge_base import At
-from posttrain.rewards.judging import RewardFunction
+from posttrain.rewards.judging import At, RewardFunction
 from posttrain.rewards.pool import VerifierPool
 from posttrain.rl.advantage import zero_variance
 from posttrain.rl.kept import flat_index
