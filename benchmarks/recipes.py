@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.engine.store import Store
-from posttrain.loading import shipped_recipes
+from posttrain.language.loader import shipped_recipes
 from suite.machine import machine
 from suite.recipe_page import markdown, write_page, write_picture
 

@@ -1,6 +1,6 @@
 """Every call into posttrain that the suite makes.
 
-Threads are used as the stages use them (`posttrain.worker.useful_threads`): a tiny model computes
+Threads are used as the stages use them (`posttrain.stages.worker.useful_threads`): a tiny model computes
 on one, and the others compute other forward passes beside it; a larger model computes on all.
 
 Legend: B rows, N flat response tokens, T positions, V vocabulary, D hidden size.
@@ -15,20 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from posttrain.backends.sampler import LocalSampler
+from posttrain.rl.types import Rollouts
+from posttrain.stages.batches import sequences
+from posttrain.stages.rollouts import Scored, sample_and_verify
 from torch import Tensor
 
 from posttrain.backends.chat import Chat
 from posttrain.backends.checkpoint import LanguageModel, load
 from posttrain.backends.local import LocalLearner, LocalScorer, response_logprobs
-from posttrain.backends.sampler import LocalSampler
 from posttrain.losses.distill import full_vocabulary
-from posttrain.rl.types import Rollouts
 from posttrain.stages import distill, dpo, rl, sft
-from posttrain.stages.batches import sequences
 from posttrain.stages.config import build_config
-from posttrain.stages.rollouts import Scored, sample_and_verify
 from posttrain.stages.teachers import Reading, Teachers
-from posttrain.worker import TINY_BYTES
+from posttrain.stages.worker import TINY_BYTES
 from suite.measure import Work, sampled
 from suite.models import MAX_NEW_TOKENS
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.engine.store import Store
-from posttrain.loading import shipped_recipes
+from posttrain.language.loader import shipped_recipes
 from posttrain.report.gather import domain_colours, gather
 from posttrain.report.lineage import lineage_svg
 

@@ -186,17 +186,17 @@ def recipes(as_json: Json = False) -> None:
 @app.command(rich_help_panel=LOOK)
 def ls(store: StorePath = DEFAULT_STORE, as_json: Json = False) -> None:
     """List all artifacts, newest first."""
-    from posttrain.commands import look
+    from posttrain.commands import inspect
 
-    look.ls(store, as_json=as_json)
+    inspect.ls(store, as_json=as_json)
 
 
 @app.command(rich_help_panel=LOOK)
 def show(artifact: ArtifactName, store: StorePath = DEFAULT_STORE, as_json: Json = False) -> None:
     """Show the record of an artifact: inputs, settings, metrics, files, provenance."""
-    from posttrain.commands import look
+    from posttrain.commands import inspect
 
-    look.show(store, artifact, as_json=as_json)
+    inspect.show(store, artifact, as_json=as_json)
 
 
 @app.command(rich_help_panel=LOOK)
@@ -204,9 +204,9 @@ def lineage(
     artifact: ArtifactName, store: StorePath = DEFAULT_STORE, as_json: Json = False
 ) -> None:
     """Show what an artifact descends from."""
-    from posttrain.commands import look
+    from posttrain.commands import inspect
 
-    look.lineage(store, artifact, as_json=as_json)
+    inspect.lineage(store, artifact, as_json=as_json)
 
 
 @app.command(rich_help_panel=LOOK)
@@ -217,9 +217,9 @@ def diff(
     as_json: Json = False,
 ) -> None:
     """Show in which settings, data and ancestors two artifacts differ, and their metrics."""
-    from posttrain.commands import compare
+    from posttrain.commands import inspect
 
-    compare.diff(store, a, b, as_json=as_json)
+    inspect.diff(store, a, b, as_json=as_json)
 
 
 @app.command(rich_help_panel=LOOK)
@@ -237,10 +237,10 @@ def verify(
 
     Ends with exit code 1 when something is not what was made.
     """
-    from posttrain.commands import compare
+    from posttrain.commands import store as work
 
     names = [] if everything else artifacts or []
-    if not compare.verify(store, names, as_json=as_json):
+    if not work.verify(store, names, as_json=as_json):
         raise typer.Exit(1)
 
 
@@ -309,9 +309,9 @@ def adopt(
     as_json: Json = False,
 ) -> None:
     """Bring a checkpoint from outside into the store, with its history if it was exported."""
-    from posttrain.commands import keep
+    from posttrain.commands import store as work
 
-    keep.adopt(store, source, name=name, copy=copy, as_json=as_json)
+    work.adopt(store, source, name=name, copy=copy, as_json=as_json)
 
 
 @app.command(rich_help_panel=KEEP)
@@ -322,9 +322,9 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Copy an artifact out of the store: a checkpoint that stands alone, with its history."""
-    from posttrain.commands import keep
+    from posttrain.commands import store as work
 
-    keep.export(store, artifact, target, as_json=as_json)
+    work.export(store, artifact, target, as_json=as_json)
 
 
 @app.command(rich_help_panel=KEEP)
@@ -352,7 +352,7 @@ def gc(
     from, themselves included, and what --keep names: an artifact, or all stages of a recipe. The
     rest is listed and, after a question, removed.
     """
-    from posttrain.commands import keep as work
+    from posttrain.commands import store as work
 
     work.gc(
         store,

@@ -16,10 +16,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from posttrain.backends.checkpoint_source import find_checkpoint
 from posttrain.engine.errors import ConfigError
 from posttrain.engine.graph import Graph, Node
 from posttrain.engine.store import Store
-from posttrain.external import find_external
 from posttrain.judges import Judge
 from posttrain.language.bases import TINY
 from posttrain.language.builder import Builder
@@ -95,7 +95,7 @@ class Recipe(Operators):
     def model(self, source: str | Path, *, name: str = "base") -> Stage:
         """A checkpoint from outside: a directory, an adopted name or a Hub id."""
         adopted = self._build.adopted(str(source))
-        external = adopted or find_external(source, self._build.hash_file)
+        external = adopted or find_checkpoint(source, self._build.hash_file)
         self._build.external[name] = external
         node = Node(
             name=name,
@@ -180,7 +180,7 @@ class Recipe(Operators):
             inputs["reference"] = self._build.model(name, "reference", reference)
             self._build.same_vocabulary(name, start.name, reference.name, role="reference")
         stage = self._trained("dpo", name, settings, inputs, aux)
-        if reference is not None and self._build.nodes[name].config["loss"] == "simpo":
+        if reference is not None and self._build.settings[name].loss.kind == "simpo":
             raise ConfigError(
                 f"stage {name!r} (dpo): loss = simpo reads no reference; leave reference= out, or "
                 "use another loss"
@@ -232,12 +232,12 @@ class Recipe(Operators):
             settings = {"reward": reward} | settings
         stage = self._trained("rl", name, prompts.settings() | settings, inputs, aux)
         check_judge(self._build, stage, "reward", prompts.domains)
-        if critic is not None and self._build.nodes[name].config["advantage"] != "gae":
+        if critic is not None and not self._build.settings[name].uses_critic:
             raise ConfigError(
                 f"stage {name!r} (rl): critic = {critic.name!r} is read with advantage = gae only; "
                 "set that, or leave critic= out"
             )
-        self._build.named_domains(stage, prompts.domains, "domain_kl", "critique_domains")
+        self._build.named_domains(stage, prompts.domains, "kl.domains", "critique.domains")
         check_drawing(self._build, stage, profile)
         return stage
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
+from inspect import get_annotations
 from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError
@@ -38,7 +39,7 @@ def changing(default: Any, **limits: Any) -> Any:
 class Settings(BaseModel):
     """Base of all settings. An unknown name is an error; nothing changes after it was made.
 
-    The settings of a choice may also be given in the order of its fields: `TopK(64)`.
+    What a class adds itself may also be given in its order: `TopK(64)`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -50,7 +51,8 @@ class Settings(BaseModel):
     """Those of own fields and of entries of own dicts; the fields hold the first values."""
 
     def __init__(self, *values: Any, **settings: Any) -> None:
-        names = [name for name in type(self).model_fields if name != "kind"]
+        own = get_annotations(type(self))
+        names = [name for name in type(self).model_fields if name in own and name != "kind"]
         if len(values) > len(names):
             raise TypeError(f"{type(self).__name__} takes {', '.join(names) or 'no settings'}")
         given = dict(zip(names, values, strict=False))
@@ -69,8 +71,12 @@ class Settings(BaseModel):
         built = handler(plain)
         if schedules:
             built._schedules = schedules
+            built.check_schedules()
             _check_all_values(cls, plain, schedules)
         return built
+
+    def check_schedules(self) -> None:
+        """Raise ValueError for a schedule that these settings cannot have."""
 
     @property
     def schedules(self) -> dict[str, Schedule]:
@@ -94,7 +100,7 @@ class Settings(BaseModel):
                 )
 
     def at(self, step: int, total: int, history: History) -> Self:
-        """The settings of 0-based `step` of `total`, schedules resolved; the same where none has."""
+        """The settings of 0-based `step` of `total`, with schedules resolved."""
         placed: dict[str, Any] = {
             path: _rounded(schedule.at(step, total, history), like=self._first(path))
             for path, schedule in self._schedules.items()

@@ -28,12 +28,9 @@ from posttrain.backends.architecture import (
     path_of,
 )
 from posttrain.backends.checkpoint import LanguageModel, load, save
-from posttrain.backends.drawing import Drawn
-from posttrain.backends.local import LocalScorer
-from posttrain.backends.lockstep import Lockstep
-from posttrain.backends.sampler import LocalSampler
+from posttrain.backends.local import LocalSampler, LocalScorer
 from posttrain.engine.errors import ConfigError
-from posttrain.stages.batches import sequences
+from posttrain.rl.batch import Batch
 
 MakeModel = Callable[..., LanguageModel]
 
@@ -95,20 +92,18 @@ def test_packed_families_read_and_sample_what_the_plain_path_does(
     assert path_of(model) == "packed"
     generator = torch.Generator().manual_seed(1)
     responses = [torch.randint(5, 95, (n,), generator=generator).tolist() for n in (2, 9, 12, 4)]
-    rollouts = sequences(PROMPTS, responses, pad_id=0)
+    rollouts = Batch.from_tokens(PROMPTS, responses, pad_id=0)
     packed = LocalScorer(language_model).hidden(rollouts)
     with torch.no_grad():
         padded_BTD = backbone(model)(input_ids=rollouts.tokens_BT, use_cache=False)[0]
-    plain = padded_BTD[:, :-1][rollouts.response_mask_BT()[:, 1:]]
+    plain = padded_BTD[:, :-1][rollouts.sampled_BT[:, 1:]]
     assert (packed - plain).abs().max() <= 1e-5 * max(1.0, float(plain.abs().max()))
-    lengths: dict[str, int] = {"group_size": 2, "max_new_tokens": 10}
-    sampler = LocalSampler(language_model, max_rows=5)
-    ids = {"pad_id": 0, "stop_ids": sampler.stop_ids, "num_ids": len(sampler.head.weight_VD)}
-    drawn = Drawn(PROMPTS, **lengths, **ids)  # type: ignore[arg-type]
-    run = Lockstep(model, sampler.head, drawn, temperature=0.0, seed=0)
-    assert list(run)
-    slots = sampler.sample(PROMPTS, **lengths, temperature=0.0, seed=0)
-    assert slots.responses() == run.rollouts().responses()
+    lengths: dict[str, Any] = {"group_size": 2, "max_new_tokens": 10, "temperature": 0.0}
+    slots, lockstep = (
+        LocalSampler(language_model, max_rows=5, fast_paths=fast).sample(PROMPTS, seed=0, **lengths)
+        for fast in (True, False)
+    )
+    assert slots.responses() == lockstep.responses()
 
 
 def refused(config: Any) -> str:

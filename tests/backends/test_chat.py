@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
@@ -11,8 +12,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from posttrain.backends.chat import Chat
-from posttrain.backends.checkpoint import LanguageModel
+from posttrain.backends.chat import Chat, check_same_tokens
+from posttrain.backends.checkpoint import LanguageModel, chat_of
 from posttrain.backends.tiny import character_tokenizer
 from posttrain.engine.errors import ConfigError
 
@@ -56,17 +57,26 @@ def language_model() -> LanguageModel:
     return LanguageModel(model=model, tokenizer=tokenizer)
 
 
+def new_chat(language_model: LanguageModel) -> Chat:
+    return Chat(
+        language_model.tokenizer,
+        stop_ids=language_model.stop_ids,
+        pad_id=language_model.pad_id,
+        num_ids=len(language_model.tokenizer),
+    )
+
+
 def with_template(
     language_model: LanguageModel, template: str | None, stop: Any = None
 ) -> tuple[Chat, Any]:
     language_model.tokenizer.chat_template = template
     language_model.model.generation_config.eos_token_id = stop
-    return Chat(language_model), language_model.tokenizer
+    return new_chat(language_model), language_model.tokenizer
 
 
 def test_the_tiny_tokenizer_is_one_token_per_character(make_model: Callable[..., Any]) -> None:
     model = make_model()
-    chat, tokenizer = Chat(model), model.tokenizer
+    chat, tokenizer = chat_of(model), model.tokenizer
     tokens = tokenizer.convert_ids_to_tokens(chat.prompt("a 4-1"))
     assert tokens == ["<|user|>", *"a 4-1", "<|assistant|>"]
     response = chat.response("a 4-1", "4-1=3")
@@ -80,7 +90,7 @@ def test_characters_that_the_tiny_tokenizer_lacks_become_one_unknown_token(
     make_model: Callable[..., Any],
 ) -> None:
     model = make_model()
-    chat, tokenizer = Chat(model), model.tokenizer
+    chat, tokenizer = chat_of(model), model.tokenizer
     unknown = tokenizer.convert_tokens_to_ids("<|unknown|>")
     assert chat.prompt("4µ2")[1:-1] == [
         tokenizer.convert_tokens_to_ids("4"),
@@ -207,7 +217,7 @@ def end_of(language_model: LanguageModel) -> int:
 
 def test_the_tiny_template_thinks_as_qwen3_does(language_model: LanguageModel) -> None:
     tokenizer = character_tokenizer([], thinking=True)
-    chat = Chat(replace(language_model, tokenizer=tokenizer))
+    chat = new_chat(replace(language_model, tokenizer=tokenizer))
     chat.stop_ids = (tokenizer.eos_token_id,)
 
     def tokens(ids: list[int]) -> list[str]:
@@ -272,3 +282,29 @@ def test_a_mode_that_the_template_does_not_know_is_an_error(
         chat.prompt("q", mode)
     with pytest.raises(ConfigError, match=message):
         chat.response("q", "blue", mode)
+
+
+def test_a_teacher_means_the_same_by_every_token(language_model: LanguageModel) -> None:
+    ours = new_chat(language_model)
+    check_same_tokens(ours, new_chat(language_model), "math")
+
+    def theirs(**changes: Any) -> Chat:
+        facts = {"stop_ids": ours.stop_ids, "pad_id": ours.pad_id, "num_ids": ours.num_ids}
+        tokenizer = changes.pop("tokenizer", ours.tokenizer)
+        return Chat(tokenizer, **(facts | changes))
+
+    check_same_tokens(ours, theirs(pad_id=7, max_positions=5), "math")
+    other = copy.deepcopy(ours.tokenizer)
+    other.add_tokens(["<new>"])
+    templated = copy.deepcopy(ours.tokenizer)
+    templated.chat_template = CHATML
+    for chat, message in (
+        (theirs(num_ids=7), r"teacher 'math': .*: output layer rows is 7 there and \d+ here"),
+        (theirs(stop_ids=(3, 1)), r"stop token ids is \[1, 3\] there and \[1\] here"),
+        (theirs(tokenizer=other), r"id of token '<new>' is \d+ there and None here"),
+        (theirs(tokenizer=templated), "chat template is .* there and None here"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            check_same_tokens(ours, chat, "math")
+    with pytest.raises(ConfigError, match=r"^critic 'start'.*a critic must come from"):
+        check_same_tokens(ours, theirs(num_ids=7), "start", role="critic")

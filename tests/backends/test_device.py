@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from posttrain.backends.device import check_precision, choose_device, has_bfloat16
-from posttrain.backends.drawing import fixed_point
+from posttrain.backends.token_sampling import fixed_point
 from posttrain.engine.errors import ConfigError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

@@ -1,6 +1,6 @@
 """The fast paths against the general ones: fused decode steps, and forward passes over flat rows.
 
-Legend: P prompts, L rows, D hidden, N flat response tokens.
+Legend: P prompts, L rows, D hidden, N sampled tokens.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ from transformers import (
     Qwen3Config,
 )
 
-from posttrain.backends import local
 from posttrain.backends.checkpoint import LanguageModel
-from posttrain.backends.decoder import TransformersDecoder
-from posttrain.backends.fused import FusedDecoder, is_fusable
-from posttrain.backends.sampler import LocalSampler
+from posttrain.backends.cpu.decoder import TransformersDecoder
+from posttrain.backends.cpu.flat import FlatPass
+from posttrain.backends.cpu.fused import FusedDecoder, is_fusable
+from posttrain.backends.cpu.packing import flat_passes, packed_passes
+from posttrain.backends.local import LocalSampler
+from posttrain.backends.padded import padded_passes
 from posttrain.backends.tiny import character_tokenizer
-from posttrain.rl.types import Rollouts
-from posttrain.stages.batches import sequences
+from posttrain.rl.batch import Batch, ragged_index
 
 MakeModel = Callable[..., LanguageModel]
 SHAPE: dict[str, Any] = {
@@ -124,47 +125,73 @@ def test_the_cache_of_an_earlier_call_is_used_again_and_forgotten() -> None:
     fresh = LocalSampler(language_model).sample(PROMPTS, max_new_tokens=9, **settings)
     sampler = LocalSampler(language_model)
     sampler.sample([[50] * 30] * 5, max_new_tokens=40, **settings)
-    buffer = sampler._buffer
+    buffer = sampler.decoders.buffer
     again = sampler.sample(PROMPTS, max_new_tokens=9, **settings)
-    assert sampler._buffer is buffer
+    assert sampler.decoders.buffer is buffer
     assert again.responses() == fresh.responses()
-    torch.testing.assert_close(again.logp_BR, fresh.logp_BR, atol=1e-6, rtol=0)
+    torch.testing.assert_close(again["sampler_logp_N"], fresh["sampler_logp_N"], atol=1e-6, rtol=0)
     sampler.sample([[50] * 60] * 5, max_new_tokens=60, **settings)
-    assert sampler._buffer is not buffer
+    assert sampler.decoders.buffer is not buffer
 
 
-def groups() -> Rollouts:
+def groups() -> Batch:
     """Groups of three with prompts of several lengths, and one response of one token."""
     generator = torch.Generator().manual_seed(1)
     lengths = (3, 8, 1, 5, 5, 2, 7, 4, 6, 20, 21, 1)
     responses = [torch.randint(5, 90, (n,), generator=generator).tolist() for n in lengths]
-    return sequences([p for p in PROMPTS for _ in range(3)], responses, pad_id=0)
+    return Batch.from_tokens([p for p in PROMPTS for _ in range(3)], responses, pad_id=0)
 
 
 @pytest.mark.parametrize("max_tokens", [1, 40, 8192])
-def test_flat_passes_learn_what_bins_do(
-    language_model: LanguageModel, max_tokens: int, monkeypatch: pytest.MonkeyPatch
+def turns() -> Batch:
+    """Rows with several sampled spans, text between and after them; pairs share a prompt."""
+    generator = torch.Generator().manual_seed(2)
+    rows = []
+    for prompt in PROMPTS:
+        for lengths in ((3, 4, 2), (1, 9, 1, 2, 5, 3)):
+            ids = [torch.randint(5, 90, (n,), generator=generator).tolist() for n in lengths]
+            spans = [(part, number % 2 == 0) for number, part in enumerate(ids)]
+            rows.append([(prompt, False), *spans])
+    return Batch.from_spans(rows, pad_id=0)
+
+
+BATCHES = {
+    "groups": groups,
+    "turns": turns,
+    "ends": lambda: groups().with_end_position(),
+}
+
+
+@pytest.mark.parametrize("rows", BATCHES)
+@pytest.mark.parametrize("max_tokens", [1, 40, 8192])
+def test_every_way_through_the_model_gives_the_same(
+    language_model: LanguageModel, max_tokens: int, rows: str
 ) -> None:
-    """Hidden states and the gradients of all weights, in float64 but for the norms."""
-    model, rollouts = language_model.model.double(), groups()
-    length_B = rollouts.response_len_B
-    start_B = length_B.cumsum(0) - length_B
-    weight_N = torch.linspace(-1, 1, rollouts.num_tokens, dtype=torch.float64)
+    """Hidden states and the gradients of all weights of padded rows, bins and flat rows, in float64
+    but for the norms."""
+    model, batch = language_model.model.double(), BATCHES[rows]()
+    sizes = {"max_tokens": max_tokens, "hidden_size": model.config.hidden_size}
+    ways: list[list[Any]] = [
+        list(padded_passes(batch, max_tokens=max_tokens, group_rows=1)),
+        list(packed_passes(batch, **sizes)),
+        [FlatPass(parts=parts) for parts in flat_passes(batch, **sizes)],
+    ]
+    weight_N = torch.linspace(-1, 1, batch.num_tokens, dtype=torch.float64)
     found: list[tuple[Tensor, dict[str, Tensor]]] = []
-    for flat in (True, False):
-        monkeypatch.setattr(local, "is_flat", lambda _, flat=flat: flat)
+    for passes in ways:
         model.zero_grad()
-        hidden_ND = torch.zeros(rollouts.num_tokens, 32, dtype=torch.float64)
-        for forward in local.passes(model, rollouts, max_tokens):
-            part_ND = local.hidden_states(model, forward)
-            flat_N = local.flat_index(start_B, length_B, forward.index_B)
-            (part_ND.pow(3).sum(1) * weight_N[flat_N]).sum().backward()
-            hidden_ND[flat_N] = part_ND.detach()
+        hidden_ND = torch.zeros(batch.num_tokens, 32, dtype=torch.float64)
+        for forward in passes:
+            part_ND = forward.hidden_states(model)
+            index_N = ragged_index(batch.sampled_len_B, forward.index_B)
+            (part_ND.pow(3).sum(1) * weight_N[index_N]).sum().backward()
+            hidden_ND[index_N] = part_ND.detach()
         gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
         found.append((hidden_ND, {name: grad.clone() for name, grad in gradients.items()}))
-    (ours, mine), (theirs, expected) = found
-    torch.testing.assert_close(ours, theirs, atol=1e-6 * float(theirs.abs().max()), rtol=0)
-    assert mine.keys() == expected.keys() and len(mine) > 3
-    for name, gradient in expected.items():
-        scale = float(gradient.abs().max())
-        torch.testing.assert_close(mine[name], gradient, atol=2e-6 * scale + 1e-9, rtol=0)
+    theirs, expected = found[0]
+    for ours, mine in found[1:]:
+        torch.testing.assert_close(ours, theirs, atol=1e-6 * float(theirs.abs().max()), rtol=0)
+        assert mine.keys() == expected.keys() and len(mine) > 3
+        for name, gradient in expected.items():
+            scale = float(gradient.abs().max())
+            torch.testing.assert_close(mine[name], gradient, atol=2e-6 * scale + 1e-9, rtol=0)

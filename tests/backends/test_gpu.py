@@ -1,22 +1,21 @@
 """On a real CUDA device: the sampler against `generate`, packing, and a compiled learner.
 
-Legend: N flat response tokens, D hidden.
+Legend: N sampled tokens, D hidden.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from posttrain.backends.base import Head, Metrics, MicroBatch
+from posttrain.backends.base import LearnerSettings, Metrics, TokenLoss
 from posttrain.backends.checkpoint import LanguageModel
-from posttrain.backends.local import LocalLearner, LocalScorer, response_targets
-from posttrain.backends.sampler import LocalSampler
-from posttrain.losses.ops import token_logprobs
-from posttrain.rl.types import Rollouts
+from posttrain.backends.local import LocalLearner, LocalSampler, LocalScorer
+from posttrain.rl.batch import Batch
 
 pytestmark = [
     pytest.mark.gpu,
@@ -33,7 +32,7 @@ def on_cuda(language_model: LanguageModel) -> LanguageModel:
     return language_model
 
 
-def sample(language_model: LanguageModel, temperature: float = 1.0) -> Rollouts:
+def sample(language_model: LanguageModel, temperature: float = 1.0) -> Batch:
     return LocalSampler(language_model, max_rows=7).sample(
         PROMPTS, group_size=3, max_new_tokens=12, temperature=temperature, seed=3
     )
@@ -57,7 +56,7 @@ def test_draws_are_those_of_the_cpu(make_model: MakeModel, kind: str) -> None:
     here = sample(make_model(kind, stop=STOPS))
     assert there.tokens_BT.device.type == "cpu"
     assert there.responses() == here.responses()
-    assert torch.allclose(there.logp_BR, here.logp_BR, atol=1e-4)
+    assert torch.allclose(there["sampler_logp_N"], here["sampler_logp_N"], atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -65,16 +64,19 @@ def test_packed_rows_are_rows_alone(make_model: MakeModel, kind: str) -> None:
     language_model = on_cuda(make_model(kind, stop=STOPS))
     rollouts = sample(language_model)
     scorer = LocalScorer(language_model)
-    alone = [scorer.hidden(rollouts.rows(torch.tensor([row]))) for row in range(len(rollouts))]
+    alone = [scorer.hidden(rollouts.select(torch.tensor([row]))) for row in range(len(rollouts))]
     packed_ND = scorer.hidden(rollouts)
     assert packed_ND.device.type == "cuda"
     assert torch.allclose(packed_ND, torch.cat(alone), atol=1e-4)
 
 
-def cross_entropy(hidden_ND: Tensor, head: Head, part: MicroBatch) -> tuple[Tensor, Metrics]:
-    targets_N = response_targets(part.rollouts)
-    logp_N, _ = token_logprobs(hidden_ND, head.weight_VD, targets_N, bias_V=head.bias_V)
+def negative_logp(
+    _: Any, logp_N: Tensor, entropy_N: Tensor, batch: Batch
+) -> tuple[Tensor, Metrics]:
     return -logp_N.sum(), {"loss": -logp_N.sum().detach()}
+
+
+CROSS_ENTROPY = TokenLoss(negative_logp)
 
 
 @pytest.mark.slow
@@ -85,15 +87,12 @@ def test_a_compiled_learner_learns_the_same(make_model: MakeModel, dtype: torch.
     for compile in (False, True):
         learner = LocalLearner(
             on_cuda(make_model(stop=STOPS)),
-            betas=(0.9, 0.98),
-            weight_decay=0.0,
-            max_grad_norm=1.0,
-            dtype=dtype,
+            LearnerSettings(betas=(0.9, 0.98), weight_decay=0.0, max_grad_norm=1.0, dtype=dtype),
             compile=compile,
         )
-        parts = (rollouts, rollouts.rows(torch.arange(4)), rollouts)
+        parts = (rollouts, rollouts.select(torch.arange(4)), rollouts)
         results.append(
-            [learner.update(part, cross_entropy, count=part.num_tokens, lr=1e-3) for part in parts]
+            [learner.update(part, CROSS_ENTROPY, count=part.num_tokens, lr=1e-3) for part in parts]
         )
     near = 1e-3 if dtype == torch.float32 else 0.05
     for plain, compiled in zip(*results, strict=True):

@@ -1,6 +1,6 @@
 """The learner and scorer: right positions, splitting that changes nothing, exact continuation.
 
-Legend: B rows, T positions, N flat response tokens, D hidden.
+Legend: B rows, T positions, N sampled tokens, D hidden.
 """
 
 from __future__ import annotations
@@ -13,45 +13,40 @@ import pytest
 import torch
 from torch import Tensor
 
-from posttrain.backends.base import Head, Metrics, MicroBatch
+from posttrain.backends.base import LearnerSettings, Metrics, TokenLoss
 from posttrain.backends.checkpoint import LanguageModel
-from posttrain.backends.local import (
-    LocalLearner,
-    LocalScorer,
-    flat_index,
-    hidden_states,
-    passes,
-    response_logprobs,
-    response_targets,
-)
+from posttrain.backends.forward import forward_passes, sampled_logprobs
+from posttrain.backends.local import LocalLearner, LocalScorer
 from posttrain.engine.errors import ConfigError, StageError
-from posttrain.losses.ops import token_logprobs
-from posttrain.rl.types import Rollouts
-from posttrain.stages.batches import sequences
+from posttrain.rl.batch import Batch
 
 MakeModel = Callable[..., LanguageModel]
 LENGTHS = [(3, 2), (7, 5), (1, 1), (4, 6), (5, 5), (2, 9), (6, 3)]
 
 
-def batch(seed: int = 0) -> Rollouts:
+def batch(seed: int = 0) -> Batch:
     """Seven rows of different lengths."""
     generator = torch.Generator().manual_seed(seed)
     prompts, responses = (
         [torch.randint(5, 90, (pair[i],), generator=generator).tolist() for pair in LENGTHS]
         for i in range(2)
     )
-    return sequences(prompts, responses, pad_id=0)
+    return Batch.from_tokens(prompts, responses, pad_id=0)
 
 
 def learner(language_model: LanguageModel, **options: Any) -> LocalLearner:
     settings = {"weight_decay": 0.1, "max_grad_norm": 1.0, "max_tokens": 8192} | options
-    return LocalLearner(language_model, betas=(0.9, 0.98), **settings)
+    machine = {k: settings.pop(k) for k in ("max_tokens", "compile", "workers") if k in settings}
+    return LocalLearner(language_model, LearnerSettings(betas=(0.9, 0.98), **settings), **machine)
 
 
-def cross_entropy(hidden_ND: Tensor, head: Head, part: MicroBatch) -> tuple[Tensor, Metrics]:
-    targets_N = response_targets(part.rollouts)
-    logp_N, _ = token_logprobs(hidden_ND, head.weight_VD, targets_N, bias_V=head.bias_V)
-    return -logp_N.sum(), {"loss": -logp_N.sum().detach(), "rows": torch.tensor(len(part.index_B))}
+def negative_logp(
+    _: Any, logp_N: Tensor, entropy_N: Tensor, batch: Batch
+) -> tuple[Tensor, Metrics]:
+    return -logp_N.sum(), {"loss": -logp_N.sum().detach(), "rows": torch.tensor(len(batch))}
+
+
+CROSS_ENTROPY = TokenLoss(negative_logp)
 
 
 def weights(language_model: LanguageModel) -> dict[str, Tensor]:
@@ -75,28 +70,29 @@ def test_hidden_states_predict_the_response_tokens(
     logits_NV = torch.nn.functional.linear(hidden_ND, head.weight_VD, head.bias_V)
     torch.testing.assert_close(logits_NV, torch.cat(expected), atol=2e-5, rtol=1e-5)
     flat = [token for response in rollouts.responses() for token in response]
-    assert response_targets(rollouts).tolist() == flat
+    assert rollouts.targets_N.tolist() == flat
 
 
 def test_a_row_longer_than_the_model_is_refused(make_model: MakeModel) -> None:
     language_model = make_model(positions=11)
     with pytest.raises(ConfigError, match=r"a row of 12 tokens.* 11 positions"):
-        learner(language_model).update(batch(), cross_entropy, count=1, lr=0.01)
-    learner(make_model(positions=12)).update(batch(), cross_entropy, count=1, lr=0.01)
+        learner(language_model).update(batch(), CROSS_ENTROPY, count=1, lr=0.01)
+    learner(make_model(positions=12)).update(batch(), CROSS_ENTROPY, count=1, lr=0.01)
 
 
 @pytest.mark.parametrize("factor", [float("nan"), float("inf")])
 def test_a_gradient_that_is_not_finite_stops_before_the_update(
     make_model: MakeModel, factor: float
 ) -> None:
-    def diverged(hidden_ND: Tensor, head: Head, part: MicroBatch) -> tuple[Tensor, Metrics]:
-        loss, metrics = cross_entropy(hidden_ND, head, part)
-        return loss * factor, metrics
+    def diverged(
+        factor: float, logp_N: Tensor, entropy_N: Tensor, batch: Batch
+    ) -> tuple[Tensor, Metrics]:
+        return logp_N.sum() * factor, {}
 
     language_model = make_model()
     before = weights(language_model)
     with pytest.raises(StageError, match=r"diverged: the gradient norm is (nan|inf) at lr 0\.01"):
-        learner(language_model).update(batch(), diverged, count=1, lr=0.01)
+        learner(language_model).update(batch(), TokenLoss(diverged, factor), count=1, lr=0.01)
     after = weights(language_model)
     assert all(torch.equal(before[name], after[name]) for name in before)
 
@@ -110,20 +106,20 @@ def test_a_shared_prompt_learns_what_padded_rows_do(make_model: MakeModel, kind:
     prompts = [torch.randint(5, 90, (n,), generator=generator).tolist() for n in (6, 1, 9)]
     lengths = (3, 8, 1, 5, 5, 2, 7, 4, 6)
     responses = [torch.randint(5, 90, (n,), generator=generator).tolist() for n in lengths]
-    rollouts = sequences([p for p in prompts for _ in range(3)], responses, pad_id=0)
+    rollouts = Batch.from_tokens([p for p in prompts for _ in range(3)], responses, pad_id=0)
     model = language_model.model.double()
     logits_BTV = model(input_ids=rollouts.tokens_BT).logits[:, :-1]
     logp_BT = torch.log_softmax(logits_BTV, -1).gather(2, rollouts.tokens_BT[:, 1:, None])[..., 0]
-    (-logp_BT[rollouts.response_mask_BT()[:, 1:]].sum() / 41).backward()
+    (-logp_BT[rollouts.sampled_BT[:, 1:]].sum() / 41).backward()
     padded = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
-    (forward,) = passes(model, rollouts, 8192)
-    tokens = sum(len(part.at_M) for part in forward.parts)
+    (forward,) = forward_passes(model, rollouts, max_tokens=8192)
+    parts = getattr(forward, "parts", (forward,))
+    tokens = sum(len(part.index_M) for part in parts)
     assert tokens == 6 + 1 + 9 + sum(lengths) - len(lengths)
-    index_B = forward.index_B
-    part = MicroBatch(index_B=index_B, rollouts=rollouts.rows(index_B))
-    loss, _ = cross_entropy(hidden_states(model, forward), LocalScorer(language_model).head, part)
-    (loss / 41).backward()
+    rows, head = rollouts.select(forward.index_B), LocalScorer(language_model).head
+    logp_N, _ = sampled_logprobs(forward.hidden_states(model), head, rows, 1.0)
+    (-logp_N.sum() / 41).backward()
     for name, parameter in model.named_parameters():
         scale = float(padded[name].abs().max())
         torch.testing.assert_close(parameter.grad, padded[name], atol=1e-6 * scale + 1e-9, rtol=0)
@@ -139,7 +135,7 @@ def test_many_micro_batches_learn_what_one_does(make_model: MakeModel, max_token
         language_model.model.double()
         trainer = learner(language_model, max_tokens=budget, dtype=torch.float64)
         rollouts = batch()
-        metrics = trainer.update(rollouts, cross_entropy, count=rollouts.num_tokens, lr=0.01)
+        metrics = trainer.update(rollouts, CROSS_ENTROPY, count=rollouts.num_tokens, lr=0.01)
         results.append((metrics, weights(language_model)))
     (one, whole), (many, split) = results
     assert one == pytest.approx(many, rel=1e-12)
@@ -156,9 +152,9 @@ def test_workers_change_no_bit(make_model: MakeModel, kind: str) -> None:
         for helpers in (None, workers):
             language_model = make_model(kind)
             trainer = learner(language_model, max_tokens=30, workers=helpers)
-            assert len(list(passes(language_model.model, batch(), 30))) > 1
+            assert len(list(forward_passes(language_model.model, batch(), max_tokens=30))) > 1
             for _ in range(3):
-                metrics = trainer.update(batch(), cross_entropy, count=31.0, lr=0.01)
+                metrics = trainer.update(batch(), CROSS_ENTROPY, count=31.0, lr=0.01)
             found.append((metrics, weights(language_model)))
     (one, alone), (other, together) = found
     assert one == other
@@ -169,12 +165,12 @@ def test_update_is_adamw_on_the_mean_loss_with_a_clipped_gradient(make_model: Ma
     ours, theirs = make_model(), make_model()
     rollouts = batch()
     metrics = learner(ours, max_grad_norm=0.5).update(
-        rollouts, cross_entropy, count=rollouts.num_tokens, lr=0.01
+        rollouts, CROSS_ENTROPY, count=rollouts.num_tokens, lr=0.01
     )
     optimizer = torch.optim.AdamW(
         theirs.model.parameters(), lr=0.01, betas=(0.9, 0.98), weight_decay=0.1
     )
-    labels_BT = rollouts.tokens_BT.masked_fill(~rollouts.response_mask_BT(), -100)
+    labels_BT = rollouts.tokens_BT.masked_fill(~rollouts.sampled_BT, -100)
     loss = theirs.model(input_ids=rollouts.tokens_BT, labels=labels_BT).loss
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(theirs.model.parameters(), 0.5)
@@ -196,7 +192,7 @@ def test_learning_has_no_dropout(make_model: MakeModel) -> None:
         language_model.model.train()
         trainer = learner(language_model)
         torch.manual_seed(seed)
-        losses.append(trainer.update(rollouts, cross_entropy, count=1, lr=1e-3)["loss"])
+        losses.append(trainer.update(rollouts, CROSS_ENTROPY, count=1, lr=1e-3)["loss"])
     assert losses[0] == losses[1]
 
 
@@ -205,7 +201,7 @@ def test_a_restored_learner_goes_on_with_the_same_bits(make_model: MakeModel, ki
     def steps(trainer: LocalLearner, first: int, last: int) -> None:
         for step in range(first, last):
             rollouts = batch(step)
-            trainer.update(rollouts, cross_entropy, count=rollouts.num_tokens, lr=0.01)
+            trainer.update(rollouts, CROSS_ENTROPY, count=rollouts.num_tokens, lr=0.01)
 
     whole = make_model(kind)
     steps(learner(whole), 0, 5)
@@ -227,11 +223,11 @@ def test_a_restored_learner_goes_on_with_the_same_bits(make_model: MakeModel, ki
 def test_a_restored_state_is_a_copy(make_model: MakeModel) -> None:
     language_model, rollouts = make_model(), batch()
     trainer = learner(language_model)
-    trainer.update(rollouts, cross_entropy, count=1, lr=0.01)
+    trainer.update(rollouts, CROSS_ENTROPY, count=1, lr=0.01)
     state = {name: tensor.clone() for name, tensor in trainer.state().items()}
     kept = {name: tensor.clone() for name, tensor in state.items()}
     trainer.restore(state)
-    trainer.update(rollouts, cross_entropy, count=1, lr=0.01)
+    trainer.update(rollouts, CROSS_ENTROPY, count=1, lr=0.01)
     for name in kept:
         assert torch.equal(state[name], kept[name]), name
 
@@ -243,7 +239,7 @@ def test_the_scorer_answers_in_the_order_of_the_rows(
     language_model, rollouts = make_model(), batch()
     scorer = LocalScorer(language_model, max_tokens=max_tokens)
     hidden_ND = scorer.hidden(rollouts)
-    alone = [scorer.hidden(rollouts.rows(torch.tensor([n]))) for n in range(len(rollouts))]
+    alone = [scorer.hidden(rollouts.select(torch.tensor([n]))) for n in range(len(rollouts))]
     expected = torch.cat(alone)
     torch.testing.assert_close(hidden_ND, expected, atol=1e-5, rtol=1e-5)
     assert not hidden_ND.requires_grad
@@ -254,18 +250,8 @@ def test_logprobs_of_the_learner_are_those_of_its_weights(make_model: MakeModel)
     trainer = learner(language_model, max_tokens=13)
     before = trainer.logprobs(rollouts, temperature=0.7)
     scorer = LocalScorer(language_model)
-    expected = response_logprobs(scorer.hidden(rollouts), scorer.head, rollouts, 0.7)
+    expected = scorer.logprobs(rollouts, temperature=0.7)
     torch.testing.assert_close(before, expected, atol=1e-5, rtol=1e-5)
     assert not before.requires_grad
-    trainer.update(rollouts, cross_entropy, count=rollouts.num_tokens, lr=0.01)
+    trainer.update(rollouts, CROSS_ENTROPY, count=rollouts.num_tokens, lr=0.01)
     assert trainer.logprobs(rollouts, temperature=0.7).mean() > before.mean()
-
-
-def test_flat_index_finds_the_tokens_of_chosen_rows() -> None:
-    rollouts = batch()
-    count_B = rollouts.response_len_B
-    start_B = count_B.cumsum(0) - count_B
-    index_B = torch.tensor([5, 0, 3])
-    flat_N = flat_index(start_B, count_B, index_B)
-    expected = [token for i in (5, 0, 3) for token in rollouts.responses()[i]]
-    assert response_targets(rollouts)[flat_N].tolist() == expected

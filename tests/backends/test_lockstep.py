@@ -1,6 +1,6 @@
 """The plain path, family by family: what transformers computes for a row alone is what comes out.
 
-Legend: B rows, T positions, N flat response tokens, D hidden.
+Legend: B rows, T positions, N sampled tokens, D hidden.
 """
 
 from __future__ import annotations
@@ -13,21 +13,12 @@ import torch
 from torch import Tensor
 
 from posttrain.backends.architecture import CachedRows, backbone, path_of
-from posttrain.backends.base import Head, Metrics, MicroBatch
-from posttrain.backends.checkpoint import LanguageModel, output_head
-from posttrain.backends.drawing import Drawn
-from posttrain.backends.local import (
-    LocalLearner,
-    LocalScorer,
-    hidden_states,
-    passes,
-    response_targets,
-)
-from posttrain.backends.lockstep import Lockstep
-from posttrain.backends.sampler import LocalSampler
-from posttrain.losses.ops import token_logprobs
-from posttrain.rl.types import Rollouts
-from posttrain.stages.batches import sequences
+from posttrain.backends.base import LearnerSettings, Metrics, TokenLoss
+from posttrain.backends.checkpoint import LanguageModel
+from posttrain.backends.forward import forward_passes
+from posttrain.backends.local import LocalLearner, LocalSampler, LocalScorer
+from posttrain.backends.token_sampling import LocalSampling
+from posttrain.rl.batch import Batch
 
 MakeModel = Callable[..., LanguageModel]
 # Longer and shorter than the windows (6), the chunks of scans (8) and the convolutions (4).
@@ -51,25 +42,18 @@ LOOSE = {"qwen3_next": 5e-4, "qwen3_5_text": 5e-4, "olmo_hybrid": 5e-4}
 KINDS = ("mistral", "mamba2", "falcon_h1", "qwen3_next", "lfm2")
 
 
-def lockstep(language_model: LanguageModel, prompts: Any = PROMPTS, **settings: Any) -> Lockstep:
+def lockstep(
+    language_model: LanguageModel, prompts: Any = PROMPTS, *, max_rows: int = 256, **settings: Any
+) -> LocalSampling:
     defaults = {"group_size": 1, "max_new_tokens": 12, "temperature": 1.0, "seed": 3}
-    settings = defaults | settings
-    head = output_head(language_model.model)
-    drawn = Drawn(
-        prompts,
-        group_size=settings.pop("group_size"),
-        max_new_tokens=settings.pop("max_new_tokens"),
-        pad_id=language_model.pad_id,
-        stop_ids=torch.tensor(language_model.stop_ids),
-        num_ids=len(head.weight_VD),
-    )
-    return Lockstep(language_model.model, head, drawn, **settings)
+    sampler = LocalSampler(language_model, max_rows=max_rows, fast_paths=False)
+    return sampler.stream(prompts, **(defaults | settings))
 
 
-def run(language_model: LanguageModel, prompts: Any = PROMPTS, **settings: Any) -> Rollouts:
+def run(language_model: LanguageModel, prompts: Any = PROMPTS, **settings: Any) -> Batch:
     sampling = lockstep(language_model, prompts, **settings)
     assert len(list(sampling)) > 0
-    return sampling.rollouts()
+    return sampling.batch()
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -91,42 +75,40 @@ def test_greedy_is_generate(make_family: MakeModel, kind: str) -> None:
 def test_logprobs_are_those_of_a_fresh_forward_pass(make_family: MakeModel, kind: str) -> None:
     language_model = make_family(kind)
     rollouts = run(language_model, group_size=3, temperature=0.8, max_rows=9)
-    assert len(set(rollouts.response_len_B.tolist())) > 1, "rows must leave at different times"
+    assert len(set(rollouts.sampled_len_B.tolist())) > 1, "rows must leave at different times"
     for number in range(len(rollouts)):
-        start, length = int(rollouts.prompt_len_B[number]), int(rollouts.response_len_B[number])
-        row = rollouts.tokens_BT[number, : start + length]
+        start, length = int(rollouts.prompt_len_B[number]), int(rollouts.length_B[number])
+        row = rollouts.tokens_BT[number, :length]
         assert row[:start].tolist() == PROMPTS[number // 3]
         with torch.no_grad():
             logits_TV = language_model.model(input_ids=row[None], use_cache=False).logits[0]
         logp_TV = torch.log_softmax(logits_TV[start - 1 : -1].float() / 0.8, dim=-1)
         expected = logp_TV.gather(1, row[start:, None])[:, 0]
-        torch.testing.assert_close(
-            rollouts.logp_BR[number, :length], expected, atol=LOOSE.get(kind, 2e-5), rtol=0
-        )
-        assert bool((rollouts.logp_BR[number, length:] == 0).all())
+        reported = rollouts["sampler_logp_N"][rollouts.row_N == number]
+        torch.testing.assert_close(reported, expected, atol=LOOSE.get(kind, 2e-5), rtol=0)
 
 
-def together(model: Any, rollouts: Rollouts) -> Tensor:
+def together(model: Any, rollouts: Batch) -> Tensor:
     """`hidden_ND` by the learner's one forward pass."""
-    (forward,) = passes(model, rollouts, 10_000)
-    return hidden_states(model, forward)
+    (forward,) = forward_passes(model, rollouts, max_tokens=10_000)
+    return forward.hidden_states(model)
 
 
-def alone(model: Any, rollouts: Rollouts) -> Tensor:
+def alone(model: Any, rollouts: Batch) -> Tensor:
     """`hidden_ND` by one forward pass per row, without padding and without any code of ours."""
     parts = []
     for number, row in enumerate(rollouts.tokens_BT):
-        start, length = int(rollouts.prompt_len_B[number]), int(rollouts.response_len_B[number])
-        output = backbone(model)(input_ids=row[None, : start + length], use_cache=False)
-        parts.append(output.last_hidden_state[0, start - 1 : -1])
+        length = int(rollouts.length_B[number])
+        output = backbone(model)(input_ids=row[None, :length], use_cache=False)
+        parts.append(output.last_hidden_state[0, :-1][rollouts.sampled_BT[number, 1:length]])
     return torch.cat(parts)
 
 
-def batch() -> Rollouts:
+def batch() -> Batch:
     """Rows of different lengths, one to both sides of each window and chunk."""
     generator = torch.Generator().manual_seed(1)
     responses = [torch.randint(5, 95, (n,), generator=generator) for n in (2, 9, 1, 12, 4, 7)]
-    return sequences(PROMPTS, [response.tolist() for response in responses], pad_id=0)
+    return Batch.from_tokens(PROMPTS, [response.tolist() for response in responses], pad_id=0)
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -168,8 +150,8 @@ def test_it_draws_what_the_slot_sampler_draws(
     slots = LocalSampler(language_model, max_rows=7).sample(PROMPTS, **settings)  # type: ignore[arg-type]
     ours = run(language_model, **settings)
     assert ours.responses() == slots.responses()
-    assert ours.finished_B.tolist() == slots.finished_B.tolist()
-    torch.testing.assert_close(ours.logp_BR, slots.logp_BR, atol=1e-5, rtol=0)
+    assert torch.equal(ours["finished_B"], slots["finished_B"])
+    torch.testing.assert_close(ours["sampler_logp_N"], slots["sampler_logp_N"], atol=1e-5, rtol=0)
     assert torch.equal(ours.tokens_BT, slots.tokens_BT)
 
 
@@ -179,7 +161,9 @@ def test_a_row_does_not_depend_on_its_neighbours(make_family: MakeModel, kind: s
     together = run(language_model, group_size=2, max_rows=1000)
     split = run(language_model, group_size=2, max_rows=1)
     assert together.responses() == split.responses()
-    torch.testing.assert_close(together.logp_BR, split.logp_BR, atol=2e-5, rtol=0)
+    torch.testing.assert_close(
+        together["sampler_logp_N"], split["sampler_logp_N"], atol=2e-5, rtol=0
+    )
     replaced = run(language_model, [[7] * 9, PROMPTS[1], [8, 9]], group_size=2)
     assert replaced.responses()[2:4] == together.responses()[2:4]
     assert replaced.responses()[:2] != together.responses()[:2]
@@ -202,7 +186,7 @@ def test_prompts_are_read_once_and_rows_leave(
     monkeypatch.setattr(CachedRows, "read", counted)
     sampling = lockstep(make_family(kind), group_size=8)
     announced = list(sampling)
-    rollouts = sampling.rollouts()
+    rollouts = sampling.batch()
     assert sorted(torch.cat(announced).tolist()) == list(range(8 * len(PROMPTS)))
     assert not any(rows.is_inference() for rows in announced)
     # Lengths 1, 3, 3, 3 and 7 differ by no more than half of 12; 10 is a batch of its own.
@@ -212,7 +196,7 @@ def test_prompts_are_read_once_and_rows_leave(
         member_B = torch.isin(rollouts.prompt_len_B, torch.tensor(lengths))
         prompt_B = rollouts.prompt_len_B[member_B]
         # The last token of a row is drawn and not read.
-        end_B = prompt_B + rollouts.response_len_B[member_B] - 1
+        end_B = prompt_B + rollouts.sampled_len_B[member_B] - 1
         for step in range(1, int(end_B.max()) - min(lengths) + 1):
             position = min(lengths) + step - 1
             reading = int((prompt_B > position).sum()) // 8
@@ -240,13 +224,16 @@ def test_the_model_keeps_its_mode_and_gradients_stay_on(make_family: MakeModel) 
 def test_no_prompts_give_no_rows(make_family: MakeModel) -> None:
     sampling = lockstep(make_family("mamba"), [])
     assert list(sampling) == []
-    assert len(sampling.rollouts()) == 0
+    assert len(sampling.batch()) == 0
 
 
-def cross_entropy(hidden_ND: Tensor, head: Head, part: MicroBatch) -> tuple[Tensor, Metrics]:
-    targets_N = response_targets(part.rollouts)
-    logp_N, _ = token_logprobs(hidden_ND, head.weight_VD, targets_N, bias_V=head.bias_V)
+def negative_logp(
+    _: Any, logp_N: Tensor, entropy_N: Tensor, batch: Batch
+) -> tuple[Tensor, Metrics]:
     return -logp_N.sum(), {"loss": -logp_N.sum().detach()}
+
+
+CROSS_ENTROPY = TokenLoss(negative_logp)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -256,14 +243,13 @@ def test_local_sampler_and_learner_take_the_plain_path(make_family: MakeModel, k
     rollouts = LocalSampler(language_model).sample(
         PROMPTS, group_size=2, max_new_tokens=12, temperature=0.9, seed=1
     )
-    learner = LocalLearner(
-        language_model, betas=(0.9, 0.98), weight_decay=0.0, max_grad_norm=1.0, max_tokens=40
-    )
+    settings = LearnerSettings(betas=(0.9, 0.98), weight_decay=0.0, max_grad_norm=1.0)
+    learner = LocalLearner(language_model, settings, max_tokens=40)
     logp_N = learner.logprobs(rollouts, temperature=0.9)
-    sampled_N = rollouts.sampler_logp_N()
+    sampled_N = rollouts["sampler_logp_N"]
     torch.testing.assert_close(logp_N, sampled_N, atol=LOOSE.get(kind, 2e-5), rtol=0)
     losses = [
-        learner.update(rollouts, cross_entropy, count=rollouts.num_tokens, lr=1e-3)["loss"]
+        learner.update(rollouts, CROSS_ENTROPY, count=rollouts.num_tokens, lr=1e-3)["loss"]
         for _ in range(6)
     ]
     assert losses[-1] < 0.8 * losses[0]

@@ -8,24 +8,25 @@ from typing import Any
 import pytest
 import torch
 
-from posttrain.backends.drawing import draw, masked, nucleus, uniform
-from posttrain.backends.local import LocalLearner, LocalScorer, response_logprobs
-from posttrain.backends.sampler import LocalSampler
-from posttrain.rl.kept import Kept, joined_kept
-from posttrain.rl.types import Rollouts
+from posttrain.backends.base import LearnerSettings
+from posttrain.backends.local import LocalLearner, LocalSampler, LocalScorer
+from posttrain.backends.token_sampling import draw, mask_to_nucleus, nucleus, uniform
+from posttrain.rl.batch import Batch, concatenate
 
 PROMPTS = [[11, 12, 13], [20, 21, 22, 23, 24, 25, 26], [30], [50, 51]]
 STOPS = list(range(4, 100, 4))
 
 
-def rollouts_of(language_model: Any, top_p: float) -> Rollouts:
+def rollouts_of(language_model: Any, top_p: float) -> Batch:
     return LocalSampler(language_model, max_rows=4).sample(
         PROMPTS, group_size=2, max_new_tokens=8, temperature=0.7, seed=3, top_p=top_p
     )
 
 
-def sets(kept: Kept) -> list[list[int]]:
-    return [part.tolist() for part in kept.ids_F.split(kept.count_N.tolist())]
+def nuclei(rows: Batch) -> list[list[int]]:
+    """The ids of every sampled token."""
+    parts = rows["nucleus_ids_F"].split(rows["nucleus_count_N"].tolist())
+    return [part.tolist() for part in parts]
 
 
 def test_the_nucleus_by_hand() -> None:
@@ -41,7 +42,7 @@ def test_draws_have_the_renormalised_probabilities() -> None:
     """Of {.4, .3} at 0.69: 4/7 and 3/7, and the log-probs say so."""
     logits_BV = torch.tensor([[0.1, 0.4, 0.2, 0.3]]).log().expand(4000, 4)
     uniform_B = uniform(torch.arange(4000), torch.zeros(4000, dtype=torch.int64))
-    masked_BV, _ = masked(logits_BV, 1.0, 0.69)
+    masked_BV, _ = mask_to_nucleus(logits_BV, 1.0, 0.69)
     token_B, logp_B = draw(masked_BV, uniform_B, 1.0)
     assert set(token_B.tolist()) == {1, 3}
     assert float((token_B == 1).float().mean()) == pytest.approx(4 / 7, abs=0.03)
@@ -54,34 +55,31 @@ def test_rollouts_carry_the_nucleus_of_a_fresh_forward_pass(
 ) -> None:
     language_model = make_model(kind, stop=STOPS)
     rollouts = rollouts_of(language_model, 0.6)
-    assert rollouts.kept is not None
-    found = iter(sets(rollouts.kept))
-    for row, reported in enumerate(rollouts.logp_BR):
-        first, length = int(rollouts.prompt_len_B[row]), int(rollouts.response_len_B[row])
+    found, reported = iter(nuclei(rollouts)), iter(rollouts["sampler_logp_N"])
+    for row in range(len(rollouts)):
+        first, length = int(rollouts.prompt_len_B[row]), int(rollouts.sampled_len_B[row])
         ids = rollouts.tokens_BT[row, : first + length]
         with torch.no_grad():
             logits_TV = language_model.model(input_ids=ids[None]).logits[0, first - 1 : -1] / 0.7
         for position, logits_V in enumerate(logits_TV):
-            kept, token = next(found), int(ids[first + position])
-            assert kept == nucleus(logits_V[None], 0.6)[0].nonzero()[:, 0].tolist()
-            assert token in kept
-            expected = torch.log_softmax(logits_V[kept], -1)[kept.index(token)]
-            torch.testing.assert_close(reported[position], expected, atol=1e-5, rtol=0)
+            allowed, token = next(found), int(ids[first + position])
+            assert allowed == nucleus(logits_V[None], 0.6)[0].nonzero()[:, 0].tolist()
+            assert token in allowed
+            expected = torch.log_softmax(logits_V[allowed], -1)[allowed.index(token)]
+            torch.testing.assert_close(next(reported), expected, atol=1e-5, rtol=0)
     assert next(found, None) is None
-    assert rollouts_of(language_model, 1.0).kept is None
+    assert "nucleus_ids_F" not in rollouts_of(language_model, 1.0)
 
 
-def test_rows_and_joined_rows_keep_their_own(make_model: Callable[..., Any]) -> None:
+def test_rows_and_joined_rows_have_their_own_nuclei(make_model: Callable[..., Any]) -> None:
     rollouts = rollouts_of(make_model(stop=STOPS), 0.6)
-    assert rollouts.kept is not None
-    whole = iter(sets(rollouts.kept))
-    by_row = [[next(whole) for _ in range(n)] for n in rollouts.response_len_B.tolist()]
+    whole = iter(nuclei(rollouts))
+    by_row = [[next(whole) for _ in range(n)] for n in rollouts.sampled_len_B.tolist()]
     for index in (torch.tensor([5, 0, 3]), torch.arange(len(rollouts)) % 3 == 1):
-        part = rollouts.rows(index).kept
         rows = torch.arange(len(rollouts))[index].tolist()
-        assert part is not None and sets(part) == [ids for row in rows for ids in by_row[row]]
-    both = joined_kept([rollouts.rows(torch.tensor([1])).kept, rollouts.kept])  # type: ignore[list-item]
-    assert sets(both) == by_row[1] + [ids for row in by_row for ids in row]
+        assert nuclei(rollouts.select(index)) == [ids for row in rows for ids in by_row[row]]
+    both = concatenate([rollouts.select(torch.tensor([1])), rollouts])
+    assert nuclei(both) == by_row[1] + [ids for row in by_row for ids in row]
 
 
 def test_with_the_mask_the_learner_finds_the_sampler_s_logprobs(
@@ -92,11 +90,12 @@ def test_with_the_mask_the_learner_finds_the_sampler_s_logprobs(
     language_model = make_model(stop=STOPS)
     rollouts = rollouts_of(language_model, 0.6)
     scorer = LocalScorer(language_model)
-    hidden_ND = scorer.hidden(rollouts)
-    logp_N = response_logprobs(hidden_ND, scorer.head, rollouts, 0.7)
-    torch.testing.assert_close(logp_N, rollouts.sampler_logp_N(), atol=1e-5, rtol=0)
-    learner = LocalLearner(language_model, betas=(0.9, 0.98), weight_decay=0, max_grad_norm=1)
+    logp_N = scorer.logprobs(rollouts, temperature=0.7)
+    torch.testing.assert_close(logp_N, rollouts["sampler_logp_N"], atol=1e-5, rtol=0)
+    learner = LocalLearner(
+        language_model, LearnerSettings(betas=(0.9, 0.98), weight_decay=0, max_grad_norm=1)
+    )
     torch.testing.assert_close(learner.logprobs(rollouts, temperature=0.7), logp_N)
-    unmasked = Rollouts(**{**vars(rollouts), "kept": None})
-    gap_N = logp_N - response_logprobs(hidden_ND, scorer.head, unmasked, 0.7)
+    unmasked = rollouts.without("nucleus_ids_F", "nucleus_count_N")
+    gap_N = logp_N - scorer.logprobs(unmasked, temperature=0.7)
     assert float(gap_N.min()) > 0 and float(gap_N.max()) <= -torch.tensor(0.6).log() + 1e-5

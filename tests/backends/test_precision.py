@@ -1,6 +1,6 @@
 """A learner in bfloat16: the copy computes, the float32 weights learn.
 
-Legend: N flat response tokens, D hidden.
+Legend: N sampled tokens, D hidden.
 """
 
 from __future__ import annotations
@@ -13,46 +13,48 @@ import pytest
 import torch
 from torch import Tensor
 
-from posttrain.backends.base import Head, Metrics, MicroBatch
+from posttrain.backends.base import LearnerSettings, Metrics, TokenLoss
 from posttrain.backends.checkpoint import LanguageModel
-from posttrain.backends.decoder import TransformersDecoder
-from posttrain.backends.fused import FusedDecoder
-from posttrain.backends.local import LocalLearner, response_targets
+from posttrain.backends.cpu.decoder import TransformersDecoder
+from posttrain.backends.cpu.fused import FusedDecoder
+from posttrain.backends.cpu.slots import Decoders
+from posttrain.backends.local import LocalLearner, LocalSampler
 from posttrain.backends.precision import computing_copy
-from posttrain.backends.sampler import LocalSampler
-from posttrain.losses.ops import token_logprobs
-from posttrain.rl.types import Rollouts
-from posttrain.stages.batches import sequences
+from posttrain.rl.batch import Batch
 
 MakeModel = Callable[..., LanguageModel]
 BF16 = torch.bfloat16
 
 
-def batch() -> Rollouts:
+def batch() -> Batch:
     generator = torch.Generator().manual_seed(0)
     lengths = [(3, 2), (7, 5), (1, 1), (4, 6), (5, 5), (2, 9)]
     prompts, responses = (
         [torch.randint(5, 90, (pair[i],), generator=generator).tolist() for pair in lengths]
         for i in range(2)
     )
-    return sequences(prompts, responses, pad_id=0)
+    return Batch.from_tokens(prompts, responses, pad_id=0)
 
 
 def learner(language_model: LanguageModel, **options: Any) -> LocalLearner:
     settings = {"weight_decay": 0.0, "max_grad_norm": 1.0, "dtype": BF16} | options
-    return LocalLearner(language_model, betas=(0.9, 0.98), **settings)
+    machine = {k: settings.pop(k) for k in ("max_tokens", "compile", "workers") if k in settings}
+    return LocalLearner(language_model, LearnerSettings(betas=(0.9, 0.98), **settings), **machine)
 
 
-def cross_entropy(hidden_ND: Tensor, head: Head, part: MicroBatch) -> tuple[Tensor, Metrics]:
-    targets_N = response_targets(part.rollouts)
-    logp_N, _ = token_logprobs(hidden_ND, head.weight_VD, targets_N, bias_V=head.bias_V)
+def negative_logp(
+    _: Any, logp_N: Tensor, entropy_N: Tensor, batch: Batch
+) -> tuple[Tensor, Metrics]:
     assert logp_N.dtype == torch.float32, "the softmax is float32"
     return -logp_N.sum(), {"loss": -logp_N.sum().detach()}
 
 
+CROSS_ENTROPY = TokenLoss(negative_logp)
+
+
 def update(mine: LocalLearner, lr: float) -> dict[str, float]:
     rollouts = batch()
-    return mine.update(rollouts, cross_entropy, count=rollouts.num_tokens, lr=lr)
+    return mine.update(rollouts, CROSS_ENTROPY, count=rollouts.num_tokens, lr=lr)
 
 
 def test_in_float32_nothing_is_copied(make_model: MakeModel) -> None:
@@ -124,12 +126,11 @@ def test_the_fused_decoder_is_as_exact_as_transformers(make_model: MakeModel, ki
     exact = learner(language_model, dtype=torch.float32)
     policy = computing_copy(language_model, BF16)
     sampler = LocalSampler(policy)
-    assert isinstance(sampler.decoder(2, 8), FusedDecoder)
-    assert sampler.decoder(2, 8).cache.dtype == BF16  # type: ignore[attr-defined]
+    decoder = sampler.decoders.make(2, 8)
+    assert isinstance(decoder, FusedDecoder) and decoder.cache.dtype == BF16
     plain = LocalSampler(policy)
-    plain.decoder = lambda s, p: TransformersDecoder(  # type: ignore[method-assign]
-        policy.model, num_slots=s, num_positions=p
-    )
+    plain.decoders = Decoders(policy.model, fused=False)
+    assert isinstance(plain.decoders.make(2, 8), TransformersDecoder)
     strays = []
     for which in (sampler, plain):
         rollouts = which.sample(
@@ -139,7 +140,7 @@ def test_the_fused_decoder_is_as_exact_as_transformers(make_model: MakeModel, ki
             temperature=1.0,
             seed=0,
         )
-        difference_N = rollouts.sampler_logp_N() - exact.logprobs(rollouts, temperature=1.0)
+        difference_N = rollouts["sampler_logp_N"] - exact.logprobs(rollouts, temperature=1.0)
         strays.append(float(difference_N.abs().mean()))
     assert 0 < strays[0] < 2 * strays[1]
     assert strays[1] < 0.1
@@ -153,13 +154,13 @@ def test_a_compiled_learner_learns_the_same(
     traced = partial(torch.compile, backend="aot_eager", fullgraph=True)
     monkeypatch.setattr(torch, "compile", traced)
     rollouts = batch()
-    short = rollouts.rows(torch.arange(2))
+    short = rollouts.select(torch.arange(2))
     results = []
     for compile in (False, True):
         mine = learner(make_model(), dtype=torch.float32, compile=compile)
         found = []
         for part in (rollouts, short, rollouts):
-            found.append(mine.update(part, cross_entropy, count=part.num_tokens, lr=1e-3))
+            found.append(mine.update(part, CROSS_ENTROPY, count=part.num_tokens, lr=1e-3))
         results.append(found)
         assert (mine.body is not None) == compile
     for plain, compiled in zip(*results, strict=True):

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from posttrain.backends.checkpoint import LanguageModel
-from posttrain.backends.sampler import LocalSampler, draw
+from posttrain.backends.local import LocalSampler
+from posttrain.backends.token_sampling import draw
 from posttrain.engine.errors import ConfigError
-from posttrain.rl.types import Rollouts
+from posttrain.rl.batch import Batch
 
 MakeModel = Callable[..., LanguageModel]
 KINDS = ("qwen3", "llama", "gpt2")
@@ -23,7 +24,7 @@ PROMPTS = [[11, 12, 13], [20, 21, 22, 23, 24, 25, 26], [30], [40, 41, 42, 43, 44
 STOPS = list(range(4, 100, 4))
 
 
-def sample(sampler: LocalSampler, prompts: list[list[int]] = PROMPTS, **settings: Any) -> Rollouts:
+def sample(sampler: LocalSampler, prompts: list[list[int]] = PROMPTS, **settings: Any) -> Batch:
     defaults = {"group_size": 1, "max_new_tokens": 12, "temperature": 1.0, "seed": 3}
     return sampler.sample(prompts, **(defaults | settings))
 
@@ -65,19 +66,18 @@ def test_logprobs_are_those_of_a_fresh_forward_pass(
     sampler = LocalSampler(language_model, max_rows=4)
     rollouts = sample(sampler, group_size=2, temperature=temperature)
     for number in range(len(rollouts)):
-        start, length = int(rollouts.prompt_len_B[number]), int(rollouts.response_len_B[number])
-        row = rollouts.tokens_BT[number, : start + length].tolist()
+        start, length = int(rollouts.prompt_len_B[number]), int(rollouts.length_B[number])
+        row = rollouts.tokens_BT[number, :length].tolist()
         expected = fresh_logprobs(language_model, row, start, temperature)
-        reported = rollouts.logp_BR[number, :length]
+        reported = rollouts["sampler_logp_N"][rollouts.row_N == number]
         torch.testing.assert_close(reported, expected, atol=1e-5, rtol=0)
-        assert bool((rollouts.logp_BR[number, length:] == 0).all())
 
 
 def test_greedy_reports_the_logprobs_of_the_model(make_model: MakeModel) -> None:
     language_model = make_model()
     rollouts = sample(LocalSampler(language_model), [[7, 8, 9]], temperature=0.0)
     expected = fresh_logprobs(language_model, rollouts.tokens_BT[0].tolist(), 3, 1.0)
-    torch.testing.assert_close(rollouts.logp_BR[0], expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(rollouts["sampler_logp_N"], expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("max_rows", [1, 2, 5])
@@ -88,8 +88,10 @@ def test_replaced_rows_change_no_token(make_model: MakeModel, kind: str, max_row
     together = sample(LocalSampler(language_model, max_rows=1000), prompts, group_size=2)
     replaced = sample(LocalSampler(language_model, max_rows=max_rows), prompts, group_size=2)
     assert together.responses() == replaced.responses()
-    assert together.finished_B.tolist() == replaced.finished_B.tolist()
-    torch.testing.assert_close(together.logp_BR, replaced.logp_BR, atol=1e-5, rtol=0)
+    assert torch.equal(together["finished_B"], replaced["finished_B"])
+    torch.testing.assert_close(
+        together["sampler_logp_N"], replaced["sampler_logp_N"], atol=1e-5, rtol=0
+    )
 
 
 @pytest.mark.parametrize("max_rows", [3, 1000])
@@ -176,7 +178,7 @@ def test_draw_at_the_edges_of_the_uniform_number() -> None:
 
 def test_stop_tokens_end_rows_and_are_part_of_them(make_model: MakeModel) -> None:
     rollouts = sample(LocalSampler(make_model(stop=STOPS)), PROMPTS * 3, group_size=2)
-    finished = rollouts.finished_B.tolist()
+    finished = rollouts["finished_B"].tolist()
     assert True in finished and False in finished
     for response, done in zip(rollouts.responses(), finished, strict=True):
         assert not set(response[:-1]) & set(STOPS)
@@ -187,14 +189,15 @@ def test_stop_tokens_end_rows_and_are_part_of_them(make_model: MakeModel) -> Non
 def test_a_stop_token_at_the_length_limit_counts_as_finished(make_model: MakeModel) -> None:
     everything = list(range(100))
     rollouts = sample(LocalSampler(make_model(stop=everything)), max_new_tokens=1)
-    assert rollouts.finished_B.all()
-    assert rollouts.response_len_B.tolist() == [1] * len(PROMPTS)
+    assert rollouts["finished_B"].all()
+    assert rollouts.sampled_len_B.tolist() == [1] * len(PROMPTS)
 
 
 def test_rollouts_are_right_padded(make_model: MakeModel) -> None:
     language_model = make_model(stop=STOPS)
     rollouts = sample(LocalSampler(language_model), group_size=2)
-    used_B = rollouts.prompt_len_B + rollouts.response_len_B
+    used_B = rollouts.length_B
+    assert torch.equal(used_B, rollouts.prompt_len_B + rollouts.sampled_len_B)
     assert rollouts.tokens_BT.shape == (10, int(used_B.max()))
     for number, row in enumerate(rollouts.tokens_BT.tolist()):
         prompt = PROMPTS[number // 2]
@@ -209,7 +212,7 @@ def test_the_model_keeps_its_mode_and_gets_no_gradient(make_model: MakeModel) ->
     assert language_model.model.training
     language_model.model.eval()
     assert sample(LocalSampler(language_model)).responses() == sampled.responses()
-    assert not sampled.logp_BR.is_inference()
+    assert not sampled["sampler_logp_N"].is_inference()
 
 
 def test_a_prompt_that_leaves_no_room_is_refused(make_model: MakeModel) -> None:

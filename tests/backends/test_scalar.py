@@ -1,6 +1,6 @@
 """Models with a score: transformers reads them as they are, and rewards are where it reads them.
 
-Legend: B rows, T positions, N flat response tokens, D hidden.
+Legend: B rows, T positions, N sampled tokens, D hidden.
 """
 
 from __future__ import annotations
@@ -15,27 +15,24 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from posttrain.backends.base import Head, Metrics, MicroBatch
+from posttrain.backends.base import Head, HeadLoss, LearnerSettings, Metrics
 from posttrain.backends.checkpoint import LanguageModel, load, save
 from posttrain.backends.local import LocalLearner, LocalScorer
 from posttrain.backends.scalar import (
-    end_B,
-    ended,
     load_scalar,
     rewards_B,
     save_scalar,
     scores_N,
 )
 from posttrain.engine.errors import ConfigError
-from posttrain.rl.types import Rollouts
-from posttrain.stages.batches import sequences
+from posttrain.rl.batch import Batch
 
 MakeModel = Callable[..., LanguageModel]
 KINDS = ("qwen3", "llama", "gpt2")
 LENGTHS = [(3, 2), (3, 5), (7, 5), (1, 1), (4, 6), (5, 5), (2, 9), (6, 3)]
 
 
-def batch(seed: int = 0) -> Rollouts:
+def batch(seed: int = 0) -> Batch:
     """Eight rows of different lengths; the first two share a prompt."""
     generator = torch.Generator().manual_seed(seed)
     prompts, responses = (
@@ -43,7 +40,7 @@ def batch(seed: int = 0) -> Rollouts:
         for i in range(2)
     )
     prompts[1] = prompts[0]
-    return sequences(prompts, responses, pad_id=0)
+    return Batch.from_tokens(prompts, responses, pad_id=0)
 
 
 def scalar(make_model: MakeModel, path: Path, kind: str = "qwen3", **options: Any) -> LanguageModel:
@@ -130,7 +127,7 @@ def test_a_row_may_fill_all_positions(make_model: MakeModel, tmp_path: Path) -> 
     """12 tokens of 12 positions, in a family whose positions are a table: the added token is not
     read."""
     language_model = scalar(make_model, tmp_path, "gpt2", positions=12)
-    alone = batch().rows(torch.tensor([2]))
+    alone = batch().select(torch.tensor([2]))
     assert alone.tokens_BT.shape == (1, 12)
     with torch.no_grad():
         expected = language_model.model(input_ids=alone.tokens_BT).logits
@@ -144,8 +141,8 @@ def test_the_order_of_rows_and_padding_change_only_rounding(
     scorer, rollouts = LocalScorer(scalar(make_model, tmp_path)), batch()
     forward_B = rewards_B(scorer, rollouts)
     order_B = torch.tensor([5, 0, 7, 3, 1, 6, 2, 4])
-    torch.testing.assert_close(rewards_B(scorer, rollouts.rows(order_B)), forward_B[order_B])
-    alone = [rewards_B(scorer, rollouts.rows(torch.tensor([row]))) for row in range(8)]
+    torch.testing.assert_close(rewards_B(scorer, rollouts.select(order_B)), forward_B[order_B])
+    alone = [rewards_B(scorer, rollouts.select(torch.tensor([row]))) for row in range(8)]
     torch.testing.assert_close(torch.cat(alone), forward_B)
 
 
@@ -153,33 +150,38 @@ def test_an_empty_response_has_the_reward_of_its_prompt(
     make_model: MakeModel, tmp_path: Path
 ) -> None:
     scorer = LocalScorer(scalar(make_model, tmp_path))
-    rows = sequences([[7, 8, 9], [7, 8]], [[], [9]], pad_id=0)
+    rows = Batch.from_tokens([[7, 8, 9], [7, 8]], [[], [9]], pad_id=0)
     empty, full = rewards_B(scorer, rows).tolist()
     assert empty == pytest.approx(full, abs=1e-5)
 
 
-def regression(hidden_ND: Tensor, head: Head, part: MicroBatch) -> tuple[Tensor, Metrics]:
-    """Squared error to the number of the row."""
-    reward_B = scores_N(hidden_ND[end_B(part.rollouts)], head)
-    loss = (reward_B - part.index_B).square().sum()
+def squared_error(_: Any, hidden_ND: Tensor, head: Head, rows: Batch) -> tuple[Tensor, Metrics]:
+    """To the number of the row."""
+    reward_B = scores_N(hidden_ND[rows.last_B], head)
+    loss = (reward_B - rows["target_B"]).square().sum()
     return loss, {"loss": loss.detach()}
+
+
+REGRESSION = HeadLoss(squared_error)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_body_and_score_learn(make_model: MakeModel, tmp_path: Path, kind: str) -> None:
     """From zeros the first update reaches the score alone, the second the body as well."""
     save(make_model(kind), tmp_path)
-    language_model, rows = load_scalar(tmp_path), ended(batch())
-    learner = LocalLearner(language_model, betas=(0.9, 0.98), weight_decay=0.0, max_grad_norm=9.0)
+    language_model, rows = load_scalar(tmp_path), batch().with_end_position()
+    rows["target_B"] = torch.arange(8)
+    settings = LearnerSettings(betas=(0.9, 0.98), weight_decay=0.0, max_grad_norm=9.0)
+    learner = LocalLearner(language_model, settings)
     start = {n: p.detach().clone() for n, p in language_model.model.named_parameters()}
-    first = learner.update(rows, regression, count=8, lr=0.01)["loss"]
+    first = learner.update(rows, REGRESSION, count=8, lr=0.01)["loss"]
     assert first == pytest.approx(sum(i * i for i in range(8)))
     changed = {
         n for n, p in language_model.model.named_parameters() if not torch.equal(p, start[n])
     }
     assert changed == {"score.weight"}
     for _ in range(60):
-        last = learner.update(rows, regression, count=8, lr=0.01)["loss"]
+        last = learner.update(rows, REGRESSION, count=8, lr=0.01)["loss"]
     assert last < 0.1 * first
     assert not torch.equal(next(language_model.model.parameters()), next(iter(start.values())))
 
@@ -213,7 +215,7 @@ def test_padding_is_never_the_stop_token(make_model: MakeModel, tmp_path: Path) 
     saved = AutoTokenizer.from_pretrained(tmp_path / "rm")
     assert model.config.pad_token_id == saved.pad_token_id == saved.unk_token_id == 1
     assert tokenizer.pad_token == tokenizer.eos_token, "the model's own tokenizer is left alone"
-    rows = sequences([[7, 8], [9]], [[10, 4], [11, 12, 13, 4]], pad_id=1)
+    rows = Batch.from_tokens([[7, 8], [9]], [[10, 4], [11, 12, 13, 4]], pad_id=1)
     with torch.no_grad():
         mask_BT = rows.tokens_BT != 1
         expected_B = model(input_ids=rows.tokens_BT, attention_mask=mask_BT).logits[:, 0]

@@ -1,6 +1,6 @@
 """Which weights learn, their moving average, and several losses in one step.
 
-Legend: B rows, T positions, V vocabulary, N flat response tokens, D hidden.
+Legend: B rows, T positions, V vocabulary, N sampled tokens, D hidden.
 """
 
 from __future__ import annotations
@@ -13,37 +13,39 @@ import pytest
 import torch
 from torch import Tensor
 
-from posttrain.backends.base import Head, Metrics, MicroBatch, Part
+from posttrain.backends.base import AuxLoss, LearnerSettings, Metrics, TokenLoss
 from posttrain.backends.checkpoint import LanguageModel
-from posttrain.backends.local import LocalLearner, response_targets
+from posttrain.backends.local import LocalLearner
 from posttrain.engine.errors import ConfigError
-from posttrain.losses.ops import token_logprobs
-from posttrain.rl.types import Rollouts
-from posttrain.stages.batches import sequences
+from posttrain.rl.batch import Batch
 
 MakeModel = Callable[..., LanguageModel]
 BF16 = torch.bfloat16
 
 
-def batch(seed: int = 0, rows: int = 6) -> Rollouts:
+def batch(seed: int = 0, rows: int = 6) -> Batch:
     generator = torch.Generator().manual_seed(seed)
     lengths = [(3, 2), (7, 5), (1, 1), (4, 6), (5, 5), (2, 9)][:rows]
     prompts, responses = (
         [torch.randint(5, 90, (pair[i],), generator=generator).tolist() for pair in lengths]
         for i in range(2)
     )
-    return sequences(prompts, responses, pad_id=0)
+    return Batch.from_tokens(prompts, responses, pad_id=0)
 
 
 def learner(language_model: LanguageModel, **options: Any) -> LocalLearner:
     settings = {"weight_decay": 0.1, "max_grad_norm": 1.0, "max_tokens": 8192} | options
-    return LocalLearner(language_model, betas=(0.9, 0.98), **settings)
+    machine = {k: settings.pop(k) for k in ("max_tokens", "compile", "workers") if k in settings}
+    return LocalLearner(language_model, LearnerSettings(betas=(0.9, 0.98), **settings), **machine)
 
 
-def cross_entropy(hidden_ND: Tensor, head: Head, part: MicroBatch) -> tuple[Tensor, Metrics]:
-    targets_N = response_targets(part.rollouts)
-    logp_N, _ = token_logprobs(hidden_ND, head.weight_VD, targets_N, bias_V=head.bias_V)
-    return -logp_N.sum(), {"loss": -logp_N.sum().detach(), "rows": torch.tensor(len(part.index_B))}
+def negative_logp(
+    _: Any, logp_N: Tensor, entropy_N: Tensor, batch: Batch
+) -> tuple[Tensor, Metrics]:
+    return -logp_N.sum(), {"loss": -logp_N.sum().detach(), "rows": torch.tensor(len(batch))}
+
+
+CROSS_ENTROPY = TokenLoss(negative_logp)
 
 
 def weights(language_model: LanguageModel) -> dict[str, Tensor]:
@@ -53,7 +55,7 @@ def weights(language_model: LanguageModel) -> dict[str, Tensor]:
 def steps(mine: LocalLearner, first: int, last: int) -> None:
     for step in range(first, last):
         rollouts = batch(step)
-        mine.update(rollouts, cross_entropy, count=rollouts.num_tokens, lr=0.01)
+        mine.update(rollouts, CROSS_ENTROPY, count=rollouts.num_tokens, lr=0.01)
 
 
 @pytest.mark.parametrize("threads", [0, 2])
@@ -133,7 +135,7 @@ def test_the_average_by_hand(make_model: MakeModel, dtype: torch.dtype) -> None:
     plain = make_model()
     steps(learner(plain, dtype=dtype), 0, 2)
     assert all(torch.equal(w, seen[2][n]) for n, w in weights(plain).items())
-    assert mine.result() is language_model
+    mine.finish()
     for name, found in weights(language_model).items():
         expected = 0.75 * (0.75 * seen[0][name] + 0.25 * seen[1][name]) + 0.25 * seen[2][name]
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
@@ -145,7 +147,8 @@ def test_without_an_average_the_newest_weights_are_the_result(make_model: MakeMo
     mine = learner(language_model)
     steps(mine, 0, 1)
     before = weights(language_model)
-    assert all(torch.equal(w, before[n]) for n, w in weights(mine.result()).items())
+    mine.finish()
+    assert all(torch.equal(w, before[n]) for n, w in weights(language_model).items())
     assert not any(name.startswith("average") for name in mine.state())
 
 
@@ -165,17 +168,19 @@ def test_a_restored_average_and_frozen_weights_end_with_the_same_bits(
     for one, other in ((whole.master, resumed.master), (whole.model, resumed.model)):
         pairs = zip(one.parameters(), other.parameters(), strict=True)
         assert all(torch.equal(a, b) for a, b in pairs)
-    ours, theirs = weights(whole.result()), weights(resumed.result())
+    whole.finish()
+    resumed.finish()
+    ours, theirs = weights(whole.language_model), weights(resumed.language_model)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def gradients(language_model: LanguageModel, rollouts: Rollouts, count: float) -> dict[str, Tensor]:
+def gradients(language_model: LanguageModel, rollouts: Batch, count: float) -> dict[str, Tensor]:
     """By transformers itself, one padded batch of whole rows."""
     model = language_model.model
     model.zero_grad()
     logits_BTV = model(input_ids=rollouts.tokens_BT).logits[:, :-1]
     logp_BT = torch.log_softmax(logits_BTV, -1).gather(2, rollouts.tokens_BT[:, 1:, None])[..., 0]
-    (-logp_BT[rollouts.response_mask_BT()[:, 1:]].sum() / count).backward()
+    (-logp_BT[rollouts.sampled_BT[:, 1:]].sum() / count).backward()
     return {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
@@ -196,8 +201,8 @@ def test_the_gradient_of_several_losses_is_their_sum(make_model: MakeModel, thre
     norm = torch.sqrt(sum((g**2).sum() for g in expected.values()))
     language_model.model.zero_grad()
     parts = [
-        Part(name="two", rollouts=two, loss=cross_entropy, count=counts[1], weight=0.3),
-        Part(name="three", rollouts=three, loss=cross_entropy, count=5.0, weight=2.0),
+        AuxLoss(name="two", batch=two, loss=CROSS_ENTROPY, count=counts[1], weight=0.3),
+        AuxLoss(name="three", batch=three, loss=CROSS_ENTROPY, count=5.0, weight=2.0),
     ]
     seen: dict[str, Tensor] = {}
     with ThreadPoolExecutor(2) as workers:
@@ -213,7 +218,7 @@ def test_the_gradient_of_several_losses_is_their_sum(make_model: MakeModel, thre
                 {n: p.grad.clone() for n, p in language_model.model.named_parameters()}
             )
         )
-        metrics = mine.update(one, cross_entropy, count=counts[0], lr=0.01, also=parts)
+        metrics = mine.update(one, CROSS_ENTROPY, count=counts[0], lr=0.01, aux=parts)
     assert metrics["grad_norm"] == pytest.approx(float(norm), rel=1e-9)
     for name, gradient in expected.items():
         torch.testing.assert_close(seen[name], gradient * 0.01 / norm, atol=1e-9, rtol=1e-6)
@@ -228,10 +233,10 @@ def test_a_part_of_no_weight_is_measured_and_not_learned(make_model: MakeModel) 
     results = []
     for weight in (None, 0.0):
         language_model, rollouts, other = make_model(), batch(), batch(1)
-        part = Part(name="x", rollouts=other, loss=cross_entropy, count=3.0, weight=0.0)
-        also = [] if weight is None else [part]
+        part = AuxLoss(name="x", batch=other, loss=CROSS_ENTROPY, count=3.0, weight=0.0)
+        aux = [] if weight is None else [part]
         metrics = learner(language_model).update(
-            rollouts, cross_entropy, count=rollouts.num_tokens, lr=0.01, also=also
+            rollouts, CROSS_ENTROPY, count=rollouts.num_tokens, lr=0.01, aux=aux
         )
         results.append((metrics, weights(language_model)))
     (plain, alone), (metrics, beside) = results
@@ -244,12 +249,14 @@ def test_a_part_of_no_weight_is_measured_and_not_learned(make_model: MakeModel) 
 def test_a_part_keeps_blocks_of_its_rows_together(make_model: MakeModel) -> None:
     seen: list[list[int]] = []
 
-    def paired(hidden_ND: Tensor, head: Head, part: MicroBatch) -> tuple[Tensor, Metrics]:
-        seen.append(part.index_B.tolist())
-        return cross_entropy(hidden_ND, head, part)
+    def paired(_: Any, logp_N: Tensor, entropy_N: Tensor, rows: Batch) -> tuple[Tensor, Metrics]:
+        seen.append(rows["number_B"].tolist())
+        return negative_logp(None, logp_N, entropy_N, rows)
 
-    part = Part(name="pairs", rollouts=batch(1), loss=paired, count=1.0, group_rows=2)
+    pairs = batch(1)
+    pairs["number_B"] = torch.arange(len(pairs))
+    part = AuxLoss(name="pairs", batch=pairs, loss=TokenLoss(paired), count=1.0, group_rows=2)
     mine = learner(make_model(), max_tokens=12)
-    mine.update(batch(), cross_entropy, count=1.0, lr=0.01, also=[part])
+    mine.update(batch(), CROSS_ENTROPY, count=1.0, lr=0.01, aux=[part])
     assert len(seen) > 1
     assert all(index[1::2] == [i + 1 for i in index[::2]] for index in seen)

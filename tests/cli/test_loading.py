@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from posttrain.engine.store import Store
-from posttrain.loading import Loaded, describe, find_recipe, load_recipe, shipped_recipes
+from posttrain.language.loader import Loaded, describe, find_recipe, load_recipe, shipped_recipes
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
-from posttrain.commands.keep import count_parameters
 from posttrain.commands.output import age
+from posttrain.commands.store import count_parameters
 from posttrain.engine.store import Store
 
 MINI = ("mini.py", "--suite", "pairs.toml")
@@ -33,7 +33,7 @@ def test_ls(store: Store, cli: Callable[..., Any]) -> None:
     assert all(list(artifact) == keys for artifact in found["artifacts"])
     text = cli("ls").out
     assert all(artifact.fingerprint[:12] in text for artifact in store.list())
-    assert "reward" in text and "kl" in text
+    assert "reward" in text and "KL" in text
 
 
 def test_an_empty_store(cli: Callable[..., Any], place: Path) -> None:

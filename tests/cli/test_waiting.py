@@ -26,8 +26,8 @@ def test_a_run_waits_and_the_same_command_goes_on(
     assert "waiting: stage sums_teacher waits: create the file go" in first.err
     assert "error" not in first.err
     assert "blocked: student: waits for sums_teacher (input teachers.sums_teacher)" in first.err
-    assert "waits     sums_teacher: create the file go" in first.out
-    assert "finished  copies_teacher" in first.out
+    assert "needs input sums_teacher: create the file go" in first.out
+    assert "done        copies_teacher" in first.out
 
     planned = cli("plan", *changed, "--json").json
     found = {s["name"]: (s["action"], s["reason"]) for s in planned["stages"]}

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from posttrain import worker
 from posttrain.engine.errors import Waiting
 from posttrain.engine.process import Job
+from posttrain.stages import worker
 
 
 def run_job(job: Job) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import pytest
 import typer
 
 from posttrain.cli import app
-from posttrain.loading import shipped_recipes
+from posttrain.language.loader import shipped_recipes
 from posttrain.report.curves import COUNTERS, METRICS
 from posttrain.rewards.judge_base import Judge
 from posttrain.rewards.spec import OPTIONS

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from posttrain.engine import ancestry
 from posttrain.engine.errors import StoreError
 from posttrain.engine.graph import Graph, Node
 from posttrain.engine.record import Artifact, record_bytes, seal
@@ -25,7 +26,7 @@ def test_lineage_is_in_topological_order(
         Node(name="top", kind="k", inputs={"a": "right", "b": "left"}),
     )
     made = {name: commit(graph, name, {}) for name in graph.order()}
-    found = store.lineage(made["top"])
+    found = ancestry.lineage(store, made["top"])
     assert [ancestor.artifact for ancestor in found] == [
         made[name] for name in ("base", "left", "right", "top")
     ]
@@ -35,7 +36,7 @@ def test_lineage_is_in_topological_order(
 
 def test_a_clean_store_has_no_problems(store: Store, committed: list[Artifact]) -> None:
     for artifact in committed:
-        assert store.verify(artifact) == []
+        assert ancestry.verify(store, artifact) == []
 
 
 def edit(artifact: Artifact, change: Callable[[dict[str, Any]], None]) -> None:
@@ -48,7 +49,7 @@ def edit(artifact: Artifact, change: Callable[[dict[str, Any]], None]) -> None:
 def test_verify_finds_a_changed_byte(store: Store, committed: list[Artifact]) -> None:
     path = committed[0].path / "value.txt"
     path.write_text(path.read_text().upper())
-    assert store.verify(committed[2]) == [
+    assert ancestry.verify(store, committed[2]) == [
         f"{committed[0].label}: file value.txt was changed after it was committed"
     ]
 
@@ -57,7 +58,7 @@ def test_verify_finds_a_missing_and_an_added_file(store: Store, committed: list[
     (committed[1].path / "value.txt").unlink()
     (committed[1].path / "extra").mkdir()
     (committed[1].path / "extra" / "new.txt").write_text("")
-    assert store.verify(committed[2]) == [
+    assert ancestry.verify(store, committed[2]) == [
         f"{committed[1].label}: file value.txt is missing",
         f"{committed[1].label}: file extra/new.txt is not in its record",
     ]
@@ -66,7 +67,7 @@ def test_verify_finds_a_missing_and_an_added_file(store: Store, committed: list[
 @pytest.mark.parametrize("which", [0, 1, 2])
 def test_verify_finds_a_changed_metric(store: Store, committed: list[Artifact], which: int) -> None:
     edit(committed[which], lambda record: record["metrics"].update(score=0.99))
-    problems = store.verify(store.resolve("third"))
+    problems = ancestry.verify(store, store.resolve("third"))
     label = committed[which].label
     assert f"{label}: its record was changed after it was committed" in problems
     chained = f"({label}): its record is not the one this was made from"
@@ -81,7 +82,7 @@ def test_verify_finds_a_metric_changed_with_its_digest(
     del record["digest"]
     forged = seal({**record, "metrics": {"score": 0.99}})
     (committed[0].path / "record.json").write_bytes(record_bytes(forged))
-    assert store.verify(committed[2]) == [
+    assert ancestry.verify(store, committed[2]) == [
         f"{committed[1].label}: input start ({committed[0].label}): "
         f"its record is not the one this was made from"
     ]
@@ -90,14 +91,14 @@ def test_verify_finds_a_metric_changed_with_its_digest(
 def test_verify_finds_a_swapped_ancestor_record(store: Store, committed: list[Artifact]) -> None:
     content = (committed[1].path / "record.json").read_bytes()
     (committed[0].path / "record.json").write_bytes(content)
-    problems = store.verify(committed[2])
+    problems = ancestry.verify(store, committed[2])
     assert any("its record is not the one this was made from" in problem for problem in problems)
     assert any("It was changed after it was committed" in problem for problem in problems)
 
 
 def test_verify_finds_an_edited_config(store: Store, committed: list[Artifact]) -> None:
     edit(committed[2], lambda record: record["payload"]["config"].update(value=7))
-    problems = store.verify(store.load(committed[2].path))
+    problems = ancestry.verify(store, store.load(committed[2].path))
     assert (
         f"{committed[2].label}: the payload in its record does not give its fingerprint" in problems
     )
@@ -106,21 +107,21 @@ def test_verify_finds_an_edited_config(store: Store, committed: list[Artifact]) 
 def test_verify_finds_an_input_pointed_elsewhere(store: Store, committed: list[Artifact]) -> None:
     other = committed[1].fingerprint
     edit(committed[1], lambda record: record["inputs"]["start"].update(fingerprint=other))
-    problems = store.verify(store.load(committed[1].path))
+    problems = ancestry.verify(store, store.load(committed[1].path))
     assert any("are not those of its payload" in problem for problem in problems)
 
 
 def test_verify_finds_a_missing_ancestor(store: Store, committed: list[Artifact]) -> None:
     committed[0].path.rename(store.root / "elsewhere")
-    assert store.verify(committed[2]) == [
+    assert ancestry.verify(store, committed[2]) == [
         f"{committed[1].label}: input start ({committed[0].label}) is missing from the store"
     ]
-    assert [a.missing for a in store.lineage(committed[2])] == [["start"], []]
+    assert [a.missing for a in ancestry.lineage(store, committed[2])] == [["start"], []]
 
 
 def test_verify_finds_a_missing_ancestor_record(store: Store, committed: list[Artifact]) -> None:
     (committed[0].path / "record.json").unlink()
-    problems = store.verify(committed[2])
+    problems = ancestry.verify(store, committed[2])
     assert len(problems) == 1
     assert problems[0].endswith("record.json is missing")
 
@@ -132,18 +133,18 @@ def labels(removed: Any) -> list[str]:
 def test_gc_keeps_ancestors(store: Store, committed: list[Artifact]) -> None:
     first, second, third = committed
     size = sum(path.stat().st_size for path in third.path.iterdir())
-    removed = store.gc([second.fingerprint], dry_run=True)
+    removed = ancestry.gc(store, [second.fingerprint], dry_run=True)
     assert [(item.label, item.bytes) for item in removed] == [(third.label, size)]
     assert store.list() == committed
-    assert store.gc([second.fingerprint]) == removed
+    assert ancestry.gc(store, [second.fingerprint]) == removed
     assert store.list() == [first, second]
-    assert store.verify(second) == []
-    assert labels(store.gc([])) == [second.label, first.label]
+    assert ancestry.verify(store, second) == []
+    assert labels(ancestry.gc(store, [])) == [second.label, first.label]
     assert store.list() == []
 
 
 def test_gc_ignores_unknown_fingerprints(store: Store, committed: list[Artifact]) -> None:
-    assert labels(store.gc([committed[2].fingerprint, "0" * 64])) == []
+    assert labels(ancestry.gc(store, [committed[2].fingerprint, "0" * 64])) == []
 
 
 def test_gc_removes_work_nobody_keeps(store: Store, chain: Graph) -> None:
@@ -155,7 +156,7 @@ def test_gc_removes_work_nobody_keeps(store: Store, chain: Graph) -> None:
         work.release()
     work = store.begin(held)
     assert work is not None
-    assert labels(store.gc([kept])) == [f"work/{gone[:12]}"]
+    assert labels(ancestry.gc(store, [kept])) == [f"work/{gone[:12]}"]
     assert store.work_path(kept).exists()
     assert store.work_path(held).exists()
     work.release()
@@ -167,16 +168,18 @@ def test_gc_removes_work_left_behind_after_a_commit(
     """A process killed between the rename and the cleaning leaves such a directory."""
     leftover = store.work_path(committed[0].fingerprint)
     leftover.mkdir()
-    assert labels(store.gc([a.fingerprint for a in committed])) == [f"work/{leftover.name}"]
+    assert labels(ancestry.gc(store, [a.fingerprint for a in committed])) == [
+        f"work/{leftover.name}"
+    ]
     assert not leftover.exists()
 
 
 def test_gc_waits_for_no_run(store: Store, committed: list[Artifact]) -> None:
     with store.in_use(), store.in_use():
         with pytest.raises(StoreError, match=r"a run is using .* wait until it ends or stop it"):
-            store.gc([])
-        assert len(store.gc([], dry_run=True)) == 3
-    assert len(store.gc([])) == 3
+            ancestry.gc(store, [])
+        assert len(ancestry.gc(store, [], dry_run=True)) == 3
+    assert len(ancestry.gc(store, [])) == 3
 
 
 def test_gc_killed_half_way_leaves_no_orphan(
@@ -193,10 +196,10 @@ def test_gc_killed_half_way_leaves_no_orphan(
 
     monkeypatch.setattr(os, "rename", rename)
     with pytest.raises(KeyboardInterrupt):
-        store.gc([])
+        ancestry.gc(store, [])
     assert store.list() == committed[:2]
-    assert store.verify(committed[1]) == []
+    assert ancestry.verify(store, committed[1]) == []
 
 
 def test_gc_of_no_store(tmp_path: Path) -> None:
-    assert Store(tmp_path / "none").gc([]) == []
+    assert ancestry.gc(Store(tmp_path / "none"), []) == []

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
+from posttrain.engine import ancestry
 from posttrain.engine import commit as commit_module
 from posttrain.engine.errors import ConfigError, GraphError, StageError
-from posttrain.engine.events import Event
 from posttrain.engine.graph import Graph, Node
 from posttrain.engine.planner import plan
 from posttrain.engine.provenance import Provenance
-from posttrain.engine.runner import run
+from posttrain.engine.runner import Event, run
 from posttrain.engine.store import Store
 from posttrain.engine.work import write_step
 
@@ -47,7 +47,7 @@ def test_a_chain_runs_and_is_cached_afterwards(store: Store, chain: Graph, run_a
     assert third.metrics == {"value": 6.0}
     assert third.file("value.txt").read_text() == "6.0"
     assert events[-1].payload == {"metrics": {"value": 6.0}, "path": str(third.path)}
-    assert store.verify(third) == []
+    assert ancestry.verify(store, third) == []
     assert list((store.root / "work").iterdir()) == []
     assert [e.kind for e in run_all(chain)] == ["cached"] * 3
 
@@ -220,7 +220,7 @@ def test_a_failure_blocks_only_its_descendants(
         f"What finished is kept; once the cause is mended, run the same command again."
     )
     assert [artifact.name for artifact in store.list()] == ["good", "later"]
-    assert store.verify(store.resolve("later")) == []
+    assert ancestry.verify(store, store.resolve("later")) == []
     # The cause is gone: the same store goes on with what is left.
     events = list(run(failing(make_graph, "add"), store, execute=toys))
     assert of_kind(events, "finished") == ["bad", "after", "end"]

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from posttrain.engine import ancestry, transfer
 from posttrain.engine.ancestry import ADOPTED
 from posttrain.engine.errors import StoreError
 from posttrain.engine.fingerprint import files_digest
@@ -38,7 +39,7 @@ def adopt(store: Store, source: Path, **changes: Any) -> Artifact:
         "metrics": {},
         "provenance": {"source": str(source)},
     }
-    return store.adopt(source, **{**options, **changes})
+    return transfer.adopt(store, source, **{**options, **changes})
 
 
 @pytest.mark.parametrize("link", [True, False])
@@ -46,7 +47,7 @@ def test_adopted_files_are_found_by_a_graph(store: Store, outside: Path, link: b
     artifact = adopt(store, outside, link=link)
     assert artifact.file("a.bin").is_symlink() == link
     assert artifact.file("sub/b.txt").read_text() == "bb"
-    assert store.verify(artifact) == []
+    assert ancestry.verify(store, artifact) == []
     digest = files_digest(outside, artifact.files)
     node = Node(name="any", kind="outside", data={"files": digest}, runtime={"missing": "gone"})
     [row] = plan(Graph(nodes={"any": node}, target="any"), store)
@@ -63,7 +64,7 @@ def test_a_changed_linked_file_is_found(store: Store, outside: Path) -> None:
     artifact = adopt(store, outside)
     (outside / "a.bin").write_text("aba")
     (outside / "sub" / "b.txt").unlink()
-    assert store.verify(artifact) == [
+    assert ancestry.verify(store, artifact) == [
         f"{artifact.label}: file a.bin was changed after it was committed",
         f"{artifact.label}: file sub/b.txt is missing",
     ]
@@ -105,10 +106,10 @@ def test_an_export_is_real_files_and_a_history(
         Node(name="next", kind="add", inputs={"start": "base"}),
     )
     made = commit(graph, "next", {"deep/w.bin": "w"}, score=1.5)
-    target = store.export(base, tmp_path / "exports" / "base")
+    target = transfer.export(store, base, tmp_path / "exports" / "base")
     assert not (target / "a.bin").is_symlink()
     assert (target / "a.bin").read_text() == "aaa"
-    target = store.export(made, tmp_path / "exports" / "next")
+    target = transfer.export(store, made, tmp_path / "exports" / "next")
     assert sorted(p.relative_to(target).as_posix() for p in target.rglob("*") if p.is_file()) == [
         "deep/w.bin",
         "history.json",
@@ -122,12 +123,12 @@ def test_an_export_needs_an_empty_place(
 ) -> None:
     target = tmp_path / "target"
     target.mkdir()
-    store.export(committed[0], target)
+    transfer.export(store, committed[0], target)
     with pytest.raises(StoreError, match="is not an empty directory"):
-        store.export(committed[0], target)
+        transfer.export(store, committed[0], target)
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="is not an empty directory"):
-        store.export(committed[0], tmp_path / "file")
+        transfer.export(store, committed[0], tmp_path / "file")
 
 
 def test_an_export_is_whole_or_not_there(
@@ -136,13 +137,13 @@ def test_an_export_is_whole_or_not_there(
     (committed[2].path / "value.txt").write_text("changed")
     target = tmp_path / "exports" / "third"
     with pytest.raises(StoreError, match=r"value\.txt differs from its record"):
-        store.export(committed[2], target)
+        transfer.export(store, committed[2], target)
     (committed[2].path / "value.txt").unlink()
     with pytest.raises(StoreError, match=r"value\.txt is missing"):
-        store.export(committed[2], target)
+        transfer.export(store, committed[2], target)
     shutil.rmtree(committed[0].path)
     with pytest.raises(StoreError, match="the store lacks start of second"):
-        store.export(committed[2], target)
+        transfer.export(store, committed[2], target)
     assert list(target.parent.iterdir()) == []
 
 
@@ -151,7 +152,7 @@ def travelled(
     store: Store, committed: list[Artifact], tmp_path: Path
 ) -> tuple[Store, Path, Artifact]:
     """The chain exported from one store and adopted in another."""
-    target = store.export(committed[2], tmp_path / "export")
+    target = transfer.export(store, committed[2], tmp_path / "export")
     other = Store(tmp_path / "other")
     return (
         other,
@@ -164,8 +165,8 @@ def test_the_history_travels(
     travelled: tuple[Store, Path, Artifact], committed: list[Artifact], tmp_path: Path
 ) -> None:
     other, _, artifact = travelled
-    assert other.verify(artifact) == []
-    found = other.lineage(artifact)
+    assert ancestry.verify(other, artifact) == []
+    found = ancestry.lineage(other, artifact)
     assert [ancestor.label for ancestor in found] == [
         *(a.label for a in committed),
         artifact.label,
@@ -179,13 +180,13 @@ def test_the_history_travels_twice(
     travelled: tuple[Store, Path, Artifact], tmp_path: Path, committed: list[Artifact]
 ) -> None:
     other, _, artifact = travelled
-    target = other.export(artifact, tmp_path / "again")
+    target = transfer.export(other, artifact, tmp_path / "again")
     third = Store(tmp_path / "third")
     final = adopt(
         third, target, name="z", kind="far", files=["value.txt"], history=read_history(target)
     )
-    assert third.verify(final) == []
-    assert [ancestor.label for ancestor in third.lineage(final)] == [
+    assert ancestry.verify(third, final) == []
+    assert [ancestor.label for ancestor in ancestry.lineage(third, final)] == [
         *(a.label for a in committed),
         artifact.label,
         final.label,

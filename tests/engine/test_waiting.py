@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from posttrain.engine import ancestry
 from posttrain.engine.errors import StageError, Waiting
-from posttrain.engine.events import Event
 from posttrain.engine.graph import Graph, Node
 from posttrain.engine.planner import plan
-from posttrain.engine.runner import run
+from posttrain.engine.runner import Event, run
 from posttrain.engine.store import Store
 
 MakeGraph = Callable[..., Graph]
@@ -60,7 +60,7 @@ def test_the_run_ends_and_the_same_run_goes_on(
     finished = [e.name for e in run(graph, store, execute=toys) if e.kind == "finished"]
     assert finished == ["asked", "below", "end"]
     assert store.resolve("end").metrics == {"value": 48.0}
-    assert store.verify(store.resolve("end")) == []
+    assert ancestry.verify(store, store.resolve("end")) == []
 
 
 def test_a_plan_tells_what_waits_until_the_file_changes(

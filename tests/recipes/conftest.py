@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from posttrain.backends.checkpoint import LanguageModel, save
+from posttrain.engine import ancestry
 from posttrain.engine.record import Artifact
 from posttrain.engine.runner import run
 from posttrain.engine.store import Store
@@ -24,9 +25,9 @@ from posttrain.language.handles import Stage
 from posttrain.recipe import Recipe
 from posttrain.rewards.comparisons import QUESTION
 from posttrain.rewards.spec import VerifierSpec
+from posttrain.stages.worker import EXECUTE, PRELOAD
 from posttrain.suites.domain import Domain, Suite, Table
 from posttrain.suites.load import load_suite
-from posttrain.worker import EXECUTE, PRELOAD
 
 SUITE = """
 name = "hard"
@@ -87,7 +88,7 @@ class Made:
     @property
     def config(self) -> dict[str, Any]:
         """The settings in the record."""
-        return dict(self.artifact.payload["config"])
+        return dict(self.artifact.config)
 
     @property
     def weights(self) -> str:
@@ -135,7 +136,7 @@ class Bench:
     def lineage(self, store: Store, artifact: Artifact) -> dict[str, Made]:
         """An artifact and all that it descends from, by the names of the stages, from the records
         of a store."""
-        found = store.lineage(artifact)
+        found = ancestry.lineage(store, artifact)
         assert not any(ancestor.missing for ancestor in found)
         return {a.artifact.name: Made(a.artifact) for a in found if a.artifact is not None}
 

@@ -15,8 +15,8 @@ from posttrain.engine.runner import run
 from posttrain.engine.store import Store
 from posttrain.language.handles import Stage
 from posttrain.recipe import Recipe
+from posttrain.stages.worker import EXECUTE, PRELOAD
 from posttrain.suites.domain import Suite
-from posttrain.worker import EXECUTE, PRELOAD
 
 LIMIT = {"max_new_tokens": 4}
 TRAIN = {"lr": 2e-3, "warmup_steps": 1, "batch_size": 16}

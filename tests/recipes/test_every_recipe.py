@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from posttrain.engine.store import Store
-from posttrain.loading import describe, load_recipe, shipped_recipes
+from posttrain.language.loader import describe, load_recipe, shipped_recipes
 
 RECIPES = shipped_recipes()
 MAY_IMPORT = {"posttrain", "typing", "collections", "itertools", "__future__"}

@@ -11,14 +11,15 @@ from typing import Any
 
 import pytest
 
+from posttrain.engine import ancestry
 from posttrain.engine.errors import ConfigError
 from posttrain.engine.record import Artifact
 from posttrain.engine.runner import run
 from posttrain.engine.store import Store
 from posttrain.language.handles import Stage
 from posttrain.recipe import Recipe
+from posttrain.stages.worker import EXECUTE, PRELOAD
 from posttrain.suites.domain import Suite
-from posttrain.worker import EXECUTE, PRELOAD
 
 FAST: dict[str, Any] = {"lr": 2e-3, "warmup_steps": 1}
 
@@ -180,7 +181,7 @@ def test_a_recipe_with_all_of_it_runs_to_its_end(tmp_path: Path, build: Any) -> 
     assert found["mean"].metrics["models"] == 2
     lines = (found["rl"].path / "metrics.jsonl").read_text().splitlines()
     assert any("aux/ptx" in json.loads(line) for line in lines)
-    ancestors = {a.record["name"] for a in store.lineage(found["evaluation"])}
+    ancestors = {a.record["name"] for a in ancestry.lineage(store, found["evaluation"])}
     assert {"mean", "on_whole", "on_last", "rl", "last_merge", "base"} <= ancestors
 
 

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 
+from posttrain.engine import ancestry
 from posttrain.engine.record import Artifact
 from posttrain.engine.runner import run
 from posttrain.engine.store import Store
 from posttrain.language.handles import Stage
 from posttrain.recipe import Recipe
+from posttrain.stages.worker import EXECUTE, PRELOAD
 from posttrain.suites.domain import Suite
-from posttrain.worker import EXECUTE, PRELOAD
 
 DPO = {"lr": 2e-3, "warmup_steps": 1, "batch_size": 16}
 LIMIT = {"max_new_tokens": 4}
@@ -69,7 +70,9 @@ def test_a_preference_recipe_runs_to_its_end(tmp_path: Path, two_domains: Suite)
         "against": "bad",
     }
     assert found["pairs"].inputs["rollouts"]["name"] == "rollouts"
-    ancestors = [ancestor.record["name"] for ancestor in store.lineage(found["evaluation"])]
+    ancestors = [
+        ancestor.record["name"] for ancestor in ancestry.lineage(store, found["evaluation"])
+    ]
     assert {"second", "first", "delta", "pairs", "good", "bad", "rollouts", "sft"} <= set(ancestors)
     assert 0 < found["second"].metrics["loss"] < 10
     assert "learning from preference pairs" in (found["second"].path / "README.md").read_text()

@@ -14,7 +14,7 @@ from posttrain.engine.errors import ConfigError, GraphError
 from posttrain.engine.graph import Graph
 from posttrain.engine.store import Store
 from posttrain.language.handles import Stage
-from posttrain.loading import load_recipe, shipped_recipes
+from posttrain.language.loader import load_recipe, shipped_recipes
 from posttrain.recipe import Recipe
 
 DOMAINS = ("add", "sort", "turn")
@@ -48,7 +48,7 @@ def test_every_shipped_recipe_builds_a_graph_on_the_core_suite(name: str, tmp_pa
 def test_building_imports_no_torch() -> None:
     program = (
         "import sys; from pathlib import Path; from posttrain.engine.store import Store;"
-        "from posttrain.loading import load_recipe, shipped_recipes\n"
+        "from posttrain.language.loader import load_recipe, shipped_recipes\n"
         "for name in shipped_recipes():\n"
         "    load_recipe(name, store=Store(Path('no-store'))).graph.fingerprints()\n"
         "heavy = {'torch', 'transformers', 'numpy', 'reasoning_gym', 'datasets', 'matplotlib'}\n"

@@ -14,8 +14,8 @@ from posttrain.engine.runner import run
 from posttrain.engine.store import Store
 from posttrain.recipe import Recipe
 from posttrain.rewards.spec import VerifierSpec
+from posttrain.stages.worker import EXECUTE, PRELOAD
 from posttrain.suites.domain import Domain, Suite, Table
-from posttrain.worker import EXECUTE, PRELOAD
 
 QUICK = {"lr": 2e-3, "warmup_steps": 1, "batch_size": 16}
 

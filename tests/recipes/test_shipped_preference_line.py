@@ -11,7 +11,7 @@ import pytest
 
 from posttrain.engine.graph import Graph, Node
 from posttrain.engine.store import Store
-from posttrain.loading import load_recipe, shipped_recipes
+from posttrain.language.loader import load_recipe, shipped_recipes
 
 NAMES = (
     "instructgpt", "llama2", "llama3", "tulu3", "olmo3_think", "olmo3_instruct", "olmo3_rl_zero",

@@ -10,7 +10,7 @@ import pytest
 
 from posttrain.engine.graph import Graph, Node
 from posttrain.engine.store import Store
-from posttrain.loading import load_recipe
+from posttrain.language.loader import load_recipe
 
 Load = Callable[..., Graph]
 DOMAINS = ("add", "reverse", "sort", "palindrome")

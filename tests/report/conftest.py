@@ -14,7 +14,7 @@ import pytest
 from posttrain.engine.graph import Graph, Node
 from posttrain.engine.record import Artifact
 from posttrain.engine.store import Store
-from posttrain.report.statistics import Scores, evaluation
+from posttrain.rl.statistics import Scores, evaluation
 
 DOMAINS = ("add", "letters", "reverse", "spiral")
 HOSTILE = "<script>alert('prompt')</script> & \"quotes\""

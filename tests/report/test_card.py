@@ -19,7 +19,7 @@ def card_of(store: Store, name: str) -> str:
         name=artifact.name,
         kind=artifact.kind,
         fingerprint=artifact.fingerprint,
-        config=artifact.payload["config"],
+        config=artifact.config,
         inputs=artifact.inputs,
         metrics=artifact.metrics,
         scores=scores_of(store, artifact),

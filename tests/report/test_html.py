@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from posttrain.engine import ancestry
 from posttrain.engine.graph import Graph, Node
 from posttrain.engine.record import Artifact
 from posttrain.engine.store import Store
@@ -110,9 +111,14 @@ def test_plots_follow_the_colours_and_font_of_the_page(page: Page):
         assert re.findall(r"#[0-9a-f]{6}\b", figure) == []
         assert "font-family" not in figure
         assert "<style" not in figure
-    assert {"var(--ink)", "var(--accent)", "var(--c1)", "var(--c4)"} <= set(
+    assert {"var(--ink)", "var(--c1)", "var(--c4)"} <= set(
         re.findall(r"var\(--\w+\)", "".join(figures))
     )
+    drawn = {name for value in values(page, "class") for name in value.split()}
+    styled = set(
+        re.findall(r"\.([a-z-]+)", (Path(html.__file__).parent / "report.css").read_text())
+    )
+    assert {"grid", "axis", "curve", "interval", "init", "teacher", "student"} <= drawn & styled
 
 
 def test_sections_are_all_there(page: Page):
@@ -192,7 +198,7 @@ def test_lineage_has_every_stage_with_its_fingerprint_and_number(
         for text in card.iter(f"{SVG}text")
         if text.get("class") == "name"
     }
-    for ancestor in store.lineage(finished):
+    for ancestor in ancestry.lineage(store, finished):
         record = ancestor.record
         if record["kind"] != "domain":
             assert record["fingerprint"][:8] in texts[record["name"]]

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from posttrain.engine.events import Event
 from posttrain.engine.graph import Graph, Node
 from posttrain.engine.planner import plan
+from posttrain.engine.runner import Event
 from posttrain.engine.store import Store
 from posttrain.report import live
 from posttrain.report.live import LiveView
@@ -81,8 +81,8 @@ RUN = [
 
 
 def test_tree_hangs_stages_under_what_they_start_from(graph: Graph, empty_store: Store):
-    found = [branch.prefix + branch.name for branch in tree(plan(graph, empty_store), graph)]
-    assert found == [
+    found = tree(plan(graph, empty_store), graph)
+    assert [prefix + name for name, prefix in found.items()] == [
         "base",
         "└ sft",
         "  ├ add_teacher",
@@ -129,7 +129,7 @@ def test_a_resumed_stage_has_its_own_rate():
     [
         ("pretrain", {"loss": 0.512345, "lr": 1.0}, "loss 0.512"),
         ("rl", {"reward": 0.62, "loss": 3.0, "kl": 1.0}, "reward 0.62"),
-        ("distill", {"reward": 0.62, "loss": 3.0, "kl": 0.01}, "kl 0.01"),
+        ("distill", {"reward": 0.62, "loss": 3.0, "kl": 0.01}, "KL 0.01"),
         ("evaluate", {}, "3 of 6 models"),
         ("of_a_user", {"reward": 0.5}, "reward 0.5"),
         ("of_a_user", {"accuracy": 0.5}, ""),
@@ -195,8 +195,10 @@ def test_failed_and_blocked_stages(view: MakeView):
         event("started", "sft", reason="new"),
         event("failed", "sft", 2.0, error="no space left", log="x"),
         event("blocked", "student", reason="input start failed (sft)"),
+        event("waits", "add_teacher", reason="fill in people.csv"),
     ]
     lines = drawn(view(events))
+    assert any(x.startswith("?") and "add_teacher" in x and "needs input" in x for x in lines)
     assert any(line.startswith("✗") and "sft" in line and "failed" in line for line in lines)
     blocked = next(line for line in lines if "student" in line)
     assert "blocked" in blocked
@@ -214,11 +216,11 @@ def printed(view: LiveView) -> list[str]:
 
 def test_plain_output_has_one_line_per_start_and_end(view: MakeView):
     assert printed(view(RUN)) == [
-        "cached    add",
-        "cached    spiral",
-        "started   base (pretrain): new",
-        "finished  base: 100/100, loss 0.25, 500 tokens/s, 1:41",
-        "started   sft (sft): steps: 80 -> 100",
+        "cached      add",
+        "cached      spiral",
+        "started     base (pretrain): new",
+        "done        base: 100/100, loss 0.25, 500 tokens/s, 1:41",
+        "started     sft (sft): steps: 80 -> 100",
     ]
 
 
@@ -228,7 +230,7 @@ def test_plain_output_tells_of_progress_now_and_then(
     monkeypatch.setattr(live, "PLAIN_SECONDS", 0.0)
     lines = [line for line in printed(view(RUN)) if line.startswith("running")]
     assert len(lines) == 2
-    assert lines[1].startswith("running   sft: 50/100, loss 0.75, 500 tokens/s")
+    assert lines[1].startswith("running     sft: 50/100, loss 0.75, 500 tokens/s")
     assert "ETA" in lines[1]
 
 
@@ -239,11 +241,13 @@ def test_plain_output_of_failures_and_other_runs(view: MakeView):
         waiting,
         event("failed", "base", 2.0, error="[Errno 28] no space left", log="x"),
         event("blocked", "student", reason="input start failed (base)"),
+        event("waits", "add_teacher", reason="fill in people.csv"),
     ]
     assert printed(view(events, width=30)) == [
-        "waiting   sft: another run is working on this stage",
-        "failed    base: [Errno 28] no space left",
-        "blocked   student: input start failed (base)",
+        "pending     sft: another run is working on this stage",
+        "failed      base: [Errno 28] no space left",
+        "blocked     student: input start failed (base)",
+        "needs input add_teacher: fill in people.csv",
     ]
 
 

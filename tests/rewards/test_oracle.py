@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+from posttrain.backends.prompting import in_modes, visible
 from posttrain.engine.errors import ConfigError, StageError
-from posttrain.modes import in_modes, visible
 from posttrain.rewards.oracle import (
     Oracle,
     brevity,
@@ -61,7 +61,7 @@ def core(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def judge(core: dict[str, Path]) -> Iterator[VerifierPool]:
-    with VerifierPool(core, num_workers=1, judge="oracle") as pool:
+    with VerifierPool(core, num_workers=1, oracle=True) as pool:
         yield pool
 
 
@@ -150,7 +150,8 @@ def test_an_answer_depends_on_the_question_alone(
         # Which is named first does not matter, nor what was asked before.
         assert first.prefer(row, "1=2", row["demo"]) == (1 - index, strength)
         assert again.prefer(row, row["demo"], "1=2") == (index, strength)
-        assert first.rate(row, "1=2") == again.rate(row, "1=2") != other.rate(row, "1=2")
+        worth = [oracle.rates([row], ["1=2"]) for oracle in (first, again, other)]
+        assert worth[0] == worth[1] != worth[2]
         said.append(index)
         changed += other.prefer(row, row["demo"], "1=2")[0] != index
     assert 0 < sum(said) < 100 and changed > 0
@@ -164,12 +165,11 @@ def test_strengths_are_of_the_margin(core: dict[str, Path]) -> None:
     assert [exact.prefer(row, "a", text) for text in "bcde"] == [(0, 1), (0, 2), (0, 3), (0, 4)]
 
 
-def test_rankings_are_consistent_and_pairs_need_not_be(
+def test_rates_are_one_order_and_pairs_need_not_be(
     core: dict[str, Path], judge: VerifierPool, verifier: VerifierPool
 ) -> None:
-    """Without noise both are the order of the qualities. With noise, a ranking still is one order
-    that does not hang on the order of the texts, while some triples of pairs go round in a circle.
-    """
+    """Without noise both are the order of the qualities. With noise, rates still are one order that
+    does not hang on the order of the texts, while some triples of pairs go round in a circle."""
     rows = rows_of(core["sort"])
     exact = Oracle(qualities=judge.scores, noise=0.0)
     noisy = Oracle(qualities=judge.scores, noise=4.0)
@@ -178,13 +178,12 @@ def test_rankings_are_consistent_and_pairs_need_not_be(
         texts = list(
             dict.fromkeys([row["demo"], *(wrong(verifier, row, rows, s) for s in range(3))])
         )
-        worth = exact.qualities([row] * len(texts), texts)
-        best = [worth[i] for i in exact.rank(row, texts)]
-        assert best == sorted(worth, reverse=True)
-        ranked = [texts[i] for i in noisy.rank(row, texts)]
-        backwards = texts[::-1]
-        assert ranked == [backwards[i] for i in noisy.rank(row, backwards)]
-        unlike += ranked != [texts[i] for i in exact.rank(row, texts)]
+        same = [row] * len(texts)
+        worth = exact.qualities(same, texts)
+        assert exact.rates(same, texts) == pytest.approx([5 * quality for quality in worth])
+        rates = noisy.rates(same, texts)
+        assert noisy.rates(same, texts[::-1]) == rates[::-1]
+        unlike += rates.index(max(rates)) != worth.index(max(worth))
         for a, b, c in itertools.combinations(texts, 3):
             wins = [noisy.prefer(row, x, y)[0] for x, y in ((a, b), (b, c), (c, a))]
             circles += len(set(wins)) == 1
@@ -262,7 +261,7 @@ def test_a_suite_may_bring_its_own_taste(tmp_path: Path) -> None:
     assert load_quality(path).score("zz", row) == pytest.approx(0.2)
     thinks = row | {"mode": "think"}
     assert load_quality(path).score("<think>zzz</think>z", thinks) == pytest.approx(0.1)
-    with VerifierPool({"own": path}, num_workers=1, judge="oracle") as pool:
+    with VerifierPool({"own": path}, num_workers=1, oracle=True) as pool:
         # In a process of its own, as a python verifier.
         assert pool.scores([row, row], ["zz", row["answer"]]) == pytest.approx([0.2, 0.0])
         assert Oracle(qualities=pool.scores, noise=0.0).prefer(row, row["answer"], "zz") == (1, 2)

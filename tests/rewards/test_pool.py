@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -202,7 +203,7 @@ def test_a_hang_names_the_response(python_pool: Made) -> None:
         "def score(response, problem):\n"
         "    while response == 'bad': time.sleep(0.01)\n"
         "    return 0.5\n",
-        seconds=2.0,
+        python_seconds=2.0,
     )
     message = failure(pool, "good", "bad")
     assert "python:score took longer than 2 s over problem p1; response was 'bad'" in message
@@ -213,9 +214,85 @@ def test_an_expression_without_end_is_wrong(tmp_path: Path) -> None:
     path = domain(tmp_path / "mine", "reasoning_gym:countdown", format="plain")
     entry = {"question": "", "answer": "2 + 3", "metadata": {"numbers": [2, 3], "target": 5}}
     row = problem(0, "2 + 3") | {"meta": {"entry": entry}}
-    with VerifierPool({"mine": path}, num_workers=1, gym_seconds=3.0) as pool:
+    with VerifierPool({"mine": path}, num_workers=1, runaway_seconds=3.0) as pool:
         texts = ["2 + 3", "9**9**9**9", "2 + 3"]
         assert pool.submit("mine", texts, [row] * 3).result(PATIENCE) == [1.0, 0.0, 1.0]
+
+
+@pytest.fixture(scope="module")
+def math_pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VerifierPool]:
+    path = domain(tmp_path_factory.mktemp("domains") / "maths", "math")
+    with VerifierPool({"maths": path}, num_workers=1, runaway_seconds=2.0) as pool:
+        yield pool
+
+
+def test_math_is_asked_from_any_thread(math_pool: VerifierPool) -> None:
+    scores: list[float] = []
+    rows = [problem(0, "4")] * 2
+
+    def ask() -> None:
+        scores.extend(math_pool.submit("maths", ["it is 3", "it is 4"], rows).result())
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    thread.join()
+    assert scores == [0.0, 1.0]
+
+
+def test_math_gives_up_on_a_runaway_expression_and_goes_on(math_pool: VerifierPool) -> None:
+    texts = ["it is 42", "$9^{9^{9^9}}$", "it is 42"]
+    rows = [problem(0, "42")] * 3
+    assert math_pool.submit("maths", texts, rows).result(PATIENCE) == [1.0, 0.0, 1.0]
+
+
+def test_math_gives_up_by_itself_where_it_can(tmp_path: Path) -> None:
+    """After five seconds, by the alarm of the worker's main thread, and in the same process."""
+    path = domain(tmp_path / "maths", "math")
+    with VerifierPool({"maths": path}, num_workers=1) as pool:
+        before = pids_of_workers()
+        texts = ["it is 42", "$9^{9^{9^9}}$", "it is 42"]
+        rows = [problem(0, "42")] * 3
+        assert pool.submit("maths", texts, rows).result(PATIENCE) == [1.0, 0.0, 1.0]
+        assert pids_of_workers() == before
+
+
+def test_math_survives_the_death_of_its_process(tmp_path: Path) -> None:
+    """It asks once more: the system may have killed an innocent process. Then the response, over
+    which two have died, is wrong, and those after it are judged by a third one."""
+    row = problem(0, "6")
+    with VerifierPool({"maths": domain(tmp_path / "maths", "math")}, num_workers=1) as pool:
+        worker = pool._workers[0]
+
+        def busy() -> bool:
+            process = worker._process
+            state = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0]
+            return worker._ready and process.poll() is None and state == "R"
+
+        def kill() -> int:
+            process = worker._process
+            os.kill(process.pid, 9)
+            process.wait()
+            return process.pid
+
+        assert pool.submit("maths", ["it is 6"], [row]).result(PATIENCE) == [1.0]
+        killed = [kill()]
+        pending = pool.submit("maths", ["it is 6", "$9^{9^{9^9}}$", "it is 6"], [row] * 3)
+        for _ in range(2):
+            wait_for(lambda: worker._process.pid not in killed and busy(), "the computation")
+            time.sleep(0.5)
+            killed.append(kill())
+        assert pending.result(PATIENCE) == [1.0, 0.0, 1.0]
+        assert worker._process.pid not in killed
+
+
+def test_a_problem_that_cannot_be_judged_is_named(math_pool: VerifierPool, tmp_path: Path) -> None:
+    math_pool.check("maths", [problem(0, "1/2")])
+    with pytest.raises(StageError, match=r"p1.*cannot read the reference answer '\?\?'"):
+        math_pool.check("maths", [problem(0, "1/2"), problem(1, "??")])
+    with VerifierPool({"texts": domain(tmp_path / "texts", "exact")}, num_workers=1) as pool:
+        pool.check("texts", [problem(0, "a")])
+        with pytest.raises(StageError, match="p1: the answer is empty"):
+            pool.check("texts", [problem(0, "a"), problem(1, " ")])
 
 
 def test_what_a_verifier_prints_or_reads_does_not_get_into_the_replies(python_pool: Made) -> None:

@@ -1,20 +1,15 @@
 """Every verifier with right, wrong and edge answers, and what it says about broken ones."""
 
 import json
-import threading
 from pathlib import Path
 
 import pytest
 
 from posttrain.engine.errors import ConfigError, StageError
+from posttrain.rewards.formats import FORMATS, TextFormat
 from posttrain.rewards.math_answer import MathVerifier
-from posttrain.rewards.verifiers import (
-    choice_letter,
-    load_verifier,
-    make_verifier,
-    parse_verifier,
-    resolve_verifier,
-)
+from posttrain.rewards.spec import parse_verifier, resolve_verifier
+from posttrain.rewards.verifiers import choice_letter, load_verifier, make_verifier
 
 
 def problem(answer, **meta):
@@ -34,9 +29,7 @@ def verifier(name, **options):
 
 @pytest.fixture(scope="module")
 def math():
-    instance = MathVerifier()
-    yield instance
-    instance.close()
+    return MathVerifier()
 
 
 @pytest.mark.parametrize(
@@ -58,30 +51,6 @@ def math():
 )
 def test_math(math, answer, response, score):
     assert math.score(response, problem(answer)) == score
-
-
-def test_math_works_outside_the_main_thread(math):
-    scores = []
-    thread = threading.Thread(
-        target=lambda: scores.extend(math.score(f"it is {n}", problem("4")) for n in (3, 4))
-    )
-    thread.start()
-    thread.join()
-    assert scores == [0.0, 1.0]
-
-
-def test_math_gives_up_on_a_runaway_expression_and_goes_on():
-    impatient = MathVerifier(seconds=1.0)
-    assert impatient.score("$9^{9^{9^9}}$", problem("42")) == 0.0
-    assert impatient.score("it is 42", problem("42")) == 1.0
-    impatient.close()
-
-
-def test_math_survives_the_death_of_its_process(math):
-    assert math.score("it is 5", problem("5")) == 1.0
-    math._process.kill()
-    math._process.wait()
-    assert math.score("it is 6", problem("6")) == 1.0
 
 
 def test_math_names_the_problem_whose_answer_is_not_mathematics(math):
@@ -218,13 +187,11 @@ def test_reasoning_gym_reads_a_table_row():
 
 
 def test_reasoning_gym_uses_the_format(monkeypatch):
-    class Spelled:
-        version = 1
-
+    class Spelled(TextFormat):
         def answer(self, response):
             return str(["zero", "one", "two", "three"].index(response))
 
-    monkeypatch.setattr("posttrain.rewards.verifiers.find_format", lambda name, *, where: Spelled())
+    monkeypatch.setitem(FORMATS, "spelled", Spelled())
     spelled = verifier("reasoning_gym:chain_sum", format="spelled")
     assert spelled.score("three", problem("3", entry=ENTRY)) == 1.0
     assert spelled.score("two", problem("3", entry=ENTRY)) == 0.0

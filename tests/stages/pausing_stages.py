@@ -21,8 +21,8 @@ from posttrain.engine.runner import run
 from posttrain.engine.store import Store
 from posttrain.recipe import Recipe
 from posttrain.rewards.spec import VerifierSpec
+from posttrain.stages.worker import PRELOAD
 from posttrain.suites.domain import Domain, Suite, Table
-from posttrain.worker import PRELOAD
 
 STEPS = 6
 OPTIM = {"steps": STEPS, "lr": 0.01, "warmup_steps": 1}
@@ -32,7 +32,7 @@ def execute(job: Job) -> dict[str, Any]:
     """`run_job` with a checkpoint every second step, and a pause where one is asked for."""
     # Not above: the runner, which imports this file as well, does without torch.
     from posttrain.stages.context import Context, Resumable
-    from posttrain.worker import run_job
+    from posttrain.stages.worker import run_job
 
     pauses = Path(job.environment["PAUSES"])
 

@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from posttrain.rl.types import Rollouts, pad_rows
+from posttrain.stages.chains import chain_responses
+from posttrain.stages.credit import credit
+from posttrain.stages.rollouts import Scored
 
 from posttrain import judges
 from posttrain.engine.errors import ConfigError
 from posttrain.rl.advantage import advantages
-from posttrain.rl.types import Rollouts, pad_rows
-from posttrain.stages.chains import chain_responses
 from posttrain.stages.config import build_config
-from posttrain.stages.credit import credit
-from posttrain.stages.rollouts import Scored
 
 BASE = {
     "steps": 2,

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import posttrain.stages.context
-from posttrain.worker import DEVICE
+from posttrain.stages.worker import DEVICE
 
 spec = importlib.util.spec_from_file_location(
     "elsewhere", Path(__file__).parents[1] / "elsewhere.py"

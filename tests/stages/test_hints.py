@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from posttrain.stages.batches import sequences
 
 from posttrain.backends.chat import Chat
 from posttrain.backends.checkpoint import load
 from posttrain.backends.local import LocalScorer
+from posttrain.backends.prompting import also_hinted, hinted
 from posttrain.engine.errors import ConfigError
-from posttrain.hints import also_hinted, hinted
-from posttrain.stages.batches import sequences
 from posttrain.stages.config import build_config
 from posttrain.stages.teachers import after_prompts
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from posttrain.stages.rollouts import verifiers
 
 from posttrain import judges
 from posttrain.backends.chat import Chat
@@ -18,7 +19,6 @@ from posttrain.language.handles import Stage
 from posttrain.rewards.judging import Responses, RewardFunction
 from posttrain.stages.context import Context
 from posttrain.stages.judging import make_reward, verdict_ids
-from posttrain.stages.rollouts import verifiers
 
 if TYPE_CHECKING:
     from posttrain.backends.checkpoint import LanguageModel

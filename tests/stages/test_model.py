@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from posttrain.backends.checkpoint import LanguageModel, save
+from posttrain.backends.checkpoint_source import find_checkpoint
 from posttrain.engine.errors import ConfigError
-from posttrain.external import find_external
 from posttrain.stages.context import Context
 from posttrain.stages.outside import link_model
 
@@ -18,7 +18,7 @@ def test_files_that_changed_after_the_plan_are_refused(
     tmp_path: Path, make_model: Callable[..., LanguageModel]
 ) -> None:
     save(make_model(), tmp_path / "mine")
-    planned = find_external(tmp_path / "mine")
+    planned = find_checkpoint(tmp_path / "mine")
     arguments = (planned.directory, list(planned.files), planned.sha256)
     first = Context(name="base", work=tmp_path / "first", inputs={}, threads=1)
     assert link_model(*arguments, first)["parameters"] > 0

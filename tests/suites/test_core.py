@@ -3,10 +3,10 @@
 import dataclasses
 import json
 
-from posttrain.modes import in_modes
+from posttrain.backends.prompting import in_modes
+from posttrain.rewards.formats import find_format
 from posttrain.rewards.verifiers import load_verifier
 from posttrain.suites.domain import SPLITS, build_domain, domain_node, split_of
-from posttrain.suites.formats import find_format
 from posttrain.suites.load import load_suite
 
 

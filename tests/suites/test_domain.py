@@ -11,6 +11,7 @@ import pytest
 
 from posttrain.engine.errors import ConfigError, StageError
 from posttrain.engine.fingerprint import digest, file_digest
+from posttrain.rewards.formats import FORMATS, TextFormat
 from posttrain.rewards.verifiers import load_verifier
 from posttrain.suites.domain import (
     Domain,
@@ -65,7 +66,7 @@ def numbered(count, start=0):
 def build(domain, base, out):
     node = domain_node(domain, base)
     out.mkdir(parents=True)
-    metrics = build_domain(node.config, node.runtime, out)
+    metrics = build_domain(node.config, node.runtime, out, node.data)
     rows = {
         split: [json.loads(line) for line in (out / f"{split}.jsonl").read_text().splitlines()]
         for split in SPLITS
@@ -136,29 +137,14 @@ def test_procedural_says_how_many_problems_there_are(tmp_path):
 def test_a_demonstration_that_scores_below_one_is_an_error(tmp_path, monkeypatch, wrong):
     """The full one, or the one without steps."""
 
-    class Wrong:
-        version = 1
-
-        def key(self, item):
-            return item["question"]
-
-        def prompt(self, item):
-            return item["question"]
-
+    class Wrong(TextFormat):
         def demo(self, item):
             return item["answer"] + wrong
-
-        def thought(self, item):
-            return None
 
         def direct(self, item):
             return None if wrong else item["answer"] + "1"
 
-        def answer(self, response):
-            return response
-
-    for module in ("suites.domain", "suites.build", "rewards.spec", "rewards.verifiers"):
-        monkeypatch.setattr(f"posttrain.{module}.find_format", lambda name, *, where: Wrong())
+    monkeypatch.setitem(FORMATS, "wrong", Wrong())
     with pytest.raises(StageError, match=r"problem sums-\w+: its demonstration .* scores 0"):
         build(sums(format="wrong"), tmp_path, tmp_path / "out")
 
@@ -261,7 +247,7 @@ def test_a_file_that_changes_between_plan_and_run_is_an_error(tmp_path):
     write_rows(tmp_path / "all.jsonl", numbered(101))
     (tmp_path / "out").mkdir()
     with pytest.raises(ConfigError, match=r"all\.jsonl changed since the plan was made"):
-        build_domain(node.config, node.runtime, tmp_path / "out")
+        build_domain(node.config, node.runtime, tmp_path / "out", node.data)
 
 
 @pytest.mark.parametrize(

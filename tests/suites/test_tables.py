@@ -24,7 +24,7 @@ def test_a_missing_reader_is_named_with_its_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, module: str, message: str
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    columns = Columns(prompt="prompt", answer="answer", demo=None, id=None, rest=False)
+    columns = Columns(named={"prompt": "prompt", "answer": "answer"}, keep_rest=False)
     location = Location(text="mine", kind=kind, path=None if kind == "hub" else tmp_path)
     with pytest.raises(ConfigError, match=f"here: mine: {message}"):
         list(read_rows(location, columns, where="here"))

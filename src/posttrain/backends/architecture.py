@@ -40,8 +40,9 @@ PACKABLE = frozenset(
     }
 )  # fmt: skip
 
+SEES_LATER = "lets a token see later ones"
 PROBE_LENGTH = 12
-"""Tokens of the row that `check_plain` reads in several ways."""
+"""Tokens of the short row that is read in several ways; the long one is twice as long."""
 
 
 def path_of(model: Any) -> Path:
@@ -164,11 +165,9 @@ def _bounds_steps(module: Any) -> bool:
 
 
 def _disagreement(model: Any, body: Any) -> str | None:
-    """How two ways to read a row differ, or None. Ids are small ones, which every model has."""
+    """How two ways to read a row differ, or None."""
     head = model.get_output_embeddings()
-    device = head.weight.device
-    row_1T = (torch.arange(2 * PROBE_LENGTH, device=device) * 7 % 31 + 3)[None]
-    row_1T = row_1T % head.weight.shape[0]
+    row_1T = _probe(head.weight)
     short_1T = row_1T[:, :PROBE_LENGTH]
     hidden_1TD = body(input_ids=short_1T, use_cache=False).last_hidden_state
     logits = model(input_ids=short_1T, use_cache=False).logits
@@ -176,12 +175,32 @@ def _disagreement(model: Any, body: Any) -> str | None:
         torch.nn.functional.linear(hidden_1TD, head.weight, getattr(head, "bias", None)), logits
     ):
         return "changes its logits around the output projection"
+    if not is_causal(model, head.weight):
+        return SEES_LATER
     longer_1TD = body(input_ids=row_1T, use_cache=False).last_hidden_state
-    if not _close(longer_1TD[:, :PROBE_LENGTH], hidden_1TD):
-        return "lets a token see later ones"
     if not _close(_stepwise(model, row_1T), longer_1TD):
         return "gives other hidden states with its transformers cache than without"
     return None
+
+
+@torch.inference_mode()
+def is_causal(model: Any, weight_VD: Tensor) -> bool:
+    """Whether what follows a short row leaves its hidden states as they are, to rounding.
+
+    `weight_VD` is the model's output layer or its embedding: it has a row for each id.
+    """
+    body, row_1T = backbone(model), _probe(weight_VD)
+    short_1TD, longer_1TD = (
+        body(input_ids=tokens_1T, use_cache=False).last_hidden_state[:, :PROBE_LENGTH]
+        for tokens_1T in (row_1T[:, :PROBE_LENGTH], row_1T)
+    )
+    return _close(longer_1TD, short_1TD)
+
+
+def _probe(weight_VD: Tensor) -> Tensor:
+    """`row_1T`, a row of small ids, which every model has."""
+    row_T = torch.arange(2 * PROBE_LENGTH, device=weight_VD.device) * 7 % 31 + 3
+    return (row_T % len(weight_VD))[None]
 
 
 def _stepwise(model: Any, row_1T: Tensor) -> Tensor:

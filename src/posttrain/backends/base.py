@@ -19,13 +19,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
-from posttrain.backends.chat import Chat
 from posttrain.rl.batch import Batch
+
+if TYPE_CHECKING:  # it imports this module, through checkpoint.py
+    from posttrain.backends.chat import Chat
 
 Metrics = dict[str, Tensor]
 """Detached sums over tokens or rows; they add up when a batch is split."""
@@ -281,12 +283,16 @@ class Backend(Protocol):
         ...
 
     def sampler(self, source: Path | Learner, *, dtype: torch.dtype) -> Sampler:
-        """A sampler of a checkpoint, or of a learner's present weights."""
+        """A sampler of a checkpoint, or of a learner's present weights.
+
+        `dtype` is what a checkpoint is to be computed in; a learner computes as it was told.
+        """
         ...
 
     def scorer(self, source: Path | Learner, *, dtype: torch.dtype, scalar: bool) -> Scorer:
         """A frozen model of a checkpoint, or what a learner's model is at each call.
 
-        The latter reads the learner's own weights without a copy.
+        The latter reads the learner's own weights without a copy. `dtype` and `scalar` are for a
+        checkpoint, as those of a sampler and of a learner.
         """
         ...

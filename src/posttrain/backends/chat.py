@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from posttrain.backends.checkpoint import LanguageModel
+from posttrain.backends.prompting import CLOSE, OPEN, check_mode
 from posttrain.engine.errors import ConfigError
-from posttrain.modes import CLOSE, OPEN, check_mode
 
 SWITCH = "enable_thinking"
 """The template variable that turns thinking on or off, as in Qwen3, GLM 4.5 and SmolLM 3."""
@@ -18,18 +17,45 @@ class Chat:
 
     A mode, think or no_think, is the template's `enable_thinking`; without one the template is
     asked as it stands. Encodings are remembered, because stages draw the same problems again and
-    again.
+    again. `checkpoint.chat_of` makes the one of a model.
     """
 
-    def __init__(self, language_model: LanguageModel) -> None:
-        self.tokenizer: Any = language_model.tokenizer
-        self.stop_ids = language_model.stop_ids
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        stop_ids: tuple[int, ...],
+        pad_id: int,
+        num_ids: int,
+        max_positions: int | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        """A transformers tokenizer."""
+        self.stop_ids = stop_ids
+        """Token ids that end a response; the first is the one that is learned."""
+        self.pad_id = pad_id
+        """The id that fills rows; any id serves, since padding is never attended to."""
+        self.num_ids = num_ids
+        """Rows of the output layer (of a model with a score, input embeddings): ids from 0 up to
+        this. May be more than the tokenizer has."""
+        self.max_positions = max_positions
+        """The longest row, prompt and response, that the model reads; None without a limit."""
         self._prompts: dict[tuple[str, str | None], list[int]] = {}
         self._responses: dict[tuple[str, str, str | None], list[int]] = {}
         # Some tokenizers mark these as special, and a verifier has to see where the answer begins.
         special, added = set(self.tokenizer.all_special_ids), self.tokenizer.get_added_vocab()
         tags = {added[tag] for tag in (OPEN, CLOSE) if tag in added}
         self._dropped = special - tags if special & tags else None
+
+    def fresh(self) -> Chat:
+        """The same without the encodings that it remembers, for texts that come only once."""
+        return Chat(
+            self.tokenizer,
+            stop_ids=self.stop_ids,
+            pad_id=self.pad_id,
+            num_ids=self.num_ids,
+            max_positions=self.max_positions,
+        )
 
     def prompt(self, text: str, mode: str | None = None) -> list[int]:
         """Token ids of a user message up to where the assistant starts to speak.
@@ -120,3 +146,29 @@ class Chat:
 
     def _encode(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def check_same_tokens(student: Chat, teacher: Chat, name: str, *, role: str = "teacher") -> None:
+    """Raise ConfigError unless teacher and student mean the same by every token id.
+
+    Compared are the size of the output layer, the stop tokens, the vocabulary and the chat
+    template: a difference in any of them compares the wrong tokens without a sign. `name` and
+    `role` are what the message calls the teacher.
+    """
+    differences: list[tuple[str, Any, Any]] = [
+        ("output layer rows", student.num_ids, teacher.num_ids),
+        ("stop token ids", sorted(student.stop_ids), sorted(teacher.stop_ids)),
+    ]
+    ours, theirs = student.tokenizer.get_vocab(), teacher.tokenizer.get_vocab()
+    if ours != theirs:
+        token = min(t for t in ours.keys() | theirs.keys() if ours.get(t) != theirs.get(t))
+        differences.append((f"id of token {token!r}", ours.get(token), theirs.get(token)))
+    template = (student.tokenizer.chat_template, teacher.tokenizer.chat_template)
+    differences.append(("chat template", *template))
+    for what, mine, other in differences:
+        if mine != other:
+            raise ConfigError(
+                f"{role} {name!r}: its vocabulary differs from the student's: {what} is "
+                f"{other!r} there and {mine!r} here; a {role} must come from the same tokenizer, "
+                "best from the same checkpoint as the student"
+            )

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from posttrain.backends.architecture import check_plain, path_of
 from posttrain.backends.base import Head
+from posttrain.backends.chat import Chat
 from posttrain.engine.errors import ConfigError
 
 SCALAR = "ForSequenceClassification"
@@ -165,10 +166,29 @@ def save(language_model: LanguageModel, out: Path) -> None:
     language_model.tokenizer.save_pretrained(out)
 
 
+def chat_of(language_model: LanguageModel) -> Chat:
+    """Text to tokens of this model, and back. Raises ConfigError without a stop token."""
+    model = language_model.model
+    # A model with a score has no output layer; it reads what a policy writes.
+    layer = model.get_output_embeddings() or model.get_input_embeddings()
+    return Chat(
+        language_model.tokenizer,
+        stop_ids=language_model.stop_ids,
+        pad_id=language_model.pad_id,
+        num_ids=int(layer.weight.shape[0]),
+        max_positions=getattr(model.config, "max_position_embeddings", None),
+    )
+
+
+def has_score(model: Any) -> bool:
+    """Whether a model gives one number per position in place of logits; see `scalar.py`."""
+    return hasattr(model, "score")
+
+
 def output_head(model: Any) -> Head:
     """The output projection of a causal LM, shared with the embedding where the model ties them.
 
     Of a model with a score it is that, of one row.
     """
-    layer = model.score if hasattr(model, "score") else model.get_output_embeddings()
+    layer = model.score if has_score(model) else model.get_output_embeddings()
     return Head(weight_VD=layer.weight, bias_V=getattr(layer, "bias", None))

@@ -1,254 +1,392 @@
-"""Learning and scoring with one transformers model in this process: the reference backend.
+"""Learning, sampling and scoring with transformers in this process: the reference backend.
 
-Rows are packed (`packing.py`), and only the positions that predict response tokens reach the output
-head. Rollouts stay on the CPU, where packing is planned; a forward pass goes to the device of the
-model, and hidden states and losses are there.
+What stands here, in `padded.py` and in `lockstep.py` computes any causal model, plainly: rows are
+padded on the right, and rows of one length are sampled together. Where a model's layers allow it,
+faster ways in `cpu/` compute the same numbers; `fast_paths=False` leaves them out.
 
-Legend: B rows, C bins, T positions, N flat response tokens, D hidden.
+Batches stay on the CPU; hidden states and losses are on the device of the model.
+
+Legend: B rows, N sampled tokens (row after row), D hidden size, V vocabulary, K top-k.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from posttrain.backends import flat
 from posttrain.backends.architecture import backbone, path_of
-from posttrain.backends.base import Head, LossFunction, Metrics, MicroBatch, Part
-from posttrain.backends.checkpoint import LanguageModel, output_head
-from posttrain.backends.flat import is_flat
-from posttrain.backends.packing import Packed, flat_passes, forward_passes
-from posttrain.backends.precision import computing_copy, give_gradients, take_weights
+from posttrain.backends.base import (
+    AuxLoss,
+    Head,
+    HeadLoss,
+    Learner,
+    LearnerSettings,
+    Loss,
+    Metrics,
+)
+from posttrain.backends.chat import Chat
+from posttrain.backends.checkpoint import (
+    LanguageModel,
+    chat_of,
+    has_score,
+    load,
+    output_head,
+    save,
+)
+from posttrain.backends.cpu.slots import Decoders, Slots
+from posttrain.backends.forward import MAX_TOKENS, forward_passes, read_hidden, sampled_logprobs
+from posttrain.backends.lockstep import Lockstep
+from posttrain.backends.padded import ForwardPass
+from posttrain.backends.precision import accumulate_to_master, computing_copy, copy_to_compute
+from posttrain.backends.scalar import load_scalar, save_scalar, scores_N
+from posttrain.backends.token_sampling import LocalSampling, SampleBuffer
 from posttrain.backends.weights import Average, freeze_others
 from posttrain.engine.errors import ConfigError, StageError
-from posttrain.losses.kept import kept_logprobs
-from posttrain.losses.ops import token_logprobs
-from posttrain.rl.kept import flat_index
-from posttrain.rl.types import Rollouts
+from posttrain.losses.distill import teacher_top_k_targets
+from posttrain.rl.batch import Batch
 
-POSITIONS = "max_position_embeddings"
-MAX_TOKENS = 2048
-"""Tokens of a forward pass: enough for matrix products at full speed, and few enough that what one
-layer writes is still in the processor's cache when the next one reads it."""
+MAX_ROWS = 256
+"""Rows that are sampled at once."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ForwardPass:
-    """Rows that go through a model at once; of several widths where the model is flat."""
+class LocalBackend:
+    """A `Backend` in this process, on one device."""
 
-    parts: tuple[Packed, ...]
-    flat: bool = False
-    """Whether only attention is to see bins."""
+    def __init__(
+        self,
+        *,
+        device: torch.device | str = "cpu",
+        compile: bool = False,
+        workers: Executor | None = None,
+        fast_paths: bool = True,
+    ) -> None:
+        """`compile` compiles the models that learn, `workers` compute their forward passes beside
+        each other; see `LocalLearner`."""
+        self.device = torch.device(device)
+        self.compile, self.workers, self.fast_paths = compile, workers, fast_paths
 
-    @property
-    def index_B(self) -> Tensor:
-        """int64, the rows, in the order in which `hidden_states` returns them."""
-        return torch.cat([part.index_B for part in self.parts])
-
-
-def hidden_states(model: Any, forward: ForwardPass, body: Any = None) -> Tensor:
-    """`hidden_ND`: last hidden states that predict the response tokens, row after row.
-
-    On the plain path every row has a bin of its own and is padded on the right: causal layers,
-    attending or recurrent, never see what comes after a token, and no position ids are needed.
-    `body` is a compiled form of the model's backbone.
-    """
-    parts = [part.to(model.device) for part in forward.parts]
-    if forward.flat:
-        return flat.hidden_states(model, parts)
-    (packed,), inputs = parts, {}
-    if path_of(model) == "packed":
-        inputs = {"position_ids": packed.position_CT, "attention_mask": packed.mask(model.dtype)}
-    body = backbone(model) if body is None else body
-    hidden_CTD: Tensor = body(
-        input_ids=packed.tokens_CT, use_cache=False, **inputs
-    ).last_hidden_state
-    return hidden_CTD.flatten(0, 1)[packed.predicts_N]
-
-
-def passes(
-    model: Any,
-    rollouts: Rollouts,
-    max_tokens: int,
-    group_rows: int = 1,
-    *,
-    compiled: bool = False,
-) -> Iterator[ForwardPass]:
-    """The forward passes over all rows; every `group_rows` adjacent rows stay together.
-
-    A `compiled` model is called as a whole, so it gets bins.
-
-    Raises ConfigError for a row longer than the model has positions.
-    """
-    longest, limit = rollouts.tokens_BT.shape[1], getattr(model.config, POSITIONS, None)
-    if limit is not None and longest > limit:
-        raise ConfigError(
-            f"a row of {longest} tokens, prompt and response, does not fit the {limit} positions "
-            "of the model; leave long rows out of the data, or use a model with more positions "
-            f"({POSITIONS} in its config.json, max_positions of a pretrain stage)"
+    def learner(
+        self, checkpoint: Path, settings: LearnerSettings, *, scalar: bool = False
+    ) -> LocalLearner:
+        """See `Backend.learner`."""
+        return LocalLearner(
+            self._load(checkpoint, torch.float32, scalar),
+            settings,
+            compile=self.compile,
+            workers=self.workers,
+            fast_paths=self.fast_paths,
         )
-    size, packable = model.config.hidden_size, path_of(model) == "packed"
-    if packable and not compiled and is_flat(model):
-        every = flat_passes(rollouts, max_tokens=max_tokens, hidden_size=size, block=group_rows)
-        yield from (ForwardPass(parts=parts, flat=True) for parts in every)
-        return
-    for part in forward_passes(
-        rollouts, max_tokens=max_tokens, hidden_size=size, block=group_rows, pack=packable
-    ):
-        yield ForwardPass(parts=(part,))
 
+    def sampler(
+        self, source: Path | Learner, *, dtype: torch.dtype = torch.float32
+    ) -> LocalSampler:
+        """See `Backend.sampler`."""
+        model = self._load(source, dtype) if isinstance(source, Path) else _local(source)
+        return LocalSampler(model, fast_paths=self.fast_paths)
 
-def response_targets(rollouts: Rollouts) -> Tensor:
-    """`targets_N`: the response tokens themselves."""
-    return rollouts.tokens_BT[rollouts.response_mask_BT()]
+    def scorer(
+        self, source: Path | Learner, *, dtype: torch.dtype = torch.float32, scalar: bool = False
+    ) -> LocalScorer:
+        """See `Backend.scorer`."""
+        model = self._load(source, dtype, scalar) if isinstance(source, Path) else _local(source)
+        return LocalScorer(model, fast_paths=self.fast_paths)
 
-
-def rollout_logprobs(
-    hidden_ND: Tensor, head: Head, rollouts: Rollouts, temperature: float
-) -> tuple[Tensor, Tensor]:
-    """`(logp_N, entropy_N)` of the response tokens from the hidden states that predict them.
-
-    Over the ids that rollouts carry as kept, where they do. All on one device; `logp_N` is
-    differentiable, `entropy_N` detached.
-    """
-    targets_N, kept = response_targets(rollouts), rollouts.kept
-    if kept is None:
-        return token_logprobs(
-            hidden_ND, head.weight_VD, targets_N, bias_V=head.bias_V, temperature=temperature
-        )
-    return kept_logprobs(
-        hidden_ND,
-        head.weight_VD,
-        targets_N,
-        kept.ids_F,
-        kept.count_N,
-        bias_V=head.bias_V,
-        temperature=temperature,
-    )
-
-
-@torch.no_grad()
-def response_logprobs(
-    hidden_ND: Tensor, head: Head, rollouts: Rollouts, temperature: float
-) -> Tensor:
-    """`logp_N` of the response tokens from the hidden states that predict them. No gradient.
-
-    On the CPU, as the rollouts are.
-    """
-    rollouts = rollouts.to(hidden_ND.device)
-    logp_N, _ = rollout_logprobs(hidden_ND, head, rollouts, temperature)
-    return logp_N.cpu()
+    def _load(self, checkpoint: Path, dtype: torch.dtype, scalar: bool = False) -> LanguageModel:
+        read = load_scalar if scalar else load
+        return read(checkpoint, dtype=dtype, device=self.device)
 
 
 class LocalScorer:
-    """A `Scorer` over a frozen model."""
+    """A `Scorer` over a frozen model, or over the one that a learner computes with."""
 
-    def __init__(self, language_model: LanguageModel, *, max_tokens: int = MAX_TOKENS) -> None:
-        self.model = language_model.model.eval()
+    def __init__(
+        self,
+        source: LanguageModel | LocalLearner,
+        *,
+        max_tokens: int = MAX_TOKENS,
+        fast_paths: bool = True,
+    ) -> None:
+        self.learner = source if isinstance(source, LocalLearner) else None
+        """Whose weights these are; None for weights of its own."""
+        policy = source.policy if isinstance(source, LocalLearner) else source
+        self.model = policy.model.eval()
         self.head: Head = output_head(self.model)
-        self.max_tokens = max_tokens
+        self.chat: Chat = source.chat if isinstance(source, LocalLearner) else chat_of(policy)
+        self.max_tokens, self.fast_paths = max_tokens, fast_paths
 
     @torch.no_grad()
-    def hidden(self, rollouts: Rollouts) -> Tensor:
+    def hidden(self, batch: Batch) -> Tensor:
         """See `Scorer.hidden`."""
-        count_B = rollouts.response_len_B
-        start_B = count_B.cumsum(0) - count_B
-        hidden_ND: Tensor | None = None
-        for forward in passes(self.model, rollouts, self.max_tokens):
-            part = hidden_states(self.model, forward)
-            if hidden_ND is None:
-                hidden_ND = part.new_empty(rollouts.num_tokens, part.shape[1])
-            flat_N = flat_index(start_B, count_B, forward.index_B)
-            hidden_ND[flat_N.to(part.device)] = part
-        assert hidden_ND is not None, "no rows to score"
-        return hidden_ND
+        return read_hidden(
+            self.model, self.head, batch, max_tokens=self.max_tokens, fast_paths=self.fast_paths
+        )
+
+    @torch.no_grad()
+    def logprobs(self, batch: Batch, *, temperature: float = 1.0) -> Tensor:
+        """See `Scorer.logprobs`."""
+        hidden_ND = self.hidden(batch)
+        logp_N, _ = sampled_logprobs(hidden_ND, self.head, batch.to(hidden_ND.device), temperature)
+        return logp_N.cpu()
+
+    @torch.no_grad()
+    def top_k(self, batch: Batch, k: int, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """See `Scorer.top_k`; all ids where the vocabulary has fewer than `k`."""
+        return teacher_top_k_targets(
+            self.hidden(batch),
+            self.head.weight_VD,
+            min(k, self.head.weight_VD.shape[0]),
+            bias_V=self.head.bias_V,
+            temperature=temperature,
+        )
+
+    @torch.no_grad()
+    def scores(self, batch: Batch) -> Tensor:
+        """See `Scorer.scores`."""
+        return scores_N(self.hidden(batch), self.head).cpu()
+
+    def sync(self, policy: Learner) -> None:
+        """See `Scorer.sync`. Raises TypeError and ValueError as `LocalSampler.sync`."""
+        _sync(self, policy)
+
+    def state(self) -> dict[str, Tensor]:
+        """See `Scorer.state`."""
+        return {name: value.detach() for name, value in self.model.named_parameters()}
+
+    @torch.no_grad()
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """See `Scorer.restore`."""
+        for name, parameter in self.model.named_parameters():
+            if name in tensors:
+                parameter.copy_(tensors[name])
+
+
+class LocalSampler:
+    """A `Sampler` over a transformers model, or over the one that a learner computes with."""
+
+    def __init__(
+        self,
+        source: LanguageModel | LocalLearner,
+        *,
+        max_rows: int = MAX_ROWS,
+        fast_paths: bool = True,
+    ) -> None:
+        self.learner = source if isinstance(source, LocalLearner) else None
+        """Whose weights these are; None for weights of its own."""
+        policy = source.policy if isinstance(source, LocalLearner) else source
+        self.model: Any = policy.model
+        self.head: Head = output_head(self.model)
+        self.chat: Chat = source.chat if isinstance(source, LocalLearner) else chat_of(policy)
+        self.max_rows, self.fast_paths = max_rows, fast_paths
+        self.decoders = Decoders(self.model)
+
+    def sync(self, policy: Learner) -> None:
+        """See `Sampler.sync`; nothing is to be done where it samples from the learner's own.
+
+        Raises TypeError for a learner of another backend, and ValueError where this samples from
+        the weights of another learner, which a copy would destroy.
+        """
+        _sync(self, policy)
+
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        group_size: int,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+        top_p: float = 1.0,
+    ) -> Batch:
+        """See `Sampler.sample`. Raises ConfigError if a prompt leaves no room for a response."""
+        sampling = self.stream(
+            prompts,
+            group_size=group_size,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            top_p=top_p,
+        )
+        for _ in sampling:
+            pass
+        return sampling.batch()
+
+    def stream(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        group_size: int,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+        top_p: float = 1.0,
+    ) -> LocalSampling:
+        """See `Sampler.stream`. Raises ConfigError if a prompt leaves no room for a response."""
+        self._check_lengths(prompts, max_new_tokens)
+        samples = SampleBuffer(
+            prompts,
+            group_size=group_size,
+            max_new_tokens=max_new_tokens,
+            pad_id=self.chat.pad_id,
+            stop_ids=self.chat.stop_ids,
+            num_ids=len(self.head.weight_VD),
+        )
+        how: dict[str, Any] = {
+            "temperature": temperature,
+            "seed": seed,
+            "top_p": top_p,
+            "max_rows": self.max_rows,
+        }
+        if self.fast_paths and path_of(self.model) == "packed":
+            return LocalSampling(samples, Slots(self.decoders, self.head, samples, **how))
+        return LocalSampling(samples, Lockstep(self.model, self.head, samples, **how))
+
+    def _check_lengths(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+        longest, limit = max(map(len, prompts), default=0), self.chat.max_positions
+        if limit is not None and longest + max_new_tokens > limit:
+            raise ConfigError(
+                f"max_new_tokens = {max_new_tokens}: the longest prompt has {longest} tokens and "
+                f"the model has {limit} positions; the most that fits is {limit - longest}"
+            )
 
 
 class LocalLearner:
-    """A `Learner`: AdamW on one model, gradients summed over micro-batches.
+    """A `Learner`: AdamW on one model, gradients summed over forward passes.
 
     The model stays in evaluation mode, that is without dropout: a policy that learns must be the
     one that sampled, and there is no random state that a resumed stage would have to find again.
     With a `dtype` other than float32 a copy of the model in that type computes, weights and
-    optimiser stay as they are. `compile` compiles the model below its head, for any shape. Only the
-    parameters that a glob of `trainable` matches learn. With `ema` the model to keep is the moving
-    average of the weights; what computes and samples is the newest.
+    optimiser stay as they are. Only the parameters that a glob of `trainable` matches learn. With
+    `ema` the model to keep is the moving average of the weights; what computes and samples is the
+    newest.
     """
 
     def __init__(
         self,
         language_model: LanguageModel,
+        settings: LearnerSettings,
         *,
-        betas: tuple[float, float],
-        weight_decay: float,
-        max_grad_norm: float,
         max_tokens: int = MAX_TOKENS,
-        dtype: torch.dtype = torch.float32,
         compile: bool = False,
-        trainable: Sequence[str] = ("*",),
-        ema: float | None = None,
         workers: Executor | None = None,
+        fast_paths: bool = True,
     ) -> None:
-        """`workers` compute the forward passes of an update beside each other. Raises ConfigError
-        for a glob of `trainable` that matches no parameter."""
+        """`compile` compiles the model below its head, for any shape; `workers` compute the forward
+        passes of an update beside each other. Raises ConfigError for a glob of `trainable` that
+        matches no parameter."""
         self.language_model = language_model
+        self.chat: Chat = chat_of(language_model)
         self.master = language_model.model.eval()
-        freeze_others(self.master, trainable)
-        self.policy = computing_copy(language_model, dtype)
-        """What computes, and what a sampler has to sample from."""
+        freeze_others(self.master, settings.trainable)
+        self.policy = computing_copy(language_model, settings.dtype)
+        """What computes: the model itself, or a copy of it in another type."""
         self.model = self.policy.model.eval()
         self.device: torch.device = self.model.device
         self.head: Head = output_head(self.model)
         self.body = torch.compile(backbone(self.model), dynamic=True) if compile else None
-        self.max_tokens = max_tokens
-        self.max_grad_norm = max_grad_norm
-        self.workers = workers
+        self.max_tokens, self.workers, self.fast_paths = max_tokens, workers, fast_paths
+        self.max_grad_norm = settings.max_grad_norm
         self.parameters = [p for p in self.master.parameters() if p.requires_grad]
         self.copies = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=0.0, betas=betas, weight_decay=weight_decay, fused=True
+            self.parameters,
+            lr=0.0,
+            betas=settings.betas,
+            weight_decay=settings.weight_decay,
+            fused=True,
         )
-        self.average = None if ema is None else Average(self.parameters, ema)
+        self.average = None if settings.ema is None else Average(self.parameters, settings.ema)
 
-    def adapt(self, *, weight_decay: float, max_grad_norm: float) -> None:
-        """Take these values for the updates that follow, in place of those given at first."""
+    def set_hyperparameters(self, *, weight_decay: float, max_grad_norm: float) -> None:
+        """See `Learner.set_hyperparameters`."""
         self.max_grad_norm = max_grad_norm
         for group in self.optimizer.param_groups:
             group["weight_decay"] = weight_decay
 
     def update(
         self,
-        rollouts: Rollouts,
-        loss: LossFunction,
+        batch: Batch,
+        loss: Loss,
         *,
         count: float,
         lr: float,
         group_rows: int = 1,
-        also: Sequence[Part] = (),
+        aux: Sequence[AuxLoss] = (),
     ) -> dict[str, float]:
         """See `Learner.update`."""
-        main = Part(name="", rollouts=rollouts, loss=loss, count=count, group_rows=group_rows)
-        totals: dict[str, Tensor] = {}
+        main = AuxLoss(name="", batch=batch, loss=loss, count=count, group_rows=group_rows)
+        work = (
+            (part, forward)
+            for part in (main, *aux)
+            for forward in self._forward_passes(part.batch, part.group_rows)
+        )
+        sums: dict[str, Tensor] = {}
+        if self.workers is None:
+            for part, forward in work:
+                share, metrics = self._loss(part, forward)
+                share.backward()
+                accumulate_to_master(self.copies, self.parameters)
+                _add(sums, metrics)
+        else:
+            # In their order whoever computes them, so that the sums are the same with workers and
+            # without.
+            for gradients, metrics in self.workers.map(self._gradients, work):
+                self._accumulate(gradients)
+                _add(sums, metrics)
+        norm = self._step(lr)
+        return {name: float(value) for name, value in sums.items()} | {"grad_norm": norm}
 
-        def run(work: tuple[Part, ForwardPass]) -> tuple[Tensor, Metrics]:
-            part, forward = work
-            rows = part.rollouts.rows(forward.index_B).to(self.device)
-            batch = MicroBatch(index_B=forward.index_B.to(self.device), rollouts=rows)
-            hidden_ND = hidden_states(self.model, forward, self.body)
-            loss_sum, metrics = part.loss(hidden_ND, self.head, batch)
-            if part is main:
-                return loss_sum / part.count, metrics
-            named = {f"{part.name}/{name}": value for name, value in metrics.items()}
-            return loss_sum * (part.weight / part.count), named
+    def _forward_passes(self, batch: Batch, group_rows: int) -> Iterator[ForwardPass]:
+        return forward_passes(
+            self.model,
+            batch,
+            max_tokens=self.max_tokens,
+            group_rows=group_rows,
+            compiled=self.body is not None,
+            fast_paths=self.fast_paths,
+        )
 
-        for metrics in self._accumulate(run, self._passes([main, *also])):
-            for name, value in metrics.items():
-                totals[name] = totals[name] + value if name in totals else value
+    def _loss(self, part: AuxLoss, forward: ForwardPass) -> tuple[Tensor, Metrics]:
+        """What these rows add to the number that is descended, and their metrics."""
+        rows = part.batch.select(forward.index_B).to(self.device)
+        hidden_ND = forward.hidden_states(self.model, self.body)
+        loss = part.loss
+        if isinstance(loss, HeadLoss):
+            total, metrics = loss.function(loss.settings, hidden_ND, self.head, rows)
+        else:
+            logp_N, entropy_N = sampled_logprobs(hidden_ND, self.head, rows, loss.temperature)
+            total, metrics = loss.function(loss.settings, logp_N, entropy_N, rows)
+        if not part.name:
+            return total / part.count, metrics
+        named = {f"{part.name}/{name}": value for name, value in metrics.items()}
+        return total * (part.weight / part.count), named
+
+    def _gradients(
+        self, work: tuple[AuxLoss, ForwardPass]
+    ) -> tuple[tuple[Tensor | None, ...], Metrics]:
+        """The gradients of one forward pass by themselves, for a worker."""
+        share, metrics = self._loss(*work)
+        return torch.autograd.grad(share, self.copies, allow_unused=True), metrics
+
+    def _accumulate(self, gradients: tuple[Tensor | None, ...]) -> None:
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            if gradient is None:
+                continue
+            if parameter.grad is None:
+                # As backward() would: a tensor of its own, laid out as the weight is.
+                parameter.grad = torch.empty_like(parameter).copy_(gradient)
+            else:
+                parameter.grad += gradient
+
+    def _step(self, lr: float) -> float:
+        """Clip, let AdamW step, and hand the new weights on; returns the norm before clipping.
+
+        Raises StageError where that is not finite, before anything has changed.
+        """
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
         if not bool(torch.isfinite(norm)):
             raise StageError(
@@ -260,77 +398,26 @@ class LocalLearner:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        take_weights(self.copies, self.parameters)
+        copy_to_compute(self.copies, self.parameters)
         if self.average is not None:
             self.average.update()
-        return {name: float(value) for name, value in totals.items()} | {"grad_norm": float(norm)}
+        return float(norm)
 
-    def _passes(self, parts: Sequence[Part]) -> Iterator[tuple[Part, ForwardPass]]:
-        """The forward passes of every part, one part after the other."""
-        compiled = self.body is not None
-        for part in parts:
-            for forward in passes(
-                self.model, part.rollouts, self.max_tokens, part.group_rows, compiled=compiled
-            ):
-                yield part, forward
-
-    def _accumulate(
-        self,
-        run: Callable[[tuple[Part, ForwardPass]], tuple[Tensor, Metrics]],
-        every: Iterator[tuple[Part, ForwardPass]],
-    ) -> Iterator[Metrics]:
-        """Add the gradients of all passes to the weights', in their order whoever computes them, so
-        that the sums are the same with workers and without; yields the metrics of each."""
-        if self.workers is None:
-            for work in every:
-                loss, metrics = run(work)
-                loss.backward()
-                give_gradients(self.copies, self.parameters)
-                yield metrics
-            return
-
-        def gradients(
-            work: tuple[Part, ForwardPass],
-        ) -> tuple[tuple[Tensor | None, ...], Metrics]:
-            loss, metrics = run(work)
-            return torch.autograd.grad(loss, self.copies, allow_unused=True), metrics
-
-        for found, metrics in self.workers.map(gradients, every):
-            for parameter, gradient in zip(self.parameters, found, strict=True):
-                if gradient is None:
-                    continue
-                if parameter.grad is None:
-                    # As backward() would: a tensor of its own, laid out as the weight is.
-                    parameter.grad = torch.empty_like(parameter).copy_(gradient)
-                else:
-                    parameter.grad += gradient
-            yield metrics
-
-    def logprobs(self, rollouts: Rollouts, *, temperature: float) -> Tensor:
+    def logprobs(self, batch: Batch, *, temperature: float = 1.0) -> Tensor:
         """See `Learner.logprobs`."""
-        scorer = LocalScorer(self.policy, max_tokens=self.max_tokens)
-        return response_logprobs(scorer.hidden(rollouts), self.head, rollouts, temperature)
+        scorer = LocalScorer(self, max_tokens=self.max_tokens, fast_paths=self.fast_paths)
+        return scorer.logprobs(batch, temperature=temperature)
 
     def state(self) -> dict[str, Tensor]:
-        """Weights, optimiser moments and moving average by name, for a step checkpoint."""
+        """See `Learner.state`."""
         tensors = {f"weight.{n}": p.detach() for n, p in self.master.named_parameters()}
         for position, parameter in enumerate(self.parameters):
             for name, value in self.optimizer.state[parameter].items():
                 tensors[f"optimizer.{position}.{name}"] = value
         return tensors if self.average is None else tensors | self.average.state()
 
-    def result(self) -> LanguageModel:
-        """The model to keep: the newest weights, or their moving average with `ema`.
-
-        For the end of a stage: the average takes the place of the weights, also in what computes.
-        """
-        if self.average is not None:
-            self.average.put_in_place()
-            take_weights(self.copies, self.parameters)
-        return self.language_model
-
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Put back what `state` gave; the next update is then bit-identical."""
+        """See `Learner.restore`; the next update is then bit-identical."""
         with torch.no_grad():
             for name, parameter in self.master.named_parameters():
                 parameter.copy_(tensors[f"weight.{name}"])
@@ -341,4 +428,44 @@ class LocalLearner:
                 self.optimizer.state[parameter][rest[0]] = value.clone().to(parameter.device)
         if self.average is not None:
             self.average.restore(tensors)
-        take_weights(self.model.parameters(), self.master.parameters())
+        copy_to_compute(self.model.parameters(), self.master.parameters())
+
+    def finish(self) -> None:
+        """See `Learner.finish`."""
+        if self.average is not None:
+            self.average.put_in_place()
+            copy_to_compute(self.copies, self.parameters)
+
+    def save(self, out: Path) -> None:
+        """See `Learner.save`."""
+        (save_scalar if has_score(self.master) else save)(self.language_model, out)
+
+    def num_parameters(self) -> int:
+        """See `Learner.num_parameters`."""
+        return sum(parameter.numel() for parameter in self.master.parameters())
+
+
+def _add(sums: dict[str, Tensor], metrics: Metrics) -> None:
+    for name, value in metrics.items():
+        sums[name] = sums[name] + value if name in sums else value
+
+
+def _local(policy: Learner) -> LocalLearner:
+    if not isinstance(policy, LocalLearner):
+        raise TypeError(
+            f"the local backend reads the weights of local learners; got {type(policy).__name__}"
+        )
+    return policy
+
+
+def _sync(reader: LocalSampler | LocalScorer, policy: Learner) -> None:
+    """Let the model of `reader` have the present weights of what `policy` computes with."""
+    learner = _local(policy)
+    if reader.learner is learner:
+        return
+    if reader.learner is not None:
+        raise ValueError(
+            f"this {type(reader).__name__} shares the weights of another learner; make one of a "
+            "checkpoint, or of the learner to follow"
+        )
+    copy_to_compute(reader.model.parameters(), learner.model.parameters())

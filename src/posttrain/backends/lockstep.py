@@ -7,12 +7,13 @@ lockstep: a longer prompt is read on, once for its group, and where it ends its 
 the group's rows, which draw. Rows that have ended leave when enough of them have; the next prompts
 follow when all rows of a batch are done.
 
-Legend: P prompts, B rows, L rows that are running, T positions, N flat response tokens, D hidden.
+Legend: P prompts, L rows that are running (or prompts that are being read), T positions, D hidden,
+V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,61 +21,51 @@ from torch import Tensor
 
 from posttrain.backends.architecture import CachedRows
 from posttrain.backends.base import Head
-from posttrain.backends.drawing import Drawn, draw, masked, row_seeds, uniform
-from posttrain.rl.types import Rollouts
+from posttrain.backends.token_sampling import (
+    SampleBuffer,
+    draw,
+    mask_to_nucleus,
+    row_seeds,
+    uniform,
+)
 
 # Moving rows copies their whole state, so they move together: when less than this share goes on.
 COMPACT_BELOW = 0.75
 
 
 class Lockstep:
-    """A `Sampling` in batches of rows of one length. The model is in evaluation mode meanwhile."""
+    """Samples all rows of a buffer, in batches of prompts of like length; iterating yields the rows
+    that have just ended. The model is in evaluation mode meanwhile."""
 
     def __init__(
         self,
         model: Any,
         head: Head,
-        drawn: Drawn,
+        samples: SampleBuffer,
         *,
         temperature: float,
         seed: int,
-        top_p: float = 1.0,
-        max_rows: int = 256,
+        top_p: float,
+        max_rows: int,
     ) -> None:
-        self.model, self.head, self.drawn = model, head, drawn
+        self.model, self.head, self.samples = model, head, samples
         self.temperature, self.top_p = temperature, top_p
-        self.seed_B = row_seeds(len(drawn.tokens_BR), seed)
-        self.group_size = drawn.group_size
-        self.prompts_per_batch = max(1, max_rows // drawn.group_size)
+        self.row_seed_B = row_seeds(len(samples.tokens_BR), seed)
+        self.group_size = samples.group_size
+        self.prompts_per_batch = max(1, max_rows // samples.group_size)
 
     def __iter__(self) -> Iterator[Tensor]:
         was_training = self.model.training
         self.model.eval()
         try:
             for index_P in self._batches():
-                batch = _Batch(self, index_P)
-                while batch.running:
-                    ended_L = batch.step()
+                rows = _LikePrompts(self, index_P)
+                while rows.running:
+                    ended_L = rows.step()
                     if len(ended_L):
                         yield ended_L
         finally:
             self.model.train(was_training)
-
-    def rollouts(self, row_B: Tensor | None = None) -> Rollouts:
-        """See `Sampling.rollouts`."""
-        return self.drawn.rollouts(row_B)
-
-    def responses(self, row_B: Tensor) -> list[list[int]]:
-        """See `Sampling.responses`."""
-        return self.drawn.responses(row_B)
-
-    def num_tokens(self, rows: Sequence[int]) -> int:
-        """See `Sampling.num_tokens`."""
-        return self.drawn.num_tokens(rows)
-
-    def finished(self, row_B: Tensor) -> Tensor:
-        """See `Sampling.finished`."""
-        return self.drawn.finished_B[row_B]
 
     def _batches(self) -> Iterator[Tensor]:
         """Prompt numbers of one batch after another, shortest prompts first.
@@ -82,7 +73,7 @@ class Lockstep:
         A step through the rest of a prompt costs what a step of drawing does, and a batch of its
         own takes up to `max_new_tokens` of these. So lengths differ by at most half of that.
         """
-        length_P = self.drawn.prompt_len_P
+        length_P = self.samples.prompt_len_P
         order_P = torch.argsort(length_P, stable=True)
         lengths, start = length_P[order_P].tolist(), 0
         for end in range(1, len(lengths) + 1):
@@ -90,13 +81,13 @@ class Lockstep:
             if (
                 full
                 or end == len(lengths)
-                or lengths[end] - lengths[start] > self.drawn.max_new_tokens // 2
+                or lengths[end] - lengths[start] > self.samples.max_new_tokens // 2
             ):
                 yield order_P[start:end]
                 start = end
 
 
-class _Batch:
+class _LikePrompts:
     """Prompts of like length and their rows, from the prefill to the last token."""
 
     # Not on the iteration as a whole: inference mode would leak into whoever takes the rows.
@@ -109,8 +100,8 @@ class _Batch:
         self.prompt_L = index_P
         self.row_L = torch.full_like(index_P, -1)
         self.done_L = torch.zeros_like(index_P, dtype=torch.bool)
-        shortest = int(run.drawn.prompt_len_P[index_P].min())
-        self.hidden_LD = self.rows.read(run.drawn.prompts_PT[index_P, :shortest])[:, -1]
+        shortest = int(run.samples.prompt_len_P[index_P].min())
+        self.hidden_LD = self.rows.read(run.samples.prompts_PT[index_P, :shortest])[:, -1]
         self._begin()
 
     @property
@@ -120,25 +111,28 @@ class _Batch:
     @torch.inference_mode()
     def step(self) -> Tensor:
         """One more token for everything that runs. Returns the numbers of the rows that ended."""
-        run, drawn = self.run, self.run.drawn
+        run, samples = self.run, self.run.samples
         # Ended rows that are still here run along without effect.
-        token_L = torch.full_like(self.row_L, drawn.pad_id)
+        token_L = torch.full_like(self.row_L, samples.pad_id)
         reading_L = self.row_L < 0
         if bool(reading_L.any()):
-            token_L[reading_L] = drawn.prompts_PT[self.prompt_L[reading_L], self.rows.length]
+            token_L[reading_L] = samples.prompts_PT[self.prompt_L[reading_L], self.rows.length]
         draws_L = ~reading_L & ~self.done_L
         ended_L = torch.zeros_like(self.done_L)
         if bool(draws_L.any()):
             row_L = self.row_L[draws_L]
-            at_L = self.rows.length - drawn.prompt_len_P[self.prompt_L[draws_L]]
+            prompt_len_L = samples.prompt_len_P[self.prompt_L[draws_L]]
+            position_L = self.rows.length - prompt_len_L
             hidden_LD = self.hidden_LD[draws_L.to(self.device)]
             weight, bias = run.head.weight_VD, run.head.bias_V
             logits_LV = torch.nn.functional.linear(hidden_LD, weight, bias).float()
-            uniform_L = uniform(run.seed_B[row_L], at_L).to(self.device)
-            logits_LV, kept_LV = masked(logits_LV, run.temperature, run.top_p)
+            uniform_L = uniform(run.row_seed_B[row_L], position_L).to(self.device)
+            logits_LV, nucleus_LV = mask_to_nucleus(logits_LV, run.temperature, run.top_p)
             drawn_L, logp_L = draw(logits_LV, uniform_L, run.temperature)
             token_L[draws_L] = drawn_L.cpu()
-            ended_L[draws_L] = drawn.record(row_L, at_L, token_L[draws_L], logp_L.cpu(), kept_LV)
+            ended_L[draws_L] = samples.record(
+                row_L, position_L, token_L[draws_L], logp_L.cpu(), nucleus_LV
+            )
         self.done_L |= ended_L
         ended_rows_L = self.row_L[ended_L]
         if self.running:
@@ -151,7 +145,7 @@ class _Batch:
 
     def _begin(self) -> None:
         """Where a prompt ends at this position, make its group's rows of it."""
-        group, length_P = self.run.group_size, self.run.drawn.prompt_len_P
+        group, length_P = self.run.group_size, self.run.samples.prompt_len_P
         begins_L = (self.row_L < 0) & (length_P[self.prompt_L] == self.rows.length)
         if not bool(begins_L.any()):
             return

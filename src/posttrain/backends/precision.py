@@ -28,23 +28,23 @@ def computing_copy(language_model: LanguageModel, dtype: torch.dtype) -> Languag
     if master.dtype == dtype:
         return language_model
     model = copy.deepcopy(master)
-    kept = getattr(master, "_keep_in_fp32_modules_strict", None) or ()
+    in_float32 = getattr(master, "_keep_in_fp32_modules_strict", None) or ()
     for name, parameter in model.named_parameters():
-        if not any(f".{part}." in f".{name}." for part in kept):
+        if not any(f".{part}." in f".{name}." for part in in_float32):
             parameter.data = parameter.data.to(dtype)
     model.config.dtype = dtype
     return replace(language_model, model=model)
 
 
 @torch.no_grad()
-def take_weights(copies: Iterable[Tensor], masters: Iterable[Tensor]) -> None:
+def copy_to_compute(copies: Iterable[Tensor], masters: Iterable[Tensor]) -> None:
     """Round the newest weights into the copies; nothing where a copy is its master."""
     for mine, theirs in zip(copies, masters, strict=True):
         if mine is not theirs:
             mine.copy_(theirs)
 
 
-def give_gradients(copies: Iterable[Tensor], masters: Iterable[Tensor]) -> None:
+def accumulate_to_master(copies: Iterable[Tensor], masters: Iterable[Tensor]) -> None:
     """Add the copies' gradients to the masters', in the type of these, and drop them."""
     for mine, theirs in zip(copies, masters, strict=True):
         if mine is theirs or mine.grad is None:

@@ -2,10 +2,10 @@
 
 Both are Hugging Face sequence-classification models with one label: a backbone, and a `score` layer
 of one row. A critic's value of a state is read where the next token is predicted, as logits are. A
-reward is read at the last token of a response, its stop token: `ended` adds a response token that
-nobody reads, so that what "predicts" it is that last one.
+reward is read at the last token of a row, its stop token: `Batch.with_end_position` adds a position
+that nobody reads, so that what "predicts" it is that last token.
 
-Legend: B rows, N flat response tokens, T positions, V vocabulary (1 here), D hidden.
+Legend: B rows, N sampled tokens, T positions, V vocabulary (1 here), D hidden.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from transformers import (
     GenerationConfig,
 )
 
-from posttrain.backends.architecture import backbone, path_of
+from posttrain.backends.architecture import SEES_LATER, backbone, is_causal, path_of
 from posttrain.backends.base import Head, Scorer
 from posttrain.backends.checkpoint import (
     SCALAR,
@@ -34,12 +34,11 @@ from posttrain.backends.checkpoint import (
     save,
 )
 from posttrain.engine.errors import ConfigError
-from posttrain.rl.types import Rollouts
+from posttrain.rl.batch import Batch
 
 GENERATION = "generation_config.json"
 ROWS_PER_CALL = 256
 """Rows whose hidden states are kept at once."""
-PROBE_LENGTH = 12
 
 
 def load_scalar(
@@ -126,47 +125,18 @@ def _check(model: Any, tokenizer: Any, path: Path) -> None:
             f"{path}: a reward model has one label, a layer called score with one row; this "
             f"{type(model).__name__} has num_labels = {model.config.num_labels}"
         )
-    rows = int(model.get_input_embeddings().weight.shape[0])
-    if len(tokenizer) > rows:
+    weight_VD = model.get_input_embeddings().weight
+    if len(tokenizer) > len(weight_VD):
         raise ConfigError(
-            f"{path}: the tokenizer has {len(tokenizer)} tokens and the model {rows} embeddings; "
+            f"{path}: the tokenizer has {len(tokenizer)} tokens and the model {len(weight_VD)} "
+            "embeddings; "
             "call model.resize_token_embeddings(len(tokenizer)) and save it again"
         )
-    if path_of(model) == "plain" and not _is_causal(model, rows):
+    if path_of(model) == "plain" and not is_causal(model, weight_VD):
         raise ConfigError(
-            f"{path}: the model ({model.config.model_type}) lets a token see later ones; posttrain "
+            f"{path}: the model ({model.config.model_type}) {SEES_LATER}; posttrain "
             "would compute wrong numbers with it. Choose another model"
         )
-
-
-@torch.inference_mode()
-def _is_causal(model: Any, rows: int) -> bool:
-    """Whether what follows a short row leaves its hidden states as they are, to rounding."""
-    row_1T = (torch.arange(2 * PROBE_LENGTH, device=model.device) * 7 % 31 + 3)[None] % rows
-    body = backbone(model)
-    short, longer = (
-        body(input_ids=tokens_1T, use_cache=False).last_hidden_state[:, :PROBE_LENGTH].float()
-        for tokens_1T in (row_1T[:, :PROBE_LENGTH], row_1T)
-    )
-    tolerance = 1e-3 if model.dtype == torch.float32 else 5e-2
-    scale = max(1.0, float(longer.abs().max()))
-    return bool((short - longer).abs().max() <= tolerance * scale)
-
-
-def ended(rollouts: Rollouts) -> Rollouts:
-    """The same rows with one response token more, of which only hidden states can be asked.
-
-    The last of a row's hidden states is then that of its last token: see `end_B`. The token is
-    never read and `tokens_BT` has no column for it, so that a row may fill all of the model's
-    positions.
-    """
-    return replace(rollouts, response_len_B=rollouts.response_len_B + 1)
-
-
-def end_B(rollouts: Rollouts) -> Tensor:
-    """int64, where the last hidden state of each of the `ended` rows stands in a `_ND` tensor."""
-    end: Tensor = rollouts.response_len_B.cumsum(0) - 1
-    return end
 
 
 def scores_N(hidden_ND: Tensor, head: Head) -> Tensor:
@@ -180,15 +150,13 @@ def scores_N(hidden_ND: Tensor, head: Head) -> Tensor:
     return score_N if head.bias_V is None else score_N + head.bias_V[0].to(dtype)
 
 
-@torch.no_grad()
-def rewards_B(scorer: Scorer, rollouts: Rollouts) -> Tensor:
-    """The reward of each row, float32, on the CPU. No gradient.
+def rewards_B(scorer: Scorer, batch: Batch) -> Tensor:
+    """The reward of each row, float32, on the CPU: the score at its last token. No gradient.
 
-    A response of no tokens has the reward of its prompt's last one.
+    A row in which nothing was sampled has the reward of its prompt's last token.
     """
-    parts = []
-    for index_B in torch.arange(len(rollouts)).split(ROWS_PER_CALL):
-        rows = ended(rollouts.rows(index_B))
-        hidden_BD = scorer.hidden(rows)[end_B(rows).to(scorer.head.weight_VD.device)]
-        parts.append(scores_N(hidden_BD, scorer.head).cpu())
+    parts = [torch.empty(0)]
+    for index_B in torch.arange(len(batch)).split(ROWS_PER_CALL):
+        rows = batch.select(index_B).with_end_position()
+        parts.append(scorer.scores(rows)[rows.last_B])
     return torch.cat(parts)

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from posttrain.backends.checkpoint import LanguageModel
-from posttrain.modes import CLOSE, OPEN
+from posttrain.backends.prompting import CLOSE, OPEN
 
 SPECIAL = ("<|pad|>", "<|unknown|>", "<|user|>", "<|assistant|>", "<|end|>")
 TEMPLATE = (

@@ -5,7 +5,6 @@ Legend: tensors of weights have any shape.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from posttrain.engine.errors import ConfigError
+from posttrain.engine.errors import ConfigError, choices_text
 
 
 def freeze_others(model: Any, trainable: Sequence[str]) -> None:
@@ -26,11 +25,10 @@ def freeze_others(model: Any, trainable: Sequence[str]) -> None:
     names: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     for pattern in trainable:
         if not any(fnmatchcase(name, pattern) for name in names):
-            near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.4)
-            near = near or list(names)[:3]
             raise ConfigError(
-                f"trainable: {pattern!r} matches no parameter of the model; such as: "
-                f"{', '.join(near)}; a glob like '*.mlp.*' matches many"
+                f"trainable: {pattern!r} matches no parameter of the model; "
+                f"{choices_text(pattern, names, label='parameters')}; a glob like '*.mlp.*' "
+                "matches many"
             )
     learning = {
         id(parameter)

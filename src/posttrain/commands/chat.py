@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from rich.text import Text
 
-from posttrain.backends.chat import Chat
-from posttrain.backends.checkpoint import load
-from posttrain.backends.sampler import LocalSampler
-from posttrain.commands.find import find_model
 from posttrain.commands.output import console
+from posttrain.engine.errors import ConfigError
+from posttrain.engine.store import Store
+from posttrain.stages.kinds import kinds_making, shown_kind
+from posttrain.stages.worker import new_backend
 
 MAX_NEW_TOKENS = 256
 """Length of a response unless the model has fewer positions left."""
@@ -51,28 +53,43 @@ def chat(
         turn += 1
 
 
+def find_model(root: Path, text: str) -> Path:
+    """The checkpoint directory meant by `text`: a directory, or an artifact of the store.
+
+    Raises ConfigError for an artifact that is no model, StoreError when there is none.
+    """
+    path = Path(text).expanduser()
+    if (path / "config.json").is_file():
+        return path
+    artifact = Store(root).resolve(text)
+    if "model" not in shown_kind(artifact.kind).makes:
+        raise ConfigError(
+            f"{artifact.label} is of kind {artifact.kind}, not a model; kinds that are: "
+            f"{', '.join(kinds_making('model'))}"
+        )
+    return artifact.path
+
+
 class Speaker:
     """A loaded checkpoint that answers messages."""
 
     def __init__(self, directory: Path, *, temperature: float, limit: int | None) -> None:
         messages: Any = transformers.utils.logging
         messages.disable_progress_bar()
-        language_model = load(directory)
         self.temperature = temperature
         self.limit = limit
-        self.positions = getattr(language_model.model.config, "max_position_embeddings", None)
-        self.chat = Chat(language_model)
-        self.sampler = LocalSampler(language_model)
+        self.sampler = new_backend(os.environ).sampler(directory, dtype=torch.float32)
 
     def answer(self, message: str, *, seed: int) -> str:
         """One response to one message; greedy at temperature 0."""
-        ids = self.chat.prompt(message)
-        room = MAX_NEW_TOKENS if self.positions is None else self.positions - len(ids)
-        rollouts = self.sampler.sample(
+        chat = self.sampler.chat
+        ids = chat.prompt(message)
+        room = MAX_NEW_TOKENS if chat.max_positions is None else chat.max_positions - len(ids)
+        batch = self.sampler.sample(
             [ids],
             group_size=1,
             max_new_tokens=self.limit or max(1, min(MAX_NEW_TOKENS, room)),
             temperature=self.temperature,
             seed=seed,
         )
-        return self.chat.decode(rollouts.responses()[0])
+        return chat.decode(batch.responses()[0])

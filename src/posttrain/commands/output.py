@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 
 PIPE_WIDTH = 110
 """Columns assumed where the output is not a terminal."""
@@ -22,6 +23,14 @@ def console(*, as_json: bool = False) -> Console:
     if not found.is_terminal and "COLUMNS" not in os.environ:
         found.width = PIPE_WIDTH
     return found
+
+
+def plain_table(*columns: str, show_header: bool = True) -> Table:
+    """A table without lines; cells that do not fit are folded, never cut."""
+    table = Table(box=None, pad_edge=False, header_style="dim", show_header=show_header)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
 
 
 def emit(value: Mapping[str, Any]) -> None:

@@ -1,20 +1,20 @@
-"""`report` and `recipes`."""
+"""`report` and `recipes`; and the page that a run writes at its end."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.table import Table
 from rich.text import Text
 
-from posttrain.commands.find import find_artifact
-from posttrain.commands.output import console, emit
-from posttrain.commands.page import check_report_path, write_report_of
+from posttrain.commands.output import console, emit, plain_table
+from posttrain.engine.atomic import guarded
 from posttrain.engine.errors import ConfigError, StoreError
 from posttrain.engine.record import Artifact
 from posttrain.engine.store import Store
-from posttrain.loading import Loaded, describe, is_recipe, load_recipe, shipped_recipes
+from posttrain.language.loader import Loaded, describe, is_recipe, load_recipe, shipped_recipes
+from posttrain.stages.kinds import shown_kind
 
 
 def report(
@@ -38,7 +38,7 @@ def report(
             f"--set, --suite and --seed belong to a recipe; {name or 'no target'} is none"
         )
     else:
-        artifact = _newest_evaluation(place) if name is None else find_artifact(place, name)
+        artifact = _newest_evaluation(place) if name is None else place.resolve(name)
     write_report_of(path, store=place, artifact=artifact, loaded=loaded, anew=True)
     console().print(Text(f"report of {artifact.label}: {path.absolute()}"), soft_wrap=True)
 
@@ -54,13 +54,65 @@ def _target(store: Store, loaded: Loaded) -> Artifact:
 
 
 def _newest_evaluation(store: Store) -> Artifact:
-    found = [artifact for artifact in store.list() if artifact.kind == "evaluate"]
+    found = [artifact for artifact in store.list() if "scores" in shown_kind(artifact.kind).makes]
     if not found:
         raise ConfigError(
             f"{store.root} has no evaluation to report on; name a recipe or an artifact "
             "(`posttrain ls`)"
         )
     return found[-1]
+
+
+def check_report_path(report: Path) -> None:
+    """Raise ConfigError, before any work is done, for a path that no report can be written to."""
+    folder = report.absolute().parent
+    if report.is_dir():
+        problem = f"that is a directory; name a file, such as {report / 'report.html'}"
+    elif not folder.is_dir():
+        problem = f"the directory {folder} does not exist; make it"
+    elif not os.access(folder, os.W_OK):
+        problem = f"the directory {folder} cannot be written to; name another one"
+    else:
+        return
+    raise ConfigError(f"--report {report}: {problem}")
+
+
+def write_report_of(
+    path: Path,
+    *,
+    store: Store,
+    artifact: Artifact,
+    loaded: Loaded | None = None,
+    seconds: float | None = None,
+    anew: bool = False,
+) -> bool:
+    """Write the page about `artifact`; returns False where it was there already (unless `anew`).
+
+    `loaded` is the recipe that asked for it, None where only the artifact is known. `seconds` is
+    how long the run took that made it. Raises StoreError for a full disk.
+    """
+    # Templates and plots take a while to import, and most commands do without.
+    from posttrain.report.html import report_is_current, write_report
+
+    if not anew and report_is_current(path, artifact.fingerprint):
+        return False
+    if loaded is None:
+        recipe, source = artifact.name, ""
+        seed = int(artifact.config.get("seed", 0))
+    else:
+        recipe, seed = loaded.name, loaded.seed
+        source = loaded.path.read_text(encoding="utf-8")
+    with guarded(path.absolute().parent, "writing the report"):
+        write_report(
+            path,
+            store=store,
+            artifact=artifact,
+            recipe=recipe,
+            seed=seed,
+            seconds=seconds,
+            source=source,
+        )
+    return True
 
 
 def recipes(*, as_json: bool) -> None:
@@ -77,9 +129,7 @@ def recipes(*, as_json: bool) -> None:
         )
         return
     out = console()
-    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
-    for column in ("recipe", "what it is", "source"):
-        table.add_column(column, overflow="fold")
+    table = plain_table("recipe", "what it is", "source")
     for name, description in found.items():
         table.add_row(
             Text(name, "bold"), Text(description.summary), Text(description.source, "dim")

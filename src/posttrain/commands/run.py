@@ -15,21 +15,20 @@ from rich.table import Table
 from rich.text import Text
 
 from posttrain.commands.output import console, emit
-from posttrain.commands.page import check_report_path, write_report_of
+from posttrain.commands.report import check_report_path, write_report_of
 from posttrain.engine.errors import Interrupted, PosttrainError
-from posttrain.engine.events import Event
 from posttrain.engine.planner import PlanRow
 from posttrain.engine.planner import plan as plan_graph
 from posttrain.engine.provenance import Provenance, capture
 from posttrain.engine.record import Artifact
+from posttrain.engine.runner import Event, usable_cores
 from posttrain.engine.runner import run as run_graph
-from posttrain.engine.runner import usable_cores
 from posttrain.engine.store import Store
-from posttrain.loading import Loaded, load_recipe
+from posttrain.language.loader import Loaded, load_recipe
 from posttrain.report.live import LiveView
 from posttrain.report.terminal import evaluation_table
 from posttrain.report.wording import duration
-from posttrain.worker import COMPILE, DEVICE, EXECUTE, PRELOAD
+from posttrain.stages.worker import COMPILE, DEVICE, EXECUTE, PRELOAD
 
 if TYPE_CHECKING:  # it imports torch
     from posttrain.backends.device import Device

@@ -15,8 +15,8 @@ artifacts and bytes.
     ancestry.py     lineage, verification of the hash chain, garbage collection
     provenance.py   where and from which code a run was made
     planner.py      what would run, and why
-    events.py       what a run tells as it happens
-    runner.py       run it, one process per stage
-    running.py      one such process seen from outside: start, progress, outcome, stop
-    process.py      what happens inside it
+    runner.py       run it, one process per stage; what it tells as it happens and at its end
+    process.py      one such process, from inside and seen from the runner
+    hashes.py       hashes of large files from outside, remembered
+    jsonl.py        files of JSON lines
 """

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from posttrain.engine.errors import StoreError
 from posttrain.engine.fingerprint import file_digest
@@ -19,10 +19,8 @@ from posttrain.engine.record import (
     record_problems,
     record_sha256,
 )
+from posttrain.engine.store import Store
 from posttrain.engine.work import CODE_DIFF, METRICS, take_lock
-
-if TYPE_CHECKING:  # store.py imports this module
-    from posttrain.engine.store import Store
 
 ADOPTED: Final = "adopted from"
 """Edge from an adopted artifact to the last record of the history that came with it."""
@@ -47,7 +45,7 @@ class Ancestor:
         return label_of(self.record)
 
 
-def lineage(store: "Store", artifact: Artifact) -> list[Ancestor]:
+def lineage(store: Store, artifact: Artifact) -> list[Ancestor]:
     """Everything `artifact` descends from in topological order, ancestors first, itself last.
 
     Raises StoreError when the record of an ancestor is damaged.
@@ -96,7 +94,7 @@ def _from_history(history: Sequence[Record], *, known: Mapping[str, Any]) -> dic
     return found
 
 
-def verify(store: "Store", artifact: Artifact) -> list[str]:
+def verify(store: Store, artifact: Artifact) -> list[str]:
     """Problems along the whole ancestry of `artifact`; [] when it is sound.
 
     Recomputes the hash of every file and record and the fingerprint of every payload, follows the
@@ -189,7 +187,7 @@ class Removed:
     bytes: int
 
 
-def gc(store: "Store", keep: Collection[str], *, dry_run: bool) -> list[Removed]:
+def gc(store: Store, keep: Collection[str], *, dry_run: bool = False) -> list[Removed]:
     """Remove artifacts whose fingerprint is not in `keep` and which no kept artifact descends from.
 
     Work in progress of a fingerprint outside `keep`, or left behind after a commit, goes as well.
@@ -215,7 +213,7 @@ def gc(store: "Store", keep: Collection[str], *, dry_run: bool) -> list[Removed]
     return removed
 
 
-def _lock_against_runs(store: "Store", handle: int) -> None:
+def _lock_against_runs(store: Store, handle: int) -> None:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -224,7 +222,7 @@ def _lock_against_runs(store: "Store", handle: int) -> None:
         ) from None
 
 
-def _unkept(store: "Store", keep: Collection[str]) -> list[Removed]:
+def _unkept(store: Store, keep: Collection[str]) -> list[Removed]:
     artifacts = {artifact.fingerprint: artifact for artifact in store.list()}
     needed: set[str] = set()
     frontier = [fingerprint for fingerprint in keep if fingerprint in artifacts]
@@ -248,7 +246,7 @@ def _unkept(store: "Store", keep: Collection[str]) -> list[Removed]:
     ]
 
 
-def _stale_work(store: "Store", keep: Collection[str]) -> list[Removed]:
+def _stale_work(store: Store, keep: Collection[str]) -> list[Removed]:
     kept = {fingerprint[:SHORT] for fingerprint in keep} - store.index().keys()
     found = []
     for path in sorted((store.root / "work").glob("*")):

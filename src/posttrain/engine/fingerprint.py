@@ -105,14 +105,43 @@ def files_digest(
     return digest({name: hash_file(source / name) for name in files})
 
 
-def diff_payloads(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+def diff_payloads(
+    old: Mapping[str, Any],
+    new: Mapping[str, Any],
+    *,
+    old_config: Mapping[str, Any] | None = None,
+    new_config: Mapping[str, Any] | None = None,
+) -> list[tuple[str, Any, Any]]:
     """Fields in which two payloads differ: (dotted field, old value, new value), ABSENT where one
     has none.
 
+    A payload lacks the settings that are at their default; their values are in the whole configs.
+
     >>> diff_payloads({"config": {"steps": 80}}, {"config": {"steps": 120}})
     [('config.steps', 80, 120)]
+    >>> diff_payloads({"config": {}}, {"config": {"steps": 120}}, old_config={"steps": 100})
+    [('config.steps', 100, 120)]
     """
-    return _diff(plain(old), plain(new), "")
+    old, new = plain(old), plain(new)
+    ours, theirs = old.get("config", {}), new.get("config", {})
+    filled = {"config": _filled(ours, theirs, plain(old_config or {}))} if "config" in old else {}
+    other = {"config": _filled(theirs, ours, plain(new_config or {}))} if "config" in new else {}
+    return _diff({**old, **filled}, {**new, **other}, "")
+
+
+def _filled(
+    config: Mapping[str, Any], other: Mapping[str, Any], whole: Mapping[str, Any]
+) -> dict[str, Any]:
+    """`config`, and from `whole` the settings that only `other` names."""
+    found = dict(config)
+    for key, value in other.items():
+        known = whole.get(key, ABSENT)
+        if isinstance(value, dict) and isinstance(known, dict):
+            here = found.get(key, {})
+            found[key] = _filled(here, value, known) if isinstance(here, dict) else here
+        elif key not in found and known != ABSENT:
+            found[key] = known
+    return found
 
 
 def _diff(old: Any, new: Any, at: str) -> list[tuple[str, Any, Any]]:

@@ -1,9 +1,10 @@
 """The graph of stages: nodes joined by named edges, in one deterministic order, each with a content
 fingerprint.
 
-The dividing line is drawn here once. `kind`, `version`, `config`, `data` and the fingerprints of
-the inputs are identity; `name` and `runtime` (paths, devices) are not, so moving a file or renaming
-a stage never makes it run again.
+The dividing line is drawn here once. `kind`, `version`, the settings, `data` and the fingerprints
+of the inputs are identity; `name` and `runtime` (paths, devices) are not, so moving a file or
+renaming a stage never makes it run again. Nor does a setting that is added to a kind later: those
+that are at their default stay out of `identity`.
 """
 
 import difflib
@@ -33,7 +34,9 @@ class Node:
     version: int = 1
     """Version of that code, raised by hand when its numbers change."""
     config: Mapping[str, Any] = field(default_factory=dict)
-    """Settings with a stable serialisation (see `fingerprint.plain`)."""
+    """All settings, with a stable serialisation (see `fingerprint.plain`)."""
+    identity: Mapping[str, Any] | None = None
+    """Those of the settings that are not at their default; None: all are identity."""
     inputs: Mapping[str, str] = field(default_factory=dict)
     """Edge label -> name of the node it comes from, such as {"start": "base"}."""
     data: Mapping[str, str] = field(default_factory=dict)
@@ -57,7 +60,10 @@ def payload(node: Node, input_fingerprints: Mapping[str, str]) -> dict[str, Any]
     return {
         "kind": node.kind,
         "version": node.version,
-        "config": plain(node.config, at=f"stage {node.name}: config"),
+        "config": plain(
+            node.config if node.identity is None else node.identity,
+            at=f"stage {node.name}: config",
+        ),
         "data": plain(node.data, at=f"stage {node.name}: data"),
         "inputs": dict(input_fingerprints),
     }

@@ -95,7 +95,12 @@ def _decide(
         return "run", "new"
     found = [
         _describe(field, old, new, node.inputs, rows)
-        for field, old, new in diff_payloads(earlier[-1].payload, graph.payload(name))
+        for field, old, new in diff_payloads(
+            earlier[-1].payload,
+            graph.payload(name),
+            old_config=earlier[-1].config,
+            new_config=node.config,
+        )
     ]
     shown = found[:_SHOWN] + ([f"and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else [])
     return "run", "; ".join(shown)

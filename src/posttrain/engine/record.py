@@ -23,8 +23,8 @@ SHORT: Final = 12
 """How many hex digits of a fingerprint stand in directory names."""
 
 Record: TypeAlias = dict[str, Any]
-"""A parsed record: format, name, kind, version, fingerprint, payload, inputs, files, metrics,
-provenance, history, created (UTC, ISO 8601), digest."""
+"""A parsed record: format, name, kind, version, fingerprint, payload, config, inputs, files,
+metrics, provenance, history, created (UTC, ISO 8601), digest."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +56,16 @@ class Artifact:
 
     @property
     def payload(self) -> Mapping[str, Any]:
-        """What the fingerprint is the digest of: kind, version, config, data, inputs."""
+        """What the fingerprint is the digest of: kind, version, config (without the settings that
+        are at their default), data, inputs."""
         payload: Mapping[str, Any] = self.record["payload"]
         return payload
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """All its settings, those at their default included."""
+        config: Mapping[str, Any] = self.record["config"]
+        return config
 
     @property
     def inputs(self) -> Mapping[str, Mapping[str, str]]:

@@ -12,29 +12,48 @@ on where it ended.
 
 import os
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import connection
-from typing import Final
+from pathlib import Path
+from typing import Any, Final, Literal, TypeAlias
 
-from posttrain.engine.ending import failed, interrupted, unfilled
-from posttrain.engine.errors import ConfigError, PosttrainError
-from posttrain.engine.events import Event
+from posttrain.engine.errors import ConfigError, Interrupted, PosttrainError, StageError, Waiting
 from posttrain.engine.fingerprint import plain
 from posttrain.engine.graph import Graph
 from posttrain.engine.hashes import HASHES
 from posttrain.engine.planner import PlanRow, plan
-from posttrain.engine.process import LOG, Job
+from posttrain.engine.process import LOG, Failure, Job, Running, Wait, prepare, start, stop
 from posttrain.engine.provenance import Provenance
 from posttrain.engine.record import Artifact
-from posttrain.engine.running import Failure, Running, Wait, prepare, start, stop
 from posttrain.engine.store import Store
-from posttrain.engine.work import Work
+from posttrain.engine.work import Work, read_step
 
 __all__ = ["Event", "Job", "PlanRow", "plan", "run"]
 
 _POLL_SECONDS: Final = 0.05
 _PROGRESS_SECONDS: Final = 0.2
+
+EventKind: TypeAlias = Literal[
+    "started", "progress", "finished", "cached", "failed", "blocked", "waits"
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """Something that happened to a stage.
+
+    Payload by kind: started {"reason", "threads", "log"}; progress: one line of metrics.jsonl as it
+    is, or {"waiting": why} while another run works on that stage; finished {"metrics", "path"};
+    cached {"path", "reason"}; failed {"error", "log"}; blocked {"reason"};
+    waits {"reason"}: it ended, and goes on in a later run when a file has been filled in.
+    """
+
+    kind: EventKind
+    name: str
+    seconds: float = 0.0
+    """Since the stage started in this run."""
+    payload: Mapping[str, Any] = field(default_factory=dict)
 
 
 def run(
@@ -130,13 +149,13 @@ class _Run:
                     yield from self._progress()
                     yield from self._collect()
             except KeyboardInterrupt:
-                raise interrupted(self.store.root, self.running.values()) from None
+                raise _interrupted(self.store.root, self.running.values()) from None
             finally:
                 stop(self.running.values())
         if self.failures:
-            raise failed(self.failures, self.waits, self.blocked)
+            raise _failed(self.failures, self.waits, self.blocked)
         if self.waits:
-            raise unfilled(self.waits, self.blocked)
+            raise _unfilled(self.waits, self.blocked)
 
     # -- starting --------------------------------------------------------------------------------
 
@@ -288,3 +307,44 @@ class _Run:
 
 def _cached(name: str, artifact: Artifact, reason: str) -> Event:
     return Event(kind="cached", name=name, payload={"path": str(artifact.path), "reason": reason})
+
+
+# -- what a run says when it ends without its target -----------------------------------------------
+
+
+def _interrupted(root: Path, running: Iterable[Running]) -> Interrupted:
+    """Stopped by the user; `running` are the stages that were at work, `root` is the store."""
+    steps = ((stage.job.name, read_step(stage.work.path)) for stage in running)
+    where = ", ".join(
+        name if step is None else f"{name} (resumes at step {step})" for name, step in steps
+    )
+    unfinished = f" Not finished: {where}." if where else ""
+    return Interrupted(
+        f"stopped. What was finished is kept in {root}.{unfinished} "
+        f"To go on, run the same command again."
+    )
+
+
+def _failed(
+    failures: Mapping[str, Failure], waits: Mapping[str, Wait], blocked: Mapping[str, str]
+) -> StageError:
+    """At least one stage failed. The exit code is the first failure's."""
+    lines = [failure.describe(name) for name, failure in failures.items()]
+    lines += _waiting(waits) + _blocked(blocked)
+    lines.append("What finished is kept; once the cause is mended, run the same command again.")
+    first = next(iter(failures.values()))
+    return StageError("\n".join(lines), exit_code=first.exit_code)
+
+
+def _unfilled(waits: Mapping[str, Wait], blocked: Mapping[str, str]) -> Waiting:
+    """No stage failed, and at least one waits for a file to be filled in."""
+    last = "What finished is kept. Once this is filled in, run the same command again."
+    return Waiting("\n".join([*_waiting(waits), *_blocked(blocked), last]))
+
+
+def _waiting(waits: Mapping[str, Wait]) -> list[str]:
+    return [f"stage {name} waits: {wait.reason}" for name, wait in waits.items()]
+
+
+def _blocked(blocked: Mapping[str, str]) -> list[str]:
+    return [f"blocked: {name}: {reason}" for name, reason in blocked.items()]

@@ -15,17 +15,16 @@ import difflib
 import fcntl
 import json
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from posttrain.engine.ancestry import Ancestor, Removed, gc, lineage, verify
 from posttrain.engine.atomic import guarded, write_whole
 from posttrain.engine.commit import add_reports, describe_files, move_into_place, reference
 from posttrain.engine.errors import StoreError
-from posttrain.engine.fingerprint import digest, files_digest
+from posttrain.engine.fingerprint import digest, plain
 from posttrain.engine.graph import Node, payload
 from posttrain.engine.hashes import HASHES, FileHashes
 from posttrain.engine.record import (
@@ -39,7 +38,6 @@ from posttrain.engine.record import (
     read_record,
     seal,
 )
-from posttrain.engine.transfer import adopt, export
 from posttrain.engine.work import Work, open_work
 
 
@@ -94,10 +92,13 @@ class Store:
 
     def resolve(self, text: str) -> Artifact:
         """The one artifact meant by a name, by the start of `name-fingerprint`, or of a fingerprint
-        (4 digits or more).
+        (4 digits or more), or by the path of its directory.
 
         Raises StoreError: nothing fits (nearest names), or more than one does (the choices).
         """
+        directory = Path(text).absolute()
+        if directory.parent.parent == self.root / "artifacts":
+            text = directory.name
         paths = {path.name: path for path in self._directories()}
         tiers = (
             [label for label in paths if label[: -SHORT - 1] == text],
@@ -192,6 +193,7 @@ class Store:
                     "version": node.version,
                     "fingerprint": fingerprint,
                     "payload": body,
+                    "config": plain(node.config, at=f"stage {node.name}: config"),
                     "inputs": {edge: reference(source) for edge, source in inputs.items()},
                     "files": describe_files(work.out, self.root / "work", self.hashes.digest),
                     "metrics": metrics,
@@ -204,55 +206,6 @@ class Store:
             move_into_place(work, record, target)
         work.discard()
         return Artifact(path=target, record=record)
-
-    def adopt(
-        self,
-        source: Path,
-        *,
-        name: str,
-        kind: str,
-        files: Sequence[str],
-        link: bool,
-        metrics: Mapping[str, Any],
-        provenance: Mapping[str, Any],
-        data: Mapping[str, str] | None = None,
-        history: Sequence[Record] = (),
-        version: int = 1,
-        config: Mapping[str, Any] | None = None,
-    ) -> Artifact:
-        """Commit files from outside: see `transfer.adopt`."""
-        if data is None:
-            data = {"files": files_digest(source, files, self.hashes.digest)}
-        node = Node(name=name, kind=kind, version=version, config=config or {}, data=data)
-        return adopt(
-            self,
-            node,
-            Path(source),
-            files=files,
-            link=link,
-            metrics=metrics,
-            provenance=provenance,
-            history=history,
-        )
-
-    def export(self, artifact: Artifact, target: Path) -> Path:
-        """Copy the files of an artifact out of the store, with its history: see
-        `transfer.export`."""
-        return export(self, artifact, Path(target))
-
-    # -- ancestry --------------------------------------------------------------------------------
-
-    def lineage(self, artifact: Artifact) -> Sequence[Ancestor]:
-        """The artifact and everything it descends from, ancestors first: see `ancestry.lineage`."""
-        return lineage(self, artifact)
-
-    def verify(self, artifact: Artifact) -> Sequence[str]:
-        """Problems along the whole ancestry, none when it is sound: see `ancestry.verify`."""
-        return verify(self, artifact)
-
-    def gc(self, keep: Collection[str], *, dry_run: bool = False) -> Sequence[Removed]:
-        """Remove what is not kept and no kept artifact descends from: see `ancestry.gc`."""
-        return gc(self, keep, dry_run=dry_run)
 
     # -- inside ----------------------------------------------------------------------------------
 

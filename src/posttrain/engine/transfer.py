@@ -11,46 +11,49 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from posttrain.engine.ancestry import history_problems, lineage, vouching_problems
 from posttrain.engine.atomic import fsync, guarded, write_whole
 from posttrain.engine.errors import StoreError
-from posttrain.engine.fingerprint import digest, file_digest
+from posttrain.engine.fingerprint import digest, file_digest, files_digest
 from posttrain.engine.graph import Node, payload
 from posttrain.engine.record import FORMAT, Artifact, Record, check_format
-
-if TYPE_CHECKING:  # store.py imports this module
-    from posttrain.engine.store import Store
+from posttrain.engine.store import Store
 
 HISTORY: Final = "history.json"
 
 
 def adopt(
-    store: "Store",
-    node: Node,
+    store: Store,
     source: Path,
     *,
+    name: str,
+    kind: str,
     files: Sequence[str],
     link: bool,
     metrics: Mapping[str, Any],
     provenance: Mapping[str, Any],
-    history: Sequence[Record],
+    data: Mapping[str, str] | None = None,
+    history: Sequence[Record] = (),
+    version: int = 1,
+    config: Mapping[str, Any] | None = None,
 ) -> Artifact:
-    """Commit `files` below `source` as the artifact of `node`, a node without inputs.
+    """Commit `files` below `source` as an artifact without inputs.
 
     The fingerprint follows the same rule as in a graph, so a graph with a node of the same kind,
-    version, config and data finds it. With `link` the artifact holds links to the files where they
-    are, else copies. `history` holds the records that came with the files (see `read_history`). An
-    artifact with that fingerprint that is there already is returned as it is. Raises StoreError: a
-    file is missing or outside `source`, or the history is broken or is not that of these files.
+    version, config and `data` (default: the digest of the files) finds it. With `link` the artifact
+    holds links to the files where they are, else copies. `history` holds the records that came with
+    the files (see `read_history`). An artifact with that fingerprint that is there already is
+    returned as it is. Raises StoreError: a file is missing or outside `source`, or the history is
+    broken or is not that of these files.
     """
     source = source.absolute()
-    for name in files:
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            raise StoreError(f"cannot adopt {name!r}: name files relative to {source}, below it")
-        if not (source / name).is_file():
-            raise StoreError(f"cannot adopt {name!r}: there is no file {source / name}")
+    for file in files:
+        if PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts:
+            raise StoreError(f"cannot adopt {file!r}: name files relative to {source}, below it")
+        if not (source / file).is_file():
+            raise StoreError(f"cannot adopt {file!r}: there is no file {source / file}")
     problems = history_problems(history)
     if history:
         problems += vouching_problems({n: store.hashes.digest(source / n) for n in files}, history)
@@ -59,6 +62,9 @@ def adopt(
             f"cannot adopt {source} with a history that does not fit; adopt it without one, "
             f"or mend this:\n  " + "\n  ".join(problems)
         )
+    if data is None:
+        data = {"files": files_digest(source, files, store.hashes.digest)}
+    node = Node(name=name, kind=kind, version=version, config=config or {}, data=data)
     fingerprint = digest(payload(node, {}))
     work = store.begin(fingerprint)
     assert work is not None  # begin waits
@@ -88,7 +94,7 @@ def _place(source: Path, out: Path, files: Sequence[str], *, link: bool) -> None
             shutil.copyfile(source / name, target)
 
 
-def export(store: "Store", artifact: Artifact, target: Path) -> Path:
+def export(store: Store, artifact: Artifact, target: Path) -> Path:
     """Copy the files of `artifact` to the new directory `target` (links become files), with
     `history.json`.
 

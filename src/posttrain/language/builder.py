@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from posttrain.backends.checkpoint_source import CheckpointSource, find_checkpoint, token_conflict
 from posttrain.engine.errors import ConfigError, GraphError
 from posttrain.engine.fingerprint import file_digest
 from posttrain.engine.graph import Graph, Node
 from posttrain.engine.store import Store
-from posttrain.external import External, find_external, token_conflict
 from posttrain.language.handles import Demos, Prompts, Stage
-from posttrain.language.whole import check_chains, check_strengths, check_thinking, root_of
-from posttrain.schedules import parse_schedule
-from posttrain.stages.config import build_config
+from posttrain.language.settings import Overrides
+from posttrain.language.whole import check_strengths, check_thinking, root_of
+from posttrain.stages.config import build_config, config_of, identity_of
 from posttrain.stages.kinds import KINDS, Product, kind_of, kinds_making
-from posttrain.suites.domain import Suite, Table, domain_node
-from posttrain.suites.shares import shares_problem
+from posttrain.suites.domain import Suite, Table, domain_node, shares_problem
 
 DERIVED = {
     "routes": "which model serves which domain",
@@ -46,9 +44,10 @@ class Builder:
         self.store = store
         self.hash_file = file_digest if store is None else store.hashes.digest
         self.nodes: dict[str, Node] = {}
-        self.external: dict[str, External] = {}
-        self._overrides = dict(overrides or {})
-        self._used: set[str] = set()
+        self.settings: dict[str, Any] = {}
+        """Stage to its checked settings."""
+        self.external: dict[str, CheckpointSource] = {}
+        self._overrides = Overrides(overrides or {})
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -58,8 +57,8 @@ class Builder:
     def graph(self, target: Stage) -> Graph:
         """The finished graph. Raises ConfigError for a setting that matched no stage, and what
         the checks of a whole recipe raise."""
-        self._all_used()
-        for check in (check_chains, check_thinking, check_strengths):
+        self._overrides.check_used(self.nodes)
+        for check in (check_thinking, check_strengths):
             check(self.nodes)
         graph = Graph(nodes=self.nodes, target=target.name)
         graph.order()
@@ -82,13 +81,7 @@ class Builder:
         fields = kind_of(kind).settings_class().model_fields
         if "seed" in fields:
             values = {"seed": self.seed} | values
-        for key, value in self._overrides.items():
-            pattern, _, field = key.rpartition(".")
-            # A glob is for those of its stages that have the setting; a name is for that stage.
-            known = field in fields or not _is_glob(pattern)
-            if known and fnmatchcase(name, pattern):
-                self._used.add(key)
-                values[field] = value
+        values = self._overrides.apply(kind, name, values)
         derived |= {} if routes is None else {"routes": dict(routes)}
         for field in ("routes", *derived):
             if field in values and field in fields:
@@ -97,13 +90,14 @@ class Builder:
                     "stages that the recipe passes; change those instead"
                 )
         values |= derived
-        config = build_config(kind, name, values)
+        config = self.settings[name] = build_config(kind, name, values)
         stage = self.add(
             Node(
                 name=name,
                 kind=kind,
                 version=kind_of(kind).version,
-                config=config.model_dump(mode="json"),
+                config=config_of(config),
+                identity=identity_of(config),
                 inputs=inputs,
                 **self._code(kind),
             )
@@ -303,10 +297,13 @@ class Builder:
                         )
 
     def values(self, stage: Stage, field: str) -> list[Any]:
-        """The value of a setting, or all at the ends of its schedule."""
-        config = self.nodes[stage.name].config
-        schedule = config.get("schedules", {}).get(field)
-        return [config[field]] if schedule is None else parse_schedule(schedule).possible_values()
+        """The value of a setting, or all at the ends of its schedule; `kl.domains` is a setting of a
+        choice, and there is none where nothing was chosen."""
+        owner: Any = self.settings[stage.name]
+        *path, name = field.split(".")
+        for part in path:
+            owner = getattr(owner, part)
+        return [] if owner is None else owner.possible(name)
 
     def same_vocabulary(
         self, stage: str, start: str, teacher: str, *, role: str = "teacher"
@@ -322,40 +319,10 @@ class Builder:
                 f"{conflict}; a {role} must come from the same tokenizer"
             )
 
-    def adopted(self, source: str) -> External | None:
+    def adopted(self, source: str) -> CheckpointSource | None:
         """An adopted checkpoint of that name, None if there is none."""
         if self.store is None or Path(source).is_dir():
             return None
         found = self.store.named("model", source)
         # Not what its record says: linked files may have changed since they were adopted.
-        return find_external(found[0].path, self.hash_file) if found else None
-
-    def _all_used(self) -> None:
-        unused = [key for key in self._overrides if key not in self._used]
-        if not unused:
-            return
-        pattern, _, field = unused[0].rpartition(".")
-        stages = [n for n, node in self.nodes.items() if node.kind not in ("domain", "model")]
-        matched = [name for name in stages if fnmatchcase(name, pattern)]
-        if matched and _is_glob(pattern):
-            fields = {
-                f
-                for n in matched
-                for f in kind_of(self.nodes[n].kind).settings_class().model_fields
-            }
-            near = difflib.get_close_matches(field, fields, n=1)
-            hint = f" did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(
-                f"--set {unused[0]}: none of the stages {', '.join(matched)} has a setting "
-                f"{field!r};{hint} choices: {', '.join(sorted(fields))}"
-            )
-        near = difflib.get_close_matches(pattern, stages, n=1)
-        hint = f" did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(
-            f"--set {unused[0]}: no stage of this recipe with settings has that name;{hint} "
-            f"stages: {', '.join(stages)}"
-        )
-
-
-def _is_glob(pattern: str) -> bool:
-    return any(character in pattern for character in "*?[")
+        return find_checkpoint(found[0].path, self.hash_file) if found else None

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from posttrain.modes import Mode, check_mode
+from posttrain.backends.prompting import Mode, check_mode
 from posttrain.stages.kinds import Product, kind_of
 
 

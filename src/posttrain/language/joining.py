@@ -6,13 +6,14 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from posttrain.algorithms import Aux as AuxSettings
 from posttrain.engine.errors import ConfigError
 from posttrain.language.builder import Builder
 from posttrain.language.handles import Demos, Stage
 from posttrain.schedules import Schedule
 
-Aux = Mapping[str, tuple[Demos | Stage, float | Schedule]]
-"""Name of an auxiliary loss to its data and its weight, which may have a schedule."""
+Aux = Mapping[str, tuple[Demos | Stage, float | Schedule | AuxSettings]]
+"""Name of an auxiliary loss to its data and its weight, which may have a schedule, or settings."""
 
 NAME = re.compile(r"[A-Za-z0-9_-]+")
 
@@ -24,8 +25,7 @@ def auxiliary(
 
     Raises ConfigError for what is not a pair of data and weight.
     """
-    weights: dict[str, float | Schedule] = {}
-    modes: dict[str, tuple[str, ...]] = {}
+    losses: dict[str, dict[str, Any]] = {}
     edges: dict[str, str] = {}
     for name, given in (aux or {}).items():
         if not NAME.fullmatch(name):
@@ -37,7 +37,8 @@ def auxiliary(
                 f"stage {stage!r}: aux[{name!r}] is {given!r}; it takes data and weight, as in "
                 f"aux={{{name!r}: (r.demos(...), 0.5)}}"
             )
-        data, weights[name] = given
+        data, weight = given
+        losses[name] = weight.to_json() if isinstance(weight, AuxSettings) else {"weight": weight}
         if isinstance(data, Demos) and data.noise:
             raise ConfigError(
                 f"stage {stage!r}: aux[{name!r}] has noise = {data.noise}; the demonstrations of "
@@ -49,11 +50,10 @@ def auxiliary(
                 "loss have their own prompts, so leave hint out"
             )
         if isinstance(data, Demos) and data.modes:
-            modes[name] = data.modes
+            losses[name]["modes"] = data.modes
         for edge, source in build.data(stage, data, (Demos, Stage)).items():
             edges[f"aux.{name}" + edge.removeprefix("data").replace("domains", "", 1)] = source
-    given_here = {"aux": weights, "aux_modes": modes}
-    return {**settings, **{key: value for key, value in given_here.items() if value}}, edges
+    return {**settings, **({"aux": losses} if losses else {})}, edges
 
 
 def check_auxiliary(build: Builder, stage: str, aux: Aux | None) -> None:
@@ -64,12 +64,6 @@ def check_auxiliary(build: Builder, stage: str, aux: Aux | None) -> None:
             raise ConfigError(
                 f"stage {stage!r}, field 'aux': {name!r} has no data in the recipe; choices: "
                 f"{', '.join(known) or 'none: give aux={name: (data, weight)}'}"
-            )
-    for name in build.nodes[stage].config["aux_modes"]:
-        if not isinstance((aux or {})[name][0], Demos):
-            raise ConfigError(
-                f"stage {stage!r}, field 'aux_modes': the rows of {name!r} are as its data stage "
-                "made them; leave it out"
             )
 
 
@@ -115,7 +109,7 @@ def merging(
 def check_merge(build: Builder, stage: str) -> None:
     """Refuse a merge without the base that its `how` adds to, and weights of unknown models."""
     node = build.nodes[stage]
-    how, weights = node.config["how"], node.config["weights"]
+    how, weights = build.settings[stage].how.kind, node.config["weights"]
     names = [edge.removeprefix("models.") for edge in node.inputs if edge.startswith("models.")]
     if (how != "average") != ("base" in node.inputs):
         raise ConfigError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from posttrain.algorithms import InTurn, StrongAgainstWeak
 from posttrain.engine.errors import ConfigError
 from posttrain.judges import Judge
 from posttrain.language.builder import Builder
@@ -75,16 +76,16 @@ def profile_edge(
 
 def check_drawing(build: Builder, stage: Stage, profile: Stage | None) -> None:
     """Refuse an rl stage whose curriculum does not fit its profile."""
-    curriculum = build.nodes[stage.name].config["curriculum"]
-    if curriculum != "none" and profile is None:
+    draw = build.settings[stage.name].draw
+    if not isinstance(draw, InTurn) and profile is None:
         raise ConfigError(
-            f"stage {stage.name!r} (rl), field 'curriculum': {curriculum} needs pass rates to "
-            "begin with; give profile=r.profile(start, prompts=...)"
+            f"stage {stage.name!r} (rl), field 'draw': {draw.kind} needs pass rates to begin with; "
+            "give profile=r.profile(start, prompts=...)"
         )
-    if curriculum == "none" and profile is not None:
+    if isinstance(draw, InTurn) and profile is not None:
         raise ConfigError(
-            f"stage {stage.name!r} (rl): profile = {profile.name!r} is not read with curriculum = "
-            "none; leave it out, or set curriculum to band or gaussian"
+            f"stage {stage.name!r} (rl): profile = {profile.name!r} is not read with draw = "
+            "in_turn; leave it out, or set draw to band or gaussian"
         )
 
 
@@ -153,7 +154,9 @@ def check_steps(build: Builder, stage: str) -> None:
 def check_scored(build: Builder, stage: str) -> None:
     """Raise ConfigError where a stage goes by scores that its rollouts do not have."""
     node = build.nodes[stage]
-    if node.config["by"] != "score" or node.config.get("judge") is not None:
+    settings = build.settings[stage]
+    by = settings.by if node.kind == "pairs" else getattr(settings.how, "by", "reward")
+    if by != "score" or node.config.get("judge") is not None:
         return
     for edge, source in node.inputs.items():
         kind = build.handle(source).kind
@@ -168,9 +171,10 @@ def check_pairs(build: Builder, stage: str) -> None:
     """Raise ConfigError where `how` and the stages that a pairs stage reads do not fit."""
     node = build.nodes[stage]
     against = any(edge.partition(".")[0] == "against" for edge in node.inputs)
-    if (node.config["how"] == "strong_against_weak") != against:
+    how = build.settings[stage].how
+    if isinstance(how, StrongAgainstWeak) != against:
         raise ConfigError(
-            f"stage {stage!r} (pairs): how = {node.config['how']} "
+            f"stage {stage!r} (pairs): how = {how.kind} "
             + ("reads no" if against else "needs a")
             + " second stage; write r.pairs(strong, against=weak) for strong_against_weak and "
             "r.pairs(rollouts) for the others"

@@ -96,7 +96,7 @@ class Operators:
         inputs = rollout_edges("pairs", name, rollouts)
         if judge is not None:
             asked, edges = judge_inputs(self._build, name, judge, domains_of(rollouts))
-            settings = {"by": "score"} | asked | settings
+            settings = asked | settings
             inputs |= edges
         if against is not None:
             inputs |= rollout_edges("pairs", name, against, edge="against")

@@ -12,22 +12,6 @@ from posttrain.stages.kinds import KINDS
 MODELS = ("start", "model", "student", "init")
 """Edges to the models that a stage asks in its modes, beside those that begin as below."""
 SEVERAL = ("models.", "candidates.")
-COMPARE = ("score", "pairs", "comparisons")
-"""Kinds that set the responses to one problem side by side, each as an answer to its prompt."""
-
-
-def check_chains(nodes: Mapping[str, Node]) -> None:
-    """Raise ConfigError where a stage would compare responses that are segments of chains: these
-    answer prompts of their own, and most of them are no answer to the problem."""
-    for node in nodes.values():
-        for source in node.inputs.values() if node.kind in COMPARE else ():
-            segments = nodes[source].config.get("segments", 1) if source in nodes else 1
-            if segments > 1:
-                raise ConfigError(
-                    f"stage {node.name!r} ({node.kind}): {source!r} has segments = {segments}, and "
-                    "the segments of a chain are no answers to one prompt; read r.select(...) of "
-                    "it, or the rollouts of r.sample(...)"
-                )
 
 
 def check_thinking(nodes: Mapping[str, Node]) -> None:
@@ -52,7 +36,9 @@ def check_strengths(nodes: Mapping[str, Node]) -> None:
     """Refuse a reward model that reads how clear preferences are where nobody said it."""
     for node in nodes.values():
         data = nodes.get(node.inputs.get("data", ""))
-        if node.config.get("margins") != "strength" or data is None or data.kind != "pairs":
+        loss = node.config.get("loss")
+        margins = loss.get("margins") if isinstance(loss, dict) else None
+        if margins != "strength" or data is None or data.kind != "pairs":
             continue
         pairs: Any = KINDS["pairs"].settings_class()(**data.config)
         if not pairs.pairwise:

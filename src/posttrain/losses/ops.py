@@ -58,6 +58,29 @@ def weighted_sum(value_N: Tensor, weight_N: Tensor) -> Tensor:
     return (weight_N * torch.where(weight_N != 0, value_N, 0)).sum()
 
 
+def row_sums(
+    value_N: Tensor, row_N: Tensor, num_rows: int, counted_N: Tensor | None = None
+) -> Tensor:
+    """`sum_B` of `value_N` over the tokens of each row, or over those that `counted_N` (bool) says.
+
+    `row_N` is the row (int64 in [0, num_rows)) of each token. A token that does not count adds
+    nothing, whatever its value, and gets no gradient. Raises ValueError for shapes that differ.
+    """
+    same_shape(value_N=value_N, row_N=row_N, counted_N=counted_N)
+    if counted_N is not None:
+        value_N = torch.where(counted_N, value_N, 0)
+    return value_N.new_zeros(num_rows).index_add(0, row_N, value_N)
+
+
+def row_means(value_N: Tensor, row_N: Tensor, num_rows: int, counted_N: Tensor) -> Tensor:
+    """`mean_B` of `value_N` over the counted tokens of each row, 0 where a row has none.
+
+    Arguments and errors as in `row_sums`.
+    """
+    count_B = row_sums(counted_N.to(value_N.dtype), row_N, num_rows)
+    return row_sums(value_N, row_N, num_rows, counted_N) / count_B.clamp(min=1)
+
+
 class _TokenLogprobs(torch.autograd.Function):
     """Log-probability and entropy per token; keeps the softmax or computes it again by chunk."""
 

@@ -19,6 +19,8 @@ from posttrain.losses.ops import (
     active_sum,
     kl_estimate,
     known_choice,
+    row_means,
+    row_sums,
     same_shape,
     weighted_sum,
 )
@@ -120,11 +122,8 @@ def log_ratios(
     token_log_ratio_N = torch.where(active_N, logp_N - old_logp_N.detach(), 0)
     if ratio == "token":
         return token_log_ratio_N, token_log_ratio_N
-    row_B = token_log_ratio_N.new_zeros(num_rows).index_add(0, row_N, token_log_ratio_N)
-    if ratio == "sequence":
-        length_B = torch.zeros_like(row_B).index_add(0, row_N, active_N.to(row_B.dtype))
-        row_B = row_B / length_B.clamp(min=1)
-    return token_log_ratio_N, row_B[row_N]
+    of_rows = row_means if ratio == "sequence" else row_sums
+    return token_log_ratio_N, of_rows(token_log_ratio_N, row_N, num_rows, active_N)[row_N]
 
 
 def check_clip(clip_low: float, clip_high: float) -> None:

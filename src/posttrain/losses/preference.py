@@ -6,10 +6,10 @@ Every loss is a function of scores alone, and `beta * score` is the reward that 
 
 | loss | score | function |
 |---|---|---|
-| DPO (arXiv 2305.18290) | sum | `logistic` |
-| length-normalised DPO (Tülu 3, arXiv 2411.15124) | mean | `logistic` |
-| SimPO (arXiv 2405.14734) | mean, no reference | `logistic` with `gamma` |
-| IPO (arXiv 2310.12036) | mean | `squared` |
+| DPO (arXiv 2305.18290) | sum | `dpo` |
+| length-normalised DPO (Tülu 3, arXiv 2411.15124) | mean | `dpo` |
+| SimPO (arXiv 2405.14734) | mean, no reference | `dpo` with `gamma` |
+| IPO (arXiv 2310.12036) | mean | `ipo` |
 | KTO (arXiv 2402.01306) | sum | `kto` with `kto_baseline` |
 
 As elsewhere, losses and metrics are sums, here over pairs (over responses in `kto`), and the caller
@@ -23,19 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from posttrain.losses.ops import Metrics, same_shape
-
-
-def row_sums(value_N: Tensor, counted_N: Tensor, row_N: Tensor, num_rows: int) -> Tensor:
-    """`sum_B` of `value_N` over the counted tokens of each row.
-
-    `counted_N` is the token mask (bool): a token that does not count adds nothing, whatever its
-    value, and gets no gradient. `row_N` is the row (int64 in [0, num_rows)) of each token.
-    Raises ValueError for shapes that differ.
-    """
-    same_shape(value_N=value_N, counted_N=counted_N, row_N=row_N)
-    counted_value_N = torch.where(counted_N, value_N, 0)
-    return value_N.new_zeros(num_rows).index_add(0, row_N, counted_value_N)
+from posttrain.losses.ops import Metrics, row_sums, same_shape
 
 
 def response_scores(
@@ -54,17 +42,17 @@ def response_scores(
     Llama 3's (arXiv 2407.21783, section 4.1.4): tokens that chosen and rejected have in common,
     such as the end of a turn, would be pushed up and down at once.
     """
-    score_B = row_sums(logp_N, counted_N, row_N, num_rows)
+    score_B = row_sums(logp_N, row_N, num_rows, counted_N)
     if ref_logp_B is not None:
         same_shape(score_B=score_B, ref_logp_B=ref_logp_B)
         score_B = score_B - ref_logp_B.detach()
     if mean:
-        count_B = row_sums(torch.ones_like(logp_N), counted_N, row_N, num_rows)
+        count_B = row_sums(torch.ones_like(logp_N), row_N, num_rows, counted_N)
         score_B = score_B / count_B.clamp(min=1)
     return score_B
 
 
-def logistic(
+def dpo(
     chosen_P: Tensor,
     rejected_P: Tensor,
     *,
@@ -98,7 +86,7 @@ def logistic(
     return loss_P.sum(), pair_metrics(chosen_P, rejected_P, beta=beta)
 
 
-def squared(chosen_P: Tensor, rejected_P: Tensor, *, beta: float) -> tuple[Tensor, Metrics]:
+def ipo(chosen_P: Tensor, rejected_P: Tensor, *, beta: float) -> tuple[Tensor, Metrics]:
     """IPO: sum over pairs of `((c - r) - 1 / (2 beta))^2` (arXiv 2310.12036, Eq. 17; beta is tau).
 
     The scores are means over tokens: the paper writes sums, whose square grows with the length; its

@@ -17,7 +17,14 @@ Shape suffixes: N flat response tokens of all rows, B rows.
 import torch
 from torch import Tensor
 
-from posttrain.losses.ops import Metrics, active_sum, known_choice, same_shape, weighted_sum
+from posttrain.losses.ops import (
+    Metrics,
+    active_sum,
+    known_choice,
+    row_means,
+    same_shape,
+    weighted_sum,
+)
 from posttrain.losses.policy import Ratio, check_clip, log_ratios
 
 
@@ -100,7 +107,7 @@ def geometric_mean(
     clipped_N = torch.where(
         up_N, log_ratio_N.clamp(max=clip_high), log_ratio_N.clamp(min=-clip_low)
     )
-    mean_N = _row_means(clipped_N, active_N, row_N, num_rows).exp()
+    mean_N = row_means(clipped_N, row_N, num_rows, active_N)[row_N].exp()
     stopped_low_N = (log_ratio_N < -clip_low) & (advantage_N < 0)
     stopped_high_N = (log_ratio_N > clip_high) & up_N
     metrics = {
@@ -148,7 +155,7 @@ def squared_log_ratio(
         logp_N, old_logp_N, active_N, row_N, num_rows=num_rows, ratio="product"
     )
     residual_N = (_cleared(advantage_N, active_N) - tau * log_ratio_N).square()
-    mean_N = _row_means(token_log_ratio_N.detach(), active_N, row_N, num_rows).exp()
+    mean_N = row_means(token_log_ratio_N.detach(), row_N, num_rows, active_N)[row_N].exp()
     metrics = {
         "ratio": active_sum(mean_N, weight_N),
         "approx_kl": _approx_kl(token_log_ratio_N, weight_N),
@@ -173,13 +180,6 @@ def _same_shapes(
         row_N=row_N,
         correction_N=correction_N,
     )
-
-
-def _row_means(value_N: Tensor, active_N: Tensor, row_N: Tensor, num_rows: int) -> Tensor:
-    """The mean over the active tokens of a row, given to each of its tokens; the others are 0."""
-    sum_B = value_N.new_zeros(num_rows).index_add(0, row_N, value_N)
-    length_B = torch.zeros_like(sum_B).index_add(0, row_N, active_N.to(value_N.dtype))
-    return (sum_B / length_B.clamp(min=1))[row_N]
 
 
 def _cleared(value_N: Tensor, active_N: Tensor) -> Tensor:

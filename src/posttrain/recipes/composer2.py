@@ -14,6 +14,7 @@ pretraining is on demonstrations, and has seen hints in 2.5. Sizes are scaled do
 from typing import Literal
 
 from posttrain import Recipe, Stage, judges, schedules
+from posttrain.algorithms import KL, Gaussian
 
 HINT = "{prompt}#{demo}"
 
@@ -31,13 +32,9 @@ def recipe(r: Recipe, base: str = "tiny", version: Literal["2", "2.5"] = "2.5") 
         reward=judges.verifier() - 0.1 * judges.length(budget=24, shape="concave", k=4.0, q=0.5),
         advantage="group_mean",
         aggregation="constant",
-        kl_coef=0.005,
-        kl_estimator="k1",
-        kl_in="reward",
+        kl=KL(0.005, estimator="k1", where="reward"),
         profile=rates,
-        curriculum="gaussian",
-        target_rate=schedules.linear(0.7, 0.3),
-        update_rates=True,
+        draw=Gaussian(target=schedules.linear(0.7, 0.3), update_rates=True),
         group_size=16,
         steps=50,
         lr=1e-4,

@@ -17,6 +17,7 @@ scaled down.
 from typing import Literal
 
 from posttrain import Recipe, Stage, judges, schedules
+from posttrain.algorithms import KL, Clip, Correct
 from posttrain.recipes.deepseek_r1_zero import FORMAT, zero
 
 LANGUAGE = judges.language(regex="[a-zA-Z]", unit="character")
@@ -29,12 +30,12 @@ def recipe(
     reasoning, general = r.domains[:-1] or r.domains, r.domains[-1]
     hard, soft = r.prompts(reasoning, mode="think"), r.prompts(general, mode="think")
     rules = judges.verifier() + 0.1 * FORMAT + 0.1 * LANGUAGE
-    grpo = {"advantage": "group_zscore", "aggregation": "sequence", "kl_coef": 0.001, "lr": 5e-5}
-    grpo |= {"updates_per_batch": 4, "clip_low": 1.0, "clip_high": 10.0}
+    grpo = {"advantage": "group_zscore", "aggregation": "sequence", "kl": KL(0.001), "lr": 5e-5}
+    grpo |= {"num_minibatches": 4, "surrogate": Clip(1.0, 10.0)}
 
     first = zero(r, start, reasoning, steps)
     traces = r.sample(first, prompts=hard, num_prompts=500, max_new_tokens=64, name="zero_samples")
-    readable = r.select(traces, how="correct", max_per_prompt=1, name="cold_start_data")
+    readable = r.select(traces, how=Correct(max_per_prompt=1), name="cold_start_data")
     dev1 = r.sft(start=start, data=readable, steps=40, lr=5e-4, name="dev1")
     dev2 = r.rl(start=dev1, prompts=hard, reward=rules, steps=steps, max_new_tokens=48, name="dev2",
                 **grpo)  # fmt: skip

@@ -10,6 +10,7 @@ Left out: code. 10,400 steps are `steps`, and lengths, learning rate and times a
 """
 
 from posttrain import Recipe, Stage, judges, schedules
+from posttrain.algorithms import KL, Clip
 
 FORMAT = judges.format(r"(?s)^<think>.+</think>.+")
 
@@ -30,15 +31,12 @@ def zero(r: Recipe, start: Stage, domains: tuple[str, ...], steps: int) -> Stage
         aggregation="sequence",
         group_size=16,
         prompts_per_step=32,
-        updates_per_batch=16,
-        clip_low=1.0,
-        clip_high=10.0,
-        kl_coef=0.001,
-        kl_estimator="k3",
-        reference_every=max(1, steps // 26),
+        num_minibatches=16,
+        surrogate=Clip(1.0, 10.0),
+        kl=KL(0.001, estimator="k3", reference_every=max(1, steps // 26)),
         max_new_tokens=schedules.steps({0: 40, steps * 4 // 5: 64}),
         steps=steps,
         lr=3e-5,
-        lr_schedule="constant",
+        lr_decay="constant",
         name="r1_zero",
     )

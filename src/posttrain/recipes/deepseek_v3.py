@@ -13,6 +13,7 @@ weighs far more there.
 """
 
 from posttrain import Recipe, Stage, judges
+from posttrain.algorithms import KL, CosineDecay
 
 
 def recipe(r: Recipe, base: str = "tiny") -> Stage:
@@ -24,7 +25,7 @@ def recipe(r: Recipe, base: str = "tiny") -> Stage:
         experts, prompts=prompts, k=4, num_prompts=1000, max_new_tokens=24, name="expert_samples"
     )
     concise = r.select(samples, how="shortest_correct", name="correct_and_concise")
-    sft = r.sft(start=start, data=concise, epochs=2, lr_end=0.2, lr=5e-4)
+    sft = r.sft(start=start, data=concise, epochs=2, lr_decay=CosineDecay(end=0.2), lr=5e-4)
 
     answers = r.sample(sft, prompts=prompts, k=8, num_prompts=1500, max_new_tokens=24)
     preferences = r.pairs(
@@ -38,10 +39,8 @@ def recipe(r: Recipe, base: str = "tiny") -> Stage:
         reward=judges.by_domain(rules | {r.domains[-1]: judges.scalar(rm)}),
         advantage="group_zscore",
         aggregation="sequence",
-        kl_coef=0.005,
-        kl_estimator="k3",
         # What a small reward model says is soon gamed: there the policy is held closer.
-        domain_kl={r.domains[-1]: 200.0},
+        kl=KL(0.005, estimator="k3", domains={r.domains[-1]: 200.0}),
         steps=120,
         prompts_per_step=64,
         lr=1e-4,

@@ -11,6 +11,7 @@ settings; a short SFT before each specialist's RL, steps and learning rates are 
 """
 
 from posttrain import Recipe, Stage
+from posttrain.algorithms import Correct
 
 MODES = ("think", "no_think")
 ASKED = {"max_new_tokens": 48}
@@ -44,7 +45,7 @@ def distilled(r: Recipe, start: Stage) -> Stage:
             name=f"{mode}_samples",
             **ASKED,
         )
-        chosen[r.select(samples, how="correct", max_per_prompt=1, name=f"{mode}_data")] = 0.5
+        chosen[r.select(samples, how=Correct(max_per_prompt=1), name=f"{mode}_data")] = 0.5
     return r.sft(start=start, data=r.mix(chosen, name="sft_data"), steps=120, lr=8e-4)
 
 

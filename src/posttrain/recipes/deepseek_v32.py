@@ -13,6 +13,7 @@ Left out: agents and their environments, rubrics of a generative judge, routing 
 """
 
 from posttrain import Recipe, Stage, judges
+from posttrain.algorithms import KL
 from posttrain.recipes.deepseek_v31 import ASKED, MODES, distilled
 
 ENGLISH = judges.language(regex="[a-zA-Z]", unit="character")
@@ -26,11 +27,9 @@ def recipe(r: Recipe, base: str = "tiny", kl_coef: float = 0.005, delta: float =
         prompts=r.prompts(r.domains, mode=MODES),
         reward=outcome - 0.05 * judges.length(budget=32),
         advantage="group_mean",
-        kl_coef=kl_coef,
-        kl_estimator="unbiased",
-        domain_kl={r.domains[0]: 0.0},
+        kl=KL(kl_coef, estimator="unbiased", domains={r.domains[0]: 0.0}),
         off_policy_delta=delta,
-        updates_per_batch=2,
+        num_minibatches=2,
         prompts_per_step=128,
         steps=40,
         lr=2e-4,

@@ -14,6 +14,7 @@ them in turn. Budgets of tokens, steps and learning rates are scaled down.
 """
 
 from posttrain import Recipe, Stage, judges
+from posttrain.algorithms import Critique, ReverseKL
 
 MODES = ("think", "no_think")
 EFFORTS = {"non_think": "no_think", "high": "think", "max": "think"}
@@ -40,8 +41,7 @@ def recipe(r: Recipe, base: str = "tiny") -> Stage:
             for d in r.domains
         },
         prompts=r.prompts(r.domains, mode=MODES),
-        estimator="full_vocabulary",
-        teacher_cache="bfloat16",
+        estimator=ReverseKL(cache="bfloat16"),
         steps=200,
         lr=1.2e-3,
         max_new_tokens=48,
@@ -69,7 +69,7 @@ def expert(r: Recipe, sft: Stage, compared: Stage, domain: str, effort: str) -> 
         start=light,
         prompts=r.prompts(domain, mode=mode),
         reward=judges.lexicographic(rules, judges.itself(pairing="circular", swap=False)),
-        critique_weight=0.1,
+        critique=Critique(0.1),
         prompts_per_step=24,
         steps=15,
         lr=1e-4,

@@ -14,9 +14,10 @@ skills: the first half for reasoning, the next for agents, the last for chat.
 """
 
 from posttrain import Recipe, Stage, judges, schedules
+from posttrain.algorithms import Repetition
 
 MODES = ("think", "no_think")
-GRPO = {"kl_coef": 0.0, "max_new_tokens": 48, "lr": 7e-5}
+GRPO = {"max_new_tokens": 48, "lr": 7e-5}
 LATE = {"prompts_per_step": 128, "lr": 1e-4}
 
 
@@ -37,7 +38,9 @@ def recipe(r: Recipe, base: str = "tiny", iterations: int = 1) -> Stage:
                 chosen.setdefault(d, grpo(r, cold, r.prompts(d, mode="think"), f"{d}_chat"))
     samples = r.sample(chosen, prompts=r.prompts(r.domains, mode="think"), k=4, num_prompts=500,
                        max_new_tokens=48, name="expert_samples")  # fmt: skip
-    thinking = r.select(samples, how="correct", max_repetition=0.5, name="thinking_data")
+    thinking = r.select(
+        samples, how="correct", max_repetition=Repetition(0.5), name="thinking_data"
+    )
     direct = r.select(samples, how="correct", strip_thought=True, name="direct_data")
     hybrid = r.sft(start=start, data=r.mix({thinking: 0.5, direct: 0.5}), steps=120, lr=8e-4,
                    name="hybrid")  # fmt: skip

@@ -13,8 +13,9 @@ asks for. Steps and learning rates are scaled down.
 """
 
 from posttrain import Recipe, Stage
+from posttrain.algorithms import Clip, IcePop
 
-ICEPOP = {"correction": "icepop", "correction_low": 0.5, "correction_high": 2.0}
+ICEPOP = IcePop(0.5, 2.0)
 
 
 def recipe(r: Recipe, base: str = "tiny") -> Stage:
@@ -28,15 +29,15 @@ def recipe(r: Recipe, base: str = "tiny") -> Stage:
             model = r.rl(
                 start=model,
                 prompts=r.prompts(domains),
-                clip_high=0.28,
-                updates_per_batch=2,
+                surrogate=Clip(clip_high=0.28),
+                num_minibatches=2,
                 prompts_per_step=128,
                 advantage="group_mean",
                 steps=30,
                 lr=2e-4,
                 max_new_tokens=24,
                 name=f"{name}_rl",
-                **ICEPOP,
+                correction=ICEPOP,
             )
         if name == "reasoning":
             last |= dict.fromkeys(reasoning, model)
@@ -51,6 +52,6 @@ def recipe(r: Recipe, base: str = "tiny") -> Stage:
         lr=2e-4,
         max_new_tokens=24,
         name="cross_stage",
-        **ICEPOP,
+        correction=ICEPOP,
     )
     return r.evaluate(final, init=s, teachers=last, max_new_tokens=24)

@@ -14,6 +14,7 @@ are few steps.
 """
 
 from posttrain import Recipe, Stage, judges
+from posttrain.algorithms import KL, AdamW, Gae
 
 
 def recipe(r: Recipe, base: str = "tiny", rounds: int = 1, ranked: int = 6) -> Stage:
@@ -54,17 +55,15 @@ def recipe(r: Recipe, base: str = "tiny", rounds: int = 1, ranked: int = 6) -> S
             start=policy,
             prompts=r.prompts(r.domains),
             reward=judges.scalar(reward_model),
-            advantage="gae",
+            advantage=Gae(),
             critic=reward_model,
-            kl_coef=0.02,
-            kl_estimator="k1",
-            kl_in="reward",
+            kl=KL(0.02, estimator="k1", where="reward"),
             aux={"ptx": (pretraining, 0.5)},
-            ema=0.992,
+            optimizer=AdamW(ema=0.992),
             steps=60,
             group_size=1,
             prompts_per_step=256,
-            updates_per_batch=8,
+            num_minibatches=8,
             lr=1e-4,
             max_new_tokens=24,
             name=f"ppo_ptx{n}",

@@ -11,6 +11,7 @@ Left out: synthetic agents, rubrics, Muon. Steps and learning rates are scaled d
 """
 
 from posttrain import Recipe, Stage, judges, schedules
+from posttrain.algorithms import Critique, Kimi
 
 
 def recipe(r: Recipe, base: str = "tiny", tau: float = 0.5) -> Stage:
@@ -31,13 +32,12 @@ def recipe(r: Recipe, base: str = "tiny", tau: float = 0.5) -> Stage:
         start=critic,
         prompts=moderate,
         reward=judges.by_domain({d: ranked if d == critique else checked for d in r.domains}),
-        surrogate="squared",
-        tau=tau,
+        surrogate=Kimi(tau),
         advantage="group_mean",
         temperature=schedules.linear(1.0, 0.7),
         aux={"ptx": (r.demos(r.domains), 0.1)},
-        critique_weight=0.1,
-        updates_per_batch=2,
+        critique=Critique(0.1),
+        num_minibatches=2,
         group_size=16,
         prompts_per_step=128,
         steps=50,

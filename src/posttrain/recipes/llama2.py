@@ -18,6 +18,7 @@ picks worse from many samples, since there are more distinct wrong answers than 
 """
 
 from posttrain import Recipe, Stage, judges
+from posttrain.algorithms import KL, BestResponses, BradleyTerry, Gae
 
 
 def recipe(r: Recipe, base: str = "tiny", rounds: int = 5, k: int = 3) -> Stage:
@@ -41,22 +42,20 @@ def recipe(r: Recipe, base: str = "tiny", rounds: int = 5, k: int = 3) -> Stage:
         )
         picked.append(r.score(samples, judge=reward, name=f"scored{n}"))
         pool = picked if n > 3 else picked[-1:]
-        best = r.select(pool, how="best", by="score", max_per_prompt=1, name=f"best{n}")
+        best = r.select(pool, how=BestResponses(by="score", max_per_prompt=1), name=f"best{n}")
         newest.append(r.sft(start=start, data=best, steps=60, lr=3e-4, name=f"chat{n}"))
 
     final = r.rl(
         start=newest[-1],
         prompts=everything,
         reward=judges.whitened(reward),
-        advantage="gae",
+        advantage=Gae(),
         critic=rm_helpful,
-        kl_coef=0.1,
-        kl_estimator="k1",
-        kl_in="reward",
+        kl=KL(0.1, estimator="k1", where="reward"),
         steps=30,
         prompts_per_step=256,
         group_size=1,
-        updates_per_batch=8,
+        num_minibatches=8,
         lr=3e-5,
         max_new_tokens=24,
         name="ppo",
@@ -70,7 +69,13 @@ def reward_model(r: Recipe, start: Stage, answers: list[Stage], name: str) -> St
         answers, judge=judges.oracle(noise=0.2), how="all", min_strength=3, name=f"{name}_pairs"
     )
     return r.reward_model(
-        start=start, data=pairs, margins="strength", per_prompt=True, steps=100, lr=1e-3, name=name
+        start=start,
+        data=pairs,
+        loss=BradleyTerry(margins="strength"),
+        per_prompt=True,
+        steps=100,
+        lr=1e-3,
+        name=name,
     )
 
 

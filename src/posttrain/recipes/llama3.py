@@ -18,6 +18,7 @@ first domain stands for code, a noisy oracle for annotators.
 from typing import Any
 
 from posttrain import Recipe, Stage, judges
+from posttrain.algorithms import Dpo, Near, TopShare
 
 
 def recipe(r: Recipe, base: str = "tiny", rounds: int = 6, k: int = 3) -> Stage:
@@ -44,10 +45,8 @@ def recipe(r: Recipe, base: str = "tiny", rounds: int = 6, k: int = 3) -> Stage:
             samplers, prompts=prompts, k=k, temperature=0.7, name=f"samples{n}", **new
         )
         scored = r.score(samples, judge=judges.scalar(rm), name=f"scored{n}")
-        best = r.select(
-            scored, how="top_share", by="score", share=0.25, max_per_prompt=1, name=f"best{n}"
-        )
-        distinct = r.dedup(best, near=0.9, name=f"distinct{n}")
+        best = r.select(scored, how=TopShare(0.25, by="score", max_per_prompt=1), name=f"best{n}")
+        distinct = r.dedup(best, near=Near(0.9), name=f"distinct{n}")
         mixed = r.mix({distinct: 0.8, human: 0.2}, name=f"sft_mix{n}")
         tuned = r.sft(start=pretrained, data=mixed, epochs=3, lr=3e-4, name=f"sft{n}")
 
@@ -56,8 +55,7 @@ def recipe(r: Recipe, base: str = "tiny", rounds: int = 6, k: int = 3) -> Stage:
             r.dpo(
                 start=tuned,
                 data=latest,
-                beta=0.1,
-                nll_weight=0.2,
+                loss=Dpo(beta=0.1, nll_weight=0.2),
                 mask_formatting=True,
                 steps=20,
                 lr=lr,

@@ -14,6 +14,7 @@ the suite's notation from demonstrations, as it has no other text. Sizes are sca
 """
 
 from posttrain import Recipe, Stage, judges, schedules
+from posttrain.algorithms import Clip, Correct
 
 TOKENS = (89.0, 9.0, 2.0)
 REWARD = (
@@ -22,9 +23,11 @@ REWARD = (
     - 0.25 * judges.length(budget=32, shape="pass_rate")
 )
 
-CLIMB = {"updates_per_batch": 5, "prompts_per_step": 16, "lr": 5e-5}
+# 1 + clip_high = 1 / (1 - 0.6) + k, k from 0 to 2.5 in steps of 0.25.
+UPPER_CLIP = schedules.track("entropy", target=0.3, first=1.5, change=0.25, low=1.5, high=4.0)
+CLIMB = {"num_minibatches": 5, "prompts_per_step": 16, "lr": 5e-5}
 # All domains at once need more responses per update before its noise allows a higher rate.
-MANY = {"updates_per_batch": 2, "prompts_per_step": 128, "lr": 2e-4}
+MANY = {"num_minibatches": 2, "prompts_per_step": 128, "lr": 2e-4}
 
 
 def recipe(r: Recipe, base: str = "tiny", restarts: int = 1) -> Stage:
@@ -38,7 +41,7 @@ def recipe(r: Recipe, base: str = "tiny", restarts: int = 1) -> Stage:
         mixed = r.domains[:-1] if n == 2 else domains
         model = climb(r, mid, mixed, f"climb{n}")
         for k in range(1, restarts + 1):
-            own = r.select(model, how="correct", first_step=15, max_per_prompt=1,
+            own = r.select(model, how=Correct(max_per_prompt=1), first_step=15,
                            name=f"climb{n}_traces{k}")  # fmt: skip
             again = r.sft(start=mid, data=own, epochs=2, lr=6e-4, name=f"climb{n}_restart{k}")
             model = climb(r, again, mixed, f"climb{n}_{k + 1}")
@@ -61,9 +64,7 @@ def climb(
         prompts=r.prompts(domains),
         reward=REWARD,
         advantage="group_zscore",
-        clip_low=0.6,
-        # 1 + clip_high = 1 / (1 - 0.6) + k, k from 0 to 2.5 in steps of 0.25.
-        clip_high=schedules.track("entropy", target=0.3, first=1.5, change=0.25, low=1.5, high=4.0),
+        surrogate=Clip(0.6, UPPER_CLIP),
         max_new_tokens=schedules.steps({0: 12, 8: 16, 16: 24}),
         group_size=16,
         steps=40,

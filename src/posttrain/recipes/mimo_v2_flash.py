@@ -13,6 +13,7 @@ light SFT, without which a model this small does not become one. Sizes are scale
 """
 
 from posttrain import Recipe, Stage
+from posttrain.algorithms import IcePop
 
 MODES = ("think", "no_think")
 
@@ -35,9 +36,8 @@ def recipe(r: Recipe, base: str = "tiny", rounds: int = 1, alpha: float = 1.0) -
             reward_weight=alpha,
             samples_per_prompt=4,
             prompts_per_step=64,
-            updates_per_batch=2,
-            correction="icepop",
-            correction_high=2.0,
+            num_minibatches=2,
+            correction=IcePop(high=2.0),
             steps=100,
             lr=5e-4,
             max_new_tokens=48,

@@ -29,7 +29,7 @@ def recipe(r: Recipe, base: str = "tiny", budget: Literal["short", "long"] = "sh
         prompts=r.prompts(r.domains),
         steps=DISTILL_STEPS[budget],
         lr=1.2e-3,
-        updates_per_batch=4,
+        num_minibatches=4,
         max_new_tokens=24,
     )
     return r.evaluate(student, teachers=teachers, init=sft, max_new_tokens=24)

@@ -13,8 +13,14 @@ mixture of experts. The generative reward model is tiny and learns by SFT. Steps
 """
 
 from posttrain import Recipe, Stage, judges, schedules
+from posttrain.algorithms import BestAgainstWorst, Clip, Dpo, Gaussian, Reprofile
 
-GROUPS = {"advantage": "leave_one_out", "clip_high": 0.28, "group_size": 16, "max_new_tokens": 48}
+GROUPS = {
+    "advantage": "leave_one_out",
+    "surrogate": Clip(clip_high=0.28),
+    "group_size": 16,
+    "max_new_tokens": 48,
+}
 
 
 def recipe(r: Recipe, base: str = "tiny") -> Stage:
@@ -30,14 +36,14 @@ def recipe(r: Recipe, base: str = "tiny") -> Stage:
         start=sft,
         prompts=unsolved,
         profile=rates,
-        curriculum="gaussian",
-        target_rate=schedules.linear(0.8, 0.3),
-        spread=0.2,
-        reprofile_on_plateau=15,
-        reprofile_prompts=100,
+        draw=Gaussian(
+            target=schedules.linear(0.8, 0.3),
+            spread=0.2,
+            reprofile=Reprofile(on_plateau=15, prompts=100),
+        ),
         domain_shares=dict.fromkeys(r.domains, 1.0),
         correction="icepop",
-        updates_per_batch=2,
+        num_minibatches=2,
         steps=50,
         lr=1e-4,
         name="rlvr",
@@ -55,7 +61,7 @@ def recipe(r: Recipe, base: str = "tiny") -> Stage:
         prompts=prompts,
         reward=judges.by_domain(dict.fromkeys(r.domains, judges.verifier()) | {chat: human}),
         correction="icepop",
-        updates_per_batch=2,
+        num_minibatches=2,
         steps=15,
         lr=5e-5,
         name="rlhf",
@@ -65,8 +71,8 @@ def recipe(r: Recipe, base: str = "tiny") -> Stage:
     own = r.sample(rlhf, prompts=prompts, k=32, num_prompts=60, max_new_tokens=48, name="own")
     final = r.dpo(
         start=rlhf,
-        data=r.pairs(own, max_per_prompt=4),
-        beta=0.05,
+        data=r.pairs(own, how=BestAgainstWorst(4)),
+        loss=Dpo(beta=0.05),
         aux={"sft": (data, 0.2)},
         steps=20,
         lr=5e-5,

@@ -13,13 +13,14 @@ for it. Steps, lengths and learning rates are scaled down.
 """
 
 from posttrain import Recipe, Stage, judges
+from posttrain.algorithms import KL, Clip, Correct
 from posttrain.recipes.nemotron3_nano import genrm
 
 RL = {
     "advantage": "group_mean",
-    "clip_high": 0.28,
+    "surrogate": Clip(clip_high=0.28),
     "correction": "icepop",
-    "updates_per_batch": 2,
+    "num_minibatches": 2,
     "max_new_tokens": 24,
 }
 
@@ -51,12 +52,12 @@ def recipe(r: Recipe, base: str = "tiny", healed: str = "model.norm.weight") -> 
         start=episodes,
         prompts=r.prompts(r.domains),
         reward=judges.by_domain({d: preferred if d == hard else rules for d in r.domains}),
-        kl_coef=1e-4,
+        kl=KL(1e-4),
         steps=20,
         lr=5e-5,
         name="rlhf",
         **RL,
     )
-    data = r.select(rlhf, how="correct", max_per_prompt=1, name="rl_data")
+    data = r.select(rlhf, how=Correct(max_per_prompt=1), name="rl_data")
     final = r.sft(start=rlhf, data=data, trainable=[healed], steps=20, lr=1e-4, name="mtp_healing")
     return r.evaluate(final, init=sft, max_new_tokens=24)

@@ -44,7 +44,7 @@ def recipe(r: Recipe, base: str = "tiny", rounds: int = 2) -> Stage:
             estimator="sampled_token",
             aggregation="token",
             correction="icepop",
-            updates_per_batch=2,
+            num_minibatches=2,
             samples_per_prompt=1,
             steps=120,
             lr=6e-4,

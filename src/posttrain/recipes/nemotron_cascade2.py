@@ -15,6 +15,7 @@ Steps and learning rates are scaled down.
 from typing import Any
 
 from posttrain import Recipe, Stage, judges
+from posttrain.algorithms import KL, IcePop
 
 GRPO = {"advantage": "group_zscore", "aggregation": "token", "temperature": 1.0}
 FEWER = {"prompts_per_step": 64, "lr": 1.5e-4}
@@ -42,9 +43,8 @@ def recipe(r: Recipe, base: str = "tiny") -> Stage:
         estimator="sampled_token",
         prompts_per_step=128,
         samples_per_prompt=4,
-        correction="icepop",
-        correction_high=2.0,
-        updates_per_batch=2,
+        correction=IcePop(high=2.0),
+        num_minibatches=2,
         warmup_steps=20,
         steps=50,
         lr=4e-4,
@@ -52,7 +52,7 @@ def recipe(r: Recipe, base: str = "tiny") -> Stage:
         name="c4_mopd",
     )
 
-    c5 = climb(r, c4, r.prompts(r.domains), "c5_rlhf", reward=preferences, kl_coef=0.03, steps=15)
+    c5 = climb(r, c4, r.prompts(r.domains), "c5_rlhf", reward=preferences, kl=KL(0.03), steps=15)
     c6 = climb(r, c5, r.prompts(r.domains), "c6_long_context", max_new_tokens=32, steps=15)
     rates = r.profile(c6, prompts=r.prompts(r.domains), n=8, num_prompts=400, max_new_tokens=24)
     hard = r.filter(

@@ -12,6 +12,7 @@ from pairs of both kinds.
 """
 
 from posttrain import Recipe, Stage, judges
+from posttrain.algorithms import DpoNorm
 from posttrain.recipes.olmo3_think import olmo_rl, strong, think_sft, weak
 
 
@@ -40,8 +41,7 @@ def recipe(r: Recipe, base: str = "tiny", steps: int = 40) -> Stage:
         dpo = r.dpo(
             start=sft,
             data=data,
-            loss="length_normalised",
-            beta=5,
+            loss=DpoNorm(beta=5),
             epochs=1,
             lr=1e-5,
             name=f"{kind}_dpo",

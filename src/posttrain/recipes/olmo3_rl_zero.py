@@ -29,7 +29,7 @@ def recipe(r: Recipe, base: str = "tiny", steps: int = 50) -> Stage:
             steps,
             f"{name}_zero",
             prompts_per_step=32,
-            updates_per_batch=4,
+            num_minibatches=4,
         )
     mix = models.pop("mix")
     return r.evaluate(

@@ -13,6 +13,7 @@ chat, a noisy oracle judges in place of a model.
 """
 
 from posttrain import Recipe, Stage, judges
+from posttrain.algorithms import Clip, DpoNorm, InTurn, Truncated
 
 
 def recipe(r: Recipe, base: str = "tiny", steps: int = 40) -> Stage:
@@ -23,9 +24,7 @@ def recipe(r: Recipe, base: str = "tiny", steps: int = 40) -> Stage:
     chosen = r.sample(strong(r, start), prompts=prompts, k=1, max_new_tokens=48, name="chosen")
     rejected = r.sample(weak(r, base), prompts=prompts, k=1, max_new_tokens=48, name="rejected")
     delta = r.pairs(chosen, against=rejected, chosen_max_tokens=44, name="delta_pairs")
-    dpo = r.dpo(
-        start=sft, data=delta, loss="length_normalised", beta=5, epochs=1, lr=1e-5, name="dpo"
-    )
+    dpo = r.dpo(start=sft, data=delta, loss=DpoNorm(beta=5), epochs=1, lr=1e-5, name="dpo")
 
     rates = r.profile(dpo, prompts=prompts, n=8, num_prompts=1000, max_new_tokens=48)
     hard = r.filter(prompts, profile=rates, high=0.625, at_least=100, name="unsolved")
@@ -61,20 +60,19 @@ def weak(r: Recipe, base: str) -> Stage:
 def olmo_rl(r: Recipe, start: Stage, prompts: Stage, reward: judges.Judge, steps: int, name: str,
             **settings: object) -> Stage:  # fmt: skip
     """OlmoRL with the verifiers and judges of the paper's table 20."""
-    settings = {"prompts_per_step": 96, "updates_per_batch": 2, "lr": 2e-4} | settings
+    settings = {"prompts_per_step": 96, "num_minibatches": 2, "lr": 2e-4} | settings
     return r.rl(
         start=start,
         prompts=prompts,
         reward=reward,
         advantage="group_mean",
         aggregation="token",
-        dynamic_sampling=4,
-        clip_high=0.272,
-        correction="truncated",
-        correction_high=2.0,
+        draw=InTurn(dynamic_sampling=4),
+        surrogate=Clip(clip_high=0.272),
+        correction=Truncated(2.0),
         group_size=8,
         steps=steps,
-        lr_schedule="constant",
+        lr_decay="constant",
         max_new_tokens=48,
         name=name,
         **settings,

@@ -15,6 +15,7 @@ reward model, the others have rules. Sizes are scaled down.
 from typing import Literal
 
 from posttrain import Recipe, Stage, judges
+from posttrain.algorithms import Repetition
 
 BOTH = ("think", "no_think")
 
@@ -32,12 +33,12 @@ def recipe(
     easy = r.profile(start, prompts=r.prompts(r.domains, mode="no_think"), n=4, name="without_cot")
     queries = r.filter(thinking, profile=easy, high=0.5, at_least=200, name="queries")
     traces = r.sample(qwq, prompts=queries, k=2, max_new_tokens=48, name="qwq_samples")
-    cold = r.select(traces, how="correct", max_repetition=0.5, name="cold_start_data")
+    cold = r.select(traces, how="correct", max_repetition=Repetition(0.5), name="cold_start_data")
     s1 = r.sft(start=start, data=cold, steps=30, lr=5e-4, name="cold_start")
 
     rates = r.profile(s1, prompts=thinking, n=8, first_prompt=1000, max_new_tokens=48)
     learnable = r.filter(thinking, profile=rates, low=0.1, high=0.8, at_least=50, name="learnable")
-    s2 = r.rl(start=s1, prompts=learnable, group_size=16, updates_per_batch=4, steps=40, lr=2e-4,
+    s2 = r.rl(start=s1, prompts=learnable, group_size=16, num_minibatches=4, steps=40, lr=2e-4,
               max_new_tokens=48, name="reasoning_rl")  # fmt: skip
 
     own = r.sample(s2, prompts=queries, k=2, max_new_tokens=48, name="own_samples")

@@ -14,11 +14,12 @@ loss; four passes over each batch of PPO (one, in minibatches).
 from typing import Any, Literal
 
 from posttrain import Recipe, Stage, judges
+from posttrain.algorithms import KL, DpoNorm, Gae
 
 
 def recipe(r: Recipe, base: str = "tiny", rl: Literal["ppo", "grpo"] = "ppo") -> Stage:
     start, demos, prompts = r.base(base), r.demos(r.domains), r.prompts(r.domains)
-    sft = r.sft(start=start, data=demos, lr_schedule="linear", steps=60, lr=5e-4)
+    sft = r.sft(start=start, data=demos, lr_decay="linear", steps=60, lr=5e-4)
 
     strong = r.sft(start=start, data=demos, steps=300, lr=1.5e-3, name="pool_strong")
     weak = r.sft(start=r.base("mini", name="pool_base"), data=demos, steps=20, name="pool_weak")
@@ -29,9 +30,8 @@ def recipe(r: Recipe, base: str = "tiny", rl: Literal["ppo", "grpo"] = "ppo") ->
     dpo = r.dpo(
         start=sft,
         data=pairs,
-        loss="length_normalised",
-        beta=5,
-        lr_schedule="linear",
+        loss=DpoNorm(beta=5),
+        lr_decay="linear",
         steps=80,
         lr=2e-5,
     )
@@ -40,21 +40,17 @@ def recipe(r: Recipe, base: str = "tiny", rl: Literal["ppo", "grpo"] = "ppo") ->
         # The reward model gives no reward; it is where the critic starts.
         value = r.reward_model(start=sft, data=pairs, steps=100, lr=1e-3, name="value_init")
         settings = {
-            "advantage": "gae",
+            "advantage": Gae(critic_lr=1e-3, value_clip=None),
             "critic": value,
-            "critic_lr": 1e-3,
-            "value_clip": None,
             "group_size": 8,
         }
     final = r.rl(
         start=dpo,
         prompts=prompts,
         reward=10 * judges.verifier() + 10 * judges.finished() + judges.constant(-10),
-        kl_coef=0.05,
-        kl_estimator="k1",
-        kl_in="reward",
+        kl=KL(0.05, estimator="k1", where="reward"),
         prompts_per_step=32,
-        updates_per_batch=4,
+        num_minibatches=4,
         steps=60,
         lr=1e-4,
         max_new_tokens=24,

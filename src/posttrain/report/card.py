@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from posttrain.engine.record import SHORT
 from posttrain.report.gather import DOMAIN_EDGE
-from posttrain.report.scores import norm_coverage
+from posttrain.report.scores import norm_coverage, split_name
 from posttrain.report.views import flat
 from posttrain.report.wording import DASH, fixed, number, percent, percent_range
 from posttrain.stages.kinds import shown_kind
@@ -29,12 +29,16 @@ def model_card(
     `inputs` maps edges to name, kind and fingerprint; `scores` holds the evaluations that include
     this model, as `gather.scores_of` gives them.
     """
-    parents = {edge: s for edge, s in inputs.items() if s["kind"] != "domain"}
-    data = {
-        edge.removeprefix(DOMAIN_EDGE): s for edge, s in inputs.items() if s["kind"] == "domain"
-    }
+    parents: dict[str, Mapping[str, str]] = {}
+    data: dict[str, Mapping[str, str]] = {}
+    for edge, source in inputs.items():
+        if "problems" in shown_kind(source["kind"]).makes:
+            data[edge.removeprefix(DOMAIN_EDGE)] = source
+        else:
+            parents[edge] = source
+    writes_text = "reward_model" not in shown_kind(kind).makes
     parts = [
-        _head(kind, data),
+        _head(kind, data, writes_text=writes_text),
         f"# {name}",
         f"Made by posttrain: {shown_kind(kind).card or kind}. Fingerprint `{fingerprint}`.",
         *(["## Scores", *_scores(scores)] if scores else []),
@@ -60,7 +64,7 @@ def model_card(
             _table(("metric", "value"), [(key, number(v)) for key, v in metrics.items()]),
         ),
         "## How to load it",
-        _USE_SCORES if "reward_model" in shown_kind(kind).makes else _USE,
+        _USE if writes_text else _USE_SCORES,
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -95,8 +99,8 @@ print(float(model(torch.tensor([ids[:last]])).logits))
 ```"""
 
 
-def _head(kind: str, domains: Mapping[str, Any]) -> str:
-    task = "text-classification" if "reward_model" in shown_kind(kind).makes else "text-generation"
+def _head(kind: str, domains: Iterable[str], *, writes_text: bool) -> str:
+    task = "text-generation" if writes_text else "text-classification"
     lines = ["---", "library_name: transformers", f"pipeline_tag: {task}"]
     # A JSON string is a YAML string, whatever is in it.
     lines += ["tags:", *(f"- {json.dumps(tag)}" for tag in ("posttrain", kind, *domains)), "---"]
@@ -118,13 +122,13 @@ def _scores(scores: Sequence[Mapping[str, Any]]) -> list[str]:
         ]
         columns = ("domain", "temperature 1", "greedy", "recovery")
         width = 4 if model == "student" and evaluation["routes"] else 3
-        split = "held-out" if evaluation["split"] == "heldout" else evaluation["split"]
         norm = evaluation["norm"] if model == "student" else None
         coverage = norm_coverage(evaluation, "sampled")
         over = f" over {coverage} domains" if coverage else ""
+        label = f"{item['name']}-{item['fingerprint'][:SHORT]}"
         found += [
-            f"Accuracy in per cent on {split} problems, with 95 % bootstrap intervals where they "
-            f"were computed (`{item['name']}-{item['fingerprint'][:SHORT]}`, as {model}).",
+            f"Accuracy in per cent on {split_name(evaluation)} problems, with 95 % bootstrap "
+            f"intervals where they were computed (`{label}`, as {model}).",
             _table(columns[:width], [row[:width] for row in rows]),
             *([] if norm is None else [f"Norm (mean recovery{over}): {fixed(norm, 2)}."]),
         ]

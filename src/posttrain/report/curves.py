@@ -1,18 +1,19 @@
 """Which training curves a report shows: metrics of many stages turned into small panels.
 
-Colour means domain. Stages of one kind that learn one domain each (specialists) share their panels;
-a stage that learns several draws a line per domain where it logs `<metric>/<domain>`. A setting
-that has a schedule is a metric of its own, `setting/<name>`.
+Colour means domain. Stages of one kind that learn one domain each (specialists) share their
+panels; a stage that learns several draws a line per domain where it logs `<metric>/<domain>`. A
+setting that has a schedule is a metric of its own, `setting/<name>`. Which panels a kind of stage
+shows stands in the table of kinds (`posttrain.stages.kinds`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from posttrain.report.gather import StageFacts
 from posttrain.report.wording import number
-from posttrain.stages.kinds import KINDS, shown_kind
+from posttrain.stages.kinds import KINDS
 
 MAX_POINTS = 120
 """Longer curves are drawn as the means of that many runs of steps."""
@@ -124,25 +125,25 @@ class Section:
     title: str
     panels: list[Panel]
     folded: list[Panel]
-    constant: list[str] = field(default_factory=list)
+    constant: list[str]
     """Metrics that never change, in words: a plot of them would say nothing."""
-    folded_constant: list[str] = field(default_factory=list)
-    legend: list[Line] = field(default_factory=list)
+    folded_constant: list[str]
+    legend: list[Line]
 
 
-def sections(stages: Sequence[StageFacts], colours: dict[str, int]) -> list[Section]:
-    """All curves of a lineage, in the order of the recipe."""
-    titled: dict[str, list[StageFacts]] = {}
-    # Kinds of other modules come after those of the table.
-    order = {name: place for place, name in enumerate(KINDS)}
-    for stage in sorted(stages, key=lambda stage: order.get(stage.kind, len(order))):
-        title = shown_kind(stage.kind).section.format(stage=stage.name)
+def sections(stages: Sequence[StageFacts], colours: Mapping[str, int]) -> list[Section]:
+    """All curves of a lineage, in the order of the table of kinds; others' kinds come last."""
+    groups: dict[str, list[StageFacts]] = {}
+    for stage in stages:
+        title = stage.kind_row.section.replace("{stage}", stage.name)
         if title and len(stage.lines) > 1:
-            titled.setdefault(title, []).append(stage)
-    return [
-        _section(title, [stage for stage in stages if stage in together], colours)
-        for title, together in titled.items()
-    ]
+            groups.setdefault(title, []).append(stage)
+    order = {name: place for place, name in enumerate(KINDS)}
+    ranks = {
+        title: min(order.get(stage.kind, len(order)) for stage in members)
+        for title, members in groups.items()
+    }
+    return [_section(t, groups[t], colours) for t in sorted(groups, key=lambda t: ranks[t])]
 
 
 def in_sentence(title: str) -> str:
@@ -150,12 +151,8 @@ def in_sentence(title: str) -> str:
     return title if title[:2].isupper() else title[:1].lower() + title[1:]
 
 
-def _section(title: str, stages: Sequence[StageFacts], colours: dict[str, int]) -> Section:
-    kind = shown_kind(stages[0].kind)
-    shown: list[Panel] = []
-    folded: list[Panel] = []
-    constant: list[str] = []
-    folded_constant: list[str] = []
+def _section(title: str, stages: Sequence[StageFacts], colours: Mapping[str, int]) -> Section:
+    kind = stages[0].kind_row
     keys = dict.fromkeys(
         _metric_of(key) for stage in stages for line in stage.lines for key in line
     )
@@ -163,6 +160,9 @@ def _section(title: str, stages: Sequence[StageFacts], colours: dict[str, int]) 
         keys["clip_share"] = None
     order = [key for key in kind.panels if key in keys]
     order += [key for key in keys if key not in order and key not in COUNTERS]
+    # What is shown at first, and what is folded away: the panels, and the constants in words.
+    panels: tuple[list[Panel], list[Panel]] = ([], [])
+    constant: tuple[list[str], list[str]] = ([], [])
     for key in order:
         lines = [line for stage in stages for line in _lines(stage, stages, key, colours)]
         values = {y for line in lines for y in line.y}
@@ -170,25 +170,26 @@ def _section(title: str, stages: Sequence[StageFacts], colours: dict[str, int]) 
             continue
         metric = METRICS.get(key, Metric(title=key.replace("setting/", "Setting ")))
         called = kind.titles.get(key, metric.title)
+        folded = key not in kind.panels
         if len(values) == 1:
-            words = f"{in_sentence(called)} {number(values.pop())}"
-            (constant if key in kind.panels else folded_constant).append(words)
+            constant[folded].append(f"{in_sentence(called)} {number(values.pop())}")
             continue
-        panel = Panel(
-            key=key,
-            title=called,
-            hint=kind.hints.get(key, metric.hint),
-            lines=lines,
-            log=metric.log and 0 < LOG_SPAN * min(values) < max(values),
+        panels[folded].append(
+            Panel(
+                key=key,
+                title=called,
+                hint=kind.hints.get(key, metric.hint),
+                lines=lines,
+                log=metric.log and 0 < LOG_SPAN * min(values) < max(values),
+            )
         )
-        (shown if key in kind.panels else folded).append(panel)
     return Section(
         title=title,
-        panels=shown,
-        folded=folded,
-        constant=constant,
-        folded_constant=folded_constant,
-        legend=_legend(shown + folded),
+        panels=panels[False],
+        folded=panels[True],
+        constant=constant[False],
+        folded_constant=constant[True],
+        legend=_legend(panels[False] + panels[True]),
     )
 
 
@@ -199,23 +200,12 @@ def _metric_of(key: str) -> str:
 
 
 def _lines(
-    stage: StageFacts, stages: Sequence[StageFacts], key: str, colours: dict[str, int]
+    stage: StageFacts, stages: Sequence[StageFacts], key: str, colours: Mapping[str, int]
 ) -> list[Line]:
     """The curves of one metric in one stage: one per domain where it has those, else one."""
-    full = dict.fromkeys(k for line in stage.lines for k in line if k.startswith(f"{key}/"))
-    if full and len(stages) == 1:
-        # What is logged per teacher gets the colour of that teacher's domain.
-        owner = {
-            teacher: route.partition("/")[0]
-            for route, names in stage.config.get("routes", {}).items()
-            for teacher in ([names] if isinstance(names, str) else names)
-        }
-        found = []
-        for name in (k.removeprefix(f"{key}/") for k in full):
-            x, y = _thin(_points(stage, (f"{key}/{name}",)))
-            colour = colours.get(name) or colours.get(owner.get(name, ""), INK)
-            found.append(Line(label=name, colour=colour, dash=0, x=x, y=y))
-        return found
+    logged = dict.fromkeys(k for line in stage.lines for k in line if k.startswith(f"{key}/"))
+    if logged and len(stages) == 1:
+        return _parts(stage, key, [name.removeprefix(f"{key}/") for name in logged], colours)
     parts = ("clip_low", "clip_high") if key == "clip_share" else (key,)
     points = _points(stage, parts)
     if not points:
@@ -231,6 +221,30 @@ def _lines(
             y=y,
         )
     ]
+
+
+def _parts(
+    stage: StageFacts, key: str, names: Sequence[str], colours: Mapping[str, int]
+) -> list[Line]:
+    """The curves of a metric that is logged as `<key>/<name>`, names being domains or others."""
+    # What is logged per teacher gets the colour of that teacher's domain.
+    owner = {
+        teacher: route.partition("/")[0]
+        for route, teachers in stage.config.get("routes", {}).items()
+        for teacher in ([teachers] if isinstance(teachers, str) else teachers)
+    }
+    keys = {name: f"{key}/{name}" for name in names}
+    # Parts that belong to no domain, such as the judges of a reward, stand beside the whole.
+    if any(name not in colours and name not in owner for name in names):
+        keys = {"all": key} | keys
+    found: list[Line] = []
+    for label, full in keys.items():
+        if points := _points(stage, (full,)):
+            x, y = _thin(points)
+            colour = colours.get(label) or colours.get(owner.get(label, ""), INK)
+            dash = sum(line.colour == colour for line in found)
+            found.append(Line(label=label, colour=colour, dash=dash, x=x, y=y))
+    return found
 
 
 def _points(stage: StageFacts, keys: Sequence[str]) -> list[tuple[float, float]]:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from posttrain.engine import ancestry
 from posttrain.engine.record import SHORT, Artifact
 from posttrain.engine.store import Store
 from posttrain.engine.work import METRICS
+from posttrain.stages.kinds import Kind, shown_kind
 
 EVALUATION = "evaluation.json"
 TRANSCRIPTS = "transcripts.json"
@@ -38,6 +40,11 @@ class StageFacts:
         """Its kind."""
         return str(self.record["kind"])
 
+    @cached_property
+    def kind_row(self) -> Kind:
+        """What the table of kinds says about its kind."""
+        return shown_kind(self.kind)
+
     @property
     def fingerprint(self) -> str:
         """The first digits of its fingerprint, as they stand in its label."""
@@ -51,7 +58,7 @@ class StageFacts:
     @property
     def config(self) -> Mapping[str, Any]:
         """Its settings."""
-        config: Mapping[str, Any] = self.record["payload"]["config"]
+        config: Mapping[str, Any] = self.record["config"]
         return config
 
     @property
@@ -97,7 +104,7 @@ def gather(store: Store, artifact: Artifact) -> list[StageFacts]:
             edges=ancestor.edges,
             lines=[] if ancestor.artifact is None else _lines(ancestor.artifact),
         )
-        for ancestor in store.lineage(artifact)
+        for ancestor in ancestry.lineage(store, artifact)
     ]
 
 
@@ -132,23 +139,17 @@ def scores_of(store: Store, artifact: Artifact) -> list[dict[str, Any]]:
     """
     found = []
     for other in store.list():
-        for edge, source in other.inputs.items():
-            if source["fingerprint"] != artifact.fingerprint or EVALUATION not in other.files:
-                continue
-            content = read_json(other, EVALUATION)
-            if edge in content["models"]:
-                found.append(
-                    {
-                        "name": other.name,
-                        "fingerprint": other.fingerprint,
-                        "model": edge,
-                        "evaluation": content,
-                    }
-                )
+        evaluation = read_json(other, EVALUATION) or {"models": {}}
+        facts = {"name": other.name, "fingerprint": other.fingerprint, "evaluation": evaluation}
+        found += [
+            facts | {"model": edge}
+            for edge, source in other.inputs.items()
+            if edge in evaluation["models"] and source["fingerprint"] == artifact.fingerprint
+        ]
     return found
 
 
-def domain_colours(stages: list[StageFacts]) -> dict[str, int]:
+def domain_colours(stages: Iterable[StageFacts]) -> dict[str, int]:
     """Domain -> number of its colour, 1 to `COLOURS`, the same everywhere in a report."""
     names = dict.fromkeys(name for stage in stages for name in stage.domains)
     return {name: number % COLOURS + 1 for number, name in enumerate(sorted(names))}

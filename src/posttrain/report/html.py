@@ -7,8 +7,7 @@ that comes from models, data or settings is escaped.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,8 @@ from markupsafe import Markup
 
 from posttrain.engine.record import Artifact
 from posttrain.engine.store import Store
-from posttrain.report import scores, views, wording
-from posttrain.report.curves import Panel, in_sentence, sections
+from posttrain.report import plots, scores, views, wording
+from posttrain.report.curves import in_sentence, sections
 from posttrain.report.gather import (
     EVALUATION,
     TRANSCRIPTS,
@@ -28,9 +27,8 @@ from posttrain.report.gather import (
     read_json,
 )
 from posttrain.report.lineage import lineage_svg
-from posttrain.report.svg import dash_array
 
-LAYOUT = 2
+LAYOUT = 3
 """Raised by hand when the page changes, so that older pages are written again."""
 _HERE = Path(__file__).parent
 _HEAD_BYTES = 2000
@@ -61,7 +59,7 @@ def write_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals |= {"wording": wording, "scores": scores, "dash_array": dash_array}
+    environment.globals |= {"wording": wording, "scores": scores, "views": views, "plots": plots}
     environment.globals["in_sentence"] = in_sentence
     page = environment.get_template("report.html").render(
         style=Markup((_HERE / "report.css").read_text(encoding="utf-8")),
@@ -101,63 +99,17 @@ def _tag(fingerprint: str) -> Markup:
 
 
 def _content(stages: Sequence[StageFacts], artifact: Artifact) -> dict[str, Any]:
-    """Everything the templates draw."""
-    colours = domain_colours(list(stages))
+    """What the templates draw."""
+    colours = domain_colours(stages)
     evaluation = read_json(artifact, EVALUATION)
-    texts = read_json(artifact, TRANSCRIPTS)
-    names = {edge: source["name"] for edge, source in artifact.inputs.items()}
-    figures = Figures()
+    texts = read_json(artifact, TRANSCRIPTS) if evaluation else None
     return {
         "stages": stages,
         "colours": colours,
         "evaluation": evaluation,
-        "names": names,
+        "names": {edge: source["name"] for edge, source in artifact.inputs.items()},
         "matrix": evaluation and scores.forgetting(evaluation),
-        "notes": scores.notes(evaluation) if evaluation else [],
-        "verdict": scores.verdict(evaluation) if evaluation else "",
-        "score_plots": figures.scores(evaluation) if evaluation else {},
-        "curves": [
-            (section, figures.curves(section.panels), figures.curves(section.folded))
-            for section in sections(stages, colours)
-        ],
+        "curves": sections(stages, colours),
         "lineage": Markup(lineage_svg(stages, colours)),
-        "transcripts": views.transcripts(texts, evaluation, names) if evaluation and texts else {},
-        "settings": views.settings(stages),
-        "timings": views.timings(stages),
-        "runs": views.runs(stages),
+        "transcripts": {domain: rows for domain, rows in (texts or {}).items() if rows},
     }
-
-
-@dataclass
-class Figures:
-    """Draws plots and numbers them, so that their ids differ."""
-
-    count: int = field(default=0)
-
-    def curves(self, panels: Sequence[Panel]) -> list[tuple[Panel, Markup]]:
-        """Each panel with its drawing."""
-        from posttrain.report.plots import curve_plot  # half a second, and only for this page
-
-        return [(panel, Markup(curve_plot(panel, prefix=self._prefix()))) for panel in panels]
-
-    def scores(self, evaluation: Mapping[str, Any]) -> dict[str, Markup]:
-        """One drawing per decoding."""
-        from posttrain.report.plots import score_plot
-
-        found = {}
-        for decoding, title in scores.DECODING_NAMES.items():
-            rows = {
-                name: {
-                    model: scores.decoded(row, decoding)[model]
-                    for model in ("init", "teacher", "student")
-                }
-                | {"constant": row["constant"]["value"]}
-                for name, row in evaluation["domains"].items()
-            }
-            drawing = score_plot(rows, title=f"Accuracy per domain, {title}", prefix=self._prefix())
-            found[title] = Markup(drawing)
-        return found
-
-    def _prefix(self) -> str:
-        self.count += 1
-        return f"f{self.count}"

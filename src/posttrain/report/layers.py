@@ -1,21 +1,22 @@
-"""A layered drawing of a directed acyclic graph: where every node and edge goes.
+"""Where the nodes and edges of an acyclic graph go in a drawing made of layers.
 
-The usual three steps (Sugiyama, Tagawa and Toda, 1981): nodes into layers by their longest path
-from a source, long edges cut by way-points so that they join neighbouring layers, layers ordered by
-the mean place of their neighbours to save crossings, and x coordinates that pull nodes under their
-neighbours without overlapping. One path, the spine, goes straight down the left side.
+After Sugiyama, Tagawa and Toda (1981). Each node goes into the layer of its longest path from a
+source; an edge across several layers gets a way-point in each, so that it passes beside the nodes
+there. Then the layers are swept up and down: each is sorted and placed by the mean x of what its
+points are joined to in the neighbouring layers. One path, the spine, goes straight down the left
+side.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-ORDER_SWEEPS = 12
-PLACE_SWEEPS = 60
+SWEEPS = 24
+"""Of the first half each looks one way, which undoes crossings, of the rest both ways."""
 WAYPOINT = 0.35
-"""Room that a passing edge takes, as a share of a node's."""
+"""Room that a passing edge takes; a node takes 1."""
 
 Edge = tuple[str, str]
 
@@ -24,11 +25,12 @@ Edge = tuple[str, str]
 class Layout:
     """Places in units: one between neighbouring nodes of a layer, one between layers."""
 
-    nodes: dict[str, tuple[float, int]]
-    """Node -> (x of its middle, layer)."""
-    routes: dict[Edge, list[tuple[float, int]]]
+    nodes: Mapping[str, tuple[float, int]]
+    """Node -> (x of its middle, 0 at the left; layer, 0 at the top)."""
+    routes: Mapping[Edge, Sequence[tuple[float, int]]]
     """Edge -> the points it passes, from its source to its target, one per layer."""
     width: float
+    """Largest x of a node or way-point."""
     num_layers: int
 
 
@@ -39,21 +41,25 @@ def layout(nodes: Sequence[str], edges: Iterable[Edge], *, spine: Sequence[str] 
     """
     edges = list(dict.fromkeys(edges))
     layer = _layers(nodes, edges)
-    chains = {edge: _chain(edge, layer) for edge in edges}
+    # Way-points are named after their edge and layer; \0 occurs in no name of a node.
+    routes = {
+        (a, b): [a, *(f"{a}\0{b}\0{n}" for n in range(layer[a] + 1, layer[b])), b] for a, b in edges
+    }
     rows: list[list[str]] = [[] for _ in range(max(layer.values(), default=-1) + 1)]
     for name in nodes:
         rows[layer[name]].append(name)
-    for edge, chain in chains.items():
-        for number, point in enumerate(chain[1:-1]):
-            rows[layer[edge[0]] + 1 + number].append(point)
-    links = [pair for chain in chains.values() for pair in pairwise(chain)]
-    first = {point for pair in pairwise(spine) for point in chains[pair]} | set(spine)
-    _order(rows, links, first)
-    x = _place(rows, links, size=dict.fromkeys((*nodes, *first), 1.0), first=first)
-    at = {name: (x[name], number) for number, row in enumerate(rows) for name in row}
+    for (source, _), route in routes.items():
+        for number, point in enumerate(route[1:-1], start=layer[source] + 1):
+            rows[number].append(point)
+    fixed = set(spine).union(*(routes[edge] for edge in pairwise(spine)))
+    room = {
+        point: 1.0 if point in layer or point in fixed else WAYPOINT for r in rows for point in r
+    }
+    x = _places(rows, routes.values(), room, fixed)
+    points = {point: (x[point], number) for number, row in enumerate(rows) for point in row}
     return Layout(
-        nodes={name: at[name] for name in nodes},
-        routes={edge: [at[point] for point in chain] for edge, chain in chains.items()},
+        nodes={name: points[name] for name in nodes},
+        routes={edge: [points[point] for point in route] for edge, route in routes.items()},
         width=max(x.values(), default=0.0),
         num_layers=len(rows),
     )
@@ -72,101 +78,44 @@ def _layers(nodes: Sequence[str], edges: Sequence[Edge]) -> dict[str, int]:
     return layer
 
 
-def _chain(edge: Edge, layer: Mapping[str, int]) -> list[str]:
-    source, target = edge
-    passed = range(layer[source] + 1, layer[target])
-    return [source, *(f"{source}\0{target}\0{number}" for number in passed), target]
-
-
-def _order(rows: list[list[str]], links: Sequence[Edge], first: Set[str]) -> None:
-    """Sort each layer by the mean place of its neighbours above, then below, and so on."""
-    for row in rows:
-        row.sort(key=lambda name: name not in first)
-    above: dict[str, list[str]] = {}
-    below: dict[str, list[str]] = {}
-    for a, b in links:
-        above.setdefault(b, []).append(a)
-        below.setdefault(a, []).append(b)
-    best, fewest = [list(row) for row in rows], _crossings(rows, links)
-    for sweep in range(ORDER_SWEEPS):
-        near = above if sweep % 2 == 0 else below
-        for row in rows if sweep % 2 == 0 else reversed(rows):
-            place = {name: p for other in rows for p, name in enumerate(other)}
-            mean = {n: _mean([place[m] for m in near.get(n, [n])]) for n in row}
-            row[:] = sorted(row, key=lambda n: (n not in first, mean[n]))
-        count = _crossings(rows, links)
-        if count < fewest:
-            best, fewest = [list(row) for row in rows], count
-    rows[:] = best
-
-
-def _crossings(rows: Sequence[Sequence[str]], links: Sequence[Edge]) -> int:
-    place = {name: p for row in rows for p, name in enumerate(row)}
-    layer = {name: number for number, row in enumerate(rows) for name in row}
-    count = 0
-    for number in range(len(rows)):
-        pairs = [(place[a], place[b]) for a, b in links if layer[a] == number]
-        count += sum(
-            (a - c) * (b - d) < 0 for i, (a, b) in enumerate(pairs) for c, d in pairs[i + 1 :]
-        )
-    return count
-
-
-def _place(
-    rows: Sequence[Sequence[str]],
-    links: Sequence[Edge],
-    *,
-    size: Mapping[str, float],
-    first: Set[str],
+def _places(
+    rows: Sequence[list[str]],
+    routes: Iterable[Sequence[str]],
+    room: Mapping[str, float],
+    fixed: set[str],
 ) -> dict[str, float]:
-    """x of everything: under the mean of its neighbours, in order, with room in between."""
-    sizes = [[size.get(name, WAYPOINT) for name in row] for row in rows]
-    near: dict[str, list[str]] = {}
-    for a, b in links:
-        near.setdefault(a, []).append(b)
-        near.setdefault(b, []).append(a)
-    x: dict[str, float] = {}
-    for row, room in zip(rows, sizes, strict=True):
-        x |= dict(zip(row, _spread([0.0] * len(row), room), strict=True))
-    for sweep in range(PLACE_SWEEPS):
-        for number in range(len(rows)) if sweep % 2 else reversed(range(len(rows))):
-            row, room = rows[number], sizes[number]
-            wanted = [
-                0.0 if name in first else _mean([x[m] for m in near.get(name, [name])])
-                for name in row
-            ]
-            x |= dict(zip(row, _spread(wanted, room), strict=True))
-    left = min(
-        (
-            x[n] - width / 2
-            for r, s in zip(rows, sizes, strict=True)
-            for n, width in zip(r, s, strict=True)
-        ),
-        default=0.0,
-    )
-    return {name: value - left - 0.5 for name, value in x.items()}
+    """x of every point. Sorts the rows; points of `fixed` come first in theirs, at 0."""
+    above: dict[str, list[str]] = {point: [] for point in room}
+    below: dict[str, list[str]] = {point: [] for point in room}
+    for a, b in (pair for route in routes for pair in pairwise(route)):
+        below[a].append(b)
+        above[b].append(a)
+    x = {point: float(number) for row in rows for number, point in enumerate(row)}
+    for sweep in range(SWEEPS):
+        down = sweep % 2 == 0
+        for row in rows if down else rows[::-1]:
+            wanted = {}
+            for point in row:
+                near = above[point] if down else below[point]
+                if sweep >= SWEEPS // 2:
+                    near = above[point] + below[point]
+                mean = sum(x[other] for other in near) / len(near) if near else x[point]
+                wanted[point] = -1.0 if point in fixed else mean
+            row.sort(key=lambda point: wanted[point])
+            x |= zip(row, _spread([wanted[p] for p in row], [room[p] for p in row]), strict=True)
+    return x
 
 
-def _spread(wanted: Sequence[float], sizes: Sequence[float]) -> list[float]:
-    """The places nearest to the wanted ones (least squares) that keep the order, do not overlap and
-    leave the first one's left edge at or right of -0.5.
+def _spread(wanted: Sequence[float], room: Sequence[float]) -> list[float]:
+    """Places near the wanted ones, in their order, that do not overlap and begin at 0 or later.
 
-    Pool adjacent violators: without the room in between, places only have to be in order, and
-    neighbours that are not share their mean. Bounds are kept by clipping the result.
+    The middle between pushing everything that overlaps to the right, and to the left.
     """
-    offset = [0.0]
-    for a, b in pairwise(sizes):
-        offset.append(offset[-1] + (a + b) / 2)
-    pools: list[list[float]] = []
-    for want, before in zip(wanted, offset, strict=True):
-        pools.append([want - before])
-        while len(pools) > 1 and _mean(pools[-2]) > _mean(pools[-1]):
-            last = pools.pop()
-            pools[-1] += last
-    bound = sizes[0] / 2 - 0.5
-    level = [max(_mean(pool), bound) for pool in pools for _ in pool]
-    return [value + before for value, before in zip(level, offset, strict=True)]
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+    gaps = [(a + b) / 2 for a, b in pairwise(room)]
+    right, left, packed = [wanted[0]], [wanted[-1]], [(room[0] - 1) / 2]
+    for want, gap in zip(wanted[1:], gaps, strict=True):
+        right.append(max(want, right[-1] + gap))
+        packed.append(packed[-1] + gap)
+    for want, gap in zip(wanted[-2::-1], gaps[::-1], strict=True):
+        left.append(min(want, left[-1] - gap))
+    return [max((a + b) / 2, c) for a, b, c in zip(right, left[::-1], packed, strict=True)]

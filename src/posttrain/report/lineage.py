@@ -11,8 +11,7 @@ from html import escape
 
 from posttrain.report.gather import DOMAIN_EDGE, StageFacts
 from posttrain.report.layers import Layout, layout
-from posttrain.report.wording import number
-from posttrain.stages.kinds import shown_kind
+from posttrain.report.wording import headline
 
 CARD_WIDTH = 176
 CARD_HEIGHT = 74
@@ -24,16 +23,9 @@ SPINE = ("start", "student", "data", "rollouts")
 """Edges along which the left side of the drawing goes back."""
 
 
-def key_number(stage: StageFacts) -> str:
-    """The number that says most about a stage: "reward 0.81"; empty where it has none."""
-    key, word = shown_kind(stage.kind).number
-    value = stage.metrics.get(key)
-    return "" if value is None else f"{word} {number(value)}"
-
-
 def lineage_svg(stages: Sequence[StageFacts], colours: Mapping[str, int]) -> str:
     """The drawing, as wide and high in pixels as it needs to be."""
-    shown = {stage.label: stage for stage in stages if stage.kind != "domain"}
+    shown = {stage.label: stage for stage in stages if "problems" not in stage.kind_row.makes}
     shown = shown or {stage.label: stage for stage in stages}
     edges: dict[tuple[str, str], list[str]] = {}
     for stage in shown.values():
@@ -108,7 +100,7 @@ def _card(stage: StageFacts, x: float, y: float, colours: Mapping[str, int]) -> 
         f'style="fill:var(--c{colours[domain]})"><title>{escape(domain)}</title></circle>'
         for place, domain in enumerate(sorted(stage.domains, reverse=True)[:8])
     )
-    key = key_number(stage)
+    key = headline(stage.kind_row, stage.metrics)
     return (
         f'<g class="card {escape(stage.kind)}" transform="translate({x:.1f} {y:.1f})">'
         f"<title>{escape(stage.label)}</title>"

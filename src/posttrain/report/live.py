@@ -11,57 +11,61 @@ seconds of its progress, and when it ends.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
-from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.console import Console, ConsoleOptions, JustifyMethod, RenderableType, RenderResult
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from posttrain.engine.events import Event
 from posttrain.engine.graph import Graph
 from posttrain.engine.planner import PlanRow
-from posttrain.report.progress import Branch, Progress, tree
+from posttrain.engine.runner import Event
+from posttrain.report.progress import Progress, tree
 from posttrain.report.terminal import FirstFit
 from posttrain.report.wording import clock, number
 
-_UNBOUNDED = 100_000
 PLAIN_SECONDS = 20.0
 """Between two plain lines about one stage."""
 
 SYMBOLS = {
-    "waiting": ("·", "dim"),
+    "failed": ("✗", "bold red"),
+    "needs_input": ("?", "yellow"),
     "running": ("●", "cyan"),
+    "blocked": ("\N{EN DASH}", "yellow"),
+    "pending": ("·", "dim"),
     "done": ("✓", "green"),
     "cached": ("✓", "dim"),
-    "failed": ("✗", "bold red"),
-    "blocked": ("\N{EN DASH}", "yellow"),
-    "waits": ("?", "yellow"),
 }
-ALL_COLUMNS = ("state", "name", "bar", "step", "rate", "metric", "time", "left")
-COLUMNS = (
-    ALL_COLUMNS,
-    ("state", "name", "bar", "rate", "metric", "time", "left"),
-    ("state", "name", "step", "metric", "time", "left"),
-    ("state", "name", "metric", "time"),
-    ("state", "name", "time"),
-)
-"""From wide to narrow; the first that fits is drawn."""
+"""State -> symbol and style; what a person has to see first comes first."""
+URGENCY = list(SYMBOLS)
 BAR_WIDTH = 12
-MIN_WIDTHS = {"bar": BAR_WIDTH, "step": 7, "rate": 11, "metric": 12, "time": 5, "left": 9}
-"""Room for what comes later, so that the layout does not jump."""
-NUMBERS = ("step", "rate", "time", "left")
+COLUMNS: dict[str, tuple[int, JustifyMethod]] = {
+    "state": (1, "left"),
+    "name": (1, "left"),
+    "bar": (BAR_WIDTH, "left"),
+    "step": (7, "right"),
+    "rate": (11, "right"),
+    "metric": (12, "left"),
+    "time": (5, "right"),
+    "left": (9, "right"),
+}
+"""Least width, so that the table does not jump when a number comes, and side."""
+DISPENSABLE = ("rate", "bar", "step", "left", "metric")
+"""Columns that a narrow terminal does without, in this order."""
 
 
 class LiveView:
     """Shows a run while it goes on; give it every event of the run."""
 
-    def __init__(self, rows: list[PlanRow], graph: Graph, console: Console) -> None:
+    def __init__(self, rows: Sequence[PlanRow], graph: Graph, console: Console) -> None:
         self.console = console
         self.stages = {row.name: Progress(name=row.name, kind=row.kind) for row in rows}
-        self.branches = tree(rows, graph)
+        self.prefixes = tree(rows, graph)
+        """Stage -> the lines of the tree that lead to it; without the domains."""
         self._told: dict[str, float] = {}
         self._over = False
         self._live = (
@@ -89,125 +93,95 @@ class LiveView:
         """Take in one event."""
         stage = self.stages[event.name]
         stage.update(event)
-        if self._live is None:
-            line = self._plain(event, stage)
-            if line:
-                self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        if self._live is None and (line := self._plain(event, stage)):
+            self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        room = _UNBOUNDED if self._over else console.height - 3
-        yield FirstFit(choices=[self._table(columns, room) for columns in COLUMNS])
+        # The last picture stays on the screen and may be longer than it.
+        room = len(self.prefixes) if self._over else max(1, console.height - 5)
+        layouts = [set(DISPENSABLE[:count]) for count in range(len(DISPENSABLE) + 1)]
+        yield FirstFit(choices=[self._table(set(COLUMNS) - without, room) for without in layouts])
 
     # -- terminal --------------------------------------------------------------------------------
 
-    def _table(self, columns: tuple[str, ...], room: int) -> Table:
-        """The tree; where it is higher than `room`, only what is going on, and a count."""
-        table = Table.grid(padding=(0, 2 if columns == ALL_COLUMNS else 1, 0, 0))
-        for column in columns:
-            table.add_column(
-                column,
-                justify="right" if column in NUMBERS else "left",
-                no_wrap=True,
-                min_width=MIN_WIDTHS.get(column),
-            )
-        domains = [stage for stage in self.stages.values() if stage.kind == "domain"]
-        if domains:
-            table.add_row(*self._domains(columns, domains))
-        shown = self._shown(room - 2)
-        for branch in shown:
-            table.add_row(*self._row(columns, branch))
-        if len(shown) < len(self.branches):
-            names = {branch.name for branch in shown}
-            hidden = [self.stages[b.name] for b in self.branches if b.name not in names]
+    def _table(self, columns: set[str], room: int) -> Table:
+        """The tree; where it has more rows than `room`, what is most urgent, and a count."""
+        table = Table.grid(padding=(0, 2 if len(columns) == len(COLUMNS) else 1, 0, 0))
+        shown = [column for column in COLUMNS if column in columns]
+        for column in shown:
+            width, side = COLUMNS[column]
+            table.add_column(column, justify=side, no_wrap=True, min_width=width)
+        names = list(self.prefixes)
+        if len(names) > room:
+            ranked = sorted(names, key=lambda name: URGENCY.index(self.stages[name].state))
+            names = [name for name in names if name in ranked[:room]]
+        rows = [self._domains(), *(self._row(name, names) for name in names)]
+        hidden = [self.stages[name] for name in self.prefixes if name not in names]
+        if hidden:
             finished = sum(stage.state in ("done", "cached") for stage in hidden)
             rest = f"{finished} more finished, {len(hidden) - finished} to come"
-            table.add_row(*("" if c != "name" else Text(rest, "dim") for c in columns))
+            rows.append({"name": Text(rest, "dim")})
+        for cells in filter(None, rows):
+            table.add_row(*(cells.get(column, "") for column in shown))
         return table
 
-    def _shown(self, room: int) -> list[Branch]:
-        """All branches if there is room, else those that matter now, in their order."""
-        if len(self.branches) <= max(room, 1):
-            return self.branches
-        first = {"failed": 0, "running": 0, "waits": 0, "blocked": 1}
-        rank = first | {"waiting": 2, "done": 3, "cached": 4}
-        ranked = sorted(self.branches, key=lambda b: rank[self.stages[b.name].state])
-        chosen = {branch.name for branch in ranked[: max(room, 1)]}
-        return [Branch(name=b.name, prefix="") for b in self.branches if b.name in chosen]
-
-    def _domains(self, columns: tuple[str, ...], domains: list[Progress]) -> list[RenderableType]:
-        """All domains in one row: making them takes a moment."""
-        order = ("failed", "blocked", "waits", "running", "waiting", "done", "cached")
-        state = min((stage.state for stage in domains), key=order.index)
+    def _domains(self) -> dict[str, RenderableType]:
+        """All domains in one row, the cells by column: making them takes a moment."""
+        domains = [stage for name, stage in self.stages.items() if name not in self.prefixes]
+        if not domains:
+            return {}
+        first = min(domains, key=lambda stage: URGENCY.index(stage.state))
         ready = sum(stage.state in ("done", "cached") for stage in domains)
-        cells: dict[str, RenderableType] = {
-            "state": Text(*SYMBOLS[state]),
-            "name": Text("domains", "dim" if state == "cached" else ""),
+        said = {"cached": "cached", "failed": f"{first.name} failed"}.get(first.state, "")
+        return {
+            "state": Text(*SYMBOLS[first.state]),
+            "name": Text("domains", "dim" if first.state == "cached" else ""),
             "step": Text(f"{ready}/{len(domains)}", "dim"),
-            "metric": Text("cached" if state == "cached" else "", "dim"),
+            "metric": Text(said, SYMBOLS[first.state][1]),
         }
-        if state in ("failed", "blocked"):
-            broken = next(stage for stage in domains if stage.state == state)
-            cells["metric"] = Text(f"{broken.name} {state}", SYMBOLS[state][1])
-        return [cells.get(column, "") for column in columns]
 
-    def _row(self, columns: tuple[str, ...], branch: Branch) -> list[RenderableType]:
-        stage = self.stages[branch.name]
+    def _row(self, name: str, shown: Sequence[str]) -> dict[str, RenderableType]:
+        """The cells of one stage by column."""
+        stage = self.stages[name]
         symbol, style = SYMBOLS[stage.state]
-        quiet = stage.state in ("waiting", "cached", "blocked")
+        quiet = stage.state in ("pending", "cached", "blocked")
         name_style = "dim" if quiet else "bold" if stage.state == "running" else ""
+        # Of a tree with gaps the lines would lead nowhere.
+        prefix = self.prefixes[name] if len(shown) == len(self.prefixes) else ""
         cells: dict[str, RenderableType] = {
             "state": Text(symbol, style),
-            "name": Text.assemble((branch.prefix, "dim"), (stage.name, name_style)),
+            "name": Text.assemble((prefix, "dim"), (name, name_style)),
             "metric": Text(stage.headline),
         }
-        if stage.state in ("cached", "failed", "blocked", "waits"):
-            cells["metric"] = Text(stage.state, style)
-        if stage.state == "waiting" and stage.reason:
+        if stage.state in ("cached", "failed", "blocked", "needs_input"):
+            cells["metric"] = Text(stage.state.replace("_", " "), style)
+        if stage.state == "pending" and stage.reason:
             cells["metric"] = Text("in another run", "dim")
         if stage.state == "running":
             cells["bar"] = ProgressBar(
                 total=1.0, completed=stage.share, width=BAR_WIDTH, pulse=stage.step is None
             )
-            cells["left"] = _left(stage.left)
+            cells["left"] = Text("" if stage.left is None else f"ETA {clock(stage.left)}", "dim")
         if stage.state in ("running", "done", "failed"):
-            step, rate = stage.step, stage.rate
-            cells["step"] = Text(f"{step[0]}/{step[1]}" if step else "")
-            cells["rate"] = Text(f"{number(round(rate))} tok/s" if rate else "", "dim")
+            cells["step"] = Text("{}/{}".format(*stage.step) if stage.step else "")
+            cells["rate"] = Text(f"{number(round(stage.rate))} tok/s" if stage.rate else "", "dim")
             cells["time"] = Text(clock(stage.elapsed))
-        return [cells.get(column, "") for column in columns]
+        return cells
 
     # -- plain -----------------------------------------------------------------------------------
 
     def _plain(self, event: Event, stage: Progress) -> str | None:
         """The line that an event is worth, if any."""
+        word, name, text = stage.state.replace("_", " "), stage.name, stage.reason
+        now, told = time.monotonic(), self._told.get(name)
+        # That another run works on a stage is said once.
+        lately = told is not None and (stage.state == "pending" or now - told < PLAIN_SECONDS)
+        if event.kind == "progress" and lately:
+            return None
+        if event.kind in ("started", "progress"):
+            self._told[name] = now
         if event.kind == "started":
-            self._told[stage.name] = time.monotonic()
-            return f"started   {stage.name} ({stage.kind}): {stage.reason}"
-        if event.kind == "progress":
-            now = time.monotonic()
-            first = stage.name not in self._told
-            if "waiting" in event.payload:
-                self._told[stage.name] = now
-                return f"waiting   {stage.name}: {stage.reason}" if first else None
-            if not first and now - self._told[stage.name] < PLAIN_SECONDS:
-                return None
-            self._told[stage.name] = now
-            return f"running   {stage.name}: {_facts(stage)}"
-        if event.kind == "finished":
-            return f"finished  {stage.name}: {_facts(stage)}"
-        if event.kind == "cached":
-            return f"cached    {stage.name}" + (f": {stage.reason}" if stage.reason else "")
-        return f"{event.kind:8}  {stage.name}: {stage.reason}"
-
-
-def _left(seconds: float | None) -> Text:
-    return Text("" if seconds is None else f"ETA {clock(seconds)}", "dim")
-
-
-def _facts(stage: Progress) -> str:
-    """Everything known about a stage on one line."""
-    parts = [f"{stage.step[0]}/{stage.step[1]}" if stage.step else "", stage.headline]
-    parts.append(f"{number(round(stage.rate))} tokens/s" if stage.rate else "")
-    parts.append(clock(stage.elapsed))
-    parts.append(f"ETA {clock(stage.left)}" if stage.left is not None else "")
-    return ", ".join(filter(None, parts))
+            word, name = "started", f"{name} ({stage.kind})"
+        if stage.state == "done" or (stage.state == "running" and event.kind == "progress"):
+            text = stage.facts
+        return f"{word:<11} {name}" + (f": {text}" if text else "")

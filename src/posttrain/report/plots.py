@@ -1,149 +1,152 @@
-"""The plots of a report, drawn by matplotlib as SVG. The only module that imports it.
+"""The plots of a report as inline SVG.
 
-Sizes are in CSS pixels at the size a phone shows them, so that text stays readable there.
+Lengths are in CSS pixels at the size a phone shows a plot, so that text stays readable there.
+Colours and fonts are left to the page's style sheet, hence a plot follows dark mode.
 """
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
 
-import matplotlib
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
-
-from posttrain.report.curves import Panel
-from posttrain.report.svg import ACCENT, BACKGROUND, DASHES, INK, LINE, MUTED, inline, series
+from posttrain.report.curves import Line, Panel
+from posttrain.report.scores import DECODING_NAMES, Evaluation, decoded
 from posttrain.report.wording import number
 
-PIXELS_PER_INCH = 72
-"""A unit of matplotlib's SVG is a point, and 72 points are an inch."""
-ROW_HEIGHT = 50
-MODELS: dict[str, dict[str, Any]] = {
-    "init": {"marker": "o", "markerfacecolor": BACKGROUND, "color": MUTED},
-    "teacher": {"marker": "D", "markerfacecolor": INK, "color": INK},
-    "student": {"marker": "o", "markerfacecolor": ACCENT, "color": ACCENT},
-}
-"""Shape and colour both tell the models apart."""
+DASHES = ("none", "8 4", "2 3", "10 3 2 3")
+"""Patterns of lines as values of stroke-dasharray."""
+MODELS = ("init", "teacher", "student")
+BOTTOM = 26
+"""Room for the ticks of the horizontal axis."""
+BAND = 50
+"""Height of one domain in a plot of scores."""
 
 
-def curve_plot(panel: Panel, *, prefix: str) -> str:
-    """One panel of training curves as an inline <svg>."""
-    with _axes(prefix, width=360, height=190, left=46, right=8, top=8, bottom=26) as (figure, axes):
-        for line in panel.lines:
-            axes.plot(
-                line.x,
-                line.y,
-                color=series(line.colour),
-                linestyle=(0, DASHES[line.dash % len(DASHES)] or None),
-                linewidth=1.5,
-                solid_joinstyle="round",
-            )
-        if panel.log:
-            axes.set_yscale("log")
-            axes.yaxis.set_major_locator(LogLocator(numticks=5))
-            axes.yaxis.set_minor_locator(NullLocator())
-        else:
-            axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
-            axes.margins(y=0.08)
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
-        axes.margins(x=0.01)
-        axes.grid(axis="y")
-        names = ", ".join(line.label for line in panel.lines)
-        return _write(figure, prefix, f"{panel.title} over steps: {names}")
+@dataclass(frozen=True, kw_only=True)
+class Axis:
+    """Numbers from `low` to `high` on pixels from `start` to `end`."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    log: bool = False
+
+    def at(self, value: float) -> float:
+        """The pixel of a number."""
+        low, high = self.low, self.high
+        if self.log:
+            low, high, value = math.log(low), math.log(high), math.log(value)
+        return self.start + (value - low) / (high - low) * (self.end - self.start)
+
+    def ticks(self, most: int, *, whole: bool = False) -> list[float]:
+        """At most `most` round numbers of the axis, with `whole` none but integers."""
+        if self.log:
+            exponents = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)))
+            steps = (1,) if len(exponents) > 3 else (1, 3) if len(exponents) > 2 else (1, 2, 5)
+            found = [step * 10.0**exponent for exponent in exponents for step in steps]
+            found = [tick for tick in found if self.low <= tick <= self.high]
+            return found[:: math.ceil(len(found) / most)]
+        decade = 10.0 ** math.floor(math.log10((self.high - self.low) / most))
+        for step in (decade * factor for factor in (1, 2, 2.5, 5, 10, 20, 25, 50)):
+            first, last = math.ceil(self.low / step), math.floor(self.high / step)
+            if last - first < most and (not whole or step == int(step)):
+                break
+        return [n * step for n in range(first, last + 1)]
 
 
-def score_plot(domains: Mapping[str, Mapping[str, Any]], *, title: str, prefix: str) -> str:
-    """Accuracies with their intervals as an inline <svg>, one band per domain.
-
-    `domains[name]` holds init, teacher, student (value, low, high; teacher may be None) and
-    constant (an accuracy).
-    """
-    height = 30 + ROW_HEIGHT * len(domains)
-    longest = max(len(name) for name in domains)
-    left = min(24 + 6.5 * longest, 150)
-    with _axes(prefix, width=400, height=height, left=left, right=14, top=4, bottom=26) as (
-        figure,
-        axes,
-    ):
-        for place, row in enumerate(domains.values()):
-            models = [model for model in MODELS if row[model] is not None]
-            for number_of, model in enumerate(models):
-                y = place + (number_of - (len(models) - 1) / 2) * 0.25
-                value = {key: 100 * share for key, share in row[model].items()}
-                look = MODELS[model]
-                axes.plot([value["low"], value["high"]], [y, y], color=look["color"], linewidth=1.8)
-                axes.plot(
-                    value["value"], y, markersize=6, markeredgewidth=1.6, clip_on=False, **look
-                )
-            constant = 100 * row["constant"]
-            axes.plot(
-                [constant, constant],
-                [place - 0.4, place + 0.4],
-                color=MUTED,
-                linewidth=1.2,
-                linestyle=(0, (2, 2)),
-            )
-        for place in range(1, len(domains)):
-            axes.axhline(place - 0.5, color=LINE, linewidth=0.8)
-        axes.set_ylim(len(domains) - 0.5, -0.5)
-        axes.set_yticks(range(len(domains)), list(domains))
-        axes.tick_params(axis="y", labelcolor=INK, labelsize=12)
-        axes.set_xlim(-1, 101)
-        axes.xaxis.set_major_locator(MaxNLocator(5))
-        axes.grid(axis="x")
-        return _write(figure, prefix, title)
-
-
-@contextmanager
-def _axes(
-    prefix: str,
-    *,
-    width: float,
-    height: float,
-    left: float,
-    right: float,
-    top: float,
-    bottom: float,
-) -> Iterator[tuple[Figure, Axes]]:
-    """A figure of that size with one bare pair of axes inside those margins, all in pixels."""
-    settings: Any = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": prefix,
-        "font.size": 11,
-        "axes.edgecolor": LINE,
-        "axes.axisbelow": True,
-        "grid.color": LINE,
-        "grid.linewidth": 0.8,
-        "xtick.color": LINE,
-        "ytick.color": LINE,
-        "xtick.labelcolor": MUTED,
-        "ytick.labelcolor": MUTED,
-        "ytick.major.size": 0,
-        "xtick.major.size": 3,
-    }
-    with matplotlib.rc_context(settings):
-        figure = Figure(figsize=(width / PIXELS_PER_INCH, height / PIXELS_PER_INCH))
-        FigureCanvasSVG(figure)
-        axes = figure.add_axes(
-            (
-                left / width,
-                bottom / height,
-                (width - left - right) / width,
-                (height - top - bottom) / height,
-            ),
-            facecolor="none",
+def curve_plot(panel: Panel) -> str:
+    """One panel of training curves as an <svg> element, in the colours of the domains."""
+    width, height, left = 360, 190, 46
+    steps = [x for line in panel.lines for x in line.x]
+    values = [y for line in panel.lines for y in line.y]
+    low, high = min(values), max(values)
+    if panel.log:
+        low, high = low / (high / low) ** 0.05, high * (high / low) ** 0.05
+    else:
+        edge = 0.08 * (high - low)
+        low, high = low - edge, high + edge
+    across = Axis(
+        low=min(steps), high=max(max(steps), min(steps) + 1), start=left + 3, end=width - 8
+    )
+    upwards = Axis(low=low, high=high, start=height - BOTTOM, end=8, log=panel.log)
+    parts = [_line(left, y, width - 8, y, "grid") for y in map(upwards.at, upwards.ticks(5))]
+    parts += [_text(left - 6, upwards.at(y) + 4, number(y), "end") for y in upwards.ticks(5)]
+    parts += _floor(across, height, left, width - 8, across.ticks(5, whole=True))
+    for line in panel.lines:
+        points = " ".join(
+            f"{across.at(x):.1f},{upwards.at(y):.1f}" for x, y in zip(line.x, line.y, strict=True)
         )
-        axes.spines[["top", "right", "left"]].set_visible(False)
-        yield figure, axes
+        parts.append(f'<polyline class="curve" style="{line_style(line)}" points="{points}"/>')
+    names = ", ".join(line.label for line in panel.lines)
+    return _svg(width, height, f"{panel.title} over steps: {names}", parts)
 
 
-def _write(figure: Figure, prefix: str, title: str) -> str:
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return inline(buffer.getvalue(), prefix=prefix, title=title)
+def line_style(line: Line) -> str:
+    """The CSS of a curve: the colour of its domain, and what sets it apart within the domain."""
+    colour = f"--c{line.colour}" if line.colour else "--ink"
+    return f"stroke:var({colour});stroke-dasharray:{DASHES[line.dash % len(DASHES)]}"
+
+
+def score_plot(evaluation: Evaluation, decoding: str) -> str:
+    """Accuracies of init, teacher and student with their intervals as an <svg> element.
+
+    One band per domain; a dashed line says what the best constant answer scores.
+    """
+    domains = evaluation["domains"]
+    width, height = 400, BOTTOM + 8 + BAND * len(domains)
+    left = min(24 + 6.5 * max(map(len, domains)), 150)
+    across = Axis(low=-0.01, high=1.01, start=left, end=width - 14)
+    ticks = [0, 0.25, 0.5, 0.75, 1]
+    floor = height - BOTTOM
+    parts = [_line(x, 4, x, floor, "grid") for x in map(across.at, ticks)]
+    parts += _floor(across, height, left, width - 14, ticks, scale=100)
+    for place, (name, row) in enumerate(domains.items()):
+        middle = 4 + BAND * (place + 0.5)
+        if place:
+            parts.append(_line(left, middle - BAND / 2, width - 14, middle - BAND / 2, "grid"))
+        parts.append(_text(left - 6, middle + 4, name, "end", "name"))
+        constant = across.at(row["constant"]["value"])
+        parts.append(_line(constant, middle - 20, constant, middle + 20, "constant"))
+        cells = decoded(row, decoding)
+        models = [model for model in MODELS if cells[model] is not None]
+        for number_of, model in enumerate(models):
+            y = middle + (number_of - (len(models) - 1) / 2) * 12.5
+            low, value, high = (across.at(cells[model][key]) for key in ("low", "value", "high"))
+            parts.append(_line(low, y, high, y, f"interval {model}"))
+            parts.append(
+                f'<circle class="{model}" cx="{value:.1f}" cy="{y:.1f}" r="3.5"/>'
+                if model != "teacher"
+                else f'<path class="teacher" d="M{value:.1f} {y - 5:.1f}l5 5-5 5-5-5Z"/>'
+            )
+    return _svg(width, height, f"Accuracy per domain, {DECODING_NAMES[decoding]}", parts)
+
+
+def _floor(
+    axis: Axis, height: float, left: float, right: float, ticks: Iterable[float], scale: float = 1
+) -> list[str]:
+    """The line at the bottom with its ticks, named by their number times `scale`."""
+    y = height - BOTTOM
+    parts = [_line(left, y, right, y, "axis")]
+    for tick in ticks:
+        x = axis.at(tick)
+        parts += [_line(x, y, x, y + 3, "axis"), _text(x, y + 16, number(scale * tick), "middle")]
+    return parts
+
+
+def _line(x1: float, y1: float, x2: float, y2: float, style: str) -> str:
+    return f'<line class="{style}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
+
+
+def _text(x: float, y: float, text: str, anchor: str, style: str = "tick") -> str:
+    place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"'
+    return f'<text class="{style}" {place}>{escape(text)}</text>'
+
+
+def _svg(width: float, height: float, title: str, parts: Sequence[str]) -> str:
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" role="img" '
+        f'aria-label="{escape(title)}">{"".join(parts)}</svg>'
+    )

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from posttrain.engine.events import Event
 from posttrain.engine.graph import Graph
 from posttrain.engine.planner import PlanRow
-from posttrain.report.wording import number
+from posttrain.engine.runner import Event
+from posttrain.report.wording import clock, headline, number
 from posttrain.stages.kinds import shown_kind
 
-State = Literal["waiting", "running", "done", "cached", "failed", "blocked", "waits"]
+State = Literal["pending", "running", "done", "cached", "failed", "blocked", "needs_input"]
+STATES: Mapping[str, State] = {
+    "started": "running",
+    "finished": "done",
+    "cached": "cached",
+    "failed": "failed",
+    "blocked": "blocked",
+    "waits": "needs_input",
+}
+"""Kind of an event -> the state in which it leaves the stage."""
 
 WINDOW_SECONDS = 10.0
 """Rates are averages over this long, so that they are steady but still follow a change."""
@@ -26,9 +35,9 @@ class Progress:
 
     name: str
     kind: str
-    state: State = "waiting"
+    state: State = "pending"
     reason: str = ""
-    """Why it runs, waits, is blocked or failed."""
+    """Why it runs, is blocked, needs input or failed."""
     metrics: Mapping[str, Any] = field(default_factory=dict)
     """The newest line of metrics; after the end, those with the summary over them."""
     seconds: float = 0.0
@@ -36,34 +45,23 @@ class Progress:
     began: float | None = None
     """On the monotonic clock, while it runs."""
     window: deque[Mapping[str, Any]] = field(default_factory=deque)
+    """Lines of metrics of the last `WINDOW_SECONDS`."""
 
     def update(self, event: Event) -> None:
         """Take in one event of this stage."""
         payload = event.payload
-        if event.kind == "started":
-            self.state, self.reason = "running", str(payload.get("reason", ""))
-            self.began = time.monotonic()
-            return
-        if event.kind == "progress":
-            if "waiting" in payload:
-                self.reason = str(payload["waiting"])
-                return
+        if event.kind != "progress":
+            self.state, self.seconds = STATES[event.kind], event.seconds
+            self.reason = str(payload.get("reason", payload.get("error", "")))
+            self.began = time.monotonic() if event.kind == "started" else None
+            self.metrics = {**self.metrics, **payload.get("metrics", {})}
+        elif "waiting" in payload:
+            self.reason = str(payload["waiting"])
+        else:
             self.metrics, self.seconds = payload, event.seconds
             self.window.append(payload)
             while len(self.window) > 2 and _span(self.window[1], payload) >= WINDOW_SECONDS:
                 self.window.popleft()
-            return
-        self.began = None
-        if event.kind == "finished":
-            self.state, self.seconds = "done", event.seconds
-            self.metrics = {**self.metrics, **payload["metrics"]}
-        elif event.kind == "cached":
-            self.state, self.reason = "cached", str(payload.get("reason", ""))
-        elif event.kind == "failed":
-            self.state, self.seconds = "failed", event.seconds
-            self.reason = str(payload["error"])
-        else:
-            self.state, self.reason = event.kind, str(payload["reason"])
 
     @property
     def elapsed(self) -> float:
@@ -79,11 +77,8 @@ class Progress:
 
     @property
     def share(self) -> float:
-        """How much of it is done, in [0, 1]."""
-        if self.state in ("done", "cached"):
-            return 1.0
-        step = self.step
-        return 0.0 if step is None else min(1.0, step[0] / step[1])
+        """How much of its steps is done, in [0, 1]."""
+        return min(1.0, self.step[0] / self.step[1]) if self.step else 0.0
 
     @property
     def rate(self) -> float | None:
@@ -101,15 +96,23 @@ class Progress:
 
     @property
     def headline(self) -> str:
-        """The metric that matters for its kind: "reward 0.62"."""
-        kind, step = shown_kind(self.kind), self.step
-        if self.state == "running" and kind.unit != "steps" and step:
-            return f"{step[0]} of {step[1]} {kind.unit}"
-        for key in kind.headline:
-            if self.metrics.get(key) is not None:
-                word = "Norm" if key == "norm" else key
-                return f"{word} {number(self.metrics[key])}"
-        return ""
+        """The number that matters for its kind: "reward 0.62"."""
+        kind = shown_kind(self.kind)
+        if self.state == "running" and self.step and kind.unit != "steps":
+            return f"{self.step[0]} of {self.step[1]} {kind.unit}"
+        return headline(kind, self.metrics)
+
+    @property
+    def facts(self) -> str:
+        """Everything known about how far it is, on one line."""
+        parts = [
+            f"{self.step[0]}/{self.step[1]}" if self.step else "",
+            self.headline,
+            f"{number(round(self.rate))} tokens/s" if self.rate else "",
+            clock(self.elapsed),
+            "" if self.left is None else f"ETA {clock(self.left)}",
+        ]
+        return ", ".join(filter(None, parts))
 
     def _per_second(self, key: str) -> float | None:
         newest = self.metrics
@@ -128,43 +131,28 @@ def _span(old: Mapping[str, Any], new: Mapping[str, Any]) -> float:
     return float(new.get("seconds", 0)) - float(old.get("seconds", 0))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Branch:
-    """A stage's place in the tree."""
-
-    name: str
-    prefix: str
-    """Lines that lead to it, such as "│ └ "."""
-
-
-def tree(rows: list[PlanRow], graph: Graph) -> list[Branch]:
-    """Stages under what they start from, depth first; domains are left out.
+def tree(rows: Sequence[PlanRow], graph: Graph) -> dict[str, str]:
+    """Stages under what they start from, depth first, each with the lines that lead to it ("│ └ ").
 
     A stage without a `start` stands under the model it is about: evaluate under its student, sample
-    under its first model, select and pairs under their rollouts.
+    under its first model, select and pairs under their rollouts. Domains are left out.
     """
-    names = [row.name for row in rows if row.kind != "domain"]
+    names = [row.name for row in rows if "problems" not in shown_kind(row.kind).makes]
     children: dict[str | None, list[str]] = {}
     for name in names:
-        children.setdefault(_parent(graph, name, names), []).append(name)
-    found: list[Branch] = []
+        inputs = graph.nodes[name].inputs
+        edges = [edge for edge in ("start", "student", "rollouts", *inputs) if edge in inputs]
+        parent = next((inputs[edge] for edge in edges if inputs[edge] in names), None)
+        children.setdefault(parent, []).append(name)
+    found: dict[str, str] = {}
 
     def place(name: str, prefix: str, below: str) -> None:
-        found.append(Branch(name=name, prefix=prefix))
-        *others, last = children.get(name, [None])
-        for child in others:
-            place(str(child), f"{below}├ ", f"{below}│ ")
-        if last is not None:
-            place(last, f"{below}└ ", f"{below}  ")
+        found[name] = prefix
+        under = children.get(name, [])
+        for child in under:
+            last = child == under[-1]
+            place(child, below + ("└ " if last else "├ "), below + ("  " if last else "│ "))
 
     for root in children.get(None, []):
         place(root, "", "")
     return found
-
-
-def _parent(graph: Graph, name: str, names: list[str]) -> str | None:
-    inputs = graph.nodes[name].inputs
-    for edge in ("start", "student", "rollouts", *inputs):
-        if inputs.get(edge) in names:
-            return inputs[edge]
-    return None

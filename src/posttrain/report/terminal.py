@@ -1,7 +1,7 @@
 """The tables of an evaluation in the terminal.
 
-A table is built in several densities; what is drawn is the first that fits the width at hand, so
-nothing is ever cut off with an ellipsis.
+Where a terminal is narrow, intervals lose their decimals and then stand under their values. Nothing
+is ever cut off with an ellipsis.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from posttrain.report.scores import (
     norm_coverage,
     norms,
     notes,
+    split_name,
     verdict,
 )
 from posttrain.report.wording import DASH, fixed, percent, percent_range, ratio_range
@@ -40,6 +41,7 @@ class FirstFit:
     """Draws the first of its choices that fits the width, the last one if none does."""
 
     choices: Sequence[RenderableType]
+    """From wide to narrow."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         free = options.update(width=_UNBOUNDED)
@@ -50,24 +52,7 @@ class FirstFit:
         yield self.choices[-1]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Density:
-    """How the intervals of the score table are written."""
-
-    digits: int = 1
-    """Decimals of their bounds."""
-    stacked: bool = False
-    """Under the value, not beside it."""
-    intervals: bool = True
-
-
-DENSITIES = (
-    Density(),
-    Density(digits=0),
-    Density(stacked=True),
-    Density(digits=0, stacked=True),
-    Density(intervals=False),
-)
+MODELS = ("init", "teacher", "student")
 
 
 def evaluation_table(evaluation: Evaluation) -> RenderableType:
@@ -75,10 +60,9 @@ def evaluation_table(evaluation: Evaluation) -> RenderableType:
 
     `evaluation` is the content of evaluation.json.
     """
-    split = {"heldout": "held-out"}.get(evaluation["split"], evaluation["split"])
     parts: list[RenderableType] = [
-        _title(f"Accuracy on {split} problems, %", "95 % bootstrap intervals"),
-        FirstFit(choices=[_scores(evaluation, density) for density in DENSITIES]),
+        _title(f"Accuracy on {split_name(evaluation)} problems, %", "95 % bootstrap intervals"),
+        FirstFit(choices=[_scores(evaluation, digits) for digits in (1, 0)]),
     ]
     if said := verdict(evaluation):
         style = "bold" if evaluation["gain"]["low"] > 0 else "bold yellow"
@@ -98,39 +82,34 @@ def _title(title: str, remark: str) -> Text:
     return Text.assemble((title, "bold"), "  ", (remark, "dim"))
 
 
-def _scores(evaluation: Evaluation, density: Density) -> Table:
+def _scores(evaluation: Evaluation, digits: int) -> Table:
+    """Two rows per domain, at temperature 1 and greedy; `digits` decimals in the intervals."""
     taught = has_teachers(evaluation)
+    models = MODELS if taught else ("init", "student")
     easy = constant_domains(evaluation)
-    rows = [
-        (name, decoding, decoded(row, decoding))
-        for name, row in evaluation["domains"].items()
-        for decoding in DECODINGS
-    ]
     table = _table()
+    # Least widths are of what a narrow terminal would else break inside: titles and intervals.
     table.add_column("domain", overflow="fold")
-    columns = []
-    for model in ("init", "teacher", "student") if taught else ("init", "student"):
-        cells = [_accuracy(row[model], density) for *_, row in rows]
-        columns.append(_column(table, model, cells, density))
+    for model in models:
+        table.add_column(model, overflow="fold", min_width=7)
     if taught:
-        cells = [_recovery(row["recovery"]) for *_, row in rows] + _norms(evaluation)
-        columns.append(_column(table, "recovery", cells, density, style="bold"))
-    table.add_column("constant", justify="right", overflow="fold")
-    for number, (name, decoding, _) in enumerate(rows):
-        line = [_row_title(name, decoding), *(column[number] for column in columns)]
-        if decoding == DECODINGS[0]:
-            baseline = percent(evaluation["domains"][name]["constant"]["value"])
-            line.append(Text(baseline, style="yellow" if name in easy else ""))
-        table.add_row(*line, end_section=density.stacked and decoding == DECODINGS[-1])
+        table.add_column("recovery", overflow="fold", min_width=9)
+    table.add_column("constant", justify="right", overflow="fold", min_width=8)
+    for name, row in evaluation["domains"].items():
+        for decoding in DECODINGS:
+            cells = decoded(row, decoding)
+            line = [_row_title(name, decoding)]
+            line += [_accuracy(cells[model], digits) for model in models]
+            line += [_recovery(cells["recovery"])] if taught else []
+            if decoding == DECODINGS[0]:
+                baseline = percent(row["constant"]["value"])
+                line.append(Text(baseline, style="yellow" if name in easy else ""))
+            table.add_row(*line)
     if any(norms(evaluation, decoding)["norm"] is not None for decoding in DECODINGS):
         table.add_section()
-        titles = [(label, d) for label in ("Norm (mean)", "minimum") for d in DECODINGS]
-        for number, (label, decoding) in enumerate(titles):
-            cell = columns[-1][len(rows) + number]
-            title = _row_title(label, decoding)
-            if label != "minimum" and (coverage := norm_coverage(evaluation, decoding)):
-                title.append(f" {coverage}", "yellow")
-            table.add_row(title, "", "", "", cell)
+        for label in ("Norm (mean)", "minimum"):
+            for decoding in DECODINGS:
+                table.add_row(*_norm_row(evaluation, label, decoding))
     return table
 
 
@@ -139,58 +118,36 @@ def _row_title(name: str, decoding: str) -> Text:
     return Text(name, "bold") if decoding == DECODINGS[0] else Text(f"  {decoding}", "dim")
 
 
-Cell = tuple[str, str] | None
-"""A value and its interval as text."""
+def _cell(value: str, interval: str = "", style: str = "") -> Text:
+    """A value and its interval; values of a column stand under each other. A column that is too
+    narrow breaks the line between the two."""
+    return Text.assemble((value.rjust(5), style), (f" {interval}" if interval else "", "dim"))
 
 
-def _accuracy(value: Mapping[str, float] | None, density: Density) -> Cell:
+def _accuracy(value: Mapping[str, float] | None, digits: int) -> Text:
     if value is None:
-        return None
-    return percent(value["value"]), percent_range(value, density.digits)
+        return _cell(DASH)
+    return _cell(percent(value["value"]), percent_range(value, digits))
 
 
-def _recovery(value: Mapping[str, float] | None) -> Cell:
+def _recovery(value: Mapping[str, float] | None) -> Text:
     if value is None:
-        return None
-    return fixed(value["value"], 2), ratio_range(value["low"], value["high"])
+        return _cell(DASH)
+    return _cell(fixed(value["value"], 2), ratio_range(value["low"], value["high"]), "bold")
 
 
-def _norms(evaluation: Evaluation) -> list[Cell]:
-    """Norm and then the minimum, each under both decodings."""
-    means: list[Cell] = []
-    minima: list[Cell] = []
-    for decoding in DECODINGS:
-        found = norms(evaluation, decoding)
-        if found["norm"] is None:
-            means, minima = [*means, None], [*minima, None]
-            continue
+def _norm_row(evaluation: Evaluation, label: str, decoding: str) -> list[Text]:
+    """Norm with its interval, or the lowest recovery, in the column of recoveries."""
+    found = norms(evaluation, decoding)
+    cell, over = _cell(DASH), ""
+    if found["norm"] is not None and label == "minimum":
+        cell = _cell(fixed(found["min_recovery"], 2), style="bold")
+    elif found["norm"] is not None:
         interval = ratio_range(found["norm_low"], found["norm_high"])
-        means.append((fixed(found["norm"], 2), interval))
-        minima.append((fixed(found["min_recovery"], 2), ""))
-    return means + minima
-
-
-def _column(
-    table: Table, title: str, cells: Sequence[Cell], density: Density, style: str = ""
-) -> list[Text]:
-    """Add a column whose values stand under each other, whatever the length of their intervals."""
-    given = [cell for cell in cells if cell] or [(DASH, "")]
-    value_width = max(len(value) for value, _ in given)
-    width = max(len(interval) for _, interval in given) if density.intervals else 0
-    if density.stacked:
-        value_width = max(value_width, width)
-    inline = density.intervals and not density.stacked
-    total = max(len(title), value_width + (1 + width if inline else 0))
-    texts = []
-    for value, interval in (cell or (DASH, "") for cell in cells):
-        text = Text(value.rjust(total - (1 + width if inline else 0)), style)
-        if inline:
-            text.append(f" {interval}", style="dim")
-        elif density.stacked and interval:
-            text.append(f"\n{interval.rjust(total)}", style="dim")
-        texts.append(text)
-    table.add_column(title.rjust(total), overflow="fold")
-    return texts
+        cell = _cell(fixed(found["norm"], 2), interval, "bold")
+        over = norm_coverage(evaluation, decoding)
+    said = Text(f"over {over}" if over else "", "yellow")
+    return [_row_title(label, decoding), said, Text(), Text(), cell]
 
 
 def _matrix(matrix: Forgetting, *, numbered: bool) -> Table:

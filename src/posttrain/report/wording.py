@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from posttrain.stages.kinds import Kind
+
 DASH = "—"
 """Stands where a value is not given."""
 MINUS = "\N{MINUS SIGN}"
@@ -57,6 +59,15 @@ def number(value: Any) -> str:
     if size >= 1000:
         return f"{value:.0f}".replace("-", MINUS)
     return f"{value:.3g}".replace("-", MINUS)
+
+
+def headline(kind: Kind, metrics: Mapping[str, Any]) -> str:
+    """The number that says most about a stage of that kind: "reward 0.62"; empty if it has none."""
+    key, word = kind.number
+    for name in (key, *kind.headline):
+        if metrics.get(name) is not None:
+            return f"{word if name == key else name} {number(metrics[name])}"
+    return ""
 
 
 def clock(seconds: float) -> str:

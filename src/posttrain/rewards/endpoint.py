@@ -10,18 +10,16 @@ once, 8), `POSTTRAIN_ENDPOINT_TIMEOUT` (seconds for one reply, 120), `POSTTRAIN_
 from __future__ import annotations
 
 import hashlib
-import http.client
 import json
 import os
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+
+import httpx2 as httpx
 
 from posttrain.engine.atomic import write_whole
 from posttrain.engine.errors import ConfigError, StageError
@@ -35,6 +33,7 @@ FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0
 PASSING = (408, 425, 429, 500, 502, 503, 504)
 """Statuses worth another attempt."""
 READINGS = 3
+"""Attempts at a reply that can be read."""
 REMINDER = "\n\nKeep to the form of the last line."
 SHOWN = 200
 """Characters of a reply in a message."""
@@ -105,27 +104,34 @@ class Endpoint:
         """
         headers = {"Content-Type": "application/json"} | self._authorization()
         wanted = {self._identity(question.prompt): question for question in questions}
-        missing = [(key, q) for key, q in wanted.items() if self.cache.get(key) is None]
-
-        def fetch(key: str, question: Question) -> None:
-            self.cache.put(key, self._readable(question, headers))
-
+        missing = [key for key in wanted if self.cache.get(key) is None]
         if missing:
-            with ThreadPoolExecutor(int(self.limits[CONCURRENCY])) as threads:
-                pending = [threads.submit(fetch, *one) for one in missing]
-                try:
-                    for one in pending:
-                        one.result()
-                except BaseException:
-                    # Those under way end by themselves; the rest would only fail the same way.
-                    threads.shutdown(wait=False, cancel_futures=True)
-                    raise
+            self._fetch({key: wanted[key] for key in missing}, headers)
         return [q.read(str(self.cache.get(self._identity(q.prompt)))) for q in questions]
 
-    def _readable(self, question: Question, headers: Mapping[str, str]) -> str:
+    def _fetch(self, questions: Mapping[str, Question], headers: Mapping[str, str]) -> None:
+        """Put the reply to each question into the cache, under its key; many at once."""
+        many = int(self.limits[CONCURRENCY])
+        with (
+            httpx.Client(
+                headers=headers,
+                timeout=self.limits[TIMEOUT],
+                limits=httpx.Limits(max_connections=many),
+            ) as client,
+            ThreadPoolExecutor(many) as threads,
+        ):
+
+            def fetch(key: str) -> None:
+                self.cache.put(key, self._readable_reply(client, questions[key]))
+
+            # The first error ends the loop and cancels what is not under way yet.
+            for _ in threads.map(fetch, questions):
+                pass
+
+    def _readable_reply(self, client: httpx.Client, question: Question) -> str:
+        """The reply to a question, asked again where it cannot be read."""
         for attempt in range(READINGS):
-            said = question.prompt + (REMINDER if attempt else "")
-            reply = self._completion(self._request(said), headers)
+            reply = self._reply(client, question.prompt + (REMINDER if attempt else ""))
             try:
                 question.read(reply)
             except StageError:
@@ -134,6 +140,37 @@ class Endpoint:
             else:
                 break
         return reply
+
+    def _reply(self, client: httpx.Client, prompt: str) -> str:
+        """The completion of one prompt, asked for again while the server is busy or failing."""
+        address = f"{self.url.rstrip('/')}/chat/completions"
+        retries, wait = int(self.limits[RETRIES]), FIRST_WAIT
+        for attempt in range(retries + 1):
+            try:
+                answer = client.post(address, content=self._request(prompt))
+            except httpx.RequestError as error:
+                problem = f"it cannot be reached ({str(error) or type(error).__name__})"
+            else:
+                if answer.is_success:
+                    return _completion(answer)
+                said = answer.text.strip()[:SHOWN]
+                problem = f"it answered {answer.status_code} {answer.reason_phrase}: {said}"
+                if answer.status_code not in PASSING:
+                    raise ConfigError(
+                        f"judge at {address}: {problem}; check the url, the model name "
+                        f"{self.model!r} and the key"
+                    )
+                # The header may hold a date as well, which is not waited for.
+                asked = answer.headers.get("Retry-After", "")
+                wait = float(asked) if asked.isdigit() and int(asked) > 0 else wait
+            if attempt < retries:
+                time.sleep(min(wait, LONGEST_WAIT))
+                wait *= 2
+        raise StageError(
+            f"judge at {address}: {problem}, {retries + 1} times in a row; check that the server "
+            "is up. The replies so far are kept; run the same command again",
+            exit_code=1,
+        )
 
     def _request(self, prompt: str) -> bytes:
         body = {
@@ -159,45 +196,19 @@ class Endpoint:
             )
         return {"Authorization": f"Bearer {secret}"}
 
-    def _completion(self, body: bytes, headers: Mapping[str, str]) -> str:
-        address = f"{self.url.rstrip('/')}/chat/completions"
-        retries, wait = int(self.limits[RETRIES]), FIRST_WAIT
-        for attempt in range(retries + 1):
-            try:
-                return self._once(urllib.request.Request(address, body, dict(headers)))
-            except urllib.error.HTTPError as error:
-                said = error.read(2000).decode("utf-8", "replace").strip()
-                problem = f"it answered {error.code} {error.reason}: {said[:SHOWN]}"
-                if error.code not in PASSING:
-                    raise ConfigError(
-                        f"judge at {address}: {problem}; check the url, the model name "
-                        f"{self.model!r} and the key"
-                    ) from None
-                wait = _asked_to_wait(error) or wait
-            except (OSError, http.client.HTTPException) as error:
-                problem = f"it cannot be reached ({getattr(error, 'reason', None) or error!r})"
-            if attempt < retries:
-                time.sleep(min(wait, LONGEST_WAIT))
-                wait *= 2
-        raise StageError(
-            f"judge at {address}: {problem}, {retries + 1} times in a row; check that the server "
-            "is up. The replies so far are kept; run the same command again",
-            exit_code=1,
-        )
 
-    def _once(self, request: urllib.request.Request) -> str:
-        with urllib.request.urlopen(request, timeout=self.limits[TIMEOUT]) as answer:
-            text = answer.read().decode("utf-8", "replace")
-        try:
-            content = json.loads(text)["choices"][0]["message"]["content"]
-        except (ValueError, LookupError, TypeError):
-            content = None
-        if not isinstance(content, str):
-            raise StageError(
-                f"judge at {request.full_url}: its answer is no chat completion, with a text at "
-                f"choices[0].message.content: {text[:SHOWN]!r}"
-            )
-        return content
+def _completion(answer: httpx.Response) -> str:
+    """The text of a chat completion. Raises StageError where the answer is none."""
+    try:
+        content = answer.json()["choices"][0]["message"]["content"]
+    except (ValueError, LookupError, TypeError):
+        content = None
+    if not isinstance(content, str):
+        raise StageError(
+            f"judge at {answer.url}: its answer is no chat completion, with a text at "
+            f"choices[0].message.content: {answer.text[:SHOWN]!r}"
+        )
+    return content
 
 
 def limit(name: str) -> float:
@@ -211,9 +222,3 @@ def limit(name: str) -> float:
     if not lowest <= value < float("inf"):
         raise ConfigError(f"{name}={text!r} in the environment; it has to be a number >= {lowest}")
     return value
-
-
-def _asked_to_wait(error: urllib.error.HTTPError) -> float | None:
-    """Seconds of a Retry-After header; None without one, or with a date in it."""
-    value: Any = error.headers.get("Retry-After", "")
-    return float(value) if value.isdigit() and int(value) > 0 else None

@@ -12,7 +12,7 @@ from posttrain.rewards.endpoint import SHOWN, Endpoint, Question
 from posttrain.rewards.judge_kinds import CompareEndpoint, Llm
 from posttrain.rewards.judging import Responses
 from posttrain.rewards.pairing import Comparison, comparisons, win_shares
-from posttrain.rewards.rubric import checked_rubric
+from posttrain.rewards.spec import checked_rubric
 
 GRADE = """You grade an answer.
 

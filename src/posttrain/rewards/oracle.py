@@ -5,11 +5,11 @@ style. What it says is that plus noise, so that a reward model has something to 
 to get wrong. Every draw is a hash of (seed, problem, texts): the same question gets the same answer
 in every process, whichever response is named first.
 
-    pool = VerifierPool(domains, num_workers=2, judge="oracle")
-    oracle = Oracle(pool.scores, noise=1.0, seed=0)
+    pool = VerifierPool(domains, num_workers=2, oracle=True)
+    oracle = Oracle(qualities=pool.scores, noise=1.0, seed=0)
 
-Comparisons follow Bradley and Terry (1952). A ranking follows Plackett and Luce (Gumbel noise on
-each response), whose pairs are Bradley-Terry at the same temperature.
+Comparisons follow Bradley and Terry (1952). Rates are the same with Gumbel noise on each response:
+they rank responses as Plackett and Luce, whose pairs are Bradley-Terry at the same temperature.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from posttrain.backends.prompting import CLOSE, demonstration
 from posttrain.engine.errors import StageError
-from posttrain.modes import CLOSE, demonstration
 from posttrain.rewards.gym import FULL_SCORE
 from posttrain.rewards.python_file import python_verifier
 from posttrain.rewards.verifiers import (
     AnswerVerifier,
     Verifier,
+    domain_config,
     load_verifier,
     make_verifier,
     verifier_name,
@@ -92,7 +93,7 @@ def _kind(character: str) -> str:
 
 def load_quality(domain_dir: Path) -> Verifier:
     """The quality of responses to a domain's problems: of the user's oracle.py, or `Quality`."""
-    config = _config(domain_dir)
+    config = domain_config(domain_dir)
     if "oracle" in config:
         function = config["oracle"].partition(":")[2]
         return AnswerVerifier(verifier=python_verifier(domain_dir / "oracle.py", function))
@@ -103,21 +104,9 @@ def load_quality(domain_dir: Path) -> Verifier:
     return Quality(verifier=load_verifier(domain_dir))
 
 
-def load_judge(domain_dir: Path, judge: str) -> Verifier:
-    """The `verifier` of a domain's artifact, or the quality that its `oracle` likes."""
-    return load_quality(domain_dir) if judge == "oracle" else load_verifier(domain_dir)
-
-
-def judge_name(domain_dir: Path, judge: str) -> str:
-    """The name of that verifier, or of the user's oracle, such as `python:quality`."""
-    own = _config(domain_dir).get("oracle") if judge == "oracle" else None
-    return str(own) if own is not None else verifier_name(domain_dir)
-
-
-def _config(domain_dir: Path) -> dict[str, Any]:
-    record = json.loads((domain_dir / "domain.json").read_text(encoding="utf-8"))
-    config: dict[str, Any] = record["config"]
-    return config
+def quality_name(domain_dir: Path) -> str:
+    """The name of the user's oracle, such as `python:quality`, or else of the verifier."""
+    return str(domain_config(domain_dir).get("oracle", verifier_name(domain_dir)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +114,7 @@ class Oracle:
     """A noisy annotator. With noise 0 it always says what it likes."""
 
     qualities: Callable[[Sequence[Problem], Sequence[str]], list[float]]
-    """Quality in [0, 1] of each response to its problem: `VerifierPool.scores` with that judge."""
+    """Quality in [0, 1] of each response to its problem: `scores` of a pool with `oracle=True`."""
     noise: float = 1.0
     """Temperature of the choice, in logits."""
     seed: int = 0
@@ -146,10 +135,6 @@ class Oracle:
         strength = 1 + sum(abs(margin) >= bound for bound in STRENGTHS)
         return (0 if prefers_low == (a == low) else 1), strength
 
-    def rate(self, problem: Problem, response: str) -> float:
-        """What one response is worth to the annotator, in logits; see `rates`."""
-        return self.rates([problem], [response])[0]
-
     def rates(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[float]:
         """5 quality + noise Gumbel of each response, with a Gumbel variable of mean 0."""
         found = self.qualities(problems, responses)
@@ -157,14 +142,6 @@ class Oracle:
             SCALE * quality + self.noise * self._gumbel(problem, response)
             for problem, response, quality in zip(problems, responses, found, strict=True)
         ]
-
-    def rank(self, problem: Problem, responses: Sequence[str]) -> list[int]:
-        """Positions of the responses, best first: one consistent order by what each is worth."""
-        worth = self.rates([problem] * len(responses), responses)
-        return sorted(
-            range(len(responses)),
-            key=lambda i: (-worth[i], -self._uniform(problem, "tie", responses[i]), i),
-        )
 
     def _tie(self, problem: Problem, low: str, high: str) -> bool:
         """Of two equals, which one is liked without noise: one order of all texts."""

@@ -2,12 +2,16 @@
 
     stage                                     worker (pool_worker.py), a plain interpreter
     -----                                     ------
-    submit -> thread  -- rows of one domain ->  load_judge(domain)
+    submit -> thread  -- rows of one domain ->  load_verifier(domain)
               Future  <- a score per row ----   score, row by row
 
 exact, regex, choice and most of reasoning-gym judge an answer in less time than it takes to send it
 somewhere, so these are called at once, where they are. The others go to the workers: math, python
 and the reasoning-gym datasets in `gym.SLOW`. The scores are the same either way.
+
+A response over which math or reasoning-gym takes too long, or dies, is wrong: it is an expression
+that cannot be evaluated, such as 9**9**9**9. A python verifier should know its own limits: there
+the same is an error, which names the response.
 
 A worker belongs to the process group of the stage and reads from it: it ends with the stage,
 whatever ends the stage.
@@ -24,23 +28,25 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, Self, TypeAlias
+from typing import Any, Self, TypeAlias
 
 import posttrain
 from posttrain.engine.errors import StageError
 from posttrain.rewards.gym import SLOW
-from posttrain.rewards.oracle import judge_name, load_judge
+from posttrain.rewards.oracle import load_quality, quality_name
+from posttrain.rewards.verifiers import load_verifier, verifier_name
 
 Problem: TypeAlias = Mapping[str, Any]
+Row: TypeAlias = tuple[str | None, Problem]
+"""A response and its problem; without a response the problem itself is to be checked."""
 
-SECONDS = 300.0
+PYTHON_SECONDS = 300.0
 """How long a python verifier may take over one answer, and a worker to start."""
-GYM_SECONDS = 20.0
-"""After this long a response counts as wrong under a reasoning-gym verifier, as under math: it is
-an expression that cannot be evaluated, such as 9**9**9**9."""
+RUNAWAY_SECONDS = 20.0
+"""How long math and reasoning-gym may. math-verify gives up by itself after 5 s for each step."""
 
 
 class VerifierPool:
@@ -51,21 +57,24 @@ class VerifierPool:
         domains: Mapping[str, Path],
         *,
         num_workers: int,
-        judge: Literal["verifier", "oracle"] = "verifier",
-        seconds: float = SECONDS,
-        gym_seconds: float = GYM_SECONDS,
+        oracle: bool = False,
+        python_seconds: float = PYTHON_SECONDS,
+        runaway_seconds: float = RUNAWAY_SECONDS,
     ) -> None:
         """`domains`: name -> the domain's artifact. Starts `num_workers` processes if one of the
-        verifiers is slow, and does not wait for them. `judge = "oracle"`: scores are what the
-        hidden taste of the domains' oracles likes (`rewards/oracle.py`). Raises ConfigError for a
-        verifier that does not load."""
-        names = {domain: judge_name(path, judge) for domain, path in domains.items()}
-        slow = {domain: str(domains[domain]) for domain, name in names.items() if is_slow(name)}
+        verifiers is slow, and does not wait for them. `oracle`: scores are what the hidden taste of
+        the domains' oracles likes (`rewards/oracle.py`), not the verifiers'. Raises ConfigError for
+        a verifier that does not load."""
+        name_of, load = (quality_name, load_quality) if oracle else (verifier_name, load_verifier)
+        names = {domain: name_of(path) for domain, path in domains.items()}
+        slow = {domain: name for domain, name in names.items() if is_slow(name)}
         self.domains = tuple(domains)
-        self._inline = {d: load_judge(path, judge) for d, path in domains.items() if d not in slow}
-        limits = {d: gym_seconds if _is_gym(names[d]) else seconds for d in slow}
+        self._inline = {d: load(path) for d, path in domains.items() if d not in slow}
+        limits = {d: python_seconds if _is_python(n) else runaway_seconds for d, n in slow.items()}
+        paths = json.dumps({domain: str(domains[domain]) for domain in slow})
+        arguments = [paths, "oracle" if oracle else "verifier"]
         self._workers = [
-            _Worker(slow, names, limits, judge) for _ in range(num_workers if slow else 0)
+            _Worker(arguments, slow, limits) for _ in range(num_workers if slow else 0)
         ]
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         for worker in self._workers:
@@ -86,12 +95,12 @@ class VerifierPool:
         The future's `result()` waits for the scores, in the order of the texts. It raises
         StageError where a problem, the user's code or its process is broken.
         """
+        rows = list(zip(texts, problems, strict=True))
         if domain not in self._inline:
-            return self._threads.submit(self._score, domain, list(texts), list(problems))
+            return self._threads.submit(self._ask_worker, domain, rows)
         done: Future[list[float]] = Future()
-        score = self._inline[domain].score
         try:
-            done.set_result([score(t, p) for t, p in zip(texts, problems, strict=True)])
+            done.set_result([self._inline[domain].score(t, p) for t, p in rows])
         except Exception as error:
             done.set_exception(error)
         return done
@@ -104,6 +113,14 @@ class VerifierPool:
         ]
         return [found.result()[0] for found in pending]
 
+    def check(self, domain: str, problems: Sequence[Problem]) -> None:
+        """Raises StageError for the first problem whose answer the verifier cannot judge by."""
+        if domain not in self._inline:
+            self._ask_worker(domain, [(None, problem) for problem in problems])
+            return
+        for problem in problems:
+            self._inline[domain].check(problem)
+
     def close(self) -> None:
         """End the workers, also in the middle of an answer."""
         for worker in self._workers:
@@ -112,10 +129,10 @@ class VerifierPool:
         for worker in self._workers:
             worker.release()
 
-    def _score(self, domain: str, texts: list[str], problems: list[Problem]) -> list[float]:
+    def _ask_worker(self, domain: str, rows: Sequence[Row]) -> list[float]:
         worker = self._idle.get()
         try:
-            return worker.scores(domain, texts, problems)
+            return worker.scores(domain, rows)
         finally:
             self._idle.put(worker)
 
@@ -126,22 +143,18 @@ def is_slow(name: str) -> bool:
     return kind in ("math", "python") or (kind == "reasoning_gym" and argument in SLOW)
 
 
-def _is_gym(name: str) -> bool:
-    return name.startswith("reasoning_gym:")
+def _is_python(name: str) -> bool:
+    return name.startswith("python:")
 
 
 class _Worker:
     """One process, used by one thread at a time."""
 
     def __init__(
-        self,
-        domains: Mapping[str, str],
-        names: Mapping[str, str],
-        limits: Mapping[str, float],
-        judge: str,
+        self, arguments: Sequence[str], names: Mapping[str, str], limits: Mapping[str, float]
     ) -> None:
-        self._domains, self._names, self._limits = domains, names, limits
-        self._judge = judge
+        """`arguments`: of the command; `names` and `limits` (seconds per row) by domain."""
+        self._arguments, self._names, self._limits = arguments, names, limits
         self._closed = False
         self._ready = False
         """Whether the process has said that it is."""
@@ -149,15 +162,32 @@ class _Worker:
         """What it has said, after the last line that was read."""
         self._start()
 
-    def scores(self, domain: str, texts: list[str], problems: list[Problem]) -> list[float]:
-        """The score of each text. Raises StageError, see `VerifierPool.submit`."""
+    def scores(self, domain: str, rows: Sequence[Row]) -> list[float]:
+        """The score of each row. Raises StageError, see `VerifierPool.submit`."""
         found: list[float] = []
-        while len(found) < len(texts):
-            if self._process.poll() is not None:
-                self.release()
-                self._start()
-            rest = list(zip(texts, problems, strict=True))[len(found) :]
-            found += self._exchange(domain, rest)
+        died_over = -1
+        while len(found) < len(rows):
+            self._request(domain, rows[len(found) :])
+            for row in rows[len(found) :]:
+                reply = self._read(self._limits[domain])
+                if reply is not None and "error" in reply:
+                    raise StageError(reply["error"], reply["exit_code"])
+                if reply is not None and "score" in reply:
+                    found.append(float(reply["score"]))
+                    continue
+                late = reply is not None
+                if late:
+                    self._process.kill()
+                # Its pipe ends before it does: a process that is still ending takes no request.
+                self._process.wait()
+                if self._closed or row[0] is None or _is_python(self._names[domain]):
+                    raise StageError(self._broken(domain, row, late))
+                if late or died_over == len(found):
+                    found.append(0.0)
+                else:
+                    # Once more: the system may have killed an innocent process for memory.
+                    died_over = len(found)
+                break
         return found
 
     def close(self) -> None:
@@ -171,34 +201,38 @@ class _Worker:
             if pipe is not None:
                 pipe.close()
 
-    def _exchange(self, domain: str, rows: list[tuple[str, Problem]]) -> Iterator[float]:
-        """Scores of `rows` in order; the last one given is of a row that took too long."""
-        subject = f"domain {domain!r}: its verifier {self._names[domain]}"
-        if not self._ready and self._read(SECONDS) != {"ready": True}:
+    def _request(self, domain: str, rows: Sequence[Row]) -> None:
+        """Send rows to the process, to a new one where it has ended."""
+        if self._process.poll() is not None:
+            self.release()
+            self._start()
+        if not self._ready and self._read(PYTHON_SECONDS) != {"ready": True}:
             raise StageError(
-                f"{subject} could not be asked: the process for it did not start. Its message "
-                "stands in the log of the stage"
+                f"domain {domain!r}: its verifier {self._names[domain]} could not be asked: the "
+                "process for it did not start. Its message stands in the log of the stage"
             )
         self._ready = True
         self._send({"domain": domain, "rows": rows})
-        for text, problem in rows:
-            over = f"over problem {problem['id']}; response was {text[:200]!r}"
-            reply = self._read(self._limits[domain])
-            if reply is None:
-                raise StageError(f"{subject} {self._death()}, {over}")
-            if "error" in reply:
-                raise StageError(reply["error"], reply["exit_code"])
-            if "score" in reply:
-                yield float(reply["score"])
-                continue
-            self._kill()
-            if not _is_gym(self._names[domain]):
-                raise StageError(
-                    f"{subject} took longer than {self._limits[domain]:g} s {over}. Give up "
-                    "earlier in it, and return 0.0 for a response that cannot be judged"
+
+    def _broken(self, domain: str, row: Row, late: bool) -> str:
+        """The message for a row that got no score: in time, or ever because the process ended."""
+        response, problem = row
+        advice = ""
+        if response is None:
+            over = f"over the answer of problem {problem['id']}"
+        else:
+            over = f"over problem {problem['id']}; response was {response[:200]!r}"
+        if self._closed:
+            ending = "was stopped"
+        elif late:
+            ending = f"took longer than {self._limits[domain]:g} s"
+            if response is not None:
+                advice = (
+                    ". Give up earlier in it, and return 0.0 for a response that cannot be judged"
                 )
-            yield 0.0
-            return
+        else:
+            ending = _how_it_ended(self._process.returncode)
+        return f"domain {domain!r}: its verifier {self._names[domain]} {ending} {over}{advice}"
 
     def _start(self) -> None:
         if self._closed:
@@ -209,7 +243,7 @@ class _Worker:
         module = "posttrain.rewards.pool_worker"
         self._process = subprocess.Popen(
             # -P: a queue.py in the current directory is not the module that is meant.
-            [sys.executable, "-P", "-m", module, json.dumps(self._domains), self._judge],
+            [sys.executable, "-P", "-m", module, *self._arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,
@@ -241,16 +275,13 @@ class _Worker:
         reply: dict[str, Any] = json.loads(line)
         return reply
 
-    def _death(self) -> str:
-        """How the process ended, as the end of a sentence."""
-        if self._closed:
-            return "was stopped"
-        code = self._process.wait()
-        if code >= 0:
-            return f"ended its process with status {code}"
-        memory = " (if nobody sent it, memory ran out)" if -code == signal.SIGKILL else ""
-        return f"crashed its process by signal {-code} ({signal.Signals(-code).name}){memory}"
-
     def _kill(self) -> None:
         self._process.kill()
         self._process.wait()
+
+
+def _how_it_ended(code: int) -> str:
+    if code >= 0:
+        return f"ended its process with status {code}"
+    memory = " (if nobody sent it, memory ran out)" if -code == signal.SIGKILL else ""
+    return f"crashed its process by signal {-code} ({signal.Signals(-code).name}){memory}"

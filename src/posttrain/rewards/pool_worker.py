@@ -1,9 +1,9 @@
 """The process in which slow verifiers run, started by `pool.py`, one for each worker of the pool.
 
-Request, one JSON object per line on stdin: {"domain", "rows": [[response, problem], ...]}. Replies:
-{"ready": true} at first, then one line per row: {"score": float}, or {"error": message,
-"exit_code": int}, which ends the request.
-What a verifier prints goes to standard error, which is the log of the stage.
+Request, one JSON object per line on stdin: {"domain", "rows": [[response, problem], ...]}; a
+response that is null asks whether the problem can be judged at all. Replies: {"ready": true} at
+first, then one line per row: {"score": float}, or {"error": message, "exit_code": int}, which ends
+the request. What a verifier prints goes to standard error, which is the log of the stage.
 """
 
 from __future__ import annotations
@@ -17,30 +17,37 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 from posttrain.engine.errors import PosttrainError
-from posttrain.rewards.oracle import load_judge
-from posttrain.rewards.verifiers import Verifier
+from posttrain.rewards.oracle import load_quality
+from posttrain.rewards.verifiers import Verifier, load_verifier
 
 
-def replies(verifier_of: Any, request: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def replies(
+    verifier_of: Callable[[str], Verifier], request: Mapping[str, Any]
+) -> Iterator[dict[str, Any]]:
     """The replies to one request; `verifier_of` gives the verifier of a domain."""
     domain = request["domain"]
     for response, problem in request["rows"]:
         try:
-            yield {"score": verifier_of(domain).score(response, problem)}
+            verifier = verifier_of(domain)
+            if response is None:
+                verifier.check(problem)
+                yield {"score": 1.0}
+            else:
+                yield {"score": verifier.score(response, problem)}
         except PosttrainError as error:
             yield {"error": str(error), "exit_code": error.exit_code}
             return
         except BaseException as error:  # also the SystemExit of a user's sys.exit()
             traceback.print_exc()
+            said = "" if response is None else f"; response was {response[:200]!r}"
             yield {
                 "error": f"domain {domain!r}: its verifier raised {type(error).__name__}: {error} "
-                f"on problem {problem['id']}; response was {response[:200]!r}. The traceback is in "
-                "the log of the stage",
+                f"on problem {problem['id']}{said}. The traceback is in the log of the stage",
                 "exit_code": 1,
             }
             return
@@ -54,11 +61,11 @@ def main() -> None:
     requests: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(source, requests), daemon=True).start()
     domains: dict[str, str] = json.loads(sys.argv[1])
-    judge = sys.argv[2]
+    load = load_quality if sys.argv[2] == "oracle" else load_verifier
 
     @functools.cache
     def verifier_of(domain: str) -> Verifier:
-        return load_judge(Path(domains[domain]), judge)
+        return load(Path(domains[domain]))
 
     for domain in domains:
         # Imports take a second, in which the stage loads its models. What fails here fails again
@@ -66,6 +73,7 @@ def main() -> None:
         with contextlib.suppress(Exception):
             verifier_of(domain)
     _send(target, {"ready": True})
+    # Verifiers run on the main thread, where the SIGALRM works by which math-verify gives up.
     while True:
         for reply in replies(verifier_of, json.loads(requests.get())):
             _send(target, reply)

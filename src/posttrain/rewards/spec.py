@@ -1,4 +1,6 @@
-"""Verifiers by name: what a user writes, checked at plan time without importing anything heavy."""
+"""What a user writes about rewards, checked at plan time without importing anything heavy: the
+verifier of a domain, and the rubric of a row.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +12,9 @@ from typing import Any
 
 from posttrain.engine.errors import ConfigError, choices_text
 from posttrain.engine.fingerprint import file_digest
+from posttrain.rewards.formats import find_format
 from posttrain.rewards.gym import check_params
 from posttrain.rewards.python_file import check_file
-from posttrain.suites.formats import find_format
 
 OPTIONS: Mapping[str, Mapping[str, type]] = {
     "math": {},
@@ -24,14 +26,11 @@ OPTIONS: Mapping[str, Mapping[str, type]] = {
 }
 """Verifier kind -> its options and their types."""
 
-SPELLINGS = (
-    "math",
-    "exact",
-    "regex",
-    "choice",
-    "reasoning_gym:<name>",
-    "python:<file.py>:<function>",
-)
+SPELLINGS: Mapping[str, str] = {kind: kind for kind in OPTIONS} | {
+    "reasoning_gym": "reasoning_gym:<name>",
+    "python": "python:<file.py>:<function>",
+}
+"""Verifier kind -> how it is written."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,15 +54,15 @@ class VerifierSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ResolvedVerifier:
-    """A checked verifier in the three parts of a graph node."""
+class NodeParts:
+    """What was declared, checked and in the three parts of a graph node."""
 
-    config: Mapping[str, Any]
-    """Identity: {"name", "options"}; `make_verifier` takes it."""
-    data: Mapping[str, str]
-    """Identity: sha256 of the user's file under "verifier", for python verifiers."""
-    runtime: Mapping[str, Any]
-    """Not identity: "verifier_file", where that file lies."""
+    config: dict[str, Any]
+    """Identity: literals only. Of a verifier {"name", "options"}, which `make_verifier` takes."""
+    data: dict[str, str]
+    """Identity: sha256 of the user's files: "verifier", "oracle", a domain's tables by split."""
+    runtime: dict[str, Any]
+    """Not identity: where those files lie, such as "verifier_file"."""
 
 
 def parse_verifier(
@@ -79,11 +78,10 @@ def parse_verifier(
         kind = spec.kind if isinstance(text, str) else str(text)
         hint = choices_text(kind, OPTIONS).partition("choices:")[0]
         raise ConfigError(
-            f"{where}: unknown verifier {text!r}; {hint}choices: {', '.join(SPELLINGS)}"
+            f"{where}: unknown verifier {text!r}; {hint}choices: {', '.join(SPELLINGS.values())}"
         )
-    if bool(spec.argument) != (spec.kind in ("reasoning_gym", "python")):
-        wanted = next(name for name in SPELLINGS if name.partition(":")[0] == spec.kind)
-        raise ConfigError(f"{where}: verifier {text!r} has to be written {wanted!r}")
+    if bool(spec.argument) != (":" in SPELLINGS[spec.kind]):
+        raise ConfigError(f"{where}: verifier {text!r} has to be written {SPELLINGS[spec.kind]!r}")
     _check_options(spec, where)
     if spec.kind == "reasoning_gym":
         check_params(spec.argument, spec.options.get("params", {}), where=where)
@@ -147,9 +145,7 @@ def split_python(spec: VerifierSpec, *, where: str) -> tuple[str, str]:
     return file, function
 
 
-def resolve_verifier(
-    spec: VerifierSpec, base_dir: Path, *, where: str = "verifier"
-) -> ResolvedVerifier:
+def resolve_verifier(spec: VerifierSpec, base_dir: Path, *, where: str = "verifier") -> NodeParts:
     """Checks a verifier wholly and splits it into identity and place. Runs none of the user's code.
 
     Raises:
@@ -158,12 +154,37 @@ def resolve_verifier(
     spec = parse_verifier(spec.name, spec.options, where=where)
     if spec.kind != "python":
         config = {"name": spec.name, "options": dict(spec.options)}
-        return ResolvedVerifier(config=config, data={}, runtime={})
+        return NodeParts(config=config, data={}, runtime={})
     file, function = split_python(spec, where=where)
     path = (base_dir / file).absolute()
     check_file(path, function, where=where)
-    return ResolvedVerifier(
+    return NodeParts(
         config={"name": f"python:{function}", "options": {}},
         data={"verifier": file_digest(path)},
         runtime={"verifier_file": str(path)},
     )
+
+
+RUBRIC_FORM = '{"criterion": text, "weight": number above 0}'
+
+
+def checked_rubric(value: Any) -> list[dict[str, Any]]:
+    """The criteria of a row, by which `judges.llm(rubric=True)` grades responses to it.
+
+    Returns the value if it is a list of criteria, with weight 1 where it is absent. Raises
+    ConfigError for anything else.
+    """
+    if not isinstance(value, list) or not value:
+        raise ConfigError(f"{value!r} is no rubric; it takes a list of {RUBRIC_FORM}")
+    return [_criterion(entry) for entry in value]
+
+
+def _criterion(entry: Any) -> dict[str, Any]:
+    given = entry if isinstance(entry, Mapping) else {}
+    text, weight = given.get("criterion"), given.get("weight")
+    # Parquet has a null where a row leaves the weight out.
+    weight = 1.0 if weight is None else weight
+    number = isinstance(weight, int | float) and not isinstance(weight, bool)
+    if not isinstance(text, str) or not text.strip() or not number or not 0 < weight < float("inf"):
+        raise ConfigError(f"{entry!r} in the rubric is no criterion; it takes {RUBRIC_FORM}")
+    return {"criterion": text, "weight": float(weight)}

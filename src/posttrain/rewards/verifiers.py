@@ -8,7 +8,7 @@
     python:<file.py>:<function>   a user's function (response, problem) -> float
 
 A problem is one row of a domain: {"id", "domain", "prompt", "answer", "demo", "meta"}. Where it has
-a "mode", the verifier of a domain's artifact sees the answer alone (`posttrain/modes.py`).
+a "mode", the verifier of a domain's artifact sees the answer alone (`posttrain/backends/prompting.py`).
 """
 
 from __future__ import annotations
@@ -20,33 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from posttrain.backends.prompting import visible
 from posttrain.engine.errors import ConfigError, StageError, choices_text
-from posttrain.modes import visible
+from posttrain.rewards.formats import find_format
 from posttrain.rewards.gym import gym_verifier
 from posttrain.rewards.math_answer import MathVerifier
 from posttrain.rewards.python_file import python_verifier
-from posttrain.rewards.spec import (
-    OPTIONS,
-    ResolvedVerifier,
-    VerifierSpec,
-    compile_pattern,
-    parse_verifier,
-    resolve_verifier,
-)
-from posttrain.suites.formats import find_format
-
-__all__ = [
-    "AnswerVerifier",
-    "ResolvedVerifier",
-    "Verifier",
-    "VerifierSpec",
-    "choice_letter",
-    "load_verifier",
-    "make_verifier",
-    "parse_verifier",
-    "resolve_verifier",
-    "verifier_name",
-]
+from posttrain.rewards.spec import OPTIONS, VerifierSpec, compile_pattern
 
 
 class Verifier(Protocol):
@@ -221,19 +201,23 @@ def make_verifier(config: Mapping[str, Any], runtime: Mapping[str, Any] | None =
     raise ConfigError(f"unknown verifier {spec.name!r}; {choices_text(spec.kind, OPTIONS)}")
 
 
+def domain_config(domain_dir: Path) -> dict[str, Any]:
+    """The identity of a domain's artifact, from its domain.json: source, verifier, maybe oracle."""
+    record = json.loads((domain_dir / "domain.json").read_text(encoding="utf-8"))
+    config: dict[str, Any] = record["config"]
+    return config
+
+
 def verifier_name(domain_dir: Path) -> str:
     """The name of the verifier of a domain's artifact, such as `math` or `python:score`."""
-    record = json.loads((domain_dir / "domain.json").read_text(encoding="utf-8"))
-    return str(record["config"]["verifier"]["name"])
+    return str(domain_config(domain_dir)["verifier"]["name"])
 
 
 def load_verifier(domain_dir: Path) -> Verifier:
     """The verifier of a domain's artifact, from its domain.json (for python, its verifier.py).
 
-    It sees what `posttrain.modes.visible` leaves of a response.
+    It sees what `posttrain.backends.prompting.visible` leaves of a response.
     """
-    record = json.loads((domain_dir / "domain.json").read_text(encoding="utf-8"))
-    verifier = make_verifier(
-        record["config"]["verifier"], {"verifier_file": str(domain_dir / "verifier.py")}
-    )
-    return AnswerVerifier(verifier=verifier)
+    config = domain_config(domain_dir)["verifier"]
+    runtime = {"verifier_file": str(domain_dir / "verifier.py")}
+    return AnswerVerifier(verifier=make_verifier(config, runtime))

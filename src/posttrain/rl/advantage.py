@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from posttrain.losses.ops import known_choice, same_shape
+from posttrain.losses.ops import known_choice, row_sums, same_shape
 
 AdvantageMode = Literal["group_mean", "group_zscore", "leave_one_out", "batch", "global"]
 
@@ -49,7 +49,7 @@ def advantages(
         group_B = torch.zeros_like(group_B)
     index_B, size_U = _groups(group_B)
     size_B = size_U.to(rewards_B.dtype)[index_B]
-    centred_B = rewards_B - _group_sum(rewards_B, index_B, size_U)[index_B] / size_B
+    centred_B = rewards_B - row_sums(rewards_B, index_B, len(size_U))[index_B] / size_B
     # The mean of equal rewards is off by rounding, and epsilon would magnify that.
     centred_B = centred_B.masked_fill(zero_variance(rewards_B, group_B), 0)
     if mode == "group_mean":
@@ -57,7 +57,7 @@ def advantages(
     if mode == "leave_one_out":
         return centred_B * size_B / (size_B - 1).clamp(min=1)
     if mode == "group_zscore":
-        square_B = _group_sum(centred_B.square(), index_B, size_U)[index_B]
+        square_B = row_sums(centred_B.square(), index_B, len(size_U))[index_B]
         return centred_B / ((square_B / (size_B - 1).clamp(min=1)).sqrt() + epsilon)
     # A batch of one row has no standard deviation; its centred reward is 0.
     std = rewards_B.std() if rewards_B.numel() > 1 else rewards_B.new_zeros(())
@@ -91,8 +91,3 @@ def _groups(group_B: Tensor) -> tuple[Tensor, Tensor]:
     """For each row the index of its group among the distinct ids, and the size of each group."""
     _, index_B, size_U = torch.unique(group_B, return_inverse=True, return_counts=True)
     return index_B, size_U
-
-
-def _group_sum(value_B: Tensor, index_B: Tensor, size_U: Tensor) -> Tensor:
-    """The sum of the values of each group, `[U]`."""
-    return value_B.new_zeros(size_U.shape).index_add(0, index_B, value_B)

@@ -241,7 +241,7 @@ class Batch:
         The hidden state that "predicts" it is that of the last token of the row, where a reward is
         read (`last_B`). Columns per token do not fit any more and are left out.
         """
-        width = int(self.length_B.max()) + 1
+        width = int(self.length_B.max()) + 1 if len(self) else 0
         tokens_BT = pad(self.tokens_BT, (0, max(0, width - self.tokens_BT.shape[1])))
         sampled_BT = pad(self.sampled_BT, (0, max(0, width - self.sampled_BT.shape[1])))
         sampled_BT = sampled_BT.scatter(1, self.length_B[:, None], True)

@@ -16,50 +16,48 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from posttrain.backends.chat import Chat
-from posttrain.backends.checkpoint import load
-from posttrain.backends.sampler import LocalSampler
-from posttrain.external import MODEL_FILES
-from posttrain.modes import in_modes
-from posttrain.report.statistics import mean_interval
+from posttrain.backends.checkpoint_source import MODEL_FILES
+from posttrain.backends.prompting import Problem, in_modes
 from posttrain.rewards.judge_base import Judge
-from posttrain.rewards.judging import Responses
 from posttrain.rewards.pool import VerifierPool
-from posttrain.stages.batches import Problem
+from posttrain.rl.batch import Batch, concatenate
+from posttrain.rl.seeds import step_seed
+from posttrain.rl.statistics import mean_interval
 from posttrain.stages.context import Context
 from posttrain.stages.judging import make_reward, responses_of
-from posttrain.stages.rollouts import Scored, sample_and_verify, step_seed, verifiers
+from posttrain.stages.rollout import rollout, verifiers
 from posttrain.stages.settings.models import Best
 
 EDGE = "candidates."
 
 
-def run(config: Best, ctx: Context) -> dict[str, Any]:
+def run(settings: Best, ctx: Context) -> dict[str, Any]:
     """Let all candidates answer the same problems; write best.json and the winner's files."""
-    judges = verifiers(ctx)
+    verifier_pool = verifiers(ctx)
     problems = {
-        name: in_modes(ctx.problems(name, "validation")[: config.num_problems], config.modes)
+        name: in_modes(ctx.problems(name, "validation")[: settings.num_problems], settings.modes)
         for name in ctx.domains
     }
-    paths = {e.removeprefix(EDGE): p for e, p in ctx.inputs.items() if e.startswith(EDGE)}
-    answers: dict[str, list[Scored]] = {}
-    for number, (name, path) in enumerate(paths.items()):
-        answers[name] = answer(config, ctx, path, problems, judges)
-        tokens = sum(scored.rollouts.num_tokens for scored in answers[name])
-        rewards = [float(scored.reward_B.mean()) for scored in answers[name]]
-        ctx.log(number + 1, len(paths), tokens=tokens, reward=float(np.mean(rewards)))
-    worths = {name: [s.reward_B.double() for s in rows] for name, rows in answers.items()}
-    if config.judge is not None:
-        worths = judge_scores(config.judge, config, ctx, answers)
+    names = [edge.removeprefix(EDGE) for edge in ctx.inputs if edge.startswith(EDGE)]
+    answers: dict[str, list[Batch]] = {}
+    for number, name in enumerate(names):
+        answers[name] = answer(settings, ctx, EDGE + name, problems, verifier_pool)
+        tokens = sum(batch.num_tokens for batch in answers[name])
+        rewards = [float(batch["reward_B"].mean()) for batch in answers[name]]
+        ctx.log(number + 1, len(names), tokens=tokens, reward=float(np.mean(rewards)))
+    worths = {name: [b["reward_B"].double() for b in of_it] for name, of_it in answers.items()}
+    if settings.judge is not None:
+        worths = judge_scores(settings.judge, settings, ctx, answers)
     found = {
-        name: measured(config, list(problems), rows, worths[name]) for name, rows in answers.items()
+        name: measured(settings, list(problems), of_it, worths[name])
+        for name, of_it in answers.items()
     }
     # The first of equal ones: max keeps it.
     winner = max(found, key=lambda name: found[name]["value"])
-    result = {"winner": winner, "metric": config.metric, "split": "validation"}
+    result = {"winner": winner, "metric": settings.metric, "split": "validation"}
     text = json.dumps(result | {"candidates": found}, indent=1)
     (ctx.out / "best.json").write_text(text, encoding="utf-8")
-    take_over(paths[winner], ctx.out)
+    take_over(ctx.inputs[EDGE + winner], ctx.out)
     summary: dict[str, Any] = {"winner": winner, "score": found[winner]["value"]}
     for name, scores in found.items():
         summary |= {f"score/{name}": scores["value"]}
@@ -68,60 +66,47 @@ def run(config: Best, ctx: Context) -> dict[str, Any]:
 
 
 def answer(
-    config: Best,
+    settings: Best,
     ctx: Context,
-    path: Path,
+    edge: str,
     problems: dict[str, list[Problem]],
-    judges: VerifierPool,
-) -> list[Scored]:
+    verifier_pool: VerifierPool,
+) -> list[Batch]:
     """A candidate's answers by domain; all candidates draw with the same random numbers."""
-    language_model = load(path, dtype=getattr(torch, config.precision), device=ctx.device)
-    chat, sampler = Chat(language_model), LocalSampler(language_model)
-    greedy = config.metric == "greedy"
+    sampler = ctx.sampler(edge, precision=settings.precision)
+    greedy = settings.metric == "greedy"
     return [
-        sample_and_verify(
+        rollout(
             sampler,
-            chat,
             rows,
-            judges,
-            group_size=1 if greedy else config.samples,
-            max_new_tokens=config.max_new_tokens,
+            verifier_pool,
+            group_size=1 if greedy else settings.samples,
+            max_new_tokens=settings.max_new_tokens,
             temperature=0.0 if greedy else 1.0,
-            seed=step_seed(config.seed, number),
+            seed=step_seed(settings.seed, number),
         )
         for number, rows in enumerate(problems.values())
     ]
 
 
 def judge_scores(
-    judge: Judge, config: Best, ctx: Context, answers: dict[str, list[Scored]]
+    judge: Judge, settings: Best, ctx: Context, answers: dict[str, list[Batch]]
 ) -> dict[str, list[Tensor]]:
     """The judge's scores (float64) of all answers, those of all candidates to a problem in one
     group: a judge that compares responses compares the candidates."""
-    parts = [responses_of(scored) for rows in answers.values() for scored in rows]
-    group: list[int] = []
-    for rows in answers.values():
-        first = 0
-        for scored in rows:
-            group += (scored.group_B + first).tolist()
-            first += int(scored.group_B.max()) + 1
-    responses = Responses(
-        problems=[problem for part in parts for problem in part.problems],
-        texts=[text for part in parts for text in part.texts],
-        group=group,
-        finished=[whole for part in parts for whole in part.finished],
-        num_tokens=[count for part in parts for count in part.num_tokens],
-        verdicts=[verdict for part in parts for verdict in part.verdicts or ()],
-    )
-    dtype = getattr(torch, config.precision)
-    scores, _ = make_reward(judge, ctx, dtype=dtype, seed=config.seed).score(responses)
+    of_candidates = [concatenate(batches) for batches in answers.values()]
+    group_B = torch.cat([batch["group_B"] for batch in of_candidates])
+    together = concatenate(of_candidates)
+    together["group_B"] = group_B
+    reward = make_reward(judge, ctx, precision=settings.precision, seed=settings.seed)
+    scores, _ = reward.score(responses_of(together))
     score_B = torch.tensor(scores, dtype=torch.float64)
-    split = iter(score_B.split([len(part) for part in parts]))
-    return {name: [next(split) for _ in rows] for name, rows in answers.items()}
+    split = iter(score_B.split([len(b) for batches in answers.values() for b in batches]))
+    return {name: [next(split) for _ in batches] for name, batches in answers.items()}
 
 
 def measured(
-    config: Best, domains: list[str], answers: list[Scored], worths: list[Tensor]
+    settings: Best, domains: list[str], answers: list[Batch], worths: list[Tensor]
 ) -> dict[str, Any]:
     """What a candidate is worth, with its interval.
 
@@ -129,15 +114,14 @@ def measured(
     length in `max_new_tokens`.
     """
     means = []
-    for scored, worth_B in zip(answers, worths, strict=True):
-        length_B = scored.rollouts.response_len_B.double()
-        net_B = worth_B - config.length_weight * length_B / config.max_new_tokens
-        count = int(scored.group_B.max()) + 1
+    for batch, worth_B in zip(answers, worths, strict=True):
+        length_B = batch.sampled_len_B.double()
+        net_B = worth_B - settings.length_weight * length_B / settings.max_new_tokens
+        count = int(batch["group_B"].max()) + 1
         means.append(net_B.reshape(count, -1).mean(dim=1).numpy())
-    interval = mean_interval(means, resamples=config.bootstrap, seed=config.seed)
-    rewards = [float(scored.reward_B.double().mean()) for scored in answers]
-    tokens = sum(scored.rollouts.num_tokens for scored in answers)
-    length = tokens / sum(len(scored.texts) for scored in answers)
+    interval = mean_interval(means, resamples=settings.bootstrap, seed=settings.seed)
+    rewards = [float(batch["reward_B"].double().mean()) for batch in answers]
+    length = sum(batch.num_tokens for batch in answers) / sum(map(len, answers))
     about = {"reward": float(np.mean(rewards)), "response_length": length}
     return interval | about | {"rewards": dict(zip(domains, rewards, strict=True))}
 

@@ -1,18 +1,19 @@
-"""The check of a stage's settings against those of its kind.
+"""The settings of a stage: checked against those of its kind, and written as JSON.
 
 The settings themselves are in `stages/settings/`; the table of kinds names them (`kinds.py`).
 """
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
-from posttrain.engine.errors import ConfigError
+from posttrain.engine.errors import ConfigError, choices_text
 from posttrain.stages.kinds import kind_of
+from posttrain.values import Settings, default_of
 
 
 def build_config(kind: str, stage: str, values: Mapping[str, Any]) -> BaseModel:
@@ -21,35 +22,105 @@ def build_config(kind: str, stage: str, values: Mapping[str, Any]) -> BaseModel:
     try:
         built = config(**values)
     except ValidationError as error:
-        raise ConfigError(_explain(error, config, kind, stage)) from None
-    for field, given in values.items():
-        taken = getattr(built, field)
-        # pydantic makes a number of True and of "3"; nobody who writes that means it.
-        if isinstance(given, bool | str) and type(taken) in (int, float):
-            raise ConfigError(
-                f"stage {stage!r} ({kind}), field {field!r}: {given!r} is no number; write "
-                f"{taken!r} without quotes"
-                if isinstance(given, str)
-                else f"stage {stage!r} ({kind}), field {field!r}: {given!r} is no number"
-            )
+        # A misspelt setting may be the reason why another one is missing.
+        problems = sorted(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
+        lines = [f"stage {stage!r} ({kind}){_explain(one, config)}" for one in problems]
+        raise ConfigError("\n".join(lines)) from None
+    for field, given, taken in _numbers("", values, built):
+        advice = f"; write {taken!r} without quotes" if isinstance(given, str) else ""
+        raise ConfigError(
+            f"stage {stage!r} ({kind}), field {field!r}: {given!r} is no number{advice}"
+        )
     return built
 
 
-def _explain(error: ValidationError, config: type[BaseModel], kind: str, stage: str) -> str:
-    lines = []
-    # A misspelt setting may be the reason why another one is missing.
-    for problem in sorted(error.errors(), key=lambda one: one["type"] != "extra_forbidden"):
-        field = ".".join(map(str, problem["loc"]))
-        where = f"stage {stage!r} ({kind})" + (f", field {field!r}" if field else "")
-        if problem["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(field, config.model_fields, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            choices = ", ".join(config.model_fields)
-            lines.append(f"{where}: unknown option; {hint}choices: {choices}")
-        elif problem["type"] == "missing":
-            lines.append(f"{where}: a value is needed, for example {field}=100")
-        elif problem["type"] == "value_error":
-            lines.append(f"{where}: {problem['ctx']['error']}")
-        else:
-            lines.append(f"{where}: {problem['input']!r} is not allowed: {problem['msg']}")
-    return "\n".join(lines)
+def config_of(settings: BaseModel) -> dict[str, Any]:
+    """All settings as JSON data, from which `build_config` makes the same settings again."""
+    return (
+        settings.to_json() if isinstance(settings, Settings) else settings.model_dump(mode="json")
+    )
+
+
+def identity_of(settings: BaseModel) -> dict[str, Any]:
+    """Those of the settings that are not at their default, within choices too, as JSON data.
+
+    It is what a stage's fingerprint is made of: a setting that is added later, with the default
+    that does what was done before, leaves every fingerprint as it is. The kind of a choice is
+    always there.
+    """
+    if isinstance(settings, Settings):
+        return settings.to_json(defaults=False)
+    fields = type(settings).model_fields
+    return {
+        name: value
+        for name, value in settings.model_dump(mode="json").items()
+        if getattr(settings, name) != default_of(fields[name])
+    }
+
+
+def _numbers(path: str, given: Any, taken: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Dotted path, what was given and what was made of it: where pydantic made a number of True or
+    of "3", since nobody who writes that means it."""
+    if isinstance(given, Mapping):
+        for name, part in given.items():
+            inner = taken.get(name) if isinstance(taken, dict) else getattr(taken, str(name), None)
+            yield from _numbers(f"{path}.{name}" if path else str(name), part, inner)
+    elif isinstance(given, bool | str) and type(taken) in (int, float):
+        yield path, given, taken
+
+
+def _explain(problem: ErrorDetails, config: type[BaseModel]) -> str:
+    """What pydantic found wrong, for the person who wrote it."""
+    field, owner, models = _place(problem["loc"], config)
+    where = f", field {field!r}" if field else ""
+    context = problem.get("ctx", {})
+    if problem["type"] == "extra_forbidden":
+        name = field.rpartition(".")[2]
+        return f"{where}: unknown option; {choices_text(name, owner.model_fields)}"
+    if problem["type"] == "missing":
+        return f"{where}: a value is needed, for example {field}=100"
+    if problem["type"] == "value_error":
+        return f"{where}: {context['error']}"
+    if problem["type"] == "union_tag_invalid":
+        kinds = [kind.strip().strip("'") for kind in context["expected_tags"].split(",")]
+        return f"{where}: there is no {context['tag']!r}; {choices_text(context['tag'], kinds)}"
+    if problem["type"] == "union_tag_not_found":
+        kinds = [kind for model in models for kind in _kinds(model)]
+        return f"{where}: {problem['input']!r} does not say its kind; choices: {', '.join(kinds)}"
+    return f"{where}: {problem['input']!r} is not allowed: {problem['msg']}"
+
+
+def _place(
+    loc: Sequence[int | str], config: type[BaseModel]
+) -> tuple[str, type[BaseModel], list[type[BaseModel]]]:
+    """The dotted path of a place as a recipe writes it, the class that has its last name, and the
+    classes that its value may be of.
+
+    pydantic puts the kind of a choice into its places: ("surrogate", "cispo", "clip_high").
+    """
+    path: list[str] = []
+    owner, models = config, [config]
+    for part in loc:
+        chosen = [model for model in models if part in _kinds(model)]
+        if path and chosen:
+            models = chosen
+            continue
+        path.append(str(part))
+        owner = models[0] if models else owner
+        if models and part in owner.model_fields:
+            models = list(_models(owner.model_fields[str(part)].annotation))
+    return ".".join(path), owner, models
+
+
+def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The pydantic classes that occur in a type."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _models(part)
+
+
+def _kinds(model: type[BaseModel]) -> tuple[Any, ...]:
+    """The kind by which a choice is named, as a tuple of one; () for what is no choice."""
+    field = model.model_fields.get("kind")
+    return () if field is None else get_args(field.annotation)

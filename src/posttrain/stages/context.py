@@ -1,4 +1,6 @@
-"""What a running stage may do with its directories: log, checkpoint, resume, read its inputs.
+"""What a running stage has: its inputs, its models, its steps, its log and its checkpoints.
+
+Models come from a backend that the stage never names: `ctx.learner`, `ctx.sampler`, `ctx.scorer`.
 
 A step checkpoint holds weights and optimiser moments; there is no random state to keep, because
 every stage draws from generators seeded by (seed, step). That is why a resumed stage ends with the
@@ -13,28 +15,35 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from posttrain.backends.base import Backend, Learner, LearnerSettings, Sampler, Scorer
+from posttrain.backends.prompting import in_modes
 from posttrain.engine.atomic import fsync
 from posttrain.engine.errors import ConfigError, StageError
+from posttrain.engine.jsonl import read_jsonl
 from posttrain.engine.work import METRICS, STEP, write_step
-from posttrain.modes import in_modes
+from posttrain.schedules import History
+from posttrain.stages.settings.base import Training
+from posttrain.values import Settings
 
 SECONDS_BETWEEN_CHECKPOINTS = 10.0
 
 
+S = TypeVar("S", bound=Settings)
+
+
 class Resumable(Protocol):
-    """Something whose whole state is named tensors; see `LocalLearner`."""
+    """Something whose whole state is named tensors, such as a learner."""
 
     def state(self) -> dict[str, Tensor]:
         """All tensors."""
@@ -43,6 +52,39 @@ class Resumable(Protocol):
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Put them back."""
         ...
+
+
+@runtime_checkable
+class Replayed(Protocol):
+    """Something whose state follows from the settings of the steps that are done, such as what was
+    drawn from the data."""
+
+    def replay(self, settings: Any, done: int, total: int, history: History) -> None:
+        """Become what it was after `done` of `total` steps."""
+        ...
+
+
+class CheckpointGroup:
+    """Several things with a state as one `Resumable`; each finds its own tensors by its name."""
+
+    def __init__(self, parts: Mapping[str, Resumable]) -> None:
+        self.parts = dict(parts)
+
+    def state(self) -> dict[str, Tensor]:
+        """The tensors of all parts, `part/name`."""
+        return {
+            f"{part}/{name}": tensor
+            for part, resumable in self.parts.items()
+            for name, tensor in resumable.state().items()
+        }
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Give every part its own."""
+        for part, resumable in self.parts.items():
+            prefix = f"{part}/"
+            resumable.restore(
+                {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+            )
 
 
 class Context:
@@ -55,13 +97,14 @@ class Context:
         work: Path,
         inputs: Mapping[str, str],
         threads: int,
-        device: torch.device | None = None,
-        compile: bool = False,
+        backend: Backend | None = None,
+        workers: ThreadPoolExecutor | None = None,
     ) -> None:
-        """`device` is where models compute, the CPU by default; `compile` is for the learner."""
+        """`backend` makes the models of the stage; a stage that has none needs none. `workers` are
+        threads for what can be done beside each other, where the stage has cores to spare."""
         self.name = name
-        self.device = torch.device("cpu") if device is None else device
-        self.compile = compile
+        self._backend = backend
+        self.workers = workers
         self.work = work
         self.out = work / "out"
         self.inputs = {edge: Path(path) for edge, path in inputs.items()}
@@ -81,14 +124,91 @@ class Context:
         """What the stage opened; `close` closes it."""
         self.out.mkdir(parents=True, exist_ok=True)
 
-    @cached_property
-    def workers(self) -> ThreadPoolExecutor | None:
-        """Threads for what can be done beside each other, where the stage has more cores than one
-        operation uses; None otherwise. With no core to spare threads would only take turns."""
-        count = self.threads // torch.get_num_threads()
-        if count < 2 or self.device.type != "cpu":
-            return None
-        return self.resources.enter_context(ThreadPoolExecutor(count, thread_name_prefix="work"))
+    @property
+    def backend(self) -> Backend:
+        """What makes learners, samplers and scorers."""
+        assert self._backend is not None, f"stage {self.name!r} was given no backend"
+        return self._backend
+
+    def learner(
+        self,
+        settings: Training,
+        source: str | Path = "start",
+        *,
+        scalar: bool = False,
+        whole: bool = False,
+    ) -> Learner:
+        """A learner on the checkpoint of an edge or a directory, as the settings say.
+
+        `scalar` is for a model with a score in place of logits (a reward model, a critic); `whole`
+        lets all weights learn, without a moving average. Raises ConfigError for a checkpoint that
+        cannot be read, or a glob of `trainable` that matches no parameter.
+        """
+        optimizer = settings.optimizer
+        made_with = LearnerSettings(
+            betas=(optimizer.beta1, optimizer.beta2),
+            weight_decay=optimizer.weight_decay,
+            max_grad_norm=optimizer.max_grad_norm,
+            dtype=getattr(torch, settings.precision),
+            trainable=("*",) if whole else tuple(settings.trainable),
+            ema=None if whole else optimizer.ema,
+        )
+        return self.backend.learner(self._directory(source), made_with, scalar=scalar)
+
+    def sampler(self, source: str | Path | Learner, *, precision: str = "float32") -> Sampler:
+        """A sampler of the checkpoint of an edge or a directory, or of a learner's weights."""
+        dtype = getattr(torch, precision)
+        return self.backend.sampler(self._directory(source), dtype=dtype)
+
+    def scorer(
+        self, source: str | Path | Learner, *, precision: str = "float32", scalar: bool = False
+    ) -> Scorer:
+        """A frozen model of an edge or a directory, or what a learner's model is at each call."""
+        dtype = getattr(torch, precision)
+        return self.backend.scorer(self._directory(source), dtype=dtype, scalar=scalar)
+
+    def _directory(self, source: Any) -> Any:
+        return self.inputs[source] if isinstance(source, str) else source
+
+    def steps(
+        self, settings: S, total: int, *, replayed: Sequence[Replayed] = (), **parts: Any
+    ) -> Iterator[tuple[int, S]]:
+        """The 0-based steps that are left of `total`, with the settings of each step.
+
+        Before the first one the stage goes on from its newest checkpoint: `parts`, things with a
+        state by name, get theirs back, and what is `replayed` goes through the steps that are done.
+        After every step the state is saved if the last time is long enough ago. None as a part is
+        left out.
+        """
+        parts = {name: part for name, part in parts.items() if part is not None}
+        group = CheckpointGroup(parts)
+        first = self.resume(group)
+        for part in replayed:
+            part.replay(settings, first, total, self.history)
+        for step in range(first, total):
+            self._check_logged(settings, step)
+            step_settings = settings.at(step, total, self.history)
+            optimizer = getattr(step_settings, "optimizer", None)
+            for part in parts.values():
+                if optimizer is not None and hasattr(part, "set_hyperparameters"):
+                    part.set_hyperparameters(
+                        weight_decay=optimizer.weight_decay,
+                        max_grad_norm=optimizer.max_grad_norm,
+                    )
+            yield step, step_settings
+            self.checkpoint(step + 1, group)
+
+    def _check_logged(self, settings: Settings, step: int) -> None:
+        """Raise ConfigError for a schedule that reads a metric which the stage does not log."""
+        if step == 0 or not getattr(settings, "LOGS_ALL", True):
+            return
+        for path, schedule in settings.schedules.items():
+            metric = schedule.metric
+            if metric is not None and "/" not in metric and not self.history(metric):
+                raise ConfigError(
+                    f"the schedule of {path} reads the metric {metric!r}, which this stage does "
+                    "not log; choose one of its metrics (docs/metrics.md), such as loss"
+                )
 
     def close(self) -> None:
         """Close what the stage opened, also when it failed."""
@@ -111,8 +231,7 @@ class Context:
         chosen = split == "train" and "prompts" in self.inputs
         if chosen:
             path = self.inputs["prompts"] / "prompts.jsonl"
-        with path.open(encoding="utf-8") as lines:
-            rows = [json.loads(line) for line in lines]
+        rows = list(read_jsonl(path))
         if chosen:
             rows = [row for row in rows if row["domain"] == domain]
         if not rows:

@@ -6,60 +6,62 @@ what `rl/gae.py` takes. The critic starts from a language model, with values of 
 model, with its rewards (InstructGPT, arXiv 2203.02155, section 3.5), and keeps an optimiser and a
 learning rate of its own.
 
-Legend: B rows, N flat response tokens of all rows, D hidden.
+Legend: B rows, N sampled tokens of all rows, D hidden.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from posttrain.backends.base import Head, Metrics, MicroBatch
-from posttrain.backends.checkpoint import LanguageModel
-from posttrain.backends.local import LocalLearner, LocalScorer
-from posttrain.backends.scalar import load_scalar, scores_N
+from posttrain.algorithms import Gae
+from posttrain.backends.base import Head, HeadLoss, Learner, Metrics
+from posttrain.backends.chat import check_same_tokens
+from posttrain.backends.scalar import scores_N
 from posttrain.losses.value import clipped_value, explained_variance
-from posttrain.rl.kept import flat_index
-from posttrain.rl.types import Rollouts
+from posttrain.rl.batch import Batch
 from posttrain.stages.context import Context
-from posttrain.stages.credit import Credit
 from posttrain.stages.settings.rl import Rl
-from posttrain.stages.teachers import check_same_tokens
 
 
 class Critic:
     """Values of states, and the updates that bring them nearer to the returns."""
 
-    def __init__(self, learner: LocalLearner) -> None:
-        """`learner` holds a model with a score; see `backends/scalar.py`."""
-        self.learner = learner
+    def __init__(self, settings: Rl, ctx: Context, policy: Learner) -> None:
+        """From the edge `critic` if there is one, else from the start of the stage. All its weights
+        learn, with the optimiser of the stage. Raises ConfigError unless it reads the policy's
+        tokens."""
+        source = "critic" if "critic" in ctx.inputs else "start"
+        self.learner = ctx.learner(settings, source, scalar=True, whole=True)
+        check_same_tokens(policy.chat, self.learner.chat, "critic", role="critic")
+        self.scorer = ctx.scorer(self.learner, precision=settings.precision, scalar=True)
 
-    def values_N(self, rollouts: Rollouts) -> Tensor:
-        """The value of the state before each response token, float32, on the CPU. No gradient."""
-        scorer = LocalScorer(self.learner.policy, max_tokens=self.learner.max_tokens)
-        with torch.no_grad():
-            return scores_N(scorer.hidden(rollouts), scorer.head).cpu()
+    def values(self, batch: Batch) -> Tensor:
+        """`value_N` of the state before each sampled token, float32, on the CPU. No gradient."""
+        return self.scorer.scores(batch)
 
-    def update(
-        self,
-        rollouts: Rollouts,
-        return_N: Tensor,
-        old_value_N: Tensor,
-        *,
-        lr: float,
-        clip: float | None,
-    ) -> dict[str, float]:
-        """One optimiser step of `clipped_value` on these rows, a mean over their tokens.
+    def update(self, s: Rl, minibatches: Sequence[Batch], *, lr: float) -> dict[str, float]:
+        """One optimiser step of `value_loss` on each batch, a mean over its tokens.
 
-        `return_N` is what `gae` gives, `old_value_N` what `values_N` gave before the first update
-        on the batch; `clip` None is the plain squared error. Returns sums over the tokens for
-        `value_metrics`, and the gradient norm.
+        They have `return_N`, what `gae` gives, and `old_value_N`, what `values` gave before the
+        first update. `lr` is the policy's of this step; the critic's rises and falls with it.
+        Returns the step's metrics.
         """
-        update = ValueUpdate(rollouts, return_N, old_value_N, clip, self.learner.device)
-        return self.learner.update(rollouts, update.loss, count=float(rollouts.num_tokens), lr=lr)
+        assert isinstance(s.advantage, Gae), "only generalised advantage estimation has a critic"
+        peak = s.advantage.critic_lr
+        critic_lr = lr if peak is None else peak * lr / s.lr
+        loss = HeadLoss(value_loss, s.advantage.value_clip)
+        updates = [
+            self.learner.update(batch, loss, count=float(batch.num_tokens), lr=critic_lr)
+            for batch in minibatches
+        ]
+        return value_metrics(updates) | {"critic_lr": critic_lr}
+
+    def set_hyperparameters(self, *, weight_decay: float, max_grad_norm: float) -> None:
+        """Take these values for the updates that follow."""
+        self.learner.set_hyperparameters(weight_decay=weight_decay, max_grad_norm=max_grad_norm)
 
     def state(self) -> dict[str, Tensor]:
         """Weights and optimiser moments, for a step checkpoint."""
@@ -70,38 +72,19 @@ class Critic:
         self.learner.restore(tensors)
 
 
-class ValueUpdate:
-    """The constants of one step of a critic, which are on `device`."""
-
-    def __init__(
-        self,
-        rollouts: Rollouts,
-        return_N: Tensor,
-        old_value_N: Tensor,
-        clip: float | None,
-        device: torch.device,
-    ) -> None:
-        self.clip = clip
-        self.return_N, self.old_value_N = return_N.to(device), old_value_N.to(device)
-        self.length_B = rollouts.response_len_B.to(device)
-        self.start_B = self.length_B.cumsum(0) - self.length_B
-
-    def loss(self, hidden_ND: Tensor, head: Head, part: MicroBatch) -> tuple[Tensor, Metrics]:
-        """The value loss of the tokens of some rows, a sum over them."""
-        flat_N = flat_index(self.start_B, self.length_B, part.index_B)
-        value_N = scores_N(hidden_ND, head)
-        total, metrics = clipped_value(
-            value_N,
-            self.old_value_N[flat_N],
-            self.return_N[flat_N],
-            torch.ones_like(value_N),
-            clip=self.clip,
-        )
-        return total, metrics | {"value_loss": total.detach()}
+def value_loss(
+    clip: float | None, hidden_ND: Tensor, head: Head, batch: Batch
+) -> tuple[Tensor, Metrics]:
+    """The value loss of the tokens of some rows, a sum over them. A `HeadLoss`."""
+    value_N = scores_N(hidden_ND, head)
+    total, metrics = clipped_value(
+        value_N, batch["old_value_N"], batch["return_N"], torch.ones_like(value_N), clip=clip
+    )
+    return total, metrics | {"value_loss": total.detach()}
 
 
 def value_metrics(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Metrics of a step from what its `Critic.update` calls returned.
+    """Metrics of a step from the sums of its updates.
 
     Means over tokens, the gradient norm over updates, and the share of the returns' variance that
     the values explain.
@@ -114,54 +97,3 @@ def value_metrics(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
         "explained_variance": explained_variance(sums),
         "critic_grad_norm": sums["grad_norm"] / len(updates),
     }
-
-
-def learn_values(
-    config: Rl,
-    critic: Critic,
-    rollouts: Rollouts,
-    credits: Credit,
-    parts: Sequence[Tensor],
-    *,
-    lr: float,
-) -> dict[str, float]:
-    """One update of the critic on each of `parts`, row numbers; returns the step's metrics.
-
-    `lr` is the policy's of this step; the critic's rises and falls with it.
-    """
-    assert credits.return_N is not None and credits.value_N is not None, "a critic's credit"
-    critic_lr = lr if config.critic_lr is None else config.critic_lr * lr / config.lr
-    length_B = rollouts.response_len_B
-    start_B = length_B.cumsum(0) - length_B
-    updates = []
-    for rows_B in parts:
-        flat_N = flat_index(start_B, length_B, rows_B)
-        sums = critic.update(
-            rollouts.rows(rows_B),
-            credits.return_N[flat_N],
-            credits.value_N[flat_N],
-            lr=critic_lr,
-            clip=config.value_clip,
-        )
-        updates.append(sums)
-    return value_metrics(updates) | {"critic_lr": critic_lr}
-
-
-def new_critic(config: Rl, start: Path, policy: LanguageModel, ctx: Context) -> Critic:
-    """A critic from the language model or the reward model in `start`.
-
-    All of its weights learn, with the optimiser of the stage. Raises ConfigError unless it reads
-    the policy's tokens.
-    """
-    language_model = load_scalar(start, device=ctx.device)
-    check_same_tokens(policy, language_model, "critic", role="critic")
-    learner = LocalLearner(
-        language_model,
-        betas=(config.beta1, config.beta2),
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        dtype=getattr(torch, config.precision),
-        compile=ctx.compile,
-        workers=ctx.workers,
-    )
-    return Critic(learner)

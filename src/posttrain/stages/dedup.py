@@ -9,38 +9,37 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from typing import TYPE_CHECKING
 
-from posttrain.stages.context import Context
-from posttrain.stages.rollouts import write_jsonl
-from posttrain.stages.rows import Row, edges, read_rows
+from posttrain.algorithms import Near
+from posttrain.engine.jsonl import read_jsonl, write_jsonl
+from posttrain.stages.rows import edges
 from posttrain.stages.settings.data import Dedup
+
+if TYPE_CHECKING:  # it imports torch
+    from posttrain.stages.context import Context
 
 FIELDS = {"row": ("prompt", "demo"), "prompt": ("prompt",), "demo": ("demo",)}
 
 
-def run(config: Dedup, ctx: Context) -> dict[str, float]:
+def run(settings: Dedup, ctx: Context) -> dict[str, float]:
     """Write data.jsonl: of rows that count as the same the first one, in their order."""
-    rows = [row for path in edges(ctx, "data") for row in read_rows(path / "data.jsonl")]
-    texts = ["\n".join(row[field] for field in FIELDS[config.of]) for row in rows]
+    rows = [row for path in edges(ctx, "data") for row in read_jsonl(path / "data.jsonl")]
+    texts = ["\n".join(row[field] for field in FIELDS[settings.of]) for row in rows]
     # The answer to one prompt in two modes is two things to learn.
-    marks = ["" if config.of == "prompt" else str(row.get("mode")) for row in rows]
+    marks = ["" if settings.of == "prompt" else str(row.get("mode")) for row in rows]
     first = first_of_each(list(zip(marks, texts, strict=True)))
-    if config.near is not None:
+    if settings.near is not None:
+        by_mark: dict[str, list[int]] = {}
+        for position in first:
+            by_mark.setdefault(marks[position], []).append(position)
         first = sorted(
-            [i for mark in set(marks) for i in _similar(config, mark, marks, texts, first)]
+            positions[i]
+            for positions in by_mark.values()
+            for i in first_of_similar([texts[p] for p in positions], settings.near)
         )
-    kept: list[Row] = [rows[i] for i in first]
-    write_jsonl(ctx.out / "data.jsonl", kept)
-    return {"rows": len(kept), "kept_share": len(kept) / len(rows)}
-
-
-def _similar(
-    config: Dedup, mark: str, marks: list[str], texts: list[str], first: list[int]
-) -> list[int]:
-    of_mark = [i for i in first if marks[i] == mark]
-    assert config.near is not None
-    found = first_of_similar([texts[i] for i in of_mark], config.near, config.ngram)
-    return [of_mark[i] for i in found]
+    write_jsonl(ctx.out / "data.jsonl", (rows[i] for i in first))
+    return {"rows": len(first), "kept_share": len(first) / len(rows)}
 
 
 def first_of_each(keys: list[tuple[str, str]]) -> list[int]:
@@ -56,22 +55,22 @@ def grams(text: str, n: int) -> frozenset[str]:
     return frozenset(text[i : i + n] for i in range(max(1, len(text) - n + 1)))
 
 
-def first_of_similar(texts: list[str], near: float, n: int) -> list[int]:
-    """Positions of the texts whose similarity to every kept text before them is below `near`."""
-    sets = [grams(text, n) for text in texts]
+def first_of_similar(texts: list[str], near: Near) -> list[int]:
+    """Positions of the texts that are less like every such text before them than `near` says."""
+    sets = [grams(text, near.ngram) for text in texts]
     frequency = Counter(gram for found in sets for gram in found)
-    kept: list[int] = []
+    first: list[int] = []
     holders: dict[str, list[int]] = {}
     for position, found in enumerate(sets):
         rarest = sorted(found, key=lambda gram: (frequency[gram], gram))
-        prefix = rarest[: len(found) - math.ceil(near * len(found) - 1e-9) + 1]
+        prefix = rarest[: len(found) - math.ceil(near.similarity * len(found) - 1e-9) + 1]
         candidates = {other for gram in prefix for other in holders.get(gram, ())}
-        if any(jaccard(found, sets[other]) >= near for other in candidates):
+        if any(jaccard(found, sets[other]) >= near.similarity for other in candidates):
             continue
-        kept.append(position)
+        first.append(position)
         for gram in prefix:
             holders.setdefault(gram, []).append(position)
-    return kept
+    return first
 
 
 def jaccard(one: frozenset[str], other: frozenset[str]) -> float:

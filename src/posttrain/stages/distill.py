@@ -6,162 +6,285 @@ student's own tokens (MOPD, arXiv 2606.30406; MiMo-V2-Flash, arXiv 2601.02780, s
 and what each of them optimises: `losses/distill.py`). Routing is strict: a domain has one named
 teacher.
 
-Legend: B rows.
+Columns that the loop gives the batch of a step, beside those of `rollout` and of the teachers
+(`stages/teachers.py`):
+
+    domain_B               int64, which domain the row is of
+    loss_weight_B          float32, how much the row counts: its domain's weight and balance
+    advantage_B            float32, of the verifiable reward, less the mean of the row's group
+
+Legend: B rows, N sampled tokens, D the student's hidden size, E the teachers', K top-k, V
+vocabulary.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from posttrain.backends.chat import Chat
-from posttrain.backends.checkpoint import load, save
-from posttrain.backends.local import LocalLearner
-from posttrain.backends.sampler import LocalSampler
-from posttrain.rl.advantage import advantages
-from posttrain.schedules import learning_rate
-from posttrain.stages.auxiliary import Auxiliary, take_metrics
-from posttrain.stages.batches import Batches, Problem
-from posttrain.stages.context import Context
-from posttrain.stages.distill_update import DistillUpdate
-from posttrain.stages.learner import new_learner, steps_to_do
-from posttrain.stages.rollouts import (
-    Scored,
-    equal_parts,
-    sample_and_verify,
-    step_seed,
-    verifiers,
+from posttrain.algorithms import (
+    Jsd,
+    SampledToken,
+    TokenMean,
+    TokenShare,
+    TopK,
+    correction_arguments,
 )
+from posttrain.backends.base import Head, HeadLoss, Metrics
+from posttrain.losses.distill import JSD_BETA, full_vocabulary_of_each, sampled_token, top_k
+from posttrain.losses.divergence import TeacherStates
+from posttrain.losses.ops import aggregation_weights, token_logprobs
+from posttrain.losses.policy import policy_gradient
+from posttrain.rl.advantage import advantages
+from posttrain.rl.batch import Batch, ragged_index
+from posttrain.rl.corrections import importance_correction
+from posttrain.rl.seeds import step_seed
+from posttrain.schedules import learning_rate
+from posttrain.stages.aux_losses import AuxData, pop_metrics
+from posttrain.stages.context import Context
+from posttrain.stages.data import Batches
+from posttrain.stages.rollout import rollout, verifiers
 from posttrain.stages.settings.distill import Distill
-from posttrain.stages.teachers import Reading, Teachers, hinted_prompts
+from posttrain.stages.teachers import Teachers
 
 
-def run(config: Distill, ctx: Context) -> dict[str, float]:
+def run(settings: Distill, ctx: Context) -> dict[str, float]:
     """Train `start` towards the teachers on the prompts of their domains."""
-    judges = verifiers(ctx) if config.rewarded else None
-    language_model = load(ctx.inputs["start"], device=ctx.device)
-    domains, dtype = list(ctx.domains), getattr(torch, config.precision)
-    paths = {name: ctx.inputs[f"teachers.{name}"] for name in config.teachers}
-    teachers = Teachers(paths, language_model, dtype=dtype, device=ctx.device, workers=ctx.workers)
-    chat = Chat(language_model)
-    rows = {name: ctx.problems(name, "train", config.modes) for name in domains}
-    batches = Batches(rows, config, size="prompts_per_step", stage=ctx.name)
-    learner = new_learner(config, language_model, ctx)
-    sampler = LocalSampler(learner.policy)
-    aux = Auxiliary(config, config.seed, ctx, chat, language_model.pad_id)
-    for step, now in steps_to_do(config, ctx, learner, batches, config.steps):
-        problems = batches.draw(now)
-        prompts = hinted_prompts(now, chat, problems, where=f"stage {ctx.name!r}")
-        reading = teachers.reading(now, teacher_numbers(now, teachers, problems), prompts)
-        scored = sample_and_verify(
+    verifier_pool = verifiers(ctx) if settings.rewarded else None
+    policy = ctx.learner(settings)
+    sampler = ctx.sampler(policy)
+    teachers = Teachers(settings, ctx, policy.chat)
+    domains = tuple(ctx.domains)
+    problems_of = {name: ctx.problems(name, "train", settings.modes) for name in domains}
+    batches = Batches(problems_of, settings, size="prompts_per_step", stage=ctx.name)
+    aux = AuxData(settings, ctx, policy.chat)
+    for step, s in ctx.steps(settings, settings.steps, replayed=[batches], policy=policy):
+        # Draw, and let the student answer; the teachers read each answer as it ends.
+        problems = batches.draw(s)
+        scoring = teachers.scoring(s, problems)
+        sampler.sync(policy)
+        batch = rollout(
             sampler,
-            chat,
             problems,
-            judges,
-            group_size=now.samples_per_prompt,
-            max_new_tokens=now.max_new_tokens,
-            temperature=now.temperature,
-            seed=step_seed(now.seed, step),
-            reader=reading,
+            verifier_pool,
+            group_size=s.samples_per_prompt,
+            max_new_tokens=s.max_new_tokens,
+            temperature=s.temperature,
+            seed=step_seed(s.seed, step),
+            reader=scoring,
         )
-        lr = learning_rate(now, step, config.steps)
-        metrics = now.scheduled()
-        metrics |= learn(now, learner, reading, domains, scored, lr=lr, step=step, aux=aux)
-        ctx.log(step + 1, config.steps, tokens=scored.rollouts.num_tokens, **metrics)
-        ctx.checkpoint(step + 1, learner)
-    save(learner.result(), ctx.out)
+        scoring.add_columns(batch)
+        # What each row counts, and what its reward is worth.
+        batch["domain_B"] = torch.tensor([domains.index(p["domain"]) for p in batch.problems])
+        batch["loss_weight_B"] = loss_weights(s, domains, batch)
+        batch["advantage_B"] = advantages(batch["reward_B"], batch["group_B"], mode="group_mean")
+        # Update: one optimiser step on each share of the rows.
+        loss = HeadLoss(distill_loss, LossSettings(step=s, domains=domains, heads=teachers.heads))
+        lr = learning_rate(s, step, settings.steps)
+        sums: Counter[str] = Counter()
+        count, num_updates = 0.0, 0
+        for share in batch.minibatches(s.num_minibatches, seed=s.seed, step=step):
+            by_token = isinstance(s.aggregation, TokenMean)
+            share_count = float(share.num_tokens if by_token else len(share))
+            auxiliary = aux.losses(step * s.num_minibatches + num_updates, s)
+            sums.update(policy.update(share, loss, count=share_count, lr=lr, aux=auxiliary))
+            count, num_updates = count + share_count, num_updates + 1
+        # Log.
+        metrics = {"lr": lr, "grad_norm": sums.pop("grad_norm") / num_updates}
+        metrics |= pop_metrics(sums, num_updates)
+        metrics["loss"] = sums.pop("loss") / count
+        metrics |= per_domain_metrics(sums, domains, batch.num_tokens)
+        metrics["response_length"] = float(batch.sampled_len_B.float().mean())
+        metrics["finished_share"] = float(batch["finished_B"].float().mean())
+        if settings.rewarded:
+            metrics["reward"] = float(batch["reward_B"].mean())
+        for number, name in enumerate(teachers.names):
+            metrics[f"rows/{name}"] = float((batch["teacher_B"] == number).sum())
+        ctx.log(step + 1, settings.steps, tokens=batch.num_tokens, **s.scheduled(), **metrics)
+    policy.finish()
+    policy.save(ctx.out)
     return {"kl": ctx.metrics["kl"], "tokens": ctx.tokens}
 
 
-def teacher_numbers(config: Distill, teachers: Teachers, problems: list[Problem]) -> Tensor:
-    """`teacher_B` of the responses to these problems, group after group."""
-    numbers = []
-    for place, problem in enumerate(problems):
-        names = config.teachers_of(problem["domain"], problem.get("mode"))
-        numbers.append(teachers.names.index(names[place % len(names)]))
-    return torch.tensor(numbers).repeat_interleave(config.samples_per_prompt)
-
-
-def learn(
-    config: Distill,
-    learner: LocalLearner,
-    reading: Reading,
-    domains: list[str],
-    scored: Scored,
-    *,
-    lr: float,
-    step: int,
-    aux: Auxiliary | None = None,
-) -> dict[str, float]:
-    """All updates on one batch of the student's rollouts; returns the step's metrics."""
-    rollouts = scored.rollouts
-    domain_B = torch.tensor([domains.index(p["domain"]) for p in scored.problems])
-    teacher_B = reading.teacher_B
-    targets = reading.targets(rollouts)
-    weight_B = domain_weights(config, domains, rollouts.response_len_B, domain_B)
-    reward_B = advantages(scored.reward_B, scored.group_B, mode="group_mean")
-    sums: dict[str, float] = {}
-    count, num_updates = 0.0, 0
-    for rows_B in equal_parts(len(rollouts), config.updates_per_batch, seed=config.seed, step=step):
-        update = DistillUpdate(
-            config,
-            domains=domains,
-            targets=targets,
-            scored=scored,
-            rows_B=rows_B,
-            domain_B=domain_B[rows_B],
-            teacher_B=teacher_B[rows_B],
-            weight_B=weight_B[rows_B],
-            advantage_B=reward_B[rows_B],
-            device=learner.device,
-        )
-        also = (
-            ()
-            if aux is None
-            else aux.parts(step * config.updates_per_batch + num_updates, config.aux)
-        )
-        part = learner.update(update.rows, update.loss, count=update.count, lr=lr, also=also)
-        sums = {name: sums.get(name, 0.0) + part.get(name, 0.0) for name in sums | part}
-        count, num_updates = count + update.count, num_updates + 1
-    metrics = {"lr": lr, "grad_norm": sums.pop("grad_norm") / num_updates}
-    metrics |= take_metrics(sums, num_updates)
-    metrics["loss"] = sums.pop("loss") / count
-    metrics |= describe(sums, domains, rollouts.num_tokens)
-    metrics["response_length"] = float(rollouts.response_len_B.float().mean())
-    metrics["finished_share"] = float(rollouts.finished_B.float().mean())
-    if config.rewarded:
-        metrics["reward"] = float(scored.reward_B.mean())
-    for number, name in enumerate(reading.teachers.names):
-        metrics[f"rows/{name}"] = float((teacher_B == number).sum())
-    return metrics
-
-
-def domain_weights(
-    config: Distill, domains: list[str], response_len_B: Tensor, domain_B: Tensor
-) -> Tensor:
-    """`weight_B`: the configured weight of a row's domain, times its token balance if asked for.
+def loss_weights(step_settings: Distill, domains: Sequence[str], batch: Batch) -> Tensor:
+    """`loss_weight_B`: the weight of a row's domain, times its token balance if asked for.
 
     The balance is the domain's share of rows over its share of tokens in this batch (Open-MOPD,
     arXiv 2608.19098, token-share weights).
     """
-    weight_of = torch.tensor([config.domain_weights.get(name, 1.0) for name in domains])
-    if config.balance == "tokens":
+    weights, domain_B = step_settings.domain_weights, batch["domain_B"]
+    weight_of = torch.tensor([weights.get(name, 1.0) for name in domains])
+    if isinstance(step_settings.balance, TokenShare):
         rows = torch.bincount(domain_B, minlength=len(domains)).float()
-        tokens = torch.zeros(len(domains)).index_add(0, domain_B, response_len_B.float())
+        tokens = torch.zeros(len(domains)).index_add(0, domain_B, batch.sampled_len_B.float())
         weight_of *= (rows / rows.sum()) / (tokens / tokens.sum()).clamp(min=1e-9)
     return weight_of[domain_B]
 
 
-def describe(sums: dict[str, float], domains: list[str], num_tokens: int) -> dict[str, float]:
+def per_domain_metrics(
+    sums: Mapping[str, float], domains: Sequence[str], num_tokens: int
+) -> dict[str, float]:
     """Means per token, per domain and over all; `token_share/<domain>` adds up to 1."""
+    rest = dict(sums)
     metrics: dict[str, float] = {}
+    tokens = {name: rest.pop(f"tokens/{name}", 0.0) for name in domains}
     for quantity in ("kl", "entropy"):
-        values = {name: sums.pop(f"{quantity}/{name}", 0.0) for name in domains}
+        values = {name: rest.pop(f"{quantity}/{name}", 0.0) for name in domains}
         metrics[quantity] = sum(values.values()) / num_tokens
         for name in domains:
-            tokens = sums.get(f"tokens/{name}", 0.0)
-            if tokens:
-                metrics[f"{quantity}/{name}"] = values[name] / tokens
+            if tokens[name]:
+                metrics[f"{quantity}/{name}"] = values[name] / tokens[name]
     for name in domains:
-        metrics[f"token_share/{name}"] = sums.pop(f"tokens/{name}", 0.0) / num_tokens
-    return metrics | {name: value / num_tokens for name, value in sums.items()}
+        metrics[f"token_share/{name}"] = tokens[name] / num_tokens
+    return metrics | {name: value / num_tokens for name, value in rest.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossSettings:
+    """What the loss needs beside the batch."""
+
+    step: Distill
+    """The settings of the step."""
+    domains: tuple[str, ...]
+    """Names of the domains, which `domain_B` counts."""
+    heads: tuple[Head, ...]
+    """Output layers of the teachers, which `teacher_B` counts."""
+
+
+def distill_loss(
+    settings: LossSettings, hidden_ND: Tensor, head: Head, batch: Batch
+) -> tuple[Tensor, Metrics]:
+    """What an optimiser step descends, summed over tokens, for all teachers at once. A `HeadLoss`.
+
+    The estimator's loss towards each row's teacher, and the policy gradient of the reward where
+    that has a weight.
+    """
+    s, estimator = settings.step, settings.step.estimator
+    hidden_ND, batch = in_order_of_teachers(hidden_ND, batch)
+    weight_N = token_weights(s, batch)
+    student = {"bias_V": head.bias_V, "temperature": s.temperature}
+    logp_N, metrics = torch.empty(0), {}
+    if isinstance(estimator, SampledToken) or s.reward_weight > 0:
+        logp_N, sampled_entropy_N = token_logprobs(
+            hidden_ND, head.weight_VD, batch.targets_N, **student
+        )
+        # For the policy gradients only: a divergence does not depend on which token was sampled,
+        # so it has nothing to correct.
+        correction_N, metrics = correction(s, logp_N, batch)
+    if isinstance(estimator, SampledToken):
+        total, sums = sampled_token(
+            logp_N,
+            batch["teacher_logp_N"],
+            weight_N,
+            advantage_clip=estimator.clip,
+            correction_N=correction_N,
+        )
+        kl_N, entropy_N = (logp_N - batch["teacher_logp_N"]).detach(), sampled_entropy_N
+        metrics |= {name: sums[name] for name in ("advantage_abs", "clipped")}
+    elif isinstance(estimator, TopK):
+        total, sums, values = top_k(
+            hidden_ND,
+            head.weight_VD,
+            batch["teacher_ids_NK"],
+            batch["teacher_logp_NK"],
+            weight_N,
+            **student,
+        )
+        kl_N, entropy_N = values["kl"], values["entropy"]
+        metrics |= {name: sums[name] for name in ("student_mass", "teacher_mass")}
+    else:
+        total, _, values = full_vocabulary_of_each(
+            hidden_ND,
+            head.weight_VD,
+            teacher_states(settings.heads, batch),
+            weight_N,
+            divergence=estimator.kind,
+            jsd_beta=estimator.beta if isinstance(estimator, Jsd) else JSD_BETA,
+            **student,
+        )
+        kl_N, entropy_N = values["kl"], values["entropy"]
+    if s.reward_weight > 0:
+        total = total + s.reward_weight * reward_loss(logp_N, weight_N, correction_N, batch)
+        entropy_N = sampled_entropy_N
+    metrics |= {"loss": total.detach()} | domain_sums(settings.domains, batch, kl_N, entropy_N)
+    return total, metrics
+
+
+def in_order_of_teachers(hidden_ND: Tensor, batch: Batch) -> tuple[Tensor, Batch]:
+    """The same rows with those of one teacher next to each other, teachers in order."""
+    teacher_B = batch["teacher_B"]
+    if bool((teacher_B.diff() >= 0).all()):
+        return hidden_ND, batch
+    order_B = teacher_B.argsort(stable=True)
+    order_N = ragged_index(batch.sampled_len_B, order_B)
+    return hidden_ND.index_select(0, order_N), batch.select(order_B)
+
+
+def teacher_states(heads: Sequence[Head], batch: Batch) -> list[TeacherStates]:
+    """The hidden states of the teachers of the ordered rows, each beside its output layer."""
+    of_each, count = batch["teacher_B"][batch.row_N].unique_consecutive(return_counts=True)
+    states_NE = batch["teacher_hidden_NE"].split(count.tolist())
+    states = []
+    for number, hidden_NE in zip(of_each.tolist(), states_NE, strict=True):
+        head_VE = heads[number].weight_VD
+        # A teacher narrower than the widest one fills the first places.
+        own_NE = hidden_NE[:, : head_VE.shape[1]]
+        states.append(TeacherStates(hidden_NE=own_NE, head_VE=head_VE, bias_V=heads[number].bias_V))
+    return states
+
+
+def reward_loss(logp_N: Tensor, weight_N: Tensor, correction_N: Tensor, batch: Batch) -> Tensor:
+    """The policy gradient of the verifiable reward, as a sum over tokens."""
+    # A ratio of the current policy to itself, which is 1: the plain policy gradient. What the
+    # sampler did differently is in the correction.
+    total, _ = policy_gradient(
+        logp_N,
+        logp_N.detach(),
+        batch["advantage_B"][batch.row_N],
+        weight_N,
+        batch.row_N,
+        num_rows=len(batch),
+        ratio="token",
+        clip_low=1.0,
+        clip_high=1.0,
+        correction_N=correction_N,
+    )
+    return total
+
+
+def correction(step_settings: Distill, logp_N: Tensor, batch: Batch) -> tuple[Tensor, Metrics]:
+    """`correction_N` for what differs between sampler and learner, and its metrics."""
+    return importance_correction(
+        logp_N,
+        batch["sampler_logp_N"],
+        row_N=batch.row_N,
+        num_rows=len(batch),
+        **correction_arguments(step_settings.correction),
+    )
+
+
+def token_weights(step_settings: Distill, batch: Batch) -> Tensor:
+    """`weight_N`: how much each token counts by the aggregation and by the weight of its row."""
+    aggregation = step_settings.aggregation
+    weight_N, _ = aggregation_weights(
+        batch.row_N,
+        len(batch),
+        aggregation=aggregation.kind,
+        constant=getattr(aggregation, "constant", None) or step_settings.max_new_tokens,
+    )
+    return weight_N * batch["loss_weight_B"][batch.row_N]
+
+
+def domain_sums(domains: Sequence[str], batch: Batch, kl_N: Tensor, entropy_N: Tensor) -> Metrics:
+    """`kl/DOMAIN`, `entropy/DOMAIN` and `tokens/DOMAIN`: sums over the domain's tokens."""
+    domain_N = batch["domain_B"][batch.row_N]
+    metrics: Metrics = {}
+    values = {"kl": kl_N, "entropy": entropy_N, "tokens": torch.ones_like(kl_N)}
+    for quantity, value_N in values.items():
+        sums = value_N.new_zeros(len(domains)).index_add(0, domain_N, value_N)
+        metrics |= {f"{quantity}/{name}": sums[i] for i, name in enumerate(domains)}
+    return metrics

@@ -1,7 +1,7 @@
 """How good is each model, and how much of each teacher did the student recover?
 
 All models answer the same problems, which no training stage can draw from, at temperature 1 and
-greedily. The report of it is `evaluation.json`; `report/statistics.py` has the arithmetic.
+greedily. The report of it is `evaluation.json`; `rl/statistics.py` has the arithmetic.
 """
 
 from __future__ import annotations
@@ -11,56 +11,55 @@ from collections import Counter
 from typing import Any
 
 import numpy as np
-import torch
 
-from posttrain.backends.chat import Chat
-from posttrain.backends.checkpoint import LanguageModel, load
-from posttrain.backends.sampler import LocalSampler
-from posttrain.modes import in_modes, spoken
-from posttrain.report.statistics import Scores, evaluation
+from posttrain.backends.base import Sampler
+from posttrain.backends.prompting import Problem, format_answer, in_modes
 from posttrain.rewards.pool import VerifierPool
-from posttrain.stages.batches import Problem
+from posttrain.rl.batch import Batch
+from posttrain.rl.seeds import step_seed
+from posttrain.rl.statistics import Scores, evaluation
 from posttrain.stages.context import Context
-from posttrain.stages.rollouts import Scored, sample_and_verify, step_seed, submit, verifiers
+from posttrain.stages.rollout import rollout, submit, verifiers
 from posttrain.stages.settings.models import Evaluate
 
 
-def run(config: Evaluate, ctx: Context) -> dict[str, float]:
+def run(settings: Evaluate, ctx: Context) -> dict[str, float]:
     """Score student, init and teachers on every domain, in every mode; write evaluation.json and
     transcripts.json."""
-    judges = verifiers(ctx)
-    problems = asked(config, ctx)
-    models = {edge: path for edge, path in ctx.inputs.items() if not edge.startswith("domains.")}
+    verifier_pool = verifiers(ctx)
+    problems = problems_by_name(settings, ctx)
+    models = [edge for edge in ctx.inputs if not edge.startswith("domains.")]
     scores: dict[str, dict[str, Scores]] = {}
     said: dict[str, dict[str, list[str]]] = {}
     transcripts: dict[str, list[dict[str, Any]]] = {
         name: [{"prompt": p["prompt"], "answer": p["answer"], "responses": {}} for p in rows]
-        for name, rows in ((n, r[: config.transcripts]) for n, r in problems.items())
+        for name, rows in ((n, r[: settings.transcripts]) for n, r in problems.items())
     }
-    for number, (edge, path) in enumerate(models.items()):
-        dtype = getattr(torch, config.precision)
-        language_model = load(path, dtype=dtype, device=ctx.device)
-        answers = answer_all(config, language_model, problems, judges)
+    for number, edge in enumerate(models):
+        sampler = ctx.sampler(edge, precision=settings.precision)
+        answers = answer_all(settings, sampler, problems, verifier_pool)
         scores[edge] = {name: answer.scores for name, answer in answers.items()}
         for name, answer in answers.items():
             said.setdefault(name, {})[edge] = answer.texts
             for shown, row in zip(transcripts[name], answer.shown, strict=False):
                 shown["responses"][edge] = row
         ctx.log(number + 1, len(models), tokens=sum(a.num_tokens for a in answers.values()))
-    constants = {name: best_constant(rows, said[name], judges) for name, rows in problems.items()}
+    constants = {
+        name: best_constant(rows, said[name], verifier_pool) for name, rows in problems.items()
+    }
     result = evaluation(
         scores,
         routes={
-            name: config.routes[key]
+            name: settings.routes[key]
             for name, rows in problems.items()
             for key in (name, rows[0]["domain"])
-            if key in config.routes
+            if key in settings.routes
         },
         constants=constants,
-        resamples=config.bootstrap,
-        seed=config.seed,
+        resamples=settings.bootstrap,
+        seed=settings.seed,
     )
-    result |= {"split": config.split, "samples": config.samples}
+    result |= {"split": settings.split, "samples": settings.samples}
     (ctx.out / "evaluation.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
     (ctx.out / "transcripts.json").write_text(
         json.dumps(transcripts, ensure_ascii=False, indent=1), encoding="utf-8"
@@ -69,14 +68,14 @@ def run(config: Evaluate, ctx: Context) -> dict[str, float]:
     return summary if result["norm"] is None else summary | {"norm": result["norm"]}
 
 
-def asked(config: Evaluate, ctx: Context) -> dict[str, list[Problem]]:
+def problems_by_name(settings: Evaluate, ctx: Context) -> dict[str, list[Problem]]:
     """The problems by what is reported: the domain, or with modes `domain/mode`."""
     found: dict[str, list[Problem]] = {}
     for name in ctx.domains:
-        rows = ctx.problems(name, config.split)[: config.num_problems]
-        if not config.modes:
+        rows = ctx.problems(name, settings.split)[: settings.num_problems]
+        if not settings.modes:
             found[name] = rows
-        for mode in config.modes:
+        for mode in settings.modes:
             found[f"{name}/{mode}"] = in_modes(rows, [mode])
     return found
 
@@ -84,54 +83,55 @@ def asked(config: Evaluate, ctx: Context) -> dict[str, list[Problem]]:
 class Answers:
     """One model's answers to one domain."""
 
-    def __init__(self, sampled: Scored, greedy: Scored, num_shown: int) -> None:
-        count = len(greedy.problems)
-        by_problem = sampled.reward_B.reshape(count, -1)
+    def __init__(self, sampled: Batch, greedy: Batch, num_shown: int) -> None:
+        count = len(greedy)
+        by_problem = sampled["reward_B"].reshape(count, -1)
         self.scores = Scores(
             sampled=by_problem.mean(dim=1).double().numpy(),
-            greedy=greedy.reward_B.double().numpy(),
+            greedy=greedy["reward_B"].double().numpy(),
         )
         self.texts = greedy.texts
-        self.num_tokens = sampled.rollouts.num_tokens + greedy.rollouts.num_tokens
+        self.num_tokens = sampled.num_tokens + greedy.num_tokens
         per_problem = by_problem.shape[1]
         self.shown = [
             {
                 "sampled": sampled.texts[i * per_problem],
                 "sampled_score": float(by_problem[i, 0]),
                 "greedy": greedy.texts[i],
-                "greedy_score": float(greedy.reward_B[i]),
+                "greedy_score": float(greedy["reward_B"][i]),
             }
             for i in range(min(num_shown, count))
         ]
 
 
 def answer_all(
-    config: Evaluate,
-    language_model: LanguageModel,
+    settings: Evaluate,
+    sampler: Sampler,
     problems: dict[str, list[Problem]],
-    judges: VerifierPool,
+    verifier_pool: VerifierPool,
 ) -> dict[str, Answers]:
     """One model's sampled and greedy answers to all domains."""
-    chat, sampler = Chat(language_model), LocalSampler(language_model)
     answers = {}
     for number, (name, rows) in enumerate(problems.items()):
-        # Every model gets the same random numbers on the same problem: a paired comparison.
-        settings = {
-            "max_new_tokens": config.max_new_tokens,
-            "seed": step_seed(config.seed, number),
-        }
-        sampled = sample_and_verify(
-            sampler, chat, rows, judges, group_size=config.samples, temperature=1.0, **settings
+        sampled, greedy = (
+            rollout(
+                sampler,
+                rows,
+                verifier_pool,
+                group_size=group_size,
+                max_new_tokens=settings.max_new_tokens,
+                temperature=temperature,
+                # Every model gets the same random numbers on the same problem: a paired comparison.
+                seed=step_seed(settings.seed, number),
+            )
+            for group_size, temperature in ((settings.samples, 1.0), (1, 0.0))
         )
-        greedy = sample_and_verify(
-            sampler, chat, rows, judges, group_size=1, temperature=0.0, **settings
-        )
-        answers[name] = Answers(sampled, greedy, config.transcripts)
+        answers[name] = Answers(sampled, greedy, settings.transcripts)
     return answers
 
 
 def best_constant(
-    problems: list[Problem], texts: dict[str, list[str]], judges: VerifierPool
+    problems: list[Problem], texts: dict[str, list[str]], verifier_pool: VerifierPool
 ) -> dict[str, Any]:
     """The one response that scores best when given to every problem.
 
@@ -140,12 +140,12 @@ def best_constant(
     """
     tries: Counter[str] = Counter()
     # Not a set: its order, which decides between equals, is another one in every process.
-    answers = ((p["demo"], spoken(p["answer"], p.get("mode"))) for p in problems)
+    answers = ((p["demo"], format_answer(p["answer"], p.get("mode"))) for p in problems)
     gold = (text for demo, answer in answers for text in dict.fromkeys((demo or answer, answer)))
     for source in (gold, *texts.values()):
         tries.update(dict(Counter(source).most_common(5)))
     pending = {
-        text: submit(judges, range(len(problems)), [text] * len(problems), problems)
+        text: submit(verifier_pool, range(len(problems)), [text] * len(problems), problems)
         for text, _ in tries.most_common(25)
     }
     values = {

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
+from posttrain.backends.prompting import Problem
 from posttrain.engine.errors import ConfigError
-from posttrain.stages.batches import Problem
-from posttrain.stages.context import Context
-from posttrain.stages.rollouts import write_jsonl
-from posttrain.stages.rows import Key, key_of, read_rows
+from posttrain.engine.jsonl import read_jsonl, write_jsonl
+from posttrain.stages.rows import Key, key_of
 from posttrain.stages.settings.data import Filter
+
+if TYPE_CHECKING:  # it imports torch
+    from posttrain.stages.context import Context
 
 Rates = Mapping[Key, float]
 
 
-def run(config: Filter, ctx: Context) -> dict[str, float]:
+def run(settings: Filter, ctx: Context) -> dict[str, float]:
     """Write prompts.jsonl, whole problem rows, of the training problems that both profiles know."""
     rates, others = read_rates(ctx, "profile"), read_rates(ctx, "against")
     chosen: list[Problem] = []
     known, total = 0, 0
-    problems_of = {name: ctx.problems(name, "train", config.modes) for name in ctx.domains}
+    problems_of = {name: ctx.problems(name, "train", settings.modes) for name in ctx.domains}
     everything = [problem for problems in problems_of.values() for problem in problems]
     rates, others = across_modes(rates, everything), across_modes(others, everything)
     for name, problems in problems_of.items():
@@ -34,14 +37,15 @@ def run(config: Filter, ctx: Context) -> dict[str, float]:
                 f"stage {ctx.name!r}: no profile has a problem of domain {name!r} among its "
                 f"{len(problems)} prompts; profile the same prompts as are filtered"
             )
-        kept = choose(config, profiled, rates, others)
-        if not kept:
+        chosen_here = choose(settings, profiled, rates, others)
+        if not chosen_here:
             raise ConfigError(
                 f"stage {ctx.name!r}: none of {len(profiled)} prompts of domain {name!r} is kept; "
                 f"their pass rates are {min(rates[key_of(p)] for p in profiled):.3g} to "
                 f"{max(rates[key_of(p)] for p in profiled):.3g}; widen the band, or give at_least"
             )
-        chosen, known, total = chosen + kept, known + len(profiled), total + len(problems)
+        chosen += chosen_here
+        known, total = known + len(profiled), total + len(problems)
     write_jsonl(ctx.out / "prompts.jsonl", chosen)
     return {
         "rows": len(chosen),
@@ -55,7 +59,7 @@ def read_rates(ctx: Context, edge: str) -> dict[Key, float]:
     """The pass rates of the profile of an edge; none where there is no such edge."""
     if edge not in ctx.inputs:
         return {}
-    return {key_of(row): row["rate"] for row in read_rows(ctx.inputs[edge] / "profile.jsonl")}
+    return {key_of(row): row["rate"] for row in read_jsonl(ctx.inputs[edge] / "profile.jsonl")}
 
 
 def across_modes(rates: Rates, problems: Sequence[Problem]) -> Rates:
@@ -72,29 +76,29 @@ def across_modes(rates: Rates, problems: Sequence[Problem]) -> Rates:
 
 
 def choose(
-    config: Filter, problems: Sequence[Problem], rates: Rates, others: Rates
+    settings: Filter, problems: Sequence[Problem], rates: Rates, others: Rates
 ) -> list[Problem]:
     """The problems of one domain that stay, in their order; `others` may be empty."""
     distances = []
     for problem in problems:
         key = key_of(problem)
-        far = distance(config, rates[key], others.get(key))
-        if rates[key] == 0 and config.keep_unsolved is not None:
-            far = 0.0 if draw(config.seed, key) < config.keep_unsolved else 1.0
+        far = distance(settings, rates[key], others.get(key))
+        if rates[key] == 0 and settings.keep_unsolved is not None:
+            far = 0.0 if draw(settings.seed, key) < settings.keep_unsolved else 1.0
         distances.append(far)
     # Python sorts stably: of equal distances the first prompts come back.
     nearest = sorted(range(len(problems)), key=lambda i: distances[i])
-    back = set(nearest[: config.at_least])
+    back = set(nearest[: settings.at_least])
     return [p for i, p in enumerate(problems) if distances[i] == 0 or i in back]
 
 
-def distance(config: Filter, rate: float, other: float | None) -> float:
+def distance(settings: Filter, rate: float, other: float | None) -> float:
     """How far a problem is from what is asked for, a sum over the conditions; 0 where it fits."""
-    far = outside(rate, config.low, config.high)
+    far = outside(rate, settings.low, settings.high)
     if other is not None:
-        far += outside(other, config.against_low, config.against_high)
-        if config.min_gain is not None:
-            far += max(0.0, config.min_gain - (rate - other))
+        far += outside(other, settings.against_low, settings.against_high)
+        if settings.min_gain is not None:
+            far += max(0.0, settings.min_gain - (rate - other))
     return far
 
 

@@ -1,13 +1,12 @@
 """Judges that need the stage: its verifiers, its models, its work directory.
 
-    reward = make_reward(config.reward, ctx, policy=learner.policy, verifiers=pool)   # once
-    scores, parts = reward.score(responses_of(scored), at)                            # every step
+    reward = make_reward(settings.reward, ctx, policy=policy, verifiers=pool)   # once
+    scores, parts = reward.score(responses_of(batch), at)                       # every step
 
 with `at = lambda schedule: schedule.at(step, total, history)`. The classes here score for the
 judges of `posttrain.rewards.judge_kinds` that name them as their `SCORER`.
 
-Legend: B rows (comparisons or responses), N flat response tokens (one per row here), D hidden,
-V vocabulary.
+Legend: B rows (comparisons or responses), D hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -20,10 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from posttrain.backends.base import Learner, Scorer
 from posttrain.backends.chat import Chat
-from posttrain.backends.checkpoint import LanguageModel, load
-from posttrain.backends.local import POSITIONS, LocalScorer
-from posttrain.backends.scalar import load_scalar, rewards_B
+from posttrain.backends.scalar import rewards_B
 from posttrain.engine.errors import ConfigError
 from posttrain.rewards.comparisons import VERDICTS, question
 from posttrain.rewards.endpoint import Endpoint, ReplyCache
@@ -35,9 +33,9 @@ from posttrain.rewards.oracle import Oracle
 from posttrain.rewards.pairing import Comparison, comparisons, win_shares
 from posttrain.rewards.people import Pair, Preference
 from posttrain.rewards.pool import VerifierPool
-from posttrain.stages.batches import sequences
+from posttrain.rl.batch import Batch
 from posttrain.stages.context import Context
-from posttrain.stages.rollouts import MAX_WORKERS, Scored, submit
+from posttrain.stages.rollout import MAX_WORKERS, submit
 
 REPLIES = "replies.jsonl"
 """In the work directory: what endpoints have answered."""
@@ -48,11 +46,12 @@ class StageTools:
     """What a stage gives to the classes that score for its judges."""
 
     ctx: Context
-    policy: LanguageModel | None = None
+    policy: Learner | None = None
     """What `judges.itself` asks, with the weights that it has at the time."""
     verifiers: VerifierPool | None = None
     """Asked where responses bring no verdicts."""
-    dtype: torch.dtype = torch.float32
+    precision: str = "float32"
+    """Type in which models compute."""
     seed: int = 0
     """The oracle's."""
 
@@ -67,7 +66,7 @@ class StageTools:
     def annotator(self, noise: float) -> Oracle:
         """The noisy annotator of the stage's domains; its workers end with the stage."""
         ctx = self.ctx
-        pool = VerifierPool(ctx.domains, num_workers=min(ctx.threads, MAX_WORKERS), judge="oracle")
+        pool = VerifierPool(ctx.domains, num_workers=min(ctx.threads, MAX_WORKERS), oracle=True)
         qualities = ctx.resources.enter_context(pool).scores
         return Oracle(qualities=qualities, noise=noise, seed=self.seed)
 
@@ -76,9 +75,9 @@ def make_reward(
     judge: Judge,
     ctx: Context,
     *,
-    policy: LanguageModel | None = None,
+    policy: Learner | None = None,
     verifiers: VerifierPool | None = None,
-    dtype: torch.dtype = torch.float32,
+    precision: str = "float32",
     seed: int = 0,
 ) -> RewardFunction:
     """A judge ready to be asked; models are loaded once, from `ctx.inputs`.
@@ -86,7 +85,7 @@ def make_reward(
     The arguments are those of `StageTools`. Raises ConfigError where a judge needs what is not
     given, and what loading a model raises.
     """
-    tools = StageTools(ctx=ctx, policy=policy, verifiers=verifiers, dtype=dtype, seed=seed)
+    tools = StageTools(ctx=ctx, policy=policy, verifiers=verifiers, precision=precision, seed=seed)
     asked = {part.identity: part for part in judge.walk() if part.SCORER}
     return RewardFunction(judge, {name: part.scorer(tools) for name, part in asked.items()})
 
@@ -100,15 +99,15 @@ def preferences(
     return found
 
 
-def responses_of(scored: Scored) -> Responses:
-    """What a stage has sampled, with the verifier's verdicts, as judges see it."""
+def responses_of(batch: Batch) -> Responses:
+    """What a stage has sampled, with the verifier's scores, as judges see it."""
     return Responses(
-        problems=scored.problems,
-        texts=scored.texts,
-        group=scored.group_B.tolist(),
-        finished=scored.rollouts.finished_B.tolist(),
-        num_tokens=scored.rollouts.response_len_B.tolist(),
-        verdicts=scored.verified_B.tolist(),
+        problems=batch.problems,
+        texts=batch.texts,
+        group=batch["group_B"].tolist(),
+        finished=batch["finished_B"].tolist(),
+        num_tokens=batch.sampled_len_B.tolist(),
+        verdicts=batch["verified_B"].tolist(),
     )
 
 
@@ -153,19 +152,20 @@ class ScalarJudge:
     """`judges.scalar`: a reward model, which reads the texts through its own tokenizer."""
 
     def __init__(self, judge: Scalar, tools: StageTools) -> None:
-        path = tools.ctx.inputs[judge.model]
-        self.language_model = load_scalar(path, dtype=tools.dtype, device=tools.ctx.device)
+        self.scorer = tools.ctx.scorer(judge.model, precision=tools.precision, scalar=True)
         self.squash = judge.squash
 
     def score(self, responses: Responses) -> list[float]:
         """Real numbers, in (0, 1) where squashed. Raises ConfigError for a row that is too long."""
         # Not kept: what a policy samples comes once, and the encodings would pile up.
-        chat = Chat(self.language_model)
+        chat = self.scorer.chat.fresh()
         rows = list(zip(responses.problems, responses.texts, strict=True))
-        prompts = [chat.prompt(p["prompt"], p.get("mode")) for p, _ in rows]
-        answers = [chat.response(p["prompt"], text, p.get("mode")) for p, text in rows]
-        rollouts = sequences(prompts, answers, self.language_model.pad_id)
-        reward_B = rewards_B(LocalScorer(self.language_model), rollouts)
+        batch = Batch.from_tokens(
+            [chat.prompt(p["prompt"], p.get("mode")) for p, _ in rows],
+            [chat.response(p["prompt"], text, p.get("mode")) for p, text in rows],
+            pad_id=chat.pad_id,
+        )
+        reward_B = rewards_B(self.scorer, batch)
         scores: list[float] = (reward_B.sigmoid() if self.squash else reward_B).tolist()
         return scores
 
@@ -179,17 +179,14 @@ class ModelComparison:
     """
 
     def __init__(self, judge: Compare | Itself, tools: StageTools) -> None:
-        language_model = tools.policy
-        if judge.edge is not None:
-            ctx = tools.ctx
-            language_model = load(ctx.inputs[judge.edge], dtype=tools.dtype, device=ctx.device)
-        if language_model is None:
+        source = tools.policy if judge.edge is None else judge.edge
+        if source is None:
             raise ConfigError(
                 "judge itself: only a stage that trains a policy on rewards (rl) has one; ask a "
                 "stage with judges.compare(stage)"
             )
         self.judge = judge
-        self.language_model = language_model
+        self.scorer: Scorer = tools.ctx.scorer(source, precision=tools.precision)
 
     def score(self, responses: Responses) -> list[float]:
         """Shares in [0, 1]; 0.5 for a response that is alone in its group."""
@@ -200,22 +197,19 @@ class ModelComparison:
 
     def _wins_B(self, responses: Responses, asked: Sequence[Comparison]) -> Tensor:
         """What a wins in each comparison, float32 in [0, 1]."""
-        chat = Chat(self.language_model)
+        scorer, chat = self.scorer, self.scorer.chat.fresh()
         first, second = verdict_ids(chat)
-        limit = positions_of(self.language_model)
         prompts = [
             comparison_prompt(
                 chat,
-                limit,
                 self.judge.template,
                 responses.problems[pair.a],
                 (responses.texts[pair.a], responses.texts[pair.b]),
             )
             for pair in asked
         ]
-        rollouts = sequences(prompts, [[first]] * len(prompts), self.language_model.pad_id)
-        scorer = LocalScorer(self.language_model)
-        hidden_BD = scorer.hidden(rollouts).float()
+        batch = Batch.from_tokens(prompts, [[first]] * len(prompts), pad_id=chat.pad_id)
+        hidden_BD = scorer.hidden(batch).float()
         # The softmax over the vocabulary cancels in the ratio of two of its values.
         with torch.no_grad():
             ids = torch.tensor([first, second], device=hidden_BD.device)
@@ -227,16 +221,16 @@ class ModelComparison:
 
 def comparison_prompt(
     chat: Chat,
-    limit: int | None,
     template: str | None,
     problem: Mapping[str, Any],
     texts: tuple[str, str],
 ) -> list[int]:
     """Token ids that ask which of two responses is better, and leave room for one more.
 
-    Where they would be more than `limit` the texts lose their beginnings, the longer one first.
+    Where they would be more than the model has positions the texts lose their beginnings, the
+    longer one first.
     """
-    sides = list(texts)
+    sides, limit = list(texts), chat.max_positions
     while True:
         ids = chat.prompt(question(template, problem, *sides))
         excess = 0 if limit is None else len(ids) + 1 - limit
@@ -246,12 +240,6 @@ def comparison_prompt(
         # No more than makes both equally long, so that neither is cut more than it must.
         gap = len(sides[longer]) - len(sides[1 - longer])
         sides[longer] = sides[longer][min(excess, max(1, gap)) :]
-
-
-def positions_of(language_model: LanguageModel) -> int | None:
-    """Tokens of the longest row that the model can read, None where it has no such limit."""
-    limit: int | None = getattr(language_model.model.config, POSITIONS, None)
-    return limit
 
 
 def verdict_ids(chat: Chat) -> tuple[int, int]:

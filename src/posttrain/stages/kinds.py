@@ -124,8 +124,8 @@ _ALL = (
     ),
     Kind(
         name="pretrain",
-        settings=f"{_SETTINGS}.imitate:Pretrain",
-        run="posttrain.stages.pretrain:run",
+        settings=f"{_SETTINGS}.supervised:Pretrain",
+        run="posttrain.stages.supervised:pretrain",
         makes=("model",),
         card="pre-trained from nothing",
         headline=("loss",),
@@ -136,8 +136,8 @@ _ALL = (
     ),
     Kind(
         name="sft",
-        settings=f"{_SETTINGS}.imitate:Sft",
-        run="posttrain.stages.sft:run",
+        settings=f"{_SETTINGS}.supervised:Sft",
+        run="posttrain.stages.supervised:sft",
         makes=("model",),
         card="supervised fine-tuning",
         headline=("loss",),
@@ -148,7 +148,7 @@ _ALL = (
     ),
     Kind(
         name="dpo",
-        settings=f"{_SETTINGS}.preference:Dpo",
+        settings=f"{_SETTINGS}.preference:DpoStage",
         run="posttrain.stages.dpo:run",
         makes=("model",),
         card="learning from preference pairs",
@@ -250,7 +250,7 @@ _ALL = (
     Kind(
         name="profile",
         settings=f"{_SETTINGS}.data:Profile",
-        run="posttrain.stages.profile:run",
+        run="posttrain.stages.sample:run_profile",
         makes=("rates",),
         number=("rate", "pass rate"),
         unit="domains",

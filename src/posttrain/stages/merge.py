@@ -32,7 +32,7 @@ FREE = frozenset(
 compared as such."""
 
 
-def run(config: Merge, ctx: Context) -> dict[str, float]:
+def run(settings: Merge, ctx: Context) -> dict[str, float]:
     """Merge the models of the edges `models.NAME`, relative to `base` where `how` has one.
 
     Configuration and tokenizer are those of the first model by name. Raises ConfigError for models
@@ -50,12 +50,11 @@ def run(config: Merge, ctx: Context) -> dict[str, float]:
     tensors = dict(
         merged(
             [sources[name].tensors for name in names],
-            [config.weights.get(name, 1.0) for name in names],
-            how=config.how,
+            [settings.weights.get(name, 1.0) for name in names],
+            how=settings.how.kind,
+            **settings.how.arguments(),
             base=None if base is None else base.tensors,
-            density=config.density,
-            scale=config.scale,
-            seed=config.seed,
+            seed=settings.seed,
         )
     )
     with tempfile.TemporaryDirectory(dir=ctx.work) as directory:

@@ -4,31 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from itertools import count, islice
+from typing import TYPE_CHECKING
 
 import numpy as np
-from transformers import AutoTokenizer
 
 from posttrain.engine.errors import ConfigError
-from posttrain.stages.batches import kept
-from posttrain.stages.context import Context
-from posttrain.stages.rollouts import write_jsonl
-from posttrain.stages.rows import Row, read_rows
+from posttrain.engine.jsonl import read_jsonl, write_jsonl
+from posttrain.stages.rows import Row, pick
 from posttrain.stages.settings.data import Mix, Part
-from posttrain.stages.sft import demonstrated
+
+if TYPE_CHECKING:  # it imports torch
+    from posttrain.stages.context import Context
 
 POOL = "mix"
 """What rows of a mix have as `pool`: they are drawn as they stand, not evenly over domains."""
 
 
-def run(config: Mix, ctx: Context) -> dict[str, float]:
+def run(settings: Mix, ctx: Context) -> dict[str, float]:
     """Write data.jsonl: rows of all parts, shuffled, in the shares of their weights."""
-    parts = [part_rows(part, ctx, config.seed) for part in config.parts]
-    total = sum(part.weight for part in config.parts)
-    shares = [part.weight / total for part in config.parts]
-    size = token_counter(ctx) if config.by == "tokens" else lambda row: 1
+    parts = [part_rows(part, ctx, settings.seed) for part in settings.parts]
+    total = sum(part.weight for part in settings.parts)
+    shares = [part.weight / total for part in settings.parts]
+    size = token_counter(ctx) if settings.by == "tokens" else lambda row: 1
     sizes = [float(np.mean([size(row) for row in rows])) for rows in parts]
-    counts = row_counts(config.rows, shares, sizes, [len(rows) for rows in parts])
-    for part, number in zip(config.parts, counts, strict=True):
+    counts = row_counts(settings.rows, shares, sizes, [len(rows) for rows in parts])
+    for part, number in zip(settings.parts, counts, strict=True):
         if number == 0:
             raise ConfigError(
                 f"stage {ctx.name!r}: {part.edge or ', '.join(part.domains)} has so small a weight "
@@ -38,9 +38,9 @@ def run(config: Mix, ctx: Context) -> dict[str, float]:
     mixed = [
         row
         for number, (rows, share) in enumerate(zip(parts, counts, strict=True))
-        for row in islice(passes(rows, config.seed, number), share)
+        for row in islice(passes(rows, settings.seed, number), share)
     ]
-    order = np.random.default_rng([config.seed, len(parts)]).permutation(len(mixed))
+    order = np.random.default_rng([settings.seed, len(parts)]).permutation(len(mixed))
     write_jsonl(ctx.out / "data.jsonl", (mixed[int(i)] | {"pool": POOL} for i in order))
     repeats = max(number / len(rows) for number, rows in zip(counts, parts, strict=True))
     used = sum(number / len(rows) >= 1 for number, rows in zip(counts, parts, strict=True))
@@ -50,13 +50,15 @@ def run(config: Mix, ctx: Context) -> dict[str, float]:
 def part_rows(part: Part, ctx: Context, seed: int) -> list[Row]:
     """All rows of a source. Raises ConfigError where it has none, or no demonstrations."""
     if part.edge is not None:
-        rows = list(read_rows(ctx.inputs[part.edge] / "data.jsonl"))
+        rows = list(read_jsonl(ctx.inputs[part.edge] / "data.jsonl"))
         if not rows:
             raise ConfigError(f"stage {ctx.name!r}: its source {part.edge} has no rows")
         return rows
+    from posttrain.stages.supervised import demonstrated
+
     found = demonstrated(ctx, part.domains, modes=part.modes, noise=part.demo_noise, seed=seed)
     fields = ("id", "domain", "prompt", "demo", "mode")
-    return [kept(problem, *fields) for problems in found.values() for problem in problems]
+    return [pick(problem, *fields) for problems in found.values() for problem in problems]
 
 
 def token_counter(ctx: Context) -> Callable[[Row], int]:
@@ -64,6 +66,8 @@ def token_counter(ctx: Context) -> Callable[[Row], int]:
 
     Its end is counted as one token.
     """
+    from transformers import AutoTokenizer
+
     tokenizer = AutoTokenizer.from_pretrained(ctx.inputs["tokenizer"], trust_remote_code=False)
 
     def size(row: Row) -> int:

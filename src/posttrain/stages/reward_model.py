@@ -4,42 +4,34 @@ The start, a language model or a reward model, gets a score in place of its logi
 response is the score of its last token. Some prompts are held out, to say at the end how often the
 chosen response of a prompt that was never seen is the one with the higher reward.
 
-Legend: B rows (responses), N flat response tokens, D hidden, P pairs.
+Legend: B rows (responses), N sampled tokens, D hidden, P pairs.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import chain
 
 import torch
 from torch import Tensor
 
-from posttrain.backends.base import Head, Metrics, MicroBatch, Scorer
-from posttrain.backends.chat import Chat
-from posttrain.backends.local import LocalLearner, LocalScorer
-from posttrain.backends.scalar import (
-    end_B,
-    ended,
-    load_scalar,
-    rewards_B,
-    save_scalar,
-    scores_N,
-)
-from posttrain.losses.reward import bradley_terry, pointwise, prompt_weights
+from posttrain.algorithms import BradleyTerry, Pointwise, RewardLoss
+from posttrain.backends.base import Head, HeadLoss, Metrics, Scorer
+from posttrain.backends.scalar import rewards_B, scores_N
+from posttrain.losses.reward import bradley_terry, pointwise
+from posttrain.rl.batch import Batch
 from posttrain.schedules import learning_rate
-from posttrain.stages.batches import Batches
 from posttrain.stages.context import Context
-from posttrain.stages.learner import new_learner, steps_to_do
-from posttrain.stages.preferences import read_pairs
-from posttrain.stages.ranked import (
-    Batch,
+from posttrain.stages.data import Batches
+from posttrain.stages.pair_data import (
     Draw,
-    Responses,
+    Pair,
     check_strengths,
+    draw_batch,
     draws_of,
     hold_out,
+    pairs_of,
+    read_pairs,
 )
 from posttrain.stages.settings.preference import RewardModel
 
@@ -47,111 +39,87 @@ DRAWS_PER_CALL = 256
 """Held-out draws that are read at once."""
 
 
-def run(config: RewardModel, ctx: Context) -> dict[str, float]:
+def run(settings: RewardModel, ctx: Context) -> dict[str, float]:
     """Train `start` to score responses, on the pairs of its data."""
-    language_model = load_scalar(ctx.inputs["start"], device=ctx.device)
-    chat, pad_id = Chat(language_model), language_model.pad_id
+    policy = ctx.learner(settings, scalar=True)
     by_domain = read_pairs(ctx)
-    strengths = config.margins == "strength"
-    if strengths:
+    if isinstance(settings.loss, BradleyTerry) and settings.loss.margins == "strength":
         check_strengths(by_domain)
-    kept, held = hold_out(by_domain, config.holdout, seed=config.seed)
-    draws = draws_of(kept, per_prompt=config.per_prompt)
-    every = list(chain.from_iterable(draws.values()))
-    responses = Responses(every, chat, pad_id)
-    learner = new_learner(config, language_model, ctx)
-    batches = Batches(draws, config, size="batch_size", stage=ctx.name)
-    steps = config.steps or math.ceil((config.epochs or 0) * len(every) / config.batch_size)
-    for step, now in steps_to_do(config, ctx, learner, batches, steps):
-        batch = responses.batch(batches.draw(now), strengths=strengths)
-        lr = learning_rate(now, step, steps)
-        metrics = learn(learner, RewardUpdate(now, batch, device=learner.device), lr=lr)
-        ctx.log(step + 1, steps, tokens=batch.rows.num_tokens, **metrics, **now.scheduled())
-        ctx.checkpoint(step + 1, learner)
-    result = learner.result()
-    save_scalar(result, ctx.out)
+    kept, held = hold_out(by_domain, settings.holdout, seed=settings.seed)
+    draws = draws_of(kept, per_prompt=settings.per_prompt)
+    batches = Batches(draws, settings, size="batch_size", stage=ctx.name)
+    num_draws = sum(map(len, draws.values()))
+    steps = settings.steps or math.ceil((settings.epochs or 0) * num_draws / settings.batch_size)
+    for step, s in ctx.steps(settings, steps, replayed=[batches], policy=policy):
+        drawn = batches.draw(s)
+        batch, group_rows = draw_batch(drawn, policy.chat)
+        lr = learning_rate(s, step, steps)
+        # Every draw counts as one: a pair, or a prompt whatever the number of its pairs.
+        sums = policy.update(
+            batch.with_end_position(),
+            HeadLoss(reward_loss, s.loss),
+            count=float(len(drawn)),
+            lr=lr,
+            group_rows=group_rows,
+        )
+        metrics = step_metrics(sums, batch, num_draws=len(drawn)) | {"lr": lr}
+        ctx.log(step + 1, steps, tokens=batch.num_tokens, **metrics, **s.scheduled())
+    policy.finish()
+    policy.save(ctx.out)
     summary = {name: ctx.metrics[name] for name in ("loss", "accuracy", "margin")}
-    summary |= heldout_metrics(LocalScorer(result), held, chat, pad_id)
+    # From the file: in float32, whatever the type in which the policy computes.
+    summary |= heldout_metrics(ctx.scorer(ctx.out, scalar=True), held)
     return summary | {"tokens": ctx.tokens}
 
 
-def learn(learner: LocalLearner, update: RewardUpdate, *, lr: float) -> dict[str, float]:
-    """One optimiser step on a batch; returns its metrics, means over pairs or over responses."""
-    batch = update.batch
-    sums = learner.update(
-        ended(batch.rows), update.loss, count=update.count, lr=lr, group_rows=batch.block
+def reward_loss(
+    loss: RewardLoss, hidden_ND: Tensor, head: Head, batch: Batch
+) -> tuple[Tensor, Metrics]:
+    """A `HeadLoss` of whole draws; metrics are sums over their pairs and responses.
+
+    Columns: those of `draw_batch`.
+    """
+    reward_B = scores_N(hidden_ND[batch.last_B], head)
+    chosen_P, rejected_P, place_P = pairs_of(batch)
+    strengths = isinstance(loss, BradleyTerry) and loss.margins == "strength"
+    total, metrics = bradley_terry(
+        reward_B[chosen_P],
+        reward_B[rejected_P],
+        batch["pair_weight_BK"].flatten()[place_P],
+        margin_P=batch["pair_margin_BK"].flatten()[place_P] if strengths else None,
+        centring=loss.centring if isinstance(loss, BradleyTerry) else 0.0,
     )
-    num_pairs, num_responses = len(batch.chosen_P), int(batch.filled_B.sum())
-    metrics = {"loss": sums["loss"] / update.count}
+    metrics = {name: metrics[name] for name in ("accuracy", "margin")}
+    if isinstance(loss, Pointwise):
+        total, own = pointwise(reward_B, batch["label_B"], batch["label_weight_B"])
+        metrics["label_accuracy"] = own["accuracy"]
+    filled_B = reward_B.detach()[batch["filled_B"]].double()
+    metrics |= {"reward": filled_B.sum(), "reward_square": filled_B.square().sum()}
+    return total, metrics | {"loss": total.detach()}
+
+
+def step_metrics(sums: Mapping[str, float], batch: Batch, *, num_draws: int) -> dict[str, float]:
+    """The metrics of a step, means over draws, pairs or responses, out of those sums."""
+    num_pairs = int((batch["loser_BK"] != 0).sum())
+    num_responses = int(batch["filled_B"].sum())
+    metrics = {"loss": sums["loss"] / num_draws}
     metrics |= {name: sums[name] / num_pairs for name in ("accuracy", "margin")}
     if "label_accuracy" in sums:
         metrics["label_accuracy"] = sums["label_accuracy"] / num_responses
     mean, square = (sums[name] / num_responses for name in ("reward", "reward_square"))
     metrics |= {"reward_mean": mean, "reward_std": math.sqrt(max(0.0, square - mean**2))}
-    return metrics | {"grad_norm": sums["grad_norm"], "lr": lr}
+    return metrics | {"grad_norm": sums["grad_norm"]}
 
 
-class RewardUpdate:
-    """The draws of one optimiser step with the constants of their loss, which are on `device`."""
-
-    def __init__(self, config: RewardModel, batch: Batch, *, device: torch.device) -> None:
-        self.config, self.batch = config, batch
-        self.filled_B = batch.filled_B.to(device)
-        self.chosen_P, self.rejected_P = batch.chosen_P.to(device), batch.rejected_P.to(device)
-        self.margin_P = batch.margin_P.to(device) if config.margins == "strength" else None
-        # Every draw counts as one: a pair, or a prompt whatever the number of its pairs.
-        weight_P, self.count = prompt_weights(batch.draw_P)
-        self.weight_P = weight_P.to(device)
-        self.label_B, self.weight_B = (t.to(device) for t in labels(batch))
-
-    def loss(self, hidden_ND: Tensor, head: Head, part: MicroBatch) -> tuple[Tensor, Metrics]:
-        """The loss of whole draws; metrics are sums over their pairs and responses."""
-        config, index_B = self.config, part.index_B
-        reward_B = scores_N(hidden_ND[end_B(part.rollouts)], head)
-        place_B = torch.full_like(self.filled_B, -1, dtype=torch.int64)
-        place_B[index_B] = torch.arange(len(index_B), device=index_B.device)
-        here_P = place_B[self.chosen_P] >= 0
-        assert torch.equal(here_P, place_B[self.rejected_P] >= 0), "a pair was taken apart"
-        total, metrics = bradley_terry(
-            reward_B[place_B[self.chosen_P[here_P]]],
-            reward_B[place_B[self.rejected_P[here_P]]],
-            self.weight_P[here_P],
-            margin_P=None if self.margin_P is None else self.margin_P[here_P],
-            centring=config.centring,
-        )
-        metrics = {name: metrics[name] for name in ("accuracy", "margin")}
-        if config.loss == "pointwise":
-            total, own = pointwise(reward_B, self.label_B[index_B], self.weight_B[index_B])
-            metrics["label_accuracy"] = own["accuracy"]
-        filled_B = reward_B.detach()[self.filled_B[index_B]].double()
-        metrics |= {"reward": filled_B.sum(), "reward_square": filled_B.square().sum()}
-        return total, metrics | {"loss": total.detach()}
-
-
-def labels(batch: Batch) -> tuple[Tensor, Tensor]:
-    """`(label_B, weight_B)` of the pointwise loss: the share of its pairs that a response wins,
-    and 1 / responses of its draw; weight 0 for what fills up."""
-    size = len(batch.rows)
-    ones_P = torch.ones(len(batch.chosen_P))
-    won_B = torch.zeros(size).index_add(0, batch.chosen_P, ones_P)
-    met_B = won_B.index_add(0, batch.rejected_P, ones_P)
-    weight_DK = batch.filled_B.float().reshape(-1, batch.block)
-    weight_DK = weight_DK / weight_DK.sum(dim=1, keepdim=True)
-    return won_B / met_B.clamp(min=1), weight_DK.flatten()
-
-
-def heldout_metrics(
-    scorer: Scorer, held: Mapping[str, Sequence[dict[str, str]]], chat: Chat, pad_id: int
-) -> dict[str, float]:
+def heldout_metrics(scorer: Scorer, held: Mapping[str, Sequence[Pair]]) -> dict[str, float]:
     """How often, and by how much, the chosen response of a held-out pair has the higher reward.
 
     Over all pairs, and by domain where there are several. Empty without held-out pairs.
     """
     by_domain: dict[str, Tensor] = {}
     for domain, draws in draws_of(held, per_prompt=True).items():
-        responses = Responses(draws, chat, pad_id)
         parts = [
-            margins(scorer, responses, draws[first : first + DRAWS_PER_CALL])
+            margins(scorer, draws[first : first + DRAWS_PER_CALL])
             for first in range(0, len(draws), DRAWS_PER_CALL)
         ]
         by_domain[domain] = torch.cat(parts)
@@ -171,8 +139,9 @@ def heldout_metrics(
     return found
 
 
-def margins(scorer: Scorer, responses: Responses, draws: Sequence[Draw]) -> Tensor:
+def margins(scorer: Scorer, draws: Sequence[Draw]) -> Tensor:
     """`margin_P`: reward of the chosen response less that of the rejected one, of each pair."""
-    batch = responses.batch(draws, strengths=False)
-    reward_B = rewards_B(scorer, batch.rows)
-    return reward_B[batch.chosen_P] - reward_B[batch.rejected_P]
+    batch, _ = draw_batch(draws, scorer.chat)
+    reward_B = rewards_B(scorer, batch)
+    chosen_P, rejected_P, _ = pairs_of(batch)
+    return reward_B[chosen_P] - reward_B[rejected_P]

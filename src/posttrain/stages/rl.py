@@ -1,255 +1,380 @@
 """Reinforcement learning: GRPO, PPO and their relatives, on any reward.
 
-Per step: draw prompts, sample a group of responses to each, judge them, turn the rewards of a
-group into advantages, and take `updates_per_batch` policy-gradient steps. Every setting that has a
-schedule is resolved first, so what follows reads the settings of this step.
-Legend: B rows, N flat response tokens.
+`run` is the algorithm: draw problems, sample a group of responses to each, judge them, turn rewards
+into advantages, and take `num_minibatches` policy-gradient steps. `policy_loss` is what those steps
+descend. `s` are the settings of the step, every schedule resolved.
+
+Legend: B rows (responses), N sampled tokens of all rows, M those of the rows that are trained on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from functools import partial
 from operator import methodcaller
 
 import torch
+from torch import Tensor
 
-from posttrain.backends.chat import Chat
-from posttrain.backends.checkpoint import load, save
-from posttrain.backends.local import LocalLearner
-from posttrain.backends.sampler import LocalSampler
-from posttrain.rewards.judging import At, RewardFunction
+from posttrain.algorithms import (
+    ConstantSum,
+    Custom,
+    Gae,
+    LeaveOneOutZScore,
+    TokenMean,
+    correction_arguments,
+)
+from posttrain.backends.base import AuxLoss, Learner, Metrics, Sampler, TokenLoss
+from posttrain.losses.ops import aggregation_weights, kl_estimate
+from posttrain.losses.policy import kl_penalty, unbiased_kl_penalty
 from posttrain.rewards.pool import VerifierPool
-from posttrain.rl.advantage import zero_variance
-from posttrain.rl.kept import flat_index
+from posttrain.rl.advantage import advantages, whitened, zero_variance
+from posttrain.rl.batch import Batch, concatenate
+from posttrain.rl.corrections import importance_correction, off_policy_mask
+from posttrain.rl.gae import gae, token_rewards
 from posttrain.schedules import learning_rate
 from posttrain.stages import critique
-from posttrain.stages.auxiliary import Auxiliary, take_metrics
-from posttrain.stages.batches import Problem
-from posttrain.stages.chains import chain_responses, sample_chains, sum_of
+from posttrain.stages.aux_losses import AuxData, pop_metrics
 from posttrain.stages.context import Context
-from posttrain.stages.credit import credit
-from posttrain.stages.critic import Critic, learn_values, new_critic
-from posttrain.stages.drawing import Drawing, Sample
-from posttrain.stages.judging import make_reward
-from posttrain.stages.learner import adapt, new_learner
-from posttrain.stages.policy_update import PolicyUpdate, kl_weights, old_logprobs, reward_kl
-from posttrain.stages.reference import Reference
+from posttrain.stages.critic import Critic
+from posttrain.stages.judging import make_reward, responses_of
+from posttrain.stages.problems import ProblemSampler, reprofile_of
+from posttrain.stages.rollout import rollout, verifiers
 from posttrain.stages.rollout_log import RolloutLog
-from posttrain.stages.rollouts import Scored, equal_parts, verifiers
 from posttrain.stages.settings.rl import Rl
-from posttrain.stages.together import Together
 
 
-def run(config: Rl, ctx: Context) -> dict[str, float]:
+def run(settings: Rl, ctx: Context) -> dict[str, float]:
     """Train `start` on the prompts of its domains."""
-    judges = verifiers(ctx)
-    language_model = load(ctx.inputs["start"], device=ctx.device)
-    chat = Chat(language_model)
-    drawing = Drawing(config, ctx)
-    learner = new_learner(config, language_model, ctx)
-    reference = new_reference(config, ctx)
-    aux: critique.Also = Auxiliary(config, config.seed, ctx, chat, language_model.pad_id)
-    sampler, log = LocalSampler(learner.policy), RolloutLog(ctx.out)
-    critic = None
-    if config.uses_critic:
-        start = ctx.inputs.get("critic", ctx.inputs["start"])
-        critic = new_critic(config, start, language_model, ctx)
-    judging = None
-    if config.uses_critique:
-        judging = aux = critique.Critique(config, language_model, aux)
-    reward = new_reward(config, ctx, learner, judges)
-    others = {"reference": reference, "critic": critic}
-    state = Together(policy=learner, **{name: o for name, o in others.items() if o is not None})
-    first = ctx.resume(state)
-    drawing.resume(config, ctx.history, log.resume(first))
-    for step in range(first, config.steps):
-        now = config.at(step, config.steps, ctx.history)
-        for trained in (learner, *([] if critic is None else [critic.learner])):
-            adapt(trained, now)
-        if reference is not None:
-            reference.reset(step, learner)
-        verify = partial(
-            sample_chains,
-            sampler,
-            chat,
-            judges=judges,
-            segments=now.segments,
-            chain=now.chain,
-            max_new_tokens=now.max_new_tokens,
-            temperature=now.temperature,
-            top_p=now.top_p,
+    pool = verifiers(ctx)
+    policy = ctx.learner(settings)
+    sampler = ctx.sampler(policy)
+    reference = None
+    if settings.kl is not None:
+        reference = ctx.scorer("start", precision=settings.precision)
+    critic = Critic(settings, ctx, policy) if settings.uses_critic else None
+    judge = None
+    if not settings.verified_only:
+        judge = make_reward(
+            settings.reward,
+            ctx,
+            policy=policy,
+            verifiers=pool,
+            precision=settings.precision,
+            seed=settings.seed,
         )
-        at = methodcaller("at", step, config.steps, ctx.history)
-        parts: dict[str, list[float]] = {}
-        sample = partial(sample_and_judge, reward, at, verify, parts, segments=now.segments)
-        tokens, metrics = drawing.reprofile(now, step, ctx.history, verify)
-        drawn = drawing.draw(now, step, sample)
+    aux = AuxData(settings, ctx, policy.chat)
+    self_critique = None
+    if settings.critique is not None:
+        self_critique = critique.CritiqueLoss(settings, policy.chat)
+    log = RolloutLog(ctx.out)
+    problems = ProblemSampler(settings, ctx, log)
+    moves = settings.kl is not None and settings.kl.reference_every is not None
+    for step, s in ctx.steps(
+        settings,
+        settings.steps,
+        replayed=[problems],
+        policy=policy,
+        reference=reference if moves else None,
+        critic=critic,
+    ):
+        sampler.sync(policy)
+        if s.kl is not None and reference is not None and _is_due(s.kl.reference_every, step):
+            reference.sync(policy)
+        tokens, metrics = profile(s, ctx, step, problems, sampler, pool)
+
+        # Draw, roll out, judge: again where the groups of the batch have equal rewards.
+        draws: list[Batch] = []
+        said: dict[str, list[float]] = {}
+        while asked := problems.draw(s, step, draws):
+            drawn = sample(s, sampler, asked, pool, seed=problems.seed(s, step, len(draws)))
+            if judge is not None:
+                at = methodcaller("at", step, settings.steps, ctx.history)
+                scores, parts = judge.score(responses_of(drawn), at)
+                drawn["reward_B"] = torch.tensor(scores, dtype=torch.float32)
+                for label, values in parts.items():
+                    said.setdefault(label, []).extend(values)
+            draws.append(drawn)
+        sampled, batch = concatenate(draws), problems.batch(s, draws)
         rows = log.write(
             step,
-            drawn.sampled,
+            sampled,
             model=ctx.name,
-            temperature=now.temperature,
-            judged=reward is not None,
-            segments=now.segments,
+            temperature=s.temperature,
+            judged=judge is not None,
         )
-        metrics |= drawn.metrics | drawing.observe(now, rows) | now.scheduled()
-        if judging is not None:
-            metrics |= judging.take(now, step, rows)
-        metrics |= learn(now, learner, reference, drawn.batch, step=step, critic=critic, aux=aux)
-        metrics |= batch_metrics(drawn.sampled, judged=reward is not None, segments=now.segments)
-        metrics |= {f"judge/{label}": sum(said) / len(said) for label, said in parts.items()}
-        metrics["kept_share"] *= drawn.batch_share
-        tokens += drawn.sampled.rollouts.num_tokens
-        ctx.log(step + 1, config.steps, tokens=tokens, **metrics)
-        ctx.checkpoint(step + 1, state)
-    save(learner.result(), ctx.out)
+        metrics |= {f"judge/{label}": sum(of_it) / len(of_it) for label, of_it in said.items()}
+        metrics |= problems.metrics(s, draws) | problems.observe(s, rows) | s.scheduled()
+
+        # Score and credit.
+        if not s.replay_mask:
+            batch = batch.without("nucleus_count_N", "nucleus_ids_F")
+        batch["kl_weight_B"] = kl_weights(s, batch)
+        if reference is not None:
+            batch["ref_logp_N"] = reference.logprobs(batch, temperature=s.temperature)
+        metrics |= add_advantages(s, batch, critic)
+        trained = batch.select(rows_to_train(s, batch))
+        metrics["train_fraction"] = len(trained) / len(sampled)
+
+        # Update: first the critic, then the policy, on the same minibatches.
+        lr = metrics["lr"] = learning_rate(s, step, settings.steps)
+        minibatches = split(s, trained, step)
+        if critic is not None and minibatches:
+            metrics |= critic.update(s, minibatches, lr=lr)
+        verdicts: list[list[AuxLoss]] = [[] for _ in range(s.num_minibatches)]
+        if self_critique is not None and s.critique is not None:
+            verdicts = self_critique.losses(s.critique, s, step, rows)
+            metrics["critique_pairs"] = float(sum(part.count for own in verdicts for part in own))
+        if minibatches and not _critic_only(s, step):
+            add_old_logprobs(s, policy, trained, minibatches)
+            loss = TokenLoss(policy_loss, s, temperature=s.temperature)
+            updates = []
+            for number, part in enumerate(minibatches):
+                further = [*aux.losses(step * s.num_minibatches + number, s), *verdicts[number]]
+                count = part.num_tokens if isinstance(s.aggregation, TokenMean) else len(part)
+                updates.append(policy.update(part, loss, count=float(count), lr=lr, aux=further))
+            metrics |= per_token(updates)
+
+        metrics |= batch_metrics(sampled, judged=judge is not None)
+        ctx.log(step + 1, settings.steps, tokens=tokens + sampled.num_tokens, **metrics)
+    policy.finish()
+    policy.save(ctx.out)
     return {"reward": ctx.metrics["reward"], "tokens": ctx.tokens}
 
 
-def new_reward(
-    config: Rl, ctx: Context, learner: LocalLearner, pool: VerifierPool
-) -> RewardFunction | None:
-    """The judges of the reward, None where it is the verifier's score alone."""
-    if config.verified_only:
-        return None
-    return make_reward(
-        config.reward,
-        ctx,
-        policy=learner.policy,
-        verifiers=pool,
-        dtype=getattr(torch, config.precision),
-        seed=config.seed,
-    )
+def _is_due(every: int | None, step: int) -> bool:
+    return every is not None and step > 0 and step % every == 0
 
 
-def sample_and_judge(
-    reward: RewardFunction | None,
-    at: At,
-    verify: Sample,
-    parts: dict[str, list[float]],
-    problems: Sequence[Problem],
+def _critic_only(s: Rl, step: int) -> bool:
+    return isinstance(s.advantage, Gae) and step < s.advantage.warmup_steps
+
+
+def sample(
+    s: Rl,
+    sampler: Sampler,
+    problems: Sequence[dict[str, object]],
+    pool: VerifierPool,
     *,
-    segments: int,
-    group_size: int,
     seed: int,
-) -> Scored:
-    """Verified samples, and then what the judges say as the reward; `at` resolves schedules.
-
-    The rows of a chain of `segments` share what is said of it. `parts` collects by label what each
-    judge inside the reward said.
-    """
-    scored = verify(problems, group_size=group_size, seed=seed)
-    if reward is None:
-        return scored
-    scores, said = reward.score(chain_responses(scored, segments), at)
-    for label, values in said.items():
-        parts.setdefault(label, []).extend(values)
-    reward_C = torch.tensor(scores, dtype=torch.float32)
-    return replace(scored, reward_B=reward_C.repeat_interleave(segments))
-
-
-def new_reference(config: Rl, ctx: Context) -> Reference | None:
-    """The start as the reference, None where no step has a KL penalty."""
-    if not config.uses_reference:
-        return None
-    return Reference(
-        ctx.inputs["start"],
-        every=config.reference_every,
-        dtype=getattr(torch, config.precision),
-        device=ctx.device,
+    group_size: int | None = None,
+) -> Batch:
+    """Verified responses to these problems, with the sampling settings of the step."""
+    return rollout(
+        sampler,
+        problems,
+        pool,
+        group_size=s.group_size if group_size is None else group_size,
+        max_new_tokens=s.max_new_tokens,
+        temperature=s.temperature,
+        top_p=s.top_p,
+        seed=seed,
     )
 
 
-def learn(
-    config: Rl,
-    learner: LocalLearner,
-    reference: Reference | None,
-    scored: Scored,
-    *,
+def profile(
+    s: Rl,
+    ctx: Context,
     step: int,
-    critic: Critic | None = None,
-    aux: critique.Also | None = None,
-) -> dict[str, float]:
-    """All updates on one batch of scored rollouts; returns the step's metrics.
+    problems: ProblemSampler,
+    sampler: Sampler,
+    pool: VerifierPool,
+) -> tuple[int, dict[str, float]]:
+    """Where it is time to, learn anew how often the policy solves which problems; returns the
+    tokens that this took, and metrics."""
+    how = reprofile_of(s)
+    if how is None:
+        return 0, {}
+    profiled = [
+        sample(s, sampler, asked, pool, seed=seed, group_size=how.samples)
+        for asked, seed in problems.to_profile(s, step, ctx.history)
+    ]
+    count = problems.take_profile(s, step, profiled)
+    return sum(batch.num_tokens for batch in profiled), {"profiled": float(count)}
 
-    The critic learns from the rows that the policy learns from, and first.
+
+def kl_weights(s: Rl, batch: Batch) -> Tensor:
+    """`kl_weight_B`: the factor on the KL's coefficient of each row's domain, 1 where none is
+    given."""
+    factors = {} if s.kl is None else s.kl.domains
+    weights = [factors.get(problem["domain"], 1.0) for problem in batch.problems]
+    return torch.tensor(weights, dtype=torch.float32)
+
+
+def add_advantages(s: Rl, batch: Batch, critic: Critic | None) -> dict[str, float]:
+    """Give every sampled token of the batch its `advantage_N`; returns metrics.
+
+    With a critic also `return_N` and `old_value_N`, what it is to learn and its values before the
+    updates. A KL in the reward is taken off the reward at the token where it arises for a critic
+    (InstructGPT, arXiv 2203.02155, Eq. 2), and as a sum over the response elsewhere. The advantages
+    of a critic are whitened over the tokens of the rows that are trained on.
     """
-    if not config.replay_mask:
-        scored = replace(scored, rollouts=replace(scored.rollouts, kept=None))
-    reference_logp_N, kl_N = None, None
-    lr = learning_rate(config, step, config.steps)
-    metrics = {"lr": lr}
-    kl_weight_B = kl_weights(config, scored)
-    if reference is not None:
-        reference_logp_N = reference.logprobs(scored.rollouts, temperature=config.temperature)
-        if config.kl_in == "reward":
-            kl_N = reward_kl(config, scored, reference_logp_N)
-            metrics["kl_reference"] = float(kl_N.sum()) / scored.rollouts.num_tokens
-    kept_B = torch.ones_like(scored.reward_B, dtype=torch.bool)
-    # A penalty in the loss has a gradient on every row, also where the rewards have none.
-    penalised = config.kl_coef > 0 and config.kl_in == "loss"
-    if config.drop_zero_variance and config.by_group and not penalised:
-        kept_B = ~zero_variance(scored.reward_B, scored.group_B)
-    if config.mask_unfinished:
-        kept_B &= scored.rollouts.finished_B
-    metrics["kept_share"] = float(kept_B.float().mean())
-    if not bool(kept_B.any()):
+    row_N, reward_B, metrics = batch.row_N, batch["reward_B"], {}
+    kl_N = scale_B = None
+    if s.kl is not None and s.kl.where == "reward":
+        assert s.kl.estimator != "unbiased", "refused with where = reward"
+        kl_N = kl_estimate(batch["sampler_logp_N"], batch["ref_logp_N"], estimator=s.kl.estimator)
+        scale_B = s.kl.coef * batch["kl_weight_B"]
+        metrics["kl_reference"] = float(kl_N.sum()) / batch.num_tokens
+    if isinstance(s.advantage, Gae):
+        assert critic is not None, "generalised advantage estimation has a critic"
+        penalty_N = None if kl_N is None or scale_B is None else scale_B[row_N] * kl_N
+        value_N = critic.values(batch)
+        advantage_N, batch["return_N"] = gae(
+            token_rewards(reward_B, row_N, penalty_N),
+            value_N,
+            row_N,
+            num_rows=len(batch),
+            gamma=s.advantage.gamma,
+            lam=s.advantage.lam,
+        )
+        trained_N = rows_to_train(s, batch)[row_N]
+        batch["advantage_N"] = advantage_N.masked_scatter(
+            trained_N, whitened(advantage_N[trained_N])
+        )
+        batch["old_value_N"] = value_N
         return metrics
-    credits = credit(config, critic, scored, kept_B, kl_N=kl_N, kl_weight_B=kl_weight_B)
-    index_B = kept_B.nonzero()[:, 0]
-    cuts = equal_parts(len(index_B), config.updates_per_batch, seed=config.seed, step=step)
-    parts = [index_B[part_B] for part_B in cuts]
-    if critic is not None:
-        metrics |= learn_values(config, critic, scored.rollouts, credits, parts, lr=lr)
-        if step < config.critic_warmup_steps:
-            return metrics
-    old_logp_N = old_logprobs(config, learner, scored, parts)
-    start_B = scored.rollouts.response_len_B.cumsum(0) - scored.rollouts.response_len_B
+    if kl_N is not None and scale_B is not None:
+        kl_B = torch.zeros_like(reward_B).index_add(0, row_N, kl_N)
+        reward_B = reward_B - scale_B * kl_B
+    if isinstance(s.advantage, Custom):
+        function, more = s.advantage.implementation(), s.advantage.arguments()
+        advantage = function(reward_B, batch["group_B"], **more)
+        batch["advantage_N"] = advantage if len(advantage) != len(batch) else advantage[row_N]
+    elif isinstance(s.advantage, LeaveOneOutZScore):
+        advantage_B = advantages(reward_B, batch["group_B"], mode="leave_one_out")
+        batch["advantage_N"] = whitened(advantage_B)[row_N]
+    else:
+        advantage_B = advantages(reward_B, batch["group_B"], mode=s.advantage.kind)
+        batch["advantage_N"] = advantage_B[row_N]
+    return metrics
+
+
+def rows_to_train(s: Rl, batch: Batch) -> Tensor:
+    """bool for each row: whether the policy learns from it."""
+    train_B = torch.ones(len(batch), dtype=torch.bool)
+    # A penalty in the loss has a gradient on every row, also where the rewards have none.
+    penalised = s.kl is not None and s.kl.coef > 0 and s.kl.where == "loss"
+    if s.drop_zero_variance and s.by_group and not penalised:
+        train_B = ~zero_variance(batch["reward_B"], batch["group_B"])
+    if s.mask_unfinished:
+        train_B &= batch["finished_B"]
+    return train_B
+
+
+def split(s: Rl, trained: Batch, step: int) -> Sequence[Batch]:
+    """The minibatches of a step, with the number of each row among those that are trained on."""
+    if len(trained) == 0:
+        return []
+    trained["row_B"] = torch.arange(len(trained))
+    return list(trained.minibatches(s.num_minibatches, seed=s.seed, step=step))
+
+
+def add_old_logprobs(s: Rl, policy: Learner, trained: Batch, minibatches: Sequence[Batch]) -> None:
+    """Give the minibatches `old_logp_N`, the log-probs of the policy before the first update.
+
+    None needs them with one update, where the old policy is the current one and the ratio is
+    exactly 1. With several, the sampler has just reported them. Where a correction compares the two
+    engines the learner computes its own, for the rows of all updates but the first, whose forward
+    pass serves both.
+    """
+    if s.num_minibatches == 1:
+        return
+    if s.correction is None:
+        for batch in minibatches:
+            batch["old_logp_N"] = batch["sampler_logp_N"]
+    elif len(minibatches) > 1:
+        row_B = torch.cat([batch["row_B"] for batch in minibatches[1:]]).sort().values
+        later = trained.select(row_B)
+        later["old_logp_N"] = policy.logprobs(later, temperature=s.temperature)
+        for batch in minibatches[1:]:
+            place_B = torch.searchsorted(row_B, batch["row_B"])
+            batch["old_logp_N"] = later.select(place_B)["old_logp_N"]
+
+
+def per_token(updates: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The metric sums of a step's updates as means over tokens; those of further losses and the
+    gradient norm over updates."""
     sums: dict[str, float] = {}
-    for number, rows_B in enumerate(parts):
-        flat_N = flat_index(start_B, scored.rollouts.response_len_B, rows_B)
-        # Before the first update the old policy is the current one: its forward pass serves both.
-        current = number == 0 and config.correction != "none"
-        update = PolicyUpdate(
-            config,
-            advantage_N=credits.advantage_N[flat_N],
-            rows=scored.rollouts.rows(rows_B),
-            old_logp_N=None if old_logp_N is None or current else old_logp_N[flat_N],
-            reference_logp_N=None if reference_logp_N is None else reference_logp_N[flat_N],
-            kl_weight_B=kl_weight_B[rows_B],
-            device=learner.device,
-        )
-        also = (
-            () if aux is None else aux.parts(step * config.updates_per_batch + number, config.aux)
-        )
-        part = learner.update(update.rows, update.loss, count=update.count, lr=lr, also=also)
-        sums = {name: sums.get(name, 0.0) + value for name, value in part.items()}
-    metrics["grad_norm"] = sums.pop("grad_norm") / len(parts)
-    metrics |= take_metrics(sums, len(parts)) | critique.take_metrics(sums)
+    for found in updates:
+        sums = {name: sums.get(name, 0.0) + value for name, value in found.items()}
+    metrics = {"grad_norm": sums.pop("grad_norm") / len(updates)}
+    metrics |= pop_metrics(sums, len(updates)) | critique.pop_metrics(sums)
     tokens = sums.pop("tokens")
     return metrics | {name: value / tokens for name, value in sums.items()}
 
 
-def batch_metrics(scored: Scored, *, judged: bool, segments: int = 1) -> dict[str, float]:
+def policy_loss(s: Rl, logp_N: Tensor, entropy_N: Tensor, batch: Batch) -> tuple[Tensor, Metrics]:
+    """What a policy-gradient step descends, summed over tokens. A `TokenLoss`.
+
+    The surrogate on the advantages, corrected for what sampler and learner differ in, and the KL
+    penalty where it belongs to the loss.
+    """
+    row_N, num_rows, advantage_N = batch.row_N, len(batch), batch["advantage_N"]
+    old_logp_N = batch["old_logp_N"] if "old_logp_N" in batch else logp_N.detach()
+    weight_N, _ = aggregation_weights(
+        row_N, num_rows, aggregation=s.aggregation.kind, constant=constant_of(s)
+    )
+    if s.token_weight is not None:
+        weigh, more = s.token_weight.implementation(), s.token_weight.arguments()
+        weight_N = weight_N * weigh(batch, **more)
+    correction_N, metrics = importance_correction(
+        old_logp_N,
+        batch["sampler_logp_N"],
+        row_N=row_N,
+        num_rows=num_rows,
+        **correction_arguments(s.correction),
+    )
+    if s.off_policy_delta is not None:
+        mask_N, masked = off_policy_mask(
+            logp_N, old_logp_N, advantage_N, row_N, num_rows=num_rows, delta=s.off_policy_delta
+        )
+        correction_N, metrics = correction_N * mask_N, metrics | masked
+    surrogate = s.surrogate.implementation()
+    total, own = surrogate(
+        logp_N,
+        old_logp_N,
+        advantage_N,
+        weight_N,
+        row_N,
+        num_rows=num_rows,
+        correction_N=correction_N,
+        **s.surrogate.arguments(),
+    )
+    metrics |= own | {"entropy": entropy_N.sum(), "tokens": logp_N.new_tensor(float(len(logp_N)))}
+    if s.kl is not None and s.kl.where == "loss":
+        kl_weight_N = weight_N * batch["kl_weight_B"][row_N]
+        if s.kl.estimator == "unbiased":
+            penalty, own = unbiased_kl_penalty(logp_N, old_logp_N, batch["ref_logp_N"], kl_weight_N)
+        else:
+            penalty, own = kl_penalty(
+                logp_N, batch["ref_logp_N"], kl_weight_N, estimator=s.kl.estimator
+            )
+        total = total + s.kl.coef * penalty
+        metrics["kl_reference"] = own["kl"]
+    return total, metrics
+
+
+def constant_of(s: Rl) -> int:
+    """The constant of a `ConstantSum`, the limit on response tokens where it has none."""
+    constant = s.aggregation.constant if isinstance(s.aggregation, ConstantSum) else None
+    return constant or s.max_new_tokens
+
+
+def batch_metrics(batch: Batch, *, judged: bool) -> dict[str, float]:
     """Reward, response length and finished share of a batch; reward by domain where several.
 
     Where other judges than the verifier were asked (`judged`), its mean score too."""
-    rollouts = scored.rollouts
     metrics = {
-        "reward": float(scored.reward_B.mean()),
-        "response_length": float(rollouts.response_len_B.float().mean()),
-        "finished_share": float(rollouts.finished_B.float().mean()),
+        "reward": float(batch["reward_B"].mean()),
+        "response_length": float(batch.sampled_len_B.float().mean()),
+        "finished_share": float(batch["finished_B"].float().mean()),
     }
-    if segments > 1:
-        metrics["chain_length"] = float(sum_of(rollouts.response_len_B, segments).float().mean())
-    if rollouts.kept is not None:
-        metrics["nucleus_size"] = float(rollouts.kept.count_N.float().mean())
+    if "nucleus_count_N" in batch:
+        metrics["nucleus_size"] = float(batch["nucleus_count_N"].float().mean())
     if judged:
-        metrics["accuracy"] = float(scored.verified_B.mean())
+        metrics["accuracy"] = float(batch["verified_B"].mean())
     by_domain: dict[str, list[float]] = {}
-    for problem, reward in zip(scored.problems, scored.reward_B.tolist(), strict=True):
+    for problem, reward in zip(batch.problems, batch["reward_B"].tolist(), strict=True):
         by_domain.setdefault(problem["domain"], []).append(reward)
     if len(by_domain) > 1:
         metrics |= {f"reward/{d}": sum(r) / len(r) for d, r in by_domain.items()}

@@ -1,20 +1,24 @@
-"""Rows of text that stages hand on: reading them, and what can be said of one response.
+"""Rows of text that stages hand on: finding them, and what can be said of one response.
 
 Every file has one JSON object per line. A problem is (domain, id, mode): responses in two modes are
-never compared.
+never compared. Imports no torch.
 """
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from posttrain.algorithms import Repetition
+from posttrain.backends.prompting import CLOSE, in_modes
 from posttrain.engine.errors import ConfigError
-from posttrain.modes import CLOSE, in_modes
-from posttrain.stages.context import Context
+from posttrain.engine.jsonl import read_jsonl
+from posttrain.rewards.penalties import repeated_share
+
+if TYPE_CHECKING:  # it imports torch
+    from posttrain.stages.context import Context
 
 Row = dict[str, Any]
 Key = tuple[str, str, str | None]
@@ -25,11 +29,9 @@ def key_of(row: Mapping[str, Any]) -> Key:
     return row["domain"], row["id"], row.get("mode")
 
 
-def read_rows(path: Path) -> Iterator[Row]:
-    """The rows of a file."""
-    with path.open(encoding="utf-8") as lines:
-        for line in lines:
-            yield json.loads(line)
+def pick(row: Mapping[str, Any], *fields: str) -> Row:
+    """The named fields of a row, as far as it has them."""
+    return {field: row[field] for field in fields if field in row}
 
 
 def edges(ctx: Context, edge: str) -> list[Path]:
@@ -42,7 +44,7 @@ def edges(ctx: Context, edge: str) -> list[Path]:
 
 def read_rollouts(ctx: Context, edge: str = "rollouts") -> list[Row]:
     """The rollouts of all stages under `edge`, one stage after another."""
-    return [row for path in edges(ctx, edge) for row in read_rows(path / "rollouts.jsonl")]
+    return [row for path in edges(ctx, edge) for row in read_jsonl(path / "rollouts.jsonl")]
 
 
 def problems_of(ctx: Context, rows: Iterable[Row]) -> list[Row]:
@@ -91,20 +93,12 @@ def value_of(row: Mapping[str, Any], by: str, stage: str) -> float:
     return float(row[by])
 
 
-def repetition(text: str, n: int) -> float:
-    """Share of a text's n-grams of words that stood in it before; 0 where it is shorter than n."""
-    words = text.split()
-    grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
-
-
 def clean(
     row: Mapping[str, Any],
     *,
     max_tokens: int | None,
     language: str | None,
-    max_repetition: float | None,
-    repetition_n: int = 3,
+    max_repetition: Repetition | None,
 ) -> bool:
     """Whether a response is short enough, in the allowed characters only, and not repetitive."""
     text = row["response"]
@@ -112,7 +106,9 @@ def clean(
         return False
     if language is not None and re.fullmatch(f"(?:{language})*", text) is None:
         return False
-    return max_repetition is None or repetition(text, repetition_n) <= max_repetition
+    if max_repetition is None:
+        return True
+    return repeated_share(text, n=max_repetition.n, unit="word") <= max_repetition.share
 
 
 def without_thought(row: Row) -> Row:

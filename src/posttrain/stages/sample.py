@@ -1,99 +1,125 @@
-"""Draw K scored responses per prompt from one model or several, or from each domain's own."""
+"""Stages that sample training problems without training: `sample` keeps what models say, `profile`
+how often a model is right, which is what difficulty filters and curricula go by."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import torch
-
-from posttrain.backends.chat import Chat
-from posttrain.backends.checkpoint import load
-from posttrain.backends.sampler import LocalSampler
-from posttrain.modes import in_modes
+from posttrain.backends.prompting import Problem, in_modes
+from posttrain.engine.jsonl import write_jsonl
 from posttrain.rewards.pool import VerifierPool
-from posttrain.stages.batches import Problem
+from posttrain.rl.batch import Batch
+from posttrain.rl.seeds import step_seed
 from posttrain.stages.context import Context
-from posttrain.stages.rollout_log import rollout_rows
-from posttrain.stages.rollouts import (
-    Scored,
-    sample_and_verify,
-    step_seed,
-    verifiers,
-    write_jsonl,
-)
-from posttrain.stages.settings.data import Drawn, Profile, Sample
+from posttrain.stages.rollout import rollout, rollout_rows, verifiers
+from posttrain.stages.rows import pick
+from posttrain.stages.settings.data import Profile, Sample
 
 PROMPTS_PER_CALL = 64
 
 
-def run(config: Sample, ctx: Context) -> dict[str, float]:
+def run(settings: Sample, ctx: Context) -> dict[str, float]:
     """Write rollouts.jsonl: problem, response, reward, finished, num_tokens, model, temperature."""
-    judges = verifiers(ctx)
+    verifier_pool = verifiers(ctx)
+    domains = list(ctx.domains)
     rows: list[dict[str, Any]] = []
-    total = sum(len(config.routes[name]) for name in ctx.domains)
-    for number, name in enumerate(ctx.domains):
-        problems = chosen_problems(config, ctx, name)
-        for place, model in enumerate(config.routes[name]):
+    done, total = 0, sum(len(settings.routes[name]) for name in domains)
+    for number, name in enumerate(domains):
+        problems = chosen_problems(settings, ctx, name)
+        for place, model in enumerate(settings.routes[name]):
             tokens = 0
-            for scored in answers(
-                config,
+            for batch in responses(
+                settings,
                 ctx,
-                ctx.inputs[f"models.{model}"],
+                f"models.{model}",
                 problems,
-                judges,
-                group_size=config.k,
-                number=number + place * len(ctx.domains),
-                prefix=config.prefix,
+                verifier_pool,
+                group_size=settings.k,
+                number=number + place * len(domains),
+                prefix=settings.prefix,
             ):
-                tokens += scored.rollouts.num_tokens
-                rows += rollout_rows(scored, model=model, temperature=config.temperature)
-            mean = sum(row["reward"] for row in rows) / len(rows)
-            done = sum(len(config.routes[n]) for n in list(ctx.domains)[:number]) + place + 1
-            ctx.log(done, total, tokens=tokens, reward=mean)
+                tokens += batch.num_tokens
+                rows += rollout_rows(batch, model=model, temperature=settings.temperature)
+            done += 1
+            ctx.log(done, total, tokens=tokens, reward=mean(rows, "reward"))
     write_jsonl(ctx.out / "rollouts.jsonl", rows)
-    return {"rows": len(rows), "reward": sum(row["reward"] for row in rows) / len(rows)}
+    return {"rows": len(rows), "reward": mean(rows, "reward")}
 
 
-def chosen_problems(config: Drawn, ctx: Context, domain: str) -> list[Problem]:
+def run_profile(settings: Profile, ctx: Context) -> dict[str, float]:
+    """Write profile.jsonl: id, domain, rate (mean reward) and samples (how many) per problem."""
+    verifier_pool = verifiers(ctx)
+    rows: list[dict[str, Any]] = []
+    for number, name in enumerate(ctx.domains):
+        tokens = 0
+        for batch in responses(
+            settings,
+            ctx,
+            "model",
+            chosen_problems(settings, ctx, name),
+            verifier_pool,
+            group_size=settings.n,
+            number=number,
+        ):
+            tokens += batch.num_tokens
+            rates = batch["reward_B"].double().reshape(-1, settings.n).mean(dim=1).tolist()
+            rows += [
+                pick(problem, "id", "domain", "mode") | {"rate": rate, "samples": settings.n}
+                for problem, rate in zip(batch.problems[:: settings.n], rates, strict=True)
+            ]
+        ctx.log(number + 1, len(ctx.domains), tokens=tokens, reward=mean(rows, "rate"))
+    write_jsonl(ctx.out / "profile.jsonl", rows)
+    return {
+        "rows": len(rows),
+        "rate": mean(rows, "rate"),
+        "unsolved_share": sum(row["rate"] == 0 for row in rows) / len(rows),
+        "solved_share": sum(row["rate"] >= 1 for row in rows) / len(rows),
+    }
+
+
+def mean(rows: list[dict[str, Any]], field: str) -> float:
+    """The mean of a field over all rows."""
+    return float(sum(row[field] for row in rows) / len(rows))
+
+
+def chosen_problems(settings: Sample | Profile, ctx: Context, domain: str) -> list[Problem]:
     """`num_prompts` training problems from `first_prompt` on, round the end, each in each mode.
 
     None is there twice in a mode.
     """
     problems = ctx.problems(domain, "train")
-    count = min(config.num_prompts, len(problems))
-    chosen = [problems[(config.first_prompt + i) % len(problems)] for i in range(count)]
-    return in_modes(chosen, config.modes)
+    count = min(settings.num_prompts, len(problems))
+    chosen = [problems[(settings.first_prompt + i) % len(problems)] for i in range(count)]
+    return in_modes(chosen, settings.modes)
 
 
-def answers(
-    config: Sample | Profile,
+def responses(
+    settings: Sample | Profile,
     ctx: Context,
-    model: Path,
+    edge: str,
     problems: list[Problem],
-    judges: VerifierPool,
+    verifier_pool: VerifierPool,
     *,
     group_size: int,
     number: int,
     prefix: str = "",
-) -> Iterator[Scored]:
-    """A model's responses to `problems`, some prompts at a time; `number` is that of the draw.
+) -> Iterator[Batch]:
+    """What the model of an edge says to `problems`, verified, some prompts at a time.
 
-    Draws of one stage with other numbers, and of other `first_prompt`, share no random numbers.
+    Draws of one stage with another `number`, and of another `first_prompt`, share no random
+    numbers.
     """
-    language_model = load(model, dtype=getattr(torch, config.precision), device=ctx.device)
-    chat, sampler = Chat(language_model), LocalSampler(language_model)
+    sampler = ctx.sampler(edge, precision=settings.precision)
     for start in range(0, len(problems), PROMPTS_PER_CALL):
-        yield sample_and_verify(
+        yield rollout(
             sampler,
-            chat,
             problems[start : start + PROMPTS_PER_CALL],
-            judges,
+            verifier_pool,
             group_size=group_size,
-            max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature,
-            top_p=config.top_p,
-            seed=step_seed(config.seed, (number << 20) + config.first_prompt + start),
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            seed=step_seed(settings.seed, (number << 20) + settings.first_prompt + start),
             prefix=prefix,
         )

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import torch
-
+from posttrain.engine.jsonl import write_jsonl
 from posttrain.rewards.judging import Responses, RewardFunction
 from posttrain.stages.context import Context
 from posttrain.stages.judging import make_reward
-from posttrain.stages.rollouts import write_jsonl
 from posttrain.stages.rows import Row, key_of, problems_of, read_rollouts
 from posttrain.stages.settings.data import Score
 
@@ -15,11 +13,10 @@ ROWS_PER_CALL = 512
 """Responses that a judge is asked about at once, and a little more: whole groups."""
 
 
-def run(config: Score, ctx: Context) -> dict[str, float]:
+def run(settings: Score, ctx: Context) -> dict[str, float]:
     """Write rollouts.jsonl: the rollouts of one stage or several, with `score`."""
     rows = read_rollouts(ctx)
-    dtype = getattr(torch, config.precision)
-    reward = make_reward(config.judge, ctx, dtype=dtype, seed=config.seed)
+    reward = make_reward(settings.judge, ctx, precision=settings.precision, seed=settings.seed)
     scores = judge_rows(ctx, reward, rows)
     scored = [row | {"score": score} for row, score in zip(rows, scores, strict=True)]
     write_jsonl(ctx.out / "rollouts.jsonl", scored)

@@ -4,57 +4,57 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
+from posttrain.algorithms import BestResponses, Correct, Selection, ShortestCorrect, TopShare
 from posttrain.engine.errors import ConfigError
-from posttrain.stages.batches import kept
-from posttrain.stages.context import Context
-from posttrain.stages.rollouts import write_jsonl
+from posttrain.engine.jsonl import write_jsonl
 from posttrain.stages.rows import (
     Row,
     by_problem,
     clean,
     key_of,
+    pick,
     read_rollouts,
     value_of,
     without_thought,
 )
 from posttrain.stages.settings.data import Select
 
+if TYPE_CHECKING:  # it imports torch
+    from posttrain.stages.context import Context
 
-def run(config: Select, ctx: Context) -> dict[str, float]:
+
+def run(settings: Select, ctx: Context) -> dict[str, float]:
     """Write data.jsonl, rows of prompt and demo, from the rollouts of one stage or several."""
-    rollouts = of_steps(config, read_rollouts(ctx), ctx.name)
-    problems = by_problem(row for row in rollouts if passes(config, row))
-    chosen = choose(config, list(problems.values()), ctx.name)
+    rollouts = of_steps(settings, read_rollouts(ctx), ctx.name)
+    problems = by_problem(row for row in rollouts if passes(settings, row))
+    chosen = choose(settings.how, list(problems.values()), ctx.name)
     if not chosen:
         raise ConfigError(
-            f"stage {ctx.name!r}: how = {config.how!r} keeps none of {len(rollouts)} rollouts; "
-            "sample from a better model, raise k, loosen the conditions, or use how = 'best' where "
-            "the verifier gives part scores"
+            f"stage {ctx.name!r}: how = {settings.how.kind!r} keeps none of {len(rollouts)} "
+            "rollouts; sample from a better model, raise k, loosen the conditions, or use how = "
+            "'best' where the verifier gives part scores"
         )
-    if config.strip_thought:
+    if settings.strip_thought:
         chosen = [without_thought(row) for row in chosen]
-    write_jsonl(
-        ctx.out / "data.jsonl",
-        (
-            kept(row, "id", "domain", "prompt", "reward", "mode") | {"demo": row["response"]}
-            for row in chosen
-        ),
-    )
+    fields = ("id", "domain", "prompt", "reward", "mode")
+    demos = (pick(row, *fields) | {"demo": row["response"]} for row in chosen)
+    write_jsonl(ctx.out / "data.jsonl", demos)
     return {"rows": len(chosen), "kept_share": len(chosen) / len(rollouts)}
 
 
-def of_steps(config: Select, rollouts: list[Row], stage: str) -> list[Row]:
+def of_steps(settings: Select, rollouts: list[Row], stage: str) -> list[Row]:
     """The rollouts of the steps asked for. Raises ConfigError for one that has no step."""
-    if config.first_step is None and config.last_step is None:
+    if settings.first_step is None and settings.last_step is None:
         return rollouts
     if any("step" not in row for row in rollouts):
         raise ConfigError(
             f"stage {stage!r}: first_step and last_step choose among the rollouts of rl stages; "
             "these have no step, leave both out"
         )
-    first = config.first_step or 0
-    last = math.inf if config.last_step is None else config.last_step
+    first = settings.first_step or 0
+    last = math.inf if settings.last_step is None else settings.last_step
     found = [row for row in rollouts if first <= row["step"] <= last]
     if not found:
         steps = [row["step"] for row in rollouts]
@@ -65,52 +65,50 @@ def of_steps(config: Select, rollouts: list[Row], stage: str) -> list[Row]:
     return found
 
 
-def passes(config: Select, row: Row) -> bool:
+def passes(settings: Select, row: Row) -> bool:
     """Whether a response meets the conditions that look at it alone."""
-    if config.success is not None and (row["reward"] >= 1.0) != config.success:
+    success = getattr(settings.how, "success", None)
+    if success is not None and (row["reward"] >= 1.0) != success:
         return False
-    if config.min_tokens is not None and row["num_tokens"] < config.min_tokens:
+    if settings.min_tokens is not None and row["num_tokens"] < settings.min_tokens:
         return False
     return clean(
         row,
-        max_tokens=config.max_tokens,
-        language=config.language,
-        max_repetition=config.max_repetition,
-        repetition_n=config.repetition_n,
+        max_tokens=settings.max_tokens,
+        language=settings.language,
+        max_repetition=settings.max_repetition,
     )
 
 
-def choose(config: Select, problems: Sequence[list[Row]], stage: str = "") -> list[Row]:
+def choose(how: Selection, problems: Sequence[list[Row]], stage: str = "") -> list[Row]:
     """The rows that stay of these problems' distinct ones, at most `max_per_prompt` of each."""
-    if config.how == "top_share":
-        return top_share(config, problems, stage)
-    return [row for rows in problems for row in _of_one(config, rows, stage)]
+    if isinstance(how, TopShare):
+        return top_share(how, problems, stage)
+    return [row for rows in problems for row in _of_one(how, rows, stage)]
 
 
-def top_share(config: Select, problems: Sequence[list[Row]], stage: str) -> list[Row]:
+def top_share(how: TopShare, problems: Sequence[list[Row]], stage: str) -> list[Row]:
     """The best `share` of all rows, rounded up, equal ones as they come; then the limit."""
     rows = [row for of_problem in problems for row in of_problem]
-    order = sorted(range(len(rows)), key=lambda i: -value_of(rows[i], config.by, stage))
-    best = set(order[: math.ceil((config.share or 0) * len(rows))])
+    order = sorted(range(len(rows)), key=lambda i: -value_of(rows[i], how.by, stage))
+    best = set(order[: math.ceil(how.share * len(rows))])
     taken: dict[object, list[Row]] = {}
     for i in order:
         of_problem = taken.setdefault(key_of(rows[i]), [])
-        if i in best and (config.max_per_prompt is None or len(of_problem) < config.max_per_prompt):
+        if i in best and (how.max_per_prompt is None or len(of_problem) < how.max_per_prompt):
             of_problem.append(rows[i])
     return [row for of_problem in problems if of_problem for row in taken[key_of(of_problem[0])]]
 
 
-def _of_one(config: Select, rows: list[Row], stage: str) -> list[Row]:
-    if config.how == "best":
-        values = [value_of(row, config.by, stage) for row in rows]
+def _of_one(how: Selection, rows: list[Row], stage: str) -> list[Row]:
+    if isinstance(how, Correct | ShortestCorrect):
+        rows = [row for row in rows if row["reward"] >= 1.0]
+    if isinstance(how, ShortestCorrect):
+        return sorted(rows, key=lambda row: len(row["response"]))[:1]
+    if isinstance(how, BestResponses):
+        values = [value_of(row, how.by, stage) for row in rows]
         best = max(values, default=0.0)
         # A reward of 0 is a failure; a score has no such zero.
-        good = config.by == "score" or best > 0
-        found = [row for row, value in zip(rows, values, strict=True) if good and value == best]
-    elif config.how == "all":
-        found = rows
-    else:
-        found = [row for row in rows if row["reward"] >= 1.0]
-    if config.how == "shortest_correct":
-        return sorted(found, key=lambda row: len(row["response"]))[:1]
-    return found[: config.max_per_prompt]
+        good = how.by == "score" or best > 0
+        rows = [row for row, value in zip(rows, values, strict=True) if good and value == best]
+    return rows[: how.max_per_prompt]

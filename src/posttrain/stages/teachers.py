@@ -1,92 +1,90 @@
 """The frozen teachers of a distillation, and what each of them says about the student's tokens.
 
-Each teacher reads only the rows of its own domains, while others are still being sampled. For the
-exact estimator what is kept of a teacher is the last hidden state of every token, from which the
-loss rebuilds logits through that teacher's head, a chunk of tokens at a time (DeepSeek-V4, arXiv
-2606.19348, section 5.2.2).
+Each teacher reads only the rows of its own domains, while others are still being sampled. What it
+says becomes columns of the batch:
 
-Legend: B rows, N flat response tokens of one teacher's rows, E teacher's hidden size, K top-k.
+    teacher_B              int64, which teacher reads the row, an index into `Teachers.names`
+    teacher_logp_N         log-probability of each sampled token (`SampledToken`)
+    teacher_ids_NK         its likeliest tokens at each position, and
+    teacher_logp_NK        their log-probabilities (`TopK`)
+    teacher_hidden_NE      its last hidden state at each position (the exact divergences), from
+                           which the loss rebuilds logits through that teacher's head, a chunk of
+                           tokens at a time (DeepSeek-V4, arXiv 2606.19348, section 5.2.2)
+
+Legend: B rows, N sampled tokens, K top-k, E the largest hidden size of the teachers; a smaller one
+fills the first places of its rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Executor, Future
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from posttrain.backends.base import Head, Sampling
-from posttrain.backends.chat import Chat
-from posttrain.backends.checkpoint import LanguageModel, load
-from posttrain.backends.local import LocalScorer, response_logprobs
-from posttrain.engine.errors import ConfigError
-from posttrain.hints import hinted
-from posttrain.losses.distill import teacher_top_k_targets
-from posttrain.rl.types import Rollouts, pad_rows
-from posttrain.stages.batches import Problem
+from posttrain.algorithms import SampledToken, TopK
+from posttrain.backends.base import Head, Sampling, Scorer
+from posttrain.backends.chat import Chat, check_same_tokens
+from posttrain.backends.prompting import Problem, hinted
+from posttrain.rl.batch import Batch, ragged_index
+from posttrain.stages.context import Context
 from posttrain.stages.settings.distill import Distill
-
-
-@dataclass(frozen=True, kw_only=True)
-class Targets:
-    """One teacher's view of its rows; which fields are filled depends on the estimator.
-
-    All of it is on the teacher's device.
-    """
-
-    head: Head
-    start_B: Tensor
-    """Where each row of the WHOLE batch begins in the flat tensors; -1 for rows of others."""
-    hidden_NE: Tensor | None = None
-    top_ids_NK: Tensor | None = None
-    top_logp_NK: Tensor | None = None
-    logp_N: Tensor | None = None
-
 
 READ_TOKENS = 1024
 """Rows are read when they have this many tokens: fewer fill a forward pass badly."""
 
+Columns = dict[str, Tensor]
+"""What a teacher says about some rows, by the name of the column."""
+
 
 class Teachers:
-    """All teachers of a stage by name."""
+    """All teachers of a stage by name. Those of one checkpoint share one model."""
 
-    def __init__(
-        self,
-        paths: Mapping[str, Path],
-        student: LanguageModel,
-        *,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-        workers: Executor | None = None,
-    ) -> None:
-        """`workers` read responses while others are still being sampled."""
-        self.names = list(paths)
-        by_path: dict[Path, LocalScorer] = {}
-        for name, path in paths.items():
-            if path not in by_path:
-                teacher = load(path, dtype=dtype, device=device)
-                check_same_tokens(student, teacher, name)
-                by_path[path] = LocalScorer(teacher)
-        self.scorers = {name: by_path[path] for name, path in paths.items()}
-        self.workers = workers
+    def __init__(self, settings: Distill, ctx: Context, student: Chat) -> None:
+        """Reads the edges `teachers.NAME`. Raises ConfigError for a teacher whose tokens are not
+        the student's."""
+        self.names = settings.teachers
+        by_path: dict[Path, Scorer] = {}
+        for name in self.names:
+            edge = f"teachers.{name}"
+            if ctx.inputs[edge] not in by_path:
+                scorer = ctx.scorer(edge, precision=settings.precision)
+                check_same_tokens(student, scorer.chat, name)
+                by_path[ctx.inputs[edge]] = scorer
+        self.scorers = [by_path[ctx.inputs[f"teachers.{name}"]] for name in self.names]
+        self.workers = ctx.workers
+        self.chat = student
+        self.where = f"stage {ctx.name!r}"
 
-    def reading(
-        self, config: Distill, teacher_B: Tensor, prompts: Sequence[Sequence[int] | None] = ()
-    ) -> Reading:
-        """Begin to score a batch; row b is for teacher `teacher_B[b]` (int64, indexes `names`).
+    @property
+    def heads(self) -> tuple[Head, ...]:
+        """The output layer of each teacher, in the order of `names`."""
+        return tuple(scorer.head for scorer in self.scorers)
 
-        Where `prompts` has token ids for the group of a row, its teacher reads the response after
-        these, and else after the prompt that the student saw.
+    def scoring(self, step_settings: Distill, problems: Sequence[Problem]) -> TeacherScoring:
+        """Begin to score the responses to these problems, one group each.
+
+        A domain with several teachers has its problems read by them in turn.
         """
-        return Reading(self, config, teacher_B, prompts)
+        numbers = []
+        for place, problem in enumerate(problems):
+            names = step_settings.teachers_of(problem["domain"], problem.get("mode"))
+            numbers.append(self.names.index(names[place % len(names)]))
+        prompts = [self._hinted_prompt(step_settings, problem) for problem in problems]
+        return TeacherScoring(self, step_settings, numbers, prompts)
+
+    def _hinted_prompt(self, step_settings: Distill, problem: Problem) -> list[int] | None:
+        """What the teacher reads in place of the student's prompt; None where that has no hint."""
+        hint = step_settings.hints.get(problem["domain"])
+        if hint is None:
+            return None
+        return self.chat.prompt(hinted(problem, hint, where=self.where), problem.get("mode"))
 
 
-class Reading:
-    """The scoring of one batch, row by row as responses end. A `Reader`.
+class TeacherScoring:
+    """The scoring of one batch, as its responses end. A `Reader` of `rollout`.
 
     Whole groups are read some at a time, so that a forward pass has enough tokens. Which together
     follows from the order in which rows ended, and so from what was sampled: not from the clock,
@@ -96,166 +94,100 @@ class Reading:
     def __init__(
         self,
         teachers: Teachers,
-        config: Distill,
-        teacher_B: Tensor,
-        prompts: Sequence[Sequence[int] | None] = (),
+        step_settings: Distill,
+        numbers: Sequence[int],
+        prompts: Sequence[Sequence[int] | None],
     ) -> None:
-        self.teachers, self.config, self.teacher_B = teachers, config, teacher_B
-        self.prompts = prompts
-        self.parts: list[tuple[int, Tensor, Future[Scores] | Scores]] = []
+        """`numbers`: the teacher of each group; `prompts`: the token ids after which that teacher
+        reads the group's responses, None for the student's own prompt."""
+        self.teachers, self.step_settings, self.prompts = teachers, step_settings, prompts
+        self.group_size = step_settings.samples_per_prompt
+        self.teacher_B = torch.tensor(numbers).repeat_interleave(self.group_size)
+        self.parts: list[tuple[Tensor, Future[Columns] | Columns]] = []
+        """Rows of the batch that one teacher reads together, and what it says about them."""
         # Ended rows by group: a group is read when it is whole, so that its prompt is read once.
         self.groups: dict[int, list[int]] = {}
         self.whole: list[int] = []
         self.num_tokens = 0
 
-    def read(self, row_B: Tensor, sampling: Sampling) -> None:
+    def on_finished(self, row_B: Tensor, sampling: Sampling) -> None:
         """Score these rows of `sampling` with others, once enough of them have ended."""
-        size = self.config.samples_per_prompt
         for row in row_B.tolist():
-            group = self.groups.setdefault(row // size, [])
+            number = row // self.group_size
+            group = self.groups.setdefault(number, [])
             group.append(row)
-            if len(group) == size:
+            if len(group) == self.group_size:
                 self.whole += group
-                self.num_tokens += sampling.num_tokens(self.groups.pop(row // size))
+                self.num_tokens += sampling.num_tokens(self.groups.pop(number))
         if self.num_tokens >= READ_TOKENS:
             row_B = torch.tensor(sorted(self.whole))
             self.whole, self.num_tokens = [], 0
-            self._score(row_B, sampling.rollouts(row_B))
+            self._score(row_B, sampling.batch(row_B))
 
-    def targets(self, rollouts: Rollouts) -> list[Targets]:
-        """What each teacher says of its rows; reads those of the whole batch that are left."""
-        left_B = torch.ones(len(rollouts), dtype=torch.bool)
-        for _, row_B, _ in self.parts:
+    def add_columns(self, batch: Batch) -> None:
+        """Give the whole batch its columns; rows that nobody has read yet are read now."""
+        left_B = torch.ones(len(batch), dtype=torch.bool)
+        for row_B, _ in self.parts:
             left_B[row_B] = False
         if bool(left_B.any()):
-            self._score(left_B.nonzero()[:, 0], rollouts.rows(left_B))
-        joined = [self._joined(number, rollouts) for number in range(len(self.teachers.names))]
-        # The joined copies serve all updates of the batch.
+            self._score(left_B.nonzero()[:, 0], batch.select(left_B))
+        batch["teacher_B"] = self.teacher_B
+        found = [
+            (row_B, said.result() if isinstance(said, Future) else said)
+            for row_B, said in self.parts
+        ]
         self.parts = []
-        return joined
+        for name in found[0][1]:
+            batch[name] = _in_place(batch, [(row_B, said[name]) for row_B, said in found])
 
-    def _score(self, row_B: Tensor, rows: Rollouts) -> None:
-        teacher_B = self.teacher_B[row_B]
-        for number in teacher_B.unique().tolist():
-            member_B = (teacher_B == number).nonzero()[:, 0]
-            asked = self._asked(row_B[member_B], rows.rows(member_B))
-            work = (self.teachers.scorers[self.teachers.names[number]], asked)
-            scores: Future[Scores] | Scores
-            if self.teachers.workers is None:
-                scores = read_rows(self.config, *work)
+    def _score(self, row_B: Tensor, rows: Batch) -> None:
+        """Let each teacher read its own among `rows`, which are rows `row_B` of the batch."""
+        for number in self.teacher_B[row_B].unique().tolist():
+            member_B = (self.teacher_B[row_B] == number).nonzero()[:, 0]
+            own_B = row_B[member_B]
+            asked = self._after_hints(own_B, rows.select(member_B))
+            work = (self.step_settings, self.teachers.scorers[number], asked)
+            workers = self.teachers.workers
+            said: Future[Columns] | Columns
+            if workers is None:
+                said = teacher_columns(*work)
             else:
-                scores = self.teachers.workers.submit(read_rows, self.config, *work)
-            self.parts.append((number, row_B[member_B], scores))
+                said = workers.submit(teacher_columns, *work)
+            self.parts.append((own_B, said))
 
-    def _asked(self, row_B: Tensor, rows: Rollouts) -> Rollouts:
+    def _after_hints(self, row_B: Tensor, rows: Batch) -> Batch:
         """Rows `row_B` of the batch as their teacher is to read them."""
-        size = self.config.samples_per_prompt
-        given = [self.prompts[row // size] if self.prompts else None for row in row_B.tolist()]
-        return rows if all(prompt is None for prompt in given) else after_prompts(rows, given)
-
-    def _joined(self, number: int, rollouts: Rollouts) -> Targets:
-        """The parts of one teacher, its rows in the order of the batch."""
-        head = self.teachers.scorers[self.teachers.names[number]].head
-        device = head.weight_VD.device
-        start_B = torch.full((len(rollouts),), -1)
-        parts = [(row_B, scores) for of, row_B, scores in self.parts if of == number]
-        if not parts:
-            return Targets(head=head, start_B=start_B.to(device))
-        found = [s.result() if isinstance(s, Future) else s for _, s in parts]
-        at = 0
-        for row_B, _ in parts:
-            count_B = rollouts.response_len_B[row_B]
-            start_B[row_B] = at + count_B.cumsum(0) - count_B
-            at += int(count_B.sum())
-        joined = {n: torch.cat([scores[n] for scores in found]).to(device) for n in found[0]}
-        return Targets(head=head, start_B=start_B.to(device), **joined)
-
-
-Scores = dict[str, Tensor]
-"""Fields of `Targets` for some rows of one teacher."""
+        prompts = [self.prompts[row // self.group_size] for row in row_B.tolist()]
+        return rows if all(prompt is None for prompt in prompts) else rows.with_prompts(prompts)
 
 
 @torch.no_grad()
-def read_rows(config: Distill, scorer: LocalScorer, rows: Rollouts) -> Scores:
-    """What the estimator needs of a teacher, for each response token of `rows`."""
+def teacher_columns(step_settings: Distill, scorer: Scorer, rows: Batch) -> Columns:
+    """What the estimator needs of a teacher about `rows`: columns without `teacher_B`."""
+    estimator = step_settings.estimator
+    if isinstance(estimator, SampledToken):
+        return {"teacher_logp_N": scorer.logprobs(rows, temperature=step_settings.temperature)}
+    if isinstance(estimator, TopK):
+        ids_NK, logp_NK = scorer.top_k(rows, estimator.k, temperature=step_settings.temperature)
+        return {"teacher_ids_NK": ids_NK, "teacher_logp_NK": logp_NK}
     hidden_NE = scorer.hidden(rows)
-    if config.estimator == "full_vocabulary":
-        if config.precision == "float32":
-            hidden_NE = hidden_NE.to(getattr(torch, config.teacher_cache))
-        return {"hidden_NE": hidden_NE}
-    if config.estimator == "sampled_token":
-        logp_N = response_logprobs(hidden_NE, scorer.head, rows, config.temperature)
-        return {"logp_N": logp_N}
-    head = scorer.head
-    top_ids_NK, top_logp_NK = teacher_top_k_targets(
-        hidden_NE,
-        head.weight_VD,
-        min(config.top_k, head.weight_VD.shape[0]),
-        bias_V=head.bias_V,
-        temperature=config.temperature,
-    )
-    return {"top_ids_NK": top_ids_NK, "top_logp_NK": top_logp_NK}
+    if step_settings.precision == "float32":
+        hidden_NE = hidden_NE.to(getattr(torch, estimator.cache))
+    return {"teacher_hidden_NE": hidden_NE}
 
 
-def hinted_prompts(
-    config: Distill, chat: Chat, problems: Sequence[Problem], *, where: str
-) -> list[list[int] | None]:
-    """What the teachers read instead of each prompt: token ids, None where there is no hint."""
-    hints = [config.hints.get(problem["domain"]) for problem in problems]
-    return [
-        None
-        if hint is None
-        else chat.prompt(hinted(problem, hint, where=where), problem.get("mode"))
-        for problem, hint in zip(problems, hints, strict=True)
-    ]
+def _in_place(batch: Batch, parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """One column out of `(row_B, value_N)`, the values for the sampled tokens of some rows each.
 
-
-def after_prompts(rows: Rollouts, prompts: Sequence[Sequence[int] | None]) -> Rollouts:
-    """The same responses after other prompts; None leaves a row's own.
-
-    The n-th response token stays the n-th: only the context before it differs.
+    Of columns with two axes, narrower values fill the first places of their rows; the others are 0
+    and never read.
     """
-    starts, lengths = rows.prompt_len_B.tolist(), rows.response_len_B.tolist()
-    tokens = rows.tokens_BT.tolist()
-    changed = [
-        [*(row[:start] if prompt is None else prompt), *row[start : start + length]]
-        for row, start, length, prompt in zip(tokens, starts, lengths, prompts, strict=True)
-    ]
-    # What fills the rows up is never read.
-    tokens_BT, length_B = pad_rows(changed, 0)
-    return replace(rows, tokens_BT=tokens_BT, prompt_len_B=length_B - rows.response_len_B)
-
-
-def check_same_tokens(
-    student: LanguageModel, teacher: LanguageModel, name: str, *, role: str = "teacher"
-) -> None:
-    """Raise ConfigError unless teacher and student mean the same by every token id.
-
-    Compared are the vocabulary, the size of the output layer, the stop tokens and the chat
-    template: a difference in any of them compares the wrong tokens without a sign. `role` is what
-    the message calls the teacher.
-    """
-
-    def size(language_model: LanguageModel) -> int:
-        model = language_model.model
-        # A critic has no output layer; it has to read what the policy writes.
-        layer = model.get_output_embeddings() or model.get_input_embeddings()
-        return int(layer.weight.shape[0])
-
-    differences: list[tuple[str, Any, Any]] = [
-        ("output layer rows", size(student), size(teacher)),
-        ("stop token ids", sorted(student.stop_ids), sorted(teacher.stop_ids)),
-    ]
-    ours, theirs = student.tokenizer.get_vocab(), teacher.tokenizer.get_vocab()
-    if ours != theirs:
-        token = min(t for t in ours.keys() | theirs.keys() if ours.get(t) != theirs.get(t))
-        differences.append((f"id of token {token!r}", ours.get(token), theirs.get(token)))
-    template = (student.tokenizer.chat_template, teacher.tokenizer.chat_template)
-    differences.append(("chat template", *template))
-    for what, mine, other in differences:
-        if mine != other:
-            raise ConfigError(
-                f"{role} {name!r}: its vocabulary differs from the student's: {what} is "
-                f"{other!r} there and {mine!r} here; a {role} must come from the same tokenizer, "
-                "best from the same checkpoint as the student"
-            )
+    widest = max((value_N for _, value_N in parts), key=lambda value_N: value_N.shape[1:])
+    column_N = widest.new_zeros(batch.num_tokens, *widest.shape[1:])
+    for row_B, value_N in parts:
+        index_N = ragged_index(batch.sampled_len_B, row_B)
+        if value_N.dim() == 1:
+            column_N[index_N] = value_N
+        else:
+            column_N[index_N, : value_N.shape[1]] = value_N
+    return column_N

@@ -19,9 +19,10 @@ from typing import Any
 
 from posttrain.engine.errors import ConfigError, StageError
 from posttrain.engine.fingerprint import file_digest
+from posttrain.engine.jsonl import write_jsonl
+from posttrain.rewards.formats import find_format
 from posttrain.rewards.gym import FULL_SCORE, create_gym
-from posttrain.rewards.verifiers import Verifier, make_verifier
-from posttrain.suites.formats import find_format
+from posttrain.rewards.pool import VerifierPool
 from posttrain.suites.location import parse_location
 from posttrain.suites.split import (
     SPLITS,
@@ -43,14 +44,9 @@ Problem = dict[str, Any]
 
 
 def build_domain(
-    config: Mapping[str, Any],
-    runtime: Mapping[str, Any],
-    out: Path,
-    data: Mapping[str, str] | None = None,
+    config: Mapping[str, Any], runtime: Mapping[str, Any], out: Path, data: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Writes the artifact into the directory `out`; `config`, `runtime` are those of a DomainNode.
-
-    `data` (default: `runtime["data"]`) are the sha256 values that the plan saw.
+    """Writes the artifact into the directory `out`; the others are the parts of `domain_node`.
 
     Returns:
         train, validation, heldout (numbers of problems), duplicates (dropped rows or draws),
@@ -63,33 +59,31 @@ def build_domain(
     """
     name = config["domain"]
     where = f"domain {name}"
-    known = data if data is not None else runtime.get("data", {})
     if config["source"]["kind"] == "procedural":
         splits, duplicates = _procedural(config, where)
     else:
-        splits, duplicates = _table(config, runtime, known, where)
-    if "verifier_file" in runtime:
-        _require_unchanged(runtime["verifier_file"], known["verifier"], f"{where}: verifier")
-        shutil.copyfile(runtime["verifier_file"], out / "verifier.py")
-    if "oracle_file" in runtime:
-        _require_unchanged(runtime["oracle_file"], known["oracle"], f"{where}: oracle")
-        shutil.copyfile(runtime["oracle_file"], out / "oracle.py")
-    verifier = make_verifier(config["verifier"], {"verifier_file": str(out / "verifier.py")})
-    demo_score = _check(splits, verifier, strict=config["source"]["kind"] == "procedural")
-
+        splits, duplicates = _table(config, runtime, data, where)
+    for part in ("verifier", "oracle"):
+        file = runtime.get(f"{part}_file")
+        if file is None:
+            continue
+        if file_digest(Path(file)) != data[part]:
+            raise ConfigError(f"{where}: {part}: {file} {_CHANGED}")
+        shutil.copyfile(file, out / f"{part}.py")
     counts = {split: len(splits[split]) for split in SPLITS}
     for split in SPLITS:
-        with (out / f"{split}.jsonl").open("w", encoding="utf-8") as file:
-            for problem in splits[split]:
-                file.write(json.dumps(problem, ensure_ascii=False, allow_nan=False) + "\n")
+        write_jsonl(out / f"{split}.jsonl", splits[split])
     record = {
         "format": 1,
         "name": name,
         "config": config,
-        "data": dict(known),
+        "data": dict(data),
         "counts": counts,
     }
     (out / "domain.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    # In a process of its own where the verifier is slow, as stages will ask it.
+    with VerifierPool({name: out}, num_workers=1) as pool:
+        demo_score = _check(splits, pool, strict=config["source"]["kind"] == "procedural")
     metrics: dict[str, Any] = {**counts, "duplicates": duplicates}
     top = Counter(problem["answer"] for problem in splits["heldout"]).most_common(1)[0][1]
     metrics["top_answer_share"] = round(top / counts["heldout"], 4)
@@ -129,17 +123,17 @@ def _procedural(config: Mapping[str, Any], where: str) -> tuple[dict[str, list[P
                 f"{where}: reasoning-gym's {source['dataset']} gives no reference answers, so "
                 "there would be no demonstrations to start from; choose another dataset"
             )
-        splits[split].append(
-            {
-                "id": f"{name}-{key[:12]}",
-                "domain": name,
-                "prompt": text_format.prompt(item),
-                "answer": str(item["answer"]),
-                "demo": text_format.demo(item),
-                "meta": {"entry": _as_json(item, source["dataset"], where)},
-            }
-            | _steps(text_format.thought(item), text_format.direct(item))
-        )
+        row = {
+            "id": f"{name}-{key[:12]}",
+            "domain": name,
+            "prompt": text_format.prompt(item),
+            "answer": str(item["answer"]),
+            "demo": text_format.demo(item),
+            "meta": {"entry": _as_json(item, source["dataset"], where)},
+        }
+        # A row without thoughts has no such field.
+        steps = {"thought": text_format.thought(item), "direct": text_format.direct(item)}
+        splits[split].append(row | {f: text for f, text in steps.items() if text is not None})
     short = ", ".join(f"{len(splits[s])} of {wanted[s]} for {s}" for s in SPLITS)
     raise ConfigError(
         f"{where}: reasoning-gym's {source['dataset']} with params {dict(source['params'])} ran "
@@ -147,12 +141,6 @@ def _procedural(config: Mapping[str, Any], where: str) -> tuple[dict[str, list[P
         f"that was wanted ({short}; about 75 % of the problems belong to train, 10 % to "
         "validation, 15 % to heldout). Ask for fewer, or widen params"
     )
-
-
-def _steps(thought: str | None, direct: str | None) -> dict[str, str]:
-    """The fields of a row that demonstrate thinking; rows without thoughts have none of them."""
-    given = {"thought": thought, "direct": direct}
-    return {field: text for field, text in given.items() if text is not None}
 
 
 def _items(source: Mapping[str, Any], where: str) -> Iterator[dict[str, Any]]:
@@ -195,16 +183,8 @@ def _table(
     splits: dict[str, list[Problem]] = {split: [] for split in (*SPLITS, "duplicate")}
     for split, row in place_rows(tables):
         splits[split].append(
-            {
-                "id": row.id or f"{name}-{prompt_digest(row.prompt)[:12]}",
-                "domain": name,
-                "prompt": row.prompt,
-                "answer": row.answer,
-                "demo": row.demo,
-                "meta": dict(row.meta),
-            }
-            | _steps(row.thought, row.direct)
-            | ({} if row.rubric is None else {"rubric": row.rubric})
+            {"id": row.id or f"{name}-{prompt_digest(row.prompt)[:12]}", "domain": name}
+            | row.problem
         )
     duplicates = len(splits.pop("duplicate"))
     require_all_splits({split: len(rows) for split, rows in splits.items()}, where)
@@ -217,13 +197,8 @@ _CHANGED = (
 )
 
 
-def _require_unchanged(file: str, digest: str, where: str) -> None:
-    if file_digest(Path(file)) != digest:
-        raise ConfigError(f"{where}: {file} {_CHANGED}")
-
-
 def _check(
-    splits: Mapping[str, list[Problem]], verifier: Verifier, *, strict: bool
+    splits: Mapping[str, list[Problem]], pool: VerifierPool, *, strict: bool
 ) -> float | None:
     """Shows every answer and some demonstrations to the verifier.
 
@@ -231,24 +206,27 @@ def _check(
     """
     scores = []
     for problems in splits.values():
-        for problem in problems:
-            verifier.check(problem)
-        step = max(1, len(problems) // NUM_DEMO_CHECKS)
-        for problem in problems[::step]:
-            # Without a demonstration the answer still is a response that the verifier survives.
-            if problem["demo"] is None:
-                verifier.score(problem["answer"], problem)
-                continue
-            texts = (problem["demo"], problem.get("direct", problem["demo"]))
-            found = {text: verifier.score(text, problem) for text in dict.fromkeys(texts)}
-            scores.append(found[problem["demo"]])
-            for text, score in found.items():
-                if strict and score < FULL_SCORE:
-                    raise StageError(
-                        f"problem {problem['id']}: its demonstration {text!r} scores {score:g} "
-                        f"under the domain's verifier, not 1; prompt: {problem['prompt']!r}"
-                    )
+        pool.check(problems[0]["domain"], problems)
+        chosen = problems[:: max(1, len(problems) // NUM_DEMO_CHECKS)]
+        asked = [(problem, text) for problem in chosen for text in _responses_to_show(problem)]
+        found = pool.scores([problem for problem, _ in asked], [text for _, text in asked])
+        for (problem, text), score in zip(asked, found, strict=True):
+            if text == problem["demo"]:
+                scores.append(score)
+            if strict and score < FULL_SCORE:
+                raise StageError(
+                    f"problem {problem['id']}: its demonstration {text!r} scores {score:g} "
+                    f"under the domain's verifier, not 1; prompt: {problem['prompt']!r}"
+                )
     return sum(scores) / len(scores) if scores else None
+
+
+def _responses_to_show(problem: Problem) -> list[str]:
+    """The demonstrations of a problem; without one the answer, a response to be survived."""
+    demo = problem["demo"]
+    if demo is None:
+        return [problem["answer"]]
+    return list(dict.fromkeys((demo, problem.get("direct", demo))))
 
 
 def _readme(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version as version_of
 from pathlib import Path
@@ -16,10 +16,10 @@ from typing import Any
 from posttrain.engine.errors import ConfigError
 from posttrain.engine.fingerprint import file_digest, plain
 from posttrain.engine.hashes import HashFile
+from posttrain.rewards.formats import find_format
 from posttrain.rewards.gym import check_params
-from posttrain.rewards.spec import ResolvedVerifier, VerifierSpec, resolve_verifier
+from posttrain.rewards.spec import NodeParts, VerifierSpec, resolve_verifier
 from posttrain.suites.build import build_domain
-from posttrain.suites.formats import Format, find_format
 from posttrain.suites.location import Location, parse_location
 from posttrain.suites.split import SPLITS, place_rows, require_all_splits, split_of
 from posttrain.suites.tables import Columns, check_schema, columns_of, read_rows
@@ -27,8 +27,6 @@ from posttrain.suites.tables import Columns, check_schema, columns_of, read_rows
 __all__ = [
     "SPLITS",
     "Domain",
-    "DomainNode",
-    "Format",
     "Procedural",
     "Suite",
     "Table",
@@ -113,6 +111,13 @@ class Table:
         given = {"train": self.train, "validation": self.validation, "heldout": self.heldout}
         return {split: text for split, text in given.items() if text is not None}
 
+    def columns(self) -> dict[str, str | None]:
+        """Field -> column. Of the later ones only those that are named: a domain without them keeps
+        the identity that it had before they came."""
+        first = {"prompt": self.prompt, "answer": self.answer, "demo": self.demo, "id": self.id}
+        later = {"thought": self.thought, "direct": self.direct, "rubric": self.rubric}
+        return first | {field: column for field, column in later.items() if column is not None}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Domain:
@@ -148,20 +153,9 @@ class Suite:
                 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class DomainNode:
-    """The pieces of the graph node of kind "domain"."""
-
-    config: dict[str, Any]
-    """Identity: literals only."""
-    data: dict[str, str]
-    """Identity: sha256 of local tables (by split) and of the user's verifier file ("verifier")."""
-    runtime: dict[str, Any]
-    """Not identity: {"files": {split: location}, "verifier_file": path, "data": copy of data}."""
-
-
-def domain_node(domain: Domain, base_dir: Path, hash_file: HashFile = file_digest) -> DomainNode:
-    """Checks a domain as far as that is possible without computing, and says what identifies it.
+def domain_node(domain: Domain, base_dir: Path, hash_file: HashFile = file_digest) -> NodeParts:
+    """Checks a domain as far as that is possible without computing: the parts of its graph node, of
+    kind "domain". In `runtime` is also "files", where each split's table lies.
 
     JSONL tables are checked row by row, Parquet tables and folders by their schema. Relative paths
     are relative to `base_dir`. `hash_file` gives the sha256 of a table; that of a store need not
@@ -172,27 +166,42 @@ def domain_node(domain: Domain, base_dir: Path, hash_file: HashFile = file_diges
     """
     where = f"domain {domain.name}"
     verifier = resolve_verifier(_spec(domain), base_dir, where=f"{where}: verifier")
+    data: dict[str, str] = {}
+    runtime: dict[str, Any] = {}
     if isinstance(domain.source, Procedural):
-        node = _procedural_node(domain, domain.source, verifier, where)
+        source = _procedural_identity(domain.source, where)
     else:
-        node = _table_node(domain, domain.source, verifier, base_dir, where, hash_file)
-    return node if domain.oracle is None else _with_oracle(node, domain.oracle, base_dir, where)
+        locations = {
+            split: parse_location(text, base_dir, where=f"{where}: {split}")
+            for split, text in domain.source.tables().items()
+        }
+        source = _table_identity(domain.source, locations)
+        _check_tables(locations, columns_of(source, verifier.config["name"]), where)
+        data = {
+            split: place.digest(hash_file)
+            for split, place in locations.items()
+            if place.path is not None
+        }
+        runtime["files"] = {split: place.text for split, place in locations.items()}
+    config = {"domain": domain.name, "source": source, "verifier": verifier.config}
+    data |= verifier.data
+    runtime |= verifier.runtime
+    if domain.oracle is not None:
+        oracle = _resolve_oracle(domain.oracle, base_dir, f"{where}: oracle")
+        config["oracle"] = oracle.config["name"]
+        data["oracle"] = oracle.data["verifier"]
+        runtime["oracle_file"] = oracle.runtime["verifier_file"]
+    return NodeParts(config=plain(config, at=where), data=data, runtime=runtime)
 
 
-def _with_oracle(node: DomainNode, oracle: str, base_dir: Path, where: str) -> DomainNode:
-    """The node with the user's oracle: its function and bytes in the identity, its file beside."""
-    where = f"{where}: oracle"
+def _resolve_oracle(oracle: str, base_dir: Path, where: str) -> NodeParts:
+    """The user's oracle, a function as that of a python verifier."""
     if not oracle.startswith("python:"):
         raise ConfigError(
             f"{where}: {oracle!r} has to be written 'python:<file.py>:<function>', for example "
             "'python:taste.py:quality'"
         )
-    found = resolve_verifier(VerifierSpec(name=oracle), base_dir, where=where)
-    data = node.data | {"oracle": found.data["verifier"]}
-    runtime = node.runtime | {"oracle_file": found.runtime["verifier_file"], "data": data}
-    return DomainNode(
-        config=node.config | {"oracle": found.config["name"]}, data=data, runtime=runtime
-    )
+    return resolve_verifier(VerifierSpec(name=oracle), base_dir, where=where)
 
 
 def _spec(domain: Domain) -> VerifierSpec:
@@ -206,9 +215,8 @@ def _spec(domain: Domain) -> VerifierSpec:
     return VerifierSpec(name=spec.name, options={**inherited, **spec.options})
 
 
-def _procedural_node(
-    domain: Domain, source: Procedural, verifier: ResolvedVerifier, where: str
-) -> DomainNode:
+def _procedural_identity(source: Procedural, where: str) -> dict[str, Any]:
+    """What identifies generated problems. Raises ConfigError for what reasoning-gym lacks."""
     check_params(source.dataset, source.params, where=where)
     version = find_format(source.format, where=where).version
     if source.format_version != version:
@@ -219,7 +227,7 @@ def _procedural_node(
     for split, count in source.counts().items():
         if not isinstance(count, int) or isinstance(count, bool) or count < 1:
             raise ConfigError(f"{where}: num_{split} is {count!r}; it has to be at least 1")
-    literals = {
+    return {
         "kind": "procedural",
         "dataset": source.dataset,
         "params": dict(source.params),
@@ -229,40 +237,15 @@ def _procedural_node(
         "seed": source.seed,
         "reasoning_gym": version_of("reasoning-gym"),
     }
-    return _node(domain, literals, verifier, {}, {})
 
 
-def _table_node(
-    domain: Domain,
-    source: Table,
-    verifier: ResolvedVerifier,
-    base_dir: Path,
-    where: str,
-    hash_file: HashFile,
-) -> DomainNode:
-    locations = {
-        split: parse_location(text, base_dir, where=f"{where}: {split}")
-        for split, text in source.tables().items()
+def _table_identity(source: Table, locations: Mapping[str, Location]) -> dict[str, Any]:
+    """What identifies tables beside their bytes: the columns, and the reference of a Hub table."""
+    tables = {
+        split: place.text if place.path is None else place.kind
+        for split, place in locations.items()
     }
-    local = {split: place for split, place in locations.items() if place.path is not None}
-    literals = {
-        "kind": "table",
-        "tables": {
-            split: place.text if place.path is None else place.kind
-            for split, place in locations.items()
-        },
-        "prompt": source.prompt,
-        "answer": source.answer,
-        "demo": source.demo,
-        "id": source.id,
-    }
-    # Only where they are named: a domain without them is the domain that it was before.
-    others = {"thought": source.thought, "direct": source.direct, "rubric": source.rubric}
-    literals |= {field: column for field, column in others.items() if column is not None}
-    _check_tables(locations, columns_of(literals, verifier.config["name"]), where)
-    data = {split: place.digest(hash_file) for split, place in local.items()}
-    files = {split: place.text for split, place in locations.items()}
-    return _node(domain, literals, verifier, data, {"files": files})
+    return {"kind": "table", "tables": tables} | source.columns()
 
 
 def _check_tables(locations: Mapping[str, Location], columns: Columns, where: str) -> None:
@@ -278,17 +261,12 @@ def _check_tables(locations: Mapping[str, Location], columns: Columns, where: st
         require_all_splits(counts, where)
 
 
-def _node(
-    domain: Domain,
-    literals: dict[str, Any],
-    verifier: ResolvedVerifier,
-    data: dict[str, str],
-    runtime: dict[str, Any],
-) -> DomainNode:
-    data = {**data, **verifier.data}
-    config = {"domain": domain.name, "source": literals, "verifier": dict(verifier.config)}
-    return DomainNode(
-        config=plain(config, at=f"domain {domain.name}"),
-        data=data,
-        runtime={**runtime, **verifier.runtime, "data": data},
-    )
+def shares_problem(shares: Mapping[str, float], domains: Sequence[str]) -> str:
+    """What is wrong with shares of a batch that are to name exactly these domains, or ""."""
+    for name in shares:
+        if name not in domains:
+            return f"{name!r} is not one of the domains; choices: {', '.join(domains)}"
+    for name in domains:
+        if shares and name not in shares:
+            return f"it gives no share to domain {name!r}; write {name!r}: 0 to leave it out"
+    return ""

@@ -40,11 +40,6 @@ class Location:
     revision: str = ""
     split: str = ""
 
-    @property
-    def label(self) -> str:
-        """What messages and READMEs call it: no directories of this machine."""
-        return self.text if self.path is None else self.text.rpartition("/")[2]
-
     def digest(self, hash_file: HashFile = file_digest) -> str:
         """sha256 of the file; for a folder, of the sha256 of its data files in reading order.
 

@@ -8,50 +8,33 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from posttrain.engine.errors import ConfigError, choices_text
-from posttrain.rewards.rubric import checked_rubric
+from posttrain.rewards.spec import checked_rubric
 from posttrain.suites.location import Location
+
+FIELDS = ("prompt", "answer", "demo", "id", "thought", "direct", "rubric")
+"""What a column of a table may mean; `posttrain.suites.domain.Table` says what each is for."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Columns:
     """Which columns of a table mean what."""
 
-    prompt: str
-    answer: str
-    demo: str | None
-    id: str | None
-    thought: str | None = None
-    direct: str | None = None
-    rubric: str | None = None
-    rest: bool
+    named: Mapping[str, str]
+    """Field -> the column that has to be there for it; prompt and answer at least."""
+    keep_rest: bool
     """Keep all other columns in the problem's `meta`, for verifiers that may read them."""
-
-    def named(self) -> dict[str, str]:
-        """Field name -> column name, for the columns that have to be there."""
-        fields = {"prompt": self.prompt, "answer": self.answer, "demo": self.demo, "id": self.id}
-        fields |= {"thought": self.thought, "direct": self.direct, "rubric": self.rubric}
-        return {field: column for field, column in fields.items() if column is not None}
 
 
 def columns_of(source: Mapping[str, Any], verifier: str) -> Columns:
-    """Columns that a table's fields prompt, answer, demo, id, thought, direct and rubric name.
-
-    The verifiers that may read other columns than the answer get them all.
-    """
+    """The columns that the identity of a table names, where the domain has this verifier."""
     return Columns(
-        prompt=source["prompt"],
-        answer=source["answer"],
-        demo=source["demo"],
-        id=source["id"],
-        thought=source.get("thought"),
-        direct=source.get("direct"),
-        rubric=source.get("rubric"),
-        rest=verifier.partition(":")[0] in ("python", "reasoning_gym"),
+        named={field: source[field] for field in FIELDS if source.get(field) is not None},
+        keep_rest=verifier.partition(":")[0] in ("python", "reasoning_gym"),
     )
 
 
@@ -61,14 +44,16 @@ class Row:
 
     place: str
     """File and line, for messages."""
-    prompt: str
-    answer: str
-    demo: str | None
     id: str | None
-    thought: str | None = None
-    direct: str | None = None
-    rubric: list[dict[str, Any]] | None = None
-    meta: Mapping[str, Any]
+    """Its own name, None where the table has no column for it."""
+    problem: dict[str, Any]
+    """The fields of a problem that a table gives: prompt, answer, demo, meta; thought, direct and
+    rubric only where they are named."""
+
+    @property
+    def prompt(self) -> str:
+        """The text of the problem."""
+        return str(self.problem["prompt"])
 
 
 def check_schema(location: Location, columns: Columns, *, where: str) -> None:
@@ -112,16 +97,9 @@ def read_rows(location: Location, columns: Columns, *, where: str) -> Iterator[R
 def _records(location: Location, where: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """Line or row number, counted from 1, and the raw row."""
     if location.kind == "jsonl":
-        yield from _jsonl(location, where)
-    elif location.kind == "parquet":
-        parquet = _import_arrow(location, where, "parquet")
-        with parquet.ParquetFile(location.path) as file:
-            yield from enumerate(_batches(file.iter_batches(batch_size=1024)), start=1)
-    elif location.kind == "folder":
-        ipc = _import_arrow(location, where, "ipc")
-        yield from enumerate(_stream_rows(ipc, location), start=1)
-    else:
-        yield from enumerate(_hub_rows(location, where), start=1)
+        return _jsonl(location, where)
+    readers = {"parquet": _parquet_rows, "folder": _folder_rows, "hub": _hub_rows}
+    return enumerate(readers[location.kind](location, where), start=1)
 
 
 def _jsonl(location: Location, where: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -149,15 +127,19 @@ def _jsonl(location: Location, where: str) -> Iterator[tuple[int, dict[str, Any]
             yield number, record
 
 
-def _stream_rows(ipc: Any, location: Location) -> Iterator[dict[str, Any]]:
+def _parquet_rows(location: Location, where: str) -> Iterator[dict[str, Any]]:
+    parquet = _import_arrow(location, where, "parquet")
+    with parquet.ParquetFile(location.path) as file:
+        for batch in file.iter_batches(batch_size=1024):
+            yield from batch.to_pylist()
+
+
+def _folder_rows(location: Location, where: str) -> Iterator[dict[str, Any]]:
+    ipc = _import_arrow(location, where, "ipc")
     for path in location.arrow_files():
         with ipc.open_stream(str(path)) as stream:
-            yield from _batches(stream)
-
-
-def _batches(batches: Iterable[Any]) -> Iterator[dict[str, Any]]:
-    for batch in batches:
-        yield from batch.to_pylist()
+            for batch in stream:
+                yield from batch.to_pylist()
 
 
 def _hub_rows(location: Location, where: str) -> Iterator[dict[str, Any]]:
@@ -188,7 +170,7 @@ def _import_arrow(location: Location, where: str, module: str) -> Any:
 
 
 def _require(columns: Columns, found: list[str], place: str) -> None:
-    for field, column in columns.named().items():
+    for field, column in columns.named.items():
         if column not in found:
             raise ConfigError(
                 f"{place}: column {column!r} is missing; "
@@ -199,44 +181,38 @@ def _require(columns: Columns, found: list[str], place: str) -> None:
 
 def _row(record: dict[str, Any], columns: Columns, place: str) -> Row:
     _require(columns, list(record), place)
-    used = set(columns.named().values())
-    rest = {key: value for key, value in record.items() if key not in used}
-    if columns.rest:
-        _require_json(rest, place)
-    prompt = _text(record, columns.prompt, place)
-    if not prompt.strip():
-        raise ConfigError(f"{place}: column {columns.prompt!r} is empty; a problem needs a prompt")
-    return Row(
-        place=place,
-        prompt=prompt,
-        answer=_text(record, columns.answer, place),
-        demo=None if columns.demo is None else _text(record, columns.demo, place),
-        id=None if columns.id is None else _text(record, columns.id, place),
-        thought=None if columns.thought is None else _text(record, columns.thought, place),
-        direct=None if columns.direct is None else _text(record, columns.direct, place),
-        rubric=None if columns.rubric is None else _rubric(record, columns.rubric, place),
-        meta=rest if columns.rest else {},
-    )
+    meta = {}
+    if columns.keep_rest:
+        used = columns.named.values()
+        meta = {key: value for key, value in record.items() if key not in used}
+        _require_json(meta, place)
+    values = {
+        field: _value(field, record[column], f"{place}: column {column!r}")
+        for field, column in columns.named.items()
+    }
+    name = values.pop("id", None)
+    if not values["prompt"].strip():
+        column = columns.named["prompt"]
+        raise ConfigError(f"{place}: column {column!r} is empty; a problem needs a prompt")
+    first = {"prompt": values["prompt"], "answer": values["answer"], "demo": values.get("demo")}
+    return Row(place=place, id=name, problem=first | {"meta": meta} | values)
 
 
-def _text(record: dict[str, Any], column: str, place: str) -> str:
-    """A text or number as text."""
-    value = record[column]
+def _value(field: str, value: Any, place: str) -> Any:
+    """A rubric as it is, anything else as text."""
+    if field == "rubric":
+        try:
+            return checked_rubric(value)
+        except ConfigError as error:
+            raise ConfigError(f"{place}: {error}") from None
     if isinstance(value, str):
         return value
     if isinstance(value, int | float) and not isinstance(value, bool):
         return json.dumps(value)
     raise ConfigError(
-        f"{place}: column {column!r} holds {str(value)[:60]!r} ({type(value).__name__}); "
+        f"{place} holds {str(value)[:60]!r} ({type(value).__name__}); "
         "it has to be a text or a number"
     )
-
-
-def _rubric(record: dict[str, Any], column: str, place: str) -> list[dict[str, Any]]:
-    try:
-        return checked_rubric(record[column])
-    except ConfigError as error:
-        raise ConfigError(f"{place}: column {column!r}: {error}") from None
 
 
 def _require_json(rest: dict[str, Any], place: str) -> None:

@@ -1,106 +1,46 @@
-"""What the settings of several kinds have in common: optimiser, shares, sampling, averaging.
+"""What the settings of several kinds of stages have in common.
 
-Kept apart from the stage loops so that planning a run imports neither torch nor transformers. A
-setting is part of a stage's identity: change it and the stage runs again. Paths, threads and
-devices are therefore not here.
+Kept apart from the loops, so that planning a run imports neither torch nor transformers. A setting
+is part of a stage's identity: change it and the stage runs again. Paths, threads and devices are
+therefore not here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, Protocol, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
-from posttrain.modes import Mode
-from posttrain.stages.settings.scheduled import refuse_unread
+from posttrain.algorithms import AdamW, Aggregation, Aux, CosineDecay, Decay, TokenMean
+from posttrain.backends.prompting import Mode
+from posttrain.values import changing
 
-Positive = Field(gt=0)
 Weight = Annotated[float, Field(ge=0)]
 
 
-def one_length(config: Lengths, size: str = "batch_size") -> None:
-    """Raise ValueError unless a stage has exactly one of its two lengths.
+class Computing(BaseModel):
+    """What every stage that computes with models has."""
 
-    It cannot be a number of passes where the number of rows per step, `size`, has a schedule.
-    """
-    if (config.steps is None) == (config.epochs is None):
-        raise ValueError("give exactly one of steps and epochs")
-    if config.epochs is not None and size in config.schedules:
-        raise ValueError(
-            f"epochs = {config.epochs:g} with a schedule of {size}: the steps of a pass are not "
-            "known before; give steps instead"
-        )
+    seed: int = Field(0, ge=0, lt=2**31)
+    """Every random choice of the stage follows from it."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Type in which models compute. Weights that are trained stay in float32, and so does every
+    softmax of a loss."""
 
 
-class Lengths(Protocol):
-    """A stage whose length is given in steps or in passes over its data."""
+class Training(Computing):
+    """What every stage that trains has."""
 
-    @property
-    def steps(self) -> int | None: ...
-    @property
-    def epochs(self) -> float | None: ...
-    @property
-    def schedules(self) -> Mapping[str, Any]: ...
-
-
-class Optimizer(BaseModel):
-    """AdamW and its learning-rate schedule; mixed into the stages that train."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    SCHEDULABLE: ClassVar[frozenset[str]] = frozenset({"lr", "weight_decay", "max_grad_norm"})
-
-    lr: float = Field(1e-5, gt=0)
+    lr: float = changing(1e-5, gt=0)
     """Peak learning rate."""
-    lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """Shape after warm-up; linear and cosine fall to `lr_end`."""
-    lr_end: float = Field(0.05, ge=0, le=1)
-    """Last learning rate as a share of `lr`."""
+    lr_decay: Decay = CosineDecay()
+    """How it falls after the warm-up."""
     warmup_steps: int = Field(10, ge=0)
     """Steps of linear rise from 0 to `lr`; at most half of the stage."""
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.98, ge=0, lt=1)
-    weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
-    """Gradients are scaled down to this norm."""
+    optimizer: AdamW = AdamW()
     trainable: list[str] = Field(default_factory=lambda: ["*"], min_length=1)
     """Globs of parameter names; the weights that none of them matches stay as they are."""
-    ema: float | None = Field(None, gt=0, lt=1)
-    """Share of the old average that each optimiser step keeps. The stage's model is then the moving
-    average of its weights, which begins with the start. InstructGPT: 0.992."""
-
-    @model_validator(mode="after")
-    def _lr_end_is_read(self) -> Self:
-        if self.lr_schedule == "constant":
-            refuse_unread(self, "lr_end", because="lr_schedule = constant")
-        return self
-
-
-class InModes(BaseModel):
-    """In which modes a stage asks or shows its problems; mixed into those that draw problems."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    modes: tuple[Mode, ...] = ()
-    """Each problem occurs in each of them; without any, the chat template is asked as it stands.
-    Comes from the recipe's `mode`."""
-
-    @model_validator(mode="after")
-    def _modes_differ(self) -> Self:
-        if len(set(self.modes)) < len(self.modes):
-            raise ValueError(f"modes = {list(self.modes)}: name each mode once")
-        return self
-
-
-class DomainShares(BaseModel):
-    """How much of a batch each domain has; mixed into the stages that draw and train."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    SCHEDULABLE: ClassVar[frozenset[str]] = frozenset({"domain_shares"})
-
-    domain_shares: dict[str, Weight] = Field(default_factory=dict)
+    domain_shares: dict[str, Weight] = changing({})
     """Share of every batch that a domain has, relative to the sum of all; even where none is given.
     It names all domains; 0 leaves one out."""
 
@@ -114,88 +54,59 @@ class DomainShares(BaseModel):
         return self
 
 
-class WithAux(BaseModel):
-    """Losses beside the stage's own; mixed into the stages that train a language model."""
+class Rollouts(BaseModel):
+    """What the stages have that sample, and learn from that."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    SCHEDULABLE: ClassVar[frozenset[str]] = frozenset({"aux"})
-
-    aux: dict[str, Weight] = Field(default_factory=dict)
-    """Name of an auxiliary loss to its weight: weight times the mean cross-entropy per token is
-    added to the stage's mean loss. The recipe gives it with its data."""
-    aux_batch_size: int = Field(32, gt=0)
-    """Rows of each auxiliary loss per optimiser step, drawn evenly over its domains."""
-    aux_modes: dict[str, tuple[Mode, ...]] = Field(default_factory=dict)
-    """Modes of the demonstrations that an auxiliary loss reads; filled in by the recipe."""
-
-    @model_validator(mode="after")
-    def _batch_is_read(self) -> Self:
-        if not self.aux:
-            refuse_unread(self, "aux_batch_size", because="no aux")
-        schedule = getattr(self, "schedules", {}).get("aux")
-        for weights in [] if schedule is None else schedule.possible_values():
-            if isinstance(weights, dict) and weights.keys() != self.aux.keys():
-                raise ValueError(
-                    f"aux: its schedule names {', '.join(weights) or 'none'} at one step and "
-                    f"{', '.join(self.aux) or 'none'} at the first; give each weight a schedule of "
-                    "its own"
-                )
-        unknown = [name for name in self.aux_modes if name not in self.aux]
-        if unknown:
-            raise ValueError(f"aux_modes: {unknown[0]!r} is not an auxiliary loss")
-        return self
-
-
-class Correction(BaseModel):
-    """Importance correction between the policy that sampled and the one that learns."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    SCHEDULABLE: ClassVar[frozenset[str]] = frozenset({"correction_low", "correction_high"})
-
-    correction: Literal["none", "truncated", "icepop", "sequence_truncated", "sequence_icepop"] = (
-        "none"
-    )
-    """`truncated`: min(ratio, high). `icepop`: tokens whose ratio is outside [low, high] drop. With
-    `sequence_` the ratio is that of the whole response."""
-    correction_low: float = Field(0.5, ge=0, le=1)
-    correction_high: float = Field(5.0, ge=1)
-
-    @model_validator(mode="after")
-    def _bounds_are_read(self) -> Self:
-        if not self.correction.endswith("icepop"):
-            refuse_unread(self, "correction_low", because=f"correction = {self.correction}")
-        if self.correction == "none":
-            refuse_unread(self, "correction_high", because="correction = none")
-        return self
-
-
-class Aggregation(BaseModel):
-    """How the losses of tokens are averaged."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    aggregation: Literal["token", "sequence", "constant"] = "token"
-    """Mean over tokens, over rows of row means, or over rows of sums divided by a constant."""
-    aggregation_constant: int | None = Field(None, gt=0)
-    """The constant; `max_new_tokens` if not given."""
-
-    @model_validator(mode="after")
-    def _constant_is_read(self) -> Self:
-        if self.aggregation != "constant":
-            refuse_unread(self, "aggregation_constant", because=f"aggregation = {self.aggregation}")
-        return self
-
-
-class Rollout(BaseModel):
-    """How a stage samples."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    SCHEDULABLE: ClassVar[frozenset[str]] = frozenset({"max_new_tokens", "temperature"})
-
-    max_new_tokens: int = Field(64, gt=0)
-    temperature: float = Field(1.0, gt=0)
-    updates_per_batch: int = Field(1, gt=0)
+    max_new_tokens: int = changing(64, gt=0)
+    temperature: float = changing(1.0, gt=0)
+    num_minibatches: int = Field(1, gt=0)
     """Optimiser steps per batch of rollouts, each on an equal share of its rows."""
+    aggregation: Aggregation = TokenMean()
+    """How the losses of tokens become one number."""
+
+
+def _different(modes: tuple[Mode, ...]) -> tuple[Mode, ...]:
+    if len(set(modes)) < len(modes):
+        raise ValueError(f"modes = {list(modes)}: name each mode once")
+    return modes
+
+
+def _weighted(aux: object) -> object:
+    """`{"ptx": 0.5}` as `{"ptx": Aux(0.5)}`."""
+    if not isinstance(aux, dict):
+        return aux
+    return {name: {"weight": value} if _is_weight(value) else value for name, value in aux.items()}
+
+
+def _is_weight(value: object) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number or (isinstance(value, dict) and "schedule" in value) or hasattr(value, "schedule")
+
+
+Modes = Annotated[tuple[Mode, ...], BeforeValidator(tuple), BeforeValidator(_different)]
+"""In which modes a stage asks or shows its problems, each in each of them; without any the chat
+template is asked as it stands. Comes from the recipe's `mode`."""
+AuxLosses = Annotated[dict[str, Aux], BeforeValidator(_weighted)]
+"""Losses beside the stage's own, by name. The recipe gives each with its data."""
+
+
+class Lengths(BaseModel):
+    """A length in steps or in passes over the data."""
+
+    steps: int | None = Field(None, gt=0)
+    epochs: float | None = Field(None, gt=0)
+    """Passes over the data; give this or `steps`."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give exactly one of steps and epochs")
+        return self
+
+    def check_schedules(self) -> None:
+        """Raise ValueError where the steps of a pass would not be known before."""
+        if self.epochs is not None and "batch_size" in getattr(self, "schedules", {}):
+            raise ValueError(
+                f"epochs = {self.epochs:g} with a schedule of batch_size: the steps of a pass are "
+                "not known before; give steps instead"
+            )

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from posttrain.modes import Mode
+from posttrain.algorithms import Correct, Near, Repetition, Selection, Share
+from posttrain.backends.prompting import Mode
 from posttrain.rewards.judge_kinds import Judge, JudgeSetting, check_use
-from posttrain.stages.settings.base import InModes
-from posttrain.stages.settings.scheduled import Config, refuse_unread
-
-Share = Annotated[float, Field(ge=0, le=1)]
+from posttrain.stages.settings.base import Computing, Modes
+from posttrain.values import Settings
 
 
 def check_characters(value: str | None) -> str | None:
@@ -41,28 +40,22 @@ def check_judge(judge: Judge | None, kind: str) -> Judge | None:
     return judge
 
 
-class Drawn(BaseModel):
-    """Which prompts a stage answers, and how; mixed into what samples without training."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+class Answering(Computing):
+    """Which prompts a stage answers that samples without training, and how."""
 
     first_prompt: int = Field(0, ge=0)
     """The first prompt of a domain that is used, counted round its end: rounds can draw others."""
     num_prompts: int = Field(1000, gt=0)
     """Prompts per domain, from the training split; none is used twice."""
+    modes: Modes = ()
     max_new_tokens: int = Field(64, gt=0)
     temperature: float = Field(1.0, ge=0)
+    """0 takes the likeliest token each time."""
     top_p: float = Field(1.0, gt=0, le=1)
     """Tokens are drawn from the likeliest ones that have this probability together."""
 
-    @model_validator(mode="after")
-    def _top_p_is_read(self) -> Self:
-        if self.temperature == 0:
-            refuse_unread(self, "top_p", because="temperature = 0, which takes the likeliest token")
-        return self
 
-
-class Sample(Config, InModes, Drawn):
+class Sample(Settings, Answering):
     """Responses of one or more models, scored by the domain's verifier."""
 
     k: int = Field(4, gt=0)
@@ -73,11 +66,11 @@ class Sample(Config, InModes, Drawn):
     """Domain to the models that sample it; filled in by the recipe."""
 
 
-class Score(Config):
+class Score(Settings, Computing):
     """Rollouts with what a judge says of them: `r.score(rollouts, judge=...)`."""
 
     judge: JudgeSetting
-    """The judge in its JSON form; comes from the recipe's `judge`."""
+    """Comes from the recipe's `judge`."""
 
     @field_validator("judge")
     @classmethod
@@ -85,16 +78,17 @@ class Score(Config):
         return check_judge(judge, "score")
 
 
-class Profile(Config, InModes, Drawn):
+class Profile(Settings, Answering):
     """How often a model solves each problem: `r.profile(model, prompts=...)`."""
 
     n: int = Field(8, gt=0)
     """Responses per prompt."""
 
 
-class Filter(InModes):
+class Filter(Settings):
     """Prompts by how hard they are for a model: `r.filter(prompts, profile=...)`."""
 
+    modes: Modes = ()
     seed: int = Field(0, ge=0, lt=2**31)
     """Which of the unsolved prompts are kept follows from it."""
     low: Share = 0.0
@@ -122,31 +116,18 @@ class Filter(InModes):
         return self
 
 
-class Select(BaseModel):
+class Select(Settings):
     """Rollouts to imitate: `r.select(rollouts, how="correct")`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    how: Literal["correct", "best", "shortest_correct", "top_share", "all"] = "correct"
-    """All with full reward; those that tie for the best of their prompt; the shortest with full
-    reward; the best `share` over all prompts; all."""
-    by: Literal["reward", "score"] = "reward"
-    """What `best` and `top_share` go by: the verifier's reward, or the score of a `score` stage."""
-    share: float | None = Field(None, gt=0, le=1)
-    """Share of the responses that `top_share` keeps."""
-    max_per_prompt: int | None = Field(4, gt=0)
-    """Distinct responses kept per prompt; null keeps all."""
-    success: bool | None = None
-    """true keeps responses with full reward, false the others, null both."""
+    how: Selection = Correct()
+    """Which of them, and how many of each prompt."""
     min_tokens: int | None = Field(None, gt=0)
     max_tokens: int | None = Field(None, gt=0)
     """Bounds on the length of a response, stop token included."""
     language: str | None = None
     """Regular expression for one allowed character; a response with any other one is left out."""
-    max_repetition: Annotated[float, Field(ge=0, lt=1)] | None = None
-    """Most repeated n-grams of words that a response may have, as a share of all of them."""
-    repetition_n: int = Field(3, gt=0)
-    """Words of such an n-gram."""
+    max_repetition: Repetition | None = None
+    """Most repeated n-grams of words that a response may have."""
     first_step: int | None = Field(None, ge=0)
     last_step: int | None = Field(None, ge=0)
     """Of the rollouts of an `rl` stage those of these steps, counted from 0, both included."""
@@ -154,23 +135,6 @@ class Select(BaseModel):
     """Leave out what stands before `</think>`, and make such rows rows of the mode no_think."""
 
     _language = field_validator("language")(check_characters)
-
-    @model_validator(mode="after")
-    def _how_reads(self) -> Self:
-        because = f"how = {self.how}"
-        if self.how == "shortest_correct":
-            refuse_unread(self, "max_per_prompt", because=because)
-        if self.how in ("correct", "shortest_correct"):
-            refuse_unread(self, "success", because=f"{because}, which keeps successes only")
-        if self.how not in ("best", "top_share"):
-            refuse_unread(self, "by", because=because)
-        if self.how != "top_share":
-            refuse_unread(self, "share", because=because)
-        elif self.share is None:
-            raise ValueError("how = top_share needs share, for example share=0.1")
-        if self.max_repetition is None:
-            refuse_unread(self, "repetition_n", because="max_repetition = null")
-        return self
 
     @model_validator(mode="after")
     def _ranges_hold_something(self) -> Self:
@@ -181,10 +145,8 @@ class Select(BaseModel):
         return self
 
 
-class Part(BaseModel):
+class Part(Settings):
     """One of the sources of a mix."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     weight: float = Field(gt=0)
     edge: str | None = None
@@ -195,10 +157,8 @@ class Part(BaseModel):
     """Those of the demonstrations."""
 
 
-class Mix(BaseModel):
+class Mix(Settings):
     """Data of several sources in given shares: `r.mix({data: weight}, by="rows")`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     seed: int = Field(0, ge=0, lt=2**31)
     """Which rows are drawn, and their order, follow from it."""
@@ -211,30 +171,17 @@ class Mix(BaseModel):
     """The sources and their weights; filled in by the recipe."""
 
 
-class Dedup(BaseModel):
+class Dedup(Settings):
     """Data without repeats: `r.dedup(data, near=0.8)`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     of: Literal["row", "prompt", "demo"] = "row"
     """What is compared: prompt and demonstration, or one of them."""
-    near: float | None = Field(None, gt=0, lt=1)
-    """Jaccard similarity of the two texts' n-grams from which they count as the same; without it
-    they must be equal."""
-    ngram: int = Field(5, gt=0)
-    """Characters of such an n-gram."""
-
-    @model_validator(mode="after")
-    def _ngram_is_read(self) -> Self:
-        if self.near is None:
-            refuse_unread(self, "ngram", because="near = null")
-        return self
+    near: Near | None = None
+    """How alike two texts have to be; without it they must be equal."""
 
 
-class Comparisons(BaseModel):
+class Comparisons(Settings):
     """Problems that train a judge: `r.comparisons(rollouts)`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     max_per_prompt: int = Field(2, gt=0)
     """Of a problem's responses the n-th best goes against the n-th worst, for so many n."""

@@ -1,0 +1,216 @@
+"""The fast path of sampling: one decode step of a Llama-like model in few, large operations.
+
+A transformers layer is written to be read and changed; a decode step through it spends most of its
+time between operations. Here the weights that read the same input are one matrix, the weights of
+the norms before them are folded in, and attention is two batched products over preallocated slots.
+The numbers agree with the model's own forward pass to rounding.
+
+Legend: P prompts, L rows in slots, M rows that move, S slots, T positions, D hidden, F feed-forward
+size, Q query heads, H key-value heads, J both, G query heads per key-value head, C head dimension.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from posttrain.backends.cpu.decoder import read_prompts
+from posttrain.backends.cpu.product import Product
+
+FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
+HEADS = ("ForCausalLM", "ForSequenceClassification")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+"""Those whose angles do not depend on how long a row has become."""
+
+
+ROUND = 16
+"""Positions of the cache come in multiples of it."""
+
+
+def is_fusable(model: Any) -> bool:
+    """Whether `FusedDecoder` computes this model: its class, its positions and its activation."""
+    config = model.config
+    rope = getattr(config, "rope_parameters", None) or {}
+    return (
+        type(model).__name__ in [family + head for family in FAMILIES for head in HEADS]
+        and config.hidden_act == "silu"
+        and rope.get("rope_type", "default") in ROPE_TYPES
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Layer:
+    """The weights of one decoder layer, joined where they read the same input."""
+
+    qkv: Product
+    qk_scale_JC: Tensor | None
+    """Weights of the query and key norms where the model has them."""
+    out: Product
+    gate_up: Product
+    down: Product
+    epsilon: float
+    qk_epsilon: float
+
+
+def _join_layer(layer: Any, scale: float) -> _Layer:
+    """`scale` is attention's; it goes into whatever the queries are multiplied by last."""
+    attention, mlp = layer.self_attn, layer.mlp
+    has_norms = hasattr(attention, "q_norm")
+    query_scale = 1.0 if has_norms else scale
+    qkv = [attention.q_proj, attention.k_proj, attention.v_proj]
+    weight_JD = torch.cat([module.weight for module in qkv])
+    bias_J = None
+    if attention.q_proj.bias is not None:
+        bias_J = torch.cat([module.bias for module in qkv])
+        bias_J[: len(attention.q_proj.bias)] *= query_scale
+    weight_JD[: len(attention.q_proj.weight)] *= query_scale
+    weight_JD *= layer.input_layernorm.weight
+    gate_up_FD = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])
+    gate_up_FD *= layer.post_attention_layernorm.weight
+    gate_up_bias_F = None
+    if mlp.gate_proj.bias is not None:
+        gate_up_bias_F = torch.cat([mlp.gate_proj.bias, mlp.up_proj.bias])
+    qk_scale_JC = None
+    if has_norms:
+        width = attention.head_dim
+        queries = len(attention.q_proj.weight) // width
+        keys = len(attention.k_proj.weight) // width
+        qk_scale_JC = torch.cat(
+            [
+                (attention.q_norm.weight * scale).expand(queries, width),
+                attention.k_norm.weight.expand(keys, width),
+            ]
+        )
+    return _Layer(
+        qkv=Product(weight_JD, bias_J),
+        qk_scale_JC=qk_scale_JC,
+        out=Product(attention.o_proj.weight, attention.o_proj.bias),
+        gate_up=Product(gate_up_FD, gate_up_bias_F),
+        down=Product(mlp.down_proj.weight, mlp.down_proj.bias),
+        epsilon=layer.input_layernorm.variance_epsilon,
+        qk_epsilon=attention.q_norm.variance_epsilon if has_norms else 0.0,
+    )
+
+
+class FusedDecoder:
+    """A `Decoder` for the models that `is_fusable` accepts. Copies most weights once."""
+
+    @torch.no_grad()
+    def __init__(
+        self, model: Any, *, num_slots: int, num_positions: int, buffer: Tensor | None = None
+    ) -> None:
+        """`buffer` is the cache of an earlier decoder of this model, to be used again if it fits:
+        getting fresh memory from the system takes longer than filling it."""
+        self.model = model
+        body = model.model
+        attention = body.layers[0].self_attn
+        self.width = attention.head_dim
+        self.num_keys = len(attention.k_proj.weight) // self.width
+        self.num_queries = len(attention.q_proj.weight) // self.width
+        self.layers = [_join_layer(layer, attention.scaling) for layer in body.layers]
+        embedding_VD = body.embed_tokens.weight
+        # A few shapes only, so that an earlier buffer fits and products find the same alignment.
+        num_positions = -(-num_positions // ROUND) * ROUND
+        shape = (len(self.layers), 2, num_slots, self.num_keys, num_positions, self.width)
+        if buffer is None or any(
+            have < want for have, want in zip(buffer.shape, shape, strict=True)
+        ):
+            buffer = embedding_VD.new_zeros(shape)
+        self.cache = buffer
+        """Keys and values of every layer: [layers, 2, S, H, T, C]. Never anything but finite
+        numbers, for what no row has written yet is multiplied by zero."""
+        self.states = [layer_2SHTC.unbind() for layer_2SHTC in buffer]
+        self.visible = 0
+        """Positions that hold anything, in any slot."""
+        slots, keys, positions = buffer.shape[2:5]
+        key_H = torch.arange(keys, device=embedding_VD.device) * positions
+        self.offset_J = torch.cat((key_H, key_H + slots * keys * positions))
+        """Where the keys and values of slot 0 begin when one layer's are laid end to end."""
+        position_1T = torch.arange(positions, device=embedding_VD.device)[None]
+        cos_1TC, sin_1TC = body.rotary_emb(embedding_VD, position_1T)
+        self.cos_T1C = cos_1TC[0, :, None].contiguous()
+        sign_C = sin_1TC.new_ones(self.width)
+        sign_C[: self.width // 2] = -1
+        # rotate_half(x) * sin is swapped(x) * (sign * sin), which needs no negation of x.
+        self.sin_T1C = (sin_1TC[0] * sign_C)[:, None].contiguous()
+
+    def prefill(self, tokens_PT: Tensor, length_P: Tensor, *, first: int, copies: int) -> Tensor:
+        """See `Decoder.prefill`."""
+        hidden_PD, prefilled = read_prompts(self.model, tokens_PT, length_P)
+        prompts, columns = tokens_PT.shape
+        self.visible = max(self.visible, columns)
+        slots = slice(first, first + prompts * copies)
+        for states, layer in zip(self.states, prefilled.layers, strict=True):
+            for state_SHTC, source_PHTC in zip(states, (layer.keys, layer.values), strict=True):
+                copies_PLHTC = state_SHTC[slots, :, :columns].unflatten(0, (prompts, copies))
+                copies_PLHTC.copy_(source_PHTC[:, None])
+        return hidden_PD
+
+    def step(self, token_L: Tensor, length_L: Tensor) -> Tensor:
+        """See `Decoder.step`."""
+        self.visible = int(length_L.max()) + 1
+        rows = len(token_L)
+        hidden_LD = self.model.model.embed_tokens.weight[token_L]
+        position_T = torch.arange(self.visible, device=token_L.device)
+        mask_LT = torch.zeros(rows, self.visible, dtype=hidden_LD.dtype, device=token_L.device)
+        mask_LT.masked_fill_(position_T > length_L[:, None], -torch.inf)
+        stride = self.num_keys * self.cache.shape[4]
+        slot_L = torch.arange(0, rows * stride, stride, device=token_L.device)
+        index_M = ((slot_L + length_L)[:, None] + self.offset_J).flatten()
+        cos_L1C, sin_L1C = self.cos_T1C[length_L], self.sin_T1C[length_L]
+        for layer, cache, states in zip(self.layers, self.cache, self.states, strict=True):
+            normed_LD = _normalised(hidden_LD, layer.epsilon)
+            heads_LJC = layer.qkv(normed_LD).view(rows, -1, self.width)
+            self._turn(heads_LJC[:, : self.num_queries + self.num_keys], layer, cos_L1C, sin_L1C)
+            fresh_MC = heads_LJC[:, self.num_queries :].reshape(-1, self.width)
+            cache.view(-1, self.width).index_copy_(0, index_M, fresh_MC)
+            attended_LJ = self._attend(heads_LJC[:, : self.num_queries], states, mask_LT)
+            hidden_LD = layer.out(attended_LJ).add_(hidden_LD)
+            normed_LD = _normalised(hidden_LD, layer.epsilon)
+            gate_LF, up_LF = layer.gate_up(normed_LD).chunk(2, dim=1)
+            inner_LF = functional.silu(gate_LF).mul_(up_LF)
+            hidden_LD = layer.down(inner_LF).add_(hidden_LD)
+        normed_LD: Tensor = self.model.model.norm(hidden_LD)
+        return normed_LD
+
+    def move(self, source_M: Tensor, target_M: Tensor) -> None:
+        """See `Decoder.move`."""
+        used = self.cache[:, :, :, :, : self.visible]
+        used.index_copy_(2, target_M, used.index_select(2, source_M))
+
+    def _turn(self, heads_LJC: Tensor, layer: _Layer, cos_L1C: Tensor, sin_L1C: Tensor) -> None:
+        """Normalise queries and keys where the model does, and rotate them, in place."""
+        if layer.qk_scale_JC is not None:
+            heads_LJC.mul_(_inverse_size(heads_LJC, layer.qk_epsilon)).mul_(layer.qk_scale_JC)
+        half = self.width // 2
+        swapped_LJC = torch.cat((heads_LJC[..., half:], heads_LJC[..., :half]), dim=-1)
+        heads_LJC.mul_(cos_L1C).addcmul_(swapped_LJC, sin_L1C)
+
+    def _attend(self, query_LQC: Tensor, states: tuple[Tensor, ...], mask_LT: Tensor) -> Tensor:
+        """Softmax attention of the new queries over all visible keys: `[L, Q * C]`."""
+        rows, visible = mask_LT.shape
+        key_LHTC, value_LHTC = (state_SHTC[:rows, :, :visible] for state_SHTC in states)
+        query_LHGC = query_LQC.unflatten(1, (self.num_keys, -1))
+        weight_LHGT = torch.matmul(query_LHGC, key_LHTC.transpose(2, 3))
+        weight_LHGT += mask_LT[:, None, None]
+        weight_LHGT = torch.softmax(weight_LHGT, dim=-1)
+        return torch.matmul(weight_LHGT, value_LHTC).flatten(1)
+
+
+def _inverse_size(input: Tensor, epsilon: float) -> Tensor:
+    """1 / root mean square along the last axis, with the epsilon of the model's norm.
+
+    At least float32, as in the models' own norms.
+    """
+    dtype = torch.promote_types(input.dtype, torch.float32)
+    size = torch.linalg.vector_norm(input, dim=-1, keepdim=True, dtype=dtype)
+    return size.square_().mul_(1 / input.shape[-1]).add_(epsilon).rsqrt_()
+
+
+def _normalised(hidden_LD: Tensor, epsilon: float) -> Tensor:
+    """RMSNorm without its weight, which is folded into the linear layer after it."""
+    return (hidden_LD * _inverse_size(hidden_LD, epsilon)).to(hidden_LD.dtype)

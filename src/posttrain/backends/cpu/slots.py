@@ -1,0 +1,187 @@
+"""Sampling in slots: a row that ends makes room at once, and waiting prompts take its place.
+
+Each prompt is read once for its whole group. A row's random numbers depend only on (seed, row,
+position), so its response does not depend on which rows happen to run beside it. Log-probs come
+from the same pass. Models for which slots do not work are sampled in lockstep (`lockstep.py`).
+
+Legend: P prompts, L rows in slots, E rows that have just ended, M rows that move, B rows,
+T positions, R response positions, V vocabulary, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from posttrain.backends.base import Head
+from posttrain.backends.cpu.decoder import Decoder, TransformersDecoder
+from posttrain.backends.cpu.fused import FusedDecoder, is_fusable
+from posttrain.backends.cpu.product import Product
+from posttrain.backends.token_sampling import (
+    SampleBuffer,
+    draw,
+    mask_to_nucleus,
+    row_seeds,
+    uniform,
+)
+
+READ_SHARE = 8
+"""Waiting prompts are read when they can have this part of the slots, not whenever one is free: a
+forward pass over a few prompts costs nearly as much as one over many."""
+MAX_COPIED = 2**24
+"""Elements up to which the output layer is laid out anew for each call."""
+
+
+class Decoders:
+    """Makes the decoders of one model, each of which may take over the memory of the last."""
+
+    def __init__(self, model: Any, *, fused: bool = True) -> None:
+        """Without `fused` every model is decoded by transformers' own forward pass."""
+        self.model = model
+        self.fused = fused and is_fusable(model)
+        self.buffer: Tensor | None = None
+
+    def make(self, num_slots: int, num_positions: int) -> Decoder:
+        """The fastest decoder that computes this model."""
+        if not self.fused:
+            return TransformersDecoder(self.model, num_slots=num_slots, num_positions=num_positions)
+        # Taken, not shared: a decoder that is made meanwhile gets memory of its own.
+        buffer, self.buffer = self.buffer, None
+        decoder = FusedDecoder(
+            self.model, num_slots=num_slots, num_positions=num_positions, buffer=buffer
+        )
+        self.buffer = decoder.cache
+        return decoder
+
+
+def _projection(head: Head) -> Callable[[Tensor], Tensor]:
+    """The output layer. Large ones are not copied for the few rows of a step."""
+    if head.weight_VD.numel() > MAX_COPIED:
+        return partial(torch.nn.functional.linear, weight=head.weight_VD, bias=head.bias_V)
+    return Product(head.weight_VD.detach(), None if head.bias_V is None else head.bias_V.detach())
+
+
+class Slots:
+    """Samples all rows of a buffer in slots 0..L-1 of a decoder; iterating yields the rows that
+    have just ended. The model is in evaluation mode meanwhile."""
+
+    def __init__(
+        self,
+        decoders: Decoders,
+        head: Head,
+        samples: SampleBuffer,
+        *,
+        temperature: float,
+        seed: int,
+        top_p: float,
+        max_rows: int,
+    ) -> None:
+        self.model, self.head, self.samples = decoders.model, head, samples
+        self.temperature, self.top_p = temperature, top_p
+        self.project = _projection(head)
+        num_rows, self.max_new_tokens = samples.tokens_BR.shape
+        self.num_slots = min(num_rows, max(max_rows, samples.group_size))
+        num_positions = samples.prompts_PT.shape[1] + self.max_new_tokens
+        self.decoder = decoders.make(self.num_slots, num_positions)
+        self.row_seed_B = row_seeds(num_rows, seed)
+        self.next_prompt = 0
+        # Of the rows in slots: their number in the buffer, how many tokens of them are read and how
+        # many are drawn, their random numbers, and the hidden state that predicts the next token.
+        self.row_L = torch.empty(0, dtype=torch.int64)
+        self.length_L, self.position_L = self.row_L, self.row_L
+        self.uniform_LR = torch.empty(0, self.max_new_tokens, dtype=torch.float64)
+        self.hidden_LD: Tensor | None = None
+
+    def __iter__(self) -> Iterator[Tensor]:
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            while len(self.row_L) or self.waiting:
+                ended_E = self._advance()
+                if ended_E is not None:
+                    yield ended_E
+        finally:
+            self.model.train(was_training)
+
+    @property
+    def waiting(self) -> bool:
+        """Whether some prompts have no slot yet."""
+        return self.next_prompt < len(self.samples.prompt_len_P)
+
+    # Not around the loop: whoever takes the rows in between must not compute in this mode.
+    @torch.inference_mode()
+    def _advance(self) -> Tensor | None:
+        """One token for every row in a slot; the rows that ended with it, or None."""
+        self._admit()
+        assert self.hidden_LD is not None
+        weight = self.head.weight_VD
+        logits_LV = self.project(self.hidden_LD).float()
+        uniform_L = self.uniform_LR.gather(1, self.position_L[:, None])[:, 0].to(weight.device)
+        logits_LV, nucleus_LV = mask_to_nucleus(logits_LV, self.temperature, self.top_p)
+        token_L, logp_L = draw(logits_LV, uniform_L, self.temperature)
+        token_L = token_L.cpu()
+        ended_L = self.samples.record(
+            self.row_L, self.position_L, token_L, logp_L.cpu(), nucleus_LV
+        )
+        self.position_L = self.position_L + 1
+        ended_E = None
+        if bool(ended_L.any()):
+            # Free of this mode, for whoever indexes with it where gradients are recorded.
+            with torch.inference_mode(False):
+                ended_E = self.row_L[ended_L].clone()
+            token_L = self._retire(ended_L, token_L)
+        if len(token_L):
+            length_L = self.length_L.to(weight.device)
+            self.hidden_LD = self.decoder.step(token_L.to(weight.device), length_L)
+            self.length_L = self.length_L + 1
+        return ended_E
+
+    def _admit(self) -> None:
+        """Read waiting prompts into free slots, each prompt once for its whole group."""
+        samples = self.samples
+        live, group = len(self.row_L), samples.group_size
+        room = (self.num_slots - live) // group
+        enough = room * group * READ_SHARE >= self.num_slots
+        if not self.waiting or room == 0 or (live and not enough):
+            return
+        first = self.next_prompt
+        self.next_prompt = min(first + room, len(samples.prompt_len_P))
+        length_P = samples.prompt_len_P[first : self.next_prompt]
+        tokens_PT = samples.prompts_PT[first : self.next_prompt, : int(length_P.max())]
+        device = self.head.weight_VD.device
+        hidden_PD = self.decoder.prefill(
+            tokens_PT.to(device), length_P.to(device), first=live, copies=group
+        )
+        row_L = torch.arange(first * group, self.next_prompt * group)
+        uniform_LR = uniform(self.row_seed_B[row_L, None], torch.arange(self.max_new_tokens))
+        hidden_LD = hidden_PD.repeat_interleave(group, dim=0)
+        self.row_L = torch.cat([self.row_L, row_L])
+        self.length_L = torch.cat([self.length_L, length_P.repeat_interleave(group)])
+        self.position_L = torch.cat([self.position_L, torch.zeros_like(row_L)])
+        self.uniform_LR = torch.cat([self.uniform_LR, uniform_LR])
+        if self.hidden_LD is not None:
+            hidden_LD = torch.cat([self.hidden_LD, hidden_LD])
+        self.hidden_LD = hidden_LD
+
+    def _retire(self, ended_L: Tensor, token_L: Tensor) -> Tensor:
+        """Give up the slots of ended rows: the last rows move into the holes before them.
+
+        Returns the tokens of the rows that go on, in their new order.
+        """
+        keep_L = (~ended_L).nonzero()[:, 0]
+        live = len(keep_L)
+        source_M, target_M = keep_L[keep_L >= live], ended_L[:live].nonzero()[:, 0]
+        if len(source_M):
+            device = self.head.weight_VD.device
+            self.decoder.move(source_M.to(device), target_M.to(device))
+        order_L = torch.arange(live)
+        order_L[target_M] = source_M
+        self.row_L, self.length_L = self.row_L[order_L], self.length_L[order_L]
+        self.position_L, self.uniform_LR = self.position_L[order_L], self.uniform_LR[order_L]
+        if not live:
+            self.hidden_LD = None
+        return token_L[order_L]

@@ -1,0 +1,134 @@
+"""How a problem is asked and what its response looks like: in a mode, and with a hint.
+
+A problem row may have a "mode": "think" asks for `<think>steps</think>answer`, "no_think" for the
+answer alone. Without one, the response is whatever the demonstrations say (see `demo`).
+
+A hint is a template such as "{prompt} Hint: the answer is {answer}." with the fields of a problem
+row. In `distill` a teacher reads the student's response after the hinted prompt, while the student
+saw the plain one: a model with a hint can teach the same model without it (Composer 2.5;
+on-policy context distillation).
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+from posttrain.engine.errors import ConfigError
+
+Mode = Literal["think", "no_think"]
+MODES: tuple[Mode, ...] = ("think", "no_think")
+OPEN, CLOSE = "<think>", "</think>"
+
+HINT = 'a hint is a template of the prompt, such as "{prompt} Hint: {answer}"'
+
+Problem = dict[str, Any]
+
+
+def check_mode(mode: object, *, where: str) -> Mode:
+    """Returns the mode. Raises ConfigError for anything but think and no_think."""
+    for known in MODES:
+        if mode == known:
+            return known
+    raise ConfigError(f"{where}: mode = {mode!r} is not a mode; choices: {', '.join(MODES)}")
+
+
+def visible(response: str, mode: str | None) -> str | None:
+    """What a verifier judges of a response; None where it has given no answer in its mode.
+
+    think: what follows the last `</think>`; without one there is no answer yet. no_think: the
+    response, unless it thinks all the same. Without a mode: the response as it is.
+    """
+    if mode == "think":
+        _, closed, answer = response.rpartition(CLOSE)
+        return answer.lstrip() if closed else None
+    if mode == "no_think" and (OPEN in response or CLOSE in response):
+        return None
+    return response
+
+
+def format_answer(answer: str, mode: str | None) -> str:
+    """A response that gives the answer without any thought, in the form of its mode."""
+    return f"{OPEN}{CLOSE}{answer}" if mode == "think" else answer
+
+
+def demonstration(problem: Mapping[str, Any], mode: str | None = None) -> str | None:
+    """The demonstration of a problem in a mode; None where the row has none.
+
+    think: `<think>thought</think>direct`; no_think: `direct`; no mode: `demo`. `direct` (the answer
+    without its steps) is `demo` where the row has none of its own.
+    """
+    if mode is None:
+        demo: str | None = problem.get("demo")
+        return demo
+    answer: str | None = problem.get("direct", problem.get("demo"))
+    if mode == "no_think" or answer is None:
+        return answer
+    thought = problem.get("thought")
+    return None if thought is None else f"{OPEN}{thought}{CLOSE}{answer}"
+
+
+def in_modes(problems: Sequence[Problem], modes: Iterable[str]) -> list[Problem]:
+    """Every problem once in each mode, with its demonstration in that mode; no mode: as they are.
+
+    The rows of one problem follow each other and keep its id.
+    """
+    modes = tuple(modes)
+    if not modes:
+        return list(problems)
+    return [
+        problem | {"mode": mode, "demo": demonstration(problem, mode)}
+        for problem in problems
+        for mode in modes
+    ]
+
+
+# -- hints -----------------------------------------------------------------------------------------
+
+
+def check_hint(template: str) -> str:
+    """Returns the template. Raises ValueError unless it is text with plain {fields} of a row."""
+    try:
+        parts = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise ValueError(f"{template!r}: {error}; {HINT}; write {{{{ for a brace") from None
+    fields = [
+        (field, form, conversion) for _, field, form, conversion in parts if field is not None
+    ]
+    for field, form, conversion in fields:
+        if not field.isidentifier() or form or conversion:
+            raise ValueError(f"{template!r}: {{{field}}} is no plain name of a field; {HINT}")
+    if not fields:
+        raise ValueError(f"{template!r} names no field, so all prompts would be alike; {HINT}")
+    return template
+
+
+def hinted(problem: Mapping[str, Any], template: str, *, where: str) -> str:
+    """The prompt with the hint. Raises ConfigError for a field that the row does not have."""
+    for _, field, _, _ in string.Formatter().parse(template):
+        if field is not None and problem.get(field) is None:
+            choices = ", ".join(name for name, value in problem.items() if value is not None)
+            raise ConfigError(
+                f"{where}: the hint {template!r} names {{{field}}}, which problem "
+                f"{problem.get('id')!r} of domain {problem.get('domain')!r} does not have; its "
+                f"fields: {choices}"
+            )
+    return template.format_map(problem)
+
+
+def also_hinted(
+    problems: Mapping[str, Sequence[Problem]], template: str | None, *, where: str
+) -> dict[str, list[Problem]]:
+    """By domain every row twice, with its own prompt and with the hinted one; no hint: once."""
+
+    def both(rows: Iterable[Problem]) -> list[Problem]:
+        if template is None:
+            return list(rows)
+        return [
+            row | {"prompt": prompt}
+            for row in rows
+            for prompt in (row["prompt"], hinted(row, template, where=where))
+        ]
+
+    return {name: both(rows) for name, rows in problems.items()}

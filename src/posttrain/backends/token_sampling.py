@@ -1,0 +1,229 @@
+"""What all samplers share: how a token is drawn, and where what was drawn is kept.
+
+A token is drawn by inverse transform from one uniform number that depends only on (seed, row,
+position), so that a row's response depends neither on the rows beside it nor on the sampler.
+
+With top-p sampling the policy that samples is not the policy over the whole vocabulary. So the
+batch says which ids each token was drawn from, its nucleus, and a learner takes the softmax over
+these (Keep Sampling Mask: DeepSeek-V3.2, arXiv 2512.02556, section 3.1).
+
+Legend: P prompts, B rows, L rows that are running, E rows that have just ended, T positions,
+R response positions, N sampled tokens of all rows, F ids of their nuclei, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from posttrain.rl.batch import Batch, between, pad_rows, ragged_index
+
+
+def draw(logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """One token per row and its log-prob: inverse transform, or the arg max at temperature 0.
+
+    Draws the first token whose cumulative probability passes the row's uniform number.
+    """
+    if temperature == 0:
+        logp_BV = torch.log_softmax(logits_BV, dim=-1)
+        token_B = logits_BV.argmax(dim=-1)
+    else:
+        if temperature != 1:
+            logits_BV = logits_BV / temperature
+        logp_BV = torch.log_softmax(logits_BV, dim=-1)
+        cumulative_BV = cumulative(logp_BV.double().exp_())
+        target_B1 = (uniform_B[:, None] * cumulative_BV[:, -1:]).to(cumulative_BV.dtype)
+        token_B = torch.searchsorted(cumulative_BV, target_B1, right=True)[:, 0]
+        token_B = token_B.clamp_(max=logits_BV.shape[1] - 1)
+    return token_B, logp_BV.gather(1, token_B[:, None])[:, 0]
+
+
+def mask_to_nucleus(
+    logits_BV: Tensor, temperature: float, top_p: float
+) -> tuple[Tensor, Tensor | None]:
+    """The logits with -inf outside each row's nucleus, and `nucleus_BV`, bool, which ids are in it.
+
+    With `top_p` 1 the logits as they are and None.
+    """
+    if top_p == 1:
+        return logits_BV, None
+    nucleus_BV = nucleus(logits_BV / temperature, top_p)
+    return logits_BV.masked_fill(~nucleus_BV, -torch.inf), nucleus_BV
+
+
+def nucleus(logits_BV: Tensor, top_p: float) -> Tensor:
+    """`nucleus_BV`, bool: the fewest likeliest tokens that have `top_p` or more together.
+
+    Of equal probabilities the lower id comes first (Holtzman et al., arXiv 1904.09751).
+    """
+    ordered_BV, id_BV = torch.softmax(logits_BV, dim=-1).sort(dim=-1, descending=True, stable=True)
+    cumulative_BV = cumulative(ordered_BV.double())
+    short_BV = cumulative_BV[:, :-1] < top_p * cumulative_BV[:, -1:].double()
+    first_B1 = torch.ones_like(short_BV[:, :1])
+    return torch.zeros_like(id_BV, dtype=torch.bool).scatter(
+        1, id_BV, torch.cat([first_B1, short_BV], dim=1)
+    )
+
+
+def cumulative(probability_BV: Tensor) -> Tensor:
+    """Cumulative sums along the vocabulary, in place; float64, or integers 2^53 times as large.
+
+    In float32 the end can stop short of 1 on a large vocabulary. Off the CPU floats are summed in
+    no fixed order, which deterministic mode refuses; integers give one sum in any order.
+    """
+    if probability_BV.device.type == "cpu":
+        return probability_BV.cumsum_(dim=-1)
+    return fixed_point(probability_BV).cumsum_(dim=-1)
+
+
+def fixed_point(probability_BV: Tensor) -> Tensor:
+    """Probabilities in units of 2^-53, int64: what float64 resolves just below 1."""
+    return probability_BV.mul_(2.0**53).long()
+
+
+def row_seeds(num_rows: int, seed: int) -> Tensor:
+    """`seed_B`, int64: what rows 0 .. num_rows - 1 draw from in a call with this seed."""
+    return _mix(torch.arange(num_rows) + _mix(torch.tensor(seed)))
+
+
+def uniform(seed_B: Tensor, position_B: Tensor) -> Tensor:
+    """float64 in [0, 1) from (row seed, position in the response)."""
+    return _shift(_mix(seed_B ^ _mix(position_B)), 11).double() * 2.0**-53
+
+
+def _mix(value: Tensor) -> Tensor:
+    """The splitmix64 finaliser on int64 (multiplication wraps): spreads nearby integers apart."""
+    value = value + -7046029254386353131
+    value = (value ^ _shift(value, 30)) * -4658895280553007687
+    value = (value ^ _shift(value, 27)) * -7723592293110705685
+    return value ^ _shift(value, 31)
+
+
+def _shift(value: Tensor, bits: int) -> Tensor:
+    """Logical right shift; torch's `>>` on int64 keeps the sign."""
+    return (value >> bits) & ((1 << (64 - bits)) - 1)
+
+
+class SampleBuffer:
+    """The tokens sampled so far for every row of a call, on the CPU, and the batch they make."""
+
+    def __init__(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        group_size: int,
+        max_new_tokens: int,
+        pad_id: int,
+        stop_ids: Sequence[int],
+        num_ids: int,
+    ) -> None:
+        """`num_ids` is the size of the output layer: no id beyond it is ever drawn."""
+        self.prompts_PT, self.prompt_len_P = pad_rows(prompts, pad_id)
+        self.group_size, self.pad_id = group_size, pad_id
+        self.max_new_tokens = max_new_tokens
+        self.is_stop_V = torch.zeros(num_ids, dtype=torch.bool)
+        for token in stop_ids:
+            if token < num_ids:
+                self.is_stop_V[token] = True
+        num_rows = len(prompts) * group_size
+        self.tokens_BR = torch.full((num_rows, max_new_tokens), pad_id)
+        self.logp_BR = torch.zeros(num_rows, max_new_tokens)
+        self.response_len_B = torch.zeros(num_rows, dtype=torch.int64)
+        self.finished_B = torch.zeros(num_rows, dtype=torch.bool)
+        # With a nucleus: ids and counts of every token, token after token in the order of drawing,
+        # and which number in that order each response token has.
+        self.nucleus_ids: list[Tensor] = []
+        self.nucleus_counts: list[Tensor] = []
+        self.num_drawn = 0
+        self.drawn_BR = torch.zeros(num_rows, max_new_tokens, dtype=torch.int64)
+
+    def record(
+        self,
+        row_L: Tensor,
+        position_L: Tensor,
+        token_L: Tensor,
+        logp_L: Tensor,
+        nucleus_LV: Tensor | None = None,
+    ) -> Tensor:
+        """Store the token at response position `position_L` of these rows, drawn from the ids of
+        `nucleus_LV` or from all. Returns a bool per row: whether it ended."""
+        index_L = row_L * self.max_new_tokens + position_L
+        if nucleus_LV is not None:
+            self.nucleus_ids.append(nucleus_LV.nonzero()[:, 1].to(torch.int32).cpu())
+            self.nucleus_counts.append(nucleus_LV.sum(1).cpu())
+            drawn_L = torch.arange(self.num_drawn, self.num_drawn + len(row_L))
+            self.drawn_BR.view(-1).index_copy_(0, index_L, drawn_L)
+            self.num_drawn += len(row_L)
+        self.tokens_BR.view(-1).index_copy_(0, index_L, token_L)
+        self.logp_BR.view(-1).index_copy_(0, index_L, logp_L)
+        stopped_L = self.is_stop_V[token_L]
+        ended_L = stopped_L | (position_L + 1 >= self.max_new_tokens)
+        if bool(ended_L.any()):
+            ended_E = row_L[ended_L]
+            self.finished_B[ended_E] = stopped_L[ended_L]
+            self.response_len_B[ended_E] = position_L[ended_L] + 1
+        return ended_L
+
+    def batch(self, row_B: Tensor | None = None) -> Batch:
+        """See `Sampling.batch`."""
+        if row_B is None:
+            row_B = torch.arange(len(self.response_len_B))
+        prompt_B = row_B // self.group_size
+        prompt_len_B, response_len_B = self.prompt_len_P[prompt_B], self.response_len_B[row_B]
+        length_B = prompt_len_B + response_len_B
+        longest = int(response_len_B.max()) if len(row_B) else 0
+        width = int(length_B.max()) if len(row_B) else 0
+        # Prompts are written first, then each response over the padding of its prompt.
+        tokens_BT = torch.full((len(row_B), self.prompts_PT.shape[1] + longest), self.pad_id)
+        tokens_BT[:, : self.prompts_PT.shape[1]] = self.prompts_PT[prompt_B]
+        position_R = torch.arange(longest)
+        valid_BR = position_R < response_len_B[:, None]
+        response_BR = torch.where(valid_BR, self.tokens_BR[row_B, :longest], self.pad_id)
+        tokens_BT.scatter_(1, prompt_len_B[:, None] + position_R, response_BR)
+        batch = Batch(
+            tokens_BT=tokens_BT[:, :width].clone(),
+            prompt_len_B=prompt_len_B,
+            length_B=length_B,
+            sampled_BT=between(prompt_len_B, length_B, width),
+        )
+        batch["sampler_logp_N"] = self.logp_BR[row_B, :longest][valid_BR]
+        batch["finished_B"] = self.finished_B[row_B]
+        if self.nucleus_ids:
+            drawn_N = self.drawn_BR[row_B, :longest][valid_BR]
+            count_N = torch.cat(self.nucleus_counts)
+            batch["nucleus_count_N"] = count_N[drawn_N]
+            batch["nucleus_ids_F"] = torch.cat(self.nucleus_ids)[ragged_index(count_N, drawn_N)]
+        return batch
+
+
+class LocalSampling:
+    """A `Sampling` of rows that a loop samples into a buffer."""
+
+    def __init__(self, samples: SampleBuffer, loop: Iterable[Tensor]) -> None:
+        """`loop` yields the rows that have just ended, until all have."""
+        self.samples, self.loop = samples, loop
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """See `Sampling.__iter__`."""
+        return iter(self.loop)
+
+    def batch(self, row_B: Tensor | None = None) -> Batch:
+        """See `Sampling.batch`."""
+        return self.samples.batch(row_B)
+
+    def responses(self, row_B: Tensor) -> list[list[int]]:
+        """See `Sampling.responses`."""
+        lengths = self.samples.response_len_B[row_B].tolist()
+        rows = self.samples.tokens_BR[row_B].tolist()
+        return [row[:length] for row, length in zip(rows, lengths, strict=True)]
+
+    def num_tokens(self, rows: Sequence[int]) -> int:
+        """See `Sampling.num_tokens`."""
+        prompt = int(self.samples.prompt_len_P[rows[0] // self.samples.group_size])
+        return prompt + int(self.samples.response_len_B[list(rows)].sum())
+
+    def finished(self, row_B: Tensor) -> Tensor:
+        """See `Sampling.finished`."""
+        return self.samples.finished_B[row_B]

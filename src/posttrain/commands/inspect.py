@@ -1,0 +1,279 @@
+"""`ls`, `show`, `lineage` and `diff`: what is in the store."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.text import Text
+from rich.tree import Tree
+
+from posttrain.commands.output import age, console, emit, plain_table
+from posttrain.engine import ancestry
+from posttrain.engine.ancestry import Ancestor
+from posttrain.engine.fingerprint import ABSENT, diff_payloads
+from posttrain.engine.record import SHORT, Artifact, label_of
+from posttrain.engine.store import Store
+from posttrain.report.gather import EVALUATION, read_json
+from posttrain.report.terminal import evaluation_table
+from posttrain.report.wording import duration, headline, number, size
+from posttrain.stages.kinds import shown_kind
+
+
+def ls(root: Path, *, as_json: bool) -> None:
+    """Print all artifacts, newest first."""
+    store = Store(root)
+    artifacts = store.list()[::-1]
+    if as_json:
+        emit({"store": str(store.root), "artifacts": [summary(a) for a in artifacts]})
+        return
+    out = console()
+    if not artifacts:
+        out.print(Text(f"no artifacts in {store.root}"), soft_wrap=True)
+        return
+    table = plain_table("name", "kind", "fingerprint", "size", "age", "metric")
+    table.columns[2].min_width = SHORT
+    table.columns[3].justify = table.columns[4].justify = "right"
+    for artifact in artifacts:
+        table.add_row(
+            Text(artifact.name),
+            artifact.kind,
+            Text(artifact.fingerprint[:SHORT], "dim"),
+            size(artifact.bytes),
+            age(artifact.created),
+            Text(key_metric(artifact)),
+        )
+    out.print(table)
+
+
+def summary(artifact: Artifact) -> dict[str, Any]:
+    """One artifact as `ls --json` lists it."""
+    return {
+        "name": artifact.name,
+        "kind": artifact.kind,
+        "fingerprint": artifact.fingerprint,
+        "path": str(artifact.path),
+        "bytes": artifact.bytes,
+        "created": artifact.created,
+        "metrics": dict(artifact.metrics),
+    }
+
+
+def key_metric(artifact: Artifact) -> str:
+    """The number that says most about an artifact, or else the first that it has."""
+    found = headline(shown_kind(artifact.kind), artifact.metrics)
+    first = next((f"{name} {number(value)}" for name, value in artifact.metrics.items()), "")
+    return found or first
+
+
+def show(root: Path, name: str, *, as_json: bool) -> None:
+    """Print the record of an artifact; of an evaluation its table as well."""
+    store = Store(root)
+    artifact = store.resolve(name)
+    if as_json:
+        emit({"path": str(artifact.path), **artifact.record})
+        return
+    out = console()
+    out.print(
+        Text.assemble(
+            (artifact.name, "bold"),
+            f"  {artifact.kind}, stage version ",
+            str(artifact.record["version"]),
+        )
+    )
+    out.print(Text(artifact.fingerprint, "dim"))
+    out.print(Text(str(artifact.path), "dim"), soft_wrap=True)
+    facts = artifact.provenance
+    inputs = {
+        edge: f"{s['name']}-{s['fingerprint'][:SHORT]}" for edge, s in artifact.inputs.items()
+    }
+    files = {file: size(entry["bytes"]) for file, entry in artifact.files.items()}
+    sections: dict[str, Mapping[str, Any]] = {
+        "inputs": inputs,
+        "data": artifact.payload["data"],
+        "settings": artifact.config,
+        "metrics": {key: number(value) for key, value in artifact.metrics.items()},
+        "files": files,
+        "provenance": {key: _fact(key, value) for key, value in facts.items()},
+        "history": {r["name"]: f"{r['kind']}, {r['created'][:16]}" for r in artifact.history},
+    }
+    table = plain_table("section", "key", "value", show_header=False)
+    table.columns[0].style = "bold"
+    for section, rows in sections.items():
+        for row, (key, value) in enumerate(rows.items()):
+            table.add_row("" if row else section, Text(key, "dim"), Text(_text(value)))
+    out.print(table)
+    evaluation = read_json(artifact, EVALUATION)
+    if evaluation is not None:
+        out.print(evaluation_table(evaluation))
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _fact(key: str, value: Any) -> str:
+    """One fact of the provenance on a line."""
+    if key == "git":
+        return "; ".join(
+            f"{g['root']} at {(g['commit'] or 'no commit')[:SHORT]}"
+            + (" with changes (code.diff)" if g["dirty"] else "")
+            for g in value
+        )
+    if key == "packages":
+        return ", ".join(f"{name} {version}" for name, version in value.items())
+    if key == "argv":
+        return " ".join(value)
+    if key == "seconds":
+        return duration(value)
+    return _text(value)
+
+
+def lineage(root: Path, name: str, *, as_json: bool) -> None:
+    """Print what an artifact descends from, as a tree that grows towards the beginnings."""
+    store = Store(root)
+    artifact = store.resolve(name)
+    ancestors = ancestry.lineage(store, artifact)
+    if as_json:
+        emit({"target": artifact.label, **_network(ancestors)})
+        return
+    known = {ancestor.label: ancestor for ancestor in ancestors}
+    tree = Tree(_node(known[artifact.label], ""), guide_style="dim")
+    _grow(tree, known[artifact.label], known, {artifact.label})
+    console().print(tree)
+
+
+def _network(ancestors: Sequence[Ancestor]) -> dict[str, Any]:
+    nodes = [
+        {
+            "label": ancestor.label,
+            "name": ancestor.record["name"],
+            "kind": ancestor.record["kind"],
+            "fingerprint": ancestor.record["fingerprint"],
+            "created": ancestor.record["created"],
+            "in_store": ancestor.artifact is not None,
+            "missing": list(ancestor.missing),
+        }
+        for ancestor in ancestors
+    ]
+    edges = [
+        {"from": source, "to": ancestor.label, "edge": edge}
+        for ancestor in ancestors
+        for edge, source in ancestor.edges.items()
+    ]
+    return {"nodes": nodes, "edges": edges}
+
+
+def _grow(tree: Tree, child: Ancestor, known: Mapping[str, Ancestor], drawn: set[str]) -> None:
+    """Add the parents of `child`; one that is drawn already is only named."""
+    parents: dict[str, list[str]] = {}
+    for edge, label in child.edges.items():
+        parents.setdefault(label, []).append(edge)
+    for label, edges in parents.items():
+        ancestor = known.get(label)
+        joined = ", ".join(edges)
+        if ancestor is None:
+            tree.add(Text.assemble((f"{joined}: ", "dim"), label, (" missing", "bold red")))
+            continue
+        again = label in drawn
+        drawn.add(label)
+        branch = tree.add(_node(ancestor, joined, again=again))
+        if not again:
+            _grow(branch, ancestor, known, drawn)
+
+
+def _node(ancestor: Ancestor, edge: str, *, again: bool = False) -> Text:
+    record = ancestor.record
+    text = Text.assemble(
+        (f"{edge}: " if edge else "", "dim"),
+        (record["name"], "dim" if again else "bold"),
+        (f"  {record['kind']}  {record['fingerprint'][:SHORT]}", "dim"),
+    )
+    if again:
+        text.append("  (above)", "dim")
+    elif ancestor.artifact is None:
+        text.append("  record only, its files are elsewhere", "yellow")
+    else:
+        text.append(f"  {key_metric(ancestor.artifact)}")
+    return text
+
+
+def diff(root: Path, first: str, second: str, *, as_json: bool) -> None:
+    """Print in which settings, data and ancestors two artifacts differ, and their metrics."""
+    store = Store(root)
+    a, b = store.resolve(first), store.resolve(second)
+    found = list(_compare(_records(store, a), _records(store, b), a.record, b.record, "", set()))
+    keys = dict.fromkeys([*a.metrics, *b.metrics])
+    metrics = {key: {"a": a.metrics.get(key), "b": b.metrics.get(key)} for key in keys}
+    if as_json:
+        emit({"a": a.label, "b": b.label, "differences": found, "metrics": metrics})
+        return
+    out = console()
+    table = plain_table("", a.label, b.label)
+    for pair in found:
+        if pair["path"]:
+            table.add_row(
+                Text(pair["path"], "bold"), Text(pair["a"], "dim"), Text(pair["b"], "dim")
+            )
+        for row in pair["fields"]:
+            name = ("  " if pair["path"] else "") + row["field"].removeprefix("config.")
+            table.add_row(Text(name), Text(str(row["a"])), Text(str(row["b"])))
+    out.print(table if found else "the same settings, data and ancestors")
+    table = plain_table("", a.label, b.label)
+    for key, values in metrics.items():
+        table.add_row(Text(key), number(values["a"]), number(values["b"]))
+    if metrics:
+        out.print(Text("\nmetrics", "bold"))
+        out.print(table)
+
+
+def _records(store: Store, artifact: Artifact) -> dict[str, Mapping[str, Any]]:
+    return {a.record["fingerprint"]: a.record for a in ancestry.lineage(store, artifact)}
+
+
+def _compare(
+    known_a: Mapping[str, Mapping[str, Any]],
+    known_b: Mapping[str, Mapping[str, Any]],
+    a: Mapping[str, Any],
+    b: Mapping[str, Any],
+    path: str,
+    seen: set[tuple[str, str]],
+) -> Iterator[dict[str, Any]]:
+    """Pairs of artifacts at the same place of two ancestries that differ by themselves, as JSON has
+    them: the pair itself, then its inputs by edge, each pair once.
+
+    `path` has the edges that lead there, such as "start / start", and is "" for the first pair;
+    `fields` has dotted names with both values, of the inputs only where one side lacks an edge.
+    """
+    pair = (a["fingerprint"], b["fingerprint"])
+    if pair in seen or pair[0] == pair[1]:
+        return
+    seen.add(pair)
+    ours, theirs = a["inputs"], b["inputs"]
+    shared = [edge for edge in ours if edge in theirs]
+    deeper = [
+        edge
+        for edge in shared
+        if ours[edge]["fingerprint"] in known_a and theirs[edge]["fingerprint"] in known_b
+    ]
+    followed = {f"inputs.{edge}" for edge in deeper}
+    fields = [
+        {"field": field, "a": None if x == ABSENT else x, "b": None if y == ABSENT else y}
+        for field, x, y in diff_payloads(
+            a["payload"], b["payload"], old_config=a["config"], new_config=b["config"]
+        )
+        if field not in followed
+    ]
+    if fields:
+        yield {"path": path, "a": label_of(a), "b": label_of(b), "fields": fields}
+    for edge in deeper:
+        yield from _compare(
+            known_a,
+            known_b,
+            known_a[ours[edge]["fingerprint"]],
+            known_b[theirs[edge]["fingerprint"]],
+            f"{path} / {edge}" if path else edge,
+            seen,
+        )

@@ -1,0 +1,197 @@
+"""Text formats: reasoning-gym items become prompts and demonstrations, responses become answers.
+
+`plain` keeps reasoning-gym's own wording. The others are the compact notations of the suite `core`:
+reasoning-gym's English questions run to 400 characters, and a model of 0.2 million parameters would
+spend its whole budget reading them.
+
+An item is a mapping with the keys question, answer and metadata, as a reasoning-gym dataset gives.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from posttrain.engine.errors import ConfigError, choices_text
+
+Item = Mapping[str, Any]
+
+
+class TextFormat:
+    """The format `plain`: reasoning-gym's own texts. Other formats override what differs."""
+
+    version = 1
+    """Raised by hand when the text changes; part of a domain's identity."""
+
+    def prompt(self, item: Item) -> str:
+        """The user message."""
+        return str(item["question"])
+
+    def key(self, item: Item) -> str:
+        """What makes two items the same problem: they get one row, in one split.
+
+        Usually the prompt; less where prompts that differ ask the same (letters in another order).
+        """
+        return self.prompt(item)
+
+    def demo(self, item: Item) -> str:
+        """A full demonstration response; it must score 1 under the item's own verifier."""
+        return str(item["answer"])
+
+    def thought(self, item: Item) -> str | None:
+        """The steps that lead to the answer, short enough to be thought; None: there are none."""
+        return None
+
+    def direct(self, item: Item) -> str | None:
+        """The demonstration without its steps, which must score 1 too; None: it has none."""
+        return None
+
+    def answer(self, response: str) -> str:
+        """The response in reasoning-gym's answer notation.
+
+        Raises ValueError for a response that has no such reading; it then scores 0.
+        """
+        return response
+
+
+class AddFormat(TextFormat):
+    """`a 4-1-7` is answered step by step, `4-1=3-7=-4`; the answer follows the last `=`."""
+
+    version = 3
+
+    def prompt(self, item: Item) -> str:
+        """The expression without spaces."""
+        return "a " + item["metadata"]["expression"].replace(" ", "")
+
+    def demo(self, item: Item) -> str:
+        """Each partial sum written out."""
+        first, *rest = item["metadata"]["expression"].split()
+        total, text = int(first), first
+        for sign, term in zip(rest[::2], rest[1::2], strict=True):
+            total += int(term) if sign == "+" else -int(term)
+            text += f"{sign}{term}={total}"
+        return text
+
+    def thought(self, item: Item) -> str:
+        """The partial sums."""
+        return self.demo(item)
+
+    def direct(self, item: Item) -> str:
+        """The last sum."""
+        return self.answer(self.demo(item))
+
+    def answer(self, response: str) -> str:
+        """What follows the last equals sign."""
+        return response.rpartition("=")[2]
+
+
+class ReverseFormat(TextFormat):
+    """`r monkey` is answered `yeknom`."""
+
+    version = 3
+
+    def prompt(self, item: Item) -> str:
+        """The word, case kept: reasoning-gym compares it exactly."""
+        return "r " + item["metadata"]["word"]
+
+    def key(self, item: Item) -> str:
+        """The word whatever its case."""
+        return str(item["metadata"]["word"]).lower()
+
+    def demo(self, item: Item) -> str:
+        """The word backwards."""
+        return str(item["metadata"]["word"])[::-1]
+
+    def thought(self, item: Item) -> str:
+        """The letters numbered from 0, `0m1o2n3k4e5y`."""
+        return "".join(f"{i}{letter}" for i, letter in enumerate(item["metadata"]["word"]))
+
+    def direct(self, item: Item) -> str:
+        """The word backwards."""
+        return self.demo(item)
+
+
+class SortFormat(TextFormat):
+    """`s< 50391` is answered `01359`; `s>` asks for descending order."""
+
+    version = 3
+
+    def prompt(self, item: Item) -> str:
+        """The direction as a sign, then the digits."""
+        sign = "<" if item["metadata"]["direction"] == "ascending" else ">"
+        return f"s{sign} " + self._digits(item["metadata"]["original_numbers"])
+
+    def key(self, item: Item) -> str:
+        """Direction and digits: the same digits in another order have the same answer."""
+        return item["metadata"]["direction"] + "".join(
+            sorted(self._digits(item["metadata"]["original_numbers"]))
+        )
+
+    def demo(self, item: Item) -> str:
+        """The digits in order."""
+        return self._digits(item["metadata"]["sorted_numbers"])
+
+    def thought(self, item: Item) -> str:
+        """Each digit and how often it occurs, in order: `0111315191` for `50391`."""
+        runs = itertools.groupby(self.demo(item))
+        return "".join(f"{digit}{len(list(run))}" for digit, run in runs)
+
+    def direct(self, item: Item) -> str:
+        """The digits in order."""
+        return self.demo(item)
+
+    def answer(self, response: str) -> str:
+        """A list of numbers as strings."""
+        return str(list(response))
+
+    def _digits(self, numbers: list[str]) -> str:
+        return "".join(str(int(float(number))) for number in numbers)
+
+
+class PalindromeFormat(TextFormat):
+    """`p ccbaa` is answered by any palindrome of these letters, such as `acbca`."""
+
+    version = 3
+
+    def prompt(self, item: Item) -> str:
+        """The letters as given."""
+        return "p " + "".join(item["metadata"]["letters"])
+
+    def key(self, item: Item) -> str:
+        """The letters in alphabetical order: in another order they have the same answers."""
+        return "".join(sorted(item["metadata"]["letters"]))
+
+    def demo(self, item: Item) -> str:
+        """The palindrome whose first half is in alphabetical order."""
+        counts = sorted(Counter(item["metadata"]["letters"]).items())
+        half = "".join(letter * (count // 2) for letter, count in counts)
+        middle = "".join(letter for letter, count in counts if count % 2)
+        return half + middle + half[::-1]
+
+    def thought(self, item: Item) -> str:
+        """Each letter and how often it occurs, `a2b1c2`."""
+        counts = Counter(item["metadata"]["letters"])
+        return "".join(f"{letter}{count}" for letter, count in sorted(counts.items()))
+
+    def direct(self, item: Item) -> str:
+        """The palindrome of the demonstration."""
+        return self.demo(item)
+
+
+FORMATS: dict[str, TextFormat] = {
+    "plain": TextFormat(),
+    "add": AddFormat(),
+    "reverse": ReverseFormat(),
+    "sort": SortFormat(),
+    "palindrome": PalindromeFormat(),
+}
+"""Name -> format. A new format is an entry here."""
+
+
+def find_format(name: str, *, where: str) -> TextFormat:
+    """The format called `name`. Raises ConfigError, with the choices, for an unknown name."""
+    if name not in FORMATS:
+        raise ConfigError(f"{where}: unknown format {name!r}; {choices_text(name, FORMATS)}")
+    return FORMATS[name]

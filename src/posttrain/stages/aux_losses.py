@@ -1,0 +1,157 @@
+"""Text to imitate, and auxiliary losses: cross-entropy on such text beside a stage's own loss.
+
+Pretraining or demonstration data that holds a policy where it was while something else is learned:
+InstructGPT's PPO-ptx (arXiv 2203.02155, equation 2), the PTX loss of Kimi K2 (arXiv 2507.20534),
+the supervised term beside Nemotron's DPO. What is descended is the stage's own loss, which is a
+mean, plus `weight` times the mean cross-entropy of the auxiliary batch's response tokens.
+
+Legend: N sampled tokens (here those of the demonstrations).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from posttrain.algorithms import Aux
+from posttrain.backends.base import AuxLoss, Metrics, TokenLoss
+from posttrain.backends.chat import Chat
+from posttrain.backends.prompting import Problem, in_modes
+from posttrain.engine.errors import ConfigError
+from posttrain.engine.jsonl import read_jsonl
+from posttrain.losses.sft import cross_entropy
+from posttrain.rl.batch import Batch
+from posttrain.rl.seeds import named_seed
+from posttrain.stages.context import Context
+from posttrain.stages.data import Pool
+
+EDGE = "aux"
+"""First part of the names of the edges with auxiliary data, and of the metrics."""
+
+
+class AuxSettings(Protocol):
+    """The settings of a stage that may have auxiliary losses."""
+
+    @property
+    def seed(self) -> int: ...
+    @property
+    def aux(self) -> Mapping[str, Aux]: ...
+
+
+class AuxData:
+    """The auxiliary data of a stage, drawn anew for every optimiser step."""
+
+    def __init__(self, settings: AuxSettings, ctx: Context, chat: Chat) -> None:
+        """Reads the edges `aux.NAME` (an artifact with data.jsonl) and `aux.NAME.DOMAIN` (the
+        demonstrations of a domain). Raises ConfigError for a name of `settings.aux` without data.
+        """
+        self.chat = chat
+        # Not the stage's seed: the rows must not come in the order in which its own come.
+        self.pools = {
+            name: Pool(rows, seed=named_seed(EDGE, settings.seed, name))
+            for name, rows in aux_rows(settings, ctx).items()
+        }
+
+    def losses(self, update: int, step_settings: AuxSettings) -> list[AuxLoss]:
+        """The losses of 0-based optimiser step `update` of the stage, with the step's weights.
+
+        What is drawn follows from the seed and from `update` alone.
+        """
+        found = []
+        for name, pool in self.pools.items():
+            aux = step_settings.aux[name]
+            batch = demo_batch(pool.draw(update, aux.batch_size), self.chat)
+            count = batch.num_tokens
+            found.append(
+                AuxLoss(
+                    name=f"{EDGE}/{name}",
+                    batch=batch,
+                    loss=TokenLoss(token_cross_entropy, count),
+                    count=count,
+                    weight=aux.weight,
+                )
+            )
+        return found
+
+
+def pop_metrics(sums: dict[str, float], num_updates: int = 1) -> dict[str, float]:
+    """Take the metrics of auxiliary losses out of the sums of `num_updates` updates: `aux/NAME`,
+    the mean cross-entropy of a token, averaged over the updates."""
+    found = [name for name in sums if name.startswith(f"{EDGE}/")]
+    return {name.removesuffix("/loss"): sums.pop(name) / num_updates for name in found}
+
+
+def token_cross_entropy(
+    divisor: float, logp_N: Tensor, entropy_N: Tensor, batch: Batch
+) -> tuple[Tensor, Metrics]:
+    """A `TokenLoss`: cross-entropy in nats, summed over tokens. The metric `loss` is that sum over
+    `divisor`, so that it can be a mean or, with 1, a sum."""
+    total, _ = cross_entropy(logp_N, torch.ones_like(logp_N))
+    return total, {"loss": total.detach() / divisor}
+
+
+def demo_batch(rows: Sequence[Problem], chat: Chat) -> Batch:
+    """Prompts with their demonstrations, whose tokens are those to learn."""
+    return Batch.from_tokens(
+        [chat.prompt(row["prompt"], row.get("mode")) for row in rows],
+        [chat.response(row["prompt"], row["demo"], row.get("mode")) for row in rows],
+        pad_id=chat.pad_id,
+    )
+
+
+def aux_rows(settings: AuxSettings, ctx: Context) -> dict[str, dict[str, list[Problem]]]:
+    """Name of each auxiliary loss to its rows with prompt and demo, by domain.
+
+    Demonstrations of domains are in each of the loss's `modes`, as in `in_modes`.
+    """
+    return {name: _rows_of(ctx, name, aux.modes) for name, aux in sorted(settings.aux.items())}
+
+
+def _rows_of(ctx: Context, name: str, modes: Sequence[str]) -> dict[str, list[Problem]]:
+    edge = f"{EDGE}.{name}"
+    if edge in ctx.inputs:
+        return rows_by_domain(ctx.inputs[edge] / "data.jsonl", ctx.name)
+    demos = {
+        found.removeprefix(f"{edge}."): in_modes(list(read_jsonl(path / "train.jsonl")), modes)
+        for found, path in sorted(ctx.inputs.items())
+        if found.startswith(f"{edge}.")
+    }
+    if not demos:
+        raise ConfigError(
+            f"stage {ctx.name!r}: aux = {name!r} has a weight and no data; give both in the "
+            f"recipe: aux={{{name!r}: (r.demos(...), weight)}}"
+        )
+    check_demonstrated(demos, ctx.name)
+    return demos
+
+
+def rows_by_domain(path: Path, stage: str) -> dict[str, list[Problem]]:
+    """The rows of a data artifact by domain. Raises ConfigError where it has none.
+
+    The rows of a mix stand in one group, whatever their domains: its shares are to stay.
+    """
+    rows: dict[str, list[Problem]] = {}
+    for row in read_jsonl(path):
+        rows.setdefault(row.get("pool", row["domain"]), []).append(row)
+    if not rows:
+        raise ConfigError(f"stage {stage!r}: its data has no rows; loosen the selection")
+    return dict(sorted(rows.items()))
+
+
+def check_demonstrated(demos: Mapping[str, Sequence[Mapping[str, Any]]], stage: str) -> None:
+    """Raise ConfigError for a domain with a problem that has no demonstration."""
+    for name, problems in demos.items():
+        missing = next((p for p in problems if p["demo"] is None), None)
+        if missing is not None:
+            thinks = missing.get("mode") == "think"
+            raise ConfigError(
+                f"stage {stage!r}: domain {name!r} has no "
+                + ("thinking demonstration" if thinks else "demonstration")
+                + f" for problem {missing['id']}; name its column with "
+                + ("`thought = ...`" if thinks else "`demo = ...`")
+                + " in the suite, or leave the domain out of `data`"
+            )

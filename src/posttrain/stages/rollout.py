@@ -1,0 +1,160 @@
+"""Problems in, sampled and verified responses out, as one batch: what all stages that sample share.
+
+Legend: B rows (responses), N sampled tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from posttrain.backends.base import Sampler, Sampling
+from posttrain.backends.prompting import Problem
+from posttrain.rewards.pool import VerifierPool
+from posttrain.rl.batch import Batch
+from posttrain.stages.context import Context
+
+CHUNK_ROWS = 16
+"""Responses that go to a verifier at a time."""
+MAX_WORKERS = 8
+"""A process takes about 100 MB where it needs reasoning-gym."""
+
+
+class Reader(Protocol):
+    """Something that reads responses as they end, such as the teachers of a distillation."""
+
+    def on_finished(self, row_B: Tensor, sampling: Sampling) -> None:
+        """Rows `row_B` of `sampling` have ended."""
+        ...
+
+
+def verifiers(ctx: Context) -> VerifierPool:
+    """The verifiers of all domains that the stage has; they end with the stage.
+
+    Call it first: what it starts gets ready while the models are loaded.
+    """
+    pool = VerifierPool(ctx.domains, num_workers=min(ctx.threads, MAX_WORKERS))
+    return ctx.resources.enter_context(pool)
+
+
+def rollout(
+    sampler: Sampler,
+    problems: Sequence[Problem],
+    verifiers: VerifierPool | None,
+    *,
+    group_size: int,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    top_p: float = 1.0,
+    reader: Reader | None = None,
+    prefix: str = "",
+) -> Batch:
+    """Sample a group per problem and score every response with its domain's verifier.
+
+    Columns: `group_B` (int64, which of `problems` a row answers), `verified_B` and `reward_B`
+    (float32, the verifier's score in [0, 1]; another judge may replace the reward), and the
+    sampler's own.
+
+    Responses are verified, and read by a `reader`, as they end, beside those still being sampled. A
+    response that was cut at the length limit scores 0: it has not given its answer. So does one
+    that thinks and does not end to think. Without `verifiers`, scores are 0 and texts are left out.
+    Every response begins with the text `prefix`, whose tokens count as the prompt's.
+    """
+    chat = sampler.chat
+    begun = chat.begin(prefix)
+    sampling = sampler.stream(
+        [[*chat.prompt(problem["prompt"], problem.get("mode")), *begun] for problem in problems],
+        group_size=group_size,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        top_p=top_p,
+    )
+    rows = [problem for problem in problems for _ in range(group_size)]
+    texts = [""] * len(rows) if verifiers is not None else []
+    pending: list[tuple[list[int], Future[list[float]]]] = []
+    for row_B in gathered(sampling, CHUNK_ROWS):
+        if reader is not None:
+            reader.on_finished(row_B, sampling)
+        if verifiers is not None:
+            index = row_B.tolist()
+            for row, ids in zip(index, sampling.responses(row_B), strict=True):
+                texts[row] = prefix + chat.decode(ids)
+            complete = sampling.finished(row_B).tolist()
+            ended = [row for row, whole in zip(index, complete, strict=True) if whole]
+            pending += submit(verifiers, ended, texts, rows)
+    verified_B = torch.zeros(len(rows))
+    for part, scores in pending:
+        verified_B[part] = torch.tensor(scores.result(), dtype=torch.float32)
+    batch = sampling.batch()
+    batch.problems.extend(rows)
+    batch.texts.extend(texts)
+    batch["group_B"] = torch.arange(len(problems)).repeat_interleave(group_size)
+    batch["verified_B"] = batch["reward_B"] = verified_B
+    return batch
+
+
+def gathered(rows: Iterable[Tensor], count: int) -> Iterator[Tensor]:
+    """The row numbers that come, at least `count` at a time, in ascending order; then the rest."""
+    waiting: list[Tensor] = []
+    for row_B in rows:
+        waiting.append(row_B)
+        if sum(map(len, waiting)) >= count:
+            yield torch.cat(waiting).sort().values
+            waiting = []
+    if waiting:
+        yield torch.cat(waiting).sort().values
+
+
+def submit(
+    verifiers: VerifierPool,
+    index: Iterable[int],
+    texts: Sequence[str],
+    problems: Sequence[Problem],
+) -> list[tuple[list[int], Future[list[float]]]]:
+    """Begin to verify the rows in `index` of `texts`, responses to `problems`.
+
+    Returns parts of `index`, each of one domain and of few rows, with their scores to come.
+    """
+    by_domain: dict[str, list[int]] = {}
+    for row in index:
+        by_domain.setdefault(problems[row]["domain"], []).append(row)
+    parts = [
+        (domain, rows[start : start + CHUNK_ROWS])
+        for domain, rows in by_domain.items()
+        for start in range(0, len(rows), CHUNK_ROWS)
+    ]
+    return [
+        (part, verifiers.submit(domain, [texts[i] for i in part], [problems[i] for i in part]))
+        for domain, part in parts
+    ]
+
+
+def rollout_rows(batch: Batch, *, model: str, temperature: float) -> list[dict[str, object]]:
+    """One row of rollouts.jsonl per response: its problem, what was said, how it was verified."""
+    rows = zip(
+        batch.problems,
+        batch.texts,
+        batch["verified_B"].tolist(),
+        batch["finished_B"].tolist(),
+        batch.sampled_len_B.tolist(),
+        strict=True,
+    )
+    kept = ("id", "domain", "prompt", "answer", "mode")
+    return [
+        {key: problem[key] for key in kept if key in problem}
+        | {
+            "response": text,
+            "reward": reward,
+            "finished": finished,
+            "model": model,
+            "temperature": temperature,
+            "num_tokens": length,
+        }
+        for problem, text, reward, finished, length in rows
+    ]

@@ -1,0 +1,165 @@
+"""Learning from given text: pretraining from nothing, and supervised fine-tuning.
+
+Both draw documents, each a prompt and its demonstration in chat form, and descend the mean
+cross-entropy of the tokens that are to be learned. Pretraining makes its model and a tokenizer from
+the data first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from posttrain.backends.base import Learner, TokenLoss
+from posttrain.backends.checkpoint import save
+from posttrain.backends.prompting import Problem, also_hinted
+from posttrain.backends.tiny import character_tokenizer, new_model
+from posttrain.rewards.oracle import demonstrate
+from posttrain.rl.batch import Batch, between
+from posttrain.schedules import learning_rate
+from posttrain.stages.aux_losses import (
+    AuxData,
+    aux_rows,
+    check_demonstrated,
+    demo_batch,
+    pop_metrics,
+    rows_by_domain,
+    token_cross_entropy,
+)
+from posttrain.stages.context import Context
+from posttrain.stages.data import Batches
+from posttrain.stages.rollout import verifiers
+from posttrain.stages.settings.supervised import Pretrain, Sft
+
+TEXTS = ("prompt", "demo", "thought", "direct")
+"""Fields of a row whose characters the tokenizer of a new model must have."""
+
+
+def pretrain(settings: Pretrain, ctx: Context) -> dict[str, float]:
+    """Train a new model on documents."""
+    demos = demonstrations(settings, ctx)
+    policy = ctx.learner(settings, fresh_model(settings, ctx, demos))
+    imitate(settings, ctx, policy, demos, settings.steps)
+    return {
+        "loss": ctx.metrics["loss"],
+        "tokens": ctx.tokens,
+        "parameters": policy.num_parameters(),
+    }
+
+
+def sft(settings: Sft, ctx: Context) -> dict[str, float]:
+    """Train from `start` on demonstrations, or on the rows of a `data` artifact."""
+    policy = ctx.learner(settings)
+    demos = also_hinted(demonstrations(settings, ctx), settings.hint, where=f"stage {ctx.name!r}")
+    num_rows = sum(map(len, demos.values()))
+    steps = settings.steps or math.ceil((settings.epochs or 0) * num_rows / settings.batch_size)
+    imitate(settings, ctx, policy, demos, steps)
+    return {"loss": ctx.metrics["loss"], "tokens": ctx.tokens}
+
+
+def imitate(
+    settings: Pretrain | Sft,
+    ctx: Context,
+    policy: Learner,
+    demos: Mapping[str, Sequence[Problem]],
+    steps: int,
+) -> None:
+    """The loop of both stages: descend the cross-entropy of the demonstrations, averaged over
+    tokens, and save the model."""
+    batches = Batches(demos, settings, size="batch_size", stage=ctx.name)
+    aux = AuxData(settings, ctx, policy.chat)
+    for step, s in ctx.steps(settings, steps, replayed=[batches], policy=policy):
+        batch = demo_batch(batches.draw(s), policy.chat)
+        if isinstance(settings, Pretrain) and settings.loss_on == "all":
+            batch = whole_documents(batch)
+        count, lr = batch.num_tokens, learning_rate(s, step, steps)
+        sums = policy.update(
+            batch, TokenLoss(token_cross_entropy, 1.0), count=count, lr=lr, aux=aux.losses(step, s)
+        )
+        metrics = {"loss": sums["loss"] / count, "grad_norm": sums["grad_norm"], "lr": lr}
+        metrics |= pop_metrics(sums) | s.scheduled()
+        ctx.log(step + 1, steps, tokens=count, **metrics)
+    policy.finish()
+    policy.save(ctx.out)
+
+
+def whole_documents(batch: Batch) -> Batch:
+    """The same rows with every token to be learned but the first, which nothing predicts."""
+    first_B = batch.length_B.clamp(max=1)
+    every_BT = between(first_B, batch.length_B, batch.tokens_BT.shape[1])
+    return replace(batch, prompt_len_B=first_B, sampled_BT=every_BT)
+
+
+def fresh_model(settings: Pretrain, ctx: Context, demos: Mapping[str, Sequence[Problem]]) -> Path:
+    """A directory with a model of random weights and a tokenizer that has every character."""
+    fields = TEXTS if settings.thinking else TEXTS[:2]
+    every = [demos, *aux_rows(settings, ctx).values()]
+    rows = [row for by_domain in every for rows in by_domain.values() for row in rows]
+    tokenizer = character_tokenizer(
+        (row[field] for row in rows for field in fields if field in row),
+        thinking=settings.thinking,
+    )
+    directory = ctx.work / "fresh"
+    save(
+        new_model(
+            tokenizer,
+            hidden_size=settings.hidden_size,
+            num_layers=settings.num_layers,
+            num_heads=settings.num_heads,
+            head_dim=settings.head_dim,
+            intermediate_size=settings.intermediate_size,
+            max_positions=settings.max_positions,
+            seed=settings.seed,
+        ),
+        directory,
+    )
+    return directory
+
+
+def demonstrations(settings: Pretrain | Sft, ctx: Context) -> dict[str, list[Problem]]:
+    """Rows with prompt and demo by domain: of the domains themselves, or of a data artifact.
+
+    Those of domains are in the stage's modes, and some of them wrong with `demo_noise`.
+    """
+    if "data" in ctx.inputs:
+        return rows_by_domain(ctx.inputs["data"] / "data.jsonl", ctx.name)
+    return demonstrated(
+        ctx, ctx.domains, modes=settings.modes, noise=settings.demo_noise, seed=settings.seed
+    )
+
+
+def demonstrated(
+    ctx: Context, domains: Iterable[str], *, modes: Sequence[str], noise: float, seed: int
+) -> dict[str, list[Problem]]:
+    """The demonstrations of these domains in each of the modes, a share `noise` of them wrong.
+
+    Raises ConfigError for a problem that has none.
+    """
+    demos = {name: ctx.problems(name, "train", modes) for name in domains}
+    check_demonstrated(demos, ctx.name)
+    return corrupt_demos(ctx, demos, noise=noise, seed=seed) if noise else demos
+
+
+def corrupt_demos(
+    ctx: Context, demos: dict[str, list[Problem]], *, noise: float, seed: int
+) -> dict[str, list[Problem]]:
+    """The demonstrations as a careless annotator gives them."""
+    pool = verifiers(ctx)
+
+    def score(text: str, problem: Mapping[str, Any]) -> float:
+        return pool.scores([problem], [text])[0]
+
+    def noisy(rows: list[Problem]) -> list[Problem]:
+        by_mode: dict[str | None, list[Problem]] = {}
+        for row in rows:
+            by_mode.setdefault(row.get("mode"), []).append(row)
+        return [
+            row
+            | {"demo": demonstrate(row, by_mode[row.get("mode")], score, noise=noise, seed=seed)}
+            for row in rows
+        ]
+
+    return {name: noisy(rows) for name, rows in demos.items()}

@@ -1,0 +1,138 @@
+"""What runs inside a stage's process: from the engine's job to the stage's loop.
+
+The engine knows a stage only as the function `run_job`; everything about machine learning starts
+here.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, Any
+
+from posttrain.engine.process import Job
+from posttrain.engine.record import read_record
+from posttrain.report.card import model_card
+from posttrain.stages.config import build_config
+from posttrain.stages.kinds import KINDS, kind_of
+
+if TYPE_CHECKING:  # they import torch
+    from posttrain.backends.base import Backend
+    from posttrain.stages.context import Context
+
+EXECUTE = "posttrain.stages.worker:run_job"
+PRELOAD = (
+    *("torch", "reasoning_gym", "transformers.models.auto.modeling_auto"),
+    *("transformers.models.auto.tokenization_auto", "transformers.models.qwen3.modeling_qwen3"),
+    *sorted({kind.run.partition(":")[0] for kind in KINDS.values()}),
+)
+"""Everything heavy that stages import: the fork server imports it once for all of them."""
+
+DEVICE, COMPILE = "POSTTRAIN_DEVICE", "POSTTRAIN_COMPILE"
+"""Entries of a job's environment: the type of device that computes, the CPU without one, and, if it
+is there, that the learner is to be compiled."""
+BACKEND, LOCAL = "POSTTRAIN_BACKEND", "posttrain.backends.local:LocalBackend"
+"""The entry that names the class of the backend, and the class without one. It is called with
+`device`, `compile` and `workers` by name."""
+
+TINY_BYTES = 16_000_000
+"""Weights of about four million parameters in float32."""
+
+
+def run_job(job: Job) -> dict[str, Any]:
+    """Run one stage; returns its summary metrics."""
+    if "import_from" in job.runtime:
+        sys.path.insert(0, job.runtime["import_from"])
+    import torch
+
+    from posttrain.backends.device import check_precision
+    from posttrain.stages.context import Context
+
+    environment = os.environ | job.environment
+    device = torch.device(environment.get(DEVICE, "cpu"))
+    if device.type == "cuda":
+        # What cuBLAS needs for the same bits every time; read when it is first used.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    check_precision(getattr(torch, job.config.get("precision", "float32")), device)
+    torch.set_num_threads(useful_threads(job))
+    torch.use_deterministic_algorithms(True)
+    # On by default with the line above; it writes every fresh tensor once for nothing.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    with ExitStack() as stack:
+        # Threads for what can be done beside each other, where the stage has more cores than one
+        # operation uses. With no core to spare they would only take turns.
+        count = job.threads // torch.get_num_threads()
+        workers = None
+        if count >= 2 and device.type == "cpu":
+            workers = stack.enter_context(ThreadPoolExecutor(count, thread_name_prefix="work"))
+        ctx = Context(
+            name=job.name,
+            work=Path(job.work),
+            inputs=job.inputs,
+            threads=job.threads,
+            backend=new_backend(environment, workers=workers),
+            workers=workers,
+        )
+        stack.enter_context(closing(ctx))
+        metrics = run_stage(job, ctx)
+        ctx.finish()
+    if kind_of(job.kind).is_model():
+        write_card(job, ctx.out, metrics)
+    return dict(metrics)
+
+
+def new_backend(
+    environment: Mapping[str, str], *, workers: ThreadPoolExecutor | None = None
+) -> Backend:
+    """What makes the models of a stage: the class that `environment` names, or the local one."""
+    make = resolve_name(environment.get(BACKEND, LOCAL))
+    device = environment.get(DEVICE, "cpu")
+    backend: Backend = make(device=device, compile=COMPILE in environment, workers=workers)
+    return backend
+
+
+def run_stage(job: Job, ctx: Context) -> dict[str, Any]:
+    """The loop of the job's kind; returns its summary metrics."""
+    kind = kind_of(job.kind)
+    settings = job if kind.from_outside else build_config(job.kind, job.name, job.config)
+    metrics: dict[str, Any] = kind.loop()(settings, ctx)
+    return metrics
+
+
+def write_card(job: Job, out: Path, metrics: Mapping[str, Any]) -> None:
+    """README.md beside the weights. Scores are not in it: they come after; an export has them."""
+    card = model_card(
+        name=job.name,
+        kind=job.kind,
+        fingerprint=job.fingerprint,
+        config=job.config,
+        inputs={edge: read_record(Path(path)) for edge, path in job.inputs.items()},
+        metrics=metrics,
+    )
+    path = out / "README.md"
+    # It may be a link to a file of somebody else.
+    path.unlink(missing_ok=True)
+    path.write_text(card, encoding="utf-8")
+
+
+def useful_threads(job: Job) -> int:
+    """Threads for the stage's arithmetic: one for a tiny model, else all that it may have.
+
+    Below a few million parameters a matrix product is over before a second thread has woken, and
+    on a busy machine threads waiting for each other make it ten times slower. It follows from the
+    stage's settings and inputs and from its share of the cores, which is fixed before the run, so
+    that the numbers do not depend on what else happens to run.
+    """
+    if job.kind == "pretrain":
+        config = job.config
+        width = 4 * config["num_heads"] * config["head_dim"] + 3 * config["intermediate_size"]
+        largest = 4 * config["num_layers"] * config["hidden_size"] * width
+    else:
+        weights = (Path(path).glob("*.safetensors") for path in job.inputs.values())
+        largest = max((file.stat().st_size for files in weights for file in files), default=0)
+    return 1 if largest < TINY_BYTES else job.threads

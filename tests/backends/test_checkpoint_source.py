@@ -1,0 +1,136 @@
+"""Outside checkpoints by their small files: what tells two apart, and which files are broken."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from posttrain.backends.checkpoint_source import CheckpointSource, find_checkpoint, token_conflict
+from posttrain.engine.errors import ConfigError
+
+Make = Callable[..., CheckpointSource]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    """`make(name, file=content)` writes a checkpoint's files; text as it is, else as JSON."""
+
+    def make(name: str, files: dict[str, Any] | None = None) -> CheckpointSource:
+        (tmp_path / name).mkdir()
+        contents: dict[str, Any] = {
+            "config.json": {"vocab_size": 2, "eos_token_id": 1},
+            "model.safetensors": "weights",
+            "tokenizer.json": {"model": {"vocab": {"a": 0, "b": 1}}},
+        }
+        for file, content in (contents | (files or {})).items():
+            text = content if isinstance(content, str) else json.dumps(content)
+            (tmp_path / name / file).write_text(text)
+        return find_checkpoint(tmp_path / name)
+
+    return make
+
+
+LONG = "{{ bos }}" * 20
+CONFLICTS: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
+    "vocabulary": (
+        {"tokenizer.json": {"model": {"vocab": {"a": 0, "b": 1}}}},
+        {"tokenizer.json": {"model": {"vocab": {"a": 0, "b": 2}}}},
+        ["'b' has id 2 in", "two/tokenizer.json and 1 in", "one/tokenizer.json"],
+    ),
+    "added token": (
+        {},
+        {
+            "tokenizer.json": {
+                "model": {"vocab": {"a": 0, "b": 1}},
+                "added_tokens": [{"content": "c", "id": 2}],
+            }
+        },
+        ["3 and 2 tokens", "'c' has id 2 in", "and None in"],
+    ),
+    "vocab_size": (
+        {"config.json": {"vocab_size": 2}},
+        {"config.json": {"vocab_size": 64}},
+        ["vocab_size (64 in", "two/config.json and 2 in", "one/config.json"],
+    ),
+    "eos_token_id": (
+        {"config.json": {"eos_token_id": 1}},
+        {"config.json": {"eos_token_id": [0, 1]}},
+        ["eos_token_id ([0, 1] in", "two/config.json and [1] in", "one/config.json"],
+    ),
+    "eos_token_id of the generation config": (
+        {"generation_config.json": {"eos_token_id": 0}},
+        {},
+        ["[1] in", "two/config.json and [0] in", "one/generation_config.json"],
+    ),
+    "chat template": (
+        {"chat_template.jinja": LONG + "A"},
+        {"tokenizer_config.json": {"chat_template": LONG + "B"}},
+        [
+            "'B' at character 181 in",
+            "two/tokenizer_config.json and 'A' at character 181 in",
+            "one/chat_template.jinja",
+        ],
+    ),
+    "chat template that goes on": (
+        {"chat_template.jinja": "A"},
+        {"chat_template.jinja": "AB"},
+        ["'B' at character 2 in", "'' at character 2 in"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CONFLICTS)
+def test_a_difference_is_told_with_both_values_and_files(make: Make, case: str) -> None:
+    ours, theirs, words = CONFLICTS[case]
+    conflict = token_conflict(make("one", ours), make("two", theirs))
+    assert conflict is not None
+    assert not [word for word in words if word not in conflict], conflict
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ({}, {}),
+        ({}, {"config.json": {}}),
+        ({}, {"tokenizer.json": {"model": {"vocab": [["a", 0.5]]}}}),
+        ({}, {"chat_template.jinja": "A"}),
+        # One id and a list of it, and the order of a list, mean the same.
+        ({}, {"config.json": {"eos_token_id": [1]}}),
+        ({"generation_config.json": {"eos_token_id": [0, 1]}},) * 2,
+        # The generation config decides where both have one.
+        (
+            {"generation_config.json": {"eos_token_id": [0, 1]}},
+            {"generation_config.json": {"eos_token_id": [1, 0]}, "config.json": {}},
+        ),
+        ({"chat_template.jinja": "A"}, {"tokenizer_config.json": {"chat_template": "A"}}),
+    ],
+)
+def test_what_is_alike_or_unknown_is_no_conflict(
+    make: Make, ours: dict[str, Any], theirs: dict[str, Any]
+) -> None:
+    assert token_conflict(make("one", ours), make("two", theirs)) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("config.json", '{"a": 1,\n "b" 2}', "line 2, column 6"),
+        ("tokenizer.json", '{"model"', "line 1, column 9"),
+        ("tokenizer_config.json", "", "line 1, column 1"),
+        ("generation_config.json", "[1]", "holds a list"),
+    ],
+)
+def test_broken_json_names_file_and_place(make: Make, name: str, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=rf"one/{name}: .*{message}"):
+        make("one", {name: text})
+
+
+def test_binary_json_is_broken_json(make: Make) -> None:
+    found = make("one")
+    (found.directory / "config.json").write_bytes(b'{"a": "\xff"}')
+    with pytest.raises(ConfigError, match=r"config\.json: not JSON .no UTF-8 text at byte 8"):
+        find_checkpoint(found.directory)

@@ -1,0 +1,215 @@
+"""Accuracy, recovery and intervals against values derived by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+
+from posttrain.report.scores import verdict
+from posttrain.rl.statistics import Scores, _resample, evaluation
+
+
+def same(values: Any) -> Scores:
+    """One model's scores, alike under both decodings."""
+    array = np.asarray(values, dtype=float)
+    return Scores(sampled=array, greedy=array)
+
+
+def evaluate(
+    scores: Mapping[str, Mapping[str, Scores]], *, resamples: int = 4000, seed: int = 0
+) -> dict[str, Any]:
+    names = list(scores["student"])
+    routes = {name: name for name in names if f"teachers.{name}" in scores}
+    constants = {name: {"value": 0.0, "response": ""} for name in names}
+    return evaluation(scores, routes=routes, constants=constants, resamples=resamples, seed=seed)
+
+
+def test_recovery_and_its_interval_by_hand():
+    """Init knows nothing, the teacher everything, the student the first half of 100 problems.
+
+    Every resample has gain 1, so recovery is the student's mean in it: a binomial of 100 tries at
+    1/2, whose 2.5 % and 97.5 % quantiles are 40 and 60 successes.
+    """
+    half = [1.0] * 50 + [0.0] * 50
+    result = evaluate(
+        {"init": {"a": same([0] * 100)}, "teachers.a": {"a": same([1] * 100)}}
+        | {"student": {"a": same(half)}}
+    )
+    row = result["domains"]["a"]
+    assert row["num_problems"] == 100
+    assert row["recovery"]["value"] == pytest.approx(0.5)
+    assert row["recovery"]["low"] == pytest.approx(0.40, abs=0.011)
+    assert row["recovery"]["high"] == pytest.approx(0.60, abs=0.011)
+    assert row["teacher_gain"] == pytest.approx({"value": 1.0, "low": 1.0, "high": 1.0})
+    assert row["student"]["value"] == 0.5
+    assert row["note"] is None
+
+
+def test_recovery_divides_by_the_teachers_gain():
+    """Init 0.2, teacher 0.6, student 0.5: (0.5 - 0.2) / (0.6 - 0.2) = 0.75."""
+    columns = {"init": 0.2, "teachers.a": 0.6, "student": 0.5}
+    result = evaluate({model: {"a": same([value] * 10)} for model, value in columns.items()})
+    assert result["domains"]["a"]["recovery"]["value"] == pytest.approx(0.75)
+    assert result["models"]["teachers.a"]["a"]["sampled"] == pytest.approx(0.6)
+
+
+def test_student_above_the_teacher_recovers_more_than_one():
+    columns = {"init": 0.0, "teachers.a": 0.5, "student": 1.0}
+    result = evaluate({model: {"a": same([value] * 10)} for model, value in columns.items()})
+    assert result["domains"]["a"]["recovery"]["value"] == pytest.approx(2.0)
+
+
+def test_norm_is_the_mean_over_domains_and_minimum_the_worst():
+    """Recoveries 0.5 and 1.0 give Norm 0.75 and minimum 0.5."""
+    zero, one = same([0] * 20), same([1] * 20)
+    result = evaluate(
+        {
+            "init": {"a": zero, "b": zero},
+            "teachers.a": {"a": one, "b": zero},
+            "teachers.b": {"a": zero, "b": one},
+            "student": {"a": same([1, 0] * 10), "b": one},
+        }
+    )
+    assert result["norm"] == pytest.approx(0.75)
+    assert result["min_recovery"] == pytest.approx(0.5)
+    assert result["norm_low"] < 0.75 < result["norm_high"]
+    # Only domain a varies, and it makes up half of the mean.
+    interval = result["domains"]["a"]["recovery"]
+    assert result["norm_high"] == pytest.approx((interval["high"] + 1) / 2)
+
+
+def test_models_are_resampled_on_the_same_problems():
+    """A teacher 0.1 better on every problem: its gain has no spread, whatever the problems' own.
+
+    Resampling the two models separately would give the gain an interval about as wide as theirs.
+    """
+    hard = np.repeat([0.0, 0.9], 20)
+    result = evaluate(
+        {
+            "init": {"a": same(hard)},
+            "teachers.a": {"a": same(hard + 0.1)},
+            "student": {"a": same(hard)},
+        }
+    )
+    row = result["domains"]["a"]
+    assert row["init"]["high"] - row["init"]["low"] > 0.2
+    assert row["teacher_gain"]["high"] - row["teacher_gain"]["low"] < 1e-12
+    assert row["recovery"]["value"] == pytest.approx(0.0)
+
+
+@pytest.mark.parametrize("teacher", ["same", "worse", "noise"])
+def test_recovery_is_suppressed_where_the_teacher_has_no_clear_gain(teacher: str):
+    """Also where the teacher's mean is a little higher: 11 of 20 against 10 of 20 is noise."""
+    init = np.array([1.0, 0.0] * 10)
+    columns = {"same": init, "worse": init * 0.5, "noise": np.roll(init, 1)}
+    columns["noise"][0] = columns["noise"][1] = 1.0
+    result = evaluate(
+        {
+            "init": {"a": same(init), "b": same([0] * 20)},
+            "teachers.a": {"a": same(columns[teacher]), "b": same([0] * 20)},
+            "teachers.b": {"a": same(init), "b": same([1] * 20)},
+            "student": {"a": same([1] * 20), "b": same([1] * 20)},
+        }
+    )
+    row = result["domains"]["a"]
+    assert row["recovery"] is None
+    worse = teacher == "worse"
+    assert row["note"] == (
+        "teacher is worse than init" if worse else "teacher and init cannot be told apart"
+    )
+    # The suppressed domain counts neither for Norm nor for the minimum.
+    assert result["norm"] == result["min_recovery"] == pytest.approx(1.0)
+    assert result["norm_domains"] == result["greedy"]["norm_domains"] == 1
+
+
+def test_decodings_are_judged_apart():
+    """A gain under sampling only is sharpening: greedy recovery is not given."""
+    init = Scores(sampled=np.zeros(30), greedy=np.ones(30))
+    teacher = Scores(sampled=np.ones(30), greedy=np.ones(30))
+    result = evaluate(
+        {"init": {"a": init}, "teachers.a": {"a": teacher}, "student": {"a": teacher}}
+    )
+    row = result["domains"]["a"]
+    assert row["recovery"]["value"] == pytest.approx(1.0)
+    assert row["greedy"]["recovery"] is None
+    assert row["greedy"]["init"]["value"] == 1.0
+    assert result["norm"] == pytest.approx(1.0)
+    found = {name: value for name, value in result["greedy"].items() if name != "gain"}
+    assert found == dict.fromkeys(("norm", "norm_low", "norm_high", "min_recovery"), None) | {
+        "norm_domains": 0
+    }
+    assert result["norm_domains"] == 1
+
+
+def test_domain_without_a_teacher_has_accuracies_only():
+    result = evaluate({"init": {"a": same([0, 1])}, "student": {"a": same([1, 1])}})
+    row = result["domains"]["a"]
+    assert row["teacher"] is None
+    assert row["recovery"] is None
+    assert row["note"] == "no teacher"
+    assert row["student"]["value"] == 1.0
+    assert result["norm"] is None
+
+
+def test_intervals_follow_the_seed_and_nothing_else():
+    generator = np.random.default_rng(1)
+    columns = {m: same(generator.random(50)) for m in ("init", "student")}
+    columns["teachers.a"] = same(columns["init"].sampled + 0.3)
+    tables = {model: {"a": column} for model, column in columns.items()}
+    shuffled = dict(reversed(tables.items()))
+    assert evaluate(tables)["domains"] == evaluate(shuffled)["domains"]
+    assert evaluate(tables)["domains"] != evaluate(tables, seed=1)["domains"]
+
+
+def test_a_resample_draws_as_many_problems_as_there_are():
+    weight_SP = _resample(25, 300, [0, 0])
+    assert weight_SP.shape == (300, 25)
+    np.testing.assert_allclose(weight_SP.sum(axis=1), 1.0)
+    np.testing.assert_allclose(weight_SP * 25, np.round(weight_SP * 25))
+    # With replacement: a problem is left out of a resample with probability (24/25)^25 = 0.36.
+    assert (weight_SP == 0).mean() == pytest.approx(0.36, abs=0.03)
+
+
+def test_the_gain_is_the_mean_over_domains_of_paired_differences():
+    """Student minus init is 1 in half of a's problems and 0 elsewhere, and 0.5 in all of b's:
+    means .5 and .5. Resampled, a's is a binomial of 100 tries, half of whose spread is left in the
+    mean over the two domains: .5 +- .05."""
+    half = [1.0] * 50 + [0.0] * 50
+    result = evaluate(
+        {
+            "init": {"a": same([0.0] * 100), "b": same([0.25] * 100)},
+            "student": {"a": same(half), "b": same([0.75] * 100)},
+        }
+    )
+    assert result["domains"]["a"]["gain"]["low"] == pytest.approx(0.40, abs=0.011)
+    assert result["domains"]["b"]["gain"] == pytest.approx({"value": 0.5, "low": 0.5, "high": 0.5})
+    for table in (result, result["greedy"]):
+        assert table["gain"]["value"] == pytest.approx(0.5)
+        assert table["gain"]["low"] == pytest.approx(0.45, abs=0.01)
+        assert table["gain"]["high"] == pytest.approx(0.55, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("student", "says"),
+    [
+        ([1.0] * 20, "The student beats the init at temperature 1: +50.0 points"),
+        ([0.0] * 20, "The student does NOT beat the init at temperature 1, it is worse: "),
+        ([1.0, 0.0] * 10, "the two cannot be told apart: +0.0 points"),
+    ],
+)
+def test_whether_the_student_beats_the_init_is_said_plainly(student: list[float], says: str):
+    result = evaluate({"init": {"a": same([0.5] * 20)}, "student": {"a": same(student)}})
+    assert says in verdict(result)
+
+
+def test_a_domain_that_got_worse_is_named():
+    result = evaluate(
+        {
+            "init": {"a": same([0.0] * 20), "b": same([0.5] * 20)},
+            "student": {"a": same([1.0] * 20), "b": same([0.25] * 20)},
+        }
+    )
+    assert verdict(result).endswith("over all domains; it is worse in b.")
