@@ -11,24 +11,24 @@ import pytest
 import torch
 from torch import Tensor
 
+from posttrain.losses.ops import row_means, row_sums
 from posttrain.losses.preference import (
     chosen_nll,
+    dpo,
+    ipo,
     kto,
     kto_baseline,
-    logistic,
     pair_metrics,
     response_scores,
-    row_sums,
-    squared,
 )
 
 LOG2 = math.log(2)
 Loss = Callable[..., tuple[Tensor, dict[str, Tensor]]]
 PAIRED: list[tuple[Loss, dict[str, float]]] = [
-    (logistic, {"beta": 0.7}),
-    (logistic, {"beta": 0.7, "gamma": 0.4}),
-    (logistic, {"beta": 0.7, "label_smoothing": 0.1}),
-    (squared, {"beta": 0.7}),
+    (dpo, {"beta": 0.7}),
+    (dpo, {"beta": 0.7, "gamma": 0.4}),
+    (dpo, {"beta": 0.7, "label_smoothing": 0.1}),
+    (ipo, {"beta": 0.7}),
 ]
 
 
@@ -52,7 +52,9 @@ def test_scores_by_hand():
     logp_N = tensor(-1, -2, -3, -4, -5)
     counted_N = torch.tensor([True, True, True, True, False])
     row_N = torch.tensor([0, 0, 1, 1, 1])
-    assert row_sums(logp_N, counted_N, row_N, 2).tolist() == [-3, -7]
+    assert row_sums(logp_N, row_N, 2, counted_N).tolist() == [-3, -7]
+    assert row_sums(logp_N, row_N, 3).tolist() == [-3, -12, 0]
+    assert row_means(logp_N, row_N, 3, counted_N).tolist() == [-1.5, -3.5, 0]
     assert response_scores(logp_N, counted_N, row_N, num_rows=2).tolist() == [-3, -7]
     reference = {"ref_logp_B": tensor(-4, -5), "num_rows": 2}
     assert response_scores(logp_N, counted_N, row_N, **reference).tolist() == [1, -2]
@@ -73,7 +75,7 @@ def test_dpo_by_hand():
     """beta = 1/2 and scores 2 log 3 against 0: the margin is log 3 and sigmoid 3/4, so the loss is
     log(4/3). Smoothed by 1/4 it is 3/4 log(4/3) + 1/4 log 4. d loss / d chosen = -beta / 4."""
     chosen_P, rejected_P = tensor(2 * math.log(3)).requires_grad_(), tensor(0.0)
-    loss, metrics = logistic(chosen_P, rejected_P, beta=0.5)
+    loss, metrics = dpo(chosen_P, rejected_P, beta=0.5)
     assert loss.item() == pytest.approx(math.log(4 / 3))
     assert values(metrics) == pytest.approx(
         {
@@ -85,14 +87,14 @@ def test_dpo_by_hand():
     )
     (grad_P,) = torch.autograd.grad(loss, chosen_P)
     assert grad_P.item() == pytest.approx(-0.5 / 4)
-    smoothed, _ = logistic(chosen_P, rejected_P, beta=0.5, label_smoothing=0.25)
+    smoothed, _ = dpo(chosen_P, rejected_P, beta=0.5, label_smoothing=0.25)
     assert smoothed.item() == pytest.approx(0.75 * math.log(4 / 3) + 0.25 * math.log(4))
 
 
 def test_simpo_by_hand():
     """beta = 2, mean log-probs -1/2 and -1, gamma = 1: the margin 2 (1/2) - 1 is 0, the loss log 2.
     The metrics are about rewards, -1 and -2, without gamma."""
-    loss, metrics = logistic(tensor(-0.5), tensor(-1.0), beta=2.0, gamma=1.0)
+    loss, metrics = dpo(tensor(-0.5), tensor(-1.0), beta=2.0, gamma=1.0)
     assert loss.item() == pytest.approx(LOG2)
     assert values(metrics) == {
         "accuracy": 1,
@@ -104,7 +106,7 @@ def test_simpo_by_hand():
 
 def test_ipo_by_hand():
     """beta = 1/4 asks for a margin of 2. Scores 1 and -1 have it; 0 and 1 miss it by 3: 0 + 9."""
-    loss, metrics = squared(tensor(1, 0), tensor(-1, 1), beta=0.25)
+    loss, metrics = ipo(tensor(1, 0), tensor(-1, 1), beta=0.25)
     assert loss.item() == pytest.approx(9)
     assert values(metrics)["accuracy"] == 1
     assert values(metrics)["margin"] == pytest.approx(0.25 * (2 - 1))
@@ -152,10 +154,10 @@ def test_a_policy_that_is_its_reference(beta: float):
     IPO asks for its whole margin of 1 / (2 beta)."""
     zero_P = torch.zeros(3, dtype=torch.float64)
     for smoothing in (0.0, 0.2):
-        loss, metrics = logistic(zero_P, zero_P, beta=beta, label_smoothing=smoothing)
+        loss, metrics = dpo(zero_P, zero_P, beta=beta, label_smoothing=smoothing)
         assert loss.item() == pytest.approx(3 * LOG2)
         assert set(values(metrics).values()) == {0}
-    assert squared(zero_P, zero_P, beta=beta)[0].item() == pytest.approx(3 / (2 * beta) ** 2)
+    assert ipo(zero_P, zero_P, beta=beta)[0].item() == pytest.approx(3 / (2 * beta) ** 2)
     baseline = kto_baseline(torch.cat([zero_P, zero_P]))
     assert kto(zero_P, zero_P, baseline, beta=beta)[0].item() == pytest.approx(3)
 
@@ -178,7 +180,7 @@ def test_swapping_chosen_and_rejected_turns_the_gradient_round(loss: Loss, setti
     if settings == {"beta": 0.7}:
         forward, back = (loss(*p, **settings)[0].item() for p in (pair, pair[::-1]))
         margin = 0.7 * (pair[0] - pair[1]).sum().item()
-        factor = 1 if loss is logistic else 2 / 0.7 / 0.7
+        factor = 1 if loss is dpo else 2 / 0.7 / 0.7
         assert back - forward == pytest.approx(margin * factor)
 
 
@@ -256,7 +258,7 @@ def test_gradcheck_of_kto_and_nll():
 
 def test_far_apart_pairs_stay_finite():
     chosen_P, rejected_P = tensor(-1e4, 1e4).requires_grad_(), tensor(1e4, -1e4)
-    loss, _ = logistic(chosen_P, rejected_P, beta=1.0, label_smoothing=0.1)
+    loss, _ = dpo(chosen_P, rejected_P, beta=1.0, label_smoothing=0.1)
     (grad_P,) = torch.autograd.grad(loss, chosen_P)
     assert loss.item() == pytest.approx(0.9 * 2e4 + 0.1 * 2e4)
     assert grad_P.tolist() == pytest.approx([-0.9, 0.1])
@@ -265,15 +267,15 @@ def test_far_apart_pairs_stay_finite():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda a, b: logistic(a, b, beta=0.0), "beta: 0.0 must be above 0"),
-        (lambda a, b: squared(a, b, beta=-1.0), "beta: -1.0 must be above 0"),
+        (lambda a, b: dpo(a, b, beta=0.0), "beta: 0.0 must be above 0"),
+        (lambda a, b: ipo(a, b, beta=-1.0), "beta: -1.0 must be above 0"),
         (lambda a, b: kto(a, b, a[0], beta=0.0), "beta: 0.0 must be above 0"),
-        (lambda a, b: logistic(a, b, beta=1.0, label_smoothing=0.5), r"must be in \[0, 0.5\)"),
-        (lambda a, b: logistic(a, b[:1], beta=1.0), r"chosen_P \(2,\), rejected_P \(1,\)"),
+        (lambda a, b: dpo(a, b, beta=1.0, label_smoothing=0.5), r"must be in \[0, 0.5\)"),
+        (lambda a, b: dpo(a, b[:1], beta=1.0), r"chosen_P \(2,\), rejected_P \(1,\)"),
         (lambda a, b: pair_metrics(a[:1], b, beta=1.0), r"chosen_P \(1,\), rejected_P \(2,\)"),
         (lambda a, b: kto(a, b, a[0], beta=1.0, desirable_weight=-1.0), "must be at least 0"),
         (lambda a, b: chosen_nll(a, b[:1], weight=1.0), "must have the same shape"),
-        (lambda a, b: row_sums(a, b[:1] > 0, b, 2), "must have the same shape"),
+        (lambda a, b: row_sums(a, b, 2, b[:1] > 0), "must have the same shape"),
     ],
 )
 def test_bad_arguments_are_named(call: Callable[..., Any], message: str):

@@ -12,14 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from posttrain.losses.ops import row_sums
 from posttrain.losses.preference import (
     chosen_nll,
+    dpo,
+    ipo,
     kto,
     kto_baseline,
-    logistic,
     response_scores,
-    row_sums,
-    squared,
 )
 
 PAIRS, LENGTH, BETA = 4, 6, 0.3
@@ -103,7 +103,9 @@ def make_trainer(cls: type, **attributes: Any) -> Any:
     return trainer
 
 
-def dpo(trl: Any, responses: Responses, loss_type: str, **attributes: Any) -> tuple[Tensor, Any]:
+def trl_dpo(
+    trl: Any, responses: Responses, loss_type: str, **attributes: Any
+) -> tuple[Tensor, Any]:
     """DPOTrainer._compute_loss, and what it logged."""
     trainer = make_trainer(
         trl.DPOTrainer,
@@ -133,8 +135,8 @@ def assert_same(ours: Tensor, theirs: Tensor, logp_BT: Tensor) -> None:
 
 def test_dpo_loss(trl: Any, responses: Responses):
     """Loss, gradient, and the logged rewards, margins, accuracies and log-probabilities."""
-    theirs, logged = dpo(trl, responses, "sigmoid")
-    loss, metrics = logistic(*responses.scores(), beta=BETA)
+    theirs, logged = trl_dpo(trl, responses, "sigmoid")
+    loss, metrics = dpo(*responses.scores(), beta=BETA)
     assert_same(loss / PAIRS, theirs, responses.logp_BT)
     names = {
         "accuracy": "rewards/accuracies",
@@ -147,20 +149,20 @@ def test_dpo_loss(trl: Any, responses: Responses):
         assert metrics[ours].item() / PAIRS == pytest.approx(logged[name], rel=1e-5)
     row_B = torch.arange(2 * PAIRS).repeat_interleave(responses.mask_BT.sum(1))
     counted_N = torch.ones(len(row_B), dtype=torch.bool)
-    logp_B = row_sums(responses.logp_BT[responses.mask_BT], counted_N, row_B, 2 * PAIRS)
+    logp_B = row_sums(responses.logp_BT[responses.mask_BT], row_B, 2 * PAIRS, counted_N)
     means = [half.mean().item() for half in logp_B.chunk(2)]
     assert means == pytest.approx([logged["logps/chosen"], logged["logps/rejected"]])
 
 
 def test_length_normalised_dpo_loss(trl: Any, responses: Responses):
-    theirs, _ = dpo(trl, responses, "sigmoid_norm")
-    loss, _ = logistic(*responses.scores(mean=True), beta=BETA)
+    theirs, _ = trl_dpo(trl, responses, "sigmoid_norm")
+    loss, _ = dpo(*responses.scores(mean=True), beta=BETA)
     assert_same(loss / PAIRS, theirs, responses.logp_BT)
 
 
 def test_ipo_loss(trl: Any, responses: Responses):
-    theirs, _ = dpo(trl, responses, "ipo")
-    loss, _ = squared(*responses.scores(mean=True), beta=BETA)
+    theirs, _ = trl_dpo(trl, responses, "ipo")
+    loss, _ = ipo(*responses.scores(mean=True), beta=BETA)
     assert_same(loss / PAIRS, theirs, responses.logp_BT)
 
 
@@ -178,15 +180,15 @@ def test_label_smoothing_of_dpo(trl: Any, responses: Responses):
     responses.logp_BT = logp_BT[index_B].requires_grad_()
     responses.mask_BT = responses.mask_BT[index_B]
     responses.ref_logp_B = torch.cat([reference_P, torch.zeros(PAIRS)])
-    theirs, _ = dpo(trl, responses, "aot", label_smoothing=0.2)
-    loss, _ = logistic(*responses.scores(), beta=BETA, label_smoothing=0.2)
+    theirs, _ = trl_dpo(trl, responses, "aot", label_smoothing=0.2)
+    loss, _ = dpo(*responses.scores(), beta=BETA, label_smoothing=0.2)
     assert_same(loss / PAIRS, theirs, responses.logp_BT)
 
 
 def test_nll_of_the_chosen(trl: Any, responses: Responses):
     """TRL's `sft` is a mean over tokens, ours over pairs of token means: alike at equal lengths."""
     responses.mask_BT = torch.ones_like(responses.mask_BT)
-    theirs, _ = dpo(trl, responses, "sft")
+    theirs, _ = trl_dpo(trl, responses, "sft")
     logp_P = responses.scores(reference=False)[0]
     loss, _ = chosen_nll(logp_P, torch.full((PAIRS,), LENGTH), weight=1.0)
     assert_same(loss / PAIRS, theirs, responses.logp_BT)
@@ -206,7 +208,7 @@ def test_simpo_loss(trl: Any, responses: Responses, label_smoothing: float):
     )
     scores = responses.scores(mean=True, reference=False)
     losses_P, their_chosen_P, their_rejected_P = trainer.cpo_loss(*scores)
-    loss, metrics = logistic(*scores, beta=BETA, gamma=0.5, label_smoothing=label_smoothing)
+    loss, metrics = dpo(*scores, beta=BETA, gamma=0.5, label_smoothing=label_smoothing)
     assert_same(loss, losses_P.sum(), responses.logp_BT)
     torch.testing.assert_close(metrics["reward_chosen"], their_chosen_P.sum(), **CLOSE)
     torch.testing.assert_close(metrics["reward_rejected"], their_rejected_P.sum(), **CLOSE)
