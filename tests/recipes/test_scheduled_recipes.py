@@ -43,9 +43,10 @@ def test_the_recipe_that_is_shown_can_be_planned(recipe: Callable[..., Recipe]) 
     r = recipe()
     config = r.graph(shown["recipe"](r)).nodes["sft"].config
     first = r.domains[0]
-    assert set(config["schedules"]) == {"batch_size", f"domain_shares.{first}", "aux.before"}
-    assert config["aux"] == {"before": 0.5}
-    assert config["domain_shares"] == dict.fromkeys(r.domains, 1.0)
+    assert config["batch_size"]["schedule"] == "steps"
+    assert config["aux"]["before"]["weight"]["schedule"] == "cosine"
+    assert config["domain_shares"].pop(first)["schedule"] == "linear"
+    assert set(config["domain_shares"].values()) == {1.0}
 
 
 def test_a_weight_from_outside_takes_the_place_of_a_schedule(

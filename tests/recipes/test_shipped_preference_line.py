@@ -69,7 +69,9 @@ def test_instructgpt(tmp_path: Path) -> None:
     assert nodes["ppo_init"].config["aux"]["pretraining"]["weight"] == 0.1
     assert models(nodes["samples1"], "models") == {"sft"}
     assert nodes["rm1"].inputs["start"] == "sft"
-    assert nodes["rm1"].config["per_prompt"] and nodes["comparisons1"].config["how"]["kind"] == "all"
+    assert (
+        nodes["rm1"].config["per_prompt"] and nodes["comparisons1"].config["how"]["kind"] == "all"
+    )
     ppo = nodes["ppo_ptx1"]
     assert ppo.inputs["start"] == "ppo_init" and ppo.inputs["critic"] == "rm1"
     assert judged(ppo) == {"rm1"} and models(ppo, "aux.ptx") == set(DOMAINS)
