@@ -13,7 +13,7 @@ import pytest
 from posttrain import judges, schedules
 from posttrain.engine.errors import ConfigError
 from posttrain.language.handles import Stage
-from posttrain.rewards.judge_kinds import check_domains, check_use, parse_judge
+from posttrain.rewards.judge_kinds import check_use, parse_judge
 
 RM = Stage("helpful", "reward_model")
 VERIFIER = {"judge": "verifier"}
@@ -109,7 +109,7 @@ def test_the_json_form_is_read_again(judge: judges.Judge) -> None:
         (lambda: judges.scalar(Stage("s", "sft")), "it takes a stage of kind reward_model"),
         (lambda: judges.scalar("rm"), "'rm' is no stage"),
         (lambda: judges.language(), "exactly one of alphabet and regex"),
-        (lambda: judges.format("("), "a regular expression"),
+        (lambda: judges.format("("), "pattern = '('; it has to be a valid regular expression"),
         (lambda: judges.llm("localhost", "m"), "a url that begins with http"),
         (lambda: judges.llm("http://x", "m", rubric=False), "rubric = False; it has to be a text"),
         (lambda: judges.llm("http://x", "m", template="{prompt}"), "{prompt}, {response}"),
@@ -126,14 +126,17 @@ def test_the_json_form_is_read_again(judge: judges.Judge) -> None:
         (lambda: "x" * judges.verifier(), "weight = 'x'; it has to be a number or a schedule"),
         (lambda: judges.normalised(judges.verifier()), "it takes 2 or more"),
         (lambda: judges.by_domain({}), "domains = {}; it takes 1 or more"),
-        (lambda: judges.by_domain({"a": 1}), "that of 'a' is 1, which is no judge"),
-        (lambda: judges.verifier() + 1, "judges.constant(...) for a number"),
-        (lambda: 1 + judges.verifier(), "a summand of a judge is 1, which is no judge"),
-        (lambda: judges.verifier() - RM, "judges.scalar(stage) for a reward model"),
-        (lambda: 1 - judges.verifier(), "what a judge is subtracted from is 1"),
+        (
+            lambda: judges.by_domain({"a": 1}),
+            "by_domain.domains.a: 1 is no judge",
+        ),
+        (lambda: judges.verifier() + 1, "a number is written judges.constant(...)"),
+        (lambda: 1 + judges.verifier(), "judge sum.terms.0.of: 1 is no judge"),
+        (lambda: judges.verifier() - RM, "a reward model is asked by judges.scalar(stage)"),
+        (lambda: 1 - judges.verifier(), "judge sum.terms.0.of: 1 is no judge"),
         (
             lambda: judges.gate(judges.verifier(), below=1, then=0, otherwise=judges.constant(0)),
-            "judge gate: then is 0, which is no judge",
+            "judge gate.then: 0 is no judge",
         ),
     ],
 )
@@ -148,7 +151,7 @@ def test_mistakes_are_told_when_the_recipe_is_built(
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("verifier", "'verifier' is no judge; it has the form"),
+        ("verifier", "'verifier' is no judge; it takes what posttrain.judges makes, or JSON"),
         ({"judge": "verifer"}, "did you mean 'verifier'?"),
         ({"judge": "oracle", "noise": -1}, "noise = -1; it has to be greater than or equal to 0"),
         ({"judge": "scalar", "model": "rm", "squash": False}, "the edge of a stage"),
@@ -170,11 +173,11 @@ def test_json_of_the_command_line_is_checked(spec: Any, message: str) -> None:
 
 def test_every_domain_needs_its_judge() -> None:
     judge = judges.by_domain({"add": judges.verifier()})
-    check_domains(judge, ("add",), where="stage 'rl'")
+    judge.check(("add",), where="stage 'rl'")
     with pytest.raises(
         ConfigError, match=r"stage 'rl': judges\.by_domain has none for domain 'sub'"
     ):
-        check_domains(judge, ("add", "sub"), where="stage 'rl'")
+        judge.check(("add", "sub"), where="stage 'rl'")
 
 
 def test_some_judges_are_for_some_stages() -> None:

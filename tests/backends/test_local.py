@@ -15,12 +15,8 @@ from torch import Tensor
 
 from posttrain.backends.base import LearnerSettings, Metrics, TokenLoss
 from posttrain.backends.checkpoint import LanguageModel
-from posttrain.backends.local import (
-    LocalLearner,
-    LocalScorer,
-    forward_passes,
-    sampled_logprobs,
-)
+from posttrain.backends.forward import forward_passes, sampled_logprobs
+from posttrain.backends.local import LocalLearner, LocalScorer
 from posttrain.engine.errors import ConfigError, StageError
 from posttrain.rl.batch import Batch
 

@@ -15,12 +15,8 @@ from torch import Tensor
 from posttrain.backends.architecture import CachedRows, backbone, path_of
 from posttrain.backends.base import LearnerSettings, Metrics, TokenLoss
 from posttrain.backends.checkpoint import LanguageModel
-from posttrain.backends.local import (
-    LocalLearner,
-    LocalSampler,
-    LocalScorer,
-    forward_passes,
-)
+from posttrain.backends.forward import forward_passes
+from posttrain.backends.local import LocalLearner, LocalSampler, LocalScorer
 from posttrain.backends.token_sampling import LocalSampling
 from posttrain.rl.batch import Batch
 

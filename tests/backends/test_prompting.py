@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from posttrain.backends.prompting import demonstration, in_modes, spoken, visible
+from posttrain.backends.prompting import demonstration, format_answer, in_modes, visible
 from posttrain.rewards.verifiers import AnswerVerifier, ExactVerifier
 
 ROW: dict[str, Any] = {
@@ -83,4 +83,4 @@ def test_rows_occur_in_each_mode() -> None:
 
 
 def test_an_answer_in_the_form_of_its_mode() -> None:
-    assert [visible(spoken("3", m), m) for m in (None, "think", "no_think")] == ["3"] * 3
+    assert [visible(format_answer("3", m), m) for m in (None, "think", "no_think")] == ["3"] * 3

@@ -28,13 +28,8 @@ from posttrain.backends.base import (
     TokenLoss,
 )
 from posttrain.backends.checkpoint import LanguageModel, load, save
-from posttrain.backends.local import (
-    LocalBackend,
-    LocalLearner,
-    LocalSampler,
-    LocalScorer,
-    forward_passes,
-)
+from posttrain.backends.forward import forward_passes
+from posttrain.backends.local import LocalBackend, LocalLearner, LocalSampler, LocalScorer
 from posttrain.backends.scalar import load_scalar, rewards_B, scores_N
 from posttrain.rl.batch import Batch
 

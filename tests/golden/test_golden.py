@@ -28,7 +28,7 @@ ROLLOUT: dict[str, Any] = {"prompts_per_step": 8, "max_new_tokens": 6}
 RUNS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "sft": (OPTIM | {"batch_size": 16}, ("loss", "grad_norm")),
     "rl": (
-        OPTIM | ROLLOUT | {"group_size": 4, "updates_per_batch": 2, "kl_coef": 0.1},
+        OPTIM | ROLLOUT | {"group_size": 4, "num_minibatches": 2, "kl": {"coef": 0.1}},
         ("reward", "entropy", "grad_norm", "kl_reference", "tokens"),
     ),
     "distill": (

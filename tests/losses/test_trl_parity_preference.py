@@ -103,7 +103,9 @@ def make_trainer(cls: type, **attributes: Any) -> Any:
     return trainer
 
 
-def trl_dpo(trl: Any, responses: Responses, loss_type: str, **attributes: Any) -> tuple[Tensor, Any]:
+def trl_dpo(
+    trl: Any, responses: Responses, loss_type: str, **attributes: Any
+) -> tuple[Tensor, Any]:
     """DPOTrainer._compute_loss, and what it logged."""
     trainer = make_trainer(
         trl.DPOTrainer,

@@ -94,6 +94,19 @@ def test_rows_of_a_teacher_have_the_colour_of_its_domain():
     assert {line.label: line.colour for line in found} == {"t": 5, "self": INK}
 
 
+def test_parts_of_a_reward_stand_beside_the_whole():
+    values = {"reward": lambda n: n, "reward/length": lambda n: 2 * n, "reward/judge": lambda n: -n}
+    found = panel(
+        only(sections([stage("r", "rl", lines(3, **values), "add")], {"add": 1})), "reward"
+    )
+    assert [(line.label, line.dash) for line in found.lines] == [
+        ("all", 0),
+        ("length", 1),
+        ("judge", 2),
+    ]
+    assert {line.colour for line in found.lines} == {INK}
+
+
 def test_preference_stages_share_their_panels():
     values = {"loss": lambda n: 1 / n, "accuracy": lambda n: n / 5, "nll": lambda n: n}
     stages = [stage(name, "dpo", lines(5, **values)) for name in ("first", "second")]

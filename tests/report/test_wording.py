@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from posttrain.report import wording
+from posttrain.stages.kinds import shown_kind
 
 MINUS = "\N{MINUS SIGN}"
 
@@ -63,3 +64,18 @@ def test_shares():
 )
 def test_size(count: int, text: str):
     assert wording.size(count) == text
+
+
+@pytest.mark.parametrize(
+    ("kind", "metrics", "text"),
+    [
+        ("evaluate", {"norm": 0.9123, "reward": 1.0}, "Norm 0.912"),
+        ("reward_model", {"accuracy": 0.5, "heldout_accuracy": 0.75}, "held-out 0.75"),
+        ("reward_model", {"accuracy": 0.5}, "accuracy 0.5"),
+        ("domain", {"train": 3000, "heldout": 400}, "problems 3000"),
+        ("rl", {"kl": 1.0, "reward": None}, ""),
+        ("no_kind_of_ours", {"loss": 0.25}, "loss 0.25"),
+    ],
+)
+def test_headline_is_the_number_of_the_kind(kind: str, metrics: dict[str, object], text: str):
+    assert wording.headline(shown_kind(kind), metrics) == text

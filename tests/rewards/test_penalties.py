@@ -55,3 +55,6 @@ def test_format_and_repetition() -> None:
     assert penalties.repeated_share("ababab", n=2, unit="character") == pytest.approx(3 / 5)
     assert penalties.repeated_share("a b a b", n=2, unit="word") == pytest.approx(1 / 3)
     assert penalties.repeated_share("ab", n=3, unit="character") == 0
+    assert penalties.repeated_share("a b a b a", n=3, unit="word") == pytest.approx(1 / 3)
+    assert penalties.repeated_share("a b a b a", n=2, unit="word") == pytest.approx(1 / 2)
+    assert penalties.repeated_share("a b", n=3, unit="word") == 0

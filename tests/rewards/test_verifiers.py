@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from posttrain.engine.errors import ConfigError, StageError
-from posttrain.rewards.formats import FORMATS, Format
+from posttrain.rewards.formats import FORMATS, TextFormat
 from posttrain.rewards.math_answer import MathVerifier
 from posttrain.rewards.spec import parse_verifier, resolve_verifier
 from posttrain.rewards.verifiers import choice_letter, load_verifier, make_verifier
@@ -187,7 +187,7 @@ def test_reasoning_gym_reads_a_table_row():
 
 
 def test_reasoning_gym_uses_the_format(monkeypatch):
-    class Spelled(Format):
+    class Spelled(TextFormat):
         def answer(self, response):
             return str(["zero", "one", "two", "three"].index(response))
 

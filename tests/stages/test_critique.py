@@ -17,6 +17,7 @@ from posttrain.engine.errors import ConfigError
 from posttrain.rewards.comparisons import build_comparisons
 from posttrain.stages.config import build_config
 from posttrain.stages.judging import comparison_prompt, verdict_ids
+from posttrain.stages.rows import by_problem
 from posttrain.suites.load import load_suite
 
 BASE: dict[str, Any] = {
@@ -54,7 +55,7 @@ def test_the_metrics_are_those_of_the_start_on_its_own_rollouts(
     judge in the reward."""
     reward = judges.verifier() + 0.0 * judges.itself(template=template)
     ran = rl(reward=reward.to_json(), critique_weight=0.5, critique_pairs=999, steps=1)
-    rows = build_comparisons(rows_of(ran, 0), template=template)
+    rows = build_comparisons(by_problem(rows_of(ran, 0)), template=template)
     start = load(models["start"])
     chat = Chat(start)
     first, second = verdict_ids(chat)
@@ -92,8 +93,8 @@ def test_other_domains_are_not_compared(rl: Callable[..., Any]) -> None:
     ran = rl(critique_weight=0.1, critique_pairs=999, critique_domains=("words",))
     for line in ran.lines:
         rows = rows_of(ran, int(line["step"]) - 1)
-        own = build_comparisons(row for row in rows if row["domain"] == "words")
-        assert line["critique_pairs"] == len(own) < len(build_comparisons(rows))
+        own = build_comparisons(by_problem(row for row in rows if row["domain"] == "words"))
+        assert line["critique_pairs"] == len(own) < len(build_comparisons(by_problem(rows)))
 
 
 def test_nothing_to_compare_is_nothing_to_learn(rl: Callable[..., Any], same: Any) -> None:

@@ -11,7 +11,6 @@ import pytest
 
 from posttrain.engine.errors import ConfigError
 from posttrain.stages.config import build_config
-from posttrain.stages.rows import repetition
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -93,12 +92,6 @@ def test_conditions_by_hand(
     stood there before: shares 1/3 and 1/2. The best 40 % of five by reward are the two with 1; the
     best half by score are three: .9, .9, .4."""
     assert demos(select(**settings)) == expected
-
-
-def test_repetition_by_hand() -> None:
-    assert repetition("a b a b a", 3) == pytest.approx(1 / 3)
-    assert repetition("a b a b a", 2) == pytest.approx(1 / 2)
-    assert repetition("a b", 3) == 0
 
 
 def test_several_stages_are_one_pool(select: Callable[..., Any]) -> None:

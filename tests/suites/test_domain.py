@@ -11,7 +11,7 @@ import pytest
 
 from posttrain.engine.errors import ConfigError, StageError
 from posttrain.engine.fingerprint import digest, file_digest
-from posttrain.rewards.formats import FORMATS, Format
+from posttrain.rewards.formats import FORMATS, TextFormat
 from posttrain.rewards.verifiers import load_verifier
 from posttrain.suites.domain import (
     Domain,
@@ -137,7 +137,7 @@ def test_procedural_says_how_many_problems_there_are(tmp_path):
 def test_a_demonstration_that_scores_below_one_is_an_error(tmp_path, monkeypatch, wrong):
     """The full one, or the one without steps."""
 
-    class Wrong(Format):
+    class Wrong(TextFormat):
         def demo(self, item):
             return item["answer"] + wrong
 

@@ -283,12 +283,16 @@ class Backend(Protocol):
         ...
 
     def sampler(self, source: Path | Learner, *, dtype: torch.dtype) -> Sampler:
-        """A sampler of a checkpoint, or of a learner's present weights."""
+        """A sampler of a checkpoint, or of a learner's present weights.
+
+        `dtype` is what a checkpoint is to be computed in; a learner computes as it was told.
+        """
         ...
 
     def scorer(self, source: Path | Learner, *, dtype: torch.dtype, scalar: bool) -> Scorer:
         """A frozen model of a checkpoint, or what a learner's model is at each call.
 
-        The latter reads the learner's own weights without a copy.
+        The latter reads the learner's own weights without a copy. `dtype` and `scalar` are for a
+        checkpoint, as those of a sampler and of a learner.
         """
         ...

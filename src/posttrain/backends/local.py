@@ -4,10 +4,9 @@ What stands here, in `padded.py` and in `lockstep.py` computes any causal model,
 padded on the right, and rows of one length are sampled together. Where a model's layers allow it,
 faster ways in `cpu/` compute the same numbers; `fast_paths=False` leaves them out.
 
-Batches stay on the CPU, where forward passes are planned; a pass goes to the device of the model,
-and hidden states and losses are there.
+Batches stay on the CPU; hidden states and losses are on the device of the model.
 
-Legend: B rows, T positions, N sampled tokens (row after row), D hidden size, V vocabulary, K top-k.
+Legend: B rows, N sampled tokens (row after row), D hidden size, V vocabulary, K top-k.
 """
 
 from __future__ import annotations
@@ -39,25 +38,18 @@ from posttrain.backends.checkpoint import (
     output_head,
     save,
 )
-from posttrain.backends.cpu.flat import FlatPass
-from posttrain.backends.cpu.fused import is_fusable
-from posttrain.backends.cpu.packing import flat_passes, packed_passes
 from posttrain.backends.cpu.slots import Decoders, Slots
+from posttrain.backends.forward import MAX_TOKENS, forward_passes, read_hidden, sampled_logprobs
 from posttrain.backends.lockstep import Lockstep
-from posttrain.backends.padded import ForwardPass, padded_passes
+from posttrain.backends.padded import ForwardPass
 from posttrain.backends.precision import accumulate_to_master, computing_copy, copy_to_compute
 from posttrain.backends.scalar import load_scalar, save_scalar, scores_N
 from posttrain.backends.token_sampling import LocalSampling, SampleBuffer
 from posttrain.backends.weights import Average, freeze_others
 from posttrain.engine.errors import ConfigError, StageError
 from posttrain.losses.distill import teacher_top_k_targets
-from posttrain.losses.nucleus import nucleus_logprobs
-from posttrain.losses.ops import token_logprobs
-from posttrain.rl.batch import Batch, ragged_index
+from posttrain.rl.batch import Batch
 
-MAX_TOKENS = 2048
-"""Tokens of a forward pass: enough for matrix products at full speed, and few enough that what one
-layer writes is still in the processor's cache when the next one reads it."""
 MAX_ROWS = 256
 """Rows that are sampled at once."""
 
@@ -109,65 +101,6 @@ class LocalBackend:
         return read(checkpoint, dtype=dtype, device=self.device)
 
 
-def forward_passes(
-    model: Any,
-    batch: Batch,
-    *,
-    max_tokens: int = MAX_TOKENS,
-    group_rows: int = 1,
-    compiled: bool = False,
-    fast_paths: bool = True,
-) -> Iterator[ForwardPass]:
-    """The forward passes over all rows; every `group_rows` adjacent rows stay together.
-
-    A `compiled` model is called as a whole, so it gets no flat passes.
-
-    Raises ConfigError for a row longer than the model has positions.
-    """
-    if not len(batch):
-        return
-    longest = int(batch.length_B.max())
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if limit is not None and longest > limit:
-        raise ConfigError(
-            f"a row of {longest} tokens, prompt and response, does not fit the {limit} positions "
-            "of the model; leave long rows out of the data, or use a model with more positions "
-            "(max_position_embeddings in its config.json, max_positions of a pretrain stage)"
-        )
-    if not fast_paths or path_of(model) == "plain":
-        yield from padded_passes(batch, max_tokens=max_tokens, group_rows=group_rows)
-        return
-    sizes = {"max_tokens": max_tokens, "hidden_size": model.config.hidden_size}
-    if compiled or not is_fusable(model):
-        yield from packed_passes(batch, **sizes, group_rows=group_rows)
-        return
-    for parts in flat_passes(batch, **sizes, group_rows=group_rows):
-        yield FlatPass(parts=parts)
-
-
-def sampled_logprobs(
-    hidden_ND: Tensor, head: Head, batch: Batch, temperature: float
-) -> tuple[Tensor, Tensor]:
-    """`(logp_N, entropy_N)` of the sampled tokens from the hidden states that predict them.
-
-    Over the nucleus of each token where the batch has these columns. All on one device; `logp_N` is
-    differentiable, `entropy_N` detached.
-    """
-    if "nucleus_ids_F" not in batch:
-        return token_logprobs(
-            hidden_ND, head.weight_VD, batch.targets_N, bias_V=head.bias_V, temperature=temperature
-        )
-    return nucleus_logprobs(
-        hidden_ND,
-        head.weight_VD,
-        batch.targets_N,
-        batch["nucleus_ids_F"],
-        batch["nucleus_count_N"],
-        bias_V=head.bias_V,
-        temperature=temperature,
-    )
-
-
 class LocalScorer:
     """A `Scorer` over a frozen model, or over the one that a learner computes with."""
 
@@ -189,16 +122,9 @@ class LocalScorer:
     @torch.no_grad()
     def hidden(self, batch: Batch) -> Tensor:
         """See `Scorer.hidden`."""
-        hidden_ND = self.head.weight_VD.new_empty(0, self.head.weight_VD.shape[1])
-        for forward in forward_passes(
-            self.model, batch, max_tokens=self.max_tokens, fast_paths=self.fast_paths
-        ):
-            part_ND = forward.hidden_states(self.model)
-            if not len(hidden_ND):
-                hidden_ND = part_ND.new_empty(batch.num_tokens, part_ND.shape[1])
-            index_N = ragged_index(batch.sampled_len_B, forward.index_B)
-            hidden_ND[index_N.to(part_ND.device)] = part_ND
-        return hidden_ND
+        return read_hidden(
+            self.model, self.head, batch, max_tokens=self.max_tokens, fast_paths=self.fast_paths
+        )
 
     @torch.no_grad()
     def logprobs(self, batch: Batch, *, temperature: float = 1.0) -> Tensor:

@@ -96,6 +96,7 @@ def padded_passes(batch: Batch, *, max_tokens: int, group_rows: int) -> Iterator
 def _padded_pass(batch: Batch, read_len_B: Tensor, row_B: Tensor, width: int) -> PaddedPass:
     """The rows `row_B`, line by line."""
     beyond_BT = torch.arange(width, device=batch.device) >= read_len_B[row_B, None]
+    # Lines are longest first; hidden states come in the order of the batch.
     index_B, line_B = row_B.sort()
     # [N, 2]: row after row, and from left to right within a row.
     row_N, column_N = batch.sampled_BT[index_B].nonzero().T

@@ -48,7 +48,7 @@ def visible(response: str, mode: str | None) -> str | None:
     return response
 
 
-def spoken(answer: str, mode: str | None) -> str:
+def format_answer(answer: str, mode: str | None) -> str:
     """A response that gives the answer without any thought, in the form of its mode."""
     return f"{OPEN}{CLOSE}{answer}" if mode == "think" else answer
 

@@ -14,7 +14,7 @@ from posttrain.commands.output import console
 from posttrain.engine.errors import ConfigError
 from posttrain.engine.store import Store
 from posttrain.stages.kinds import kinds_making, shown_kind
-from posttrain.worker import new_backend
+from posttrain.stages.worker import new_backend
 
 MAX_NEW_TOKENS = 256
 """Length of a response unless the model has fewer positions left."""

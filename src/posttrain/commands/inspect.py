@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -201,18 +200,6 @@ def _node(ancestor: Ancestor, edge: str, *, again: bool = False) -> Text:
     return text
 
 
-@dataclass(frozen=True, kw_only=True)
-class Difference:
-    """One pair of artifacts, at the same place of two ancestries, that differ by themselves."""
-
-    path: str
-    """Edges that lead to it, such as "start / start"; "" for the two artifacts themselves."""
-    a: str
-    b: str
-    fields: Sequence[tuple[str, Any, Any]]
-    """Dotted field and its two values; inputs only where an edge is missing on one side."""
-
-
 def diff(root: Path, first: str, second: str, *, as_json: bool) -> None:
     """Print in which settings, data and ancestors two artifacts differ, and their metrics."""
     store = Store(root)
@@ -221,40 +208,25 @@ def diff(root: Path, first: str, second: str, *, as_json: bool) -> None:
     keys = dict.fromkeys([*a.metrics, *b.metrics])
     metrics = {key: {"a": a.metrics.get(key), "b": b.metrics.get(key)} for key in keys}
     if as_json:
-        differences = [
-            {
-                "path": d.path,
-                "a": d.a,
-                "b": d.b,
-                "fields": [{"field": f, "a": _plain(x), "b": _plain(y)} for f, x, y in d.fields],
-            }
-            for d in found
-        ]
-        emit({"a": a.label, "b": b.label, "differences": differences, "metrics": metrics})
+        emit({"a": a.label, "b": b.label, "differences": found, "metrics": metrics})
         return
     out = console()
     table = plain_table("", a.label, b.label)
-    for item in found:
-        if item.path:
-            table.add_row(Text(item.path, "bold"), Text(item.a, "dim"), Text(item.b, "dim"))
-        for field, x, y in item.fields:
-            indent = "  " if item.path else ""
-            name = field.removeprefix("config.")
-            table.add_row(Text(indent + name), Text(str(_plain(x))), Text(str(_plain(y))))
-    if found:
-        out.print(table)
-    else:
-        out.print("the same settings, data and ancestors")
+    for pair in found:
+        if pair["path"]:
+            table.add_row(
+                Text(pair["path"], "bold"), Text(pair["a"], "dim"), Text(pair["b"], "dim")
+            )
+        for row in pair["fields"]:
+            name = ("  " if pair["path"] else "") + row["field"].removeprefix("config.")
+            table.add_row(Text(name), Text(str(row["a"])), Text(str(row["b"])))
+    out.print(table if found else "the same settings, data and ancestors")
     table = plain_table("", a.label, b.label)
     for key, values in metrics.items():
         table.add_row(Text(key), number(values["a"]), number(values["b"]))
     if metrics:
         out.print(Text("\nmetrics", "bold"))
         out.print(table)
-
-
-def _plain(value: Any) -> Any:
-    return None if value == ABSENT else value
 
 
 def _records(store: Store, artifact: Artifact) -> dict[str, Mapping[str, Any]]:
@@ -268,8 +240,13 @@ def _compare(
     b: Mapping[str, Any],
     path: str,
     seen: set[tuple[str, str]],
-) -> Iterator[Difference]:
-    """Differences of a pair, then of its inputs by edge: each pair once, equal ones not at all."""
+) -> Iterator[dict[str, Any]]:
+    """Pairs of artifacts at the same place of two ancestries that differ by themselves, as JSON has
+    them: the pair itself, then its inputs by edge, each pair once.
+
+    `path` has the edges that lead there, such as "start / start", and is "" for the first pair;
+    `fields` has dotted names with both values, of the inputs only where one side lacks an edge.
+    """
     pair = (a["fingerprint"], b["fingerprint"])
     if pair in seen or pair[0] == pair[1]:
         return
@@ -283,15 +260,14 @@ def _compare(
     ]
     followed = {f"inputs.{edge}" for edge in deeper}
     fields = [
-        (field, x, y)
+        {"field": field, "a": None if x == ABSENT else x, "b": None if y == ABSENT else y}
         for field, x, y in diff_payloads(
             a["payload"], b["payload"], old_config=a["config"], new_config=b["config"]
         )
         if field not in followed
     ]
     if fields:
-        labels = [label_of(record) for record in (a, b)]
-        yield Difference(path=path, a=labels[0], b=labels[1], fields=fields)
+        yield {"path": path, "a": label_of(a), "b": label_of(b), "fields": fields}
     for edge in deeper:
         yield from _compare(
             known_a,

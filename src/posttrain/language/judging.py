@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from posttrain.engine.errors import ConfigError
 from posttrain.language.builder import Builder
 from posttrain.language.handles import Stage
-from posttrain.rewards.judge_kinds import EDGE, Judge, Llm, Scalar, check_domains, parse_judge
+from posttrain.rewards.judge_base import ByDomain, Judge
+from posttrain.rewards.judge_fields import EDGE
+from posttrain.rewards.judge_kinds import Llm, Scalar, parse_judge
 
 
 def judge_edges(build: Builder, stage: str, field: str, judge: object) -> dict[str, str]:
@@ -46,7 +48,9 @@ def check_judge(build: Builder, stage: Stage, field: str, domains: Sequence[str]
 def check_problems(build: Builder, judge: Judge, domains: Sequence[str], *, where: str) -> None:
     """Refuse a judge that has nothing to say about the problems of a domain: a `by_domain` without
     it, or a judge that reads the rubrics of rows that have none."""
-    check_domains(judge, domains, where=where)
+    for part in judge.walk():
+        if isinstance(part, ByDomain):
+            part.check(domains, where=where)
     for domain in domains:
         source = build.suite.domains[domain].source
         asked = judge.walk(domain)

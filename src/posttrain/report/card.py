@@ -8,7 +8,7 @@ from typing import Any
 
 from posttrain.engine.record import SHORT
 from posttrain.report.gather import DOMAIN_EDGE
-from posttrain.report.scores import norm_coverage
+from posttrain.report.scores import norm_coverage, split_name
 from posttrain.report.views import flat
 from posttrain.report.wording import DASH, fixed, number, percent, percent_range
 from posttrain.stages.kinds import shown_kind
@@ -122,13 +122,13 @@ def _scores(scores: Sequence[Mapping[str, Any]]) -> list[str]:
         ]
         columns = ("domain", "temperature 1", "greedy", "recovery")
         width = 4 if model == "student" and evaluation["routes"] else 3
-        split = "held-out" if evaluation["split"] == "heldout" else evaluation["split"]
         norm = evaluation["norm"] if model == "student" else None
         coverage = norm_coverage(evaluation, "sampled")
         over = f" over {coverage} domains" if coverage else ""
+        label = f"{item['name']}-{item['fingerprint'][:SHORT]}"
         found += [
-            f"Accuracy in per cent on {split} problems, with 95 % bootstrap intervals where they "
-            f"were computed (`{item['name']}-{item['fingerprint'][:SHORT]}`, as {model}).",
+            f"Accuracy in per cent on {split_name(evaluation)} problems, with 95 % bootstrap "
+            f"intervals where they were computed (`{label}`, as {model}).",
             _table(columns[:width], [row[:width] for row in rows]),
             *([] if norm is None else [f"Norm (mean recovery{over}): {fixed(norm, 2)}."]),
         ]

@@ -202,20 +202,9 @@ def _lines(
     stage: StageFacts, stages: Sequence[StageFacts], key: str, colours: Mapping[str, int]
 ) -> list[Line]:
     """The curves of one metric in one stage: one per domain where it has those, else one."""
-    full = dict.fromkeys(k for line in stage.lines for k in line if k.startswith(f"{key}/"))
-    if full and len(stages) == 1:
-        # What is logged per teacher gets the colour of that teacher's domain.
-        owner = {
-            teacher: route.partition("/")[0]
-            for route, names in stage.config.get("routes", {}).items()
-            for teacher in ([names] if isinstance(names, str) else names)
-        }
-        found = []
-        for name in (k.removeprefix(f"{key}/") for k in full):
-            x, y = _thin(_points(stage, (f"{key}/{name}",)))
-            colour = colours.get(name) or colours.get(owner.get(name, ""), INK)
-            found.append(Line(label=name, colour=colour, dash=0, x=x, y=y))
-        return found
+    logged = dict.fromkeys(k for line in stage.lines for k in line if k.startswith(f"{key}/"))
+    if logged and len(stages) == 1:
+        return _parts(stage, key, [name.removeprefix(f"{key}/") for name in logged], colours)
     parts = ("clip_low", "clip_high") if key == "clip_share" else (key,)
     points = _points(stage, parts)
     if not points:
@@ -231,6 +220,30 @@ def _lines(
             y=y,
         )
     ]
+
+
+def _parts(
+    stage: StageFacts, key: str, names: Sequence[str], colours: Mapping[str, int]
+) -> list[Line]:
+    """The curves of a metric that is logged as `<key>/<name>`, names being domains or others."""
+    # What is logged per teacher gets the colour of that teacher's domain.
+    owner = {
+        teacher: route.partition("/")[0]
+        for route, teachers in stage.config.get("routes", {}).items()
+        for teacher in ([teachers] if isinstance(teachers, str) else teachers)
+    }
+    keys = {name: f"{key}/{name}" for name in names}
+    # Parts that belong to no domain, such as the judges of a reward, stand beside the whole.
+    if any(name not in colours and name not in owner for name in names):
+        keys = {"all": key} | keys
+    found: list[Line] = []
+    for label, full in keys.items():
+        if points := _points(stage, (full,)):
+            x, y = _thin(points)
+            colour = colours.get(label) or colours.get(owner.get(label, ""), INK)
+            dash = sum(line.colour == colour for line in found)
+            found.append(Line(label=label, colour=colour, dash=dash, x=x, y=y))
+    return found
 
 
 def _points(stage: StageFacts, keys: Sequence[str]) -> list[tuple[float, float]]:

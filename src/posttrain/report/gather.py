@@ -139,19 +139,13 @@ def scores_of(store: Store, artifact: Artifact) -> list[dict[str, Any]]:
     """
     found = []
     for other in store.list():
-        for edge, source in other.inputs.items():
-            if source["fingerprint"] != artifact.fingerprint or EVALUATION not in other.files:
-                continue
-            content = read_json(other, EVALUATION)
-            if edge in content["models"]:
-                found.append(
-                    {
-                        "name": other.name,
-                        "fingerprint": other.fingerprint,
-                        "model": edge,
-                        "evaluation": content,
-                    }
-                )
+        evaluation = read_json(other, EVALUATION) or {"models": {}}
+        facts = {"name": other.name, "fingerprint": other.fingerprint, "evaluation": evaluation}
+        found += [
+            facts | {"model": edge}
+            for edge, source in other.inputs.items()
+            if edge in evaluation["models"] and source["fingerprint"] == artifact.fingerprint
+        ]
     return found
 
 

@@ -52,6 +52,11 @@ def weakest(evaluation: Evaluation) -> str | None:
     return min(found, key=lambda name: found[name], default=None)
 
 
+def split_name(evaluation: Evaluation) -> str:
+    """What people call the part of the problems that was asked: "held-out", "validation"."""
+    return {"heldout": "held-out"}.get(evaluation["split"], str(evaluation["split"]))
+
+
 def has_teachers(evaluation: Evaluation) -> bool:
     """Whether any domain has a teacher, hence whether there is anything to recover."""
     return bool(evaluation["routes"])

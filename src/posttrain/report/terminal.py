@@ -27,6 +27,7 @@ from posttrain.report.scores import (
     norm_coverage,
     norms,
     notes,
+    split_name,
     verdict,
 )
 from posttrain.report.wording import DASH, fixed, percent, percent_range, ratio_range
@@ -40,6 +41,7 @@ class FirstFit:
     """Draws the first of its choices that fits the width, the last one if none does."""
 
     choices: Sequence[RenderableType]
+    """From wide to narrow."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         free = options.update(width=_UNBOUNDED)
@@ -58,9 +60,8 @@ def evaluation_table(evaluation: Evaluation) -> RenderableType:
 
     `evaluation` is the content of evaluation.json.
     """
-    split = {"heldout": "held-out"}.get(evaluation["split"], evaluation["split"])
     parts: list[RenderableType] = [
-        _title(f"Accuracy on {split} problems, %", "95 % bootstrap intervals"),
+        _title(f"Accuracy on {split_name(evaluation)} problems, %", "95 % bootstrap intervals"),
         FirstFit(choices=[_scores(evaluation, digits) for digits in (1, 0)]),
     ]
     if said := verdict(evaluation):

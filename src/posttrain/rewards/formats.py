@@ -19,7 +19,7 @@ from posttrain.engine.errors import ConfigError, choices_text
 Item = Mapping[str, Any]
 
 
-class Format:
+class TextFormat:
     """The format `plain`: reasoning-gym's own texts. Other formats override what differs."""
 
     version = 1
@@ -56,7 +56,7 @@ class Format:
         return response
 
 
-class AddFormat(Format):
+class AddFormat(TextFormat):
     """`a 4-1-7` is answered step by step, `4-1=3-7=-4`; the answer follows the last `=`."""
 
     version = 3
@@ -87,7 +87,7 @@ class AddFormat(Format):
         return response.rpartition("=")[2]
 
 
-class ReverseFormat(Format):
+class ReverseFormat(TextFormat):
     """`r monkey` is answered `yeknom`."""
 
     version = 3
@@ -113,7 +113,7 @@ class ReverseFormat(Format):
         return self.demo(item)
 
 
-class SortFormat(Format):
+class SortFormat(TextFormat):
     """`s< 50391` is answered `01359`; `s>` asks for descending order."""
 
     version = 3
@@ -150,7 +150,7 @@ class SortFormat(Format):
         return "".join(str(int(float(number))) for number in numbers)
 
 
-class PalindromeFormat(Format):
+class PalindromeFormat(TextFormat):
     """`p ccbaa` is answered by any palindrome of these letters, such as `acbca`."""
 
     version = 3
@@ -180,8 +180,8 @@ class PalindromeFormat(Format):
         return self.demo(item)
 
 
-FORMATS: dict[str, Format] = {
-    "plain": Format(),
+FORMATS: dict[str, TextFormat] = {
+    "plain": TextFormat(),
     "add": AddFormat(),
     "reverse": ReverseFormat(),
     "sort": SortFormat(),
@@ -190,7 +190,7 @@ FORMATS: dict[str, Format] = {
 """Name -> format. A new format is an entry here."""
 
 
-def find_format(name: str, *, where: str) -> Format:
+def find_format(name: str, *, where: str) -> TextFormat:
     """The format called `name`. Raises ConfigError, with the choices, for an unknown name."""
     if name not in FORMATS:
         raise ConfigError(f"{where}: unknown format {name!r}; {choices_text(name, FORMATS)}")

@@ -10,7 +10,7 @@ from typing import Any
 from posttrain.engine.errors import ConfigError, StageError
 from posttrain.rewards.endpoint import SHOWN, Question
 from posttrain.rewards.judge_kinds import CompareEndpoint, Llm
-from posttrain.rewards.judging import Responses, Tools
+from posttrain.rewards.judging import Responses
 from posttrain.rewards.pairing import Comparison, comparisons, win_shares
 from posttrain.rewards.spec import checked_rubric
 
@@ -66,7 +66,7 @@ def fill(template: str, values: Mapping[str, str]) -> str:
 class Grader:
     """`judges.llm`: a grade for each response, or the weighted share of its row's criteria."""
 
-    def __init__(self, judge: Llm, tools: Tools) -> None:
+    def __init__(self, judge: Llm, tools: Any) -> None:
         self.judge = judge
         self.endpoint = tools.endpoint(url=judge.url, model=judge.model, key=judge.key)
 
@@ -101,7 +101,7 @@ class Grader:
 class EndpointComparison:
     """`judges.compare` with an endpoint: shares of wins within each group."""
 
-    def __init__(self, judge: CompareEndpoint, tools: Tools) -> None:
+    def __init__(self, judge: CompareEndpoint, tools: Any) -> None:
         self.judge = judge
         self.endpoint = tools.endpoint(url=judge.url, model=judge.model, key=judge.key)
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.engine.errors import ConfigError, StageError, choices_text
-from posttrain.rewards.formats import Format
+from posttrain.rewards.formats import TextFormat
 
 FULL_SCORE = 0.999
 """Scores from here on count as solved; below, reasoning-gym gives part marks for near misses."""
@@ -59,22 +59,18 @@ def gym_datasets() -> dict[str, Path]:
     return found
 
 
-def check_dataset(name: str, *, where: str) -> None:
-    """Raises ConfigError unless `name` is a dataset of the installed reasoning-gym."""
+def check_params(name: str, params: Mapping[str, Any], *, where: str) -> None:
+    """Raises ConfigError for a dataset that the installed reasoning-gym does not have, or a
+    parameter that the dataset's config class does not.
+
+    `seed` and `size` are refused too: the domain itself sets them.
+    """
     known = gym_datasets()
     if name not in known:
         raise ConfigError(
             f"{where}: reasoning-gym has no dataset {name!r}; {choices_text(name, known)}"
         )
-
-
-def check_params(name: str, params: Mapping[str, Any], *, where: str) -> None:
-    """Raises ConfigError for a parameter that the dataset's config class does not have.
-
-    `seed` and `size` are refused too: the domain itself sets them.
-    """
-    check_dataset(name, where=where)
-    fields = _config_fields(gym_datasets()[name]) - {"seed", "size"}
+    fields = _config_fields(known[name]) - {"seed", "size"}
     for key in params:
         if key in ("seed", "size"):
             raise ConfigError(
@@ -121,7 +117,7 @@ class GymVerifier:
     name: str
     dataset: Any
     """The reasoning-gym dataset object that owns `score_answer`."""
-    format: Format
+    format: TextFormat
     partial: bool
     guarded: bool
     """True where the dataset's module evaluates text as Python or sympy code."""
@@ -200,7 +196,7 @@ def create_gym(name: str, params: Mapping[str, Any], *, seed: int, size: int, wh
 
 
 def gym_verifier(
-    name: str, *, format: Format, params: Mapping[str, Any], partial: bool
+    name: str, *, format: TextFormat, params: Mapping[str, Any], partial: bool
 ) -> GymVerifier:
     """The verifier of dataset `name`. Raises ConfigError for an unknown name or parameter."""
     dataset = create_gym(name, params, seed=0, size=1, where=f"verifier reasoning_gym:{name}")

@@ -10,15 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from posttrain.engine.errors import StageError
-from posttrain.rewards.judge_kinds import At, Judge
+from posttrain.rewards.judge_base import At, Judge
 from posttrain.rewards.penalties import groups
-
-if TYPE_CHECKING:
-    from posttrain.rewards.endpoint import Endpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,31 +58,13 @@ class Responses:
 
 
 class Scorer(Protocol):
-    """What scores for a judge with a `SCORER`; made from the judge and `Tools`."""
+    """What scores for a judge with a `SCORER`; made from the judge and a stage's `StageTools`."""
 
     def score(self, responses: Responses) -> list[float]:
         """One number per response, higher is better.
 
         Raises StageError or ConfigError where it cannot be asked, or its answer cannot be read.
         """
-        ...
-
-
-class Tools(Protocol):
-    """What a stage gives to scorers; those in `stages` read more of it."""
-
-    @property
-    def work(self) -> Path:
-        """The stage's work directory."""
-        ...
-
-    @property
-    def out(self) -> Path:
-        """Where the stage's artifact is made."""
-        ...
-
-    def endpoint(self, *, url: str, model: str, key: str | None) -> Endpoint:
-        """A model behind an endpoint, whose replies are kept in the work directory."""
         ...
 
 

@@ -19,7 +19,7 @@ from typing import Any
 from posttrain.engine.atomic import write_whole
 from posttrain.engine.errors import ConfigError, Waiting
 from posttrain.rewards.judge_kinds import Human
-from posttrain.rewards.judging import Responses, Tools
+from posttrain.rewards.judging import Responses
 from posttrain.rewards.pairing import comparisons, win_shares
 
 FILE = "comparisons.jsonl"
@@ -51,8 +51,9 @@ class Preference:
 class HumanJudge:
     """`judges.human`: win shares within each group. Ask it about all responses at once."""
 
-    def __init__(self, judge: Human, tools: Tools) -> None:
-        """The filled file is copied into `tools.out`, whose hash the record keeps."""
+    def __init__(self, judge: Human, tools: Any) -> None:
+        """`tools` are a stage's `StageTools`; the filled file is copied into its `out`, whose hash
+        the record keeps."""
         self.judge = judge
         self.path = tools.work / FILE if judge.file is None else Path(judge.file)
         self.out = tools.out

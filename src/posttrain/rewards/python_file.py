@@ -99,7 +99,7 @@ class PythonVerifier:
         return number
 
     def check(self, problem: Mapping[str, Any]) -> None:
-        """Every problem is fine for a function that nobody else can read."""
+        """Nothing to check: only the function itself knows which problems it can judge."""
 
 
 def _as_number(value: Any) -> float | None:

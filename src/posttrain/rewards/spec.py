@@ -26,14 +26,11 @@ OPTIONS: Mapping[str, Mapping[str, type]] = {
 }
 """Verifier kind -> its options and their types."""
 
-SPELLINGS = (
-    "math",
-    "exact",
-    "regex",
-    "choice",
-    "reasoning_gym:<name>",
-    "python:<file.py>:<function>",
-)
+SPELLINGS: Mapping[str, str] = {kind: kind for kind in OPTIONS} | {
+    "reasoning_gym": "reasoning_gym:<name>",
+    "python": "python:<file.py>:<function>",
+}
+"""Verifier kind -> how it is written."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,11 +78,10 @@ def parse_verifier(
         kind = spec.kind if isinstance(text, str) else str(text)
         hint = choices_text(kind, OPTIONS).partition("choices:")[0]
         raise ConfigError(
-            f"{where}: unknown verifier {text!r}; {hint}choices: {', '.join(SPELLINGS)}"
+            f"{where}: unknown verifier {text!r}; {hint}choices: {', '.join(SPELLINGS.values())}"
         )
-    if bool(spec.argument) != (spec.kind in ("reasoning_gym", "python")):
-        wanted = next(name for name in SPELLINGS if name.partition(":")[0] == spec.kind)
-        raise ConfigError(f"{where}: verifier {text!r} has to be written {wanted!r}")
+    if bool(spec.argument) != (":" in SPELLINGS[spec.kind]):
+        raise ConfigError(f"{where}: verifier {text!r} has to be written {SPELLINGS[spec.kind]!r}")
     _check_options(spec, where)
     if spec.kind == "reasoning_gym":
         check_params(spec.argument, spec.options.get("params", {}), where=where)

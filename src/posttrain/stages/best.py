@@ -18,7 +18,7 @@ from torch import Tensor
 
 from posttrain.backends.checkpoint_source import MODEL_FILES
 from posttrain.backends.prompting import Problem, in_modes
-from posttrain.rewards.judge_kinds import Judge
+from posttrain.rewards.judge_base import Judge
 from posttrain.rewards.pool import VerifierPool
 from posttrain.rl.batch import Batch, concatenate
 from posttrain.rl.seeds import step_seed

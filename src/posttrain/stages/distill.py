@@ -34,7 +34,7 @@ from posttrain.algorithms import (
     TopK,
     correction_arguments,
 )
-from posttrain.backends.base import Head, HeadLoss, Metrics, TokenLoss
+from posttrain.backends.base import Head, HeadLoss, Metrics
 from posttrain.losses.distill import JSD_BETA, full_vocabulary_of_each, sampled_token, top_k
 from posttrain.losses.divergence import TeacherStates
 from posttrain.losses.ops import aggregation_weights, token_logprobs
@@ -58,7 +58,7 @@ def run(settings: Distill, ctx: Context) -> dict[str, float]:
     policy = ctx.learner(settings)
     sampler = ctx.sampler(policy)
     teachers = Teachers(settings, ctx, policy.chat)
-    domains = list(ctx.domains)
+    domains = tuple(ctx.domains)
     problems_of = {name: ctx.problems(name, "train", settings.modes) for name in domains}
     batches = Batches(problems_of, settings, size="prompts_per_step", stage=ctx.name)
     aux = AuxData(settings, ctx, policy.chat)
@@ -83,7 +83,7 @@ def run(settings: Distill, ctx: Context) -> dict[str, float]:
         batch["loss_weight_B"] = loss_weights(s, domains, batch)
         batch["advantage_B"] = advantages(batch["reward_B"], batch["group_B"], mode="group_mean")
         # Update: one optimiser step on each share of the rows.
-        loss = loss_of(s, domains, teachers.heads)
+        loss = HeadLoss(distill_loss, LossSettings(step=s, domains=domains, heads=teachers.heads))
         lr = learning_rate(s, step, settings.steps)
         sums: Counter[str] = Counter()
         count, num_updates = 0.0, 0
@@ -145,70 +145,48 @@ def per_domain_metrics(
 
 @dataclass(frozen=True, kw_only=True)
 class LossSettings:
-    """What the losses below need beside the batch."""
+    """What the loss needs beside the batch."""
 
     step: Distill
     """The settings of the step."""
     domains: tuple[str, ...]
     """Names of the domains, which `domain_B` counts."""
-    heads: tuple[Head, ...] = ()
+    heads: tuple[Head, ...]
     """Output layers of the teachers, which `teacher_B` counts."""
 
 
-def loss_of(
-    step_settings: Distill, domains: Sequence[str], heads: tuple[Head, ...]
-) -> TokenLoss | HeadLoss:
-    """The loss of a step: that of its estimator, and of the reward where that has a weight."""
-    settings = LossSettings(step=step_settings, domains=tuple(domains), heads=heads)
-    if isinstance(step_settings.estimator, SampledToken):
-        return TokenLoss(sampled_token_loss, settings, temperature=step_settings.temperature)
-    return HeadLoss(divergence_loss, settings)
-
-
-def sampled_token_loss(
-    settings: LossSettings, logp_N: Tensor, entropy_N: Tensor, batch: Batch
-) -> tuple[Tensor, Metrics]:
-    """The teacher's log-ratio of the sampled token as its advantage."""
-    s, teacher_logp_N = settings.step, batch["teacher_logp_N"]
-    assert isinstance(s.estimator, SampledToken)
-    weight_N = token_weights(s, batch)
-    correction_N, metrics = correction(s, logp_N, batch)
-    total, sums = sampled_token(
-        logp_N,
-        teacher_logp_N,
-        weight_N,
-        advantage_clip=s.estimator.clip,
-        correction_N=correction_N,
-    )
-    if s.reward_weight > 0:
-        total = total + s.reward_weight * reward_loss(logp_N, weight_N, correction_N, batch)
-    metrics |= {name: sums[name] for name in ("advantage_abs", "clipped")}
-    kl_N = (logp_N - teacher_logp_N).detach()
-    return total, metrics | {"loss": total.detach()} | domain_sums(settings, batch, kl_N, entropy_N)
-
-
-def divergence_loss(
+def distill_loss(
     settings: LossSettings, hidden_ND: Tensor, head: Head, batch: Batch
 ) -> tuple[Tensor, Metrics]:
-    """The divergence over the teachers' likeliest tokens or over all, for all teachers at once."""
+    """What an optimiser step descends, summed over tokens, for all teachers at once. A `HeadLoss`.
+
+    The estimator's loss towards each row's teacher, and the policy gradient of the reward where
+    that has a weight.
+    """
     s, estimator = settings.step, settings.step.estimator
     hidden_ND, batch = in_order_of_teachers(hidden_ND, batch)
     weight_N = token_weights(s, batch)
-    metrics: Metrics = {}
-    if s.reward_weight > 0:
-        logp_N, sampled_entropy_N = token_logprobs(
-            hidden_ND,
-            head.weight_VD,
-            batch.targets_N,
-            bias_V=head.bias_V,
-            temperature=s.temperature,
-        )
-        # For the reward only: a divergence does not depend on which token was sampled, so it has
-        # nothing to correct.
-        correction_N, metrics = correction(s, logp_N, batch)
     student = {"bias_V": head.bias_V, "temperature": s.temperature}
-    if isinstance(estimator, TopK):
-        total, sums, per_token = top_k(
+    logp_N, metrics = torch.empty(0), {}
+    if isinstance(estimator, SampledToken) or s.reward_weight > 0:
+        logp_N, sampled_entropy_N = token_logprobs(
+            hidden_ND, head.weight_VD, batch.targets_N, **student
+        )
+        # For the policy gradients only: a divergence does not depend on which token was sampled,
+        # so it has nothing to correct.
+        correction_N, metrics = correction(s, logp_N, batch)
+    if isinstance(estimator, SampledToken):
+        total, sums = sampled_token(
+            logp_N,
+            batch["teacher_logp_N"],
+            weight_N,
+            advantage_clip=estimator.clip,
+            correction_N=correction_N,
+        )
+        kl_N, entropy_N = (logp_N - batch["teacher_logp_N"]).detach(), sampled_entropy_N
+        metrics |= {name: sums[name] for name in ("advantage_abs", "clipped")}
+    elif isinstance(estimator, TopK):
+        total, sums, values = top_k(
             hidden_ND,
             head.weight_VD,
             batch["teacher_ids_NK"],
@@ -216,10 +194,10 @@ def divergence_loss(
             weight_N,
             **student,
         )
+        kl_N, entropy_N = values["kl"], values["entropy"]
         metrics |= {name: sums[name] for name in ("student_mass", "teacher_mass")}
     else:
-        assert not isinstance(estimator, SampledToken)
-        total, _, per_token = full_vocabulary_of_each(
+        total, _, values = full_vocabulary_of_each(
             hidden_ND,
             head.weight_VD,
             teacher_states(settings.heads, batch),
@@ -228,12 +206,12 @@ def divergence_loss(
             jsd_beta=estimator.beta if isinstance(estimator, Jsd) else JSD_BETA,
             **student,
         )
-    entropy_N = per_token["entropy"]
+        kl_N, entropy_N = values["kl"], values["entropy"]
     if s.reward_weight > 0:
         total = total + s.reward_weight * reward_loss(logp_N, weight_N, correction_N, batch)
         entropy_N = sampled_entropy_N
-    metrics |= {"loss": total.detach()}
-    return total, metrics | domain_sums(settings, batch, per_token["kl"], entropy_N)
+    metrics |= {"loss": total.detach()} | domain_sums(settings.domains, batch, kl_N, entropy_N)
+    return total, metrics
 
 
 def in_order_of_teachers(hidden_ND: Tensor, batch: Batch) -> tuple[Tensor, Batch]:
@@ -301,12 +279,12 @@ def token_weights(step_settings: Distill, batch: Batch) -> Tensor:
     return weight_N * batch["loss_weight_B"][batch.row_N]
 
 
-def domain_sums(settings: LossSettings, batch: Batch, kl_N: Tensor, entropy_N: Tensor) -> Metrics:
+def domain_sums(domains: Sequence[str], batch: Batch, kl_N: Tensor, entropy_N: Tensor) -> Metrics:
     """`kl/DOMAIN`, `entropy/DOMAIN` and `tokens/DOMAIN`: sums over the domain's tokens."""
     domain_N = batch["domain_B"][batch.row_N]
     metrics: Metrics = {}
     values = {"kl": kl_N, "entropy": entropy_N, "tokens": torch.ones_like(kl_N)}
     for quantity, value_N in values.items():
-        sums = value_N.new_zeros(len(settings.domains)).index_add(0, domain_N, value_N)
-        metrics |= {f"{quantity}/{name}": sums[i] for i, name in enumerate(settings.domains)}
+        sums = value_N.new_zeros(len(domains)).index_add(0, domain_N, value_N)
+        metrics |= {f"{quantity}/{name}": sums[i] for i, name in enumerate(domains)}
     return metrics

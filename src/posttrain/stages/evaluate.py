@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from posttrain.backends.base import Sampler
-from posttrain.backends.prompting import Problem, in_modes, spoken
+from posttrain.backends.prompting import Problem, format_answer, in_modes
 from posttrain.rewards.pool import VerifierPool
 from posttrain.rl.batch import Batch
 from posttrain.rl.seeds import step_seed
@@ -140,7 +140,7 @@ def best_constant(
     """
     tries: Counter[str] = Counter()
     # Not a set: its order, which decides between equals, is another one in every process.
-    answers = ((p["demo"], spoken(p["answer"], p.get("mode"))) for p in problems)
+    answers = ((p["demo"], format_answer(p["answer"], p.get("mode"))) for p in problems)
     gold = (text for demo, answer in answers for text in dict.fromkeys((demo or answer, answer)))
     for source in (gold, *texts.values()):
         tries.update(dict(Counter(source).most_common(5)))

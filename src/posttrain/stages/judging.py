@@ -4,7 +4,7 @@
     scores, parts = reward.score(responses_of(batch), at)                       # every step
 
 with `at = lambda schedule: schedule.at(step, total, history)`. The classes here score for the
-judges of `posttrain.rewards.judge_kinds` that name them.
+judges of `posttrain.rewards.judge_kinds` that name them as their `SCORER`.
 
 Legend: B rows (comparisons or responses), D hidden, V vocabulary.
 """
@@ -26,7 +26,8 @@ from posttrain.backends.scalar import rewards_B
 from posttrain.engine.errors import ConfigError
 from posttrain.rewards.comparisons import VERDICTS, question
 from posttrain.rewards.endpoint import Endpoint, ReplyCache
-from posttrain.rewards.judge_kinds import Compare, Itself, Judge, Scalar, Verifier
+from posttrain.rewards.judge_base import Judge
+from posttrain.rewards.judge_kinds import Compare, Itself, Scalar, Verifier
 from posttrain.rewards.judge_kinds import Oracle as OracleKind
 from posttrain.rewards.judging import Responses, RewardFunction
 from posttrain.rewards.oracle import Oracle
@@ -103,7 +104,7 @@ def make_reward(
 def preferences(
     judge: Judge, ctx: Context, pairs: Sequence[Pair], *, seed: int
 ) -> list[Preference]:
-    """What a judge that is asked about pairs (`Judge.asked_about_pairs`) prefers in each."""
+    """What a judge that is asked about pairs (`Judge.PAIRS`) prefers in each."""
     scorer: Any = judge.scorer(StageTools(ctx=ctx, seed=seed))
     found: list[Preference] = scorer.prefer(pairs)
     return found

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from posttrain.algorithms import AllPairs, BestAgainstWorst, RandomPairs, StrongAgainstWeak
 from posttrain.engine.errors import ConfigError
 from posttrain.engine.jsonl import write_jsonl
-from posttrain.rewards.judge_kinds import Judge
+from posttrain.rewards.judge_base import Judge
 from posttrain.rewards.people import Pair
 from posttrain.stages.rows import (
     Key,

@@ -106,6 +106,8 @@ def run(settings: Rl, ctx: Context) -> dict[str, float]:
         metrics |= problems.metrics(s, draws) | problems.observe(s, rows) | s.scheduled()
 
         # Score and credit.
+        if not s.replay_mask:
+            batch = batch.without("nucleus_count_N", "nucleus_ids_F")
         batch["kl_weight_B"] = kl_weights(s, batch)
         if reference is not None:
             batch["ref_logp_N"] = reference.logprobs(batch, temperature=s.temperature)

@@ -15,6 +15,7 @@ from posttrain.algorithms import Repetition
 from posttrain.backends.prompting import CLOSE, in_modes
 from posttrain.engine.errors import ConfigError
 from posttrain.engine.jsonl import read_jsonl
+from posttrain.rewards.penalties import repeated_share
 
 if TYPE_CHECKING:  # it imports torch
     from posttrain.stages.context import Context
@@ -92,13 +93,6 @@ def value_of(row: Mapping[str, Any], by: str, stage: str) -> float:
     return float(row[by])
 
 
-def repetition(text: str, n: int) -> float:
-    """Share of a text's n-grams of words that stood in it before; 0 where it is shorter than n."""
-    words = text.split()
-    grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
-
-
 def clean(
     row: Mapping[str, Any],
     *,
@@ -112,7 +106,9 @@ def clean(
         return False
     if language is not None and re.fullmatch(f"(?:{language})*", text) is None:
         return False
-    return max_repetition is None or repetition(text, max_repetition.n) <= max_repetition.share
+    if max_repetition is None:
+        return True
+    return repeated_share(text, n=max_repetition.n, unit="word") <= max_repetition.share
 
 
 def without_thought(row: Row) -> Row:

@@ -140,10 +140,10 @@ def demonstrated(
     """
     demos = {name: ctx.problems(name, "train", modes) for name in domains}
     check_demonstrated(demos, ctx.name)
-    return with_slips(ctx, demos, noise=noise, seed=seed) if noise else demos
+    return corrupt_demos(ctx, demos, noise=noise, seed=seed) if noise else demos
 
 
-def with_slips(
+def corrupt_demos(
     ctx: Context, demos: dict[str, list[Problem]], *, noise: float, seed: int
 ) -> dict[str, list[Problem]]:
     """The demonstrations as a careless annotator gives them."""

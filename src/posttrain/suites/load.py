@@ -141,21 +141,16 @@ def _domain(name: str, table: dict[str, Any], where: str) -> Domain:
                 f"{choices_text(key, [*own, *known], label='valid keys here')}"
             )
     spec = parse_verifier(verifier, options, where=f"{where}.verifier")
-    values = {key: value for key, value in table.items() if key in fields}
-    for key, value in values.items():
+    for key in own:
         wanted = _TYPES.get(key, str)
-        if not isinstance(value, wanted) or isinstance(value, bool):
-            raise ConfigError(f"{where}.{key} is {value!r}; it has to be a {wanted.__name__}")
+        if key in table and (not isinstance(table[key], wanted) or isinstance(table[key], bool)):
+            raise ConfigError(f"{where}.{key} is {table[key]!r}; it has to be a {wanted.__name__}")
     for field in fields.values():
-        required = (
-            field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        )
-        if required and field.name not in values:
+        missing = field.default is field.default_factory is dataclasses.MISSING
+        if missing and field.name not in table:
             raise ConfigError(f"{where}: {field.name} is missing; write {field.name} = ...")
-    oracle = table.get("oracle")
-    if oracle is not None and not isinstance(oracle, str):
-        raise ConfigError(f"{where}.oracle is {oracle!r}; it has to be a str")
-    return Domain(name=name, source=source_type(**values), verifier=spec, oracle=oracle)
+    source = source_type(**{key: value for key, value in table.items() if key in fields})
+    return Domain(name=name, source=source, verifier=spec, oracle=table.get("oracle"))
 
 
 def _instead(table: Mapping[str, Any], *wanted: str) -> str:

@@ -44,6 +44,7 @@ class FlatPass:
 
 def hidden_states(model: Any, parts: Sequence[PackedPass]) -> Tensor:
     """`hidden_ND`: last hidden states that predict the sampled tokens, part after part."""
+    # All tokens of the pass end to end, without the gaps of the bins.
     tokens_M = torch.cat([part.tokens_CT.flatten()[part.index_M] for part in parts])
     position_M = torch.cat([part.position_CT.flatten()[part.index_M] for part in parts])
     blocks, predicts, start = [], [], 0
@@ -52,11 +53,13 @@ def hidden_states(model: Any, parts: Sequence[PackedPass]) -> Tensor:
         predicts.append(start + block.token_S[part.predicts_N])
         blocks.append(block)
         start += len(part.index_M)
+    # Rows of a group share the token that predicts their first one: computed once, given to each.
     wanted_W, order_N = torch.cat(predicts).unique(return_inverse=True)
     body = model.base_model
     hidden_MD = body.embed_tokens(tokens_M)
     cos_1ME, sin_1ME = body.rotary_emb(hidden_MD, position_M[None])
     rotation = (cos_1ME[0, :, None], sin_1ME[0, :, None])
+    # Every layer but the last gives all tokens on; the last has only the W that are asked for.
     for layer in body.layers[:-1]:
         hidden_MD = _layer(layer, hidden_MD, rotation, blocks, None)
     blocks = [block.at(wanted_W) for block in blocks]

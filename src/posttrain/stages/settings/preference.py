@@ -50,7 +50,7 @@ class Pairs(Settings):
     @property
     def pairwise(self) -> bool:
         """Whether the judge is asked about pairs, not about responses."""
-        return self.judge is not None and self.judge.asked_about_pairs(self.how.kind)
+        return self.judge is not None and self.how.kind in self.judge.PAIRS
 
     @property
     def by(self) -> str:

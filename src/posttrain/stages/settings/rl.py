@@ -38,8 +38,10 @@ class Rl(Settings, Training, Rollouts):
     """Responses per prompt; 2 or more where an advantage is relative to the group."""
     modes: Modes = ()
     top_p: float = changing(1.0, gt=0, le=1)
-    """Tokens are drawn from the likeliest ones that have this probability together. All log-probs
-    of the stage are then over these tokens (Keep Sampling Mask, DeepSeek-V3.2)."""
+    """Tokens are drawn from the likeliest ones that have this probability together."""
+    replay_mask: bool = True
+    """With `top_p`: policy, policy before the updates and reference have their log-probs over the
+    tokens that could be drawn, as the sampler had (Keep Sampling Mask, DeepSeek-V3.2)."""
     draw: Draw = InTurn()
     """Which problems a step uses."""
     advantage: Advantage = GroupZScore()
@@ -93,5 +95,15 @@ class Rl(Settings, Training, Rollouts):
                 f"group_size = {self.group_size} with advantage = {self.advantage.kind}: a "
                 "response has no other to differ from; set group_size to 2 or more, or advantage "
                 "= global"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _kl_is_of_one_distribution(self) -> Self:
+        if not self.replay_mask and self.kl is not None and self.kl.where == "reward":
+            raise ValueError(
+                "replay_mask = False with a KL in the reward: the sampler's log-probs are over the "
+                "nucleus and the reference's over the vocabulary, so their difference is no KL "
+                "divergence; leave replay_mask out, or use where = loss"
             )
         return self

@@ -1,0 +1,322 @@
+"""What a judge is, and the judges that are made of others: one frozen class for each kind.
+
+The JSON form of a judge is `{"judge": kind, ...fields}`, nested. What can be computed from
+responses, or from the scores of the judges inside it, a judge computes in `score`; one that needs a
+model, a verifier or people names in `SCORER` the class that does it. The kinds that stand by
+themselves, and the union of all, are in `posttrain.rewards.judge_kinds`. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+
+from posttrain.engine.errors import ConfigError
+from posttrain.rewards import combine
+from posttrain.rewards.judge_fields import EDGE, Weight, explain
+from posttrain.schedules import Schedule
+
+if TYPE_CHECKING:
+    from posttrain.rewards.judge_kinds import AnyJudge
+    from posttrain.rewards.judging import Scorer, Scoring
+
+At = Callable[[Schedule], float]
+"""The value of a schedule at the present step."""
+
+
+def _not_alone(judge: Judge) -> Judge:
+    if judge.ALONE:
+        raise ValueError(
+            "people compare pairs by themselves; judges.human() stands alone, in no sum or "
+            "combination"
+        )
+    return judge
+
+
+Part = Annotated["AnyJudge", AfterValidator(_not_alone)]
+"""A judge within another one; `judge_kinds` says which there are."""
+
+
+class Judge(BaseModel):
+    """What scores responses. A recipe adds, subtracts and weighs judges.
+
+    Raises ConfigError where a field does not fit; fields may be given in their order.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    SCORER: ClassVar[str] = ""
+    """The class that scores for it, as "module:name", which is made from the judge and the stage's
+    `StageTools`. Empty for a judge that scores by itself."""
+    ALONE: ClassVar[bool] = False
+    """Whether it can be part of no other judge."""
+    COMBINES: ClassVar[bool] = False
+    """Whether its scores are made of those of its parts, which are logged in its place."""
+    WHOLE: ClassVar[bool] = False
+    """Whether it has to see all responses at once, not group by group."""
+    PAIRS: ClassVar[tuple[str, ...]] = ()
+    """The ways of choosing pairs (`how` of `pairs`) in which it is asked about pairs, not for
+    scores."""
+    STAGES: ClassVar[tuple[str, ...]] = ()
+    """The kinds of stages that can ask it; any where it names none."""
+    OTHERWISE: ClassVar[str] = ""
+    """What to write in other stages."""
+
+    _stage: Any = PrivateAttr(None)
+    """The handle on the stage that it asks, where a recipe made it."""
+
+    judge: str
+    """Its kind."""
+
+    def __init__(self, *values: Any, **fields: Any) -> None:
+        names = [name for name in type(self).model_fields if name != "judge"]
+        if len(values) > len(names):
+            raise TypeError(f"judge {self.kind()} takes {', '.join(names) or 'nothing'}")
+        try:
+            super().__init__(**dict(zip(names, values, strict=False)), **fields)
+        except ValidationError as error:
+            raise ConfigError(explain(error, f"judge {self.kind()}", names)) from None
+
+    @classmethod
+    def kind(cls) -> str:
+        """Its kind, as JSON has it."""
+        return str(cls.model_fields["judge"].default)
+
+    @property
+    def edge(self) -> str | None:
+        """The input of the stage, `judges.NAME`, whose model it asks."""
+        return None
+
+    @property
+    def label(self) -> str:
+        """What the log calls it: the kind, or kind.NAME where a stage's model answers."""
+        return self.judge if self.edge is None else f"{self.judge}.{self.edge.removeprefix(EDGE)}"
+
+    @property
+    def identity(self) -> str:
+        """Its JSON form as text: judges with the same identity give the same scores."""
+        return self.model_dump_json()
+
+    @property
+    def stages(self) -> dict[str, Any]:
+        """Edge, `judges.NAME`, to the stage that is asked; of a judge that a recipe made."""
+        asked = (part for part in self.walk() if part._stage is not None)
+        return {part.edge: part._stage for part in asked if part.edge is not None}
+
+    @property
+    def scheduled(self) -> bool:
+        """Whether a weight in it has a schedule."""
+        return self.resolved(None) != self
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON form."""
+        return self.model_dump(mode="json")
+
+    def parts(self, domain: str | None = None) -> list[Judge]:
+        """The judges directly inside; with `domain` only those that see its responses."""
+        return [part for name in type(self).model_fields for part in _inside(getattr(self, name))]
+
+    def walk(self, domain: str | None = None) -> Iterator[Judge]:
+        """The judge itself and then all inside, in the order in which they are written; with
+        `domain` without what other domains have for themselves."""
+        yield self
+        for part in self.parts(domain):
+            yield from part.walk(domain)
+
+    def resolved(self, at: At | None) -> Self:
+        """The same with each schedule replaced by its value, the first one where `at` is None."""
+        resolved: Self = _resolved(self, at)
+        return resolved
+
+    def score(self, scoring: Scoring) -> list[float]:
+        """One number for each of `scoring.responses`, higher is better."""
+        return scoring.ask(self)
+
+    def scorer(self, tools: Any) -> Scorer:
+        """What scores for it, made with what the stage has. Raises what loading a model raises."""
+        module, _, name = self.SCORER.partition(":")
+        made: Scorer = getattr(import_module(module), name)(self, tools)
+        return made
+
+    def __mul__(self, weight: float | Schedule) -> Judge:
+        """Raises ConfigError for a weight that is neither a number nor a schedule."""
+        first = self.terms[0] if isinstance(self, Sum) and len(self.terms) == 1 else None
+        if first is None or isinstance(first.weight, Schedule) or isinstance(weight, Schedule):
+            return Sum([{"weight": weight, "of": self}])
+        return Sum([{"weight": weight * first.weight, "of": first.of}])
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> Judge:
+        return self * -1.0
+
+    def __add__(self, other: Judge) -> Judge:
+        """Raises ConfigError for what is no judge, as the other operators do."""
+        return Sum([*_terms(self), *_terms(other)])
+
+    def __radd__(self, other: Any) -> Judge:
+        # What sum() begins with.
+        zero = isinstance(other, int) and other == 0
+        return self if zero else Sum([*_terms(other), *_terms(self)])
+
+    def __sub__(self, other: Judge) -> Judge:
+        return self + (-other if isinstance(other, Judge) else other)
+
+    def __rsub__(self, other: Any) -> Judge:
+        return Sum([*_terms(other), *_terms(-self)])
+
+
+class Term(BaseModel):
+    """One summand with its weight."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    weight: Weight
+    of: Part
+
+
+class Sum(Judge):
+    """Judges added up, each times its weight, in their order."""
+
+    COMBINES = True
+
+    judge: Literal["sum"] = "sum"
+    terms: Annotated[tuple[Term, ...], Field(min_length=1)]
+
+    def score(self, scoring: Scoring) -> list[float]:
+        """The weighted sum for each response."""
+        weights: list[Any] = [term.weight for term in self.terms]
+        return combine.weighted_sum(weights, [scoring.scores(term.of) for term in self.terms])
+
+
+class Gate(Judge):
+    """`then` where `condition` scores less than `below`, else `otherwise` (Llama 2, 3.2.3)."""
+
+    COMBINES = True
+
+    judge: Literal["gate"] = "gate"
+    condition: Part
+    below: Weight
+    then: Part
+    otherwise: Part
+
+    def score(self, scoring: Scoring) -> list[float]:
+        """A branch that no response takes is not asked."""
+        below: Any = self.below
+        condition = scoring.scores(self.condition)
+        low = [value < below for value in condition]
+        skipped = [0.0] * len(condition)
+        then = scoring.scores(self.then) if any(low) else skipped
+        otherwise = skipped if all(low) else scoring.scores(self.otherwise)
+        return combine.gated(condition, below, then, otherwise)
+
+
+class Lexicographic(Judge):
+    """`first`; where a whole group has the same score under it, plus `second`, which then decides.
+
+    After MAI-Thinking-1.
+    """
+
+    COMBINES = True
+
+    judge: Literal["lexicographic"] = "lexicographic"
+    first: Part
+    second: Part
+
+    def score(self, scoring: Scoring) -> list[float]:
+        """The first's scores, with the second's in groups that tie."""
+        first, second = scoring.scores(self.first), scoring.scores(self.second)
+        return combine.lexicographic(first, second, scoring.responses.group)
+
+
+class Normalised(Judge):
+    """Each judge's z-score within the group, added (GDPO, arXiv 2601.05242); weigh the result."""
+
+    COMBINES = True
+
+    judge: Literal["normalised"] = "normalised"
+    judges: Annotated[tuple[Part, ...], Field(min_length=2)]
+
+    def score(self, scoring: Scoring) -> list[float]:
+        """The sum of z-scores for each response."""
+        scores = [scoring.scores(judge) for judge in self.judges]
+        return combine.normalised(scores, scoring.responses.group)
+
+
+class Whitened(Judge):
+    """The judge's z-score over the whole batch (Llama 2, 3.2.3)."""
+
+    COMBINES = True
+    WHOLE = True
+
+    judge: Literal["whitened"] = "whitened"
+    of: Part
+
+    def score(self, scoring: Scoring) -> list[float]:
+        """The z-score of each response."""
+        return combine.z_scores(scoring.scores(self.of))
+
+
+class ByDomain(Judge):
+    """Each domain's own judge, which sees the responses to that domain's problems only."""
+
+    COMBINES = True
+
+    judge: Literal["by_domain"] = "by_domain"
+    domains: Annotated[dict[str, Part], Field(min_length=1)]
+
+    def parts(self, domain: str | None = None) -> list[Judge]:
+        """Those of all domains, or of one."""
+        return list(self.domains.values()) if domain is None else [self.domains[domain]]
+
+    def check(self, domains: Sequence[str], *, where: str) -> None:
+        """Raises ConfigError for a domain without a judge."""
+        for domain in domains:
+            if domain not in self.domains:
+                raise ConfigError(
+                    f"{where}: judges.by_domain has none for domain {domain!r}; it has judges for "
+                    f"{', '.join(self.domains)}"
+                )
+
+    def score(self, scoring: Scoring) -> list[float]:
+        """Each response's score by the judge of its domain. Raises as `check`."""
+        rows: dict[str, list[int]] = {}
+        for row, problem in enumerate(scoring.responses.problems):
+            rows.setdefault(problem["domain"], []).append(row)
+        self.check(list(rows), where="the reward")
+        scores = [0.0] * len(scoring.responses)
+        for domain, index in rows.items():
+            found = scoring.subset(index).scores(self.domains[domain])
+            for row, value in zip(index, found, strict=True):
+                scores[row] = value
+        return scores
+
+
+def _terms(judge: Any) -> list[Any]:
+    return list(judge.terms) if isinstance(judge, Sum) else [{"weight": 1.0, "of": judge}]
+
+
+def _inside(value: Any) -> list[Judge]:
+    """The judges in the value of a field."""
+    if isinstance(value, Judge):
+        return [value]
+    if isinstance(value, Term):
+        return [value.of]
+    parts = value.values() if isinstance(value, dict) else value
+    return [j for part in parts for j in _inside(part)] if isinstance(value, dict | tuple) else []
+
+
+def _resolved(value: Any, at: At | None) -> Any:
+    if isinstance(value, Schedule):
+        return value.possible_values()[0] if at is None else at(value)
+    if isinstance(value, Judge | Term):
+        fields = {name: _resolved(getattr(value, name), at) for name in type(value).model_fields}
+        return value.model_copy(update=fields)
+    if isinstance(value, tuple):
+        return tuple(_resolved(part, at) for part in value)
+    if isinstance(value, dict):
+        return {name: _resolved(part, at) for name, part in value.items()}
+    return value
