@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from posttrain.rl.types import Rollouts
+from posttrain.stages.batches import sequences
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
@@ -19,8 +21,6 @@ from posttrain.backends.local import LocalLearner
 from posttrain.backends.scalar import load_scalar, save_scalar
 from posttrain.engine.errors import ConfigError
 from posttrain.rl.gae import gae, token_rewards
-from posttrain.rl.types import Rollouts
-from posttrain.stages.batches import sequences
 from posttrain.stages.context import Context
 from posttrain.stages.critic import Critic, new_critic, value_metrics
 from posttrain.stages.settings.rl import Rl

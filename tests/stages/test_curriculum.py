@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-
 from posttrain.stages.batches import Pool
-from posttrain.stages.config import build_config
 from posttrain.stages.curriculum import Shares, gaussian_keys, in_band, reprofile_due
 from posttrain.stages.supply import Supply
+
+from posttrain.stages.config import build_config
 
 
 def settings(**changes: Any) -> Any:

@@ -13,17 +13,17 @@ from typing import Any
 
 import pytest
 import torch
+from posttrain.rl.types import Rollouts
+from posttrain.stages.batches import sequences
+from posttrain.stages.credit import credit
+from posttrain.stages.rollouts import Scored
 from safetensors.torch import load_file
 from torch import Tensor
 
 from posttrain.backends.scalar import load_scalar, save_scalar
 from posttrain.engine.errors import ConfigError
-from posttrain.rl.types import Rollouts
-from posttrain.stages.batches import sequences
 from posttrain.stages.config import build_config
 from posttrain.stages.context import Context
-from posttrain.stages.credit import credit
-from posttrain.stages.rollouts import Scored
 from posttrain.stages.settings.rl import Rl
 
 BASE: dict[str, Any] = {

@@ -101,9 +101,10 @@ def test_a_prefix_begins_every_response(
     sample: Callable[..., Any], models: Mapping[str, str]
 ) -> None:
     """What the model then says is what it says after these words of its own."""
+    from posttrain.backends.sampler import LocalSampler
+
     from posttrain.backends.chat import Chat
     from posttrain.backends.checkpoint import load
-    from posttrain.backends.sampler import LocalSampler
 
     rows = rows_of(sample(prefix="ab", temperature=0.0, k=1).out / "rollouts.jsonl")
     language_model = load(models["one"])

@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from posttrain.backends.sampler import LocalSampler
+from posttrain.rl.types import Rollouts
+from posttrain.stages.rollouts import gathered
 from torch import Tensor
 
 from posttrain.backends.checkpoint import load
 from posttrain.backends.local import LocalScorer
-from posttrain.backends.sampler import LocalSampler
-from posttrain.rl.types import Rollouts
 from posttrain.stages import teachers as stage
 from posttrain.stages.config import build_config
-from posttrain.stages.rollouts import gathered
 from posttrain.stages.settings.distill import Distill
 from posttrain.stages.teachers import Targets, Teachers
 
