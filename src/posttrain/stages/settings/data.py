@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
 
 from posttrain.algorithms import Correct, Near, Repetition, Selection, Share
 from posttrain.backends.prompting import Mode
