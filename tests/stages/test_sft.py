@@ -16,12 +16,15 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from posttrain.backends.checkpoint import LanguageModel
+from posttrain.backends.tiny import character_tokenizer, new_model
 from posttrain.engine.errors import ConfigError
 from posttrain.schedules import learning_rate
 from posttrain.stages import context
 from posttrain.stages.config import build_config
+from posttrain.stages.context import Context
 from posttrain.stages.data import Pool
-from posttrain.stages.settings.supervised import Sft
+from posttrain.stages.settings.supervised import Pretrain, Sft
+from posttrain.stages.supervised import fresh_model
 
 RunStage = Callable[..., Any]
 BASE: dict[str, Any] = {"steps": 5, "batch_size": 8, "lr": 0.01, "warmup_steps": 1}
@@ -163,6 +166,24 @@ def test_pretraining_on_responses_counts_their_tokens_only(pretrain: Callable[..
     assert responses["tokens"] == 4 * 4 + 4 * 7
     # <|user|>, the name, a space, the word and <|assistant|>, of which the first is given.
     assert everything["tokens"] == responses["tokens"] + 4 * (6 + 3 + 1) + 4 * (6 + 6 + 1)
+
+
+def test_pretraining_begins_with_the_weights_that_were_drawn(
+    new_context: Callable[..., Context],
+) -> None:
+    """Written to a directory and read again by the backend: not a bit is lost."""
+    settings = Pretrain(**{**TINY, "seed": 5, "thinking": True})
+    demos = {"short": [{"prompt": "große", "demo": "a", "thought": "ø"}]}
+    ctx = new_context()
+    policy = ctx.learner(settings, fresh_model(settings, ctx, demos))
+    tokenizer = character_tokenizer(["große", "ø"], thinking=True)
+    sizes = {name: TINY[name] for name in set(TINY) - set(BASE)}
+    expected = new_model(tokenizer, **sizes, seed=5).model.state_dict()
+    found = {n.removeprefix("weight."): v for n, v in policy.state().items()}
+    assert found.keys() <= expected.keys() and len(found) > 10
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+    assert policy.chat.tokenizer.get_vocab() == tokenizer.get_vocab()
+    assert policy.chat.decode(policy.chat.response("", "große ø")) == "große ø"
 
 
 def test_documents_longer_than_the_model_are_refused(pretrain: Callable[..., Any]) -> None:
