@@ -287,8 +287,8 @@ def _plain(value: Any, defaults: bool) -> Any:
         for name, field in type(value).model_fields.items():
             part = getattr(value, name)
             if not defaults and name not in TAGS and part == default_of(field):
-                del plain[name]
-            elif isinstance(part, BaseModel | Mapping | list | tuple):
+                plain.pop(name, None)
+            elif name in plain and isinstance(part, BaseModel | Mapping | list | tuple):
                 plain[name] = _plain(part, defaults)
         return plain
     if isinstance(value, Mapping):
