@@ -292,7 +292,7 @@ def _plain(value: Any, defaults: bool) -> Any:
                 plain[name] = _plain(part, defaults)
         return plain
     if isinstance(value, Mapping):
-        return {key: _plain(part, defaults) for key, part in value.items()}
+        return {str(key): _plain(part, defaults) for key, part in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(part, defaults) for part in value]
     return value
