@@ -1,7 +1,8 @@
 """Every call into posttrain that the suite makes.
 
-Threads are used as the stages use them (`posttrain.stages.worker.useful_threads`): a tiny model computes
-on one, and the others compute other forward passes beside it; a larger model computes on all.
+Threads are used as the stages use them (`posttrain.stages.worker.useful_threads`): a tiny model
+computes on one, and the others compute other forward passes beside it; a larger model computes on
+all.
 
 Legend: B rows, N flat response tokens, T positions, V vocabulary, D hidden size.
 """

@@ -14,6 +14,7 @@ import typer
 from posttrain.cli import app
 from posttrain.language.loader import shipped_recipes
 from posttrain.report.curves import COUNTERS, METRICS
+from posttrain.rewards.judge_base import Judge
 from posttrain.rewards.spec import OPTIONS
 from posttrain.stages.kinds import KINDS, Kind, kind_of
 from posttrain.suites.load import load_suite
@@ -89,6 +90,8 @@ def check_settings(kind: Kind, text: str) -> None:
             assert found[name] == "needed", name
         elif found[name] != "differs":
             default = field.get_default(call_default_factory=True)
+            if isinstance(default, Judge):
+                default = default.to_json()
             assert found[name] == f"`{json.dumps(default)}`", name
 
 

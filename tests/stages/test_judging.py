@@ -160,6 +160,24 @@ def test_long_responses_lose_their_beginnings(
     assert found[0] == pytest.approx(by_hand(policy, f"c {tail[-23:]}|abc"), abs=1e-5)
 
 
+def test_rl_logs_the_parts_of_its_reward(
+    run_stage: Callable[..., Any], models: Mapping[str, str], domains: Mapping[str, str]
+) -> None:
+    """The reward is their weighted sum in every step; the verifier's part is the accuracy."""
+    reward = judges.verifier() - 0.5 * judges.length(budget=3) + 0.25 * judges.finished()
+    settings = {"steps": 2, "prompts_per_step": 4, "group_size": 2, "max_new_tokens": 6}
+    edges = {"start": models["start"], **domains}
+    ran = run_stage("rl", settings | {"lr": 0.01, "reward": reward.to_json()}, edges)
+    for line in ran.lines:
+        verifier, length, finished = (
+            line[f"judge/{name}"] for name in ("verifier", "length", "finished")
+        )
+        assert line["reward"] == pytest.approx(verifier - 0.5 * length + 0.25 * finished, abs=1e-6)
+        assert (verifier, finished) == pytest.approx((line["accuracy"], line["finished_share"]))
+    plain = run_stage("rl", settings | {"lr": 0.01}, edges)
+    assert not [key for line in plain.lines for key in line if key.startswith("judge/")]
+
+
 def test_people_make_the_stage_wait(context: Context) -> None:
     reward = make_reward(judges.human(), context)
     with pytest.raises(Waiting, match="1 of 1 comparisons"):

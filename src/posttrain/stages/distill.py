@@ -167,7 +167,7 @@ def distill_loss(
     hidden_ND, batch = in_order_of_teachers(hidden_ND, batch)
     weight_N = token_weights(s, batch)
     student = {"bias_V": head.bias_V, "temperature": s.temperature}
-    logp_N, metrics = torch.empty(0), {}
+    metrics: Metrics = {}
     if isinstance(estimator, SampledToken) or s.reward_weight > 0:
         logp_N, sampled_entropy_N = token_logprobs(
             hidden_ND, head.weight_VD, batch.targets_N, **student
