@@ -6,23 +6,30 @@ import ast
 import json
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import typer
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
+from posttrain import algorithms
+from posttrain.algorithms import Custom
 from posttrain.cli import app
+from posttrain.judges import Judge
 from posttrain.language.loader import shipped_recipes
 from posttrain.report.curves import COUNTERS, METRICS
-from posttrain.rewards.judge_base import Judge
 from posttrain.rewards.spec import OPTIONS
 from posttrain.stages.kinds import KINDS, Kind, kind_of
 from posttrain.suites.load import load_suite
+from posttrain.values import Settings, changing_fields, default_of
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")])
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-ROW = re.compile(r"^\| `(\w+)` \| (.+?) \| ", re.MULTILINE)
+ROW = re.compile(r"^\| `(\w+)` \| ([^|]+) \|( yes)? \| ", re.MULTILINE)
+CHOICE_ROW = re.compile(r"^\| (`[A-Z][\w`, ]+) \| `(\w+)` \| ([^|]+) \|( yes)? \| ", re.MULTILINE)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 TEST = re.compile(r"(tests/[\w/]+\.py)::(\w+)")
 DERIVED = {"clip_share"}
@@ -70,34 +77,69 @@ def test_named_tests_exist(path: Path) -> None:
 def test_every_loss_names_its_proof() -> None:
     text = page("docs/losses.md")
     assert len(TEST.findall(text)) > 30
-    for name in ("sampled_token", "top_k", "full_vocabulary"):
+    for name in ("sampled_token", "top_k", "reverse_kl"):
         section = text.partition(f"### `{name}`")[2].partition("\n### ")[0]
         assert "Source" in section and TEST.search(section), name
 
 
-def check_settings(kind: Kind, text: str) -> None:
+def chapter(title: str) -> str:
+    return page("docs/language.md").partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+
+
+def shown(field: FieldInfo) -> str:
+    """A default as the tables write it: a choice by its kind, everything else as JSON."""
+    if field.is_required():
+        return "needed"
+    default = default_of(field)
+    if isinstance(default, Judge):
+        return f"`judges.{default.kind()}()`"
+    if isinstance(default, Settings) and "kind" not in type(default).model_fields:
+        return f"`{type(default).__name__}()`"
+    return f"`{json.dumps(getattr(default, 'kind', default))}`"
+
+
+def check_rows(found: Mapping[str, tuple[str, str]], cls: type[BaseModel]) -> None:
+    """Name to default and schedule, as documented, against a class of settings."""
+    assert sorted(found) == sorted(cls.model_fields)
+    changing = changing_fields(cls) if issubclass(cls, Settings) else []
+    for name, field in cls.model_fields.items():
+        default, schedule = found[name]
+        assert default in ("differs", shown(field)), name
+        assert schedule.strip() == ("yes" if name in changing else ""), name
+
+
+def check_settings(kind: Kind, settings: str) -> None:
     """A table of settings belongs to the kinds that its heading names."""
-    found: dict[str, str] = {}
-    settings = text.partition("## Settings")[2].partition("\n## ")[0]
+    found: dict[str, tuple[str, str]] = {}
     for section in settings.split("\n### ")[1:]:
         heading, _, body = section.partition("\n")
         if f"`{kind}`" in heading:
-            found |= dict(ROW.findall(body))
-    fields = kind.settings_class().model_fields
-    assert set(found) == set(fields)
-    for name, field in fields.items():
-        if field.is_required():
-            assert found[name] == "needed", name
-        elif found[name] != "differs":
-            default = field.get_default(call_default_factory=True)
-            if isinstance(default, Judge):
-                default = default.to_json()
-            assert found[name] == f"`{json.dumps(default)}`", name
+            found |= {name: (default, yes) for name, default, yes in ROW.findall(body)}
+    check_rows(found, kind.settings_class())
 
 
 @pytest.mark.parametrize("kind", [k for k in KINDS.values() if not k.from_outside], ids=str)
 def test_every_setting_is_documented_with_its_default(kind: Kind) -> None:
-    check_settings(kind, page("docs/language.md"))
+    check_settings(kind, chapter("Settings"))
+
+
+CHOICES = [
+    cls
+    for name, cls in vars(algorithms).items()
+    if isinstance(cls, type) and issubclass(cls, Settings) and cls not in (Settings, Custom)
+]
+
+
+@pytest.mark.parametrize("cls", CHOICES, ids=lambda cls: cls.__name__)
+def test_every_choice_is_documented_with_its_settings(cls: type[Settings]) -> None:
+    rows = CHOICE_ROW.findall(chapter("Choices"))
+    own = [row for row in rows if f"`{cls.__name__}`" in row[0].split(", ")]
+    check_rows({name: (default, yes) for _, name, default, yes in own}, cls)
+
+
+def test_the_choices_name_nothing_else() -> None:
+    named = {n for row in CHOICE_ROW.findall(chapter("Choices")) for n in row[0].split(", ")}
+    assert named == {f"`{cls.__name__}`" for cls in CHOICES}
 
 
 def test_the_settings_of_a_kind_of_ones_own_can_be_checked_too(
@@ -105,34 +147,26 @@ def test_the_settings_of_a_kind_of_ones_own_can_be_checked_too(
 ) -> None:
     monkeypatch.syspath_prepend(ROOT / "tests/cli")
     kind = kind_of("own_kind.ECHO")
-    text = "## Settings\n\n### `own_kind.ECHO`\n\n| `calls` | `3` | |\n| `loss` | `0.5` | |\n"
+    text = "\n### `own_kind.ECHO`\n\n| `calls` | `3` | | |\n| `loss` | `0.5` | | |\n"
     check_settings(kind, text)
-    for old, new in {"| `loss` | `0.5` | |": "", "`own_kind.ECHO`": "echo", "`3`": "`4`"}.items():
+    changes = {
+        "| `loss` | `0.5` | | |": "",
+        "`own_kind.ECHO`": "echo",
+        "`3`": "`4`",
+        "`3` | |": "`3` | yes |",
+    }
+    for old, new in changes.items():
         with pytest.raises(AssertionError):
             check_settings(kind, text.replace(old, new))
     # Other tests have a copy of that module, which is to be found in its place.
     del sys.modules["own_kind"]
 
 
-@pytest.mark.parametrize(
-    "kind", [k.name for k in KINDS.values() if hasattr(k.settings_class(), "SCHEDULABLE")]
-)
-def test_every_setting_that_may_have_a_schedule_is_documented(kind: str) -> None:
-    found: set[str] = set()
-    settings = page("docs/language.md").partition("## Settings")[2].partition("\n## ")[0]
-    for section in settings.split("\n### ")[1:]:
-        heading, _, body = section.partition("\n")
-        if f"`{kind}`" in heading:
-            for names in re.findall(r"May have a schedule: ([^.]*)\.", body):
-                found |= set(re.findall(r"`(\w+)`", names))
-    assert found == KINDS[kind].settings_class().schedulable()
-
-
 def test_a_default_that_differs_is_told() -> None:
     fields = {k: KINDS[k].settings_class().model_fields for k in ("rl", "distill")}
-    defaults = {k: found["aggregation"].default for k, found in fields.items()}
+    defaults = {k: found["aggregation"].default.kind for k, found in fields.items()}
     told = '`aggregation` is `"{rl}"` in `rl` and `"{distill}"` in `distill`.'
-    assert told.format(**defaults) in page("docs/language.md")
+    assert told.format(**defaults) in chapter("Settings")
 
 
 def test_every_metric_is_documented() -> None:

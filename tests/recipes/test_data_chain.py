@@ -53,7 +53,7 @@ def recipe(r: Recipe) -> Stage:
         start=failed(r, base, failures), teachers=dict.fromkeys(r.domains, tuned),
         prompts=chosen, steps=2, prompts_per_step=8, **LIMIT
     )  # fmt: skip
-    liked = r.pairs(pool, judge=judges.oracle(), how="all", min_strength=2)
+    liked = r.pairs(pool, judge=judges.oracle(), how=AllPairs(min_margin=2))
     preferred = r.dpo(start=s, data=liked, steps=3, **TRAIN)
     winner = r.best(
         [base, second, taught, preferred], num_problems=10, samples=1, bootstrap=100, **LIMIT

@@ -11,6 +11,8 @@ from typing import Any, cast
 
 import pytest
 import torch
+from posttrain.rl.types import Rollouts
+from posttrain.stages.batches import sequences
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
