@@ -144,6 +144,7 @@ def with_logprobs(batch: Batch, model: Any) -> Batch:
         logp_N = sampled_logprobs(model, batch)
     batch["old_logp_N"] = near(logp_N, 0.2)
     batch["sampler_logp_N"] = near(batch["old_logp_N"], 0.1)
+    batch["policy_logp_N"] = batch["sampler_logp_N"]
     batch["ref_logp_N"] = near(logp_N, 0.5)
     batch["kl_weight_B"] = torch.tensor([1.0, 0.5, 2.0, 0.0])
     batch["advantage_N"] = torch.tensor([1.5, -1.0, 0.5, -0.5])[batch.row_N]

@@ -115,17 +115,16 @@ def run(settings: Rl, ctx: Context) -> dict[str, float]:
         batch["kl_weight_B"] = kl_weights(s, batch)
         if reference is not None:
             batch["ref_logp_N"] = reference.logprobs(batch, temperature=s.temperature)
-<<<<<<< HEAD
-
-        # Advantage: of every token; then the rows that teach nothing are left out.
-=======
+        if s.kl is not None and s.kl.where == "reward":
             # Over the same tokens as the reference's: the sampler's may be over a nucleus.
+            same = s.replay_mask or s.top_p == 1
             batch["policy_logp_N"] = (
                 batch["sampler_logp_N"]
-                if s.replay_mask or s.top_p == 1
+                if same
                 else policy.logprobs(batch, temperature=s.temperature)
             )
->>>>>>> core
+
+        # Advantage: of every token; then the rows that teach nothing are left out.
         metrics |= add_advantages(s, batch, critic)
         trained = batch.select(rows_to_train(s, batch))
         metrics["train_fraction"] = len(trained) / len(sampled)
