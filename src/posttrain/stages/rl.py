@@ -4,7 +4,7 @@
 into advantages, and take `num_minibatches` policy-gradient steps. `policy_loss` is what those steps
 descend. `s` are the settings of the step, every schedule resolved.
 
-Legend: B rows (responses), N sampled tokens of all rows, M those of the rows that are trained on.
+Legend: B rows (responses), N sampled tokens of all rows.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from posttrain.stages.aux_losses import AuxData, pop_metrics
 from posttrain.stages.context import Context
 from posttrain.stages.critic import Critic
 from posttrain.stages.judging import make_reward, responses_of
+from posttrain.stages.own_function import checked_sum, checked_values, named
 from posttrain.stages.problems import ProblemSampler, reprofile_of
 from posttrain.stages.rollout import rollout, verifiers
 from posttrain.stages.rollout_log import RolloutLog
@@ -82,18 +83,21 @@ def run(settings: Rl, ctx: Context) -> dict[str, float]:
             reference.sync(policy)
         tokens, metrics = profile(s, ctx, step, problems, sampler, pool)
 
-        # Draw, roll out, judge: again where the groups of the batch have equal rewards.
         draws: list[Batch] = []
-        said: dict[str, list[float]] = {}
+        judged: dict[str, list[float]] = {}
+        # Draw: with dynamic sampling again while groups of the batch have equal rewards.
         while asked := problems.draw(s, step, draws):
+            # Roll out: a group of responses to each problem, verified as they end.
             drawn = sample(s, sampler, asked, pool, seed=problems.seed(s, step, len(draws)))
+            # Judge: other judges than the verifier put their score in place of its own.
             if judge is not None:
                 at = methodcaller("at", step, settings.steps, ctx.history)
                 scores, parts = judge.score(responses_of(drawn), at)
                 drawn["reward_B"] = torch.tensor(scores, dtype=torch.float32)
                 for label, values in parts.items():
-                    said.setdefault(label, []).extend(values)
+                    judged.setdefault(label, []).extend(values)
             draws.append(drawn)
+        # All that was sampled is logged; what is learned from is one batch of the size asked for.
         sampled, batch = concatenate(draws), problems.batch(s, draws)
         rows = log.write(
             step,
@@ -102,21 +106,25 @@ def run(settings: Rl, ctx: Context) -> dict[str, float]:
             temperature=s.temperature,
             judged=judge is not None,
         )
-        metrics |= {f"judge/{label}": sum(of_it) / len(of_it) for label, of_it in said.items()}
+        metrics |= {f"judge/{label}": sum(given) / len(given) for label, given in judged.items()}
         metrics |= problems.metrics(s, draws) | problems.observe(s, rows) | s.scheduled()
 
-        # Score and credit.
+        # Score: the reference reads the tokens, over the nucleus that they were drawn from.
         if not s.replay_mask:
             batch = batch.without("nucleus_count_N", "nucleus_ids_F")
         batch["kl_weight_B"] = kl_weights(s, batch)
         if reference is not None:
             batch["ref_logp_N"] = reference.logprobs(batch, temperature=s.temperature)
+        if s.kl is not None and s.kl.where == "reward":
             # Over the same tokens as the reference's: the sampler's may be over a nucleus.
+            same = s.replay_mask or s.top_p == 1
             batch["policy_logp_N"] = (
                 batch["sampler_logp_N"]
-                if s.replay_mask or s.top_p == 1
+                if same
                 else policy.logprobs(batch, temperature=s.temperature)
             )
+
+        # Advantage: of every token; then the rows that teach nothing are left out.
         metrics |= add_advantages(s, batch, critic)
         trained = batch.select(rows_to_train(s, batch))
         metrics["train_fraction"] = len(trained) / len(sampled)
@@ -140,6 +148,7 @@ def run(settings: Rl, ctx: Context) -> dict[str, float]:
                 updates.append(policy.update(part, loss, count=float(count), lr=lr, aux=further))
             metrics |= per_token(updates)
 
+        # Log.
         metrics |= batch_metrics(sampled, judged=judge is not None)
         ctx.log(step + 1, settings.steps, tokens=tokens + sampled.num_tokens, **metrics)
     policy.finish()
@@ -243,9 +252,13 @@ def add_advantages(s: Rl, batch: Batch, critic: Critic | None) -> dict[str, floa
         kl_B = torch.zeros_like(reward_B).index_add(0, row_N, kl_N)
         reward_B = reward_B - scale_B * kl_B
     if isinstance(s.advantage, Custom):
-        function, more = s.advantage.implementation(), s.advantage.arguments()
-        advantage = function(reward_B, batch["group_B"], **more)
-        batch["advantage_N"] = advantage if len(advantage) != len(batch) else advantage[row_N]
+        with named(s.advantage):
+            own, more = s.advantage.implementation(), s.advantage.arguments()
+            advantage = own(reward_B, batch["group_B"], **more)
+            advantage = checked_values(s.advantage, advantage, len(batch), batch.num_tokens)
+        # Of responses, which their tokens share, or of tokens.
+        by_row = len(advantage) == len(batch)
+        batch["advantage_N"] = advantage[row_N] if by_row else advantage
     elif isinstance(s.advantage, LeaveOneOutZScore):
         advantage_B = advantages(reward_B, batch["group_B"], mode="leave_one_out")
         batch["advantage_N"] = whitened(advantage_B)[row_N]
@@ -320,9 +333,6 @@ def policy_loss(s: Rl, logp_N: Tensor, entropy_N: Tensor, batch: Batch) -> tuple
     weight_N, _ = aggregation_weights(
         row_N, num_rows, aggregation=s.aggregation.kind, constant=constant_of(s)
     )
-    if s.token_weight is not None:
-        weigh, more = s.token_weight.implementation(), s.token_weight.arguments()
-        weight_N = weight_N * weigh(batch, **more)
     correction_N, metrics = importance_correction(
         old_logp_N,
         batch["sampler_logp_N"],
@@ -335,17 +345,19 @@ def policy_loss(s: Rl, logp_N: Tensor, entropy_N: Tensor, batch: Batch) -> tuple
             logp_N, old_logp_N, advantage_N, row_N, num_rows=num_rows, delta=s.off_policy_delta
         )
         correction_N, metrics = correction_N * mask_N, metrics | masked
-    surrogate = s.surrogate.implementation()
-    total, own = surrogate(
-        logp_N,
-        old_logp_N,
-        advantage_N,
-        weight_N,
-        row_N,
-        num_rows=num_rows,
-        correction_N=correction_N,
-        **s.surrogate.arguments(),
-    )
+    with named(s.surrogate):
+        surrogate = s.surrogate.implementation()
+        found = surrogate(
+            logp_N,
+            old_logp_N,
+            advantage_N,
+            token_weights(s, batch, weight_N),
+            row_N,
+            num_rows=num_rows,
+            correction_N=correction_N,
+            **s.surrogate.arguments(),
+        )
+        total, own = checked_sum(s.surrogate, found, logp_N)
     metrics |= own | {"entropy": entropy_N.sum(), "tokens": logp_N.new_tensor(float(len(logp_N)))}
     if s.kl is not None and s.kl.where == "loss":
         kl_weight_N = weight_N * batch["kl_weight_B"][row_N]
@@ -358,6 +370,16 @@ def policy_loss(s: Rl, logp_N: Tensor, entropy_N: Tensor, batch: Batch) -> tuple
         total = total + s.kl.coef * penalty
         metrics["kl_reference"] = own["kl"]
     return total, metrics
+
+
+def token_weights(s: Rl, batch: Batch, weight_N: Tensor) -> Tensor:
+    """The weights of the aggregation, times those of the user's own function where there is one."""
+    if s.token_weight is None:
+        return weight_N
+    with named(s.token_weight):
+        weigh, more = s.token_weight.implementation(), s.token_weight.arguments()
+        factor_N = checked_values(s.token_weight, weigh(batch, **more), batch.num_tokens)
+    return weight_N * factor_N
 
 
 def constant_of(s: Rl) -> int:
