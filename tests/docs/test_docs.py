@@ -100,7 +100,7 @@ def shown(field: FieldInfo) -> str:
 
 def check_rows(found: Mapping[str, tuple[str, str]], cls: type[BaseModel]) -> None:
     """Name to default and schedule, as documented, against a class of settings."""
-    assert list(sorted(found)) == sorted(cls.model_fields)
+    assert sorted(found) == sorted(cls.model_fields)
     changing = changing_fields(cls) if issubclass(cls, Settings) else []
     for name, field in cls.model_fields.items():
         default, schedule = found[name]
