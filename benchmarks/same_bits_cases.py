@@ -23,16 +23,16 @@ AFTER: dict[str, str] = {
     "three_updates": "dict(num_minibatches=3)",
     "many": "policy | two_updates | dict(lr=4e-3, lr_decay='constant')",
     "more": "policy | three_updates | dict(lr=4e-3, lr_decay='constant')",
-    "pretrain_response": "pretrain(data=demos('general', noise=.3), loss_on='response', aux={'ptx': "
-    "(demos('judging'), Aux(.5, batch_size=4))}, optimizer=AdamW(weight_decay=.1), "
-    "lr_decay='linear', **size | learn | dict(steps=4))",
-    "sft_lines": "sft(start=base, data=demos('general', noise=.3, hint='{prompt} {answer}'), epochs=.5, "
-    "batch_size=16, lr=3e-3, lr_decay='constant')",
-    "sft_aux": "sft(start=base, data=demos('reasoning'), aux={'ptx': (demos('judging'), Aux(.5, "
-    "batch_size=8))}, optimizer=AdamW(ema=.9, max_grad_norm=.1), "
+    "pretrain_response": "pretrain(data=demos('general', noise=.3), loss_on='response', "
+    "aux={'ptx': (demos('judging'), Aux(.5, batch_size=4))}, "
+    "optimizer=AdamW(weight_decay=.1), lr_decay='linear', **size | learn | dict(steps=4))",
+    "sft_lines": "sft(start=base, data=demos('general', noise=.3, hint='{prompt} {answer}'), "
+    "epochs=.5, batch_size=16, lr=3e-3, lr_decay='constant')",
+    "sft_aux": "sft(start=base, data=demos('reasoning'), aux={'ptx': (demos('judging'), "
+    "Aux(.5, batch_size=8))}, optimizer=AdamW(ema=.9, max_grad_norm=.1), "
     "domain_shares={'reasoning': 1}, **learn)",
-    "sft_scheduled": "sft(start=base, data=demos(domains), steps=3, batch_size=schedules.steps({0: 4, 1: "
-    "9}), lr=schedules.linear(3e-3, 1e-3), "
+    "sft_scheduled": "sft(start=base, data=demos(domains), steps=3, "
+    "batch_size=schedules.steps({0: 4, 1: 9}), lr=schedules.linear(3e-3, 1e-3), "
     "optimizer=AdamW(weight_decay=schedules.cosine(.1, 0., until=2)), aux={'ptx': "
     "(demos('judging'), schedules.linear(1., 0.))})",
     "correct": "select(sampled, how=Correct(2))",
@@ -47,27 +47,28 @@ AFTER: dict[str, str] = {
     "dpo_sigmoid": "dpo(loss=Dpo(beta=.2, label_smoothing=.1), **prefer)",
     "dpo_length": "dpo(loss=DpoNorm(beta=5., nll_weight=.2), **prefer)",
     "dpo_simpo": "dpo(loss=SimPO(beta=2., gamma=.7), mask_formatting=True, **prefer)",
-    "dpo_ipo": "dpo(loss=Ipo(nll_weight=.1), aux={'ptx': (demos('judging'), Aux(.5, batch_size=4))}, "
-    "**prefer)",
+    "dpo_ipo": "dpo(loss=Ipo(nll_weight=.1), aux={'ptx': (demos('judging'), Aux(.5, "
+    "batch_size=4))}, **prefer)",
     "dpo_kto": "dpo(loss=Kto(desirable_weight=1.3, undesirable_weight=.7), **prefer)",
-    "dpo_reference": "dpo(start=sft_plain, reference=base, data=preferred_oracle, epochs=.5, batch_size=8, "
-    "lr=3e-3, loss=Dpo(schedules.linear(.1, .3)), mask_formatting=True)",
-    "rm_margins": "reward_model(start=base, data=preferred_oracle, loss=BradleyTerry(margins='strength', "
-    "centring=.01), **learn)",
+    "dpo_reference": "dpo(start=sft_plain, reference=base, data=preferred_oracle, epochs=.5, "
+    "batch_size=8, lr=3e-3, loss=Dpo(schedules.linear(.1, .3)), mask_formatting=True)",
+    "rm_margins": "reward_model(start=base, data=preferred_oracle, "
+    "loss=BradleyTerry(margins='strength', centring=.01), **learn)",
     "rl_batch": "rl(advantage='batch', aggregation=ConstantSum(3), **policy)",
     "rl_gae": "rl(advantage=Gae(lam=.9, gamma=.98), **policy)",
     "rl_gae_clipped": "rl(advantage=Gae(critic_lr=5e-3, value_clip=.05, warmup_steps=1), **many)",
     "rl_gae_unclipped": "rl(advantage=Gae(value_clip=None), critic=sft_plain, **many)",
-    "rl_gae_rewards": "rl(advantage='gae', critic=rm_plain, reward=judges.scalar(rm_plain), kl=KL(.05, "
-    "where='reward', estimator='k1'), **many)",
+    "rl_gae_rewards": "rl(advantage='gae', critic=rm_plain, reward=judges.scalar(rm_plain), "
+    "kl=KL(.05, where='reward', estimator='k1'), **many)",
     "rl_clip": "rl(surrogate=Clip(.1, .05), **more)",
     "rl_clip_dual": "rl(surrogate=Clip(clip_high=.3, dual_clip=1.02), **more | dict(lr=2e-2))",
-    "rl_clip_sequence": "rl(surrogate=Clip(.02, .03, ratio='sequence'), aggregation='sequence', **many)",
+    "rl_clip_sequence": "rl(surrogate=Clip(.02, .03, ratio='sequence'), "
+    "aggregation='sequence', **many)",
     "rl_clip_product": "rl(surrogate=Clip(ratio='product'), **many)",
     "rl_cispo": "rl(surrogate=Cispo(1., .05), **more)",
     "rl_cispo_sequence": "rl(surrogate=Cispo(clip_high=.02, ratio='sequence'), **many)",
-    "rl_cispo_product": "rl(surrogate=Cispo(clip_high=.01, ratio='product'), correction=Truncated(1.1), "
-    "**unlike)",
+    "rl_cispo_product": "rl(surrogate=Cispo(clip_high=.01, ratio='product'), "
+    "correction=Truncated(1.1), **unlike)",
     "rl_geometric": "rl(surrogate=Gmpo(.03, .05), **many)",
     "rl_squared": "rl(surrogate=Kimi(.5), advantage='group_mean', **many)",
     "rl_once": "rl(surrogate=Clip(ratio='sequence'), correction=Truncated(1.), top_p=.8, "
@@ -92,38 +93,39 @@ AFTER: dict[str, str] = {
     "update_rates=True), **policy)",
     "rl_gaussian": "rl(profile=profiled, draw=Gaussian(schedules.linear(.8, .4, until=2), .1, "
     "reprofile=Reprofile(every=1, samples=4, prompts=10)), **policy)",
-    "rl_plateau": "rl(profile=profiled, draw=Gaussian(reprofile=Reprofile(on_plateau=1, samples=2, "
-    "prompts=8)), **policy | dict(steps=4))",
-    "rl_scheduled": "rl(surrogate=Clip(clip_high=schedules.track('entropy', target=1., first=.02, "
-    "change=.01, low=.01, high=.04)), kl=KL(schedules.steps({0: .1, 2: 0.})), "
-    "temperature=schedules.linear(1., .7), domain_shares=schedules.steps({0: {'reasoning': "
-    "1, 'general': 1}, 2: {'reasoning': 1, 'general': 0}}), **many | dict(steps=4, "
+    "rl_plateau": "rl(profile=profiled, draw=Gaussian(reprofile=Reprofile(on_plateau=1, "
+    "samples=2, prompts=8)), **policy | dict(steps=4))",
+    "rl_scheduled": "rl(surrogate=Clip(clip_high=schedules.track('entropy', target=1., "
+    "first=.02, change=.01, low=.01, high=.04)), kl=KL(schedules.steps({0: .1, 2: 0.})), "
+    "temperature=schedules.linear(1., .7), domain_shares=schedules.steps({0: {'reasoning': 1, "
+    "'general': 1}, 2: {'reasoning': 1, 'general': 0}}), **many | dict(steps=4, "
     "lr=schedules.steps({0: 1e-3, 1: 4e-3}), max_new_tokens=schedules.alternate(4, 2, "
     "every=1), group_size=schedules.steps({0: 4, 2: 6})))",
-    "rl_scheduled_gae": "rl(advantage=Gae(lam=schedules.linear(1., .5), critic_lr=schedules.linear(1e-3, "
-    "5e-3), value_clip=schedules.steps({0: .02, 1: .05})), **many)",
+    "rl_scheduled_gae": "rl(advantage=Gae(lam=schedules.linear(1., .5), "
+    "critic_lr=schedules.linear(1e-3, 5e-3), value_clip=schedules.steps({0: .02, 1: .05})), "
+    "**many)",
     "rl_critique": "rl(critique=Critique(.5, pairs=1, domains=['general']), **many)",
-    "rl_aux": "rl(aux={'ptx': (demos('judging'), Aux(.5, batch_size=6)), 'own': (correct, Aux(.1, "
-    "batch_size=6))}, optimizer=AdamW(ema=.9, weight_decay=.1), trainable=['*attn*', "
+    "rl_aux": "rl(aux={'ptx': (demos('judging'), Aux(.5, batch_size=6)), 'own': (correct, "
+    "Aux(.1, batch_size=6))}, optimizer=AdamW(ema=.9, weight_decay=.1), trainable=['*attn*', "
     "'*norm*'], **many)",
     "rl_bfloat16": "rl(precision='bfloat16', kl=KL(.1), correction='truncated', **many)",
     "full_forward": "distill(estimator='forward_kl', aggregation='token', balance='tokens', "
     "domain_shares={'reasoning': 1, 'general': 3}, **student)",
     "full_jsd": "distill(estimator=Jsd(schedules.linear(.2, .8)), aggregation='constant', "
     "domain_weights={'reasoning': .5}, **student | two_updates)",
-    "full_cached": "distill(estimator=ReverseKL(cache='bfloat16'), temperature=.8, **student | "
-    "two_updates)",
-    "full_rewarded": "distill(reward_weight=.5, samples_per_prompt=3, correction=Truncated(1.01), **student "
-    "| two_updates | dict(lr=2e-2))",
+    "full_cached": "distill(estimator=ReverseKL(cache='bfloat16'), temperature=.8, **student "
+    "| two_updates)",
+    "full_rewarded": "distill(reward_weight=.5, samples_per_prompt=3, "
+    "correction=Truncated(1.01), **student | two_updates | dict(lr=2e-2))",
     "full_aux": "distill(aux={'ptx': (demos('judging'), Aux(.5, batch_size=4))}, "
     "optimizer=AdamW(ema=.9), **student)",
     "top_k": "distill(estimator=TopK(8), **student | two_updates)",
     "sampled_token": "distill(estimator=SampledToken(1.), **student)",
-    "sampled_token_icepop": "distill(estimator=SampledToken(None), reward_weight=schedules.linear(0., 1.), "
-    "samples_per_prompt=4, correction=IcePop(.9, 1.1), aggregation='token', "
-    "balance='tokens', **student | two_updates)",
-    "sampled_token_thrice": "distill(estimator='sampled_token', correction=Truncated(1.1), **student | "
-    "three_updates | dict(lr=2e-2))",
+    "sampled_token_icepop": "distill(estimator=SampledToken(None), "
+    "reward_weight=schedules.linear(0., 1.), samples_per_prompt=4, correction=IcePop(.9, "
+    "1.1), aggregation='token', balance='tokens', **student | two_updates)",
+    "sampled_token_thrice": "distill(estimator='sampled_token', correction=Truncated(1.1), "
+    "**student | three_updates | dict(lr=2e-2))",
     "merge_arithmetic": "merge(learned, base=base, how=TaskArithmetic(.8))",
     "merge_ties": "merge(learned, base=base, how=Ties(.4))",
     "merge_dare": "merge(learned, base=base, how=DareLinear(.5))",

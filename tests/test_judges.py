@@ -124,6 +124,8 @@ def test_the_json_form_is_read_again(judge: judges.Judge) -> None:
         (lambda: judges.human() + judges.verifier(), "people compare pairs by themselves"),
         (lambda: judges.whitened(judges.human()), "people compare pairs by themselves"),
         (lambda: "x" * judges.verifier(), "weight = 'x'; it has to be a number or a schedule"),
+        (lambda: "x" * (2 * judges.verifier()), "weight = 'x'; it has to be a number or a sched"),
+        (lambda: judges.whitened(-1 * judges.oracle(noise=-1)), "judge oracle: noise = -1"),
         (lambda: judges.normalised(judges.verifier()), "it takes 2 or more"),
         (lambda: judges.by_domain({}), "domains = {}; it takes 1 or more"),
         (
@@ -159,6 +161,11 @@ def test_mistakes_are_told_when_the_recipe_is_built(
         ({"judge": "sum", "terms": [{"of": VERIFIER}]}, "sum.terms.0: weight is needed"),
         ({"judge": "sum", "terms": [3]}, "is no term"),
         ({"judge": "whitened", "of": {"judge": "x"}}, "rl.reward.whitened.of.x"),
+        (
+            {"judge": "whitened", "of": {"judge": "oracle", "noise": -1, "nois": 1}},
+            "rl.reward.whitened.of.oracle: it reads no 'nois'; did you mean 'noise'?",
+        ),
+        ({"judge": "length", "budget": 0}, "rl.reward.length: budget = 0"),
         ({"judge": "whitened"}, "of is needed"),
         ({"judge": "by_domain", "domains": 3}, "domains = 3; it has to be a valid dictionary"),
         ({"judge": "gate", "below": "x", "condition": VERIFIER, "then": VERIFIER,
@@ -201,3 +208,10 @@ def test_judges_import_neither_torch_nor_transformers() -> None:
 def test_judges_add_up_with_sum() -> None:
     parts = [judges.verifier(), judges.constant(2.0)]
     assert sum(parts) == parts[0] + parts[1]
+
+
+def test_fields_that_have_a_default_may_be_left_out() -> None:
+    assert parse_judge({"judge": "oracle"}) == judges.oracle()
+    assert parse_judge({"judge": "length", "shape": "pass_rate", "budget": 8}) == judges.length(
+        budget=8, shape="pass_rate"
+    )

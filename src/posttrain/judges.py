@@ -13,63 +13,42 @@ subtracted. Raises ConfigError for values that do not fit.
 from __future__ import annotations
 
 import re
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 from posttrain.engine.errors import ConfigError
 from posttrain.rewards import judge_kinds as kinds
+from posttrain.rewards.judge_base import (
+    ByDomain,
+    Gate,
+    Lexicographic,
+    Normalised,
+    Whitened,
+)
+from posttrain.rewards.judge_base import Judge as Judge
 from posttrain.rewards.judge_fields import EDGE
-from posttrain.rewards.judge_kinds import Judge
 
-__all__ = [
-    "Judge",
-    "by_domain",
-    "compare",
-    "constant",
-    "finished",
-    "format",
-    "gate",
-    "human",
-    "itself",
-    "language",
-    "length",
-    "lexicographic",
-    "llm",
-    "normalised",
-    "oracle",
-    "repetition",
-    "scalar",
-    "verifier",
-    "whitened",
-]
+Maker = Callable[..., Judge]
+"""Makes a judge from the fields of its class, by position or by name."""
 
-verifier = kinds.Verifier
-oracle = kinds.Oracle
-constant = kinds.Constant
-finished = kinds.Finished
-format = kinds.Format
-repetition = kinds.Repetition
-length = kinds.Length
-llm = kinds.Llm
-itself = kinds.Itself
-human = kinds.Human
-gate = kinds.Gate
-lexicographic = kinds.Lexicographic
-whitened = kinds.Whitened
-by_domain = kinds.ByDomain
+verifier: Maker = kinds.Verifier
+oracle: Maker = kinds.Oracle
+constant: Maker = kinds.Constant
+finished: Maker = kinds.Finished
+format: Maker = kinds.Format
+repetition: Maker = kinds.Repetition
+length: Maker = kinds.Length
+llm: Maker = kinds.Llm
+itself: Maker = kinds.Itself
+human: Maker = kinds.Human
+gate: Maker = Gate
+lexicographic: Maker = Lexicographic
+whitened: Maker = Whitened
+by_domain: Maker = ByDomain
 
 
-class Handle(Protocol):
-    """A stage of the recipe, as `posttrain.language.handles.Stage`."""
-
-    @property
-    def name(self) -> str:
-        """What the recipe calls it."""
-        ...
-
-    @property
-    def kind(self) -> str:
-        """Its kind, empty while it is not defined yet."""
-        ...
+Handle = Any
+"""A stage of the recipe, what a verb returned: `posttrain.language.handles.Stage`."""
 
 
 def scalar(stage: Handle, *, squash: bool = False) -> Judge:
@@ -77,7 +56,7 @@ def scalar(stage: Handle, *, squash: bool = False) -> Judge:
 
     `squash` puts it through the logistic function, into (0, 1).
     """
-    judge = kinds.Scalar(_edge("scalar", stage), squash)
+    judge = kinds.Scalar(model=_edge("scalar", stage), squash=squash)
     if stage.kind not in ("reward_model", ""):
         raise ConfigError(
             f"judge scalar: stage {stage.name!r} is of kind {stage.kind}; it takes a stage of kind "
@@ -94,7 +73,10 @@ def language(alphabet: str | None = None, *, regex: str | None = None, unit: str
     """
     if (alphabet is None) == (regex is None):
         raise ConfigError("judge language: give exactly one of alphabet and regex")
-    return kinds.Language(f"[{re.escape(alphabet)}]" if alphabet is not None else regex, unit)
+    how: dict[str, Any] = {"regex": regex, "unit": unit}
+    if alphabet is not None:
+        how["regex"] = f"[{re.escape(alphabet)}]"
+    return kinds.Language(**how)
 
 
 def compare(
@@ -119,7 +101,7 @@ def compare(
             raise ConfigError(
                 f"judge compare: the endpoint {judge!r} needs model=, the name that it serves"
             )
-        return kinds.CompareEndpoint(judge, model, key, **how)
+        return kinds.CompareEndpoint(url=judge, model=model, key=key, **how)
     if model is not None or key is not None:
         raise ConfigError("judge compare: model and key belong to the url of an endpoint")
     if getattr(judge, "kind", "") == "reward_model":
@@ -127,14 +109,15 @@ def compare(
             f"judge compare: stage {judge.name!r} is a reward model, which scores one "
             "response; write judges.scalar(...), or give a stage that makes a language model"
         )
-    asking = kinds.Compare(_edge("compare", judge), **how)
+    asking = kinds.Compare(model=_edge("compare", judge), **how)
     asking._stage = judge
     return asking
 
 
 def normalised(*judges: Judge) -> Judge:
     """Each judge's z-score within the group, added (GDPO, arXiv 2601.05242); weigh the result."""
-    return kinds.Normalised(judges)
+    given: Any = judges
+    return Normalised(judges=given)
 
 
 def _edge(kind: str, stage: Handle) -> str:

@@ -6,8 +6,8 @@
         student = r.distill(start=s, teachers=teachers, prompts=r.prompts(r.domains), steps=100)
         return r.evaluate(student, teachers=teachers, init=s)
 
-Every stage takes any setting of its kind by name (`stages/config.py` lists them) and `name=`, which
-is what people see and what `--set NAME.FIELD=VALUE` refers to.
+Every stage takes any setting of its kind by name (the classes in `stages/settings/`) and `name=`,
+which is what people see and what `--set NAME.FIELD=VALUE` refers to.
 """
 
 from __future__ import annotations
@@ -21,20 +21,30 @@ from posttrain.engine.errors import ConfigError
 from posttrain.engine.graph import Graph, Node
 from posttrain.engine.store import Store
 from posttrain.judges import Judge
-from posttrain.language.bases import TINY
+from posttrain.language import checks, inputs
 from posttrain.language.builder import Builder
 from posttrain.language.handles import Demos, Prompts, Stage, check_modes
-from posttrain.language.joining import Aux, auxiliary, check_auxiliary, check_merge, merging
-from posttrain.language.judging import check_judge, judge_edges
-from posttrain.language.operands import candidate_edges, check_drawing, judge_inputs, profile_edge
-from posttrain.language.operators import Operators
-from posttrain.language.routes import Teachers, route
+from posttrain.language.inputs import Aux
+from posttrain.language.routes import Teachers, route, samplers
 from posttrain.stages.kinds import KINDS, Kind
-from posttrain.suites.domain import Suite, Table
+from posttrain.suites.domain import Suite
+
+TINY: dict[str, dict[str, Any]] = {
+    "tiny": {"steps": 350, "lr": 4e-3, "loss_on": "response"},
+    "mini": {
+        "steps": 350,
+        "lr": 4e-3,
+        "loss_on": "response",
+        "hidden_size": 48,
+        "num_layers": 2,
+        "intermediate_size": 192,
+    },
+}
+"""Size to the settings of its pretraining: about 0.2 and 0.1 million parameters."""
 
 
-class Recipe(Operators):
-    """The builder that a recipe function is given; its verbs on rows of data are `Operators`."""
+class Recipe:
+    """The builder that a recipe function is given: a verb makes a stage and returns its handle."""
 
     def __init__(
         self,
@@ -45,9 +55,7 @@ class Recipe(Operators):
         overrides: Mapping[str, Any] | None = None,
         store: Store | None = None,
     ) -> None:
-        super().__init__(
-            Builder(suite, suite_directory, seed=seed, overrides=overrides, store=store)
-        )
+        self._build = Builder(suite, suite_directory, seed=seed, overrides=overrides, store=store)
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -78,18 +86,8 @@ class Recipe(Operators):
         "{prompt} {answer}", each is there with the plain prompt and with the hinted one. Raises
         ConfigError for a domain that has none.
         """
-        known = self._build.known(domains)
-        for name in known:
-            source = self._build.suite.domains[name].source
-            if isinstance(source, Table) and source.demo is None:
-                raise ConfigError(
-                    f"domain {name!r} of suite {self._build.suite.name!r} has no demonstrations: "
-                    "name their column with demo = ... in the suite, or leave the domain out of "
-                    "r.demos(...)"
-                )
-        modes = check_modes(mode)
-        if "think" in modes:
-            self._build.require_thoughts(known)
+        known, modes = self._build.known(domains), check_modes(mode)
+        checks.demos(self._build.suite, known, modes)
         return Demos(known, modes, noise, hint)
 
     def model(self, source: str | Path, *, name: str = "base") -> Stage:
@@ -129,8 +127,8 @@ class Recipe(Operators):
         self, *, data: Demos, aux: Aux | None = None, name: str = "base", **settings: Any
     ) -> Stage:
         """A tiny model trained from nothing on the documents of some domains; `aux` as in `sft`."""
-        inputs = self._build.data(name, data, (Demos,))
-        return self._trained("pretrain", name, data.settings() | settings, inputs, aux)
+        edges = self._build.data(name, data, (Demos,))
+        return self._trained("pretrain", name, data.settings() | settings, edges, aux)
 
     def sft(
         self,
@@ -145,19 +143,10 @@ class Recipe(Operators):
 
         `aux` maps names of further cross-entropy losses to their data and weight.
         """
-        inputs = {"start": self._build.model(name, "start", start)}
-        inputs |= self._build.data(name, data, (Demos, Stage))
-        if isinstance(data, Demos):
-            return self._trained("sft", name, data.settings() | settings, inputs, aux)
-        stage = self._trained("sft", name, settings, inputs, aux)
-        self._build.refuse(
-            stage,
-            "modes",
-            "demo_noise",
-            "hint",
-            because="the rows of a data stage are as they are; leave it out, or learn from "
-            "r.demos(...)",
-        )
+        edges = {"start": self._build.model(name, "start", start)}
+        edges |= self._build.data(name, data, (Demos, Stage))
+        stage = self._trained("sft", name, data.settings() | settings, edges, aux)
+        checks.sft(self._build, name)
         return stage
 
     def dpo(
@@ -174,17 +163,13 @@ class Recipe(Operators):
 
         `aux` as in `sft`.
         """
-        data_name = self._build.pairs("dpo", name, data)
-        inputs = {"start": self._build.model(name, "start", start), "data": data_name}
+        pairs = self._build.pairs("dpo", name, data)
+        edges = {"start": self._build.model(name, "start", start), "data": pairs}
         if reference is not None:
-            inputs["reference"] = self._build.model(name, "reference", reference)
+            edges["reference"] = self._build.model(name, "reference", reference)
             self._build.same_vocabulary(name, start.name, reference.name, role="reference")
-        stage = self._trained("dpo", name, settings, inputs, aux)
-        if reference is not None and self._build.settings[name].loss.kind == "simpo":
-            raise ConfigError(
-                f"stage {name!r} (dpo): loss = simpo reads no reference; leave reference= out, or "
-                "use another loss"
-            )
+        stage = self._trained("dpo", name, settings, edges, aux)
+        checks.dpo(self._build, name)
         return stage
 
     def reward_model(
@@ -194,11 +179,11 @@ class Recipe(Operators):
 
         `start` is a language model, whose output layer makes way for a score, or a reward model.
         """
-        inputs = {
+        edges = {
             "start": self._build.model(name, "start", start, scores=True),
             "data": self._build.pairs("reward_model", name, data),
         }
-        return self._build.stage("reward_model", name, settings, inputs)
+        return self._build.stage("reward_model", name, settings, edges)
 
     def rl(
         self,
@@ -219,26 +204,18 @@ class Recipe(Operators):
         critic of advantage = gae starts, a language model or a reward model; `start` if not given.
         `aux` as in `sft`.
         """
-        inputs = {"start": self._build.model(name, "start", start)}
+        edges = {"start": self._build.model(name, "start", start)}
         if critic is not None:
-            inputs["critic"] = self._build.model(name, "critic", critic, scores=True)
+            edges["critic"] = self._build.model(name, "critic", critic, scores=True)
             self._build.same_vocabulary(name, start.name, critic.name, role="critic")
-        inputs |= self._build.data(name, prompts, (Prompts,))
+        edges |= self._build.data(name, prompts, (Prompts,))
         if profile is not None:
-            edge = profile_edge(name, "profile", profile, prompts.domains, kind="rl")
-            inputs["profile"] = edge
+            edges["profile"] = inputs.profile("rl", name, "profile", profile, prompts.domains)
         if reward is not None:
-            inputs |= judge_edges(self._build, name, "reward", reward)
+            edges |= inputs.judge_edges(self._build, name, "reward", reward)
             settings = {"reward": reward} | settings
-        stage = self._trained("rl", name, prompts.settings() | settings, inputs, aux)
-        check_judge(self._build, stage, "reward", prompts.domains)
-        if critic is not None and not self._build.settings[name].uses_critic:
-            raise ConfigError(
-                f"stage {name!r} (rl): critic = {critic.name!r} is read with advantage = gae only; "
-                "set that, or leave critic= out"
-            )
-        self._build.named_domains(stage, prompts.domains, "kl.domains", "critique.domains")
-        check_drawing(self._build, stage, profile)
+        stage = self._trained("rl", name, prompts.settings() | settings, edges, aux)
+        checks.rl(self._build, name, prompts.domains)
         return stage
 
     def distill(
@@ -257,16 +234,15 @@ class Recipe(Operators):
         a list of these, which take its prompts in turn; or to a dict with those of each mode.
         `aux` as in `sft`.
         """
-        inputs = {"start": self._build.model(name, "start", start)}
-        inputs |= self._build.data(name, prompts, (Prompts,))
-        routes, edges = route(
-            self._build, name, prompts.domains, teachers, start, modes=self._build.modes(prompts)
-        )
-        for edge in edges.values():
-            self._build.same_vocabulary(name, start.name, edge)
+        edges = {"start": self._build.model(name, "start", start)}
+        edges |= self._build.data(name, prompts, (Prompts,))
+        modes = self._build.modes(prompts)
+        routes, asked = route(self._build, name, prompts.domains, teachers, start, modes=modes)
+        for teacher in asked.values():
+            self._build.same_vocabulary(name, start.name, teacher)
         settings = prompts.settings() | settings
-        stage = self._trained("distill", name, settings, inputs | edges, aux, routes)
-        self._build.named_domains(stage, prompts.domains, "hints")
+        stage = self._trained("distill", name, settings, edges | asked, aux, routes)
+        checks.named_domains(self._build, name, prompts.domains, "hints")
         return stage
 
     def merge(
@@ -282,8 +258,9 @@ class Recipe(Operators):
         `how = "average"` takes their mean; the others add what the models learned on top of `base`.
         `weights` maps names to numbers.
         """
-        stage = self._build.stage("merge", name, settings, merging(self._build, name, models, base))
-        check_merge(self._build, name)
+        edges = inputs.merged(self._build, name, models, base)
+        stage = self._build.stage("merge", name, settings, edges)
+        checks.merge(self._build, name)
         return stage
 
     def evaluate(
@@ -297,32 +274,17 @@ class Recipe(Operators):
         **settings: Any,
     ) -> Stage:
         """Score student, init and teachers on held-out problems; say what was recovered."""
-        inputs = {
+        edges = {
             "student": self._build.model(name, "student", student),
             "init": self._build.model(name, "init", init),
         }
         known = self._build.known(self.domains if domains is None else domains)
-        inputs |= self._build.data(name, Prompts(known), (Prompts,))
+        edges |= self._build.data(name, Prompts(known), (Prompts,))
         modes = settings.get("modes", ())
-        routes, edges = route(
+        routes, asked = route(
             self._build, name, known, teachers or {}, init, modes=modes, strict=False
         )
-        return self._build.stage("evaluate", name, settings, inputs | edges, routes)
-
-    def _trained(
-        self,
-        kind: str,
-        name: str,
-        settings: Mapping[str, Any],
-        inputs: Mapping[str, str],
-        aux: Aux | None,
-        routes: Mapping[str, str | tuple[str, ...]] | None = None,
-    ) -> Stage:
-        """A stage that trains, with its auxiliary losses."""
-        settings, edges = auxiliary(self._build, name, aux, settings)
-        stage = self._build.stage(kind, name, settings, {**inputs, **edges}, routes)
-        check_auxiliary(self._build, name, aux)
-        return stage
+        return self._build.stage("evaluate", name, settings, edges | asked, routes)
 
     def best(
         self,
@@ -338,19 +300,142 @@ class Recipe(Operators):
         Of equally good ones it is the first. With a `judge` the metric is its score; a judge that
         compares responses compares the candidates'.
         """
-        inputs = candidate_edges(self._build, name, candidates)
+        edges = inputs.candidates(self._build, name, candidates)
         prompts = Prompts(self.domains) if prompts is None else prompts
         if not isinstance(prompts, Prompts):
             raise ConfigError(
                 f"stage {name!r} (best): its prompts are {prompts!r}; the candidates answer "
                 "validation problems, so it takes r.prompts(...)"
             )
-        inputs |= self._build.data(name, prompts, (Prompts,))
+        edges |= self._build.data(name, prompts, (Prompts,))
         if judge is not None:
-            asked, edges = judge_inputs(self._build, name, judge, prompts.domains)
-            settings = {"metric": "score"} | asked | settings
-            inputs |= edges
-        return self._build.stage("best", name, prompts.settings() | settings, inputs)
+            edges |= inputs.judged(self._build, name, judge, prompts.domains)
+            settings = {"metric": "score", "judge": judge} | settings
+        return self._build.stage("best", name, prompts.settings() | settings, edges)
+
+    def sample(
+        self,
+        models: Stage | Sequence[Stage] | Mapping[str, Stage | Sequence[Stage]],
+        *,
+        prompts: Prompts | Stage,
+        name: str = "rollouts",
+        **settings: Any,
+    ) -> Stage:
+        """Scored responses of one model or several, or of each domain's own."""
+        edges = self._build.data(name, prompts, (Prompts,))
+        routes, sampled = samplers(self._build, name, prompts.domains, models)
+        settings = prompts.settings() | settings
+        return self._build.stage("sample", name, settings, sampled | edges, routes)
+
+    def score(
+        self,
+        rollouts: Stage | Sequence[Stage],
+        *,
+        judge: Judge,
+        name: str = "scored",
+        **settings: Any,
+    ) -> Stage:
+        """The rollouts with the judge's score of each; they stand wherever rollouts do."""
+        edges = inputs.rollouts("score", name, rollouts)
+        asked = inputs.judged(self._build, name, judge, inputs.domains_of(rollouts))
+        return self._build.stage("score", name, {"judge": judge} | settings, edges | asked)
+
+    def select(
+        self, rollouts: Stage | Sequence[Stage], *, name: str = "selection", **settings: Any
+    ) -> Stage:
+        """The rollouts worth imitating, as data for `sft`; those of several stages are one pool."""
+        edges = inputs.rollouts("select", name, rollouts)
+        stage = self._build.stage("select", name, settings, edges)
+        checks.select(self._build, name)
+        return stage
+
+    def comparisons(
+        self, rollouts: Stage | Sequence[Stage], *, name: str = "comparisons", **settings: Any
+    ) -> Stage:
+        """Which of two responses is better, as data that teaches a model to judge."""
+        edges = inputs.rollouts("comparisons", name, rollouts)
+        return self._build.stage("comparisons", name, settings, edges)
+
+    def pairs(
+        self,
+        rollouts: Stage | Sequence[Stage],
+        *,
+        against: Stage | Sequence[Stage] | None = None,
+        judge: Judge | None = None,
+        name: str = "pairs",
+        **settings: Any,
+    ) -> Stage:
+        """Preference pairs out of rollouts, as data for `dpo`.
+
+        By reward or score among the responses to one problem, or with `against` the responses of a
+        strong model's stage against those of a weak one's. Several stages are one pool. `judge`
+        says which response is better; with how "all" or "random" oracle and human compare two.
+        """
+        edges = inputs.rollouts("pairs", name, rollouts)
+        if judge is not None:
+            edges |= inputs.judged(self._build, name, judge, inputs.domains_of(rollouts))
+            settings = {"judge": judge} | settings
+        if against is not None:
+            edges |= inputs.rollouts("pairs", name, against, role="against")
+            settings = {"how": "strong_against_weak"} | settings
+        stage = self._build.stage("pairs", name, settings, edges)
+        checks.pairs(self._build, name)
+        return stage
+
+    def profile(
+        self, model: Stage, *, prompts: Prompts | Stage, name: str = "profile", **settings: Any
+    ) -> Stage:
+        """How often `model` solves each of the prompts: for `r.filter`, and for curricula."""
+        edges = {"model": self._build.model(name, "model", model)}
+        edges |= self._build.data(name, prompts, (Prompts,))
+        return self._build.stage("profile", name, prompts.settings() | settings, edges)
+
+    def filter(
+        self,
+        prompts: Prompts | Stage,
+        *,
+        profile: Stage,
+        against: Stage | None = None,
+        name: str = "filtered",
+        **settings: Any,
+    ) -> Stage:
+        """Those of the prompts that are as hard as asked for; it stands wherever prompts do.
+
+        `profile` and `against` are profiles of two models: solved by one but not by the other.
+        """
+        edges = self._build.data(name, prompts, (Prompts,))
+        for edge, source in {"profile": profile, "against": against}.items():
+            if source is not None:
+                edges[edge] = inputs.profile("filter", name, edge, source, prompts.domains)
+        stage = self._build.stage("filter", name, prompts.settings() | settings, edges)
+        checks.filter(self._build, name)
+        return stage
+
+    def mix(
+        self,
+        sources: Mapping[Demos | Stage, float],
+        *,
+        tokenizer: Stage | None = None,
+        name: str = "mix",
+        **settings: Any,
+    ) -> Stage:
+        """Data of several sources in shares by weight, as data for `sft`.
+
+        With by="tokens" those of the tokens of the model `tokenizer`.
+        """
+        parts, edges = inputs.mix_parts(self._build, name, sources)
+        if tokenizer is not None:
+            edges["tokenizer"] = self._build.model(name, "tokenizer", tokenizer)
+        stage = self._build.stage("mix", name, settings, edges, parts=parts)
+        checks.mix(self._build, name)
+        return stage
+
+    def dedup(
+        self, data: Stage | Sequence[Stage], *, name: str = "distinct", **settings: Any
+    ) -> Stage:
+        """Data without repeats, of one stage or of several one after another."""
+        edges = inputs.several_data(self._build, name, data)
+        return self._build.stage("dedup", name, settings, edges)
 
     def stage_of_kind(
         self,
@@ -380,5 +465,22 @@ class Recipe(Operators):
         return self._build.stage(kind.name, name, settings, edges)
 
     def graph(self, target: Stage) -> Graph:
-        """The finished graph. Raises ConfigError for a setting that matched no stage."""
+        """The finished graph. Raises ConfigError for a setting that matched no stage, and for
+        stages that do not fit together."""
+        checks.recipe(self._build.nodes)
         return self._build.graph(target)
+
+    def _trained(
+        self,
+        kind: str,
+        name: str,
+        settings: Mapping[str, Any],
+        edges: Mapping[str, str],
+        aux: Aux | None,
+        routes: Mapping[str, str | tuple[str, ...]] | None = None,
+    ) -> Stage:
+        """A stage that trains, with its auxiliary losses."""
+        losses, data = inputs.aux_losses(self._build, name, aux)
+        stage = self._build.stage(kind, name, {**settings, **losses}, {**edges, **data}, routes)
+        checks.aux_losses(self._build, name)
+        return stage

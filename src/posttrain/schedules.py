@@ -1,6 +1,6 @@
 """Values that change within a stage: the learning rate, and schedules on any other number.
 
-    r.rl(..., temperature=schedules.linear(1.0, 0.7), kl_coef=schedules.steps({0: 0.01, 40: 0.0}))
+    r.rl(..., temperature=schedules.linear(1.0, 0.7), kl=KL(schedules.steps({0: 0.01, 40: 0.0})))
 
 A schedule is a frozen value that the settings of a stage hold, so it is part of the stage's
 identity and is written as JSON, `{"schedule": kind, ...fields}`, in its record. What a step sees is
@@ -57,9 +57,35 @@ Until = Annotated[int | None, AfterValidator(_step_or_none)]
 
 
 class Schedule(BaseModel):
-    """A value that changes from step to step; the kinds are the classes below."""
+    """A value that changes from step to step; the kinds are the classes below.
+
+    Settings may be given in their order or by name. Raises ConfigError for a setting that is
+    missing or unknown, and for values that do not fit.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schedule: str
+    """The kind."""
+
+    def __init__(self, *values: Any, **settings: Any) -> None:
+        kind, names = type(self).model_fields["schedule"].default, list(type(self).model_fields)[1:]
+        given = dict(zip(names, values, strict=False)) | settings
+        needed = {n for n, field in type(self).model_fields.items() if field.is_required()}
+        if not needed <= given.keys() <= {"schedule", *names} or len(values) > len(names):
+            raise ConfigError(
+                f"schedule {kind!r} has the fields {', '.join(sorted(given.keys() - {'schedule'}))}"
+                f"; it takes {', '.join(sorted(names))}"
+            )
+        try:
+            super().__init__(**given)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            said = problem.get("ctx", {}).get("error")
+            if said is None:
+                where = ".".join(map(str, problem["loc"]))
+                said = f"{where} = {problem['input']!r}: {problem['msg']}"
+            raise ConfigError(f"schedule {kind!r}: {said}") from None
 
     if TYPE_CHECKING:
 
@@ -81,7 +107,7 @@ class Schedule(BaseModel):
 
 
 class Steps(Schedule):
-    """Each value from its 0-based step on."""
+    """Each value from its 0-based step on: `steps({0: 32, 820: 64})`."""
 
     schedule: Literal["steps"] = "steps"
     values: dict[int, Any]
@@ -114,7 +140,7 @@ class Steps(Schedule):
 
 
 class Linear(Schedule):
-    """From `first` at step 0 to `last` at step `until`, in a straight line."""
+    """From `first` at step 0 to `last` at step `until`, in a straight line: `linear(1, 0.7)`."""
 
     schedule: Literal["linear"] = "linear"
     first: Number
@@ -161,12 +187,16 @@ class Cosine(Schedule):
 
 
 class Alternate(Schedule):
-    """The values in turn, each for `every` steps."""
+    """The values in turn, each for `every` steps (Toggle of Kimi K2.5, arXiv 2602.02276):
+    `alternate(32, 8, every=10)`."""
 
     schedule: Literal["alternate"] = "alternate"
     values: list[Any]
     every: int
     metric: ClassVar[None] = None
+
+    def __init__(self, *values: Any, **settings: Any) -> None:
+        super().__init__(**({"values": list(values)} if values else {}), **settings)
 
     @field_validator("values", mode="before")
     @classmethod
@@ -195,7 +225,12 @@ class Alternate(Schedule):
 
 
 class OnPlateau(Schedule):
-    """Moves from `first` towards `last` whenever a metric has stopped rising."""
+    """Moves from `first` towards `last` whenever a metric has stopped rising.
+
+    A plateau: the mean of `metric` over the last `patience` steps is less than `gain` above its
+    mean over the `patience` steps before. Both windows then start anew (the temperature of GLM-4.5,
+    arXiv 2508.06471, 3.2).
+    """
 
     schedule: Literal["on_plateau"] = "on_plateau"
     first: Number
@@ -238,11 +273,15 @@ class OnPlateau(Schedule):
 
 
 class Track(Schedule):
-    """Holds a metric near a target: after each step the value moves by `change` towards it."""
+    """Holds a metric near a target: after each step the value moves by `change` towards it.
+
+    Up while the metric is below `target` and down while it is above, within [`low`, `high`]: the
+    upper clip that keeps MAI-Thinking-1's entropy. A negative `change` moves the other way.
+    """
 
     schedule: Literal["track"] = "track"
-    first: Number
     metric: str
+    first: Number
     target: Number
     change: Number
     low: Number
@@ -280,59 +319,15 @@ KINDS: dict[str, type[Schedule]] = {
 }
 
 
-def steps(values: Mapping[int, Any]) -> Schedule:
-    """Each value from its 0-based step on: `steps({0: 32, 820: 64})`.
-
-    Values may be anything that the setting takes, also other than numbers.
-    """
-    return _made("steps", values=values)
-
-
-def linear(first: float, last: float, *, until: int | None = None) -> Schedule:
-    """From `first` at step 0 to `last` at step `until`, the stage's last step if not given."""
-    return _made("linear", first=first, last=last, until=until)
-
-
-def cosine(first: float, last: float, *, until: int | None = None) -> Schedule:
-    """Half a cosine from `first` to `last`, slow at both ends; `until` as in `linear`."""
-    return _made("cosine", first=first, last=last, until=until)
-
-
-def alternate(*values: Any, every: int) -> Schedule:
-    """The values in turn, each for `every` steps (Toggle of Kimi K2.5, arXiv 2602.02276)."""
-    return _made("alternate", values=list(values), every=every)
-
-
-def on_plateau(
-    first: float,
-    last: float,
-    *,
-    change: float | None = None,
-    times: float | None = None,
-    metric: str = "reward",
-    patience: int = 10,
-    gain: float = 0.01,
-) -> Schedule:
-    """Starts at `first` and moves on towards `last` whenever a metric has stopped rising.
-
-    A plateau: the mean of `metric` over the last `patience` steps is less than `gain` above its
-    mean over the `patience` steps before. Then `change` is added, or the value is multiplied by
-    `times`, and both windows start anew (the temperature of GLM-4.5, arXiv 2508.06471, 3.2).
-    """
-    moves = {"change": change, "times": times, "metric": metric, "patience": patience, "gain": gain}
-    return _made("on_plateau", first=first, last=last, **moves)
-
-
-def track(
-    metric: str, *, target: float, first: float, change: float, low: float, high: float
-) -> Schedule:
-    """Holds a metric near a target: after each step the value moves by `change` towards it.
-
-    Up while the metric is below `target` and down while it is above, within [`low`, `high`]: the
-    upper clip that keeps MAI-Thinking-1's entropy. A negative `change` moves the other way.
-    """
-    bounds = {"low": low, "high": high}
-    return _made("track", metric=metric, target=target, first=first, change=change, **bounds)
+# What a recipe writes.
+steps, linear, cosine, alternate, on_plateau, track = (
+    Steps,
+    Linear,
+    Cosine,
+    Alternate,
+    OnPlateau,
+    Track,
+)
 
 
 def is_schedule(value: object) -> bool:
@@ -351,27 +346,7 @@ def parse_schedule(value: Any) -> Schedule:
     kind = value.get("schedule") if isinstance(value, Mapping) else None
     if kind not in KINDS:
         raise ConfigError(f"schedule {kind!r} is not known; choices: {', '.join(KINDS)}")
-    fields = KINDS[kind].model_fields
-    given = set(value)
-    needed = {name for name, field in fields.items() if field.is_required()}
-    if not needed <= given <= set(fields):
-        raise ConfigError(
-            f"schedule {kind!r} has the fields {', '.join(sorted(given - {'schedule'}))}; it takes "
-            f"{', '.join(sorted(set(fields) - {'schedule'}))}"
-        )
-    try:
-        return KINDS[kind](**value)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        said = problem.get("ctx", {}).get("error")
-        if said is None:
-            where = ".".join(map(str, problem["loc"]))
-            said = f"{where} = {problem['input']!r}: {problem['msg']}"
-        raise ConfigError(f"schedule {kind!r}: {said}") from None
-
-
-def _made(kind: str, **fields: Any) -> Schedule:
-    return parse_schedule({"schedule": kind, **fields})
+    return KINDS[kind](**value)
 
 
 def _progress(until: int | None, step: int, total: int) -> float:

@@ -91,8 +91,8 @@ def test_what_the_fork_server_imports_does_not_touch_cuda() -> None:
         "def touched(*_, **__): raise SystemExit('the driver was asked')\n"
         "for name in ('is_available', 'device_count', 'init', '_lazy_init', 'current_device'):\n"
         "    setattr(torch.cuda, name, touched)\n"
-        "import importlib, posttrain.worker, posttrain.backends.device\n"
-        "for module in posttrain.worker.PRELOAD: importlib.import_module(module)\n"
+        "import importlib, posttrain.stages.worker, posttrain.backends.device\n"
+        "for module in posttrain.stages.worker.PRELOAD: importlib.import_module(module)\n"
         "print('quiet')\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -109,7 +109,7 @@ def shown(field: FieldInfo) -> str:
         return "needed"
     default = default_of(field)
     if isinstance(default, Judge):
-        return f"`judges.{default.kind()}()`"
+        return f"`judges.{default.judge}()`"
     if isinstance(default, Settings) and "kind" not in type(default).model_fields:
         return f"`{type(default).__name__}()`"
     return f"`{json.dumps(getattr(default, 'kind', default))}`"

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from posttrain import judges
+from posttrain.algorithms import AllResponses, BestResponses
 from posttrain.engine.record import Artifact
 from posttrain.engine.runner import run
 from posttrain.engine.store import Store
@@ -33,7 +34,7 @@ def recipe(r: Recipe) -> Stage:
         for i in range(2)
     ]  # fmt: skip
     scored = r.score(pool, judge=judges.verifier() - 0.1 * judges.length(budget=2))
-    good = r.dedup(r.select(scored, how="best", by="score", max_per_prompt=1, success=True))
+    good = r.dedup(r.select(scored, how=BestResponses("score", max_per_prompt=1, success=True)))
     mixed = r.mix({good: 3, r.demos(r.domains): 1}, rows=80)
     second = r.sft(start=base, data=mixed, steps=5, name="second", **TRAIN)
     chosen = r.filter(
@@ -46,13 +47,13 @@ def recipe(r: Recipe) -> Stage:
     )
     tuned = r.rl(start=s, prompts=chosen, steps=4, prompts_per_step=8, group_size=4, **LIMIT)
     failures = r.select(
-        tuned, how="all", success=False, first_step=2, max_per_prompt=None, name="failures"
+        tuned, how=AllResponses(max_per_prompt=None, success=False), first_step=2, name="failures"
     )
     taught = r.distill(
         start=failed(r, base, failures), teachers=dict.fromkeys(r.domains, tuned),
         prompts=chosen, steps=2, prompts_per_step=8, **LIMIT
     )  # fmt: skip
-    liked = r.pairs(pool, judge=judges.oracle(), how="all", min_strength=2)
+    liked = r.pairs(pool, judge=judges.oracle(), how=AllPairs(min_margin=2))
     preferred = r.dpo(start=s, data=liked, steps=3, **TRAIN)
     winner = r.best(
         [base, second, taught, preferred], num_problems=10, samples=1, bootstrap=100, **LIMIT

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from posttrain import judges
+from posttrain.algorithms import AllResponses, BestAgainstWorst, BestResponses
 from posttrain.engine.errors import ConfigError
 from posttrain.recipe import Recipe
 from posttrain.rewards.spec import VerifierSpec
@@ -139,14 +140,14 @@ def test_judges_bring_their_stages_and_domains(r: Recipe) -> None:
     assert nodes["scored"].inputs == pool | {"judges.other": "other"} | domains
     assert nodes["scored"].config["judge"]["judge"] == "sum"
     assert nodes["pairs"].inputs == {"rollouts": "scored"} | domains
-    assert nodes["pairs"].config["by"] == "score"
+    assert r.graph(liked).nodes["pairs"].config["judge"]["judge"] == "oracle"
     assert nodes["best"].inputs["judges.other"] == "other"
     assert nodes["best"].config["metric"] == "score"
 
 
 def test_rollouts_of_rl_are_selected_by_step(r: Recipe) -> None:
     tuned = r.rl(start=start(r), prompts=r.prompts("add"), **STEPS)
-    graph = r.graph(r.select(tuned, first_step=1, how="all", success=False))
+    graph = r.graph(r.select(tuned, first_step=1, how=AllResponses(success=False)))
     assert graph.nodes["selection"].inputs == {"rollouts": "rl"}
     assert graph.nodes["selection"].config["first_step"] == 1
 
@@ -195,10 +196,13 @@ BAD: list[tuple[Callable[[Recipe, Any], Any], str]] = [
     (lambda r, b: r.best({"a": b, "b": b}, prompts=b), r"it takes r\.prompts"),
     (lambda r, b: r.rl(start=b, prompts=rollouts(r, b), **STEPS), "its prompts are 'rollouts'"),
     (
-        lambda r, b: r.select(rollouts(r, b), how="best", by="score"),
+        lambda r, b: r.select(rollouts(r, b), how=BestResponses(by="score")),
         "by = score, and 'rollouts' is a sample stage",
     ),
-    (lambda r, b: r.pairs(rollouts(r, b), by="score"), "whose rollouts have rewards only"),
+    (
+        lambda r, b: r.pairs(rollouts(r, b), how=BestAgainstWorst(by="score")),
+        "whose rollouts have rewards only",
+    ),
     (lambda r, b: r.score(rollouts(r, b), judge="oracle"), "judge = 'oracle' is no judge"),
     (lambda r, b: r.score(b, judge=judges.oracle()), "not 'base'"),
     (

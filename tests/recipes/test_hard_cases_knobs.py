@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from posttrain import judges, schedules
+from posttrain.algorithms import KL, Aux, Clip
 
 pytestmark = pytest.mark.slow
 
@@ -34,26 +35,26 @@ def test_case_13_losses_beside_the_stage_s_own(bench: Any) -> None:
     sft = r.sft(
         start=base,
         data=r.demos("reasoning"),
-        aux={"ptx": (demos, 0.5)},
-        aux_batch_size=8,
+        aux={"ptx": (demos, Aux(0.5, batch_size=8))},
         **LEARN,
     )
     policy = r.rl(
         start=sft,
         prompts=r.prompts("reasoning"),
-        aux={"ptx": (demos, 0.5), "judge": (r.demos("judging"), 0.1)},
-        aux_batch_size=8,
+        aux={
+            "ptx": (demos, Aux(0.5, batch_size=8)),
+            "judge": (r.demos("judging"), Aux(0.1, batch_size=8)),
+        },
         **RL | {"group_size": 8},
     )
     own = r.select(policy, how="best")
-    preferring = {"data": r.pairs(policy), "aux": {"sft": (own, 0.2)}, "aux_batch_size": 8}
+    preferring = {"data": r.pairs(policy), "aux": {"sft": (own, Aux(0.2, batch_size=8))}}
     liked = r.dpo(start=policy, **preferring, **LEARN)
     student = r.distill(
         start=liked,
         teachers={"reasoning": policy},
         prompts=r.prompts("reasoning"),
-        aux={"ptx": (demos, 0.3)},
-        aux_batch_size=8,
+        aux={"ptx": (demos, Aux(0.3, batch_size=8))},
         steps=2,
         prompts_per_step=4,
         max_new_tokens=4,
@@ -70,7 +71,8 @@ def test_case_13_losses_beside_the_stage_s_own(bench: Any) -> None:
         lines = made[name].rows("metrics.jsonl")
         assert len(lines) == 2
         assert all(line[f"aux/{loss}"] > 0 for line in lines for loss in losses)
-    assert made["rl"].config["aux"] == {"ptx": 0.5, "judge": 0.1}
+    weights = {name: aux["weight"] for name, aux in made["rl"].config["aux"].items()}
+    assert weights == {"ptx": 0.5, "judge": 0.1}
 
 
 def test_case_14_knobs_by_domain(bench: Any) -> None:
@@ -85,15 +87,14 @@ def test_case_14_knobs_by_domain(bench: Any) -> None:
         "start": thinker,
         "prompts": r.prompts(["reasoning", "general"], mode="think"),
         "reward": judges.by_domain(penalties),
-        "kl_coef": 1.0,
         **RL | {"steps": 3, "max_new_tokens": 8},
     }
-    free = r.rl(domain_kl={"reasoning": 0.0, "general": 1.0}, name="free", **given)
-    held = r.rl(domain_kl={"reasoning": 1.0, "general": 1.0}, name="held", **given)
+    free = r.rl(kl=KL(1.0, domains={"reasoning": 0.0, "general": 1.0}), name="free", **given)
+    held = r.rl(kl=KL(1.0, domains={"reasoning": 1.0, "general": 1.0}), name="held", **given)
     made = bench.run(r, r.merge([free, held]))
     for name in ("free", "held"):
         assert made[name].edges == {"start": "thinker"} | BOTH
-    assert made["free"].config["domain_kl"] == {"reasoning": 0.0, "general": 1.0}
+    assert made["free"].config["kl"]["domains"] == {"reasoning": 0.0, "general": 1.0}
     assert made["free"].weights != made["held"].weights
     rows = made["free"].rows("rollouts.jsonl")
     assert {row["mode"] for row in rows} == {"think"}
@@ -109,27 +110,28 @@ def test_case_19_metrics_feed_back_into_settings(bench: Any) -> None:
     entropy, and the length limit switches between two values."""
     r = bench.recipe(19)
     target = 3.4
+    upper = schedules.track("entropy", target=target, first=0.28, change=0.04, low=0.2, high=0.36)
     policy = r.rl(
         start=bench.base(r),
         prompts=r.prompts("reasoning"),
-        updates_per_batch=2,
-        clip_high=schedules.track(
-            "entropy", target=target, first=0.28, change=0.04, low=0.2, high=0.36
-        ),
+        num_minibatches=2,
+        surrogate=Clip(clip_high=upper),
         max_new_tokens=schedules.alternate(6, 3, every=2),
         **{k: v for k, v in RL.items() if k != "max_new_tokens"}
         | {"steps": 6, "prompts_per_step": 8},
     )
     made = bench.run(r, policy)
     assert made["rl"].edges == {"start": "base", "domains.reasoning": "reasoning"}
-    assert made["rl"].config["schedules"].keys() == {"clip_high", "max_new_tokens"}
+    config = made["rl"].config
+    assert config["surrogate"]["clip_high"]["schedule"] == "track"
+    assert config["max_new_tokens"]["schedule"] == "alternate"
     lines = made["rl"].rows("metrics.jsonl")
     wanted = 0.28
     for line in lines:
-        assert line["setting/clip_high"] == pytest.approx(wanted)
+        assert line["setting/surrogate/clip_high"] == pytest.approx(wanted)
         wanted += 0.04 if line["entropy"] < target else -0.04
         wanted = min(max(wanted, 0.2), 0.36)
-    assert len({line["setting/clip_high"] for line in lines}) > 1
+    assert len({line["setting/surrogate/clip_high"] for line in lines}) > 1
     assert [line["setting/max_new_tokens"] for line in lines] == [6, 6, 3, 3, 6, 6]
     rows = made["rl"].rows("rollouts.jsonl")
     longest = [max(row["num_tokens"] for row in rows if row["step"] == step) for step in range(6)]

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from posttrain import judges
+from posttrain.algorithms import AllResponses, Aux, BestResponses, Critique
 from posttrain.language.handles import Stage
 from posttrain.recipe import Recipe
 
@@ -63,7 +64,7 @@ def test_case_02_three_model_edges_in_one_round(bench: Any) -> None:
         pairs = r.pairs(rollouts, name=f"pairs_{i}")
         scorer = r.reward_model(start=base, data=pairs, name=f"scorer_{i}", **LEARN)
         scored = r.score(rollouts, judge=judges.scalar(scorer), name=f"scored_{i}")
-        chosen = r.select(scored, how="best", by="score", max_per_prompt=1, name=f"chosen_{i}")
+        chosen = r.select(scored, how=BestResponses("score", max_per_prompt=1), name=f"chosen_{i}")
         sft = r.sft(start=base, data=chosen, name=f"sft_{i}", **LEARN)
         best = r.dpo(start=sft, data=pairs, name=f"dpo_{i}", **LEARN)
     made = bench.run(r, best)
@@ -83,7 +84,7 @@ def test_case_03_another_size_samples_than_learns(bench: Any) -> None:
     r = bench.recipe(3)
     small, large = bench.base(r), bench.base(r, hidden_size=48, name="large")
     rollouts = r.sample(large, prompts=r.prompts("reasoning"), k=4, **DRAW)
-    chosen = r.select(rollouts, how="best", max_per_prompt=1)
+    chosen = r.select(rollouts, how=BestResponses(max_per_prompt=1))
     made = bench.run(r, r.sft(start=small, data=chosen, **LEARN))
     assert made["rollouts"].edges == {"models.large": "large"} | DOMAIN
     assert made["selection"].edges == {"rollouts": "rollouts"}
@@ -111,7 +112,7 @@ def test_case_05_what_rl_sampled_feeds_a_later_sft(bench: Any) -> None:
     r = bench.recipe(5)
     base = bench.base(r)
     policy = r.rl(start=base, prompts=r.prompts("reasoning"), **RL | {"steps": 4})
-    late = r.select(policy, how="all", success=True, first_step=2, last_step=3)
+    late = r.select(policy, how=AllResponses(success=True), first_step=2, last_step=3)
     made = bench.run(r, r.sft(start=base, data=late, **LEARN))
     assert made["sft"].edges == {"start": "base", "data": "selection"}
     assert made["selection"].edges == {"rollouts": "rl"}
@@ -137,10 +138,8 @@ def test_case_06_the_policy_is_its_own_judge(bench: Any) -> None:
         start=base,
         prompts=r.prompts(["reasoning", "judging"]),
         reward=judges.by_domain({"reasoning": itself, "judging": judges.verifier()}),
-        aux={"judging": (compared, 0.5)},
-        aux_batch_size=8,
-        critique_weight=0.5,
-        critique_domains=("reasoning",),
+        aux={"judging": (compared, Aux(0.5, batch_size=8))},
+        critique=Critique(0.5, domains=("reasoning",)),
         **RL,
     )
     made = bench.run(r, policy)

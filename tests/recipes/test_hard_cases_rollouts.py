@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from posttrain.engine.errors import ConfigError
+from posttrain.algorithms import KL
 from posttrain.engine.record import Artifact
 from posttrain.language.handles import Stage
 from posttrain.recipe import Recipe
@@ -47,49 +47,6 @@ def start(r: Recipe) -> Stage:
 
 
 @pytest.mark.slow
-def test_case_18_chains_of_segments_share_one_reward(
-    recipe: Recipe, execute: Callable[..., dict[str, Artifact]]
-) -> None:
-    """Case 18, Composer 2: the policy goes on from what it wrote itself, twice, and all three
-    responses are learned from with the reward of the last; what it wrote is data as well."""
-    r = recipe
-    policy = r.rl(
-        start=start(r),
-        prompts=r.prompts(r.domains),
-        segments=3,
-        chain="{prompt} {response}",
-        **RL,
-    )
-    found = execute(r, r.sft(start=policy, data=r.select(policy, how="best"), steps=1))
-    assert edges(found["rl"]) == {"start": "base", "domains.digits": "digits"}
-    assert edges(found["selection"]) == {"rollouts": "rl"}
-    assert edges(found["sft"]) == {"start": "rl", "data": "selection"}
-    rows = read(found["rl"], "rollouts.jsonl")
-    chains: dict[tuple[int, int], list[dict[str, Any]]] = {}
-    for row in rows:
-        chains.setdefault((row["step"], row["chain"]), []).append(row)
-    assert len(chains) == 2 * 4 * 4
-    for links in chains.values():
-        assert [row["segment"] for row in links] == [0, 1, 2]
-        own = links[0]["prompt"]
-        assert [row["prompt"] for row in links[1:]] == [
-            f"{own} {row['response']}" for row in links[:2]
-        ]
-        assert len({row["reward"] for row in links}) == 1
-        assert links[0]["reward"] == float(links[2]["response"] == links[2]["answer"])
-    assert {links[0]["reward"] for links in chains.values()} == {0.0, 1.0}
-
-
-def test_segments_are_not_compared(recipe: Recipe) -> None:
-    """Case 18: two segments of chains are no two answers to one prompt."""
-    r = recipe
-    policy = r.rl(start=start(r), prompts=r.prompts(r.domains), segments=2, **RL)
-    pairs = r.pairs(policy)
-    with pytest.raises(ConfigError, match=r"'pairs' \(pairs\): 'rl' has segments = 2"):
-        r.graph(pairs)
-
-
-@pytest.mark.slow
 def test_case_20_rollouts_carry_the_mask_of_their_sampling(
     recipe: Recipe, execute: Callable[..., dict[str, Artifact]]
 ) -> None:
@@ -97,7 +54,7 @@ def test_case_20_rollouts_carry_the_mask_of_their_sampling(
     updates as well, and by the reference. That the ratio of the two engines is 1 says that the
     rollouts carried it; a stage that forgets it finds a ratio below 1."""
     r, base = recipe, start(recipe)
-    settings = RL | {"top_p": 0.8, "correction": "truncated", "kl_coef": 0.01}
+    settings = RL | {"top_p": 0.8, "correction": "truncated", "kl": KL(0.01)}
     prompts = r.prompts(r.domains)
     kept = r.rl(start=base, prompts=prompts, name="kept", **settings)
     found = execute(

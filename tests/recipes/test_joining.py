@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from posttrain.algorithms import AdamW, Aux, TaskArithmetic, Ties
 from posttrain.engine import ancestry
 from posttrain.engine.errors import ConfigError
 from posttrain.engine.record import Artifact
@@ -61,9 +62,9 @@ def test_models_are_named_by_the_recipe_or_after_their_stages(build: Any) -> Non
 def test_the_other_ways_add_to_a_base(build: Any) -> None:
     r = build()
     base, one, other = two(r)
-    merged = r.merge([one, other], base=base, how="ties", density=0.5)
+    merged = r.merge([one, other], base=base, how=Ties(density=0.5))
     assert edges(r, merged)["base"] == "base"
-    alone = r.merge([one], base=base, how="task_arithmetic", scale=0.5, name="alone")
+    alone = r.merge([one], base=base, how=TaskArithmetic(0.5), name="alone")
     assert edges(r, alone) == {"models.on_whole": "on_whole", "base": "base"}
 
 
@@ -92,17 +93,17 @@ def test_merges_without_sense_are_refused_while_planning(build: Any) -> None:
 
 
 def test_auxiliary_data_are_demonstrations_or_a_data_stage(build: Any) -> None:
-    r = build({"sft.aux": {"ptx": 0.25, "own": 1.0}})
+    r = build({"sft.aux.ptx.weight": 0.25, "sft.aux.own": 1.0})
     base, one, _ = two(r)
     chosen = r.select(r.sample(one, prompts=r.prompts("whole")))
-    aux = {"ptx": (r.demos(r.domains), 0.5), "own": (chosen, 2.0)}
+    aux = {"ptx": (r.demos(r.domains), Aux(0.5, batch_size=4)), "own": (chosen, 2.0)}
     expected = {"aux.ptx.whole": "whole", "aux.ptx.last": "last", "aux.own": "selection"}
-    sft = r.sft(start=base, data=r.demos("last"), steps=5, aux=aux, aux_batch_size=4)
+    sft = r.sft(start=base, data=r.demos("last"), steps=5, aux=aux)
     found = edges(r, sft)
     assert found == {"start": "base", "domains.last": "last", **expected}
     config = r.graph(sft).nodes["sft"].config
-    assert config["aux"] == {"ptx": 0.25, "own": 1.0}, "--set goes before the recipe"
-    assert config["aux_batch_size"] == 4
+    weights = {name: (loss["weight"], loss["batch_size"]) for name, loss in config["aux"].items()}
+    assert weights == {"ptx": (0.25, 4), "own": (1.0, 32)}, "--set goes before the recipe"
     policy = r.rl(start=sft, prompts=r.prompts("last"), steps=5, aux=aux)
     assert expected.items() <= edges(r, policy).items()
     pairs = r.pairs(r.sample(policy, prompts=r.prompts("last"), name="more"))
@@ -118,15 +119,14 @@ def test_modes_of_auxiliary_demonstrations_are_settings(build: Any) -> None:
     base, one, _ = two(r)
     aux = {"ptx": (r.demos("last", mode="no_think"), 0.5)}
     sft = r.sft(start=base, data=r.demos("whole"), steps=5, aux=aux)
-    assert r.graph(sft).nodes["sft"].config["aux_modes"] == {"ptx": ["no_think"]}
+    assert r.graph(sft).nodes["sft"].config["aux"]["ptx"]["modes"] == ["no_think"]
     chosen = r.select(r.sample(one, prompts=r.prompts("whole")))
     refused(
         lambda: r.sft(
             start=base,
             data=r.demos("whole"),
             steps=5,
-            aux={"own": (chosen, 1.0)},
-            aux_modes={"own": ["think"]},
+            aux={"own": (chosen, Aux(1.0, modes=("think",)))},
             name="s1",
         ),
         "the rows of 'own' are as its data stage made them",
@@ -143,7 +143,7 @@ def test_auxiliary_losses_without_sense_are_refused_while_planning(build: Any) -
     refused(lambda: r.sft(**sft, aux={"x": (r.demos("last"), -1.0)}, name="s4"), r"aux\.x")
     noisy = r.demos("last", noise=0.1)
     refused(lambda: r.sft(**sft, aux={"x": (noisy, 1.0)}, name="s5"), "noise = 0.1")
-    refused(lambda: r.sft(**sft, aux={}, aux_batch_size=4, name="s6"), "not read with no aux")
+    refused(lambda: r.sft(**sft, aux_batch_size=4, name="s6"), "unknown option")
     r = build({"sft.aux": {"ptx": 1.0}})
     refused(lambda: r.sft(start=base, data=r.demos("last"), steps=5), "'ptx' has no data in the")
 
@@ -158,7 +158,7 @@ def test_a_recipe_with_all_of_it_runs_to_its_end(tmp_path: Path, build: Any) -> 
         start=mean,
         prompts=r.prompts(r.domains),
         aux={"ptx": (r.demos(r.domains), 0.5)},
-        ema=0.5,
+        optimizer=AdamW(ema=0.5),
         trainable=["*.mlp.*"],
         steps=3,
         prompts_per_step=8,
@@ -187,7 +187,7 @@ def test_a_recipe_with_all_of_it_runs_to_its_end(tmp_path: Path, build: Any) -> 
 
 def test_planning_them_imports_no_torch(tmp_path: Path) -> None:
     program = (
-        "import sys; import posttrain.language.joining, posttrain.recipe, posttrain.stages.config; "
+        "import sys; import posttrain.recipe, posttrain.stages.config; "
         "sys.exit(bool({'torch', 'transformers', 'safetensors'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

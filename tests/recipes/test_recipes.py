@@ -195,7 +195,7 @@ def test_preferences_are_a_graph(make_recipe: Callable[..., Recipe]) -> None:
     nodes = graph.nodes
     assert nodes["pairs"].inputs == {"rollouts": "strong"}
     assert nodes["delta"].inputs == {"rollouts": "strong", "against": "weak"}
-    hows = {name: nodes[name].config["how"] for name in ("pairs", "delta")}
+    hows = {name: nodes[name].config["how"]["kind"] for name in ("pairs", "delta")}
     assert hows == {"pairs": "best_against_worst", "delta": "strong_against_weak"}
     assert nodes["first"].inputs == {"start": "sft", "data": "pairs"}
     assert nodes["dpo"].inputs == {"start": "first", "data": "delta", "reference": "sft"}

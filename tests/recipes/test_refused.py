@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from posttrain import judges
+from posttrain.algorithms import BradleyTerry
 from posttrain.engine.errors import ConfigError, GraphError
 from posttrain.language.handles import Stage
 from posttrain.recipe import Recipe
@@ -220,8 +221,18 @@ def test_strengths_are_refused_where_nobody_says_them(make_recipe: Callable[...,
     base = start(r)
     rollouts = r.sample(base, prompts=r.prompts("add"), k=4)
     said = r.pairs(rollouts, judge=judges.oracle(), how="all", name="said")
-    r.graph(r.reward_model(start=base, data=said, margins="strength", name="clear", **STEPS))
-    r.reward_model(start=base, data=r.pairs(rollouts), margins="strength", name="unclear", **STEPS)
+    r.graph(
+        r.reward_model(
+            start=base, data=said, loss=BradleyTerry(margins="strength"), name="clear", **STEPS
+        )
+    )
+    r.reward_model(
+        start=base,
+        data=r.pairs(rollouts),
+        loss=BradleyTerry(margins="strength"),
+        name="unclear",
+        **STEPS,
+    )
     with pytest.raises(ConfigError, match=r"'unclear' .* those of 'pairs' have none"):
         r.graph(base)
 

@@ -43,20 +43,22 @@ def test_the_recipe_that_is_shown_can_be_planned(recipe: Callable[..., Recipe]) 
     r = recipe()
     config = r.graph(shown["recipe"](r)).nodes["sft"].config
     first = r.domains[0]
-    assert set(config["schedules"]) == {"batch_size", f"domain_shares.{first}", "aux.before"}
-    assert config["aux"] == {"before": 0.5}
-    assert config["domain_shares"] == dict.fromkeys(r.domains, 1.0)
+    assert config["batch_size"]["schedule"] == "steps"
+    assert config["domain_shares"][first]["schedule"] == "linear"
+    assert config["aux"]["before"]["weight"]["schedule"] == "cosine"
+    assert all(config["domain_shares"][name] == 1.0 for name in r.domains[1:])
 
 
 def test_a_weight_from_outside_takes_the_place_of_a_schedule(
     recipe: Callable[..., Recipe],
 ) -> None:
-    plain = recipe(**{"sft.aux": {"ptx": 0.25}})
-    given = sft(plain, aux={"ptx": (plain.demos(plain.domains), LINE)})
-    assert given["aux"] == {"ptx": 0.25} and given["schedules"] == {}
-    scheduled = recipe(**{"sft.aux": {"ptx": LINE}})
-    given = sft(scheduled, aux={"ptx": (scheduled.demos(scheduled.domains), 0.25)})
-    assert given["aux"] == {"ptx": 1.0} and given["schedules"] == {"aux.ptx": LINE.model_dump()}
+    for key in ("sft.aux.ptx", "sft.aux.ptx.weight"):
+        plain = recipe(**{key: 0.25})
+        given = sft(plain, aux={"ptx": (plain.demos(plain.domains), LINE)})
+        assert given["aux"]["ptx"]["weight"] == 0.25
+        scheduled = recipe(**{key: LINE})
+        given = sft(scheduled, aux={"ptx": (scheduled.demos(scheduled.domains), 0.25)})
+        assert given["aux"]["ptx"]["weight"] == LINE.model_dump(mode="json")
 
 
 def test_a_loss_without_data_cannot_have_a_schedule(recipe: Callable[..., Recipe]) -> None:

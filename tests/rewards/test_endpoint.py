@@ -15,7 +15,14 @@ import pytest
 from posttrain import judges
 from posttrain.engine.errors import ConfigError, StageError
 from posttrain.rewards import endpoint as module
-from posttrain.rewards.endpoint import CONCURRENCY, RETRIES, TIMEOUT, Endpoint, ReplyCache
+from posttrain.rewards.endpoint import (
+    CONCURRENCY,
+    RETRIES,
+    TIMEOUT,
+    Endpoint,
+    Question,
+    ReplyCache,
+)
 from posttrain.rewards.grading import EndpointComparison, Grader, better, fill, grade, met
 from posttrain.rewards.judging import Responses
 from posttrain.rewards.spec import VerifierSpec
@@ -32,6 +39,7 @@ class Server:
         self.seen: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
         self.together = self.most = 0
+        self.headers: dict[str, str] = {}
         lock, server = threading.Lock(), self
 
         class Handler(BaseHTTPRequestHandler):
@@ -49,6 +57,8 @@ class Server:
                 with lock:
                     server.together -= 1
                 self.send_response(200 if status == 299 else status)
+                for name, value in server.headers.items():
+                    self.send_header(name, value)
                 self.end_headers()
                 self.wfile.write(raw.encode())
 
@@ -232,6 +242,26 @@ def test_a_busy_server_is_asked_again(server: Server, tmp_path: Path) -> None:
     judge = judges.llm(server.url, "m")
     assert Grader(judge, tools(server, tmp_path)).score(batch("p")) == [0.7]
     assert len(server.seen) == 3
+
+
+@pytest.mark.parametrize(
+    ("header", "waits"), [("7", [7, 7]), ("99", [30, 30]), ("Fri, 1 Jan 2027", [0.01, 0.02])]
+)
+def test_a_busy_server_says_how_long_to_wait(
+    server: Server,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    header: str,
+    waits: list[float],
+) -> None:
+    """In seconds, never longer than LONGEST_WAIT; a date is not read, and the waits double."""
+    slept: list[float] = []
+    monkeypatch.setattr(module.time, "sleep", slept.append)
+    server.headers = {"Retry-After": header}
+    answers = {1: 429, 2: 500}
+    server.reply = lambda prompt, n: (answers.get(n, 200), "Grade: 7")
+    assert ask(server, tmp_path).ask([Question("how?", lambda reply: 7.0)]) == [7.0]
+    assert slept == waits
 
 
 def test_what_stays_broken_is_told(

@@ -8,7 +8,7 @@ import pytest
 
 from posttrain import judges, schedules
 from posttrain.engine.errors import ConfigError, StageError
-from posttrain.rewards import combine
+from posttrain.rewards.judge_base import z_scores
 from posttrain.rewards.judging import Responses, RewardFunction
 
 RESPONSES = Responses(
@@ -64,8 +64,7 @@ def test_a_scheduled_weight_has_the_value_of_the_step() -> None:
     assert asked.score(RESPONSES)[0] == [1, 0, 1, 1]
     at = lambda schedule: schedule.at(12, 20, lambda _: [])  # noqa: E731
     assert asked.score(RESPONSES, at)[0] == [4, 0, 4, 4]
-    assert judge.scheduled and judge.resolved(at) == VERIFIER + 3.0 * judges.finished()
-    assert not judge.resolved(at).scheduled
+    assert judge.scheduled and not (VERIFIER + 3.0 * judges.finished()).scheduled
 
 
 def test_a_gate_takes_a_branch_per_row_and_asks_each_judge_once() -> None:
@@ -99,7 +98,7 @@ def test_whitened_is_over_the_batch() -> None:
     """-2, 2, 4, 8: mean 3, variance (25 + 1 + 1 + 25) / 4 = 13."""
     found = scores(judges.whitened(ORACLE), oracle=taste())
     assert found == pytest.approx([value / 13**0.5 for value in (-5, -1, 1, 5)], abs=1e-5)
-    assert combine.z_scores([2.0, 2.0]) == [0, 0]
+    assert z_scores([2.0, 2.0]) == [0, 0]
 
 
 def test_by_domain_asks_each_domains_judge_about_its_rows() -> None:

@@ -20,7 +20,7 @@ TEXTS = ("bad", "good", "best", "alone", "same", "same")
 
 def tools(work: Path, out: Path) -> Any:
     """What a stage gives to the judges that ask people."""
-    return SimpleNamespace(work=work, out=out)
+    return SimpleNamespace(ctx=SimpleNamespace(work=work, out=out))
 
 
 @pytest.fixture

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,23 @@ def data(tmp_path: Path) -> str:
     record = {"format": 1, "name": "data", "kind": "select", "fingerprint": "2" * 64}
     (folder / "record.json").write_text(json.dumps(record))
     return str(folder)
+
+
+@pytest.fixture
+def new_context(tmp_path: Path) -> Iterator[Callable[..., Context]]:
+    """`new_context(inputs)`: what a stage has, with the local backend and a work directory of its
+    own; closed at the end."""
+    from posttrain.backends.local import LocalBackend
+
+    with ExitStack() as stack:
+
+        def new(inputs: Mapping[str, str] | None = None, name: str = "mine") -> Context:
+            work = tmp_path / f"context-{len(list(tmp_path.glob('context-*')))}"
+            backend = LocalBackend()
+            ctx = Context(name=name, work=work, inputs=inputs or {}, threads=1, backend=backend)
+            return stack.enter_context(closing(ctx))
+
+        yield new
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain import schedules
+from posttrain.algorithms import KL, BestAgainstWorst, InTurn
 from posttrain.engine.process import Job
 from posttrain.engine.runner import run
 from posttrain.engine.store import Store
@@ -61,21 +62,19 @@ def main(store: str, start: str, teacher: str, pauses: str) -> None:
     other = r.model(teacher, name="teacher")
     growing = schedules.on_plateau(5, 13, change=4, metric="loss", patience=1, gain=1e9)
     tuned = r.sft(start=base, data=r.demos(r.domains), batch_size=growing, **OPTIM)
-    rollout = {"max_new_tokens": 6, "prompts_per_step": 6, "updates_per_batch": 2}
+    rollout = {"max_new_tokens": 6, "prompts_per_step": 6, "num_minibatches": 2}
     policy = r.rl(
         start=tuned,
         prompts=r.prompts("one"),
         group_size=4,
-        kl_coef=0.1,
-        reference_every=2,
-        dynamic_sampling=1,
-        retire_above=0.75,
+        kl=KL(0.1, reference_every=2),
+        draw=InTurn(dynamic_sampling=1, retire_above=0.75),
         temperature=schedules.on_plateau(1.0, 1.3, change=0.1, patience=1, gain=9.0),
         **rollout,
         **OPTIM,
     )
     rollouts = r.sample(policy, prompts=r.prompts(r.domains), k=6, num_prompts=30, max_new_tokens=6)
-    pairs = r.pairs(rollouts, max_per_prompt=2)
+    pairs = r.pairs(rollouts, how=BestAgainstWorst(max_per_prompt=2))
     preferring = r.dpo(start=policy, data=pairs, reference=tuned, batch_size=8, **OPTIM)
     teachers = {"one": preferring, "two": other}
     student = r.distill(

@@ -11,17 +11,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from posttrain.backends.chat import Chat
-from posttrain.backends.checkpoint import load
-from posttrain.backends.local import LocalScorer, response_logprobs
+from posttrain.algorithms import Aux
+from posttrain.backends.local import LocalBackend
 from posttrain.engine.errors import ConfigError
-from posttrain.stages.auxiliary import auxiliary_rows, encode
+from posttrain.stages.aux_losses import aux_rows, demo_batch
 from posttrain.stages.config import build_config
 from posttrain.stages.context import Context
+from posttrain.stages.settings.supervised import Sft
 
 RunStage = Callable[..., Any]
 COMMON: dict[str, Any] = {"lr": 0.01, "warmup_steps": 1, "steps": 4}
-ROLLOUT: dict[str, Any] = {"prompts_per_step": 6, "max_new_tokens": 5, "updates_per_batch": 2}
+ROLLOUT: dict[str, Any] = {"prompts_per_step": 6, "max_new_tokens": 5, "num_minibatches": 2}
 STAGES: dict[str, dict[str, Any]] = {
     "sft": {"batch_size": 8},
     "dpo": {"batch_size": 8, "lr": 0.003},
@@ -65,7 +65,7 @@ def test_an_auxiliary_loss_is_learned_beside_the_main_one(
         "measured": train(kind, one, aux={"ptx": 0.0}),
         "light": train(kind, one, aux={"ptx": 0.1}),
         "heavy": train(kind, one, aux={"ptx": 5.0}),
-        "small": train(kind, one, aux={"ptx": 5.0}, aux_batch_size=4),
+        "small": train(kind, one, aux={"ptx": Aux(5.0, batch_size=4)}),
         "domains": train(kind, two, aux={"other": 5.0}),
         "both": train(kind, {**one, **two}, aux={"ptx": 5.0, "other": 5.0}),
     }
@@ -90,12 +90,10 @@ def test_the_metric_is_the_mean_cross_entropy_of_the_drawn_rows(
     train: Callable[..., Any], models: Mapping[str, str], data: str
 ) -> None:
     """All 60 rows are drawn in step 1, so that the mean can be computed without the draw."""
-    line = train("sft", {"aux.ptx": data}, aux={"ptx": 1.0}, aux_batch_size=60, steps=1).lines[0]
-    language_model = load(models["start"])
+    line = train("sft", {"aux.ptx": data}, aux={"ptx": Aux(1.0, 60)}, steps=1).lines[0]
+    scorer = LocalBackend().scorer(Path(models["start"]))
     rows = [json.loads(text) for text in Path(data, "data.jsonl").read_text().splitlines()]
-    batch = encode(rows, Chat(language_model), language_model.pad_id)
-    scorer = LocalScorer(language_model)
-    logp_N = response_logprobs(scorer.hidden(batch), scorer.head, batch, 1.0)
+    logp_N = scorer.logprobs(demo_batch(rows, scorer.chat))
     assert line["aux/ptx"] == pytest.approx(-float(logp_N.mean()), rel=1e-5)
 
 
@@ -107,7 +105,7 @@ def test_weighing_the_own_data_again_is_a_larger_loss(
     inputs = {"start": models["start"], "data": data}
     settings = COMMON | {"batch_size": 60, "steps": 1}
     alone = run_stage("sft", settings, inputs).lines[0]
-    more = settings | {"aux": {"again": 2.0}, "aux_batch_size": 60}
+    more = settings | {"aux": {"again": Aux(2.0, 60)}}
     beside = run_stage("sft", more, inputs | {"aux.again": data}).lines[0]
     assert beside["aux/again"] == pytest.approx(beside["loss"], rel=1e-5)
     assert beside["grad_norm"] == pytest.approx(3 * alone["grad_norm"], rel=1e-4)
@@ -117,7 +115,7 @@ def test_rows_are_not_drawn_in_the_order_of_the_stage(
     train: Callable[..., Any], domains: Mapping[str, str]
 ) -> None:
     """The same domains twice: were they drawn alike, both losses would be equal."""
-    line = train("sft", of_domains(domains, "own"), aux={"own": 1.0}, aux_batch_size=8).lines[0]
+    line = train("sft", of_domains(domains, "own"), aux={"own": Aux(1.0, 8)}).lines[0]
     assert line["aux/own"] != pytest.approx(line["loss"], rel=1e-3)
 
 
@@ -131,8 +129,6 @@ def test_an_auxiliary_loss_needs_data(
     Path(data, "data.jsonl").write_text("")
     with pytest.raises(ConfigError, match="its data has no rows"):
         train("sft", {"aux.ptx": data}, aux={"ptx": 1.0})
-    with pytest.raises(ConfigError, match="aux_batch_size = 8: it is not read with no aux"):
-        build_config("sft", "mine", {"steps": 1, "aux_batch_size": 8})
     with pytest.raises(ConfigError, match=r"aux\.ptx.*-1"):
         build_config("sft", "mine", {"steps": 1, "aux": {"ptx": -1}})
 
@@ -142,8 +138,12 @@ def test_a_name_does_not_take_the_edges_of_a_longer_one(
 ) -> None:
     inputs = of_domains(domains, "a") | {"aux.ab": data}
     ctx = Context(name="mine", work=tmp_path / "work", inputs=inputs, threads=1)
-    assert set(auxiliary_rows(ctx, "a")) == {"short", "words"}
-    assert set(auxiliary_rows(ctx, "ab")) == {"short", "words"}
+    found = aux_rows(Sft(steps=1, aux={"a": 1.0, "ab": 1.0}), ctx)
+    assert {name: set(rows) for name, rows in found.items()} == {
+        "a": {"short", "words"},
+        "ab": {"short", "words"},
+    }
+    assert {row["demo"] for row in found["ab"]["short"]} == {f"{i}short" for i in range(7)}
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -165,14 +165,18 @@ def test_frozen_weights_end_as_they_began(
 @pytest.mark.parametrize("kind", TRAINING)
 def test_the_average_lags_behind_the_weights(train: Callable[..., Any], kind: str) -> None:
     """What is sampled and learned is the same with it, and it lies nearer to the start."""
-    plain, slow, slower = train(kind), train(kind, ema=0.5), train(kind, ema=0.9)
+
+    def averaged(ema: float, **changes: Any) -> Any:
+        return train(kind, optimizer={"ema": ema}, **changes)
+
+    plain, slow, slower = train(kind), averaged(0.5), averaged(0.9)
     for ran in (slow, slower):
         for mine, other in zip(ran.lines, plain.lines, strict=True):
             assert {k: v for k, v in mine.items() if k != "seconds"} == {
                 k: v for k, v in other.items() if k != "seconds"
             }
     # The start as the stage leaves it after one step whose average keeps almost all of it.
-    start = train(kind, steps=1, ema=1 - 1e-9).weights()
+    start = averaged(1 - 1e-9, steps=1).weights()
 
     def distance(ran: Any) -> float:
         return sum(float((w - start[name]).square().sum()) for name, w in ran.weights().items())
@@ -183,7 +187,7 @@ def test_the_average_lags_behind_the_weights(train: Callable[..., Any], kind: st
 def test_a_glob_that_matches_nothing_fails_with_names(train: Callable[..., Any]) -> None:
     with pytest.raises(ConfigError, match=r"'\*\.expert\.\*' matches no parameter"):
         train("sft", trainable=["*.expert.*"])
-    for changes in ({"trainable": []}, {"ema": 0.0}, {"ema": 1.0}):
+    for changes in ({"trainable": []}, {"optimizer": {"ema": 0.0}}, {"optimizer": {"ema": 1.0}}):
         with pytest.raises(ConfigError, match="stage 'mine'"):
             build_config("sft", "mine", {"steps": 1} | changes)
 
@@ -194,7 +198,7 @@ def test_a_stopped_stage_goes_on_to_the_same_bits(
 ) -> None:
     """With a moving average, frozen weights and an auxiliary loss; stopped after step 3, whose
     checkpoint is that of step 2."""
-    settings: dict[str, Any] = {"ema": 0.8, "trainable": ["*.mlp.*", "*embed*"]}
+    settings: dict[str, Any] = {"optimizer": {"ema": 0.8}, "trainable": ["*.mlp.*", "*embed*"]}
     more: dict[str, str] = {}
     if kind in KINDS:
         more, settings = {"aux.ptx": data}, settings | {"aux": {"ptx": 0.5}}

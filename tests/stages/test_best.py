@@ -11,8 +11,6 @@ import pytest
 import torch
 
 from posttrain.backends.checkpoint import load
-from posttrain.engine.errors import ConfigError
-from posttrain.stages.config import build_config
 
 BASE: dict[str, Any] = {"num_problems": 10, "max_new_tokens": 6, "bootstrap": 100}
 
@@ -85,8 +83,3 @@ def test_length_costs_what_it_says(best: Callable[..., Any]) -> None:
         cost = 0.5 * row["response_length"] / 6
         assert dear[name]["value"] == pytest.approx(row["value"] - cost)
         assert dear[name]["rewards"] == row["rewards"]
-
-
-def test_samples_of_greedy_are_refused() -> None:
-    with pytest.raises(ConfigError, match="samples = 3: it is not read with metric = greedy"):
-        build_config("best", "mine", {"metric": "greedy", "samples": 3})

@@ -14,10 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from posttrain import schedules
+from posttrain.algorithms import AdamW
 from posttrain.engine.errors import ConfigError
 from posttrain.engine.work import read_step
 from posttrain.stages import context
 from posttrain.stages.context import Context
+from posttrain.stages.settings.supervised import Sft
 
 
 class Counter:
@@ -54,6 +57,63 @@ def work_on(work: Path, steps: int, *, stop_after: int | None = None) -> tuple[C
         if step + 1 == stop_after:
             break
     return learner, ctx
+
+
+class Optimised(Counter):
+    """A counter that also is a learner, as far as its optimiser goes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[float, float]] = []
+
+    def set_hyperparameters(self, *, weight_decay: float, max_grad_norm: float) -> None:
+        self.seen.append((weight_decay, max_grad_norm))
+
+
+class Passed:
+    """What was drawn: it only knows how many steps it has passed over."""
+
+    def __init__(self) -> None:
+        self.done: tuple[int, int] | None = None
+
+    def replay(self, settings: Any, done: int, total: int, history: Any) -> None:
+        self.done = (done, total)
+
+
+def test_steps_resume_resolve_schedules_and_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first run is left after its third step, of which the state is not saved."""
+    monkeypatch.setattr(context, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    decay = AdamW(weight_decay=schedules.linear(0, 4))
+    settings = Sft(steps=5, batch_size=schedules.steps({0: 2, 3: 6}), optimizer=decay)
+    seen = []
+    for stop in (2, None):
+        learner, other, drawn, ctx = Optimised(), Counter(), Passed(), new(tmp_path)
+        steps = ctx.steps(settings, 5, replayed=[drawn], policy=learner, other=other, none=None)
+        for step, step_settings in steps:
+            seen.append((step, step_settings.batch_size))
+            learner.step(step + 1)
+            other.step(10)
+            ctx.log(step + 1, 5, tokens=1, loss=1.0)
+            if step == stop:
+                break
+            ctx.finish()
+        ctx.finish()
+    assert seen == [(0, 2), (1, 2), (2, 2), (2, 2), (3, 6), (4, 6)]
+    assert drawn.done == (2, 5)
+    assert (learner.total, other.total) == (15, 50)
+    assert learner.seen == [(2, 1), (3, 1), (4, 1)], "decay of the steps, the norm as it is"
+    assert read_step(tmp_path) == 5
+
+
+def test_a_schedule_of_a_metric_that_is_not_logged_is_told(tmp_path: Path) -> None:
+    settings = Sft(steps=3, lr=schedules.on_plateau(0.01, 0.001, times=0.5, metric="los"))
+    ctx = new(tmp_path)
+    with pytest.raises(ConfigError, match="schedule of lr reads the metric 'los', which this"):
+        for step, _ in ctx.steps(settings, 3, policy=Counter()):
+            ctx.log(step + 1, 3, tokens=1, loss=1.0)
+    assert len(lines(tmp_path)) == 1
 
 
 def lines(work: Path) -> list[dict[str, float]]:

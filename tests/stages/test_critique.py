@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from posttrain import Recipe, judges, schedules
-from posttrain.backends.chat import Chat
+from posttrain.algorithms import Critique
 from posttrain.backends.checkpoint import load
+from posttrain.backends.local import chat_of
 from posttrain.engine.errors import ConfigError
 from posttrain.rewards.comparisons import build_comparisons
 from posttrain.stages.config import build_config
@@ -54,10 +55,10 @@ def test_the_metrics_are_those_of_the_start_on_its_own_rollouts(
     """Of the first step, whose only update has not moved the weights; the question is that of the
     judge in the reward."""
     reward = judges.verifier() + 0.0 * judges.itself(template=template)
-    ran = rl(reward=reward.to_json(), critique_weight=0.5, critique_pairs=999, steps=1)
+    ran = rl(reward=reward.to_json(), critique=Critique(0.5, pairs=999), steps=1)
     rows = build_comparisons(by_problem(rows_of(ran, 0)), template=template)
     start = load(models["start"])
-    chat = Chat(start)
+    chat = chat_of(start)
     first, second = verdict_ids(chat)
     losses, right = [], []
     for row in rows:
@@ -75,22 +76,22 @@ def test_the_metrics_are_those_of_the_start_on_its_own_rollouts(
 
 def test_the_verdicts_are_learned(rl: Callable[..., Any]) -> None:
     """Rewards alone leave the loss where it is: it is only measured with a weight near 0."""
-    learned = rl(critique_weight=5.0, steps=30)
-    measured = rl(critique_weight=1e-9, steps=30)
+    learned = rl(critique=Critique(5.0), steps=30)
+    measured = rl(critique=Critique(1e-9), steps=30)
     first, last = learned.lines[0]["critique_loss"], learned.lines[-1]["critique_loss"]
     assert first == measured.lines[0]["critique_loss"]
     assert last < 0.9 < measured.lines[-1]["critique_loss"]
 
 
 def test_pairs_are_limited_and_shared_out_over_the_updates(rl: Callable[..., Any]) -> None:
-    every = rl(critique_weight=0.1, critique_pairs=999, steps=1).lines[0]["critique_pairs"]
-    some = rl(critique_weight=0.1, critique_pairs=2, updates_per_batch=3, steps=1)
+    every = rl(critique=Critique(0.1, pairs=999), steps=1).lines[0]["critique_pairs"]
+    some = rl(critique=Critique(0.1, pairs=2), num_minibatches=3, steps=1)
     assert every > 6
     assert some.lines[0]["critique_pairs"] == 6
 
 
 def test_other_domains_are_not_compared(rl: Callable[..., Any]) -> None:
-    ran = rl(critique_weight=0.1, critique_pairs=999, critique_domains=("words",))
+    ran = rl(critique=Critique(0.1, pairs=999, domains=("words",)))
     for line in ran.lines:
         rows = rows_of(ran, int(line["step"]) - 1)
         own = build_comparisons(by_problem(row for row in rows if row["domain"] == "words"))
@@ -100,7 +101,7 @@ def test_other_domains_are_not_compared(rl: Callable[..., Any]) -> None:
 def test_nothing_to_compare_is_nothing_to_learn(rl: Callable[..., Any], same: Any) -> None:
     """Without randomness all responses to a prompt are alike."""
     cold = {"temperature": 1e-4, "advantage": "global"}
-    with_critique, plain = rl(critique_weight=0.5, **cold), rl(**cold)
+    with_critique, plain = rl(critique=Critique(0.5), **cold), rl(**cold)
     assert [line["critique_pairs"] for line in with_critique.lines] == [0.0] * 4
     assert same(with_critique, plain)
 
@@ -110,36 +111,35 @@ def test_a_stopped_stage_goes_on_to_the_same_bits(
 ) -> None:
     """Stopped after step 3, whose checkpoint is that of step 2; the weight rises, pairs are few."""
     settings: dict[str, Any] = {
-        "critique_weight": schedules.linear(0.0, 1.0),
-        "critique_pairs": 3,
-        "updates_per_batch": 2,
+        "critique": Critique(schedules.linear(0.0, 1.0), pairs=3),
+        "num_minibatches": 2,
     }
     whole, _ = goes_on(lambda work: rl(work, **settings), saved=2, killed=3)
-    assert [line["setting/critique_weight"] for line in whole.lines] == pytest.approx(
+    assert [line["setting/critique/weight"] for line in whole.lines] == pytest.approx(
         [0, 1 / 3, 2 / 3, 1]
     )
-    assert not same(whole, rl(updates_per_batch=2))
+    assert not same(whole, rl(num_minibatches=2))
 
 
 def test_long_responses_lose_their_beginnings(make_model: Callable[..., Any]) -> None:
     model = make_model(positions=64)
-    chat, problem = Chat(model), {"prompt": "words abc", "answer": "abc"}
+    chat, problem = chat_of(model), {"prompt": "words abc", "answer": "abc"}
     a, b = "a" * 50 + "xyz", "uvw"
-    ids = comparison_prompt(chat, 64, None, problem, (a, b))
+    ids = comparison_prompt(chat, None, problem, (a, b))
     assert len(ids) == 63
     text = model.tokenizer.decode(ids)
     assert "axyz|uvw" in text
     assert "a" * 50 not in text
-    assert len(comparison_prompt(chat, None, None, problem, (a, b))) > 64
+    roomy = chat_of(make_model(positions=128))
+    assert len(comparison_prompt(roomy, None, problem, (a, b))) > 64
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"critique_pairs": 4}, "critique_pairs = 4: it is not read with critique_weight = 0"),
-        ({"critique_domains": ["a"]}, "not read with critique_weight = 0"),
-        ({"critique_weight": -1.0}, "greater than or equal to 0"),
-        ({"critique_weight": 0.1, "segments": 2}, "segments = 2 with a critique_weight"),
+        ({"critique": {"pairs": 4}}, r"field 'critique\.weight': a value is needed"),
+        ({"critique": {"weight": -1.0}}, r"'critique\.weight': -1\.0 is not allowed"),
+        ({"critique": {"weight": 0.1, "pairs": 0}}, r"'critique\.pairs': 0 is not allowed"),
     ],
 )
 def test_settings_that_make_no_sense(settings: dict[str, Any], message: str) -> None:
@@ -149,6 +149,6 @@ def test_settings_that_make_no_sense(settings: dict[str, Any], message: str) -> 
 
 def test_a_domain_that_the_stage_does_not_have() -> None:
     r = Recipe(*load_suite("core"))
-    settings: dict[str, Any] = {"critique_weight": 0.1, "critique_domains": r.domains[-1:]}
-    with pytest.raises(ConfigError, match="field 'critique_domains'"):
-        r.rl(start=r.base("tiny"), prompts=r.prompts(r.domains[:1]), steps=2, **settings)
+    asked = Critique(0.1, domains=r.domains[-1:])
+    with pytest.raises(ConfigError, match=r"field 'critique\.domains'"):
+        r.rl(start=r.base("tiny"), prompts=r.prompts(r.domains[:1]), steps=2, critique=asked)

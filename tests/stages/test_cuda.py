@@ -1,6 +1,6 @@
 """Every stage on CUDA gives what it gives on the CPU.
 
-Each test runs twice: on a device that is only pretended (`tests/elsewhere.py`), which shows that
+Each test runs twice: on a device that is only pretended (`tests/fake_cuda.py`), which shows that
 all tensors are where they have to be, and on a real one where torch sees it.
 """
 
@@ -20,11 +20,11 @@ import posttrain.stages.context
 from posttrain.stages.worker import DEVICE
 
 spec = importlib.util.spec_from_file_location(
-    "elsewhere", Path(__file__).parents[1] / "elsewhere.py"
+    "fake_cuda", Path(__file__).parents[1] / "fake_cuda.py"
 )
 assert spec is not None and spec.loader is not None
-elsewhere = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(elsewhere)
+fake_cuda = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(fake_cuda)
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 
@@ -32,7 +32,7 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch see
 @pytest.fixture(params=["pretended", pytest.param("real", marks=[pytest.mark.gpu, needs_cuda])])
 def place(request: pytest.FixtureRequest) -> Any:
     """A context in which "cuda" can be asked for; `place.pretended` says what was done there."""
-    return Place(elsewhere.Elsewhere() if request.param == "pretended" else None)
+    return Place(fake_cuda.FakeCuda() if request.param == "pretended" else None)
 
 
 class Place:
@@ -58,6 +58,7 @@ OPTIM: dict[str, Any] = {"steps": 2, "lr": 1e-3, "warmup_steps": 1}
 ROLLOUT: dict[str, Any] = {"prompts_per_step": 8, "max_new_tokens": 6}
 RL = OPTIM | ROLLOUT | {"group_size": 4}
 DISTILL = OPTIM | ROLLOUT | {"routes": {"short": "one", "words": "two"}}
+IN_REWARD = {"coef": 0.1, "where": "reward"}
 GROUPS = {"samples_per_prompt": 2, "reward_weight": 0.5}
 HYBRID: dict[str, Any] = {
     "vocab_size": 100,
@@ -80,23 +81,26 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "pretrain": ("pretrain", OPTIM | {"batch_size": 8}),
     "sft": ("sft", OPTIM | {"batch_size": 8}),
     "rl": ("rl", RL),
-    "rl, kl in the loss": ("rl", RL | {"kl_coef": 0.1, "updates_per_batch": 2}),
+    "rl, kl in the loss": ("rl", RL | {"kl": {"coef": 0.1}, "num_minibatches": 2}),
     "rl, kl in the reward": (
         "rl",
-        RL | {"kl_coef": 0.1, "kl_in": "reward", "correction": "icepop", "updates_per_batch": 2},
+        RL | {"kl": IN_REWARD, "correction": "icepop", "num_minibatches": 2},
     ),
     "rl, critic": (
         "rl",
-        RL | {"advantage": "gae", "kl_coef": 0.1, "kl_in": "reward", "updates_per_batch": 2},
+        RL | {"advantage": "gae", "kl": IN_REWARD, "num_minibatches": 2},
     ),
     "distill": ("distill", DISTILL),
-    "distill, reward": ("distill", DISTILL | GROUPS | {"balance": "none"}),
-    "distill, top_k": ("distill", DISTILL | {"estimator": "top_k", "updates_per_batch": 2}),
+    "distill, reward": ("distill", DISTILL | GROUPS),
+    "distill, top_k": ("distill", DISTILL | {"estimator": "top_k", "num_minibatches": 2}),
     "distill, sampled_token": (
         "distill",
         DISTILL | {"estimator": "sampled_token", "correction": "icepop", "aggregation": "token"},
     ),
-    "distill, bfloat16 cache": ("distill", DISTILL | {"teacher_cache": "bfloat16"}),
+    "distill, bfloat16 cache": (
+        "distill",
+        DISTILL | {"estimator": {"kind": "reverse_kl", "cache": "bfloat16"}},
+    ),
 }
 
 
@@ -137,9 +141,9 @@ def test_training(
 @pytest.mark.parametrize(
     ("kind", "own"),
     [
-        ("dpo", {"loss": "sigmoid"}),
+        ("dpo", {"loss": "dpo"}),
         ("dpo", {"loss": "kto"}),
-        ("reward_model", {"centring": 0.1, "per_prompt": True}),
+        ("reward_model", {"loss": {"kind": "bradley_terry", "centring": 0.1}, "per_prompt": True}),
         ("reward_model", {"loss": "pointwise"}),
     ],
 )

@@ -9,14 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from posttrain.stages.batches import Pool
-from posttrain.stages.config import build_config
-from posttrain.stages.curriculum import Shares, gaussian_keys, in_band, reprofile_due
-from posttrain.stages.supply import Supply
-
-
-def settings(**changes: Any) -> Any:
-    return build_config("rl", "mine", {"steps": 5} | changes)
+from posttrain.algorithms import Gaussian, InTurn, Reprofile
+from posttrain.stages.data import DomainShares, Pool
+from posttrain.stages.problems import DomainQueue, gaussian_keys, in_band, reprofile_due
 
 
 def problems(count: int, name: str = "a") -> list[dict[str, Any]]:
@@ -31,16 +26,16 @@ def ids(rows: list[dict[str, Any]]) -> list[str]:
 def test_without_settings_problems_are_drawn_as_from_a_pool(count: int) -> None:
     """Three domains of 4, 7 and 9 problems through several passes: the same rows in one order."""
     rows = {name: problems(size, name) for name, size in (("a", 4), ("b", 7), ("c", 9))}
-    pool, shares, plain = Pool(rows, seed=3), Shares(list(rows)), settings(seed=3)
-    supplies = {n: Supply(r, position=p, seed=3) for p, (n, r) in enumerate(rows.items())}
+    pool, shares, plain = Pool(rows, seed=3), DomainShares(list(rows)), InTurn()
+    queues = {n: DomainQueue(r, position=p, seed=3) for p, (n, r) in enumerate(rows.items())}
     for step in range(20):
         slots = shares.allocate(count, {})
-        drawn = [row for n, s in slots.items() for row in supplies[n].take(plain, s, step, 0)[0]]
+        drawn = [row for n, s in slots.items() for row in queues[n].draw(plain, s, step, 0)[0]]
         assert drawn == pool.draw(step, count)
 
 
 def test_every_domain_gets_its_share_within_a_slot() -> None:
-    shares, seen = Shares(["a", "b"]), Counter[str]()
+    shares, seen = DomainShares(["a", "b"]), Counter[str]()
     for step in range(1, 50):
         slots = shares.allocate(5, {"a": 1, "b": 2})
         assert sum(slots.values()) == 5
@@ -50,7 +45,7 @@ def test_every_domain_gets_its_share_within_a_slot() -> None:
 
 def test_a_domain_with_share_zero_comes_in_when_it_is_given_one() -> None:
     """The steps without it are not made up for."""
-    shares = Shares(["a", "b"])
+    shares = DomainShares(["a", "b"])
     for _ in range(40):
         assert shares.allocate(4, {"a": 1, "b": 0}) == {"a": 4, "b": 0}
     for _ in range(5):
@@ -80,69 +75,68 @@ def test_weights_are_gaussian() -> None:
 
 
 def test_a_weighted_draw_repeats_none_before_all_were_drawn() -> None:
-    supply = Supply(problems(6), position=0, seed=0)
-    for row, rate in zip(supply.problems[:4], (0.1, 0.4, 0.5, 0.9), strict=True):
-        supply.learn(row, rate)
-    config = settings(curriculum="gaussian")
-    drawn, rates = supply.take(config, 3, 0, 0)
-    more, _ = supply.take(config, 3, 0, 1)
+    queue = DomainQueue(problems(6), position=0, seed=0)
+    for row, rate in zip(queue.problems[:4], (0.1, 0.4, 0.5, 0.9), strict=True):
+        queue.set_rate(row, rate)
+    how = Gaussian()
+    drawn, rates = queue.draw(how, 3, 0, 0)
+    more, _ = queue.draw(how, 3, 0, 1)
     assert sorted(ids(drawn + more[:1])) == ["a0", "a1", "a2", "a3"]
     assert len(set(ids(more))) == 3
     assert len(rates) == 3 and set(rates) < {0.1, 0.4, 0.5, 0.9}
-    again = Supply(problems(6), position=0, seed=0)
-    again.rate_P[:] = supply.rate_P
-    assert again.take(config, 3, 0, 0)[0] == drawn, "a function of seed and step"
+    again = DomainQueue(problems(6), position=0, seed=0)
+    again.rate_P[:] = queue.rate_P
+    assert again.draw(how, 3, 0, 0)[0] == drawn, "a function of seed and step"
 
 
 def test_the_target_decides_what_is_drawn() -> None:
-    supply = Supply(problems(11), position=0, seed=0)
-    for number, row in enumerate(supply.problems):
-        supply.learn(row, number / 10)
+    queue = DomainQueue(problems(11), position=0, seed=0)
+    for number, row in enumerate(queue.problems):
+        queue.set_rate(row, number / 10)
     means = []
     for target in (0.9, 0.5, 0.1):
-        config = settings(curriculum="gaussian", target_rate=target, spread=0.1)
-        rates = [rate for step in range(200) for rate in supply.take(config, 2, step, 0)[1]]
+        how = Gaussian(target, spread=0.1)
+        rates = [rate for step in range(200) for rate in queue.draw(how, 2, step, 0)[1]]
         means.append(sum(rates) / len(rates))
     assert means == pytest.approx([0.87, 0.5, 0.13], abs=0.04)
 
 
 def test_retired_problems_rest_until_all_are_retired() -> None:
-    supply = Supply(problems(4), position=0, seed=0)
-    plain = settings()
-    first, _ = supply.take(plain, 2, 0, 0)
+    queue = DomainQueue(problems(4), position=0, seed=0)
+    plain = InTurn()
+    first, _ = queue.draw(plain, 2, 0, 0)
     for row in first:
-        supply.retire(row, True)
-    supply.bring_back()
-    later = [row["id"] for step in range(1, 5) for row in supply.take(plain, 1, step, 0)[0]]
+        queue.retire(row, True)
+    queue.reset_retired()
+    later = [row["id"] for step in range(1, 5) for row in queue.draw(plain, 1, step, 0)[0]]
     assert set(later) == {"a0", "a1", "a2", "a3"} - set(ids(first))
-    for row in supply.problems:
-        supply.retire(row, True)
-    supply.bring_back()
-    assert not supply.retired_P.any()
-    back, _ = supply.take(plain, 2, 5, 0)
+    for row in queue.problems:
+        queue.retire(row, True)
+    queue.reset_retired()
+    assert not queue.retired_P.any()
+    back, _ = queue.draw(plain, 2, 5, 0)
     assert set(ids(back)) == set(ids(first)), "drawn least often so far"
 
 
 def test_rates_go_by_id_and_mode() -> None:
     rows = [row | {"mode": mode} for row in problems(1) for mode in ("think", "no_think")]
-    supply = Supply(rows, position=0, seed=0)
-    assert not supply.known
-    supply.learn({"id": "a0"}, 0.25)
-    assert supply.rate_P.tolist() == [0.25, 0.25]
-    supply.learn({"id": "a0", "mode": "no_think"}, 0.5)
-    assert supply.rate_P.tolist() == [0.25, 0.5]
-    supply.learn({"id": "elsewhere"}, 1.0)
-    assert supply.rate_P.tolist() == [0.25, 0.5]
+    queue = DomainQueue(rows, position=0, seed=0)
+    assert not queue.known
+    queue.set_rate({"id": "a0"}, 0.25)
+    assert queue.rate_P.tolist() == [0.25, 0.25]
+    queue.set_rate({"id": "a0", "mode": "no_think"}, 0.5)
+    assert queue.rate_P.tolist() == [0.25, 0.5]
+    queue.set_rate({"id": "elsewhere"}, 1.0)
+    assert queue.rate_P.tolist() == [0.25, 0.5]
 
 
 def test_when_the_policy_is_profiled_anew() -> None:
     """Every third step; and with a patience of 2 where the mean of two rewards is not 0.01 above
     that of the two before: 0.3, 0.3 after 0, 0.3 has risen, 0.3, 0.3 after it has not."""
-    band = {"curriculum": "band"}
-    every = settings(reprofile_every=3, **band)
+    every = Reprofile(every=3)
     assert [step for step in range(8) if reprofile_due(every, step, [0.0] * 8)] == [3, 6]
     reward = [0.0] + [0.3] * 8
-    plateau = settings(reprofile_on_plateau=2, **band)
+    plateau = Reprofile(on_plateau=2)
     assert [step for step in range(10) if reprofile_due(plateau, step, reward)] == [5, 9]
-    both = settings(reprofile_every=4, reprofile_on_plateau=2, **band)
+    both = Reprofile(every=4, on_plateau=2)
     assert [step for step in range(10) if reprofile_due(both, step, reward)] == [4, 5, 8, 9]

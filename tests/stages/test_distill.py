@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 
 from posttrain.backends.checkpoint import LanguageModel
 from posttrain.engine.errors import ConfigError
-from posttrain.stages import distill_update
+from posttrain.rl.batch import Batch
+from posttrain.stages import distill as stage
 from posttrain.stages.config import build_config
-from posttrain.stages.distill import domain_weights
+from posttrain.stages.distill import loss_weights
 from posttrain.stages.settings.distill import Distill
 
 RunStage = Callable[..., Any]
@@ -30,12 +31,12 @@ BASE: dict[str, Any] = {
     "warmup_steps": 1,
     "routes": ROUTES,
 }
-ESTIMATORS = ("sampled_token", "top_k", "full_vocabulary")
+ESTIMATORS = ("sampled_token", "top_k", "reverse_kl")
 EXACT = (
-    {"estimator": "full_vocabulary"},
-    {"divergence": "forward_kl"},
-    {"divergence": "jsd", "jsd_beta": 0.3},
-    {"estimator": "top_k", "top_k": 100},
+    {"estimator": "reverse_kl"},
+    {"estimator": "forward_kl"},
+    {"estimator": {"kind": "jsd", "beta": 0.3}},
+    {"estimator": {"kind": "top_k", "k": 100}},
 )
 
 
@@ -80,9 +81,9 @@ def test_metrics_are_named_as_documented_and_finite(
 @pytest.mark.parametrize("updates", [1, 3])
 def test_the_logged_loss_is_what_is_descended(distill: Callable[..., Any], updates: int) -> None:
     """With token means and no weights it is the mean KL per token."""
-    token = distill(aggregation="token", updates_per_batch=updates).lines
+    token = distill(aggregation="token", num_minibatches=updates).lines
     assert [line["loss"] for line in token] == pytest.approx([line["kl"] for line in token])
-    constant = distill(aggregation="constant", aggregation_constant=4, steps=1).lines[0]
+    constant = distill(aggregation={"kind": "constant", "constant": 4}, steps=1).lines[0]
     mean_sum = constant["kl"] * constant["response_length"]
     assert constant["loss"] == pytest.approx(mean_sum / 4, rel=1e-4)
 
@@ -102,38 +103,45 @@ SETTINGS: list[dict[str, Any]] = [
     {"seed": 1},
     {"steps": 6},
     {"lr": 0.02},
-    {"lr_end": 0.5},
-    {"lr_schedule": "linear"},
+    {"lr_decay": {"kind": "cosine", "end": 0.5}},
+    {"lr_decay": "linear"},
     {"warmup_steps": 2},
-    {"beta1": 0.5},
-    {"beta2": 0.5},
-    {"weight_decay": 0.5},
-    {"max_grad_norm": 1e-9},
+    {"optimizer": {"beta1": 0.5}},
+    {"optimizer": {"beta2": 0.5}},
+    {"optimizer": {"weight_decay": 0.5}},
+    {"optimizer": {"max_grad_norm": 1e-9}},
     {"prompts_per_step": 10},
     {"samples_per_prompt": 2},
     {"max_new_tokens": 5},
     {"temperature": 0.7},
-    {"updates_per_batch": 2},
+    {"num_minibatches": 2},
     {"aggregation": "token"},
     {"aggregation": "token", "balance": "tokens"},
     {"aggregation": "constant"},
-    {"aggregation": "constant", "aggregation_constant": 50, "max_grad_norm": 100.0},
+    {
+        "aggregation": {"kind": "constant", "constant": 50},
+        "optimizer": {"max_grad_norm": 100.0},
+    },
     {"domain_weights": {"short": 0.5}},
     {"domain_weights": {"words": 0.0}},
-    {"divergence": "forward_kl"},
-    {"divergence": "jsd"},
-    {"divergence": "jsd", "jsd_beta": 0.2},
-    {"teacher_cache": "bfloat16"},
+    {"estimator": "forward_kl"},
+    {"estimator": "jsd"},
+    {"estimator": {"kind": "jsd", "beta": 0.2}},
+    {"estimator": {"kind": "reverse_kl", "cache": "bfloat16"}},
     {"estimator": "top_k"},
-    {"estimator": "top_k", "top_k": 8},
+    {"estimator": {"kind": "top_k", "k": 8}},
     {"estimator": "sampled_token"},
-    {"estimator": "sampled_token", "advantage_clip": 0.5},
-    {"estimator": "sampled_token", "advantage_clip": None},
+    {"estimator": {"kind": "sampled_token", "clip": 0.5}},
+    {"estimator": {"kind": "sampled_token", "clip": None}},
     {"reward_weight": 0.5, "samples_per_prompt": 2},
     {"reward_weight": 1.5, "samples_per_prompt": 2},
-    {"estimator": "sampled_token", "correction": "truncated", "correction_high": 1.0},
-    {"estimator": "sampled_token", "correction": "icepop", "correction_high": 1.0},
-    {"estimator": "sampled_token", "correction": "icepop", "correction_low": 1.0},
+    {"estimator": "sampled_token", "correction": {"kind": "truncated", "high": 1.0}},
+    {
+        "estimator": "sampled_token",
+        "correction": {"kind": "truncated", "high": 1.0, "sequence": True},
+    },
+    {"estimator": "sampled_token", "correction": {"kind": "icepop", "high": 1.0}},
+    {"estimator": "sampled_token", "correction": {"kind": "icepop", "low": 1.0}},
     {"routes": {"short": "second", "words": "first"}},
     {"routes": {"short": "first", "words": "first"}},
 ]
@@ -185,7 +193,7 @@ def test_with_several_domains_only_rounding_is_left(
 def test_the_logged_kl_is_the_reverse_one(distill: Callable[..., Any]) -> None:
     """At step 1 nothing has been learned yet, so only the loss depends on the divergence."""
     lines = [
-        distill(steps=1, divergence=divergence).lines[0]
+        distill(steps=1, estimator=divergence).lines[0]
         for divergence in ("reverse_kl", "forward_kl", "jsd")
     ]
     for line in lines[1:]:
@@ -195,25 +203,28 @@ def test_the_logged_kl_is_the_reverse_one(distill: Callable[..., Any]) -> None:
 
 
 def test_a_narrow_cache_rounds_the_teacher_only(distill: Callable[..., Any]) -> None:
-    wide, narrow = (distill(steps=1, teacher_cache=c).lines[0] for c in ("float32", "bfloat16"))
+    wide, narrow = (
+        distill(steps=1, estimator={"kind": "reverse_kl", "cache": cache}).lines[0]
+        for cache in ("float32", "bfloat16")
+    )
     assert narrow["entropy"] == wide["entropy"]
     assert narrow["kl"] != wide["kl"]
     assert narrow["kl"] == pytest.approx(wide["kl"], rel=0.02)
 
 
-@pytest.mark.parametrize("estimator", ["full_vocabulary", "top_k"])
+@pytest.mark.parametrize("estimator", ["reverse_kl", "top_k"])
 def test_one_loss_call_serves_all_teachers(
     distill: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, estimator: str
 ) -> None:
     """The batch fits one micro-batch: one call per step, whatever the number of domains."""
-    name = {"full_vocabulary": "full_vocabulary_of_each"}.get(estimator, estimator)
-    original, calls = getattr(distill_update, name), []
+    name = {"reverse_kl": "full_vocabulary_of_each"}.get(estimator, estimator)
+    original, calls = getattr(stage, name), []
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         calls.append(len(args[0]))
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(distill_update, name, counted)
+    monkeypatch.setattr(stage, name, counted)
     ran = distill(steps=2, estimator=estimator)
     assert sum(calls) == ran.lines[-1]["tokens"]
     assert len(calls) == 2
@@ -252,9 +263,9 @@ def test_each_row_is_read_by_its_own_teacher(
     [
         ({"correction": "icepop"}, "there is nothing to correct"),
         ({"estimator": "top_k", "correction": "truncated"}, "there is nothing to correct"),
-        ({"estimator": "sampled_token", "updates_per_batch": 2}, "no longer the student's own"),
+        ({"estimator": "sampled_token", "num_minibatches": 2}, "no longer the student's own"),
         (
-            {"reward_weight": 1.0, "samples_per_prompt": 2, "updates_per_batch": 2},
+            {"reward_weight": 1.0, "samples_per_prompt": 2, "num_minibatches": 2},
             "no longer the student's own",
         ),
     ],
@@ -266,9 +277,10 @@ def test_corrections_go_with_policy_gradients(settings: dict[str, Any], message:
 
 def test_masked_tokens_do_not_learn(distill: Callable[..., Any], models: Mapping[str, str]) -> None:
     """Sampler and learner never agree to the last bit: bounds [1, 1] mask nearly every token."""
-    sampled = {"estimator": "sampled_token", "correction": "icepop"}
-    usual = distill(**sampled).lines
-    strict = distill(**sampled, correction_low=1.0, correction_high=1.0).lines
+    usual, strict = (
+        distill(estimator="sampled_token", correction={"kind": "icepop"} | bounds).lines
+        for bounds in ({}, {"low": 1.0, "high": 1.0})
+    )
     for loose, tight in zip(usual, strict, strict=True):
         assert loose["correction_masked"] == 0
         assert 0.3 < tight["correction_masked"] <= 1
@@ -283,25 +295,29 @@ def test_the_reward_pulls_beside_the_teacher(distill: Callable[..., Any]) -> Non
     assert sum(line["reward"] for line in ran.lines[-3:]) > first + 0.3
 
 
+def with_domains(lengths: list[int], domains: list[int]) -> Batch:
+    """Responses of these lengths to problems of these domains."""
+    batch = Batch.from_tokens([[1]] * len(lengths), [[2] * n for n in lengths], pad_id=0)
+    batch["domain_B"] = torch.tensor(domains)
+    return batch
+
+
 def test_weights_by_hand() -> None:
     """4 rows of `a` with 2 tokens and 2 of `b` with 12: shares of rows 2/3 and 1/3, of tokens 1/4
     and 3/4, so the balance is 8/3 and 4/9; with weights 1 and 3 that makes 8/3 and 4/3."""
-    length_B, domain_B = torch.tensor([2, 12, 2, 2, 12, 2]), torch.tensor([0, 1, 0, 0, 1, 0])
-    config = Distill(
+    batch = with_domains([2, 12, 2, 2, 12, 2], [0, 1, 0, 0, 1, 0])
+    settings = Distill(
         steps=1, aggregation="token", balance="tokens", domain_weights={"b": 3.0}, routes={}
     )
-    weight_B = domain_weights(config, ["a", "b"], length_B, domain_B)
+    weight_B = loss_weights(settings, ["a", "b"], batch)
     torch.testing.assert_close(weight_B, torch.tensor([8 / 3, 4 / 3, 8 / 3, 8 / 3, 4 / 3, 8 / 3]))
     plain = Distill(steps=1, domain_weights={"b": 3.0})
-    weight_B = domain_weights(plain, ["a", "b"], length_B, domain_B)
-    assert weight_B.tolist() == [1, 3, 1, 1, 3, 1]
+    assert loss_weights(plain, ["a", "b"], batch).tolist() == [1, 3, 1, 1, 3, 1]
 
 
 def test_balance_survives_a_domain_without_rows() -> None:
-    config = Distill(steps=1, aggregation="token", balance="tokens")
-    length_B, domain_B = torch.tensor([2, 4]), torch.tensor([0, 0])
-    weight_B = domain_weights(config, ["a", "b"], length_B, domain_B)
-    assert weight_B.tolist() == [1, 1]
+    settings = Distill(steps=1, aggregation="token", balance="tokens")
+    assert loss_weights(settings, ["a", "b"], with_domains([2, 4], [0, 0])).tolist() == [1, 1]
 
 
 def test_a_domain_of_weight_zero_teaches_nothing(
@@ -379,24 +395,19 @@ def test_a_teacher_of_another_size_and_architecture_will_do(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"top_k": 8}, "top_k = 8: it is not read with estimator = full_vocabulary"),
-        ({"advantage_clip": 1.0}, "not read with estimator = full_vocabulary"),
-        ({"estimator": "top_k", "advantage_clip": None}, "not read with estimator = top_k"),
-        ({"jsd_beta": 0.3}, "jsd_beta = 0.3: it is not read with divergence = reverse_kl"),
-        ({"divergence": "jsd", "jsd_beta": 1.0}, "jsd_beta"),
-        ({"divergence": "kl"}, "divergence"),
-        ({"estimator": "top_k", "divergence": "jsd"}, "not read with estimator = top_k"),
+        ({"estimator": {"kind": "top_k", "clip": 1.0}}, "'estimator.clip': unknown option"),
+        ({"estimator": {"kind": "jsd", "beta": 1.0}}, "'estimator.beta'"),
         (
-            {"estimator": "sampled_token", "teacher_cache": "bfloat16"},
-            "teacher_cache = bfloat16: it is not read with estimator = sampled_token",
+            {"estimator": {"kind": "sampled_token", "cache": "bfloat16"}},
+            "'estimator.cache': unknown",
         ),
-        ({"aggregation_constant": 8}, "not read with aggregation = sequence"),
+        ({"estimator": "kl"}, "choices: .*reverse_kl"),
+        ({"aggregation": {"kind": "sequence", "constant": 8}}, "'aggregation.constant': unknown"),
         ({"balance": "tokens"}, "set aggregation = token"),
         ({"reward_weight": 0.5}, "set samples_per_prompt to 2 or more"),
         ({"domain_weights": {"word": 2.0}}, "'word' is not a domain .* choices: short, words"),
         ({"domain_weights": {"words": -1.0}}, "domain_weights.words"),
         ({"estimator": "k1"}, "estimator = k1: .* zero gradient .* use sampled_token"),
-        ({"estimator": "jsd"}, "'jsd' is not allowed"),
         ({"teachers": {}}, "unknown option"),
     ],
 )

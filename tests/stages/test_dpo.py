@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,19 +16,22 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from posttrain.backends.checkpoint import LanguageModel, load
+from posttrain.algorithms import Dpo, DpoNorm, Ipo, Kto, Preference, SimPO
+from posttrain.backends.base import LearnerSettings, TokenLoss
+from posttrain.backends.checkpoint import LanguageModel, chat_of, load
 from posttrain.backends.local import LocalLearner
 from posttrain.engine.errors import ConfigError
-from posttrain.stages.batches import Pool
+from posttrain.rl.batch import Batch
+from posttrain.schedules import linear
 from posttrain.stages.config import build_config
-from posttrain.stages.context import Context
-from posttrain.stages.dpo import PairUpdate, counted_tokens
-from posttrain.stages.preferences import Rows, encode_mismatched
-from posttrain.stages.settings.preference import Dpo
+from posttrain.stages.data import Pool
+from posttrain.stages.dpo import counted_tokens, preference_loss
+from posttrain.stages.pair_data import mismatched, pair_batch
 
 RunStage = Callable[..., Any]
+LEARNER = LearnerSettings(betas=(0.9, 0.98), weight_decay=0.0, max_grad_norm=1.0)
 BASE: dict[str, Any] = {"steps": 5, "batch_size": 8, "lr": 0.003, "warmup_steps": 1}
-LOSSES = ("sigmoid", "length_normalised", "simpo", "ipo", "kto")
+LOSSES = ("dpo", "dpo_norm", "simpo", "ipo", "kto")
 
 
 def all_pairs() -> list[dict[str, Any]]:
@@ -107,7 +111,8 @@ def test_the_first_step_against_transformers(
     dpo: Callable[..., Any], models: Mapping[str, str]
 ) -> None:
     """Loss, rewards and NLL of a step computed row by row, with another model as reference."""
-    line = dpo(reference="two", batch_size=6, nll_weight=0.2).lines[0]
+    loss = {"kind": "dpo", "nll_weight": 0.2}
+    line = dpo(reference="two", batch_size=6, loss=loss).lines[0]
     sums = {"loss": 0.0, "nll": 0.0, "reward_chosen": 0.0, "reward_rejected": 0.0}
     for pair in drawn(6):
         score, logp = {}, {}
@@ -126,8 +131,8 @@ def test_the_first_step_against_transformers(
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_every_loss_learns_to_prefer_the_chosen(dpo: Callable[..., Any], loss: str) -> None:
-    beta = 2.0 if loss in ("length_normalised", "simpo") else 0.1
-    ran = dpo(loss=loss, beta=beta, steps=30)
+    beta = 2.0 if loss in ("dpo_norm", "simpo") else 0.1
+    ran = dpo(loss={"kind": loss, "beta": beta}, steps=30)
     first, last = ran.lines[0], ran.lines[-1]
     assert last["loss"] < first["loss"]
     assert last["accuracy"] > 0.9
@@ -142,28 +147,32 @@ SETTINGS: list[dict[str, Any]] = [
     {"steps": None, "epochs": 1.5},
     {"batch_size": 6},
     {"lr": 0.006},
-    {"lr_schedule": "constant"},
-    {"lr_schedule": "linear"},
-    {"lr_end": 0.5},
+    {"lr_decay": "constant"},
+    {"lr_decay": "linear"},
+    {"lr_decay": {"kind": "cosine", "end": 0.5}},
     {"warmup_steps": 2},
-    {"beta1": 0.5},
-    {"beta2": 0.5},
-    {"weight_decay": 0.5},
-    {"max_grad_norm": 0.01},
-    {"beta": 0.5},
-    {"label_smoothing": 0.2},
-    {"nll_weight": 0.2},
+    {"optimizer": {"beta1": 0.5}},
+    {"optimizer": {"beta2": 0.5}},
+    {"optimizer": {"weight_decay": 0.5}},
+    {"optimizer": {"max_grad_norm": 0.01}},
     {"mask_formatting": True},
     *({"loss": loss} for loss in LOSSES[1:]),
-    {"loss": "length_normalised", "label_smoothing": 0.2},
-    {"loss": "length_normalised", "mask_formatting": True},
-    {"loss": "simpo", "gamma": 1.5},
-    {"loss": "simpo", "label_smoothing": 0.2},
-    {"loss": "simpo", "nll_weight": 0.2},
-    {"loss": "ipo", "beta": 0.5},
-    {"loss": "ipo", "nll_weight": 0.2},
-    {"loss": "kto", "desirable_weight": 2.0},
-    {"loss": "kto", "undesirable_weight": 2.0},
+    {"loss": Dpo(beta=0.5)},
+    {"loss": Dpo(label_smoothing=0.2)},
+    {"loss": Dpo(nll_weight=0.2)},
+    {"loss": DpoNorm(beta=0.5)},
+    {"loss": DpoNorm(label_smoothing=0.2)},
+    {"loss": DpoNorm(nll_weight=0.2)},
+    {"loss": "dpo_norm", "mask_formatting": True},
+    {"loss": SimPO(beta=0.5)},
+    {"loss": SimPO(gamma=1.5)},
+    {"loss": SimPO(label_smoothing=0.2)},
+    {"loss": SimPO(nll_weight=0.2)},
+    {"loss": Ipo(beta=0.5)},
+    {"loss": Ipo(nll_weight=0.2)},
+    {"loss": Kto(beta=0.5)},
+    {"loss": Kto(desirable_weight=2.0)},
+    {"loss": Kto(undesirable_weight=2.0)},
     {"loss": "kto", "mask_formatting": True},
     {"reference": "two"},
     {"reference": "two", "loss": "kto"},
@@ -183,43 +192,23 @@ def test_every_setting_changes_the_weights(dpo: Callable[..., Any], same: Any) -
 
 
 def test_the_reference_is_the_start_unless_given(dpo: Callable[..., Any], same: Any) -> None:
-    for loss in ("sigmoid", "kto"):
+    for loss in ("dpo", "kto"):
         assert same(dpo(loss=loss), dpo(loss=loss, reference="start"))
 
 
-@pytest.mark.parametrize("loss", ["sigmoid", "kto"])
+@pytest.mark.parametrize("loss", ["dpo", "kto"])
 def test_a_stopped_stage_ends_with_the_same_bits(
-    dpo: Callable[..., Any],
-    same: Any,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    loss: str,
+    dpo: Callable[..., Any], goes_on: Callable[..., Any], loss: str
 ) -> None:
     """Stopped after step 3 with a checkpoint of step 2: the reference is read anew, from the start
     and not from the checkpoint."""
-    calm = dpo(loss=loss)
-
-    def stop(ctx: Context, step: int, learner: Any) -> None:
-        if step == 2:
-            ctx.save(step, learner)
-        if step == 3:
-            raise KeyboardInterrupt
-
-    work = tmp_path / "stopped"
-    with monkeypatch.context() as patch:
-        patch.setattr(Context, "checkpoint", stop)
-        with pytest.raises(KeyboardInterrupt):
-            dpo(loss=loss, work=work)
-    resumed = dpo(loss=loss, work=work)
-    assert same(calm, resumed)
+    calm, resumed = goes_on(lambda work: dpo(loss=loss, work=work), saved=2, killed=3)
     assert calm.metrics == resumed.metrics
-    clean = [[line | {"seconds": 0} for line in ran.lines] for ran in (calm, resumed)]
-    assert clean[0] == clean[1]
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", [Dpo(nll_weight=0.2), DpoNorm(), SimPO(), Ipo(), Kto()], ids=str)
 def test_micro_batches_of_whole_pairs_change_only_rounding(
-    models: Mapping[str, str], loss: Any
+    models: Mapping[str, str], loss: Preference
 ) -> None:
     generator = torch.Generator().manual_seed(0)
 
@@ -227,41 +216,23 @@ def test_micro_batches_of_whole_pairs_change_only_rounding(
         return torch.randint(5, 90, (length,), generator=generator).tolist()
 
     prompts = [tokens(n) for n in (3, 3, 9, 9, 2, 2, 5, 5)]
-    rows = Rows(prompts, [tokens(n) for n in (2, 8, 4, 3, 1, 1, 7, 6)], 0)
-    reference_B = -4 * torch.rand(8, generator=generator)
+    batch = Batch.from_tokens(prompts, [tokens(n) for n in (2, 8, 4, 3, 1, 1, 7, 6)], pad_id=0)
+    batch["counted_N"] = torch.rand(batch.num_tokens, generator=generator) < 0.8
+    batch["ref_logp_B"] = -4 * torch.rand(8, generator=generator)
+    batch["baseline_B"] = torch.full((8,), 0.3)
     results = []
     for max_tokens in (8192, 20):
-        language_model = load(models["start"])
-        learner = LocalLearner(
-            language_model,
-            betas=(0.9, 0.98),
-            weight_decay=0.0,
-            max_grad_norm=1.0,
-            max_tokens=max_tokens,
-        )
-        config = Dpo(steps=1, loss=loss)
-        update = PairUpdate(
-            config,
-            rows=rows.batch(torch.arange(8)),
-            counted_V=counted_tokens(config, language_model),
-            reference_B=None if loss == "simpo" else reference_B,
-            baseline=torch.tensor(0.3) if loss == "kto" else None,
-            device=learner.device,
-        )
+        learner = LocalLearner(load(models["start"]), LEARNER, max_tokens=max_tokens)
         results.append(
-            learner.update(update.rows, update.loss, count=update.count, lr=0.0, group_rows=2)
+            learner.update(batch, TokenLoss(preference_loss, loss), count=4, lr=0.0, group_rows=2)
         )
     assert results[0] == pytest.approx(results[1], rel=1e-4)
 
 
-def test_batches_of_rows_by_hand() -> None:
-    rows = Rows([[7, 8], [9], [5, 6, 7]], [[1], [2, 3, 4], [1, 2]], pad_id=0)
-    batch = rows.batch(torch.tensor([1, 0]))
-    assert batch.tokens_BT.tolist() == [[9, 2, 3, 4], [7, 8, 1, 0]]
-    assert batch.prompt_len_B.tolist() == [1, 2]
-    assert batch.responses() == [[2, 3, 4], [1]]
-    assert batch.logp_BR.tolist() == [[0, 0, 0], [0, 0, 0]]
-    assert len(rows) == 3 and rows.batch(torch.tensor([2])).tokens_BT.tolist() == [[5, 6, 7, 1, 2]]
+def test_a_loss_can_be_sent_to_another_process() -> None:
+    loss = TokenLoss(preference_loss, Kto(beta=linear(0.1, 0.5)))
+    again = pickle.loads(pickle.dumps(loss))
+    assert again == loss and again.settings.schedules == loss.settings.schedules
 
 
 def pair(problem: str, chosen: str, rejected: str, domain: str = "d") -> dict[str, Any]:
@@ -273,6 +244,8 @@ def pair(problem: str, chosen: str, rejected: str, domain: str = "d") -> dict[st
 
 class Letters:
     """A tokenizer in which a text is its characters."""
+
+    pad_id = 0
 
     def prompt(self, text: str, mode: str | None = None) -> list[int]:
         return [ord(letter) for letter in text]
@@ -287,14 +260,13 @@ def test_mismatched_rows_answer_another_problem() -> None:
     """
     pairs = [pair("p", "ab", "c"), pair("p", "d", "e"), pair("q", "f", "gh")]
     pairs.append(pair("p", "ij", "k", domain="e"))
-    rows = encode_mismatched(pairs, Letters(), 0)  # type: ignore[arg-type]
-    batch = rows.batch(torch.arange(8))
+    batch = pair_batch(pairs, Letters(), mismatched(pairs))  # type: ignore[arg-type]
     said = ["".join(map(chr, ids)) for ids in batch.responses()]
     assert said == ["f", "gh", "f", "gh", "ij", "k", "ab", "c"]
     asked = [chr(ids[0]) for ids in batch.tokens_BT.tolist()]
     assert asked == ["p", "p", "p", "p", "q", "q", "p", "p"]
     with pytest.raises(ConfigError, match="loss = 'kto' needs pairs of two problems"):
-        encode_mismatched(pairs[:2], Letters(), 0)  # type: ignore[arg-type]
+        mismatched(pairs[:2])
 
 
 def test_kto_logs_the_baseline_of_mismatched_rows(
@@ -322,13 +294,13 @@ def test_kto_logs_the_baseline_of_mismatched_rows(
 def test_formatting_tokens_are_the_special_ones(
     make_model: Callable[..., LanguageModel],
 ) -> None:
-    language_model = make_model(stop=[4, 40])
-    tokenizer = language_model.tokenizer
-    counted_V = counted_tokens(Dpo(steps=1, mask_formatting=True), language_model)
+    chat = chat_of(make_model(stop=[4, 40]))
+    tokenizer = chat.tokenizer
+    counted_V = counted_tokens(chat, mask_formatting=True)
     masked = set((~counted_V).nonzero()[:, 0].tolist())
     assert masked == {*tokenizer.all_special_ids, 4, 40}
     assert tokenizer.convert_tokens_to_ids("<|user|>") in masked
-    assert bool(counted_tokens(Dpo(steps=1), language_model).all())
+    assert bool(counted_tokens(chat, mask_formatting=False).all())
 
 
 def test_masked_end_tokens_leave_the_reward_alone(
@@ -344,17 +316,16 @@ def test_masked_end_tokens_leave_the_reward_alone(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"gamma": 1.0}, "gamma = 1.0: it is not read with loss = sigmoid"),
-        ({"loss": "ipo", "label_smoothing": 0.1}, "label_smoothing = 0.1: .* loss = ipo"),
-        ({"loss": "kto", "label_smoothing": 0.1}, "label_smoothing = 0.1: .* loss = kto"),
-        ({"loss": "kto", "nll_weight": 0.2}, "nll_weight = 0.2: it is not read with loss = kto"),
-        ({"desirable_weight": 2.0}, "desirable_weight = 2.0: it is not read with loss = sigmoid"),
-        ({"loss": "dpo"}, "field 'loss': 'dpo' is not allowed: .*'length_normalised'"),
-        ({"beta": 0.0}, "field 'beta': 0.0 is not allowed"),
-        ({"label_smoothing": 0.5}, "field 'label_smoothing': 0.5 is not allowed"),
+        ({"gamma": 1.0}, "field 'gamma': unknown option"),
+        ({"loss": {"gamma": 1.0}}, "field 'loss'.*kind"),
+        ({"loss": {"kind": "dpo", "gamma": 1.0}}, "field 'loss.*gamma': unknown option"),
+        ({"loss": {"kind": "kto", "nll_weight": 0.2}}, "field 'loss.*nll_weight': unknown option"),
+        ({"loss": "sigmoid"}, "field 'loss': there is no 'sigmoid'.*choices: dpo, dpo_norm"),
+        ({"loss": {"kind": "dpo", "beta": 0.0}}, "field 'loss.*beta': 0.0 is not allowed"),
+        ({"loss": {"kind": "dpo", "label_smoothing": 0.5}}, "label_smoothing': 0.5 is not allowed"),
         ({"epochs": 1.0}, "exactly one of steps and epochs"),
         ({"steps": None}, "exactly one of steps and epochs"),
-        ({"bata": 1.0}, "field 'bata': unknown option; did you mean 'beta'"),
+        ({"los": "kto"}, "field 'los': unknown option; did you mean 'loss'"),
     ],
 )
 def test_bad_settings_are_named(settings: Mapping[str, Any], message: str) -> None:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from posttrain.stages.batches import sequences
 
-from posttrain.backends.chat import Chat
 from posttrain.backends.checkpoint import load
-from posttrain.backends.local import LocalScorer
+from posttrain.backends.local import LocalBackend
 from posttrain.backends.prompting import also_hinted, hinted
 from posttrain.engine.errors import ConfigError
+from posttrain.rl.batch import Batch
 from posttrain.stages.config import build_config
-from posttrain.stages.teachers import after_prompts
 
 RunStage = Callable[..., Any]
 BASE: dict[str, Any] = {
@@ -67,16 +66,16 @@ def test_a_hint_that_is_the_prompt_changes_no_bit_and_others_do(
 def test_a_teacher_reads_each_response_after_its_own_prompt(models: Mapping[str, str]) -> None:
     """Rows of unequal prompts and responses: what the teacher says of the n-th response token is
     what it says of a row that has had that prompt from the beginning."""
-    teacher = load(models["one"])
-    chat, scorer = Chat(teacher), LocalScorer(teacher)
+    scorer = LocalBackend().scorer(Path(models["one"]))
+    chat = scorer.chat
     prompts = [chat.prompt(text) for text in ("a", "abc", "abcdef")]
     responses = [chat.response("", text) for text in ("xyz", "x", "xyzxyzx")]
     hints = [chat.prompt("abcabc abc"), None, chat.prompt("b")]
-    plain = sequences(prompts, responses, teacher.pad_id)
-    changed = after_prompts(plain, hints)
+    plain = Batch.from_tokens(prompts, responses, pad_id=chat.pad_id)
+    changed = plain.with_prompts(hints, chat.pad_id)
     assert changed.responses() == responses
     whole = [prompt if hint is None else hint for prompt, hint in zip(prompts, hints, strict=True)]
-    expected = sequences(whole, responses, teacher.pad_id)
+    expected = Batch.from_tokens(whole, responses, pad_id=chat.pad_id)
     torch.testing.assert_close(scorer.hidden(changed), scorer.hidden(expected), atol=0, rtol=0)
     at = len(responses[0])
     hidden_ND, plain_ND = scorer.hidden(changed), scorer.hidden(plain)

@@ -109,14 +109,14 @@ def test_pairs_by_the_score_of_a_judge(ask: Callable[..., Any]) -> None:
     """The shortest response has 2 tokens and the longest 10: costs .2 and 1 where each token
     counts a tenth (budget 10, concave with q = 0 is linear)."""
     judge = -1.0 * judges.length(budget=10, shape="concave", k=1.0, q=0.0)
-    rows = rows_of(ask("pairs", judge, by="score").out / "pairs.jsonl")
+    rows = rows_of(ask("pairs", judge).out / "pairs.jsonl")
     assert {(row["chosen"], row["rejected"]) for row in rows} == {("7", "x" * 9)}
     assert all(row["margin"] > 0 and "strength" not in row for row in rows)
 
 
 def test_the_oracle_compares_pairs(ask: Callable[..., Any], domains: Mapping[str, str]) -> None:
     """All six pairs of each of six problems, as the annotator itself prefers; strengths filter."""
-    rows = rows_of(ask("pairs", judges.oracle(noise=0.5), by="score", how="all").out / PAIRS)
+    rows = rows_of(ask("pairs", judges.oracle(noise=0.5), how="all").out / PAIRS)
     assert len(rows) == 36
     path = Path(domains["domains.short"])
     problems = {problem["id"]: problem for problem in rows_of(path / "train.jsonl")}
@@ -128,7 +128,7 @@ def test_the_oracle_compares_pairs(ask: Callable[..., Any], domains: Mapping[str
     assert {row["strength"] for row in rows} <= {1, 2, 3, 4} and len(
         {row["strength"] for row in rows}
     ) > 1
-    clear = ask("pairs", judges.oracle(noise=0.5), by="score", how="all", min_strength=3)
+    clear = ask("pairs", judges.oracle(noise=0.5), how={"kind": "all", "min_margin": 3})
     assert rows_of(clear.out / PAIRS) == [row for row in rows if row["strength"] >= 3]
 
 
@@ -142,16 +142,23 @@ def test_the_oracle_is_asked_about_the_best_and_the_worst(ask: Callable[..., Any
     best = {}
     for row in scored:
         best.setdefault(row["id"], []).append((row["score"], row["response"]))
-    rows = rows_of(ask("pairs", judge, by="score").out / PAIRS)
+    rows = rows_of(ask("pairs", judge).out / PAIRS)
     assert len(rows) == 6 and all(row["strength"] == 4 for row in rows)
     for row in rows:
         assert row["chosen"] == max(best[row["id"]])[1]
         assert (min(best[row["id"]])[0], row["rejected"]) in best[row["id"]]
-    assert len(rows_of(ask("pairs", judge, by="score", min_strength=4).out / PAIRS)) == 6
+    assert (
+        len(
+            rows_of(
+                ask("pairs", judge, how={"kind": "best_against_worst", "min_margin": 4}).out / PAIRS
+            )
+        )
+        == 6
+    )
 
 
 def test_random_pairs_are_judged(ask: Callable[..., Any]) -> None:
-    settings = {"by": "score", "how": "random", "max_per_prompt": 2}
+    settings = {"how": {"kind": "random", "max_per_prompt": 2}}
     rows = rows_of(ask("pairs", judges.oracle(), **settings).out / PAIRS)
     assert len(rows) == 12
     others = rows_of(ask("pairs", judges.oracle(noise=0.0), seed=1, **settings).out / PAIRS)
@@ -167,7 +174,7 @@ def test_random_pairs_are_judged(ask: Callable[..., Any]) -> None:
 def test_people_are_asked_and_the_stage_goes_on(ask: Callable[..., Any], tmp_path: Path) -> None:
     """It writes a file, waits, and reads what was filled in; a tie is no pair."""
     file = tmp_path / "ask.jsonl"
-    settings = {"by": "score", "how": "random"}
+    settings = {"how": "random"}
     judge = judges.human(str(file))
     with pytest.raises(Waiting, match="6 of 6 comparisons"):
         ask("pairs", judge, **settings)
@@ -182,7 +189,7 @@ def test_people_are_asked_and_the_stage_goes_on(ask: Callable[..., Any], tmp_pat
         for row in asked
         if row["preferred"] != "tie"
     ]
-    strong = rows_of(ask("pairs", judge, min_strength=4, **settings).out / PAIRS)
+    strong = rows_of(ask("pairs", judge, how={"kind": "random", "min_margin": 4}).out / PAIRS)
     assert [row["id"] for row in strong] == [asked[0]["id"]]
 
 
@@ -235,17 +242,15 @@ def test_a_comparing_judge_compares_the_candidates(
                            * judges.verifier())},
             "a weight with a schedule",
         ),
-        ("pairs", {"judge": spec(judges.oracle())}, "a judge gives scores; set by = score"),
+        (
+            "pairs",
+            {"judge": spec(judges.oracle()), "how": {"kind": "all", "by": "reward"}},
+            "a judge gives scores; leave by out",
+        ),
         (
             "pairs",
             {"judge": spec(judges.oracle()), "how": "strong_against_weak"},
             "asks no judge; leave judge out",
-        ),
-        ("pairs", {"min_strength": 2}, "min_strength = 2: it needs a judge of pairs"),
-        (
-            "pairs",
-            {"judge": spec(judges.oracle()), "by": "score", "how": "all", "min_margin": 0.1},
-            "min_margin = 0.1: it is not read with a judge of pairs; set min_strength",
         ),
         ("best", {"metric": "score"}, "metric = score with no judge: give both"),
         ("best", {"judge": spec(judges.oracle())}, "metric = accuracy with a judge: give both"),

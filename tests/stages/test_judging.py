@@ -8,17 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from posttrain.stages.rollouts import verifiers
 
 from posttrain import judges
-from posttrain.backends.chat import Chat
+from posttrain.backends.base import LearnerSettings
 from posttrain.backends.checkpoint import load
+from posttrain.backends.local import LocalBackend, LocalLearner, chat_of
 from posttrain.backends.scalar import load_scalar, save_scalar
 from posttrain.engine.errors import ConfigError, Waiting
 from posttrain.language.handles import Stage
 from posttrain.rewards.judging import Responses, RewardFunction
 from posttrain.stages.context import Context
 from posttrain.stages.judging import make_reward, verdict_ids
+from posttrain.stages.rollout import verifiers
 
 if TYPE_CHECKING:
     from posttrain.backends.checkpoint import LanguageModel
@@ -32,7 +33,7 @@ def context(
 ) -> Iterator[Context]:
     inputs = {"judges.one": models["one"], "judges.rm": str(tmp_path / "rm"), **domains}
     save_scalar(scored(models["two"]), tmp_path / "rm")
-    ctx = Context(name="x", work=tmp_path, inputs=inputs, threads=1)
+    ctx = Context(name="x", work=tmp_path, inputs=inputs, threads=1, backend=LocalBackend())
     yield ctx
     ctx.close()
 
@@ -43,6 +44,11 @@ def scored(path: str) -> LanguageModel:
     torch.manual_seed(3)
     torch.nn.init.normal_(model.model.score.weight)
     return model
+
+
+def learner(model: LanguageModel) -> LocalLearner:
+    settings = LearnerSettings(betas=(0.9, 0.98), weight_decay=0.0, max_grad_norm=1.0)
+    return LocalLearner(model, settings)
 
 
 def batch(*texts: str, **more: Any) -> Responses:
@@ -81,7 +87,7 @@ def test_a_reward_model_reads_the_last_token(context: Context) -> None:
     reward = make_reward(judges.scalar(rm), context)
     texts = ("abc", "a longer one", "")
     model = load_scalar(context.inputs["judges.rm"])
-    chat = Chat(model)
+    chat = chat_of(model)
     expected = []
     for text in texts:
         ids = [*chat.prompt("short abc"), *chat.response("short abc", text)]
@@ -95,7 +101,7 @@ def test_a_reward_model_reads_the_last_token(context: Context) -> None:
 
 def by_hand(model: LanguageModel, text: str) -> float:
     """P(1) / (P(1) + P(2)) of the first token of the response, by a plain forward pass."""
-    chat = Chat(model)
+    chat = chat_of(model)
     first, second = verdict_ids(chat)
     with torch.no_grad():
         logp_V = model.model(torch.tensor([chat.prompt(text)])).logits[0, -1].log_softmax(-1)
@@ -129,7 +135,8 @@ def test_the_policy_judges_with_its_newest_weights(
     context: Context, models: Mapping[str, str]
 ) -> None:
     policy = load(models["start"])
-    reward = make_reward(judges.itself(template="{a}:{b}", swap=False), context, policy=policy)
+    judge = judges.itself(template="{a}:{b}", swap=False)
+    reward = make_reward(judge, context, policy=learner(policy))
     before = score(reward, batch("u", "v"))
     assert before[0] == pytest.approx(by_hand(policy, "u:v"), abs=1e-5)
     with torch.no_grad():
@@ -147,10 +154,28 @@ def test_long_responses_lose_their_beginnings(
     """32 positions: the question's frame takes 3, <|user|> and <|assistant|> 2, a verdict 1."""
     policy = make_model(positions=32)
     judge = judges.itself(template="c {a}|{b}", swap=False)
-    reward = make_reward(judge, context, policy=policy)
+    reward = make_reward(judge, context, policy=learner(policy))
     tail = "x" * 20 + "0123456789012345678901"
     found = score(reward, batch(tail, "abc"))
     assert found[0] == pytest.approx(by_hand(policy, f"c {tail[-23:]}|abc"), abs=1e-5)
+
+
+def test_rl_logs_the_parts_of_its_reward(
+    run_stage: Callable[..., Any], models: Mapping[str, str], domains: Mapping[str, str]
+) -> None:
+    """The reward is their weighted sum in every step; the verifier's part is the accuracy."""
+    reward = judges.verifier() - 0.5 * judges.length(budget=3) + 0.25 * judges.finished()
+    settings = {"steps": 2, "prompts_per_step": 4, "group_size": 2, "max_new_tokens": 6}
+    edges = {"start": models["start"], **domains}
+    ran = run_stage("rl", settings | {"lr": 0.01, "reward": reward.to_json()}, edges)
+    for line in ran.lines:
+        verifier, length, finished = (
+            line[f"judge/{name}"] for name in ("verifier", "length", "finished")
+        )
+        assert line["reward"] == pytest.approx(verifier - 0.5 * length + 0.25 * finished, abs=1e-6)
+        assert (verifier, finished) == pytest.approx((line["accuracy"], line["finished_share"]))
+    plain = run_stage("rl", settings | {"lr": 0.01}, edges)
+    assert not [key for line in plain.lines for key in line if key.startswith("judge/")]
 
 
 def test_people_make_the_stage_wait(context: Context) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from posttrain.algorithms import Near
 from posttrain.engine.errors import ConfigError
 from posttrain.stages.config import build_config
 from posttrain.stages.dedup import first_of_similar, grams, jaccard
@@ -181,10 +182,10 @@ ROWS = [
         ({}, [0, 2, 3, 4, 5, 6]),
         ({"of": "prompt"}, [0, 3, 4, 6]),
         ({"of": "demo"}, [0, 2, 4, 5]),
-        ({"of": "prompt", "near": 0.8}, [0, 4, 6]),
-        ({"of": "prompt", "near": 0.9}, [0, 3, 4, 6]),
-        ({"of": "prompt", "near": 0.8, "ngram": 2}, [0, 4, 6]),
-        ({"of": "prompt", "near": 0.9, "ngram": 2}, [0, 4, 6]),
+        ({"of": "prompt", "near": {"similarity": 0.8}}, [0, 4, 6]),
+        ({"of": "prompt", "near": {"similarity": 0.9}}, [0, 3, 4, 6]),
+        ({"of": "prompt", "near": {"similarity": 0.8, "ngram": 2}}, [0, 4, 6]),
+        ({"of": "prompt", "near": {"similarity": 0.9, "ngram": 2}}, [0, 4, 6]),
     ],
 )
 def test_the_first_of_equals_stays(
@@ -207,18 +208,18 @@ def test_near_duplicates_are_those_of_a_plain_search() -> None:
     draw = random.Random(0)
     texts = ["".join(draw.choice("ab") for _ in range(draw.randint(1, 14))) for _ in range(300)]
     for near, n in itertools.product((0.3, 0.5, 0.8, 0.95), (1, 2, 5)):
-        kept: list[int] = []
+        first: list[int] = []
         for i, text in enumerate(texts):
             found = grams(text, n)
-            if all(jaccard(found, grams(texts[j], n)) < near for j in kept):
-                kept.append(i)
-        assert first_of_similar(texts, near, n) == kept
-        assert 0 < len(kept) < 300
+            if all(jaccard(found, grams(texts[j], n)) < near for j in first):
+                first.append(i)
+        assert first_of_similar(texts, Near(near, n)) == first
+        assert 0 < len(first) < 300
 
 
 def test_modes_of_near_duplicates_stay_apart(dedup: Callable[..., Any]) -> None:
     rows = [row("add 1 and 2", "3", mode=mode) for mode in ("think", "no_think")]
-    assert rows_of(dedup(rows, near=0.5)) == rows
+    assert rows_of(dedup(rows, near={"similarity": 0.5})) == rows
 
 
 @pytest.mark.parametrize(
@@ -227,8 +228,8 @@ def test_modes_of_near_duplicates_stay_apart(dedup: Callable[..., Any]) -> None:
         ("mix", {"by": "words"}, "field 'by': 'words' is not allowed"),
         ("mix", {"rows": 0}, "field 'rows': 0 is not allowed"),
         ("mix", {"parts": [{"weight": 0}]}, "field 'parts.0.weight': 0 is not allowed"),
-        ("dedup", {"ngram": 3}, "ngram = 3: it is not read with near = null"),
-        ("dedup", {"near": 1.0}, "field 'near': 1.0 is not allowed"),
+        ("dedup", {"near": {"ngram": 3}}, "field 'near.similarity': a value is needed"),
+        ("dedup", {"near": {"similarity": 1.0}}, "field 'near.similarity': 1.0 is not allowed"),
     ],
 )
 def test_bad_settings_are_named(kind: str, settings: dict[str, Any], message: str) -> None:

@@ -10,13 +10,12 @@ from typing import Any
 
 import pytest
 
-from posttrain.backends.chat import Chat
-from posttrain.backends.checkpoint import load
+from posttrain.backends.checkpoint import chat_of, load
 from posttrain.engine.errors import ConfigError
 from posttrain.rewards.spec import VerifierSpec
 from posttrain.rewards.verifiers import load_verifier
 from posttrain.stages.config import build_config
-from posttrain.stages.ranked import Responses
+from posttrain.stages.pair_data import draw_batch
 from posttrain.suites.domain import Domain, Table, build_domain, domain_node
 
 BOTH = ["think", "no_think"]
@@ -268,7 +267,7 @@ def test_a_domain_without_thoughts_has_no_thinking_demonstration(
 def test_a_pretrained_thinker_can_be_loaded_again(
     thinker: Callable[..., Mapping[str, str]],
 ) -> None:
-    chat = Chat(load(Path(thinker(steps=1)["start"])))
+    chat = chat_of(load(Path(thinker(steps=1)["start"])))
     opened = chat.prompt("abc")
     assert chat.prompt("abc", "think") == opened
     assert len(chat.prompt("abc", "no_think")) == len(opened) + 2
@@ -278,9 +277,8 @@ def test_a_reward_model_reads_a_pair_in_its_mode(
     thinker: Callable[..., Mapping[str, str]],
 ) -> None:
     """The same texts in two modes are other rows: the prompt without thinking has two more."""
-    language_model = load(Path(thinker(steps=1)["start"]))
+    chat = chat_of(load(Path(thinker(steps=1)["start"])))
     pair = {"id": "1", "domain": "last", "prompt": "abc", "chosen": "c", "rejected": "a"}
     draws = [{"pairs": [pair | mode]} for mode in ({}, {"mode": "think"}, {"mode": "no_think"})]
-    responses = Responses(draws, Chat(language_model), language_model.pad_id)
-    rows = responses.batch(draws, strengths=False).rows
-    assert rows.prompt_len_B.tolist() == [5, 5, 5, 5, 7, 7]
+    batch, _ = draw_batch(draws, chat)
+    assert batch.prompt_len_B.tolist() == [5, 5, 5, 5, 7, 7]

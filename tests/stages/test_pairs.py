@@ -73,17 +73,26 @@ def texts(ran: Any) -> list[tuple[str, str, str]]:
     [
         ({}, [("d1", "the best", "wrong"), ("e1", "one", "none at all")]),
         (
-            {"max_per_prompt": 2},
+            {"how": {"kind": "best_against_worst", "max_per_prompt": 2}},
             [
                 ("d1", "the best", "wrong"),
                 ("d1", "as good", "also wrong"),
                 ("e1", "one", "none at all"),
             ],
         ),
-        ({"min_margin": 0.5}, [("d1", "the best", "wrong")]),
-        ({"min_margin": 0.25, "min_chosen_reward": 1.0}, [("d1", "the best", "wrong")]),
+        ({"how": {"kind": "best_against_worst", "min_margin": 0.5}}, [("d1", "the best", "wrong")]),
+        (
+            {
+                "how": {"kind": "best_against_worst", "min_margin": 0.25},
+                "min_chosen_reward": 1.0,
+            },
+            [("d1", "the best", "wrong")],
+        ),
         ({"max_length_gap": 3}, [("d1", "the best", "wrong")]),
-        ({"max_length_gap": 2, "max_per_prompt": 9}, None),
+        (
+            {"how": {"kind": "best_against_worst", "max_per_prompt": 9}, "max_length_gap": 2},
+            None,
+        ),
     ],
 )
 def test_best_against_worst(
@@ -106,7 +115,7 @@ def test_best_against_worst(
     [
         ({}, [("d1", "the best", "wrong again"), ("e1", "one", "nil")]),
         (
-            {"max_per_prompt": 2},
+            {"how": {"kind": "strong_against_weak", "max_per_prompt": 2}},
             [
                 ("d1", "the best", "wrong again"),
                 ("d1", "wrong", "the best"),
@@ -114,7 +123,7 @@ def test_best_against_worst(
             ],
         ),
         (
-            {"max_per_prompt": 2, "min_margin": 0.5},
+            {"how": {"kind": "strong_against_weak", "max_per_prompt": 2, "min_margin": 0.5}},
             [("d1", "the best", "wrong again"), ("e1", "one", "nil")],
         ),
         ({"min_chosen_reward": 0.8}, [("d1", "the best", "wrong again")]),
@@ -140,29 +149,31 @@ def test_all_pairs_of_a_prompt(pairs: Callable[..., Any]) -> None:
         ("d1", "half", "also wrong"),
     ]
     assert found[-1] == ("e1", "one", "none at all")
-    assert len(texts(pairs(how="all", min_margin=0.75))) == 4
+    assert len(texts(pairs(how={"kind": "all", "min_margin": 0.75}))) == 4
 
 
 def test_random_pairs_are_some_of_all(pairs: Callable[..., Any]) -> None:
     """Which pairs depends on the texts alone, not on the order in which they were sampled."""
     every = set(texts(pairs(how="all")))
-    some = texts(pairs(how="random", max_per_prompt=3))
+    some = texts(pairs(how={"kind": "random", "max_per_prompt": 3}))
     assert len(some) == 4 and set(some) < every
-    assert set(texts(pairs(STRONG[::-1], how="random", max_per_prompt=3))) == set(some)
-    assert some != texts(pairs(max_per_prompt=3))[:4]
+    turned = pairs(STRONG[::-1], how={"kind": "random", "max_per_prompt": 3})
+    assert set(texts(turned)) == set(some)
+    assert some != texts(pairs(how={"kind": "best_against_worst", "max_per_prompt": 3}))[:4]
 
 
 def test_scores_decide_where_they_are_asked(pairs: Callable[..., Any]) -> None:
     rows = [rollout("one", 1.0, score=-2.0), rollout("two", 0.0, score=3.5)]
-    ran = pairs(rows, by="score")
+    by_score = {"kind": "best_against_worst", "by": "score"}
+    ran = pairs(rows, how=by_score)
     assert texts(ran) == [("d1", "two", "one")]
     assert json.loads((ran.out / "pairs.jsonl").read_text())["margin"] == 5.5
     assert texts(pairs(rows)) == [("d1", "one", "two")]
-    assert texts(pairs(rows, by="score", min_margin=5.5)) == [("d1", "two", "one")]
+    assert texts(pairs(rows, how=by_score | {"min_margin": 5.5})) == [("d1", "two", "one")]
     with pytest.raises(ConfigError, match="finds no pair"):
-        pairs(rows, by="score", min_margin=5.6)
+        pairs(rows, how=by_score | {"min_margin": 5.6})
     with pytest.raises(ConfigError, match="have no score"):
-        pairs(by="score")
+        pairs(how=by_score)
 
 
 @pytest.mark.parametrize(
@@ -171,7 +182,7 @@ def test_scores_decide_where_they_are_asked(pairs: Callable[..., Any]) -> None:
         ({}, "un deux un deux un deux"),
         ({"chosen_max_tokens": 6}, "été"),
         ({"chosen_language": "[a-z ]", "chosen_max_tokens": 7}, "plain"),
-        ({"chosen_max_repetition": 0.3}, "été"),
+        ({"chosen_max_repetition": {"share": 0.3}}, "été"),
     ],
 )
 def test_only_the_chosen_response_is_filtered(
@@ -231,19 +242,15 @@ def test_no_pair_is_an_error_that_says_what_to_do(pairs: Callable[..., Any]) -> 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"how": "best"}, "field 'how': 'best' is not allowed.*best_against_worst"),
-        ({"max_per_prompt": 0}, "field 'max_per_prompt': 0 is not allowed"),
-        ({"min_margin": 0}, "field 'min_margin': 0 is not allowed"),
+        ({"how": "best"}, "field 'how': .*'best'.*best_against_worst"),
+        ({"how": {"kind": "random", "max_per_prompt": 0}}, "'how.max_per_prompt': 0 is not all"),
+        ({"how": {"kind": "all", "min_margin": 0}}, "field 'how.min_margin': 0 is not allowed"),
         ({"min_chosen_reward": 1.5}, "field 'min_chosen_reward': 1.5 is not allowed"),
         ({"max_length": 3}, "did you mean 'max_length_gap'"),
-        ({"how": "all", "max_per_prompt": 2}, "max_per_prompt = 2: it is not read with how = all"),
-        (
-            {"how": "strong_against_weak", "by": "score"},
-            "by = score: it is not read with how = strong_against_weak without min_margin",
-        ),
+        ({"how": {"kind": "all", "max_per_prompt": 2}}, "'how.max_per_prompt': unknown option"),
         ({"chosen_language": "("}, "no regular expression"),
         ({"chosen_max_tokens": 0}, "field 'chosen_max_tokens': 0 is not allowed"),
-        ({"chosen_max_repetition": 1.0}, "field 'chosen_max_repetition': 1.0 is not allowed"),
+        ({"chosen_max_repetition": {"share": 1.0}}, "field 'chosen_max_repetition.share': 1.0 is"),
     ],
 )
 def test_bad_settings_are_named(settings: Mapping[str, Any], message: str) -> None:

@@ -60,7 +60,7 @@ def test_sft_learns(run_stage: Any, domains: dict[str, str], start: str) -> None
 def test_rl_samples_and_learns(run_stage: Any, domains: dict[str, str], start: str) -> None:
     settings = {
         "steps": 3, "prompts_per_step": 6, "group_size": 4, "max_new_tokens": 6, "lr": 1e-3,
-        "kl_coef": 0.1,
+        "kl": {"coef": 0.1},
     }  # fmt: skip
     ran = run_stage("rl", settings, {"start": start, **domains})
     assert len(ran.lines) == 3

@@ -16,14 +16,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from posttrain.algorithms import KL, Gae
 from posttrain.backends.scalar import load_scalar, save_scalar
 from posttrain.engine.errors import ConfigError
-from posttrain.rl.types import Rollouts
-from posttrain.stages.batches import sequences
+from posttrain.rl.batch import Batch
 from posttrain.stages.config import build_config
 from posttrain.stages.context import Context
-from posttrain.stages.credit import credit
-from posttrain.stages.rollouts import Scored
+from posttrain.stages.rl import add_advantages
 from posttrain.stages.settings.rl import Rl
 
 BASE: dict[str, Any] = {
@@ -32,10 +31,9 @@ BASE: dict[str, Any] = {
     "group_size": 2,
     "max_new_tokens": 6,
     "lr": 0.02,
-    "critic_lr": 0.01,
     "warmup_steps": 1,
-    "advantage": "gae",
-    "updates_per_batch": 2,
+    "advantage": Gae(critic_lr=0.01),
+    "num_minibatches": 2,
 }
 VALUES = {"value_loss", "value", "return", "value_clipped", "explained_variance"}
 VALUES |= {"critic_grad_norm", "critic_lr"}
@@ -69,11 +67,11 @@ def ppo(
 def test_metrics_of_the_critic(ppo: Callable[..., Any]) -> None:
     """From the start the first values are all 0: half of the squared returns is its loss, and with
     lambda 1 the returns are the rewards, once per token."""
-    ran = ppo(gae_lambda=1.0, kl_coef=0.1, updates_per_batch=1)
+    ran = ppo(advantage=Gae(1.0, critic_lr=0.01), kl=KL(0.1), num_minibatches=1)
     for line in ran.lines:
         assert {*VALUES, "reward", "entropy", "kl_reference", "grad_norm"} <= set(line)
         assert all(math.isfinite(value) for value in line.values())
-        assert line["kept_share"] == 1
+        assert line["train_fraction"] == 1
         assert line["critic_lr"] == pytest.approx(line["lr"] / 2, rel=1e-4)
     first = ran.lines[0]
     assert first["value"] == 0 == first["explained_variance"]
@@ -82,20 +80,20 @@ def test_metrics_of_the_critic(ppo: Callable[..., Any]) -> None:
 
 
 SETTINGS: list[dict[str, Any]] = [
-    {"critic_lr": 0.02},
-    {"critic_lr": None, "lr": 0.01},
-    {"gae_lambda": 0.5},
-    {"gae_gamma": 0.9},
-    {"value_clip": 0.01},
-    {"value_clip": None},
-    {"critic_warmup_steps": 2},
+    {"advantage": Gae(critic_lr=0.02)},
+    {"advantage": Gae(), "lr": 0.01},
+    {"advantage": Gae(critic_lr=0.01, lam=0.5)},
+    {"advantage": Gae(critic_lr=0.01, gamma=0.9)},
+    {"advantage": Gae(critic_lr=0.01, value_clip=0.01)},
+    {"advantage": Gae(critic_lr=0.01, value_clip=None)},
+    {"advantage": Gae(critic_lr=0.01, warmup_steps=2)},
     {"group_size": 1},
     {"mask_unfinished": True},
-    {"kl_coef": 0.5},
-    {"kl_coef": 0.5, "kl_in": "reward"},
-    {"kl_coef": 0.5, "kl_in": "reward", "gae_gamma": 0.9},
-    {"updates_per_batch": 1},
-    {"advantage": "group_zscore", "critic_lr": None},
+    {"kl": KL(0.5)},
+    {"kl": KL(0.5, where="reward")},
+    {"kl": KL(0.5, where="reward"), "advantage": Gae(critic_lr=0.01, gamma=0.9)},
+    {"num_minibatches": 1},
+    {"advantage": "group_zscore"},
     {"lr": 0.03},
 ]
 
@@ -113,7 +111,7 @@ def test_every_setting_changes_the_result(
         if same(results[one], results[other])
     ]
     assert alike == []
-    assert not VALUES & set(results[str({"advantage": "group_zscore", "critic_lr": None})].lines[0])
+    assert not VALUES & set(results[str({"advantage": "group_zscore"})].lines[0])
     assert results["critic"].lines[0]["value"] != 0
 
 
@@ -126,7 +124,7 @@ def test_without_a_critic_edge_it_starts_from_the_start(
 def test_the_critics_learning_rate_is_the_policys_unless_given(
     ppo: Callable[..., Any], same: Any
 ) -> None:
-    assert same(ppo(critic_lr=None), ppo(critic_lr=0.02))
+    assert same(ppo(advantage="gae"), ppo(advantage=Gae(critic_lr=0.02)))
 
 
 def test_the_policy_waits_for_the_critic(
@@ -134,11 +132,11 @@ def test_the_policy_waits_for_the_critic(
 ) -> None:
     """In two steps of three the critic learns and the policy does not: what it samples in the third
     is what a policy samples that has not learned."""
-    ran = ppo(critic_warmup_steps=2, steps=3)
+    ran = ppo(advantage=Gae(critic_lr=0.01, warmup_steps=2), steps=3)
     for line in ran.lines[:2]:
         assert "grad_norm" not in line and line["critic_grad_norm"] > 0
     assert "grad_norm" in ran.lines[2]
-    still = ppo(steps=3, lr=1e-30, critic_lr=None)
+    still = ppo(steps=3, lr=1e-30, advantage="gae")
     assert [line["reward"] for line in ran.lines] == [line["reward"] for line in still.lines]
     start = load_file(f"{models['start']}/model.safetensors")
     assert any(not torch.equal(start[name], value) for name, value in ran.weights().items())
@@ -162,7 +160,7 @@ def test_a_stopped_stage_ends_with_the_same_bits(
     precision: str,
 ) -> None:
     """Stopped after step 3 with a checkpoint of step 2, which has both models and optimisers."""
-    changes = {"kl_coef": 0.1, "kl_in": "reward", "reference_every": 2, "precision": precision}
+    changes = {"kl": KL(0.1, where="reward", reference_every=2), "precision": precision}
     calm = ppo(reward_model, **changes)
     kept: dict[str, Tensor] = {}
 
@@ -192,24 +190,23 @@ class Constant:
     def __init__(self, value: float) -> None:
         self.value = value
 
-    def values_N(self, rollouts: Rollouts) -> Tensor:
-        return torch.full((rollouts.num_tokens,), self.value)
+    def values(self, batch: Batch) -> Tensor:
+        return torch.full((batch.num_tokens,), self.value)
 
 
-def scored(lengths: list[int], rewards: list[float]) -> Scored:
-    rows = sequences([[7]] * len(lengths), [[8] * n for n in lengths], pad_id=0)
-    problems = [{"domain": "d"} for _ in lengths]
-    return Scored(
-        rollouts=rows,
-        problems=problems,
-        group_B=torch.arange(len(lengths)),
-        texts=["" for _ in lengths],
-        reward_B=torch.tensor(rewards),
-        verified_B=torch.tensor(rewards),
-    )
+def judged(lengths: list[int], rewards: list[float], kl_N: list[float]) -> Batch:
+    """Rows with these rewards, and log-probs that differ from the reference's by `kl_N`."""
+    batch = Batch.from_tokens([[7]] * len(lengths), [[8] * n for n in lengths], pad_id=0)
+    batch["group_B"] = torch.arange(len(lengths))
+    batch["reward_B"] = torch.tensor(rewards)
+    batch["kl_weight_B"] = torch.ones(len(lengths))
+    batch["finished_B"] = torch.ones(len(lengths), dtype=torch.bool)
+    batch["sampler_logp_N"] = torch.tensor(kl_N)
+    batch["ref_logp_N"] = torch.zeros(len(kl_N))
+    return batch
 
 
-def test_credit_by_hand() -> None:
+def test_advantages_by_hand() -> None:
     """Rows of 2 and 1 tokens with rewards 1 and 0, values 0.5, gamma and lambda 1, and a KL of 1, 2
     and 3 that counts a tenth, in the second row a twentieth.
 
@@ -217,44 +214,36 @@ def test_credit_by_hand() -> None:
     -0.65, whose mean is -0.05 and whose deviation, over 2, is sqrt((0.0625 + 0.1225 + 0.36) / 2).
     With the second row left out the advantages of the first are +-1/sqrt(2) / (1 + epsilon / std).
     """
-    config = Rl(
-        steps=1, advantage="gae", gae_lambda=1.0, kl_coef=0.1, kl_in="reward", kl_estimator="k1"
-    )
-    batch, kl_N = scored([2, 1], [1.0, 0.0]), torch.tensor([1.0, 2.0, 3.0])
-    weight_B = torch.tensor([1.0, 0.5])
-    both_B = torch.tensor([True, True])
-    found = credit(config, Constant(0.5), batch, both_B, kl_N=kl_N, kl_weight_B=weight_B)
-    assert found.return_N is not None and found.value_N is not None
-    assert found.return_N.tolist() == pytest.approx([0.7, 0.8, -0.15])
-    assert found.value_N.tolist() == [0.5] * 3
+    kl = KL(0.1, where="reward", estimator="k1")
+    s = Rl(steps=1, advantage=Gae(lam=1.0), kl=kl)
+    critic: Any = Constant(0.5)
+    batch = judged([2, 1], [1.0, 0.0], [1.0, 2.0, 3.0])
+    batch["kl_weight_B"] = torch.tensor([1.0, 0.5])
+    assert add_advantages(s, batch, critic) == {"kl_reference": 2.0}
+    assert batch["return_N"].tolist() == pytest.approx([0.7, 0.8, -0.15])
+    assert batch["old_value_N"].tolist() == [0.5] * 3
     std = math.sqrt((0.0625 + 0.1225 + 0.36) / 2) + 1e-4
     expected = [0.25 / std, 0.35 / std, -0.6 / std]
-    assert found.advantage_N.tolist() == pytest.approx(expected, rel=1e-4)
+    assert batch["advantage_N"].tolist() == pytest.approx(expected, rel=1e-4)
 
-    first_B = torch.tensor([True, False])
-    found = credit(config, Constant(0.5), batch, first_B, kl_N=kl_N, kl_weight_B=weight_B)
+    batch["finished_B"] = torch.tensor([True, False])
+    add_advantages(Rl(steps=1, advantage=Gae(lam=1.0), kl=kl, mask_unfinished=True), batch, critic)
     half = 0.05 / (math.sqrt(0.005) + 1e-4)
-    assert found.advantage_N[:2].tolist() == pytest.approx([-half, half], rel=1e-3)
+    assert batch["advantage_N"][:2].tolist() == pytest.approx([-half, half], rel=1e-3)
 
-    grouped = Rl(steps=1, advantage="global", kl_coef=0.1, kl_in="reward", kl_estimator="k1")
-    found = credit(grouped, None, batch, both_B, kl_N=kl_N, kl_weight_B=weight_B)
-    assert found.return_N is None
+    batch = judged([2, 1], [1.0, 0.0], [1.0, 2.0, 3.0])
+    batch["kl_weight_B"] = torch.tensor([1.0, 0.5])
+    add_advantages(Rl(steps=1, advantage="global", kl=kl), batch, None)
+    assert "return_N" not in batch
     scale = 0.425 / (math.sqrt(2) * 0.425 + 1e-4)  # rewards 0.7 and -0.15
-    assert found.advantage_N.tolist() == pytest.approx([scale, scale, -scale], rel=1e-3)
+    assert batch["advantage_N"].tolist() == pytest.approx([scale, scale, -scale], rel=1e-3)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"advantage": "batch"}, "critic_lr = 0.01: it is not read with advantage = batch"),
-        (
-            {"advantage": "batch", "critic_lr": None, "gae_lambda": 0.9},
-            "gae_lambda = 0.9: it is not",
-        ),
-        ({"updates_per_batch": 1, "value_clip": 0.1}, "value_clip = 0.1: .* updates_per_batch = 1"),
-        ({"drop_zero_variance": False}, "drop_zero_variance = False: .* advantage = gae"),
-        ({"critic_warmup_steps": 5}, "critic_warmup_steps = 5 with steps = 5: the policy would"),
-        ({"gae_gamma": 1.1}, "field 'gae_gamma': 1.1 is not allowed"),
+        ({"advantage": {"kind": "batch", "critic_lr": 0.01}}, r"'advantage\.critic_lr': unknown"),
+        ({"advantage": {"kind": "gae", "gamma": 1.1}}, r"'advantage\.gamma': 1\.1 is not allowed"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(changes: dict[str, Any], message: str) -> None:

@@ -19,7 +19,7 @@ STAGES: dict[str, tuple[dict[str, Any], dict[str, float]]] = {
     "pretrain": (OPTIM | {"batch_size": 16}, {"loss": 0.01, "grad_norm": 0.02}),
     "sft": (OPTIM | {"batch_size": 16}, {"loss": 0.01, "grad_norm": 0.02}),
     "rl": (
-        OPTIM | ROLLOUT | {"group_size": 4, "kl_coef": 0.1, "updates_per_batch": 2},
+        OPTIM | ROLLOUT | {"group_size": 4, "kl": {"coef": 0.1}, "num_minibatches": 2},
         {"entropy": 0.05, "response_length": 0.2, "grad_norm": 0.5},
     ),
     "distill": (OPTIM | ROLLOUT | ROUTES, {"kl": 0.1, "entropy": 0.05, "grad_norm": 0.5}),

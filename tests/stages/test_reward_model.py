@@ -21,19 +21,19 @@ from transformers import (
     MistralConfig,
 )
 
-from posttrain.backends.chat import Chat
-from posttrain.backends.checkpoint import LanguageModel
+from posttrain.algorithms import BradleyTerry, Pointwise, RewardLoss
+from posttrain.backends.base import HeadLoss, LearnerSettings
+from posttrain.backends.checkpoint import LanguageModel, chat_of
 from posttrain.backends.local import LocalLearner
-from posttrain.backends.scalar import ended, load_scalar, save_scalar
+from posttrain.backends.scalar import load_scalar, save_scalar
 from posttrain.engine.errors import ConfigError
-from posttrain.stages.batches import Pool
 from posttrain.stages.config import build_config
-from posttrain.stages.context import Context
-from posttrain.stages.ranked import Responses, draws_of, hold_out
-from posttrain.stages.reward_model import RewardUpdate, labels
-from posttrain.stages.settings.preference import RewardModel
+from posttrain.stages.data import Pool
+from posttrain.stages.pair_data import Draw, draw_batch, draws_of, hold_out, pairs_of
+from posttrain.stages.reward_model import reward_loss
 
 RunStage = Callable[..., Any]
+LEARNER = LearnerSettings(betas=(0.9, 0.98), weight_decay=0.0, max_grad_norm=1.0)
 BASE: dict[str, Any] = {"steps": 5, "batch_size": 8, "lr": 0.003, "warmup_steps": 1}
 WORDS = ["ab", "cde", "f", "gh", "edcb", "hg", "bbb"]
 
@@ -138,22 +138,24 @@ def test_lines_and_summary(train: Callable[..., Any]) -> None:
     assert {n: last[n] for n in ("loss", "accuracy", "margin")}.items() <= ran.metrics.items()
 
 
-@pytest.mark.parametrize("settings", [{}, {"margins": "strength"}, {"centring": 0.1}])
+@pytest.mark.parametrize(
+    "loss", [BradleyTerry(), BradleyTerry(margins="strength"), BradleyTerry(centring=0.1)]
+)
 def test_the_first_step_against_transformers(
-    train: Callable[..., Any], scored: str, settings: dict[str, Any]
+    train: Callable[..., Any], scored: str, loss: BradleyTerry
 ) -> None:
     """-log sigmoid(c - r - margin) + centring (c + r)^2, mean over pairs, row by row."""
-    line = train(scored, batch_size=5, **settings).lines[0]
+    line = train(scored, batch_size=5, loss=loss).lines[0]
     margins = (
         {4: 1.0, 3: 2 / 3, 2: 1 / 3, 1: 0.0}
-        if "margins" in settings
+        if loss.margins == "strength"
         else dict.fromkeys((1, 2, 3, 4), 0.0)
     )
     losses, differences, rewards = [], [], []
     for (pair,) in drawn(5, per_prompt=False):
         c, r = (reward(scored, pair["prompt"], pair[side]) for side in ("chosen", "rejected"))
         losses.append(softplus(margins[pair["strength"]] - c + r))
-        losses[-1] += settings.get("centring", 0.0) * (c + r) ** 2
+        losses[-1] += loss.centring * (c + r) ** 2
         differences.append(c - r)
         rewards += [c, r]
     mean = sum(rewards) / 10
@@ -209,19 +211,40 @@ def test_pointwise_labels_are_shares_of_wins(models: Mapping[str, str]) -> None:
         {"pairs": [pair("p", "a", "b"), pair("p", "a", "c"), pair("p", "b", "c")]},
         {"pairs": [pair("q", "d", "e")]},
     ]
-    language_model = load_scalar(models["start"])
-    batch = Responses(draws, Chat(language_model), 0).batch(draws, strengths=False)
-    assert batch.block == 3
-    assert batch.filled_B.tolist() == [True] * 5 + [False]
-    assert batch.rows.response_len_B.tolist() == [2, 2, 2, 2, 2, 0]
-    assert list(zip(batch.chosen_P.tolist(), batch.rejected_P.tolist(), strict=True)) == [
+    batch, group_rows = draw_batch(draws, chat_of(load_scalar(models["start"])))
+    assert group_rows == 3
+    assert batch["filled_B"].tolist() == [True] * 5 + [False]
+    assert batch.sampled_len_B.tolist() == [2, 2, 2, 2, 2, 0]
+    chosen_P, rejected_P, place_P = pairs_of(batch)
+    assert list(zip(chosen_P.tolist(), rejected_P.tolist(), strict=True)) == [
         *((0, 1), (0, 2), (1, 2)),
         (3, 4),
     ]
-    assert batch.draw_P.tolist() == [0, 0, 0, 1]
-    label_B, weight_B = labels(batch)
-    assert label_B.tolist() == [1, 0.5, 0, 1, 0, 0]
-    assert weight_B.tolist() == pytest.approx([1 / 3] * 3 + [1 / 2, 1 / 2, 0])
+    weight_P = batch["pair_weight_BK"].flatten()[place_P]
+    assert weight_P.tolist() == pytest.approx([1 / 3] * 3 + [1])
+    assert batch["label_B"].tolist() == [1, 0.5, 0, 1, 0, 0]
+    assert batch["label_weight_B"].tolist() == pytest.approx([1 / 3] * 3 + [1 / 2, 1 / 2, 0])
+
+
+def test_whole_draws_in_any_order_keep_their_pairs_and_the_order_of_them(
+    models: Mapping[str, str],
+) -> None:
+    """As a forward pass has them: the columns of rows say which two rows are a pair."""
+    draws = Pool(kept(True), seed=0).draw(0, 4)
+    batch, group_rows = draw_batch(draws, chat_of(load_scalar(models["start"])))
+    batch["number_B"] = torch.arange(len(batch))
+
+    def numbered(batch: Any) -> list[tuple[float, ...]]:
+        chosen_P, rejected_P, place_P = pairs_of(batch)
+        rows = (batch["number_B"][chosen_P], batch["number_B"][rejected_P])
+        flat = (batch[f"pair_{name}_BK"].flatten()[place_P] for name in ("weight", "margin"))
+        return list(zip(*(column.tolist() for column in (*rows, *flat)), strict=True))
+
+    every = numbered(batch)
+    assert len(every) == sum(len(draw["pairs"]) for draw in draws)
+    index_B = torch.arange(len(batch)).reshape(4, group_rows)[[2, 0, 3]].flatten()
+    left_out = range(group_rows, 2 * group_rows)
+    assert numbered(batch.select(index_B)) == [row for row in every if row[0] not in left_out]
 
 
 @pytest.mark.parametrize(
@@ -230,7 +253,7 @@ def test_pointwise_labels_are_shares_of_wins(models: Mapping[str, str]) -> None:
         {},
         {"per_prompt": True},
         {"loss": "pointwise"},
-        {"margins": "strength", "centring": 0.01, "per_prompt": True},
+        {"loss": BradleyTerry(margins="strength", centring=0.01), "per_prompt": True},
     ],
 )
 def test_it_learns_the_preference_on_prompts_that_it_never_saw(
@@ -277,22 +300,22 @@ SETTINGS: list[dict[str, Any]] = [
     {"steps": None, "epochs": 0.5},
     {"batch_size": 6},
     {"lr": 0.006},
-    {"lr_schedule": "constant"},
-    {"lr_schedule": "linear"},
-    {"lr_end": 0.5},
+    {"lr_decay": "constant"},
+    {"lr_decay": "linear"},
+    {"lr_decay": {"kind": "cosine", "end": 0.5}},
     {"warmup_steps": 2},
-    {"beta1": 0.5},
-    {"beta2": 0.5},
-    {"weight_decay": 0.5},
-    {"max_grad_norm": 0.001},
+    {"optimizer": {"beta1": 0.5}},
+    {"optimizer": {"beta2": 0.5}},
+    {"optimizer": {"weight_decay": 0.5}},
+    {"optimizer": {"max_grad_norm": 0.001}},
     {"loss": "pointwise"},
     {"loss": "pointwise", "per_prompt": True},
-    {"margins": "strength"},
-    {"centring": 0.1},
+    {"loss": BradleyTerry(margins="strength")},
+    {"loss": BradleyTerry(centring=0.1)},
     {"per_prompt": True},
     {"holdout": 0.5},
     {"holdout": 0.0},
-    {"ema": 0.5},
+    {"optimizer": {"ema": 0.5}},
     {"trainable": ["score.*", "*.layers.1.*"]},
 ]
 
@@ -315,68 +338,49 @@ def test_every_setting_changes_the_weights(
 
 @pytest.mark.parametrize("settings", [{}, {"per_prompt": True, "precision": "bfloat16"}])
 def test_a_stopped_stage_ends_with_the_same_bits(
-    train: Callable[..., Any],
-    same: Any,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    settings: dict[str, Any],
+    train: Callable[..., Any], goes_on: Callable[..., Any], settings: dict[str, Any]
 ) -> None:
     """Stopped after step 3 with a checkpoint of step 2."""
-    calm = train(**settings)
-
-    def stop(ctx: Context, step: int, learner: Any) -> None:
-        if step == 2:
-            ctx.save(step, learner)
-        if step == 3:
-            raise KeyboardInterrupt
-
-    work = tmp_path / "stopped"
-    with monkeypatch.context() as patch:
-        patch.setattr(Context, "checkpoint", stop)
-        with pytest.raises(KeyboardInterrupt):
-            train(work=work, **settings)
-    resumed = train(work=work, **settings)
-    assert same(calm, resumed)
+    calm, resumed = goes_on(lambda work: train(work=work, **settings), saved=2, killed=3)
     assert calm.metrics == resumed.metrics
-    clean = [[line | {"seconds": 0} for line in ran.lines] for ran in (calm, resumed)]
-    assert clean[0] == clean[1]
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "gpt2", "mistral"])
 @pytest.mark.parametrize(
-    "settings", [{}, {"per_prompt": True, "centring": 0.1}, {"loss": "pointwise"}]
+    ("loss", "per_prompt"),
+    [(BradleyTerry(), False), (BradleyTerry(centring=0.1), True), (Pointwise(), False)],
 )
 def test_micro_batches_of_whole_draws_change_only_rounding(
     make_model: Callable[..., LanguageModel],
     save_model: Callable[[LanguageModel], str],
     kind: str,
-    settings: dict[str, Any],
+    loss: RewardLoss,
+    per_prompt: bool,
 ) -> None:
     """Also where a row has its own bin (mistral, whose window no mask can express)."""
-    config = RewardModel(steps=1, **settings)
-    draws = Pool(kept(config.per_prompt), seed=0).draw(0, 6)
-    results = []
-    for max_tokens in (8192, 40):
-        start = windowed(make_model) if kind == "mistral" else make_model(kind)
-        language_model = load_scalar(save_model(start))
-        torch.manual_seed(0)
-        torch.nn.init.normal_(language_model.model.score.weight)
-        learner = LocalLearner(
-            language_model,
-            betas=(0.9, 0.98),
-            weight_decay=0.0,
-            max_grad_norm=1.0,
-            max_tokens=max_tokens,
-        )
-        batch = Responses(draws, Chat(language_model), 0).batch(draws, strengths=False)
-        update = RewardUpdate(config, batch, device=learner.device)
-        results.append(
-            learner.update(
-                ended(batch.rows), update.loss, count=update.count, lr=0.0, group_rows=batch.block
-            )
-        )
+    draws = Pool(kept(per_prompt), seed=0).draw(0, 6)
+    start = save_model(windowed(make_model) if kind == "mistral" else make_model(kind))
+    results = [one_update(start, draws, loss, max_tokens=size) for size in (8192, 40)]
     assert results[0] == pytest.approx(results[1], rel=1e-3)
     assert results[0]["grad_norm"] > 0.01
+
+
+def one_update(
+    start: str, draws: list[Draw], loss: RewardLoss, *, max_tokens: int = 8192
+) -> dict[str, float]:
+    """The sums of one update without a step, of a model with a random score."""
+    language_model = load_scalar(start)
+    torch.manual_seed(0)
+    torch.nn.init.normal_(language_model.model.score.weight)
+    learner = LocalLearner(language_model, LEARNER, max_tokens=max_tokens)
+    batch, group_rows = draw_batch(draws, learner.chat)
+    return learner.update(
+        batch.with_end_position(),
+        HeadLoss(reward_loss, loss),
+        count=len(draws),
+        lr=0.0,
+        group_rows=group_rows,
+    )
 
 
 def windowed(make_model: Callable[..., LanguageModel]) -> LanguageModel:
@@ -396,24 +400,9 @@ def windowed(make_model: Callable[..., LanguageModel]) -> LanguageModel:
 
 
 def test_the_order_of_a_draws_pairs_changes_only_rounding(models: Mapping[str, str]) -> None:
-    config = RewardModel(steps=1, per_prompt=True)
     draws = Pool(kept(True), seed=0).draw(0, 4)
     turned = [{"pairs": draw["pairs"][::-1]} for draw in draws[::-1]]
-    results = []
-    for given in (draws, turned):
-        language_model = load_scalar(models["start"])
-        torch.manual_seed(0)
-        torch.nn.init.normal_(language_model.model.score.weight)
-        learner = LocalLearner(
-            language_model, betas=(0.9, 0.98), weight_decay=0.0, max_grad_norm=1.0
-        )
-        batch = Responses(given, Chat(language_model), 0).batch(given, strengths=False)
-        update = RewardUpdate(config, batch, device=learner.device)
-        results.append(
-            learner.update(
-                ended(batch.rows), update.loss, count=update.count, lr=0.0, group_rows=batch.block
-            )
-        )
+    results = [one_update(models["start"], given, BradleyTerry()) for given in (draws, turned)]
     assert results[0] == pytest.approx(results[1], rel=1e-4)
 
 
@@ -450,10 +439,10 @@ def test_modes_of_a_prompt_are_prompts_of_their_own_but_held_out_together(
     }
     draws = draws_of(by_domain, per_prompt=True)["d"]
     assert [len(draw["pairs"]) for draw in draws] == [1] * 8
-    batch = Responses(draws, Chat(language_model), 0).batch(draws[:2], strengths=False)
+    batch, _ = draw_batch(draws[:2], chat_of(language_model))
     starts = [
         language_model.tokenizer.decode(row[:length])
-        for row, length in zip(batch.rows.tokens_BT, batch.rows.prompt_len_B, strict=True)
+        for row, length in zip(batch.tokens_BT, batch.prompt_len_B, strict=True)
     ]
     assert starts == ["p0+", "p0+", "p0-", "p0-"]
     _, held = hold_out(by_domain, 0.25, seed=0)
@@ -467,20 +456,25 @@ def test_pairs_without_a_strength_are_named(
     pairs[3] |= {"strength": 5}
     inputs = {"start": models["start"], "data": write_pairs(tmp_path / "bad", pairs)}
     with pytest.raises(ConfigError, match=r"margins = strength: .*has strength = 5; it takes 1"):
-        run_stage("reward_model", BASE | {"margins": "strength"}, inputs)
+        run_stage("reward_model", BASE | {"loss": BradleyTerry(margins="strength")}, inputs)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"loss": "pointwise", "centring": 0.1}, "centring = 0.1: it is not read with loss = poin"),
-        ({"loss": "pointwise", "margins": "strength"}, "margins = strength: .* loss = pointwise"),
-        ({"loss": "bradley"}, "field 'loss': 'bradley' is not allowed: .*'bradley_terry'"),
-        ({"centring": -0.1}, "field 'centring': -0.1 is not allowed"),
+        (
+            {"loss": {"kind": "pointwise", "centring": 0.1}},
+            "field 'loss.*centring': unknown option",
+        ),
+        ({"loss": "bradley"}, "field 'loss': there is no 'bradley'; did you mean 'bradley_terry'"),
+        (
+            {"loss": {"kind": "bradley_terry", "centring": -0.1}},
+            "field 'loss.*centring': -0.1 is not allowed",
+        ),
         ({"holdout": 1.0}, "field 'holdout': 1.0 is not allowed"),
         ({"epochs": 1.0}, "exactly one of steps and epochs"),
         ({"steps": None}, "exactly one of steps and epochs"),
-        ({"margin": "none"}, "field 'margin': unknown option; did you mean 'margins'"),
+        ({"per_promt": True}, "field 'per_promt': unknown option; did you mean 'per_prompt'"),
     ],
 )
 def test_bad_settings_are_named(settings: Mapping[str, Any], message: str) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from posttrain.algorithms import KL, AdamW, Clip, ConstantSum, CosineDecay, IcePop, Truncated
 from posttrain.engine.errors import ConfigError
 from posttrain.stages.config import build_config
 
@@ -37,11 +38,11 @@ def rl(
 
 
 def test_metrics_are_named_as_documented_and_finite(rl: Callable[..., Any]) -> None:
-    ran = rl(kl_coef=0.1, correction="icepop", updates_per_batch=2)
+    ran = rl(kl={"coef": 0.1}, correction="icepop", num_minibatches=2)
     assert [line["step"] for line in ran.lines] == [1, 2, 3, 4, 5]
     expected = {"step", "total", "tokens", "seconds", "lr", "grad_norm", "entropy", "kl_reference"}
     expected |= {"reward", "reward/short", "reward/words", "response_length", "finished_share"}
-    expected |= {"kept_share", "clip_low", "clip_high", "ratio", "approx_kl"}
+    expected |= {"train_fraction", "clip_low", "clip_high", "ratio", "approx_kl"}
     expected |= {"correction_masked", "correction_truncated", "sampler_ratio", "correction"}
     for line in ran.lines:
         assert expected <= set(line)
@@ -50,7 +51,7 @@ def test_metrics_are_named_as_documented_and_finite(rl: Callable[..., Any]) -> N
         assert line["reward"] == pytest.approx(
             (line["reward/short"] + line["reward/words"]) / 2, abs=1e-5
         )
-        assert 0 < line["kept_share"] <= 1
+        assert 0 < line["train_fraction"] <= 1
         assert 0 < line["entropy"] < math.log(100)
         assert 0 < line["finished_share"] <= 1
     assert ran.metrics == {"reward": ran.lines[-1]["reward"], "tokens": ran.lines[-1]["tokens"]}
@@ -70,32 +71,33 @@ ONE_UPDATE: list[dict[str, Any]] = [
     {"lr": 0.01},
     {"steps": 6},
     {"warmup_steps": 2},
-    {"lr_schedule": "constant"},
-    {"lr_schedule": "linear"},
-    {"lr_end": 0.5},
-    {"beta1": 0.5},
-    {"beta2": 0.5},
-    {"weight_decay": 0.5},
-    {"max_grad_norm": 1e-9},
+    {"lr_decay": "constant"},
+    {"lr_decay": "linear"},
+    {"lr_decay": CosineDecay(end=0.5)},
+    {"optimizer": AdamW(beta1=0.5)},
+    {"optimizer": AdamW(beta2=0.5)},
+    {"optimizer": AdamW(weight_decay=0.5)},
+    {"optimizer": AdamW(max_grad_norm=1e-9)},
     {"prompts_per_step": 5},
     {"group_size": 3},
     {"max_new_tokens": 5},
     {"temperature": 0.7},
-    {"updates_per_batch": 2},
+    {"num_minibatches": 2},
     {"advantage": "group_mean"},
     {"advantage": "leave_one_out"},
+    {"advantage": "leave_one_out_zscore"},
     {"advantage": "batch"},
     {"aggregation": "sequence"},
     {"aggregation": "constant"},
     {"drop_zero_variance": False},
-    {"kl_coef": 0.5},
-    {"kl_coef": 0.5, "kl_estimator": "k2"},
-    {"kl_coef": 0.5, "kl_in": "reward"},
-    {"kl_coef": 0.5, "kl_in": "reward", "kl_estimator": "k1"},
-    {"kl_coef": 0.5, "kl_in": "reward", "kl_estimator": "k2"},
-    {"correction": "truncated", "correction_high": 1.0},
-    {"correction": "icepop", "correction_high": 1.0},
-    {"correction": "icepop", "correction_low": 1.0},
+    {"kl": KL(0.5)},
+    {"kl": KL(0.5, estimator="k2")},
+    {"kl": KL(0.5, where="reward")},
+    {"kl": KL(0.5, where="reward", estimator="k1")},
+    {"kl": KL(0.5, where="reward", estimator="k2")},
+    {"correction": Truncated(1.0)},
+    {"correction": IcePop(high=1.0)},
+    {"correction": IcePop(low=1.0)},
 ]
 
 
@@ -112,13 +114,13 @@ def test_every_setting_changes_the_result(rl: Callable[..., Any], same: Any) -> 
 
 
 def test_settings_of_several_updates_change_the_result(rl: Callable[..., Any], same: Any) -> None:
-    several = {"updates_per_batch": 3, "lr": 0.05, "warmup_steps": 0}
+    several = {"num_minibatches": 3, "lr": 0.05, "warmup_steps": 0}
     base = rl(**several)
     assert any(line["clip_low"] > 0 or line["clip_high"] > 0 for line in base.lines)
     assert any(abs(line["ratio"] - 1) > 1e-3 for line in base.lines)
-    for changes in ({"ratio": "sequence"}, {"clip_low": 0.01}, {"clip_high": 0.01}):
-        assert not same(base, rl(**several, **changes)), changes
-    tight = rl(**several, clip_low=0.01, clip_high=0.01)
+    for other in (Clip(ratio="sequence"), Clip(clip_low=0.01), Clip(clip_high=0.01)):
+        assert not same(base, rl(**several, surrogate=other)), other
+    tight = rl(**several, surrogate=Clip(0.01, 0.01))
     assert tight.lines[0]["clip_low"] + tight.lines[0]["clip_high"] > (
         base.lines[0]["clip_low"] + base.lines[0]["clip_high"]
     )
@@ -137,7 +139,7 @@ def test_leave_one_out_is_the_group_mean_scaled(rl: Callable[..., Any]) -> None:
 
 def test_the_constant_divides_the_gradient(rl: Callable[..., Any]) -> None:
     by_limit = first_step(rl(steps=1, aggregation="constant"))
-    by_twelve = first_step(rl(steps=1, aggregation="constant", aggregation_constant=12))
+    by_twelve = first_step(rl(steps=1, aggregation=ConstantSum(12)))
     assert by_limit == pytest.approx(2 * by_twelve, rel=1e-4)
 
 
@@ -145,7 +147,7 @@ def test_the_share_of_masked_tokens_is_logged(rl: Callable[..., Any]) -> None:
     """Two engines never agree to the last bit: with bounds [1, 1] nearly every token is masked, and
     with the usual ones none is."""
     usual = rl(correction="icepop")
-    strict = rl(correction="icepop", correction_low=1.0, correction_high=1.0)
+    strict = rl(correction=IcePop(1.0, 1.0))
     for loose, tight in zip(usual.lines, strict.lines, strict=True):
         assert loose["correction_masked"] == 0
         assert loose["sampler_ratio"] == pytest.approx(1, abs=1e-4)
@@ -154,13 +156,13 @@ def test_the_share_of_masked_tokens_is_logged(rl: Callable[..., Any]) -> None:
 
 def test_a_kl_penalty_holds_the_policy_near_its_start(rl: Callable[..., Any]) -> None:
     settings = {"steps": 12, "prompts_per_step": 8, "lr": 0.003, "advantage": "group_mean"}
-    for extra in (
-        {"kl_estimator": "k3"},
-        {"kl_estimator": "k2"},
-        {"kl_in": "reward", "kl_estimator": "k1"},
+    for how in (
+        {"estimator": "k3"},
+        {"estimator": "k2"},
+        {"where": "reward", "estimator": "k1"},
     ):
-        free = rl(**settings, **extra, kl_coef=1e-6)
-        held = rl(**settings, **extra, kl_coef=1.0)
+        free = rl(**settings, kl=KL(1e-6, **how))
+        held = rl(**settings, kl=KL(1.0, **how))
         # The policy of the first step is the reference itself.
         assert abs(held.lines[0]["kl_reference"]) < 1e-4
         assert held.lines[-1]["kl_reference"] < 0.5 * free.lines[-1]["kl_reference"]
@@ -179,7 +181,7 @@ def test_a_step_without_any_contrast_changes_nothing(
     """A random model never hits an exact answer: every group is dropped and no update is made."""
     inputs = {"start": models["start"], "domains.bare": undemonstrated}
     ran = run_stage("rl", BASE, inputs)
-    assert [line["kept_share"] for line in ran.lines] == [0, 0, 0, 0, 0]
+    assert [line["train_fraction"] for line in ran.lines] == [0, 0, 0, 0, 0]
     start = load_file(f"{models['start']}/model.safetensors")
     assert all(torch.equal(start[name], value) for name, value in ran.weights().items())
 
@@ -187,24 +189,18 @@ def test_a_step_without_any_contrast_changes_nothing(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"kl_coef": 0.1, "kl_estimator": "k1"}, "gradient of log"),
-        ({"kl_estimator": "k2"}, "kl_estimator = k2: it is not read with kl_coef = 0"),
-        ({"kl_in": "reward"}, "not read with kl_coef = 0"),
-        ({"clip_low": 0.1}, "not read with updates_per_batch = 1"),
-        ({"clip_high": 0.3}, "not read with updates_per_batch = 1"),
-        ({"ratio": "sequence"}, "not read with updates_per_batch = 1"),
-        ({"aggregation_constant": 5}, "not read with aggregation = token"),
-        ({"correction_low": 0.4}, "not read with correction = none"),
-        ({"correction_high": 4.0}, "not read with correction = none"),
-        ({"correction": "truncated", "correction_low": 0.4}, "not read with correction = trunc"),
-        ({"correction": "icepop", "correction_low": 1.5}, "correction_low"),
-        ({"correction": "icepop", "correction_high": 0.5}, "correction_high"),
-        ({"lr_schedule": "constant", "lr_end": 0.5}, "not read with lr_schedule = constant"),
-        ({"clip_low": 1.5, "updates_per_batch": 2}, "clip_low"),
+        ({"kl": {"coef": 0.1, "estimator": "k1"}}, "gradient of log"),
+        ({"kl": {"estimator": "k2"}}, r"field 'kl\.coef': a value is needed"),
+        ({"aggregation": {"kind": "token", "constant": 5}}, r"'aggregation\.constant': unknown"),
+        ({"correction": {"kind": "truncated", "low": 0.4}}, r"'correction\.low': unknown option"),
+        ({"correction": {"kind": "icepop", "low": 1.5}}, r"'correction\.low': 1\.5 is not allowed"),
+        ({"correction": {"kind": "icepop", "high": 0.5}}, r"'correction\.high': 0\.5 is not all"),
+        ({"lr_decay": {"kind": "constant", "end": 0.5}}, r"'lr_decay\.end': unknown option"),
+        ({"surrogate": {"kind": "clip", "clip_low": 1.5}}, r"'surrogate\.clip_low': 1\.5 is not"),
         ({"group_size": 1}, "group_size"),
         ({"temperature": 0.0}, "temperature"),
         ({"seed": -1}, "seed"),
-        ({"advantage": "zscore"}, "advantage"),
+        ({"advantage": "zscore"}, "there is no 'zscore'; did you mean 'group_zscore'"),
         ({"lr": float("nan")}, "lr"),
         ({"grup_size": 4}, "did you mean 'group_size'"),
     ],

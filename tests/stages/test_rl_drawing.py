@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from posttrain import judges, schedules
+from posttrain.algorithms import Band, Gaussian, InTurn, Reprofile
 from posttrain.engine.errors import ConfigError
 from posttrain.stages.config import build_config
 
@@ -56,6 +57,10 @@ def few(tmp_path: Path, domains: Mapping[str, str]) -> dict[str, str]:
     }
 
 
+def needs_profile(changes: Mapping[str, Any]) -> bool:
+    return not isinstance(changes.get("draw", InTurn()), InTurn)
+
+
 @pytest.fixture
 def rl(
     run_stage: Callable[..., Any], models: Mapping[str, str], few: Mapping[str, str]
@@ -63,7 +68,7 @@ def rl(
     """Run rl from `start` with BASE and the given changes."""
 
     def run(work: Path | None = None, **changes: Any) -> Any:
-        edges = {k: v for k, v in few.items() if k != "profile" or "curriculum" in changes}
+        edges = {k: v for k, v in few.items() if k != "profile" or needs_profile(changes)}
         return run_stage("rl", BASE | changes, {"start": models["start"], **edges}, work)
 
     return run
@@ -111,7 +116,7 @@ def test_even_shares_are_the_default(rl: Callable[..., Any], same: Any) -> None:
 
 
 def test_draws_go_on_until_every_group_has_contrast(rl: Callable[..., Any]) -> None:
-    plain, ran = rl(steps=4), rl(steps=4, dynamic_sampling=3)
+    plain, ran = rl(steps=4), rl(steps=4, draw=InTurn(dynamic_sampling=3))
     assert "draws" not in plain.lines[0]
     assert max(line["draws"] for line in ran.lines) > 1
     for line, found in zip(ran.lines, groups(ran), strict=True):
@@ -127,14 +132,14 @@ def test_draws_go_on_until_every_group_has_contrast(rl: Callable[..., Any]) -> N
         assert line["draws"] == draws
         assert draws == 4 or got == wanted
         contrast = [not group["flat"] for group in found]
-        assert line["kept_share"] == pytest.approx(sum(contrast) / len(found), rel=1e-5)
+        assert line["train_fraction"] == pytest.approx(sum(contrast) / len(found), rel=1e-5)
         mean = sum(group["rate"] for group in found) / len(found)
         assert line["reward"] == pytest.approx(mean, abs=1e-5)
     assert sum(r["num_tokens"] for r in read(ran.out / "rollouts.jsonl")) == ran.lines[-1]["tokens"]
 
 
 def test_the_first_draw_is_that_of_a_stage_without_more(rl: Callable[..., Any]) -> None:
-    one, more = rl(steps=1), rl(steps=1, dynamic_sampling=3)
+    one, more = rl(steps=1), rl(steps=1, draw=InTurn(dynamic_sampling=3))
     first = read(one.out / "rollouts.jsonl")
     assert read(more.out / "rollouts.jsonl")[: len(first)] == first
 
@@ -142,7 +147,7 @@ def test_the_first_draw_is_that_of_a_stage_without_more(rl: Callable[..., Any]) 
 def test_solved_problems_are_retired_and_come_back(rl: Callable[..., Any]) -> None:
     """Sixteen problems, six per step; `words` is solved by chance so often that it is used up."""
     limit = 0.5
-    ran = rl(steps=12, retire_above=limit)
+    ran = rl(steps=12, draw=InTurn(retire_above=limit))
     retired: dict[str, set[str]] = {"short": set(), "words": set()}
     back = 0
     for line, found in zip(ran.lines, groups(ran), strict=True):
@@ -164,9 +169,7 @@ def test_a_band_moves_from_moderate_to_hard(
 ) -> None:
     """GLM-4.5's two steps of difficulty (arXiv 2508.06471, 3.2)."""
     ran = rl(
-        curriculum="band",
-        band_low=schedules.steps({0: 0.25, 3: 0.0}),
-        band_high=schedules.steps({0: 0.75, 3: 0.125}),
+        draw=Band(schedules.steps({0: 0.25, 3: 0.0}), schedules.steps({0: 0.75, 3: 0.125})),
     )
     seen = [{rates[group["id"]] for group in found} for found in groups(ran)]
     assert all(min(found) >= 0.25 and max(found) <= 0.75 for found in seen[:3])
@@ -179,9 +182,7 @@ def test_the_gaussian_follows_its_target(
     rl: Callable[..., Any], rates: Mapping[str, float]
 ) -> None:
     ran = rl(
-        curriculum="gaussian",
-        target_rate=schedules.linear(0.875, 0.0),
-        spread=0.05,
+        draw=Gaussian(schedules.linear(0.875, 0.0), spread=0.05),
         prompts_per_step=2,
     )
     means = [sum(rates[group["id"]] for group in found) / 2 for found in groups(ran)]
@@ -194,8 +195,7 @@ def test_rates_are_updated_by_what_is_sampled(
     rl: Callable[..., Any], rates: Mapping[str, float]
 ) -> None:
     """A problem leaves the band once its group is outside."""
-    band = {"curriculum": "band", "band_low": 0.0, "band_high": 0.5}
-    fixed, updated = rl(**band), rl(**band, update_rates=True)
+    fixed, updated = rl(draw=Band(high=0.5)), rl(draw=Band(high=0.5, update_rates=True))
     known, outside = dict(rates), 0
     for line, found in zip(updated.lines, groups(updated), strict=True):
         assert line["open_share"] == sum(rate <= 0.5 for rate in known.values()) / len(known)
@@ -208,8 +208,7 @@ def test_rates_are_updated_by_what_is_sampled(
 
 
 def test_the_policy_is_profiled_anew(rl: Callable[..., Any], rates: Mapping[str, float]) -> None:
-    asked = {"reprofile_every": 2, "reprofile_samples": 4, "reprofile_prompts": 5}
-    ran = rl(curriculum="gaussian", **asked)
+    ran = rl(draw=Gaussian(reprofile=Reprofile(every=2, samples=4, prompts=5)))
     assert sorted(path.name for path in ran.out.glob("profile-*")) == [
         "profile-2.jsonl",
         "profile-4.jsonl",
@@ -236,14 +235,15 @@ def test_the_policy_is_profiled_anew(rl: Callable[..., Any], rates: Mapping[str,
 def test_a_profile_holds_pass_rates_whatever_the_reward_is(rl: Callable[..., Any]) -> None:
     """With a reward that is 1 for everything the profile has what the verifiers say."""
     reward = judges.constant(1.0).to_json()
-    ran = rl(curriculum="band", reprofile_every=1, reward=reward, steps=2, drop_zero_variance=False)
+    draw = Band(reprofile=Reprofile(every=1))
+    ran = rl(draw=draw, reward=reward, steps=2, drop_zero_variance=False)
     rates = {row["rate"] for row in read(ran.out / "profile-1.jsonl")}
     assert [line["reward"] for line in ran.lines] == [1, 1]
     assert min(rates) < 1
 
 
 def test_a_plateau_makes_a_profile(rl: Callable[..., Any]) -> None:
-    ran = rl(curriculum="band", reprofile_on_plateau=1, reprofile_samples=2)
+    ran = rl(draw=Band(reprofile=Reprofile(on_plateau=1, samples=2)))
     reward = [line["reward"] for line in ran.lines]
     expected, begin = [], 0
     for step in range(2, 6):
@@ -258,25 +258,31 @@ def test_a_plateau_makes_a_profile(rl: Callable[..., Any]) -> None:
     "changes",
     [
         {"domain_shares": {"short": 1, "words": 2}, "prompts_per_step": 5},
-        {"dynamic_sampling": 3, "prompts_per_step": schedules.steps({0: 3, 2: 7})},
-        {"retire_above": 0.5, "group_size": schedules.steps({0: 2, 2: 4}), "steps": 8},
         {
-            "curriculum": "gaussian",
-            "update_rates": True,
-            "target_rate": schedules.on_plateau(0.8, 0.2, change=-0.2, patience=1, gain=9.0),
+            "draw": InTurn(dynamic_sampling=3),
+            "prompts_per_step": schedules.steps({0: 3, 2: 7}),
         },
         {
-            "curriculum": "band",
-            "band_high": 0.5,
-            "update_rates": True,
-            "reprofile_every": 2,
-            "reprofile_on_plateau": 1,
-            "reprofile_prompts": 5,
+            "draw": InTurn(retire_above=0.5),
+            "group_size": schedules.steps({0: 2, 2: 4}),
+            "steps": 8,
         },
-        {"top_p": 0.8, "dynamic_sampling": 1},
-        {"segments": 2, "dynamic_sampling": 1, "retire_above": 0.5, "top_p": 0.9},
+        {
+            "draw": Gaussian(
+                schedules.on_plateau(0.8, 0.2, change=-0.2, patience=1, gain=9.0),
+                update_rates=True,
+            )
+        },
+        {
+            "draw": Band(
+                high=0.5,
+                update_rates=True,
+                reprofile=Reprofile(every=2, on_plateau=1, prompts=5),
+            )
+        },
+        {"draw": InTurn(dynamic_sampling=1, retire_above=0.5), "top_p": 0.8},
     ],
-    ids=["shares", "dynamic", "retire", "gaussian", "reprofile", "top_p", "chains"],
+    ids=["shares", "dynamic", "retire", "gaussian", "reprofile", "top_p"],
 )
 def test_a_stopped_stage_goes_on_to_the_same_bits(
     changes: dict[str, Any], rl: Callable[..., Any], goes_on: Callable[..., Any]
@@ -295,7 +301,7 @@ def test_a_profile_of_other_problems_is_told(
     rows = [row for row in read(Path(few["profile"]) / "profile.jsonl") if row["domain"] == "short"]
     inputs = few | {"profile": write(tmp_path / "half" / "profile.jsonl", rows)}
     with pytest.raises(ConfigError, match="no pass rate for any problem of domain 'words'"):
-        run_stage("rl", BASE | {"curriculum": "band"}, {"start": models["start"], **inputs})
+        run_stage("rl", BASE | {"draw": Band()}, {"start": models["start"], **inputs})
 
 
 @pytest.mark.parametrize(
@@ -318,28 +324,26 @@ def test_a_profile_of_other_problems_is_told(
             },
             "it calculates with numbers",
         ),
-        ({"dynamic_sampling": 1, "advantage": "global"}, "not read with advantage = global"),
-        ({"retire_above": 0}, "greater than 0"),
-        ({"curriculum": "hard"}, "'none', 'band' or 'gaussian'"),
-        ({"band_low": 0.2}, "not read with curriculum = none"),
-        ({"target_rate": schedules.linear(0.5, 0.2)}, "not read with curriculum = none"),
-        ({"curriculum": "band", "spread": 0.1}, "not read with curriculum = band"),
-        ({"curriculum": "gaussian", "band_high": 0.5}, "not read with curriculum = gaussian"),
-        ({"update_rates": True}, "not read with curriculum = none"),
-        ({"reprofile_every": 5}, "not read with curriculum = none"),
-        ({"curriculum": "band", "reprofile_samples": 5}, "no reprofile_every and no reprofile_on"),
-        ({"curriculum": "band", "band_low": 0.6, "band_high": 0.5}, "at step 0: no pass rate"),
+        ({"draw": {"kind": "in_turn", "retire_above": 0}}, r"'draw\.retire_above': 0 is not allow"),
+        ({"draw": "hard"}, "there is no 'hard'; choices: band, gaussian, in_turn"),
+        ({"draw": {"kind": "in_turn", "low": 0.2}}, r"'draw\.low': unknown option"),
+        ({"draw": {"kind": "in_turn", "update_rates": True}}, r"'draw\.update_rates': unknown"),
+        ({"draw": {"kind": "band", "spread": 0.1}}, r"'draw\.spread': unknown option"),
+        ({"draw": {"kind": "gaussian", "high": 0.5}}, r"'draw\.high': unknown option"),
+        ({"draw": {"kind": "band", "low": 0.6, "high": 0.5}}, "low = 0.6 is above high = 0.5: no"),
         (
-            {"curriculum": "band", "band_low": schedules.linear(0, 1.0), "band_high": 0.5},
-            "at step 3: no pass rate",
+            {"draw": {"kind": "band", "low": schedules.steps({0: 0, 3: 1.0}), "high": 0.5}},
+            "at step 3: low = 1 is above high = 0.5",
         ),
         (
             {
-                "curriculum": "band",
-                "band_low": schedules.on_plateau(0.1, 0.6, change=0.1),
-                "band_high": 0.5,
+                "draw": {
+                    "kind": "band",
+                    "low": schedules.on_plateau(0.1, 0.6, change=0.1),
+                    "high": 0.5,
+                }
             },
-            "at some step: no pass",
+            "low = 0.6 .*no pass rate",
         ),
     ],
 )

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from posttrain.algorithms import InTurn
 from posttrain.engine.errors import ConfigError
 from posttrain.stages.config import build_config
 
@@ -33,11 +34,11 @@ def rl(
 
 
 def test_the_ratio_to_the_sampler_is_one_with_the_mask_only(rl: Callable[..., Any]) -> None:
-    with_mask = rl(correction="truncated", correction_high=5)
+    with_mask = rl(correction="truncated")
     for line in with_mask.lines:
         assert line["sampler_ratio"] == pytest.approx(1, abs=1e-4)
         assert line["nucleus_size"] >= 1
-    without = rl(correction="truncated", correction_high=5, replay_mask=False)
+    without = rl(correction="truncated", replay_mask=False)
     for line in without.lines:
         assert line["sampler_ratio"] < 0.95
 
@@ -53,8 +54,8 @@ def test_top_p_and_the_mask_change_what_is_learned(
 
 def test_the_reference_is_over_the_same_tokens(rl: Callable[..., Any]) -> None:
     """Before the first update the policy is its reference, over the nucleus as over all."""
-    for kl_in in ("loss", "reward"):
-        first = rl(kl_coef=0.1, kl_in=kl_in, steps=1).lines[0]
+    for where in ("loss", "reward"):
+        first = rl(kl={"coef": 0.1, "where": where}, steps=1).lines[0]
         assert first["kl_reference"] == pytest.approx(0, abs=1e-5)
 
 
@@ -63,7 +64,7 @@ def test_threads_change_nothing(rl: Callable[..., Any], same: Callable[..., bool
 
 
 def test_more_draws_and_updates_keep_the_mask(rl: Callable[..., Any]) -> None:
-    ran = rl(dynamic_sampling=2, updates_per_batch=2, correction="icepop")
+    ran = rl(draw=InTurn(dynamic_sampling=2), num_minibatches=2, correction="icepop")
     assert [line["step"] for line in ran.lines] == [1, 2, 3]
     assert ran.lines[0]["ratio"] == pytest.approx(1, abs=0.2)
 
@@ -71,10 +72,9 @@ def test_more_draws_and_updates_keep_the_mask(rl: Callable[..., Any]) -> None:
 @pytest.mark.parametrize(
     "values, message",
     [
-        ({"replay_mask": False}, "replay_mask = False: it is not read with top_p = 1"),
         (
-            {"top_p": 0.9, "replay_mask": False, "kl_coef": 0.1, "kl_in": "reward"},
-            "replay_mask = False with kl_in = reward",
+            {"top_p": 0.9, "replay_mask": False, "kl": {"coef": 0.1, "where": "reward"}},
+            "replay_mask = False with a KL in the reward",
         ),
         ({"top_p": 0.0}, "top_p"),
     ],
@@ -82,8 +82,3 @@ def test_more_draws_and_updates_keep_the_mask(rl: Callable[..., Any]) -> None:
 def test_what_does_not_go_together_is_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build_config("rl", "policy", {"steps": 4, **values})
-
-
-def test_greedy_samples_have_no_nucleus() -> None:
-    with pytest.raises(ConfigError, match=r"top_p = 0\.5: it is not read with temperature = 0"):
-        build_config("sample", "samples", {"temperature": 0, "top_p": 0.5})

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,11 +14,10 @@ from typing import Any
 
 import pytest
 
+from posttrain.algorithms import ShortestCorrect
 from posttrain.engine.errors import ConfigError
 from posttrain.rewards.verifiers import load_verifier
-from posttrain.stages.config import build_config
 from posttrain.stages.select import choose
-from posttrain.stages.settings.data import Select
 
 BASE: dict[str, Any] = {
     "k": 3,
@@ -101,19 +102,15 @@ def test_a_prefix_begins_every_response(
     sample: Callable[..., Any], models: Mapping[str, str]
 ) -> None:
     """What the model then says is what it says after these words of its own."""
-    from posttrain.backends.chat import Chat
-    from posttrain.backends.checkpoint import load
-    from posttrain.backends.sampler import LocalSampler
+    from posttrain.backends.local import LocalBackend
 
     rows = rows_of(sample(prefix="ab", temperature=0.0, k=1).out / "rollouts.jsonl")
-    language_model = load(models["one"])
-    chat = Chat(language_model)
-    ids = chat.prompt(rows[0]["prompt"]) + language_model.tokenizer("ab")["input_ids"]
-    drawn = LocalSampler(language_model).sample(
-        [ids], group_size=1, max_new_tokens=6, temperature=0.0, seed=0
-    )
+    sampler = LocalBackend().sampler(Path(models["one"]))
+    chat = sampler.chat
+    ids = chat.prompt(rows[0]["prompt"]) + chat.tokenizer("ab")["input_ids"]
+    drawn = sampler.sample([ids], group_size=1, max_new_tokens=6, temperature=0.0, seed=0)
     assert rows[0]["response"] == "ab" + chat.decode(drawn.responses()[0])
-    assert rows[0]["num_tokens"] == int(drawn.response_len_B[0])
+    assert rows[0]["num_tokens"] == drawn.num_tokens
     assert all(row["response"].startswith("ab") for row in rows)
 
 
@@ -146,9 +143,9 @@ ROWS = [
     ("settings", "expected"),
     [
         ({"how": "correct"}, ["long and right", "right", "also right"]),
-        ({"how": "correct", "max_per_prompt": 2}, ["long and right", "right"]),
+        ({"how": {"kind": "correct", "max_per_prompt": 2}}, ["long and right", "right"]),
         ({"how": "best"}, ["long and right", "right", "also right"]),
-        ({"how": "best", "max_per_prompt": 1}, ["long and right"]),
+        ({"how": {"kind": "best", "max_per_prompt": 1}}, ["long and right"]),
         ({"how": "shortest_correct"}, ["right"]),
     ],
 )
@@ -201,10 +198,16 @@ def test_selected_rollouts_train_a_model(
     assert ran.lines[-1]["loss"] < ran.lines[0]["loss"]
 
 
-def test_choose_keeps_the_settings_apart() -> None:
-    assert choose(Select(how="shortest_correct"), [ROWS[:2]]) == [ROWS[0]]
-    with pytest.raises(ConfigError, match="max_per_prompt = 2: it is not read with how = shortest"):
-        build_config("select", "mine", {"how": "shortest_correct", "max_per_prompt": 2})
+def test_the_shortest_is_one() -> None:
+    assert choose(ShortestCorrect(), [ROWS[:2]]) == [ROWS[0]]
+
+
+def test_choosing_text_imports_no_torch() -> None:
+    """Their processes start at once, and their code can be read without knowing a tensor."""
+    names = ("select", "filter", "dedup", "mix", "comparisons", "pairs", "rows")
+    code = "import sys\n" + "".join(f"import posttrain.stages.{name}\n" for name in names)
+    code += "assert not {'torch', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_verifier_in_a_process_of_its_own_gives_the_same_rollouts(

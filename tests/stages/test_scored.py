@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-
 from posttrain.rl.types import Rollouts, pad_rows
 from posttrain.stages.rollouts import Scored
 from posttrain.stages.scored import chosen_groups, joined

@@ -54,31 +54,38 @@ def demos(ran: Any) -> list[str]:
     ("settings", "expected"),
     [
         ({"how": "all"}, ["abc", "été", "a b a b a", "abcdefgh", "other"]),
-        ({"how": "all", "max_per_prompt": 2}, ["abc", "été", "other"]),
-        ({"how": "all", "success": True}, ["abc", "abcdefgh"]),
-        ({"how": "all", "success": False}, ["été", "a b a b a", "other"]),
+        ({"how": {"kind": "all", "max_per_prompt": 2}}, ["abc", "été", "other"]),
+        ({"how": {"kind": "all", "success": True}}, ["abc", "abcdefgh"]),
+        ({"how": {"kind": "all", "success": False}}, ["été", "a b a b a", "other"]),
         ({"how": "all", "min_tokens": 5}, ["a b a b a", "abcdefgh", "other"]),
         ({"how": "all", "max_tokens": 4}, ["abc", "été"]),
         ({"how": "all", "language": "[a-z ]"}, ["abc", "a b a b a", "abcdefgh", "other"]),
         (
-            {"how": "all", "max_repetition": 0.3, "repetition_n": 2},
+            {"how": "all", "max_repetition": {"share": 0.3, "n": 2}},
             ["abc", "été", "abcdefgh", "other"],
         ),
-        ({"how": "all", "max_repetition": 0.3}, ["abc", "été", "abcdefgh", "other"]),
+        ({"how": "all", "max_repetition": {"share": 0.3}}, ["abc", "été", "abcdefgh", "other"]),
         (
-            {"how": "all", "max_repetition": 0.34},
+            {"how": "all", "max_repetition": {"share": 0.34}},
             ["abc", "été", "a b a b a", "abcdefgh", "other"],
         ),
         ({"how": "all", "first_step": 1, "last_step": 2}, ["été", "a b a b a"]),
         ({"how": "all", "last_step": 0}, ["abc"]),
         ({"how": "all", "first_step": 3}, ["abcdefgh", "other"]),
         ({"how": "best"}, ["abc", "abcdefgh"]),
-        ({"how": "best", "by": "score"}, ["été", "abcdefgh", "other"]),
-        ({"how": "best", "by": "score", "max_per_prompt": 1}, ["été", "other"]),
-        ({"how": "top_share", "share": 0.4}, ["abc", "abcdefgh"]),
-        ({"how": "top_share", "share": 0.5, "by": "score"}, ["été", "abcdefgh", "other"]),
+        ({"how": {"kind": "best", "by": "score"}}, ["été", "abcdefgh", "other"]),
+        ({"how": {"kind": "best", "by": "score", "max_per_prompt": 1}}, ["été", "other"]),
+        ({"how": {"kind": "top_share", "share": 0.4}}, ["abc", "abcdefgh"]),
         (
-            {"how": "top_share", "share": 0.5, "by": "score", "max_per_prompt": 1},
+            {"how": {"kind": "top_share", "share": 0.5, "by": "score"}},
+            ["été", "abcdefgh", "other"],
+        ),
+        (
+            {"how": {"kind": "top_share", "share": 0.5, "by": "score", "success": False}},
+            ["été", "other"],
+        ),
+        (
+            {"how": {"kind": "top_share", "share": 0.5, "by": "score", "max_per_prompt": 1}},
             ["été", "other"],
         ),
         ({"how": "correct", "min_tokens": 5}, ["abcdefgh"]),
@@ -118,7 +125,7 @@ def test_thoughts_are_stripped(select: Callable[..., Any]) -> None:
 def test_what_the_rollouts_lack_is_an_error(select: Callable[..., Any]) -> None:
     bare = [rollout("abc")]
     with pytest.raises(ConfigError, match=r"have no score; put r.score\(rollouts"):
-        select(bare, how="best", by="score")
+        select(bare, how={"kind": "best", "by": "score"})
     with pytest.raises(ConfigError, match="these have no step, leave both out"):
         select(bare, first_step=1)
     with pytest.raises(ConfigError, match=r"no rollout is of a step from 9 to inf.* steps 0 to 3"):
@@ -128,15 +135,16 @@ def test_what_the_rollouts_lack_is_an_error(select: Callable[..., Any]) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"how": "top_share"}, "how = top_share needs share"),
-        ({"share": 0.1}, "share = 0.1: it is not read with how = correct"),
-        ({"by": "score"}, "by = score: it is not read with how = correct"),
-        ({"success": True}, "success = True: it is not read with how = correct, which keeps"),
-        ({"repetition_n": 2}, "repetition_n = 2: it is not read with max_repetition = null"),
+        ({"how": "top_share"}, "'how.share': a value is needed"),
+        ({"how": {"kind": "correct", "share": 0.1}}, "'how.share': unknown option"),
+        ({"how": {"kind": "correct", "by": "score"}}, "'how.by': unknown option"),
+        ({"how": {"kind": "correct", "success": True}}, "'how.success': unknown option"),
+        ({"how": {"kind": "shortest_correct", "max_per_prompt": None}}, "unknown option"),
+        ({"how": "some"}, "choices: .*top_share"),
+        ({"max_repetition": {"n": 2}}, "'max_repetition.share': a value is needed"),
         ({"language": "[a"}, "no regular expression"),
         ({"min_tokens": 5, "max_tokens": 4}, "min_tokens = 5 is above max_tokens = 4"),
         ({"first_step": 5, "last_step": 4}, "first_step = 5 is above last_step = 4"),
-        ({"how": "shortest_correct", "max_per_prompt": None}, "max_per_prompt = None: it is not"),
     ],
 )
 def test_settings_that_say_nothing_are_refused(settings: dict[str, Any], message: str) -> None:

@@ -16,12 +16,15 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from posttrain.backends.checkpoint import LanguageModel
+from posttrain.backends.tiny import character_tokenizer, new_model
 from posttrain.engine.errors import ConfigError
 from posttrain.schedules import learning_rate
 from posttrain.stages import context
-from posttrain.stages.batches import Pool
 from posttrain.stages.config import build_config
-from posttrain.stages.settings.imitate import Sft
+from posttrain.stages.context import Context
+from posttrain.stages.data import Pool
+from posttrain.stages.settings.supervised import Pretrain, Sft
+from posttrain.stages.supervised import fresh_model
 
 RunStage = Callable[..., Any]
 BASE: dict[str, Any] = {"steps": 5, "batch_size": 8, "lr": 0.01, "warmup_steps": 1}
@@ -105,14 +108,14 @@ SETTINGS: list[dict[str, Any]] = [
     {"steps": None, "epochs": 0.1},
     {"batch_size": 6},
     {"lr": 0.02},
-    {"lr_schedule": "constant"},
-    {"lr_schedule": "linear"},
-    {"lr_end": 0.5},
+    {"lr_decay": "constant"},
+    {"lr_decay": "linear"},
+    {"lr_decay": {"kind": "cosine", "end": 0.5}},
     {"warmup_steps": 2},
-    {"beta1": 0.5},
-    {"beta2": 0.5},
-    {"weight_decay": 0.5},
-    {"max_grad_norm": 0.01},
+    {"optimizer": {"beta1": 0.5}},
+    {"optimizer": {"beta2": 0.5}},
+    {"optimizer": {"weight_decay": 0.5}},
+    {"optimizer": {"max_grad_norm": 0.01}},
 ]
 MORE: list[dict[str, Any]] = [
     {"loss_on": "response"},
@@ -163,6 +166,24 @@ def test_pretraining_on_responses_counts_their_tokens_only(pretrain: Callable[..
     assert responses["tokens"] == 4 * 4 + 4 * 7
     # <|user|>, the name, a space, the word and <|assistant|>, of which the first is given.
     assert everything["tokens"] == responses["tokens"] + 4 * (6 + 3 + 1) + 4 * (6 + 6 + 1)
+
+
+def test_pretraining_begins_with_the_weights_that_were_drawn(
+    new_context: Callable[..., Context],
+) -> None:
+    """Written to a directory and read again by the backend: not a bit is lost."""
+    settings = Pretrain(**{**TINY, "seed": 5, "thinking": True})
+    demos = {"short": [{"prompt": "große", "demo": "a", "thought": "ø"}]}
+    ctx = new_context()
+    policy = ctx.learner(settings, fresh_model(settings, ctx, demos))
+    tokenizer = character_tokenizer(["große", "ø"], thinking=True)
+    sizes = {name: TINY[name] for name in set(TINY) - set(BASE)}
+    expected = new_model(tokenizer, **sizes, seed=5).model.state_dict()
+    found = {n.removeprefix("weight."): v for n, v in policy.state().items()}
+    assert found.keys() <= expected.keys() and len(found) > 10
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+    assert policy.chat.tokenizer.get_vocab() == tokenizer.get_vocab()
+    assert policy.chat.decode(policy.chat.response("", "große ø")) == "große ø"
 
 
 def test_documents_longer_than_the_model_are_refused(pretrain: Callable[..., Any]) -> None:
@@ -223,25 +244,24 @@ def test_a_step_without_learning_rate_would_change_nothing_and_is_refused() -> N
 
 
 @pytest.mark.parametrize(
-    ("schedule", "expected"),
+    ("decay", "expected"),
     [
         ("constant", [0.5, 1.0, 1.0, 1.0, 1.0, 1.0]),
-        ("linear", [0.5, 1.0, 1.0, 0.733333, 0.466667, 0.2]),
-        ("cosine", [0.5, 1.0, 1.0, 0.8, 0.4, 0.2]),
+        ({"kind": "linear", "end": 0.2}, [0.5, 1.0, 1.0, 0.733333, 0.466667, 0.2]),
+        ({"kind": "cosine", "end": 0.2}, [0.5, 1.0, 1.0, 0.8, 0.4, 0.2]),
     ],
 )
-def test_learning_rates_by_hand(schedule: Any, expected: list[float]) -> None:
+def test_learning_rates_by_hand(decay: Any, expected: list[float]) -> None:
     """Two steps of warm-up, then four of which the first has progress 0 and the last 1, towards
     0.2: linear 1 - 0.8 p, cosine 0.2 + 0.8 (1 + cos(pi p)) / 2."""
-    lr_end = 0.05 if schedule == "constant" else 0.2
-    config = Sft(steps=6, lr=1.0, lr_schedule=schedule, lr_end=lr_end, warmup_steps=2)
-    rates = [learning_rate(config, step, 6) for step in range(6)]
+    settings = Sft(steps=6, lr=1.0, lr_decay=decay, warmup_steps=2)
+    rates = [learning_rate(settings, step, 6) for step in range(6)]
     assert rates == pytest.approx(expected, abs=1e-6)
 
 
 def test_warm_up_takes_at_most_half_of_the_stage() -> None:
-    config = Sft(steps=4, lr=1.0, warmup_steps=10)
-    rates = [learning_rate(config, step, 4) for step in range(4)]
+    settings = Sft(steps=4, lr=1.0, warmup_steps=10)
+    rates = [learning_rate(settings, step, 4) for step in range(4)]
     assert rates == pytest.approx([0.5, 1.0, 1.0, 0.05])
     assert learning_rate(Sft(steps=1, lr=1.0), 0, 1) == 1.0
 

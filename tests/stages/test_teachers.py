@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pickle
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +14,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from posttrain.backends.checkpoint import load
-from posttrain.backends.local import LocalScorer
-from posttrain.backends.sampler import LocalSampler
-from posttrain.rl.types import Rollouts
+from posttrain.backends.checkpoint import LanguageModel
+from posttrain.backends.local import LocalBackend, LocalSampler, LocalScorer
+from posttrain.rl.batch import Batch
 from posttrain.stages import teachers as stage
 from posttrain.stages.config import build_config
-from posttrain.stages.rollouts import gathered
+from posttrain.stages.context import Context
+from posttrain.stages.distill import LossSettings, distill_loss
+from posttrain.stages.rollout import gathered
 from posttrain.stages.settings.distill import Distill
-from posttrain.stages.teachers import Targets, Teachers
+from posttrain.stages.teachers import Teachers, TeacherScoring
 
 
 @pytest.fixture(autouse=True)
@@ -30,68 +33,157 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 PROMPTS = [[10 + n, 20, 30 + n % 3] for n in range(12)]
-TEACHER_B = torch.tensor([n % 2 for n in range(12)]).repeat_interleave(2)
+PROBLEMS = [{"domain": "ab"[n % 2], "id": str(n), "prompt": "p", "answer": "a"} for n in range(12)]
+SAMPLE: dict[str, Any] = {
+    "group_size": 2,
+    "max_new_tokens": 8,
+    "temperature": 1.0,
+    "seed": 0,
+}
 
 
 def settings(**changes: Any) -> Distill:
-    values = {"steps": 1, "routes": {"a": "one"}, "samples_per_prompt": 2} | changes
-    config = build_config("distill", "student", values)
-    assert isinstance(config, Distill)
-    return config
+    values = {"steps": 1, "routes": {"a": "one", "b": "two"}, "samples_per_prompt": 2} | changes
+    built = build_config("distill", "student", values)
+    assert isinstance(built, Distill)
+    return built
 
 
-def read(
-    models: Mapping[str, str], config: Distill, aside: ThreadPoolExecutor | None
-) -> tuple[list[Targets], Rollouts]:
-    student = load(models["start"])
-    paths = {name: Path(models[name]) for name in ("one", "two")}
-    reading = Teachers(paths, student, workers=aside).reading(config, TEACHER_B)
-    sampling = LocalSampler(student, max_rows=8).stream(
-        PROMPTS, group_size=2, max_new_tokens=8, temperature=1.0, seed=0
-    )
+@pytest.fixture
+def scoring(tmp_path: Path, models: Mapping[str, str]) -> Callable[..., Any]:
+    """`scoring(settings, workers)`: a sampler of the student, and the scoring of what it says by
+    the teachers `one` and `two`."""
+
+    def scoring(
+        chosen: Distill, workers: ThreadPoolExecutor | None = None, **paths: str
+    ) -> tuple[LocalSampler, TeacherScoring, Teachers]:
+        backend = LocalBackend()
+        inputs = {"start": models["start"]}
+        inputs |= {f"teachers.{name}": models[name] for name in ("one", "two")}
+        inputs |= {f"teachers.{name}": path for name, path in paths.items()}
+        ctx = Context(
+            name="student",
+            work=tmp_path,
+            inputs=inputs,
+            threads=1,
+            backend=backend,
+            workers=workers,
+        )
+        sampler = backend.sampler(Path(models["start"]))
+        sampler.max_rows = 8
+        teachers = Teachers(chosen, ctx, sampler.chat)
+        return sampler, teachers.scoring(chosen, PROBLEMS), teachers
+
+    return scoring
+
+
+def read(scoring: Callable[..., Any], chosen: Distill, workers: ThreadPoolExecutor | None) -> Batch:
+    """A batch with what the teachers say; without workers all is read at the end, in one piece."""
+    sampler, said, _ = scoring(chosen, workers)
+    sampling = sampler.stream(PROMPTS, **SAMPLE)
     for row_B in gathered(sampling, 2):
-        # Without a thread all is read at the end, in one piece.
-        if aside is not None:
-            reading.read(row_B, sampling)
-    rollouts = sampling.rollouts()
-    return reading.targets(rollouts), rollouts
+        if workers is not None:
+            said.on_finished(row_B, sampling)
+    batch: Batch = sampling.batch()
+    said.add_columns(batch)
+    return batch
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [{}, {"teacher_cache": "bfloat16"}, {"estimator": "top_k", "top_k": 5},
-     {"estimator": "sampled_token"}],
+    ("estimator", "columns"),
+    [
+        ({"kind": "reverse_kl"}, ["teacher_hidden_NE"]),
+        ({"kind": "reverse_kl", "cache": "bfloat16"}, ["teacher_hidden_NE"]),
+        ({"kind": "top_k", "k": 5}, ["teacher_ids_NK", "teacher_logp_NK"]),
+        ({"kind": "sampled_token"}, ["teacher_logp_N"]),
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_beside_the_sampler_they_say_what_they_say_after_it(
-    models: Mapping[str, str], changes: dict[str, Any]
+    scoring: Callable[..., Any], estimator: dict[str, Any], columns: list[str]
 ) -> None:
-    config = settings(**changes)
+    chosen = settings(estimator=estimator)
     with ThreadPoolExecutor(1) as aside:
-        beside, rollouts = read(models, config, aside)
-    after, same = read(models, config, None)
-    assert rollouts.responses() == same.responses()
-    for ours, theirs in zip(beside, after, strict=True):
-        assert ours.start_B.lt(0).tolist() == theirs.start_B.lt(0).tolist()
-        compared = 0
-        for name in ("hidden_NE", "top_ids_NK", "top_logp_NK", "logp_N"):
-            mine, expected = getattr(ours, name), getattr(theirs, name)
-            assert (mine is None) == (expected is None)
-            for row in [] if mine is None else ours.start_B.ge(0).nonzero()[:, 0].tolist():
-                length = int(rollouts.response_len_B[row])
-                start, other = int(ours.start_B[row]), int(theirs.start_B[row])
-                torch.testing.assert_close(
-                    mine[start : start + length].double(),
-                    expected[other : other + length].double(),
-                    atol=2e-2 if "teacher_cache" in changes else 1e-5,
-                    rtol=1e-4,
-                )
-                compared += 1
-        assert compared >= 12
+        beside = read(scoring, chosen, aside)
+    after = read(scoring, chosen, None)
+    assert beside.responses() == after.responses()
+    assert beside["teacher_B"].tolist() == [n % 2 for n in range(12) for _ in range(2)]
+    assert {name for name in beside.columns if name.startswith("teacher")} == {
+        "teacher_B",
+        *columns,
+    }
+    for name in columns:
+        assert beside[name].dtype == after[name].dtype
+        torch.testing.assert_close(
+            beside[name].double(),
+            after[name].double(),
+            atol=2e-2 if "cache" in estimator else 1e-5,
+            rtol=1e-4,
+        )
+
+
+def test_each_teacher_says_what_it_says_of_its_rows_alone(scoring: Callable[..., Any]) -> None:
+    """By hand: each model's own log-probabilities of the rows of its domain."""
+    chosen = settings(estimator="sampled_token")
+    batch = read(scoring, chosen, None)
+    _, _, teachers = scoring(chosen)
+    for number, scorer in enumerate(teachers.scorers):
+        rows = batch.select(batch["teacher_B"] == number)
+        expected_N = scorer.logprobs(rows)
+        torch.testing.assert_close(rows["teacher_logp_N"], expected_N, atol=1e-5, rtol=1e-4)
+        other_N = teachers.scorers[1 - number].logprobs(rows)
+        assert float((rows["teacher_logp_N"] - other_N).abs().mean()) > 0.1
+
+
+def test_teachers_of_unlike_sizes_share_a_column(
+    scoring: Callable[..., Any],
+    make_model: Callable[..., LanguageModel],
+    save_model: Callable[[LanguageModel], str],
+    models: Mapping[str, str],
+) -> None:
+    """`wide` has 48 numbers per state and `one` 32, whose rows leave the last 16 places free. The
+    loss of all rows together is that of the rows of each teacher alone."""
+    sampler = LocalBackend().sampler(Path(models["start"]))
+    like = make_model(stop=list(sampler.chat.stop_ids))
+    torch.manual_seed(5)
+    config = type(like.model.config)(**like.model.config.to_dict() | {"hidden_size": 48})
+    model = type(like.model)(config).eval()
+    model.generation_config = like.model.generation_config
+    wide = save_model(replace(like, model=model))
+    chosen = settings(estimator="reverse_kl")
+    sampler, said, teachers = scoring(chosen, two=wide)
+    batch = sampler.sample(PROMPTS, **SAMPLE)
+    said.add_columns(batch)
+    assert batch["teacher_hidden_NE"].shape == (batch.num_tokens, 48)
+    assert [head.weight_VD.shape[1] for head in teachers.heads] == [32, 48]
+    batch["domain_B"] = batch["teacher_B"]
+    batch["loss_weight_B"] = torch.ones(len(batch))
+    student = teachers.scorers[0]
+    wanted = LossSettings(step=chosen, domains=("a", "b"), heads=teachers.heads)
+    whole, sums = distill_loss(wanted, student.hidden(batch), student.head, batch)
+    alone = 0.0
+    for number, name in enumerate("ab"):
+        rows = batch.select(batch["teacher_B"] == number)
+        part, of_it = distill_loss(wanted, student.hidden(rows), student.head, rows)
+        alone += float(part.detach())
+        assert float(of_it[f"kl/{name}"]) == pytest.approx(float(sums[f"kl/{name}"]), abs=1e-4)
+    assert float(whole.detach()) == pytest.approx(alone, rel=1e-5)
+    # The student is `one` itself: of its own rows nothing is left.
+    assert abs(float(sums["kl/a"])) < 1e-4 < float(sums["kl/b"])
+
+
+def test_the_loss_can_be_sent_to_another_process(scoring: Callable[..., Any]) -> None:
+    chosen = settings(estimator="reverse_kl")
+    _, _, teachers = scoring(chosen)
+    sent = LossSettings(step=chosen, domains=("a", "b"), heads=teachers.heads)
+    function, came = pickle.loads(pickle.dumps((distill_loss, sent)))
+    assert function is distill_loss
+    assert came.step == chosen
+    assert torch.equal(came.heads[1].weight_VD, teachers.heads[1].weight_VD)
 
 
 def test_they_begin_while_rows_are_still_being_sampled(
-    models: Mapping[str, str], monkeypatch: pytest.MonkeyPatch
+    scoring: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The last rows are given out only after a teacher has read some: this would wait for ever if
     teachers waited for the sampler."""
@@ -99,56 +191,36 @@ def test_they_begin_while_rows_are_still_being_sampled(
     threads: set[str] = set()
     hidden = LocalScorer.hidden
 
-    def noted(self: LocalScorer, rollouts: Rollouts) -> Tensor:
+    def noted(self: LocalScorer, batch: Batch) -> Tensor:
         began.set()
         threads.add(threading.current_thread().name)
-        return hidden(self, rollouts)
+        return hidden(self, batch)
 
     monkeypatch.setattr(LocalScorer, "hidden", noted)
 
-    class Slow:
-        """A sampling whose rows end one by one."""
-
-        def __init__(self) -> None:
-            sampler = LocalSampler(load(models["start"]))
-            self.drawn = sampler.stream(
-                PROMPTS, group_size=2, max_new_tokens=8, temperature=1.0, seed=0
-            )
-            assert list(self.drawn)
-
-        def __iter__(self) -> Iterator[Tensor]:
-            for row in range(24):
-                if row == 23:
-                    assert began.wait(timeout=60), "no teacher has begun"
-                yield torch.tensor([row])
-
-        def rollouts(self, row_B: Tensor | None = None) -> Rollouts:
-            return self.drawn.rollouts(row_B)
-
-        def num_tokens(self, rows: list[int]) -> int:
-            return self.drawn.num_tokens(rows)
-
-    sampling: Any = Slow()
     with ThreadPoolExecutor(1, thread_name_prefix="aside") as aside:
-        paths = {name: Path(models[name]) for name in ("one", "two")}
-        teachers = Teachers(paths, load(models["start"]), workers=aside)
-        reading = teachers.reading(settings(), TEACHER_B)
-        for row_B in sampling:
-            reading.read(row_B, sampling)
-        targets = reading.targets(sampling.rollouts())
+        sampler, said, _ = scoring(settings(), aside)
+        sampling = sampler.stream(PROMPTS, **SAMPLE)
+        assert list(sampling)
+        for row in range(24):
+            if row == 23:
+                assert began.wait(timeout=60), "no teacher has begun"
+            said.on_finished(torch.tensor([row]), sampling)
+        batch = sampling.batch()
+        said.add_columns(batch)
     assert threads == {"aside_0"}
-    assert sum(int(t.start_B.ge(0).sum()) for t in targets) == 24
+    assert bool((batch["teacher_hidden_NE"] != 0).any(1).all())
 
 
 def test_an_error_of_a_teacher_reaches_the_stage(
-    models: Mapping[str, str], monkeypatch: pytest.MonkeyPatch
+    scoring: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(self: LocalScorer, rollouts: Rollouts) -> Tensor:
+    def broken(self: LocalScorer, batch: Batch) -> Tensor:
         raise MemoryError("no room")
 
     monkeypatch.setattr(LocalScorer, "hidden", broken)
     with ThreadPoolExecutor(1) as aside, pytest.raises(MemoryError, match="no room"):
-        read(models, settings(), aside)
+        read(scoring, settings(), aside)
 
 
 def test_rows_are_gathered_in_order_and_none_is_lost() -> None:
@@ -174,9 +246,9 @@ def test_a_second_core_changes_no_bit(
     else:
         settings |= {"prompts_per_step": 120, "max_new_tokens": 8}
     if kind == "rl":
-        settings |= {"group_size": 2, "kl_coef": 0.1}
+        settings |= {"group_size": 2, "kl": {"coef": 0.1}}
     if kind == "distill":
-        settings |= {"routes": {"short": "first", "words": "second"}, "updates_per_batch": 2}
+        settings |= {"routes": {"short": "first", "words": "second"}, "num_minibatches": 2}
         inputs |= {"teachers.first": models["one"], "teachers.second": models["two"]}
     one, two = (run_stage(kind, settings, inputs, threads=threads) for threads in (1, 2))
     assert same(one, two)

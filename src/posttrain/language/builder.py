@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from posttrain.backends.checkpoint_source import CheckpointSource, find_checkpoint, token_conflict
-from posttrain.engine.errors import ConfigError, GraphError
+from posttrain.engine.edges import edge_name, named, with_role
+from posttrain.engine.errors import ConfigError, GraphError, choices_text
 from posttrain.engine.fingerprint import file_digest
 from posttrain.engine.graph import Graph, Node
 from posttrain.engine.store import Store
 from posttrain.language.handles import Demos, Prompts, Stage
-from posttrain.language.settings import Overrides
-from posttrain.language.whole import check_strengths, check_thinking, root_of
+from posttrain.language.overrides import Overrides
 from posttrain.stages.config import build_config, config_of, identity_of
 from posttrain.stages.kinds import KINDS, Product, kind_of, kinds_making
-from posttrain.suites.domain import Suite, Table, domain_node, shares_problem
+from posttrain.suites.domain import Suite, domain_node, shares_problem
 
 DERIVED = {
     "routes": "which model serves which domain",
@@ -55,11 +54,8 @@ class Builder:
         return tuple(self.suite.domains)
 
     def graph(self, target: Stage) -> Graph:
-        """The finished graph. Raises ConfigError for a setting that matched no stage, and what
-        the checks of a whole recipe raise."""
+        """The finished graph. Raises ConfigError for a setting that matched no stage."""
         self._overrides.check_used(self.nodes)
-        for check in (check_thinking, check_strengths):
-            check(self.nodes)
         graph = Graph(nodes=self.nodes, target=target.name)
         graph.order()
         return graph
@@ -102,8 +98,7 @@ class Builder:
                 **self._code(kind),
             )
         )
-        if "domain_shares" in fields:
-            self._shared_out(stage)
+        self._check_shares(stage)
         return stage
 
     def _code(self, name: str) -> dict[str, dict[str, str]]:
@@ -122,16 +117,24 @@ class Builder:
             "runtime": {"import_from": str(kind.folder())},
         }
 
-    def _shared_out(self, stage: Stage) -> None:
+    def _check_shares(self, stage: Stage) -> None:
         """Refuse shares that do not name the domains of a stage, as far as they are known."""
-        edges = self.nodes[stage.name].inputs
-        domains = [source for edge, source in edges.items() if edge.startswith("domains.")]
-        for shares in self.values(stage, "domain_shares") if domains else []:
+        domains = list(named(self.nodes[stage.name].inputs, "domains").values())
+        for shares in self.values(stage.name, "domain_shares") if domains else []:
             problem = shares_problem(shares, domains)
             if problem:
                 raise ConfigError(
                     f"stage {stage.name!r} ({stage.kind}), field 'domain_shares': {problem}"
                 )
+
+    def values(self, stage: str, field: str) -> list[Any]:
+        """The value of a setting, or all at the ends of its schedule. `kl.domains` is a setting of
+        a choice; [] where nothing was chosen, or where the stage has no such setting."""
+        owner: Any = self.settings[stage]
+        *path, name = field.split(".")
+        for part in path:
+            owner = getattr(owner, part)
+        return [] if name not in getattr(type(owner), "model_fields", {}) else owner.possible(name)
 
     def add(self, node: Node) -> Stage:
         """Add a node. Raises GraphError for a name that is taken."""
@@ -151,10 +154,9 @@ class Builder:
     def _domains_of(self, name: str) -> tuple[str, ...]:
         """Those that a stage reads problems of, else those of the data that it was made from."""
         inputs = self.nodes[name].inputs if name in self.nodes else {}
-        own = [source for edge, source in inputs.items() if edge.startswith("domains.")]
-        for edge, source in inputs.items():
-            if edge.partition(".")[0] in ("rollouts", "data"):
-                own += self._domains_of(source)
+        own = list(named(inputs, "domains").values())
+        for source in with_role(inputs, "rollouts", "data").values():
+            own += self._domains_of(source)
         return tuple(dict.fromkeys(own))
 
     def known(self, domains: str | Iterable[str]) -> tuple[str, ...]:
@@ -166,11 +168,9 @@ class Builder:
             )
         for name in names:
             if name not in self.suite.domains:
-                near = difflib.get_close_matches(name, self.domains, n=1)
-                hint = f" did you mean {near[0]!r}?" if near else ""
                 raise ConfigError(
-                    f"domain {name!r} is not in suite {self.suite.name!r};{hint} "
-                    f"choices: {', '.join(self.domains)}"
+                    f"domain {name!r} is not in suite {self.suite.name!r}; "
+                    f"{choices_text(name, self.domains)}"
                 )
         return names
 
@@ -215,37 +215,7 @@ class Builder:
                     data=pieces.data,
                     runtime=pieces.runtime,
                 )
-        return {f"domains.{name}": name for name in domains}
-
-    def require_thoughts(self, domains: Iterable[str]) -> None:
-        """Raise ConfigError for a domain whose demonstrations cannot think."""
-        for name in domains:
-            source = self.suite.domains[name].source
-            has = (
-                source.thought is not None
-                if isinstance(source, Table)
-                else source.format != "plain"
-            )
-            if not has:
-                fix = (
-                    "name the column of the steps with thought = ... in the suite"
-                    if isinstance(source, Table)
-                    else "format = 'plain' of a generated domain has no steps; take another format"
-                )
-                raise ConfigError(
-                    f"domain {name!r} of suite {self.suite.name!r} has no demonstrations in the "
-                    f"mode think: {fix}, or leave the domain out of r.demos(..., mode='think')"
-                )
-
-    def refuse(self, stage: Stage, *fields: str, because: str) -> None:
-        """Raise ConfigError for a setting of a stage that was given and that nothing reads."""
-        config = self.nodes[stage.name].config
-        for field in fields:
-            if config[field]:
-                raise ConfigError(
-                    f"stage {stage.name!r} ({stage.kind}), field {field!r}: {config[field]} is "
-                    f"not read, because {because}"
-                )
+        return {edge_name("domains", name): name for name in domains}
 
     def _filtered(self, stage: str, prompts: Stage) -> dict[str, str]:
         """The edges of prompts that a stage has chosen, and of the domains that they are of."""
@@ -285,26 +255,6 @@ class Builder:
             )
         return value.name
 
-    def named_domains(self, stage: Stage, domains: tuple[str, ...], *fields: str) -> None:
-        """Refuse a setting by domain that names a domain which the stage does not have."""
-        for field in fields:
-            for value in self.values(stage, field):
-                for name in value:
-                    if name not in domains:
-                        raise ConfigError(
-                            f"stage {stage.name!r} ({stage.kind}), field {field!r}: {name!r} is "
-                            f"not a domain of its prompts; choices: {', '.join(domains)}"
-                        )
-
-    def values(self, stage: Stage, field: str) -> list[Any]:
-        """The value of a setting, or all at the ends of its schedule; `kl.domains` is a setting of a
-        choice, and there is none where nothing was chosen."""
-        owner: Any = self.settings[stage.name]
-        *path, name = field.split(".")
-        for part in path:
-            owner = getattr(owner, part)
-        return [] if owner is None else owner.possible(name)
-
     def same_vocabulary(
         self, stage: str, start: str, teacher: str, *, role: str = "teacher"
     ) -> None:
@@ -326,3 +276,12 @@ class Builder:
         found = self.store.named("model", source)
         # Not what its record says: linked files may have changed since they were adopted.
         return find_checkpoint(found[0].path, self.hash_file) if found else None
+
+
+def root_of(nodes: Mapping[str, Node], name: str) -> str:
+    """The stage that a model descends from by its starts; in a cycle any stage of it."""
+    passed: set[str] = set()
+    while name in nodes and name not in passed and "start" in nodes[name].inputs:
+        passed.add(name)
+        name = nodes[name].inputs["start"]
+    return name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from posttrain.engine.edges import edge_name
 from posttrain.engine.errors import ConfigError
 from posttrain.language.builder import Builder
 from posttrain.language.handles import SELF, Stage
@@ -69,12 +70,13 @@ def route(
                 )
             source = start if isinstance(teacher, str) else teacher
             name = SELF if isinstance(teacher, str) else teacher.name
-            if edges.get(f"teachers.{name}", source.name) != source.name:
+            edge = edge_name("teachers", name)
+            if edges.get(edge, source.name) != source.name:
                 raise ConfigError(
                     f"stage {stage!r}: a teacher is called {SELF!r}, which means the student's own "
                     "start; give that stage another name="
                 )
-            edges[f"teachers.{name}"] = build.model(stage, where, source)
+            edges[edge] = build.model(stage, where, source)
             names.append(name)
         if names:
             routes[key] = names[0] if len(names) == 1 else tuple(names)
@@ -141,5 +143,5 @@ def samplers(
                 "raise k for more responses of one"
             )
         routes[domain] = tuple(names)
-        edges |= {f"models.{name}": name for name in names}
+        edges |= {edge_name("models", name): name for name in names}
     return routes, edges

@@ -17,7 +17,7 @@ scaled down.
 from typing import Literal
 
 from posttrain import Recipe, Stage, judges, schedules
-from posttrain.algorithms import KL, Clip, Correct
+from posttrain.algorithms import KL, AllPairs, Clip, Correct
 from posttrain.recipes.deepseek_r1_zero import FORMAT, zero
 
 LANGUAGE = judges.language(regex="[a-zA-Z]", unit="character")
@@ -47,7 +47,7 @@ def recipe(
 
     answers = r.sample(dev3, prompts=soft, k=4, max_new_tokens=48, name="general_samples")
     judged = r.pairs(
-        answers, judge=judges.oracle(noise=0.5), how="all", min_strength=3, name="judged"
+        answers, judge=judges.oracle(noise=0.5), how=AllPairs(min_margin=3), name="judged"
     )
     helpful = r.reward_model(
         start=dev3, data=judged, per_prompt=True, steps=80, lr=1e-3, name="helpful"

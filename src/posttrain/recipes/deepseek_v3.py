@@ -13,7 +13,7 @@ weighs far more there.
 """
 
 from posttrain import Recipe, Stage, judges
-from posttrain.algorithms import KL, CosineDecay
+from posttrain.algorithms import KL, AllPairs, CosineDecay
 
 
 def recipe(r: Recipe, base: str = "tiny") -> Stage:
@@ -29,7 +29,7 @@ def recipe(r: Recipe, base: str = "tiny") -> Stage:
 
     answers = r.sample(sft, prompts=prompts, k=8, num_prompts=1500, max_new_tokens=24)
     preferences = r.pairs(
-        answers, judge=judges.oracle(noise=0.2), how="all", min_strength=3, name="preferences"
+        answers, judge=judges.oracle(noise=0.2), how=AllPairs(min_margin=3), name="preferences"
     )
     rm = r.reward_model(start=sft, data=preferences, per_prompt=True, steps=250, lr=1e-3)
     rules = dict.fromkeys(r.domains[:-1], judges.verifier())

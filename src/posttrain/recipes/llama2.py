@@ -18,7 +18,7 @@ picks worse from many samples, since there are more distinct wrong answers than 
 """
 
 from posttrain import Recipe, Stage, judges
-from posttrain.algorithms import KL, BestResponses, BradleyTerry, Gae
+from posttrain.algorithms import KL, AllPairs, BestResponses, BradleyTerry, Gae
 
 
 def recipe(r: Recipe, base: str = "tiny", rounds: int = 5, k: int = 3) -> Stage:
@@ -66,7 +66,7 @@ def recipe(r: Recipe, base: str = "tiny", rounds: int = 5, k: int = 3) -> Stage:
 def reward_model(r: Recipe, start: Stage, answers: list[Stage], name: str) -> Stage:
     """From annotated answers, with a margin for how clear a preference is."""
     pairs = r.pairs(
-        answers, judge=judges.oracle(noise=0.2), how="all", min_strength=3, name=f"{name}_pairs"
+        answers, judge=judges.oracle(noise=0.2), how=AllPairs(min_margin=3), name=f"{name}_pairs"
     )
     return r.reward_model(
         start=start,

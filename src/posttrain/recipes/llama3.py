@@ -18,7 +18,7 @@ first domain stands for code, a noisy oracle for annotators.
 from typing import Any
 
 from posttrain import Recipe, Stage, judges
-from posttrain.algorithms import Dpo, Near, TopShare
+from posttrain.algorithms import AllPairs, Dpo, Near, TopShare
 
 
 def recipe(r: Recipe, base: str = "tiny", rounds: int = 6, k: int = 3) -> Stage:
@@ -28,7 +28,7 @@ def recipe(r: Recipe, base: str = "tiny", rounds: int = 6, k: int = 3) -> Stage:
     code_base = r.sft(start=pretrained, data=r.demos(code), steps=100, lr=1e-3, name="code_base")
     expert = r.sft(start=code_base, data=human, steps=20, lr=5e-4, name="code_expert")
 
-    clear: Any = {"judge": judges.oracle(noise=0.2), "how": "all", "min_strength": 3}
+    clear: Any = {"judge": judges.oracle(noise=0.2), "how": AllPairs(min_margin=3)}
     chat, previous, annotated = sft, expert, []
     for n in range(1, rounds + 1):
         new = {"first_prompt": 500 * (n - 1), "num_prompts": 500, "max_new_tokens": 24}

@@ -15,7 +15,7 @@ reward model, the others have rules. Sizes are scaled down.
 from typing import Literal
 
 from posttrain import Recipe, Stage, judges
-from posttrain.algorithms import Repetition
+from posttrain.algorithms import AllPairs, Repetition
 
 BOTH = ("think", "no_think")
 
@@ -48,7 +48,7 @@ def recipe(
 
     both = r.prompts(r.domains, mode=BOTH)
     answers = r.sample(s3, prompts=both, k=4, num_prompts=500, max_new_tokens=48, name="answers")
-    clear = r.pairs(answers, judge=judges.oracle(noise=0.5), how="all", min_strength=3)
+    clear = r.pairs(answers, judge=judges.oracle(noise=0.5), how=AllPairs(min_margin=3))
     rm = r.reward_model(start=s3, data=clear, per_prompt=True, steps=100, lr=1e-3)
     rules = dict.fromkeys(r.domains[1:], judges.verifier())
     reward = judges.by_domain(rules | {r.domains[0]: judges.scalar(rm)})

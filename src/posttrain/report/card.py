@@ -6,8 +6,8 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from posttrain.engine.edges import edge_name
 from posttrain.engine.record import SHORT
-from posttrain.report.gather import DOMAIN_EDGE
 from posttrain.report.scores import norm_coverage, split_name
 from posttrain.report.views import flat
 from posttrain.report.wording import DASH, fixed, number, percent, percent_range
@@ -33,7 +33,7 @@ def model_card(
     data: dict[str, Mapping[str, str]] = {}
     for edge, source in inputs.items():
         if "problems" in shown_kind(source["kind"]).makes:
-            data[edge.removeprefix(DOMAIN_EDGE)] = source
+            data[edge.removeprefix(edge_name("domains", ""))] = source
         else:
             parents[edge] = source
     writes_text = "reward_model" not in shown_kind(kind).makes

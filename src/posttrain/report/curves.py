@@ -69,6 +69,7 @@ METRICS = {
     "critique_loss": Metric(title="Loss of the verdicts", hint="nats; .69 is a guess"),
     "critique_accuracy": Metric(title="Right verdicts", hint="share of comparisons"),
     "critique_pairs": Metric(title="Comparisons"),
+    "judge": Metric(title="Parts of the reward", hint="mean score by each judge"),
     "aux": Metric(title="Auxiliary loss", hint="cross-entropy, nats per token"),
     "grad_norm": Metric(title="Gradient norm", hint="before clipping"),
     "lr": Metric(title="Learning rate"),

@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from posttrain.engine import ancestry
+from posttrain.engine.edges import named
 from posttrain.engine.record import SHORT, Artifact
 from posttrain.engine.store import Store
 from posttrain.engine.work import METRICS
@@ -17,7 +18,6 @@ from posttrain.stages.kinds import Kind, shown_kind
 
 EVALUATION = "evaluation.json"
 TRANSCRIPTS = "transcripts.json"
-DOMAIN_EDGE = "domains."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,11 +81,7 @@ class StageFacts:
     @cached_property
     def domains(self) -> dict[str, str]:
         """Domain -> label of the domain artifact it reads."""
-        return {
-            edge.removeprefix(DOMAIN_EDGE): label
-            for edge, label in self.edges.items()
-            if edge.startswith(DOMAIN_EDGE)
-        }
+        return named(self.edges, "domains")
 
     @property
     def domain(self) -> str | None:

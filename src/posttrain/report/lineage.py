@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from posttrain.report.gather import DOMAIN_EDGE, StageFacts
+from posttrain.engine.edges import role_of
+from posttrain.report.gather import StageFacts
 from posttrain.report.layers import Layout, layout
 from posttrain.report.wording import headline
 
@@ -30,7 +31,7 @@ def lineage_svg(stages: Sequence[StageFacts], colours: Mapping[str, int]) -> str
     edges: dict[tuple[str, str], list[str]] = {}
     for stage in shown.values():
         for edge, source in stage.edges.items():
-            if source in shown and not edge.startswith(DOMAIN_EDGE):
+            if source in shown and role_of(edge) != "domains":
                 edges.setdefault((source, stage.label), []).append(edge)
     plan = layout(list(shown), edges, spine=_spine(shown))
     width = (plan.width + 1) * COLUMN
@@ -81,7 +82,7 @@ def _edge(
         if place < len(rest) - 1:
             y = to_y + CARD_HEIGHT
             path += f"V{y:.1f}"
-    families = {role.partition(".")[0] for role in roles}
+    families = {role_of(role) for role in roles}
     style = next((role for role in ("start", "teachers") if role in families), "reads")
     said = f"{shown[pair[0]].name} is {' and '.join(roles)} of {shown[pair[1]].name}"
     domain = shown[pair[0]].domain

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from posttrain.engine.errors import ConfigError, StageError
-from posttrain.rewards.endpoint import SHOWN, Question
+from posttrain.rewards.endpoint import SHOWN, Endpoint, Question
 from posttrain.rewards.judge_kinds import CompareEndpoint, Llm
 from posttrain.rewards.judging import Responses
 from posttrain.rewards.pairing import Comparison, comparisons, win_shares
@@ -68,7 +68,7 @@ class Grader:
 
     def __init__(self, judge: Llm, tools: Any) -> None:
         self.judge = judge
-        self.endpoint = tools.endpoint(url=judge.url, model=judge.model, key=judge.key)
+        self.endpoint: Endpoint = tools.endpoint(url=judge.url, model=judge.model, key=judge.key)
 
     def score(self, responses: Responses) -> list[float]:
         """Scores in [0, 1]. Raises ConfigError for a row without a rubric, else as `Endpoint`."""
@@ -103,7 +103,7 @@ class EndpointComparison:
 
     def __init__(self, judge: CompareEndpoint, tools: Any) -> None:
         self.judge = judge
-        self.endpoint = tools.endpoint(url=judge.url, model=judge.model, key=judge.key)
+        self.endpoint: Endpoint = tools.endpoint(url=judge.url, model=judge.model, key=judge.key)
 
     def score(self, responses: Responses) -> list[float]:
         """Shares in [0, 1]; 0.5 for a response that is alone in its group."""

@@ -8,23 +8,24 @@ themselves, and the union of all, are in `posttrain.rewards.judge_kinds`. Import
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Iterator, Sequence
 from importlib import import_module
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from posttrain.engine.errors import ConfigError
-from posttrain.rewards import combine
 from posttrain.rewards.judge_fields import EDGE, Weight, explain
+from posttrain.rewards.penalties import groups
 from posttrain.schedules import Schedule
 
 if TYPE_CHECKING:
     from posttrain.rewards.judge_kinds import AnyJudge
     from posttrain.rewards.judging import Scorer, Scoring
 
-At = Callable[[Schedule], float]
-"""The value of a schedule at the present step."""
+EPSILON = 1e-6
+"""Added to a standard deviation; one below it counts as zero, and so does the z-score."""
 
 
 def _not_alone(judge: Judge) -> Judge:
@@ -72,18 +73,14 @@ class Judge(BaseModel):
     """Its kind."""
 
     def __init__(self, *values: Any, **fields: Any) -> None:
-        names = [name for name in type(self).model_fields if name != "judge"]
+        kind, *names = type(self).model_fields
+        kind = f"judge {type(self).model_fields[kind].default}"
         if len(values) > len(names):
-            raise TypeError(f"judge {self.kind()} takes {', '.join(names) or 'nothing'}")
+            raise TypeError(f"{kind} takes {', '.join(names) or 'nothing'}")
         try:
             super().__init__(**dict(zip(names, values, strict=False)), **fields)
         except ValidationError as error:
-            raise ConfigError(explain(error, f"judge {self.kind()}", names)) from None
-
-    @classmethod
-    def kind(cls) -> str:
-        """Its kind, as JSON has it."""
-        return str(cls.model_fields["judge"].default)
+            raise ConfigError(explain(error, kind, names)) from None
 
     @property
     def edge(self) -> str | None:
@@ -109,7 +106,7 @@ class Judge(BaseModel):
     @property
     def scheduled(self) -> bool:
         """Whether a weight in it has a schedule."""
-        return self.resolved(None) != self
+        return any(isinstance(weight, Schedule) for p in self.walk() for weight in p.weights())
 
     def to_json(self) -> dict[str, Any]:
         """The JSON form."""
@@ -126,10 +123,9 @@ class Judge(BaseModel):
         for part in self.parts(domain):
             yield from part.walk(domain)
 
-    def resolved(self, at: At | None) -> Self:
-        """The same with each schedule replaced by its value, the first one where `at` is None."""
-        resolved: Self = _resolved(self, at)
-        return resolved
+    def weights(self) -> list[Any]:
+        """Its own numbers that may be schedules."""
+        return []
 
     def score(self, scoring: Scoring) -> list[float]:
         """One number for each of `scoring.responses`, higher is better."""
@@ -143,10 +139,11 @@ class Judge(BaseModel):
 
     def __mul__(self, weight: float | Schedule) -> Judge:
         """Raises ConfigError for a weight that is neither a number nor a schedule."""
-        first = self.terms[0] if isinstance(self, Sum) and len(self.terms) == 1 else None
-        if first is None or isinstance(first.weight, Schedule) or isinstance(weight, Schedule):
-            return Sum([{"weight": weight, "of": self}])
-        return Sum([{"weight": weight * first.weight, "of": first.of}])
+        if isinstance(self, Sum) and len(self.terms) == 1 and isinstance(weight, int | float):
+            (term,) = self.terms
+            if not isinstance(term.weight, Schedule):
+                return _sum([{"weight": weight * term.weight, "of": term.of}])
+        return _sum([{"weight": weight, "of": self}])
 
     __rmul__ = __mul__
 
@@ -155,18 +152,18 @@ class Judge(BaseModel):
 
     def __add__(self, other: Judge) -> Judge:
         """Raises ConfigError for what is no judge, as the other operators do."""
-        return Sum([*_terms(self), *_terms(other)])
+        return _sum([*_terms(self), *_terms(other)])
 
     def __radd__(self, other: Any) -> Judge:
         # What sum() begins with.
         zero = isinstance(other, int) and other == 0
-        return self if zero else Sum([*_terms(other), *_terms(self)])
+        return self if zero else _sum([*_terms(other), *_terms(self)])
 
     def __sub__(self, other: Judge) -> Judge:
         return self + (-other if isinstance(other, Judge) else other)
 
     def __rsub__(self, other: Any) -> Judge:
-        return Sum([*_terms(other), *_terms(-self)])
+        return _sum([*_terms(other), *_terms(-self)])
 
 
 class Term(BaseModel):
@@ -186,10 +183,15 @@ class Sum(Judge):
     judge: Literal["sum"] = "sum"
     terms: Annotated[tuple[Term, ...], Field(min_length=1)]
 
+    def weights(self) -> list[Any]:
+        """Those of the terms."""
+        return [term.weight for term in self.terms]
+
     def score(self, scoring: Scoring) -> list[float]:
         """The weighted sum for each response."""
-        weights: list[Any] = [term.weight for term in self.terms]
-        return combine.weighted_sum(weights, [scoring.scores(term.of) for term in self.terms])
+        weights = [scoring.value(weight) for weight in self.weights()]
+        rows = zip(*(scoring.scores(term.of) for term in self.terms), strict=True)
+        return [sum(w * score for w, score in zip(weights, row, strict=True)) for row in rows]
 
 
 class Gate(Judge):
@@ -203,15 +205,17 @@ class Gate(Judge):
     then: Part
     otherwise: Part
 
+    def weights(self) -> list[Any]:
+        """The limit between the branches."""
+        return [self.below]
+
     def score(self, scoring: Scoring) -> list[float]:
         """A branch that no response takes is not asked."""
-        below: Any = self.below
-        condition = scoring.scores(self.condition)
-        low = [value < below for value in condition]
-        skipped = [0.0] * len(condition)
-        then = scoring.scores(self.then) if any(low) else skipped
-        otherwise = skipped if all(low) else scoring.scores(self.otherwise)
-        return combine.gated(condition, below, then, otherwise)
+        below = scoring.value(self.below)
+        low = [value < below for value in scoring.scores(self.condition)]
+        then = scoring.scores(self.then) if any(low) else []
+        otherwise = [] if all(low) else scoring.scores(self.otherwise)
+        return [then[row] if takes else otherwise[row] for row, takes in enumerate(low)]
 
 
 class Lexicographic(Judge):
@@ -227,9 +231,14 @@ class Lexicographic(Judge):
     second: Part
 
     def score(self, scoring: Scoring) -> list[float]:
-        """The first's scores, with the second's in groups that tie."""
-        first, second = scoring.scores(self.first), scoring.scores(self.second)
-        return combine.lexicographic(first, second, scoring.responses.group)
+        """The first's scores, plus the second's in groups that tie: the advantage of a group is a
+        difference, so what is added to a tied group alone decides there."""
+        found, second = list(scoring.scores(self.first)), scoring.scores(self.second)
+        for rows in groups(scoring.responses.group):
+            if max(found[row] for row in rows) - min(found[row] for row in rows) < EPSILON:
+                for row in rows:
+                    found[row] += second[row]
+        return found
 
 
 class Normalised(Judge):
@@ -241,9 +250,14 @@ class Normalised(Judge):
     judges: Annotated[tuple[Part, ...], Field(min_length=2)]
 
     def score(self, scoring: Scoring) -> list[float]:
-        """The sum of z-scores for each response."""
-        scores = [scoring.scores(judge) for judge in self.judges]
-        return combine.normalised(scores, scoring.responses.group)
+        """The sum of z-scores for each response: no judge outweighs another by its scale."""
+        total = [0.0] * len(scoring.responses)
+        for judge in self.judges:
+            scores = scoring.scores(judge)
+            for rows in groups(scoring.responses.group):
+                for row, z in zip(rows, z_scores([scores[row] for row in rows]), strict=True):
+                    total[row] += z
+        return total
 
 
 class Whitened(Judge):
@@ -257,7 +271,7 @@ class Whitened(Judge):
 
     def score(self, scoring: Scoring) -> list[float]:
         """The z-score of each response."""
-        return combine.z_scores(scoring.scores(self.of))
+        return z_scores(scoring.scores(self.of))
 
 
 class ByDomain(Judge):
@@ -295,6 +309,11 @@ class ByDomain(Judge):
         return scores
 
 
+def _sum(terms: list[Any]) -> Judge:
+    """The sum of terms that are still to be checked."""
+    return Sum(terms=tuple(terms))
+
+
 def _terms(judge: Any) -> list[Any]:
     return list(judge.terms) if isinstance(judge, Sum) else [{"weight": 1.0, "of": judge}]
 
@@ -309,14 +328,14 @@ def _inside(value: Any) -> list[Judge]:
     return [j for part in parts for j in _inside(part)] if isinstance(value, dict | tuple) else []
 
 
-def _resolved(value: Any, at: At | None) -> Any:
-    if isinstance(value, Schedule):
-        return value.possible_values()[0] if at is None else at(value)
-    if isinstance(value, Judge | Term):
-        fields = {name: _resolved(getattr(value, name), at) for name in type(value).model_fields}
-        return value.model_copy(update=fields)
-    if isinstance(value, tuple):
-        return tuple(_resolved(part, at) for part in value)
-    if isinstance(value, dict):
-        return {name: _resolved(part, at) for name, part in value.items()}
-    return value
+def z_scores(scores: Sequence[float]) -> list[float]:
+    """(score - mean) / (standard deviation + epsilon), over all rows; 0 where all are alike.
+
+    The standard deviation divides by the number of rows; the whitening of advantages,
+    `posttrain.rl.advantage.whitened`, divides by one less.
+    """
+    mean = sum(scores) / len(scores)
+    deviation = math.sqrt(sum((score - mean) ** 2 for score in scores) / len(scores))
+    if deviation < EPSILON:
+        return [0.0] * len(scores)
+    return [(score - mean) / (deviation + EPSILON) for score in scores]

@@ -8,13 +8,17 @@ Each judge is asked once per batch, however often it occurs in the reward. Impor
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from posttrain.engine.errors import StageError
-from posttrain.rewards.judge_base import At, Judge
+from posttrain.rewards.judge_base import Judge
 from posttrain.rewards.penalties import groups
+from posttrain.schedules import Schedule
+
+At = Callable[[Schedule], float]
+"""The value of a schedule at the present step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,9 +75,8 @@ class Scorer(Protocol):
 class Scoring:
     """What judges say about one batch of responses, each asked once."""
 
-    def __init__(self, responses: Responses, scorers: Mapping[str, Scorer]) -> None:
-        self.responses = responses
-        self.scorers = scorers
+    def __init__(self, responses: Responses, scorers: Mapping[str, Scorer], at: At | None) -> None:
+        self.responses, self.scorers, self.at = responses, scorers, at
         self._known: dict[str, list[float]] = {}
         self._logged: dict[str, list[float]] = {}
         self._subsets: list[Scoring] = []
@@ -98,9 +101,15 @@ class Scoring:
             )
         return scores
 
+    def value(self, weight: Any) -> Any:
+        """A number as it is, a schedule's present value."""
+        if not isinstance(weight, Schedule):
+            return weight
+        return weight.possible_values()[0] if self.at is None else self.at(weight)
+
     def subset(self, index: Sequence[int]) -> Scoring:
         """The same about some of the responses; judges are asked about these alone."""
-        subset = Scoring(self.responses.select(index), self.scorers)
+        subset = Scoring(self.responses.select(index), self.scorers, self.at)
         self._subsets.append(subset)
         return subset
 
@@ -132,8 +141,8 @@ class RewardFunction:
 
         `at` gives the schedules of weights their present values; without it they have the first.
         """
-        scoring = Scoring(responses, self.scorers)
-        return scoring.scores(self.judge.resolved(at)), scoring.parts()
+        scoring = Scoring(responses, self.scorers, at)
+        return scoring.scores(self.judge), scoring.parts()
 
     def portions(self, responses: Responses, size: int) -> list[list[int]]:
         """The rows to be asked about at once: about `size`, or all where the judge sees all."""

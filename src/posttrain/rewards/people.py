@@ -52,11 +52,11 @@ class HumanJudge:
     """`judges.human`: win shares within each group. Ask it about all responses at once."""
 
     def __init__(self, judge: Human, tools: Any) -> None:
-        """`tools` are a stage's `StageTools`; the filled file is copied into its `out`, whose hash
-        the record keeps."""
+        """`tools` are a stage's `StageTools`; the filled file is copied into the stage's `out`,
+        whose hash the record keeps."""
         self.judge = judge
-        self.path = tools.work / FILE if judge.file is None else Path(judge.file)
-        self.out = tools.out
+        self.path = tools.ctx.work / FILE if judge.file is None else Path(judge.file)
+        self.out = tools.ctx.out
 
     def score(self, responses: Responses) -> list[float]:
         """Shares in [0, 1]; 0.5 for a response that was in no comparison. Raises as `prefer`.

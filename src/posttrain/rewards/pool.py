@@ -23,13 +23,12 @@ import contextlib
 import json
 import os
 import queue
-import select
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any, Self, TypeAlias
 
@@ -158,8 +157,6 @@ class _Worker:
         self._closed = False
         self._ready = False
         """Whether the process has said that it is."""
-        self._buffer = b""
-        """What it has said, after the last line that was read."""
         self._start()
 
     def scores(self, domain: str, rows: Sequence[Row]) -> list[float]:
@@ -178,7 +175,7 @@ class _Worker:
                 late = reply is not None
                 if late:
                     self._process.kill()
-                # Its pipe ends before it does: a process that is still ending takes no request.
+                # The connection ends first: a process that is still ending takes no request.
                 self._process.wait()
                 if self._closed or row[0] is None or _is_python(self._names[domain]):
                     raise StageError(self._broken(domain, row, late))
@@ -196,10 +193,8 @@ class _Worker:
         self._kill()
 
     def release(self) -> None:
-        """Close the pipes of a process that has ended."""
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                pipe.close()
+        """Close the connection to a process that has ended."""
+        self._connection.close()
 
     def _request(self, domain: str, rows: Sequence[Row]) -> None:
         """Send rows to the process, to a new one where it has ended."""
@@ -212,7 +207,9 @@ class _Worker:
                 "process for it did not start. Its message stands in the log of the stage"
             )
         self._ready = True
-        self._send({"domain": domain, "rows": rows})
+        # A process that is gone is noticed when its reply is read.
+        with contextlib.suppress(OSError):
+            self._connection.send({"domain": domain, "rows": rows})
 
     def _broken(self, domain: str, row: Row, late: bool) -> str:
         """The message for a row that got no score: in time, or ever because the process ended."""
@@ -239,40 +236,32 @@ class _Worker:
             raise StageError("the verifiers were closed while answers were still being verified")
         root = str(Path(posttrain.__file__).parent.parent)
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-        self._ready, self._buffer = False, b""
+        self._ready = False
+        self._connection, theirs = Pipe()
+        handle = theirs.fileno()
         module = "posttrain.rewards.pool_worker"
         self._process = subprocess.Popen(
             # -P: a queue.py in the current directory is not the module that is meant.
-            [sys.executable, "-P", "-m", module, *self._arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            bufsize=0,
+            [sys.executable, "-P", "-m", module, str(handle), *self._arguments],
+            # A verifier reads nothing, and prints to standard error, the log of the stage.
+            stdin=subprocess.DEVNULL,
+            stdout=2,
+            pass_fds=[handle],
             env={**os.environ, "PYTHONPATH": path},
         )
+        # Now the process alone has it, so that the connection ends when the process does.
+        theirs.close()
         if self._closed:  # in the meantime, by another thread
             self._kill()
 
-    def _send(self, request: Mapping[str, Any]) -> None:
-        assert self._process.stdin is not None
-        content = memoryview(json.dumps(request).encode("ascii") + b"\n")
-        # A process that is gone is noticed when its reply is read.
-        with contextlib.suppress(BrokenPipeError):
-            while content:
-                content = content[self._process.stdin.write(content) :]
-
     def _read(self, seconds: float) -> dict[str, Any] | None:
         """The next reply: {"timeout": true} where none came in time, None where none can come."""
-        assert self._process.stdout is not None
-        deadline = time.monotonic() + seconds
-        while b"\n" not in self._buffer:
-            left = max(0.0, deadline - time.monotonic())
-            ready, _, _ = select.select([self._process.stdout], [], [], left)
-            part = self._process.stdout.read(65536) if ready else b""
-            if not part:
-                return None if ready else {"timeout": True}
-            self._buffer += part
-        line, _, self._buffer = self._buffer.partition(b"\n")
-        reply: dict[str, Any] = json.loads(line)
+        try:
+            if not self._connection.poll(seconds):
+                return {"timeout": True}
+            reply: dict[str, Any] = self._connection.recv()
+        except (EOFError, OSError):
+            return None
         return reply
 
     def _kill(self) -> None:

@@ -1,9 +1,8 @@
 """The process in which slow verifiers run, started by `pool.py`, one for each worker of the pool.
 
-Request, one JSON object per line on stdin: {"domain", "rows": [[response, problem], ...]}; a
-response that is null asks whether the problem can be judged at all. Replies: {"ready": true} at
-first, then one line per row: {"score": float}, or {"error": message, "exit_code": int}, which ends
-the request. What a verifier prints goes to standard error, which is the log of the stage.
+Request: {"domain", "rows": [(response, problem), ...]}; a response that is None asks whether the
+problem can be judged at all. Replies: {"ready": True} at first, then one per row: {"score": float},
+or {"error": message, "exit_code": int}, which ends the request.
 """
 
 from __future__ import annotations
@@ -18,8 +17,9 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from posttrain.engine.errors import PosttrainError
 from posttrain.rewards.oracle import load_quality
@@ -54,14 +54,14 @@ def replies(
 
 
 def main() -> None:
-    """Serve requests until stdin closes: then the stage is gone."""
+    """Serve requests until the connection ends: then the stage is gone."""
     # Ctrl-C goes to the run, which ends this process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    source, target = _take_pipes()
-    requests: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-    threading.Thread(target=_listen, args=(source, requests), daemon=True).start()
-    domains: dict[str, str] = json.loads(sys.argv[1])
-    load = load_quality if sys.argv[2] == "oracle" else load_verifier
+    connection = Connection(int(sys.argv[1]))
+    requests: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(connection, requests), daemon=True).start()
+    domains: dict[str, str] = json.loads(sys.argv[2])
+    load = load_quality if sys.argv[3] == "oracle" else load_verifier
 
     @functools.cache
     def verifier_of(domain: str) -> Verifier:
@@ -72,31 +72,18 @@ def main() -> None:
         # when it is asked for, and is told then.
         with contextlib.suppress(Exception):
             verifier_of(domain)
-    _send(target, {"ready": True})
+    connection.send({"ready": True})
     # Verifiers run on the main thread, where the SIGALRM works by which math-verify gives up.
     while True:
-        for reply in replies(verifier_of, json.loads(requests.get())):
-            _send(target, reply)
+        for reply in replies(verifier_of, requests.get()):
+            connection.send(reply)
 
 
-def _send(target: IO[bytes], reply: Mapping[str, Any]) -> None:
-    target.write(json.dumps(reply).encode("ascii") + b"\n")
-
-
-def _take_pipes() -> tuple[IO[bytes], IO[bytes]]:
-    """Stdin and stdout for the protocol alone; a verifier reads nothing and prints to stderr."""
-    source, target = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb", buffering=0)
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(nothing, 0)
-    os.close(nothing)
-    os.dup2(2, 1)
-    return source, target
-
-
-def _listen(source: IO[bytes], requests: queue.SimpleQueue[bytes]) -> None:
+def _listen(connection: Connection, requests: queue.SimpleQueue[dict[str, Any]]) -> None:
     """A thread of its own, so that the end of the stage is seen in the middle of an answer too."""
-    for line in source:
-        requests.put(line)
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            requests.put(connection.recv())
     os._exit(0)
 
 

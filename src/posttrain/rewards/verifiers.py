@@ -8,7 +8,8 @@
     python:<file.py>:<function>   a user's function (response, problem) -> float
 
 A problem is one row of a domain: {"id", "domain", "prompt", "answer", "demo", "meta"}. Where it has
-a "mode", the verifier of a domain's artifact sees the answer alone (`posttrain/backends/prompting.py`).
+a "mode", the verifier of a domain's artifact sees the answer alone
+(`posttrain/backends/prompting.py`).
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from posttrain.algorithms import Aux
 from posttrain.backends.base import AuxLoss, Metrics, TokenLoss
 from posttrain.backends.chat import Chat
 from posttrain.backends.prompting import Problem, in_modes
+from posttrain.engine.edges import edge_name, named
 from posttrain.engine.errors import ConfigError
 from posttrain.engine.jsonl import read_jsonl
 from posttrain.losses.sft import cross_entropy
@@ -112,13 +113,12 @@ def aux_rows(settings: AuxSettings, ctx: Context) -> dict[str, dict[str, list[Pr
 
 
 def _rows_of(ctx: Context, name: str, modes: Sequence[str]) -> dict[str, list[Problem]]:
-    edge = f"{EDGE}.{name}"
+    edge = edge_name("aux", name)
     if edge in ctx.inputs:
         return rows_by_domain(ctx.inputs[edge] / "data.jsonl", ctx.name)
     demos = {
-        found.removeprefix(f"{edge}."): in_modes(list(read_jsonl(path / "train.jsonl")), modes)
-        for found, path in sorted(ctx.inputs.items())
-        if found.startswith(f"{edge}.")
+        domain: in_modes(list(read_jsonl(path / "train.jsonl")), modes)
+        for domain, path in sorted(named(ctx.inputs, edge).items())
     }
     if not demos:
         raise ConfigError(

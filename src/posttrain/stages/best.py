@@ -18,6 +18,7 @@ from torch import Tensor
 
 from posttrain.backends.checkpoint_source import MODEL_FILES
 from posttrain.backends.prompting import Problem, in_modes
+from posttrain.engine.edges import edge_name, named
 from posttrain.rewards.judge_base import Judge
 from posttrain.rewards.pool import VerifierPool
 from posttrain.rl.batch import Batch, concatenate
@@ -28,8 +29,6 @@ from posttrain.stages.judging import make_reward, responses_of
 from posttrain.stages.rollout import rollout, verifiers
 from posttrain.stages.settings.models import Best
 
-EDGE = "candidates."
-
 
 def run(settings: Best, ctx: Context) -> dict[str, Any]:
     """Let all candidates answer the same problems; write best.json and the winner's files."""
@@ -38,10 +37,12 @@ def run(settings: Best, ctx: Context) -> dict[str, Any]:
         name: in_modes(ctx.problems(name, "validation")[: settings.num_problems], settings.modes)
         for name in ctx.domains
     }
-    names = [edge.removeprefix(EDGE) for edge in ctx.inputs if edge.startswith(EDGE)]
+    names = list(named(ctx.inputs, "candidates"))
     answers: dict[str, list[Batch]] = {}
     for number, name in enumerate(names):
-        answers[name] = answer(settings, ctx, EDGE + name, problems, verifier_pool)
+        answers[name] = answer(
+            settings, ctx, edge_name("candidates", name), problems, verifier_pool
+        )
         tokens = sum(batch.num_tokens for batch in answers[name])
         rewards = [float(batch["reward_B"].mean()) for batch in answers[name]]
         ctx.log(number + 1, len(names), tokens=tokens, reward=float(np.mean(rewards)))
@@ -57,7 +58,7 @@ def run(settings: Best, ctx: Context) -> dict[str, Any]:
     result = {"winner": winner, "metric": settings.metric, "split": "validation"}
     text = json.dumps(result | {"candidates": found}, indent=1)
     (ctx.out / "best.json").write_text(text, encoding="utf-8")
-    take_over(ctx.inputs[EDGE + winner], ctx.out)
+    take_over(ctx.inputs[edge_name("candidates", winner)], ctx.out)
     summary: dict[str, Any] = {"winner": winner, "score": found[winner]["value"]}
     for name, scores in found.items():
         summary |= {f"score/{name}": scores["value"]}

@@ -76,7 +76,13 @@ def _explain(problem: ErrorDetails, config: type[BaseModel]) -> str:
     context = problem.get("ctx", {})
     if problem["type"] == "extra_forbidden":
         name = field.rpartition(".")[2]
-        return f"{where}: unknown option; {choices_text(name, owner.model_fields)}"
+        within = [
+            f"{place}.{name}"
+            for place, outer in owner.model_fields.items()
+            if any(name in model.model_fields for model in _models(outer.annotation))
+        ]
+        hint = f"it is a setting of a choice, {' or '.join(within)}; " if within else ""
+        return f"{where}: unknown option; {hint}{choices_text(name, owner.model_fields)}"
     if problem["type"] == "missing":
         return f"{where}: a value is needed, for example {field}=100"
     if problem["type"] == "value_error":

@@ -29,6 +29,7 @@ from torch import Tensor
 from posttrain.backends.base import Backend, Learner, LearnerSettings, Sampler, Scorer
 from posttrain.backends.prompting import in_modes
 from posttrain.engine.atomic import fsync
+from posttrain.engine.edges import named
 from posttrain.engine.errors import ConfigError, StageError
 from posttrain.engine.jsonl import read_jsonl
 from posttrain.engine.work import METRICS, STEP, write_step
@@ -217,9 +218,7 @@ class Context:
     @property
     def domains(self) -> dict[str, Path]:
         """Domain name to the artifact with its problems, by name."""
-        prefix = "domains."
-        found = {e.removeprefix(prefix): p for e, p in self.inputs.items() if e.startswith(prefix)}
-        return dict(sorted(found.items()))
+        return dict(sorted(named(self.inputs, "domains").items()))
 
     def problems(self, domain: str, split: str, modes: Sequence[str] = ()) -> list[dict[str, Any]]:
         """The problems of one split of a domain, each in each of `modes` (`in_modes`).

@@ -19,9 +19,9 @@ vocabulary.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,15 +83,18 @@ def run(settings: Distill, ctx: Context) -> dict[str, float]:
         batch["loss_weight_B"] = loss_weights(s, domains, batch)
         batch["advantage_B"] = advantages(batch["reward_B"], batch["group_B"], mode="group_mean")
         # Update: one optimiser step on each share of the rows.
-        loss = HeadLoss(distill_loss, LossSettings(step=s, domains=domains, heads=teachers.heads))
+        no_states = isinstance(s.estimator, SampledToken | TopK)
+        heads = () if no_states else teachers.heads
+        loss = HeadLoss(distill_loss, LossSettings(step=s, domains=domains, heads=heads))
         lr = learning_rate(s, step, settings.steps)
-        sums: Counter[str] = Counter()
+        sums: dict[str, float] = {}
         count, num_updates = 0.0, 0
         for share in batch.minibatches(s.num_minibatches, seed=s.seed, step=step):
             by_token = isinstance(s.aggregation, TokenMean)
             share_count = float(share.num_tokens if by_token else len(share))
             auxiliary = aux.losses(step * s.num_minibatches + num_updates, s)
-            sums.update(policy.update(share, loss, count=share_count, lr=lr, aux=auxiliary))
+            found = policy.update(share, loss, count=share_count, lr=lr, aux=auxiliary)
+            sums = {name: sums.get(name, 0.0) + value for name, value in found.items()}
             count, num_updates = count + share_count, num_updates + 1
         # Log.
         metrics = {"lr": lr, "grad_norm": sums.pop("grad_norm") / num_updates}
@@ -152,7 +155,8 @@ class LossSettings:
     domains: tuple[str, ...]
     """Names of the domains, which `domain_B` counts."""
     heads: tuple[Head, ...]
-    """Output layers of the teachers, which `teacher_B` counts."""
+    """Output layers of the teachers, which `teacher_B` counts; none for an estimator that does not
+    read their hidden states."""
 
 
 def distill_loss(
@@ -166,8 +170,8 @@ def distill_loss(
     s, estimator = settings.step, settings.step.estimator
     hidden_ND, batch = in_order_of_teachers(hidden_ND, batch)
     weight_N = token_weights(s, batch)
-    student = {"bias_V": head.bias_V, "temperature": s.temperature}
-    logp_N, metrics = torch.empty(0), {}
+    student: dict[str, Any] = {"bias_V": head.bias_V, "temperature": s.temperature}
+    metrics: Metrics = {}
     if isinstance(estimator, SampledToken) or s.reward_weight > 0:
         logp_N, sampled_entropy_N = token_logprobs(
             hidden_ND, head.weight_VD, batch.targets_N, **student

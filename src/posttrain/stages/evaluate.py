@@ -14,6 +14,7 @@ import numpy as np
 
 from posttrain.backends.base import Sampler
 from posttrain.backends.prompting import Problem, format_answer, in_modes
+from posttrain.engine.edges import role_of
 from posttrain.rewards.pool import VerifierPool
 from posttrain.rl.batch import Batch
 from posttrain.rl.seeds import step_seed
@@ -28,7 +29,7 @@ def run(settings: Evaluate, ctx: Context) -> dict[str, float]:
     transcripts.json."""
     verifier_pool = verifiers(ctx)
     problems = problems_by_name(settings, ctx)
-    models = [edge for edge in ctx.inputs if not edge.startswith("domains.")]
+    models = [edge for edge in ctx.inputs if role_of(edge) != "domains"]
     scores: dict[str, dict[str, Scores]] = {}
     said: dict[str, dict[str, list[str]]] = {}
     transcripts: dict[str, list[dict[str, Any]]] = {

@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -56,19 +55,9 @@ class StageTools:
     seed: int = 0
     """The oracle's."""
 
-    @property
-    def work(self) -> Path:
-        """The stage's work directory."""
-        return self.ctx.work
-
-    @property
-    def out(self) -> Path:
-        """Where the stage's artifact is made."""
-        return self.ctx.out
-
     @cached_property
     def _replies(self) -> ReplyCache:
-        return ReplyCache(self.work / REPLIES)
+        return ReplyCache(self.ctx.work / REPLIES)
 
     def endpoint(self, *, url: str, model: str, key: str | None) -> Endpoint:
         """A model behind an endpoint; its replies are kept for all that ask the same."""

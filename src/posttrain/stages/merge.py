@@ -17,11 +17,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from posttrain.backends.checkpoint import load, save
 from posttrain.backends.merging import TensorFiles, merged
+from posttrain.engine.edges import named
 from posttrain.engine.errors import ConfigError
 from posttrain.stages.context import Context
 from posttrain.stages.settings.models import Merge
 
-EDGE = "models."
 FREE = frozenset(
     {
         "transformers_version", "architectures", "dtype", "use_cache", "_name_or_path", "id2label",
@@ -38,8 +38,9 @@ def run(settings: Merge, ctx: Context) -> dict[str, float]:
     Configuration and tokenizer are those of the first model by name. Raises ConfigError for models
     that differ in architecture, tokens, or names or shapes of their tensors.
     """
-    names = sorted(edge.removeprefix(EDGE) for edge in ctx.inputs if edge.startswith(EDGE))
-    sources = {name: Source.read(ctx.inputs[EDGE + name]) for name in names}
+    paths = named(ctx.inputs, "models")
+    names = sorted(paths)
+    sources = {name: Source.read(paths[name]) for name in names}
     first = sources[names[0]]
     for name in names[1:]:
         check_alike(ctx.name, names[0], first, name, sources[name])

@@ -97,11 +97,12 @@ def draw_batch(draws: Sequence[Draw], chat: Chat) -> tuple[Batch, int]:
     Columns by row:
 
     - `filled_B` (bool): True for a response, False for what fills up a draw.
-    - `loser_BK` (int64): the pairs that a response wins, as how many rows after it (before it, if
-      negative) the rejected response stands; 0 where it wins fewer pairs than others.
-    - `pair_weight_BK`, `pair_margin_BK` (float32), `pair_BK` (int64), of each of these pairs: its
-      weight (`prompt_weights`: all pairs of a draw count together as one), the margin that its
-      strength asks for (0 without one), its number in the batch.
+    - `pair_loser_BK` (int64): of each pair that a response wins, how many rows further on its
+      rejected response stands (further up, if negative).
+    - `pair_weight_BK`, `pair_margin_BK` (float32), `pair_number_BK` (int64): its weight
+      (`prompt_weights`: all pairs of a draw count together as one), the margin that its strength
+      asks for (0 without one), its number in the batch. A response that wins fewer pairs than
+      others has weights of 0 in place of the others.
     - `label_B`, `label_weight_B` (float32): the share of its pairs that a response wins, and 1 /
       responses of its draw, 0 for what fills up.
     """
@@ -130,10 +131,13 @@ def draw_batch(draws: Sequence[Draw], chat: Chat) -> tuple[Batch, int]:
     weight_P, _ = prompt_weights(draw_P)
     size = max(map(len, wins))
     padded = [[*won, *[(0, 0, 0.0)] * (size - len(won))] for won in wins]
-    number_BK, loser_BK = (torch.tensor([[w[i] for w in row] for row in padded]) for i in (0, 1))
-    batch["loser_BK"], batch["pair_BK"] = loser_BK, number_BK
-    batch["pair_weight_BK"] = weight_P[number_BK]
-    batch["pair_margin_BK"] = torch.tensor([[w[2] for w in row] for row in padded])
+    number_BK, loser_BK, margin_BK = (
+        torch.tensor([[won[i] for won in row] for row in padded]) for i in range(3)
+    )
+    real_BK = torch.arange(size) < torch.tensor([len(won) for won in wins])[:, None]
+    batch["pair_number_BK"], batch["pair_loser_BK"] = number_BK, loser_BK
+    batch["pair_weight_BK"] = torch.where(real_BK, weight_P[number_BK], 0)
+    batch["pair_margin_BK"] = margin_BK
     batch["label_B"], batch["label_weight_B"] = _labels(batch, chosen_P, rejected_P, group_rows)
     return batch, group_rows
 
@@ -156,11 +160,10 @@ def pairs_of(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     `pair_..._BK`. In the order in which the draws were given, whatever order the draws are in now,
     so that sums over pairs have one order.
     """
-    loser_BK = batch["loser_BK"]
-    place_P = loser_BK.flatten().nonzero()[:, 0]
-    place_P = place_P[batch["pair_BK"].flatten()[place_P].argsort()]
-    chosen_P = place_P // loser_BK.shape[1]
-    return chosen_P, chosen_P + loser_BK.flatten()[place_P], place_P
+    place_P = batch["pair_weight_BK"].flatten().nonzero()[:, 0]
+    place_P = place_P[batch["pair_number_BK"].flatten()[place_P].argsort()]
+    chosen_P = place_P // batch["pair_weight_BK"].shape[1]
+    return chosen_P, chosen_P + batch["pair_loser_BK"].flatten()[place_P], place_P
 
 
 def hold_out(

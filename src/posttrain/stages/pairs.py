@@ -112,7 +112,7 @@ def preferred(
     for (key, one, other), answer in zip(asked, answers, strict=True):
         winner, loser = (one, other) if answer.first > 0.5 else (other, one)
         winner = winner | {"strength": answer.strength}
-        enough = settings.min_strength is None or (answer.strength or 0) >= settings.min_strength
+        enough = (answer.strength or 0) >= (settings.how.min_margin or 0)
         if answer.first != 0.5 and enough and filtered(settings, winner, loser):
             found[key].append((winner, loser))
     return found
@@ -203,5 +203,5 @@ def advice(settings: Pairs, ours: dict[Any, Any], theirs: dict[Any, Any]) -> str
     if isinstance(settings.how, StrongAgainstWeak):
         return "loosen min_margin, min_chosen_reward or max_length_gap, or raise max_new_tokens"
     if settings.pairwise:
-        return "raise k of the sample stage, or loosen min_strength or the other filters"
+        return "raise k of the sample stage, or loosen min_margin or the other filters"
     return "raise k of the sample stage, or loosen min_margin, min_chosen_reward or max_length_gap"

@@ -100,7 +100,7 @@ def reward_loss(
 
 def step_metrics(sums: Mapping[str, float], batch: Batch, *, num_draws: int) -> dict[str, float]:
     """The metrics of a step, means over draws, pairs or responses, out of those sums."""
-    num_pairs = int((batch["loser_BK"] != 0).sum())
+    num_pairs = int((batch["pair_weight_BK"] != 0).sum())
     num_responses = int(batch["filled_B"].sum())
     metrics = {"loss": sums["loss"] / num_draws}
     metrics |= {name: sums[name] / num_pairs for name in ("accuracy", "margin")}

@@ -111,6 +111,12 @@ def run(settings: Rl, ctx: Context) -> dict[str, float]:
         batch["kl_weight_B"] = kl_weights(s, batch)
         if reference is not None:
             batch["ref_logp_N"] = reference.logprobs(batch, temperature=s.temperature)
+            # Over the same tokens as the reference's: the sampler's may be over a nucleus.
+            batch["policy_logp_N"] = (
+                batch["sampler_logp_N"]
+                if s.replay_mask or s.top_p == 1
+                else policy.logprobs(batch, temperature=s.temperature)
+            )
         metrics |= add_advantages(s, batch, critic)
         trained = batch.select(rows_to_train(s, batch))
         metrics["train_fraction"] = len(trained) / len(sampled)
@@ -212,7 +218,7 @@ def add_advantages(s: Rl, batch: Batch, critic: Critic | None) -> dict[str, floa
     kl_N = scale_B = None
     if s.kl is not None and s.kl.where == "reward":
         assert s.kl.estimator != "unbiased", "refused with where = reward"
-        kl_N = kl_estimate(batch["sampler_logp_N"], batch["ref_logp_N"], estimator=s.kl.estimator)
+        kl_N = kl_estimate(batch["policy_logp_N"], batch["ref_logp_N"], estimator=s.kl.estimator)
         scale_B = s.kl.coef * batch["kl_weight_B"]
         metrics["kl_reference"] = float(kl_N.sum()) / batch.num_tokens
     if isinstance(s.advantage, Gae):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from posttrain.algorithms import Repetition
 from posttrain.backends.prompting import CLOSE, in_modes
+from posttrain.engine.edges import named
 from posttrain.engine.errors import ConfigError
 from posttrain.engine.jsonl import read_jsonl
 from posttrain.rewards.penalties import repeated_share
@@ -36,10 +37,9 @@ def pick(row: Mapping[str, Any], *fields: str) -> Row:
 
 def edges(ctx: Context, edge: str) -> list[Path]:
     """The inputs `edge`, `edge.0`, `edge.1` and so on, as far as they are there, in this order."""
-    found = [] if edge not in ctx.inputs else [ctx.inputs[edge]]
-    while f"{edge}.{len(found)}" in ctx.inputs:
-        found.append(ctx.inputs[f"{edge}.{len(found)}"])
-    return found
+    several = named(ctx.inputs, edge)
+    one = [ctx.inputs[edge]] if edge in ctx.inputs else []
+    return one + [several[number] for number in sorted(several, key=int)]
 
 
 def read_rollouts(ctx: Context, edge: str = "rollouts") -> list[Row]:

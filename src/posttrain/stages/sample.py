@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from posttrain.backends.prompting import Problem, in_modes
+from posttrain.engine.edges import edge_name
 from posttrain.engine.jsonl import write_jsonl
 from posttrain.rewards.pool import VerifierPool
 from posttrain.rl.batch import Batch
@@ -32,7 +33,7 @@ def run(settings: Sample, ctx: Context) -> dict[str, float]:
             for batch in responses(
                 settings,
                 ctx,
-                f"models.{model}",
+                edge_name("models", model),
                 problems,
                 verifier_pool,
                 group_size=settings.k,

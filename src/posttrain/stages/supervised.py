@@ -95,12 +95,12 @@ def whole_documents(batch: Batch) -> Batch:
 
 def fresh_model(settings: Pretrain, ctx: Context, demos: Mapping[str, Sequence[Problem]]) -> Path:
     """A directory with a model of random weights and a tokenizer that has every character."""
-    fields = TEXTS if settings.thinking else TEXTS[:2]
+    fields = TEXTS if settings.thinks else TEXTS[:2]
     every = [demos, *aux_rows(settings, ctx).values()]
     rows = [row for by_domain in every for rows in by_domain.values() for row in rows]
     tokenizer = character_tokenizer(
         (row[field] for row in rows for field in fields if field in row),
-        thinking=settings.thinking,
+        thinking=settings.thinks,
     )
     directory = ctx.work / "fresh"
     save(

@@ -28,6 +28,7 @@ from posttrain.algorithms import SampledToken, TopK
 from posttrain.backends.base import Head, Sampling, Scorer
 from posttrain.backends.chat import Chat, check_same_tokens
 from posttrain.backends.prompting import Problem, hinted
+from posttrain.engine.edges import edge_name
 from posttrain.rl.batch import Batch, ragged_index
 from posttrain.stages.context import Context
 from posttrain.stages.settings.distill import Distill
@@ -48,12 +49,12 @@ class Teachers:
         self.names = settings.teachers
         by_path: dict[Path, Scorer] = {}
         for name in self.names:
-            edge = f"teachers.{name}"
+            edge = edge_name("teachers", name)
             if ctx.inputs[edge] not in by_path:
                 scorer = ctx.scorer(edge, precision=settings.precision)
                 check_same_tokens(student, scorer.chat, name)
                 by_path[ctx.inputs[edge]] = scorer
-        self.scorers = [by_path[ctx.inputs[f"teachers.{name}"]] for name in self.names]
+        self.scorers = [by_path[ctx.inputs[edge_name("teachers", name)]] for name in self.names]
         self.workers = ctx.workers
         self.chat = student
         self.where = f"stage {ctx.name!r}"

@@ -28,7 +28,7 @@ class Computing(BaseModel):
     softmax of a loss."""
 
 
-class Training(Computing):
+class Training(BaseModel):
     """What every stage that trains has."""
 
     lr: float = changing(1e-5, gt=0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
 
 from posttrain.algorithms import Correct, Near, Repetition, Selection, Share
 from posttrain.backends.prompting import Mode
@@ -40,7 +40,7 @@ def check_judge(judge: Judge | None, kind: str) -> Judge | None:
     return judge
 
 
-class Answering(Computing):
+class Answering(BaseModel):
     """Which prompts a stage answers that samples without training, and how."""
 
     first_prompt: int = Field(0, ge=0)
@@ -55,7 +55,7 @@ class Answering(Computing):
     """Tokens are drawn from the likeliest ones that have this probability together."""
 
 
-class Sample(Settings, Answering):
+class Sample(Settings, Computing, Answering):
     """Responses of one or more models, scored by the domain's verifier."""
 
     k: int = Field(4, gt=0)
@@ -78,7 +78,7 @@ class Score(Settings, Computing):
         return check_judge(judge, "score")
 
 
-class Profile(Settings, Answering):
+class Profile(Settings, Computing, Answering):
     """How often a model solves each problem: `r.profile(model, prompts=...)`."""
 
     n: int = Field(8, gt=0)

@@ -19,7 +19,7 @@ from posttrain.algorithms import (
     TokenShare,
 )
 from posttrain.backends.prompting import check_hint
-from posttrain.stages.settings.base import AuxLosses, Modes, Rollouts, Training, Weight
+from posttrain.stages.settings.base import AuxLosses, Computing, Modes, Rollouts, Training, Weight
 from posttrain.values import Settings, changing
 
 
@@ -33,7 +33,7 @@ def _no_k1_loss(value: Any) -> Any:
     return value
 
 
-class Distill(Settings, Training, Rollouts):
+class Distill(Settings, Computing, Training, Rollouts):
     """On-policy distillation from one teacher per domain: `r.distill(start=..., teachers=...)`."""
 
     steps: int = Field(gt=0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Self
+from typing import Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -17,7 +17,7 @@ from posttrain.algorithms import (
     StrongAgainstWeak,
 )
 from posttrain.rewards.judge_kinds import Judge, JudgeSetting
-from posttrain.stages.settings.base import AuxLosses, Lengths, Training
+from posttrain.stages.settings.base import AuxLosses, Computing, Lengths, Training
 from posttrain.stages.settings.data import check_characters, check_judge
 from posttrain.values import Settings, changing
 
@@ -40,8 +40,6 @@ class Pairs(Settings):
 
     judge: JudgeSetting | None = None
     """Who says which response is better; comes from the recipe's `judge`."""
-    min_strength: Annotated[int, Field(ge=2, le=4)] | None = None
-    """Least strength of the preference, where the judge is asked about pairs."""
     seed: int = Field(0, ge=0, lt=2**31)
     """Which pairs are random, and the noise of the oracle, follow from it."""
 
@@ -68,20 +66,10 @@ class Pairs(Settings):
             raise ValueError("how = strong_against_weak asks no judge; leave judge out")
         if self.judge is not None and self.by != "score":
             raise ValueError("a judge gives scores; leave by out")
-        if self.pairwise and self.how.min_margin is not None:
-            raise ValueError(
-                f"min_margin = {self.how.min_margin}: a judge of pairs gives strengths; set "
-                "min_strength"
-            )
-        if self.min_strength is not None and not self.pairwise:
-            raise ValueError(
-                f"min_strength = {self.min_strength}: it needs a judge of pairs: oracle, or human "
-                "with how all or random"
-            )
         return self
 
 
-class DpoStage(Lengths, Settings, Training):
+class DpoStage(Lengths, Settings, Computing, Training):
     """Learning from preferences: `r.dpo(start=..., data=r.pairs(...))`."""
 
     batch_size: int = changing(32, gt=0)
@@ -93,7 +81,7 @@ class DpoStage(Lengths, Settings, Training):
     aux: AuxLosses = Field(default_factory=dict)
 
 
-class RewardModel(Lengths, Settings, Training):
+class RewardModel(Lengths, Settings, Computing, Training):
     """A reward model from preference pairs: `r.reward_model(start=..., data=r.pairs(...))`."""
 
     batch_size: int = changing(32, gt=0)

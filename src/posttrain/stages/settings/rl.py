@@ -20,11 +20,11 @@ from posttrain.algorithms import (
     Surrogate,
 )
 from posttrain.rewards.judge_kinds import Judge, JudgeSetting, Verifier, check_use
-from posttrain.stages.settings.base import AuxLosses, Modes, Rollouts, Training
+from posttrain.stages.settings.base import AuxLosses, Computing, Modes, Rollouts, Training
 from posttrain.values import Settings, changing
 
 
-class Rl(Settings, Training, Rollouts):
+class Rl(Settings, Computing, Training, Rollouts):
     """GRPO, PPO and their relatives on any reward: `r.rl(start=..., prompts=...)`."""
 
     LOGS_ALL: ClassVar[bool] = False
@@ -95,15 +95,5 @@ class Rl(Settings, Training, Rollouts):
                 f"group_size = {self.group_size} with advantage = {self.advantage.kind}: a "
                 "response has no other to differ from; set group_size to 2 or more, or advantage "
                 "= global"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _kl_is_of_one_distribution(self) -> Self:
-        if not self.replay_mask and self.kl is not None and self.kl.where == "reward":
-            raise ValueError(
-                "replay_mask = False with a KL in the reward: the sampler's log-probs are over the "
-                "nucleus and the reference's over the vocabulary, so their difference is no KL "
-                "divergence; leave replay_mask out, or use where = loss"
             )
         return self

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
 from posttrain.backends.prompting import check_hint
-from posttrain.stages.settings.base import AuxLosses, Lengths, Modes, Training
+from posttrain.stages.settings.base import AuxLosses, Computing, Lengths, Modes, Training
 from posttrain.values import Settings, changing
 
 
-class Pretrain(Settings, Training):
+class Pretrain(Settings, Computing, Training):
     """A tiny model from nothing: `r.pretrain(data=...)`."""
 
     steps: int = Field(gt=0)
@@ -26,24 +26,21 @@ class Pretrain(Settings, Training):
     intermediate_size: int = Field(256, gt=0)
     max_positions: int = Field(128, gt=0)
     thinking: bool = False
-    """Give the tokenizer `<think>` and `</think>` and the template `enable_thinking`."""
+    """Give the tokenizer `<think>` and `</think>` and the template `enable_thinking`. Follows from
+    `modes`."""
     modes: Modes = ()
     aux: AuxLosses = Field(default_factory=dict)
     demo_noise: float = Field(0.0, ge=0, le=1)
     """Share of the demonstrations that are wrong, as a careless annotator writes them
     (`rewards/oracle.py`). Comes from the recipe's `noise`."""
 
-    @model_validator(mode="after")
-    def _modes_need_tokens(self) -> Self:
-        if self.modes and not self.thinking:
-            raise ValueError(
-                f"modes = {list(self.modes)}: a model made without thinking has no modes; set "
-                "thinking = true, or leave mode out of the demonstrations"
-            )
-        return self
+    @property
+    def thinks(self) -> bool:
+        """Whether the model has modes: asked for, or needed by its demonstrations."""
+        return self.thinking or bool(self.modes)
 
 
-class Sft(Lengths, Settings, Training):
+class Sft(Lengths, Settings, Computing, Training):
     """Supervised fine-tuning on demonstrations: `r.sft(start=..., data=...)`."""
 
     batch_size: int = changing(64, gt=0)

@@ -28,7 +28,7 @@ def is_there(value: Any) -> bool:
     return getattr(value, MARK, False)
 
 
-class Elsewhere(TorchFunctionMode):
+class FakeCuda(TorchFunctionMode):
     """While it is entered, the device "cuda" can be asked for."""
 
     def __init__(self) -> None:
@@ -38,7 +38,7 @@ class Elsewhere(TorchFunctionMode):
         self.linear: set[torch.dtype] = set()
         """Types in which linear layers computed there."""
 
-    def __enter__(self) -> Elsewhere:
+    def __enter__(self) -> FakeCuda:
         # The one way to make a tensor of another that no mode can see.
         self._deepcopy = Parameter.__deepcopy__
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from posttrain.stages.batches import Pool, sequences
+from posttrain.stages.data import Pool
 
 
 def problems(**sizes: int) -> dict[str, list[dict[str, Any]]]:
@@ -57,11 +57,3 @@ def test_the_seed_orders_the_problems() -> None:
     # Domains of one size do not go through their problems in one order.
     both = draw(Pool(problems(a=40, b=40), seed=0), range(4), 10)
     assert [i[1:] for i in both if i[0] == "a"] != [i[1:] for i in both if i[0] == "b"]
-
-
-def test_given_sequences_are_finished_rollouts() -> None:
-    rollouts = sequences([[5, 6, 7], [8]], [[1], [2, 3]], pad_id=0)
-    assert rollouts.tokens_BT.tolist() == [[5, 6, 7, 1], [8, 2, 3, 0]]
-    assert rollouts.responses() == [[1], [2, 3]]
-    assert rollouts.logp_BR.tolist() == [[0, 0], [0, 0]]
-    assert rollouts.finished_B.all()

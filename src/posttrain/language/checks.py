@@ -1,0 +1,291 @@
+"""What has to fit together once a stage has its settings: one check for each verb that needs one,
+and those of a whole recipe, of which a verb sees only the part that stands above it.
+
+Every function raises ConfigError with the stage, the value and the fix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from posttrain.algorithms import InTurn, StrongAgainstWeak
+from posttrain.engine.edges import named, with_role
+from posttrain.engine.errors import ConfigError
+from posttrain.engine.graph import Node
+from posttrain.language.builder import Builder, root_of
+from posttrain.rewards.judge_base import ByDomain, Judge
+from posttrain.rewards.judge_kinds import Llm, parse_judge
+from posttrain.stages.kinds import KINDS
+from posttrain.suites.domain import Suite, Table
+
+MODELS = ("start", "model", "models", "candidates", "student", "init")
+"""Roles of the models that a stage asks in its modes."""
+
+
+def aux_losses(build: Builder, stage: str) -> None:
+    """Refuse auxiliary losses, given as settings or by --set, that have no data, and modes of one
+    that reads the rows of a data stage."""
+    inputs = named(build.nodes[stage].inputs, "aux")
+    known = sorted({name.partition(".")[0] for name in inputs})
+    for name, loss in build.settings[stage].aux.items():
+        if name not in known:
+            raise ConfigError(
+                f"stage {stage!r}, field 'aux': {name!r} has no data in the recipe; choices: "
+                f"{', '.join(known) or 'none: give aux={name: (data, weight)}'}"
+            )
+        if name in inputs and loss.modes:
+            raise ConfigError(
+                f"stage {stage!r}, field 'aux.{name}.modes': the rows of {name!r} are as its data "
+                "stage made them; leave it out"
+            )
+
+
+def merge(build: Builder, stage: str) -> None:
+    """Refuse a merge without the base that its `how` adds to, and weights of unknown models."""
+    node = build.nodes[stage]
+    how, weights = build.settings[stage].how.kind, node.config["weights"]
+    names = list(named(node.inputs, "models"))
+    if (how != "average") != ("base" in node.inputs):
+        raise ConfigError(
+            f"stage {stage!r} (merge): how = {how} "
+            + (
+                "reads no base; leave base= out"
+                if how == "average"
+                else "adds to a base; give base="
+            )
+            + ", or change how"
+        )
+    for name in weights:
+        if name not in names:
+            raise ConfigError(
+                f"stage {stage!r} (merge), field 'weights': {name!r} is not one of its models; "
+                f"choices: {', '.join(names)}"
+            )
+    if how == "average" and sum(weights.get(name, 1.0) for name in names) <= 0:
+        raise ConfigError(
+            f"stage {stage!r} (merge), field 'weights': they add up to 0, so there is no average"
+        )
+
+
+def demos(suite: Suite, domains: Sequence[str], modes: Sequence[str]) -> None:
+    """Raise ConfigError for a domain that has no demonstrations, or none that think."""
+    for name in domains:
+        source, where = suite.domains[name].source, f"domain {name!r} of suite {suite.name!r}"
+        table = isinstance(source, Table)
+        if isinstance(source, Table) and source.demo is None:
+            raise ConfigError(
+                f"{where} has no demonstrations: name their column with demo = ... in the suite, "
+                "or leave the domain out of r.demos(...)"
+            )
+        thinks = (
+            source.thought is not None if isinstance(source, Table) else (source.format != "plain")
+        )
+        if "think" in modes and not thinks:
+            fix = (
+                "name the column of the steps with thought = ... in the suite"
+                if table
+                else "format = 'plain' of a generated domain has no steps; take another format"
+            )
+            raise ConfigError(
+                f"{where} has no demonstrations in the mode think: {fix}, or leave the domain out "
+                "of r.demos(..., mode='think')"
+            )
+
+
+def sft(build: Builder, stage: str) -> None:
+    """Refuse settings of demonstrations where the data is a stage's rows."""
+    node = build.nodes[stage]
+    for field in ("modes", "demo_noise", "hint"):
+        if "data" in node.inputs and node.config[field]:
+            raise ConfigError(
+                f"stage {stage!r} (sft), field {field!r}: {node.config[field]} is not read, "
+                "because the rows of a data stage are as they are; leave it out, or learn from "
+                "r.demos(...)"
+            )
+
+
+def dpo(build: Builder, stage: str) -> None:
+    """Refuse a reference that the loss does not read."""
+    if "reference" in build.nodes[stage].inputs and build.settings[stage].loss.kind == "simpo":
+        raise ConfigError(
+            f"stage {stage!r} (dpo): loss = simpo reads no reference; leave reference= out, or "
+            "use another loss"
+        )
+
+
+def rl(build: Builder, stage: str, domains: Sequence[str]) -> None:
+    """Refuse a judge that cannot be asked about these domains, settings of other domains, a critic
+    that nothing reads, and a way to draw that does not fit the profile."""
+    settings, inputs = build.settings[stage], build.nodes[stage].inputs
+    _judge(build, stage, "reward", domains)
+    named_domains(build, stage, domains, "kl.domains", "critique.domains")
+    if "critic" in inputs and not settings.uses_critic:
+        raise ConfigError(
+            f"stage {stage!r} (rl): critic = {inputs['critic']!r} is read with advantage = gae "
+            "only; set that, or leave critic= out"
+        )
+    draw, needs = settings.draw.kind, not isinstance(settings.draw, InTurn)
+    if needs and "profile" not in inputs:
+        raise ConfigError(
+            f"stage {stage!r} (rl), field 'draw': {draw} needs pass rates to begin with; give "
+            "profile=r.profile(start, prompts=...)"
+        )
+    if "profile" in inputs and not needs:
+        raise ConfigError(
+            f"stage {stage!r} (rl): profile = {inputs['profile']!r} is not read with draw = "
+            "in_turn; leave it out, or set draw to band or gaussian"
+        )
+
+
+def named_domains(build: Builder, stage: str, domains: Sequence[str], *fields: str) -> None:
+    """Refuse a setting by domain that names a domain which the stage does not have."""
+    for field in fields:
+        for name in [name for value in build.values(stage, field) for name in value]:
+            if name not in domains:
+                raise ConfigError(
+                    f"stage {stage!r} ({build.nodes[stage].kind}), field {field!r}: {name!r} is "
+                    f"not a domain of its prompts; choices: {', '.join(domains)}"
+                )
+
+
+def select(build: Builder, stage: str) -> None:
+    """Refuse a choice of steps of rollouts that have none, and of scores that they do not have."""
+    node = build.nodes[stage]
+    for field in ("first_step", "last_step"):
+        for source in map(build.handle, node.inputs.values()):
+            if node.config[field] is not None and source.kind not in ("rl", ""):
+                raise ConfigError(
+                    f"stage {stage!r} (select): {field} = {node.config[field]} chooses among the "
+                    f"steps of an rl stage, and {source.name!r} is a {source.kind} stage; leave it "
+                    "out, or select from r.rl(...)"
+                )
+    _scored(build, stage, getattr(build.settings[stage].how, "by", "reward"))
+
+
+def pairs(build: Builder, stage: str) -> None:
+    """Refuse a second stage that `how` does not read or lacks, and scores that are not there."""
+    node = build.nodes[stage]
+    against = bool(with_role(node.inputs, "against"))
+    how = build.settings[stage].how
+    if isinstance(how, StrongAgainstWeak) != against:
+        raise ConfigError(
+            f"stage {stage!r} (pairs): how = {how.kind} "
+            + ("reads no" if against else "needs a")
+            + " second stage; write r.pairs(strong, against=weak) for strong_against_weak and "
+            "r.pairs(rollouts) for the others"
+        )
+    if node.config["judge"] is None:
+        _scored(build, stage, build.settings[stage].by)
+
+
+def _scored(build: Builder, stage: str, by: str) -> None:
+    """Refuse a stage that goes by scores which its rollouts do not have."""
+    node = build.nodes[stage]
+    for source in with_role(node.inputs, "rollouts", "against").values() if by == "score" else ():
+        kind = build.handle(source).kind
+        if kind not in ("score", ""):
+            raise ConfigError(
+                f"stage {stage!r} ({node.kind}): by = score, and {source!r} is a {kind} stage, "
+                "whose rollouts have rewards only; give it r.score(rollouts, judge=...)"
+            )
+
+
+def filter(build: Builder, stage: str) -> None:
+    """Raise ConfigError for a condition on a second profile that a filter does not have."""
+    node = build.nodes[stage]
+    for field, unread in {"against_low": 0.0, "against_high": 1.0, "min_gain": None}.items():
+        if "against" not in node.inputs and node.config[field] != unread:
+            raise ConfigError(
+                f"stage {stage!r} (filter): {field} = {node.config[field]} is about a second "
+                "profile; give against=r.profile(...), or leave it out"
+            )
+
+
+def mix(build: Builder, stage: str) -> None:
+    """Raise ConfigError where a mix by tokens has no tokenizer, or one by rows has one."""
+    node = build.nodes[stage]
+    given = "tokenizer" in node.inputs
+    if (node.config["by"] == "tokens") != given:
+        raise ConfigError(
+            f"stage {stage!r} (mix): by = {node.config['by']} "
+            + ("reads no" if given else "needs")
+            + " tokenizer=, a model whose tokens are counted; give both or neither"
+        )
+
+
+def _judge(build: Builder, stage: str, field: str, domains: Sequence[str]) -> None:
+    """Refuse a judge, from the recipe or from --set, that the stage cannot ask."""
+    node = build.nodes[stage]
+    if node.config[field] is None:
+        return
+    judge, where = parse_judge(node.config[field]), f"stage {stage!r} ({node.kind})"
+    problems_of_judge(build, judge, domains, where=f"{where}, field {field!r}")
+    missing = [part.edge for part in judge.walk() if part.edge not in (None, *node.inputs)]
+    if missing:
+        choices = with_role(node.inputs, "judges")
+        raise ConfigError(
+            f"{where}, field {field!r}: it asks {missing[0]!r}, which is no input of the stage; "
+            f"inputs: {', '.join(choices) or 'none'}; name the judge in the recipe"
+        )
+
+
+def problems_of_judge(build: Builder, judge: Judge, domains: Sequence[str], *, where: str) -> None:
+    """Refuse a judge that has nothing to say about the problems of a domain: a `by_domain` without
+    it, or a judge that reads the rubrics of rows that have none."""
+    for part in judge.walk():
+        if isinstance(part, ByDomain):
+            part.check(domains, where=where)
+    for domain in domains:
+        source = build.suite.domains[domain].source
+        asked = judge.walk(domain)
+        reads = any(isinstance(part, Llm) and part.rubric is True for part in asked)
+        if reads and getattr(source, "rubric", None) is None:
+            raise ConfigError(
+                f"{where}: judges.llm(rubric=True) grades by the criteria of each row, and the "
+                f"rows of domain {domain!r} have none; name their column with rubric = ... in the "
+                "suite, or give the judge a rubric as a text"
+            )
+
+
+def recipe(nodes: Mapping[str, Node]) -> None:
+    """The checks of a whole recipe."""
+    _thinking(nodes)
+    _strengths(nodes)
+
+
+def _thinking(nodes: Mapping[str, Node]) -> None:
+    """Refuse a stage in modes whose model comes from a base that was made without thinking.
+
+    Of a model from outside its chat template decides, when it is loaded.
+    """
+    for node in nodes.values():
+        modes = node.config.get("modes") or ()
+        for source in with_role(node.inputs, *MODELS).values() if modes else ():
+            base = nodes.get(root_of(nodes, source))
+            if base is not None and base.kind == "pretrain" and not (
+                base.config["thinking"] or base.config["modes"]
+            ):
+                raise ConfigError(
+                    f"stage {node.name!r} ({node.kind}), field 'modes': {', '.join(modes)} is "
+                    f"asked of {source!r}, which comes from {base.name!r}, made without thinking; "
+                    "write thinking=True there, or leave mode= out"
+                )
+
+
+def _strengths(nodes: Mapping[str, Node]) -> None:
+    """Refuse a reward model that reads how clear preferences are where nobody said it."""
+    for node in nodes.values():
+        data = nodes.get(node.inputs.get("data", ""))
+        loss = node.config.get("loss")
+        margins = loss.get("margins") if isinstance(loss, dict) else None
+        if margins != "strength" or data is None or data.kind != "pairs":
+            continue
+        pairs: Any = KINDS["pairs"].settings_class()(**data.config)
+        if not pairs.pairwise:
+            raise ConfigError(
+                f"stage {node.name!r} ({node.kind}), field 'loss.margins': strength is read from "
+                f"pairs whose judge compares two responses, and those of {data.name!r} have none; "
+                "give r.pairs a judge=judges.oracle(...), or judges.human() with how = all or "
+                "random"
+            )
