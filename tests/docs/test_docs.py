@@ -17,8 +17,8 @@ from pydantic.fields import FieldInfo
 from posttrain import algorithms
 from posttrain.algorithms import Custom
 from posttrain.cli import app
-from posttrain.judges import Judge
 from posttrain.engine.store import Store
+from posttrain.judges import Judge
 from posttrain.language.loader import load_recipe, shipped_recipes
 from posttrain.report.curves import COUNTERS, METRICS
 from posttrain.rewards.spec import OPTIONS
