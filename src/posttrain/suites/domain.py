@@ -20,9 +20,15 @@ from posttrain.rewards.formats import find_format
 from posttrain.rewards.gym import check_params
 from posttrain.rewards.spec import NodeParts, VerifierSpec, resolve_verifier
 from posttrain.suites.build import build_domain
-from posttrain.suites.location import Location, parse_location
 from posttrain.suites.split import SPLITS, place_rows, require_all_splits, split_of
-from posttrain.suites.tables import Columns, check_schema, columns_of, read_rows
+from posttrain.suites.tables import (
+    Columns,
+    Location,
+    check_schema,
+    columns_of,
+    parse_location,
+    read_rows,
+)
 
 __all__ = [
     "SPLITS",
