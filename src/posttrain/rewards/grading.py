@@ -10,8 +10,7 @@ from typing import Any
 from posttrain.engine.errors import ConfigError, StageError
 from posttrain.rewards.endpoint import SHOWN, Endpoint, Question
 from posttrain.rewards.judge_kinds import CompareEndpoint, Llm
-from posttrain.rewards.judging import Responses
-from posttrain.rewards.pairing import Comparison, comparisons, win_shares
+from posttrain.rewards.judging import Responses, comparisons, win_shares
 from posttrain.rewards.spec import checked_rubric
 
 GRADE = """You grade an answer.
@@ -108,13 +107,15 @@ class EndpointComparison:
     def score(self, responses: Responses) -> list[float]:
         """Shares in [0, 1]; 0.5 for a response that is alone in its group."""
         asked = comparisons(responses.group, pairing=self.judge.pairing, swap=self.judge.swap)
-        wins = self.endpoint.ask([Question(self._question(responses, p), better) for p in asked])
+        wins = self.endpoint.ask(
+            [Question(self._question(responses, *pair), better) for pair in asked]
+        )
         return win_shares(len(responses), asked, wins)
 
-    def _question(self, responses: Responses, pair: Comparison) -> str:
-        problem = responses.problems[pair.a]
+    def _question(self, responses: Responses, a: int, b: int) -> str:
+        problem = responses.problems[a]
         values = {"prompt": problem["prompt"], "answer": str(problem["answer"])}
-        values |= {"a": responses.texts[pair.a], "b": responses.texts[pair.b]}
+        values |= {"a": responses.texts[a], "b": responses.texts[b]}
         return fill(WHICH if self.judge.template is None else self.judge.template, values)
 
 

@@ -132,9 +132,7 @@ class VerifierPool:
         for worker in self._workers:
             worker.connection.close()
 
-    def _ask_worker(
-        self, domain: str, rows: Sequence[tuple[str | None, Problem]]
-    ) -> list[float]:
+    def _ask_worker(self, domain: str, rows: Sequence[tuple[str | None, Problem]]) -> list[float]:
         worker = self._idle.get()
         try:
             return [worker.score((domain, text, problem)) for text, problem in rows]
