@@ -13,16 +13,16 @@ from posttrain.engine.errors import ConfigError, StageError
 from posttrain.engine.fingerprint import digest, file_digest
 from posttrain.rewards.formats import FORMATS, TextFormat
 from posttrain.rewards.verifiers import load_verifier
+from posttrain.suites.build import build_domain
 from posttrain.suites.domain import (
     Domain,
     Procedural,
     Suite,
     Table,
     VerifierSpec,
-    build_domain,
     domain_node,
-    split_of,
 )
+from posttrain.suites.split import split_of
 
 SPLITS = ("train", "validation", "heldout")
 

@@ -44,14 +44,8 @@ class Responses:
 
     def select(self, index: Sequence[int]) -> Responses:
         """The responses at `index`."""
-        return Responses(
-            problems=[self.problems[i] for i in index],
-            texts=[self.texts[i] for i in index],
-            group=[self.group[i] for i in index],
-            finished=[self.finished[i] for i in index],
-            num_tokens=[self.num_tokens[i] for i in index],
-            verdicts=None if self.verdicts is None else [self.verdicts[i] for i in index],
-        )
+        columns = {name: column for name, column in vars(self).items() if column is not None}
+        return Responses(**{n: [column[i] for i in index] for n, column in columns.items()})
 
     def portions(self, size: int) -> list[list[int]]:
         """The rows in portions of `size` or a few more, each group in one of them."""

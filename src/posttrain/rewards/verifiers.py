@@ -27,7 +27,7 @@ from posttrain.engine.errors import ConfigError, StageError, choices_text
 from posttrain.rewards.formats import find_format
 from posttrain.rewards.gym import gym_verifier
 from posttrain.rewards.python_file import python_verifier
-from posttrain.rewards.spec import OPTIONS, VerifierSpec, compile_pattern
+from posttrain.rewards.spec import OPTIONS, VerifierSpec
 
 
 class Verifier(Protocol):
@@ -137,9 +137,11 @@ class RegexVerifier:
         )
         flags = 0 if self.case_sensitive else re.IGNORECASE
         try:
-            return compile_pattern(pattern, where=f"problem {problem['id']}", flags=flags)
-        except ConfigError as error:
-            raise StageError(str(error)) from error
+            return re.compile(pattern, flags)
+        except re.error as error:
+            raise StageError(
+                f"problem {problem['id']}: {pattern!r} is not a regular expression: {error}"
+            ) from error
 
 
 _ANNOUNCED = re.compile(

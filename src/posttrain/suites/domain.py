@@ -18,9 +18,9 @@ from posttrain.engine.fingerprint import file_digest, plain
 from posttrain.engine.hashes import HashFile
 from posttrain.rewards.formats import find_format
 from posttrain.rewards.gym import check_params
-from posttrain.rewards.spec import NodeParts, VerifierSpec, resolve_verifier
-from posttrain.suites.build import build_domain
-from posttrain.suites.split import SPLITS, place_rows, require_all_splits, split_of
+from posttrain.rewards.spec import NodeParts, resolve_verifier
+from posttrain.rewards.spec import VerifierSpec as VerifierSpec
+from posttrain.suites.split import place_rows, require_all_splits
 from posttrain.suites.tables import (
     Columns,
     Location,
@@ -29,18 +29,6 @@ from posttrain.suites.tables import (
     parse_location,
     read_rows,
 )
-
-__all__ = [
-    "SPLITS",
-    "Domain",
-    "Procedural",
-    "Suite",
-    "Table",
-    "VerifierSpec",
-    "build_domain",
-    "domain_node",
-    "split_of",
-]
 
 _NAME = re.compile(r"[a-z0-9_]+")
 
