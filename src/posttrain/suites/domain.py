@@ -53,8 +53,6 @@ class Procedural:
     """Its parameters, without seed and size."""
     format: str = "plain"
     """How prompts and answers are written: plain, or a format of the built-in domains."""
-    format_version: int = 1
-    """Has to be the version of that format; a new version makes a new domain."""
     num_train: int
     num_validation: int
     num_heldout: int
@@ -212,12 +210,6 @@ def _spec(domain: Domain) -> VerifierSpec:
 def _procedural_identity(source: Procedural, where: str) -> dict[str, Any]:
     """What identifies generated problems. Raises ConfigError for what reasoning-gym lacks."""
     check_params(source.dataset, source.params, where=where)
-    version = find_format(source.format, where=where).version
-    if source.format_version != version:
-        raise ConfigError(
-            f"{where}: format {source.format!r} is version {version}, not {source.format_version}; "
-            f"set format_version = {version} (the rows will be other ones)"
-        )
     for split, count in source.counts().items():
         if not isinstance(count, int) or isinstance(count, bool) or count < 1:
             raise ConfigError(f"{where}: num_{split} is {count!r}; it has to be at least 1")
@@ -226,7 +218,7 @@ def _procedural_identity(source: Procedural, where: str) -> dict[str, Any]:
         "dataset": source.dataset,
         "params": dict(source.params),
         "format": source.format,
-        "format_version": source.format_version,
+        "format_version": find_format(source.format, where=where).version,
         "counts": source.counts(),
         "seed": source.seed,
         "reasoning_gym": version_of("reasoning-gym"),

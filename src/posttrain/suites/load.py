@@ -32,7 +32,7 @@ from posttrain.suites.domain import Domain, Procedural, Suite, Table, domain_nam
 SHIPPED: Mapping[str, Path] = {"core": Path(__file__).with_name("core.toml")}
 """Shipped suite -> its file."""
 
-_TYPES = {"params": dict, "format_version": int, "seed": int}
+_TYPES = {"params": dict, "seed": int}
 _TYPES |= {f"num_{split}": int for split in ("train", "validation", "heldout")}
 
 
