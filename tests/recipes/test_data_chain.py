@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from posttrain import judges
-from posttrain.algorithms import AllResponses, BestResponses
+from posttrain.algorithms import AllPairs, AllResponses, BestResponses
 from posttrain.engine.record import Artifact
 from posttrain.engine.runner import run
 from posttrain.engine.store import Store
