@@ -4,60 +4,63 @@ Threads are used as the stages use them (`posttrain.stages.worker.useful_threads
 computes on one, and the others compute other forward passes beside it; a larger model computes on
 all.
 
-Legend: B rows, N flat response tokens, T positions, V vocabulary, D hidden size.
+Legend: B rows, N sampled tokens, T positions, V vocabulary, D hidden size.
 """
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from posttrain.backends.sampler import LocalSampler
-from posttrain.rl.types import Rollouts
-from posttrain.stages.batches import sequences
-from posttrain.stages.rollouts import Scored, sample_and_verify
 from torch import Tensor
 
-from posttrain.backends.chat import Chat
-from posttrain.backends.checkpoint import LanguageModel, load
-from posttrain.backends.local import LocalLearner, LocalScorer, response_logprobs
+from posttrain.backends.base import HeadLoss, TokenLoss
+from posttrain.backends.local import LocalBackend
 from posttrain.losses.distill import full_vocabulary
-from posttrain.stages import distill, dpo, rl, sft
+from posttrain.rl.advantage import advantages
+from posttrain.rl.batch import Batch
+from posttrain.stages import distill, dpo, rl
+from posttrain.stages.aux_losses import token_cross_entropy
 from posttrain.stages.config import build_config
-from posttrain.stages.teachers import Reading, Teachers
+from posttrain.stages.context import Context
+from posttrain.stages.rollout import rollout
+from posttrain.stages.teachers import Teachers, TeacherScoring
 from posttrain.stages.worker import TINY_BYTES
 from suite.measure import Work, sampled
 from suite.models import MAX_NEW_TOKENS
 
 LEARNING_RATE = 1e-6
 """Small: weights that hardly move keep the response lengths as they are."""
+OPTIMIZER = {"beta2": 0.999}
+"""As TRL's trainers have it by default."""
 
 
 class Sampling:
     """Responses of one model."""
 
     def __init__(self, path: Path, *, max_rows: int = 256) -> None:
-        self.sampler = LocalSampler(load(path), max_rows=max_rows)
+        self.sampler = LocalBackend().sampler(path)
+        self.sampler.max_rows = max_rows
 
     def __call__(self, prompts: Sequence[Sequence[int]], group: int, seed: int) -> Work:
         """Sample `group` responses to each prompt."""
-        rollouts = self.sampler.sample(
+        batch = self.sampler.sample(
             prompts,
             group_size=group,
             max_new_tokens=MAX_NEW_TOKENS,
             temperature=1.0,
             seed=seed,
         )
-        return work(rollouts)
+        return work(batch)
 
 
-def work(rollouts: Rollouts) -> Work:
-    """What a batch of rollouts counts."""
-    return sampled(rollouts.response_len_B.tolist())
+def work(batch: Batch) -> Work:
+    """What a batch of responses counts."""
+    return sampled(batch.sampled_len_B.tolist())
 
 
 class Cores:
@@ -76,19 +79,24 @@ class Cores:
     def __exit__(self, *exception: object) -> None:
         torch.set_num_threads(self.all)
 
+    def context(self, inputs: Mapping[str, Path]) -> Context:
+        """What a stage with these models, by edge, would have."""
+        return Context(
+            name="benchmark",
+            work=Path(tempfile.mkdtemp(prefix="posttrain-bench-")),
+            inputs={edge: str(path) for edge, path in inputs.items()},
+            threads=self.all,
+            backend=LocalBackend(workers=self.workers),
+            workers=self.workers,
+        )
+
 
 class Distillation:
     """Whole steps of the distill stage: sample, score, one update, with one or more teachers."""
 
     def __init__(self, student: Path, teachers: Mapping[str, Path], *, group: int) -> None:
-        self.language_model = load(student)
-        self.domains = list(teachers)
-        self.cores = Cores(student)
-        self.teachers = Teachers(teachers, self.language_model, workers=self.cores.workers)
-        self.sampler, self.chat = LocalSampler(self.language_model), Chat(self.language_model)
-        self.learner = new_learner(self.language_model, self.cores)
-        self.group = group
-        self.config: Any = build_config(
+        self.domains, self.group, self.cores = tuple(teachers), group, Cores(student)
+        self.settings: Any = build_config(
             "distill",
             "benchmark",
             {
@@ -96,9 +104,15 @@ class Distillation:
                 "samples_per_prompt": group,
                 "max_new_tokens": MAX_NEW_TOKENS,
                 "aggregation": "token",
+                "optimizer": OPTIMIZER,
                 "routes": {domain: domain for domain in self.domains},
             },
         )
+        edges = {f"teachers.{name}": path for name, path in teachers.items()}
+        ctx = self.cores.context({"start": student, **edges})
+        self.policy: Any = ctx.learner(self.settings)
+        self.sampler = ctx.sampler(self.policy)
+        self.teachers = Teachers(self.settings, ctx, self.policy.chat)
 
     def problems(self, texts: Sequence[str]) -> list[dict[str, Any]]:
         """Prompts shared out over the teachers in turn."""
@@ -107,126 +121,134 @@ class Distillation:
             for i, text in enumerate(texts)
         ]
 
-    def sample(self, problems: list[dict[str, Any]], seed: int) -> Scored:
+    def sample(self, problems: list[dict[str, Any]], seed: int) -> Batch:
         """The student's answers."""
         with self.cores:
             return self._sample(problems, None, seed)
 
-    def learn(self, scored: Scored) -> dict[str, float]:
+    def learn(self, batch: Batch) -> dict[str, float]:
         """Teachers score, the student takes one step."""
+        said = [name for name in batch.columns if name.startswith("teacher")]
         with self.cores:
-            return self._learn(scored, self._reading(scored.problems[:: self.group]))
+            scoring = self.teachers.scoring(self.settings, batch.problems[:: self.group])
+            return self._learn(batch.without(*said), scoring)
 
     def step(self, problems: list[dict[str, Any]], seed: int) -> Work:
         """One whole step, in which teachers read answers while others are being sampled."""
         with self.cores:
-            reading = self._reading(problems)
-            scored = self._sample(problems, reading, seed)
-            self._learn(scored, reading)
-        return work(scored.rollouts)
+            scoring = self.teachers.scoring(self.settings, problems)
+            batch = self._sample(problems, scoring, seed)
+            self._learn(batch, scoring)
+        return work(batch)
 
-    def _reading(self, problems: list[dict[str, Any]]) -> Reading:
-        numbers_B = distill.teacher_numbers(self.config, self.teachers, problems)
-        return self.teachers.reading(self.config, numbers_B)
-
-    def _sample(self, problems: list[dict[str, Any]], reading: Reading | None, seed: int) -> Scored:
-        return sample_and_verify(
+    def _sample(
+        self, problems: list[dict[str, Any]], scoring: TeacherScoring | None, seed: int
+    ) -> Batch:
+        return rollout(
             self.sampler,
-            self.chat,
             problems,
             None,
             group_size=self.group,
             max_new_tokens=MAX_NEW_TOKENS,
             temperature=1.0,
             seed=seed,
-            reader=reading,
+            reader=scoring,
         )
 
-    def _learn(self, scored: Scored, reading: Reading) -> dict[str, float]:
-        return distill.learn(
-            self.config, self.learner, reading, self.domains, scored, lr=LEARNING_RATE, step=0
+    def _learn(self, batch: Batch, scoring: TeacherScoring) -> dict[str, float]:
+        """The second half of the loop of `posttrain.stages.distill.run`."""
+        s, domains = self.settings, self.domains
+        scoring.add_columns(batch)
+        batch["domain_B"] = torch.tensor([domains.index(p["domain"]) for p in batch.problems])
+        batch["loss_weight_B"] = distill.loss_weights(s, domains, batch)
+        batch["advantage_B"] = advantages(batch["reward_B"], batch["group_B"], mode="group_mean")
+        settings = distill.LossSettings(step=s, domains=domains, heads=self.teachers.heads)
+        loss = HeadLoss(distill.distill_loss, settings)
+        sums: dict[str, float] = self.policy.update(
+            batch, loss, count=float(batch.num_tokens), lr=LEARNING_RATE
         )
+        return sums
 
     def models(self) -> list[Any]:
         """Student and teachers, as transformers models."""
-        return [self.language_model.model, *(s.model for s in self.teachers.scorers.values())]
-
-
-def answers(
-    sampler: LocalSampler,
-    chat: Chat,
-    problems: list[dict[str, Any]],
-    group: int,
-    seed: int,
-    reward: Callable[[str], float],
-) -> Scored:
-    """Samples with their rewards, as the stages make them; the reward is computed in place."""
-    scored = sample_and_verify(
-        sampler,
-        chat,
-        problems,
-        None,
-        group_size=group,
-        max_new_tokens=MAX_NEW_TOKENS,
-        temperature=1.0,
-        seed=seed,
-    )
-    texts = [chat.decode(ids) for ids in scored.rollouts.responses()]
-    reward_B = torch.tensor([reward(text) for text in texts])
-    return replace(scored, texts=texts, reward_B=reward_B)
+        scorers: list[Any] = self.teachers.scorers
+        return [self.policy.model, *(scorer.model for scorer in scorers)]
 
 
 class Grpo:
     """Whole steps of the rl stage: sample, reward, one update, without a KL penalty."""
 
     def __init__(self, policy: Path, reward: Callable[[str], float], *, group: int) -> None:
-        self.language_model, self.cores = load(policy), Cores(policy)
-        self.sampler, self.chat = LocalSampler(self.language_model), Chat(self.language_model)
-        self.learner = new_learner(self.language_model, self.cores)
-        self.reward, self.group = reward, group
-        self.config: Any = build_config(
+        self.reward, self.group, self.cores = reward, group, Cores(policy)
+        self.settings: Any = build_config(
             "rl",
             "benchmark",
             {
                 "steps": 1,
-                "lr": LEARNING_RATE,
                 "group_size": group,
                 "max_new_tokens": MAX_NEW_TOKENS,
+                "optimizer": OPTIMIZER,
                 # Both sides learn from every row.
                 "drop_zero_variance": False,
             },
         )
+        ctx = self.cores.context({"start": policy})
+        self.policy: Any = ctx.learner(self.settings)
+        self.sampler = ctx.sampler(self.policy)
 
-    def sample(self, texts: Sequence[str], seed: int) -> Scored:
-        """The policy's answers with their rewards."""
+    def sample(self, texts: Sequence[str], seed: int) -> Batch:
+        """The policy's answers with their rewards, which are computed in place."""
         problems = [{"domain": "words", "prompt": text} for text in texts]
         with self.cores:
-            return answers(self.sampler, self.chat, problems, self.group, seed, self.reward)
+            batch = rollout(
+                self.sampler,
+                problems,
+                None,
+                group_size=self.group,
+                max_new_tokens=MAX_NEW_TOKENS,
+                temperature=1.0,
+                seed=seed,
+            )
+            chat = self.policy.chat
+            rewards = [self.reward(chat.decode(ids)) for ids in batch.responses()]
+            batch["reward_B"] = torch.tensor(rewards)
+            return batch
 
-    def learn(self, scored: Scored) -> dict[str, float]:
-        """One step on scored answers."""
+    def learn(self, batch: Batch) -> dict[str, float]:
+        """One step on rewarded answers: the second half of the loop of `posttrain.stages.rl`."""
         with self.cores:
-            return rl.learn(self.config, self.learner, None, scored, step=0)
+            rl.add_advantages(self.settings, batch, None)
+            loss = TokenLoss(rl.policy_loss, self.settings)
+            sums: dict[str, float] = self.policy.update(
+                batch, loss, count=float(batch.num_tokens), lr=LEARNING_RATE
+            )
+            return sums
 
     def step(self, texts: Sequence[str], seed: int) -> Work:
         """One whole step."""
-        scored = self.sample(texts, seed)
-        self.learn(scored)
-        return work(scored.rollouts)
+        batch = self.sample(texts, seed)
+        self.learn(batch)
+        return work(batch)
+
+    def models(self) -> list[Any]:
+        """The policy, as a transformers model."""
+        return [self.policy.model]
 
 
 class Supervised:
     """Steps of the sft stage."""
 
     def __init__(self, start: Path) -> None:
-        self.language_model, self.cores = load(start), Cores(start)
-        self.learner = new_learner(self.language_model, self.cores)
+        self.cores = Cores(start)
+        settings: Any = build_config("sft", "benchmark", {"steps": 1, "optimizer": OPTIMIZER})
+        self.policy = self.cores.context({"start": start}).learner(settings)
 
     def step(self, prompts: list[list[int]], responses: list[list[int]]) -> Work:
         """One step on these rows; counts all their tokens."""
         with self.cores:
-            batch = sequences(prompts, responses, self.language_model.pad_id)
-            sft.imitate(self.learner, batch, lr=LEARNING_RATE)
+            batch = Batch.from_tokens(prompts, responses, pad_id=self.policy.chat.pad_id)
+            loss = TokenLoss(token_cross_entropy, 1.0)
+            self.policy.update(batch, loss, count=float(batch.num_tokens), lr=LEARNING_RATE)
         return Work(tokens=sum(map(len, prompts)) + sum(map(len, responses)))
 
 
@@ -240,44 +262,30 @@ class Preference:
         chosen: list[list[int]],
         rejected: list[list[int]],
     ) -> None:
-        self.language_model, self.cores = load(start), Cores(start)
-        responses = [row for pair in zip(chosen, rejected, strict=True) for row in pair]
-        rows = sequences(
+        self.cores = Cores(start)
+        self.settings: Any = build_config(
+            "dpo", "benchmark", {"steps": 1, "optimizer": OPTIMIZER, "loss": "dpo"}
+        )
+        self.policy = self.cores.context({"start": start}).learner(self.settings)
+        chat = self.policy.chat
+        counted_V = dpo.counted_tokens(chat, mask_formatting=False)
+        self.batch = Batch.from_tokens(
             [prompt for prompt in prompts for _ in range(2)],
-            responses,
-            self.language_model.pad_id,
+            [row for pair in zip(chosen, rejected, strict=True) for row in pair],
+            pad_id=chat.pad_id,
         )
-        config: Any = build_config("dpo", "benchmark", {"steps": 1, "beta": 0.1})
-        counted_V = dpo.counted_tokens(config, self.language_model)
-        scorer = LocalScorer(self.language_model)
-        logp_N = response_logprobs(scorer.hidden(rows), scorer.head, rows, temperature=1.0)
-        self.update = dpo.PairUpdate(
-            config,
-            rows=rows,
-            counted_V=counted_V,
-            reference_B=dpo.counted_sums(rows, logp_N, counted_V),
-            baseline=None,
-            device=torch.device("cpu"),
-        )
-        self.learner = new_learner(self.language_model, self.cores)
-        self.tokens = 2 * sum(map(len, prompts)) + sum(map(len, responses))
+        logp_N = self.policy.logprobs(self.batch)
+        self.batch["counted_N"] = counted_V[self.batch.targets_N]
+        self.batch["ref_logp_B"] = dpo.counted_sums(self.batch, logp_N, counted_V)
+        self.tokens = int(self.batch.length_B.sum())
 
     def step(self) -> Work:
         """One step; counts the prompt once per response, as both sides could read it."""
         with self.cores:
-            dpo.learn(self.learner, self.update, lr=LEARNING_RATE)
+            loss = TokenLoss(dpo.preference_loss, self.settings.loss)
+            count = len(self.batch) / 2
+            self.policy.update(self.batch, loss, count=count, lr=LEARNING_RATE, group_rows=2)
         return Work(tokens=self.tokens)
-
-
-def new_learner(language_model: LanguageModel, cores: Cores) -> LocalLearner:
-    """A learner with the settings that TRL's trainers have by default."""
-    return LocalLearner(
-        language_model,
-        betas=(0.9, 0.999),
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-        workers=cores.workers,
-    )
 
 
 def distillation_loss(

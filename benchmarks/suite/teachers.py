@@ -30,11 +30,11 @@ def one(options: Options, size: Size) -> list[Row]:
         return lambda i: stages[count].step(problems, 100 + i)
 
     def learning(count: int) -> Side:
-        scored = stages[count].sample(stages[count].problems(texts), 99)
+        batch = stages[count].sample(stages[count].problems(texts), 99)
 
         def work(_: int) -> Work:
-            stages[count].learn(scored)
-            return ours.work(scored.rollouts)
+            stages[count].learn(batch)
+            return ours.work(batch)
 
         return work
 

@@ -27,31 +27,31 @@ def run(options: Options) -> list[Row]:
         student = models.save(size, options.folder, seed=1)
         teacher = models.save(size, options.folder, seed=2)
         distillation = ours.Distillation(student, {"words": teacher}, group=workload.GROUP)
-        scored = distillation.sample(distillation.problems(texts), 100)
+        batch = distillation.sample(distillation.problems(texts), 100)
         rows.append(
-            row("distillation", size, scored, distillation.learn, distillation.models(), passes=2)
+            row("distillation", size, batch, distillation.learn, distillation.models(), passes=2)
         )
         grpo = ours.Grpo(student, workload.reward, group=workload.GROUP)
-        scored = grpo.sample(texts, 100)
-        rows.append(row("GRPO", size, scored, grpo.learn, [grpo.language_model.model], passes=1))
+        batch = grpo.sample(texts, 100)
+        rows.append(row("GRPO", size, batch, grpo.learn, grpo.models(), passes=1))
     return rows
 
 
 def row(
     what: str,
     size: Size,
-    scored: Any,
+    batch: Any,
     learn: Callable[[Any], object],
     language_models: list[Any],
     *,
     passes: int,
 ) -> Row:
     """Positions of one call of `learn`; `passes` is how many models have to read everything."""
-    lengths = ours.work(scored.rollouts).lengths
+    lengths = ours.work(batch).lengths
     prompts = len(lengths) // workload.GROUP
     needed, _ = limits.tree(lengths, prompts)
     with counting(language_models) as positions:
-        learn(scored)
+        learn(batch)
     computed = sum(positions)
     if computed < needed * passes:
         raise RuntimeError(

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForSequenceClassification
 
+from posttrain.algorithms import BestAgainstWorst, Gae
 from posttrain.engine.errors import ConfigError
 from posttrain.engine.record import Artifact
 from posttrain.engine.runner import run
@@ -37,15 +38,14 @@ def test_a_reward_model_starts_another_and_a_critic(tmp_path: Path) -> None:
     r = recipe(tmp_path)
     base = r.pretrain(data=r.demos(r.domains), steps=20, lr=5e-3, batch_size=64)
     rollouts = r.sample(base, prompts=r.prompts(r.domains), k=6, max_new_tokens=4)
-    pairs = r.pairs(rollouts, max_per_prompt=3)
+    pairs = r.pairs(rollouts, how=BestAgainstWorst(max_per_prompt=3))
     first = r.reward_model(start=base, data=pairs, steps=4, per_prompt=True, **QUICK)
     second = r.reward_model(start=first, data=pairs, epochs=0.5, name="second", **QUICK)
     policy = r.rl(
         start=base,
         prompts=r.prompts(r.domains),
         critic=second,
-        advantage="gae",
-        critic_lr=5e-3,
+        advantage=Gae(critic_lr=5e-3),
         steps=3,
         prompts_per_step=16,
         group_size=1,
@@ -75,7 +75,7 @@ def test_wrong_inputs_are_named(tmp_path: Path) -> None:
     pairs = r.pairs(rollouts)
     with pytest.raises(ConfigError, match=r"\(reward_model\): its data is 'rollouts'"):
         r.reward_model(start=base, data=rollouts, steps=1)
-    with pytest.raises(ConfigError, match=r"start = .* is not a model; .* dpo.*, reward_model$"):
+    with pytest.raises(ConfigError, match=r"start = .* is not a model; .* dpo, reward_model.*$"):
         r.reward_model(start=pairs, data=pairs, steps=1)
     scores = r.reward_model(start=base, data=pairs, steps=1)
     with pytest.raises(ConfigError, match=r"'sft': start = .*reward_model.* is not a model"):

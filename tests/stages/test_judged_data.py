@@ -128,7 +128,7 @@ def test_the_oracle_compares_pairs(ask: Callable[..., Any], domains: Mapping[str
     assert {row["strength"] for row in rows} <= {1, 2, 3, 4} and len(
         {row["strength"] for row in rows}
     ) > 1
-    clear = ask("pairs", judges.oracle(noise=0.5), how="all", min_strength=3)
+    clear = ask("pairs", judges.oracle(noise=0.5), how={"kind": "all", "min_margin": 3})
     assert rows_of(clear.out / PAIRS) == [row for row in rows if row["strength"] >= 3]
 
 
@@ -147,7 +147,14 @@ def test_the_oracle_is_asked_about_the_best_and_the_worst(ask: Callable[..., Any
     for row in rows:
         assert row["chosen"] == max(best[row["id"]])[1]
         assert (min(best[row["id"]])[0], row["rejected"]) in best[row["id"]]
-    assert len(rows_of(ask("pairs", judge, min_strength=4).out / PAIRS)) == 6
+    assert (
+        len(
+            rows_of(
+                ask("pairs", judge, how={"kind": "best_against_worst", "min_margin": 4}).out / PAIRS
+            )
+        )
+        == 6
+    )
 
 
 def test_random_pairs_are_judged(ask: Callable[..., Any]) -> None:
@@ -182,7 +189,7 @@ def test_people_are_asked_and_the_stage_goes_on(ask: Callable[..., Any], tmp_pat
         for row in asked
         if row["preferred"] != "tie"
     ]
-    strong = rows_of(ask("pairs", judge, min_strength=4, **settings).out / PAIRS)
+    strong = rows_of(ask("pairs", judge, how={"kind": "random", "min_margin": 4}).out / PAIRS)
     assert [row["id"] for row in strong] == [asked[0]["id"]]
 
 
@@ -244,12 +251,6 @@ def test_a_comparing_judge_compares_the_candidates(
             "pairs",
             {"judge": spec(judges.oracle()), "how": "strong_against_weak"},
             "asks no judge; leave judge out",
-        ),
-        ("pairs", {"min_strength": 2}, "min_strength = 2: it needs a judge of pairs"),
-        (
-            "pairs",
-            {"judge": spec(judges.oracle()), "how": {"kind": "all", "min_margin": 0.1}},
-            "min_margin = 0.1: a judge of pairs gives strengths; set min_strength",
         ),
         ("best", {"metric": "score"}, "metric = score with no judge: give both"),
         ("best", {"judge": spec(judges.oracle())}, "metric = accuracy with a judge: give both"),

@@ -83,7 +83,9 @@ def run(settings: Distill, ctx: Context) -> dict[str, float]:
         batch["loss_weight_B"] = loss_weights(s, domains, batch)
         batch["advantage_B"] = advantages(batch["reward_B"], batch["group_B"], mode="group_mean")
         # Update: one optimiser step on each share of the rows.
-        loss = HeadLoss(distill_loss, LossSettings(step=s, domains=domains, heads=teachers.heads))
+        no_states = isinstance(s.estimator, SampledToken | TopK)
+        heads = () if no_states else teachers.heads
+        loss = HeadLoss(distill_loss, LossSettings(step=s, domains=domains, heads=heads))
         lr = learning_rate(s, step, settings.steps)
         sums: dict[str, float] = {}
         count, num_updates = 0.0, 0
@@ -153,7 +155,8 @@ class LossSettings:
     domains: tuple[str, ...]
     """Names of the domains, which `domain_B` counts."""
     heads: tuple[Head, ...]
-    """Output layers of the teachers, which `teacher_B` counts."""
+    """Output layers of the teachers, which `teacher_B` counts; none for an estimator that does not
+    read their hidden states."""
 
 
 def distill_loss(

@@ -23,9 +23,10 @@ from posttrain.algorithms import (
     TokenMean,
     correction_arguments,
 )
-from posttrain.backends.base import AuxLoss, Learner, Metrics, Sampler, TokenLoss
+from posttrain.backends.base import Learner, Metrics, Sampler, Scorer, TokenLoss
 from posttrain.losses.ops import aggregation_weights, kl_estimate
 from posttrain.losses.policy import kl_penalty, unbiased_kl_penalty
+from posttrain.rewards.judging import RewardFunction
 from posttrain.rewards.pool import VerifierPool
 from posttrain.rl.advantage import advantages, whitened, zero_variance
 from posttrain.rl.batch import Batch, concatenate
@@ -53,33 +54,17 @@ def run(settings: Rl, ctx: Context) -> dict[str, float]:
     if settings.kl is not None:
         reference = ctx.scorer("start", precision=settings.precision)
     critic = Critic(settings, ctx, policy) if settings.uses_critic else None
-    judge = None
-    if not settings.verified_only:
-        judge = make_reward(
-            settings.reward,
-            ctx,
-            policy=policy,
-            verifiers=pool,
-            precision=settings.precision,
-            seed=settings.seed,
-        )
+    judge = None if settings.verified_only else reward_function(settings, ctx, policy, pool)
     aux = AuxData(settings, ctx, policy.chat)
-    self_critique = None
-    if settings.critique is not None:
-        self_critique = critique.CritiqueLoss(settings, policy.chat)
+    verdicts = critique.CritiqueLoss(settings, policy.chat)
     log = RolloutLog(ctx.out)
     problems = ProblemSampler(settings, ctx, log)
-    moves = settings.kl is not None and settings.kl.reference_every is not None
-    for step, s in ctx.steps(
-        settings,
-        settings.steps,
-        replayed=[problems],
-        policy=policy,
-        reference=reference if moves else None,
-        critic=critic,
-    ):
+    # What a step checkpoint holds; a reference that never moves is read from the start again.
+    every = None if settings.kl is None else settings.kl.reference_every
+    parts = {"policy": policy, "reference": reference if every else None, "critic": critic}
+    for step, s in ctx.steps(settings, settings.steps, replayed=[problems], **parts):
         sampler.sync(policy)
-        if s.kl is not None and reference is not None and _is_due(s.kl.reference_every, step):
+        if reference is not None and every and step > 0 and step % every == 0:
             reference.sync(policy)
         tokens, metrics = profile(s, ctx, step, problems, sampler, pool)
 
@@ -92,37 +77,21 @@ def run(settings: Rl, ctx: Context) -> dict[str, float]:
             # Judge: other judges than the verifier put their score in place of its own.
             if judge is not None:
                 at = methodcaller("at", step, settings.steps, ctx.history)
-                scores, parts = judge.score(responses_of(drawn), at)
+                scores, said = judge.score(responses_of(drawn), at)
                 drawn["reward_B"] = torch.tensor(scores, dtype=torch.float32)
-                for label, values in parts.items():
+                for label, values in said.items():
                     judged.setdefault(label, []).extend(values)
             draws.append(drawn)
         # All that was sampled is logged; what is learned from is one batch of the size asked for.
         sampled, batch = concatenate(draws), problems.batch(s, draws)
         rows = log.write(
-            step,
-            sampled,
-            model=ctx.name,
-            temperature=s.temperature,
-            judged=judge is not None,
+            step, sampled, model=ctx.name, temperature=s.temperature, judged=judge is not None
         )
         metrics |= {f"judge/{label}": sum(given) / len(given) for label, given in judged.items()}
         metrics |= problems.metrics(s, draws) | problems.observe(s, rows) | s.scheduled()
 
         # Score: the reference reads the tokens, over the nucleus that they were drawn from.
-        if not s.replay_mask:
-            batch = batch.without("nucleus_count_N", "nucleus_ids_F")
-        batch["kl_weight_B"] = kl_weights(s, batch)
-        if reference is not None:
-            batch["ref_logp_N"] = reference.logprobs(batch, temperature=s.temperature)
-        if s.kl is not None and s.kl.where == "reward":
-            # Over the same tokens as the reference's: the sampler's may be over a nucleus.
-            same = s.replay_mask or s.top_p == 1
-            batch["policy_logp_N"] = (
-                batch["sampler_logp_N"]
-                if same
-                else policy.logprobs(batch, temperature=s.temperature)
-            )
+        batch = scored(s, batch, policy, reference)
 
         # Advantage: of every token; then the rows that teach nothing are left out.
         metrics |= add_advantages(s, batch, critic)
@@ -134,16 +103,14 @@ def run(settings: Rl, ctx: Context) -> dict[str, float]:
         minibatches = split(s, trained, step)
         if critic is not None and minibatches:
             metrics |= critic.update(s, minibatches, lr=lr)
-        verdicts: list[list[AuxLoss]] = [[] for _ in range(s.num_minibatches)]
-        if self_critique is not None and s.critique is not None:
-            verdicts = self_critique.losses(s.critique, s, step, rows)
-            metrics["critique_pairs"] = float(sum(part.count for own in verdicts for part in own))
+        compared, pairs = verdicts.losses(s, step, rows)
+        metrics |= pairs
         if minibatches and not _critic_only(s, step):
             add_old_logprobs(s, policy, trained, minibatches)
             loss = TokenLoss(policy_loss, s, temperature=s.temperature)
             updates = []
             for number, part in enumerate(minibatches):
-                further = [*aux.losses(step * s.num_minibatches + number, s), *verdicts[number]]
+                further = [*aux.losses(step * s.num_minibatches + number, s), *compared[number]]
                 count = part.num_tokens if isinstance(s.aggregation, TokenMean) else len(part)
                 updates.append(policy.update(part, loss, count=float(count), lr=lr, aux=further))
             metrics |= per_token(updates)
@@ -154,10 +121,6 @@ def run(settings: Rl, ctx: Context) -> dict[str, float]:
     policy.finish()
     policy.save(ctx.out)
     return {"reward": ctx.metrics["reward"], "tokens": ctx.tokens}
-
-
-def _is_due(every: int | None, step: int) -> bool:
-    return every is not None and step > 0 and step % every == 0
 
 
 def _critic_only(s: Rl, step: int) -> bool:
@@ -205,6 +168,40 @@ def profile(
     ]
     count = problems.take_profile(s, step, profiled)
     return sum(batch.num_tokens for batch in profiled), {"profiled": float(count)}
+
+
+def reward_function(
+    settings: Rl, ctx: Context, policy: Learner, pool: VerifierPool
+) -> RewardFunction:
+    """The judge of the settings, ready to be asked."""
+    return make_reward(
+        settings.reward,
+        ctx,
+        policy=policy,
+        verifiers=pool,
+        precision=settings.precision,
+        seed=settings.seed,
+    )
+
+
+def scored(s: Rl, batch: Batch, policy: Learner, reference: Scorer | None) -> Batch:
+    """The batch with `kl_weight_B` and, where there is a reference, its `ref_logp_N`.
+
+    For a KL in the reward also `policy_logp_N`, over the same tokens as the reference's: the
+    sampler's may be over a nucleus, which is left out without `replay_mask`.
+    """
+    if not s.replay_mask:
+        batch = batch.without("nucleus_count_N", "nucleus_ids_F")
+    batch["kl_weight_B"] = kl_weights(s, batch)
+    if s.kl is not None and reference is not None:
+        batch["ref_logp_N"] = reference.logprobs(batch, temperature=s.temperature)
+        if s.kl.where == "reward":
+            batch["policy_logp_N"] = (
+                batch["sampler_logp_N"]
+                if s.replay_mask or s.top_p == 1
+                else policy.logprobs(batch, temperature=s.temperature)
+            )
+    return batch
 
 
 def kl_weights(s: Rl, batch: Batch) -> Tensor:
