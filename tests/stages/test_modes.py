@@ -16,7 +16,8 @@ from posttrain.rewards.spec import VerifierSpec
 from posttrain.rewards.verifiers import load_verifier
 from posttrain.stages.config import build_config
 from posttrain.stages.pair_data import draw_batch
-from posttrain.suites.domain import Domain, Table, build_domain, domain_node
+from posttrain.suites.build import build_domain
+from posttrain.suites.domain import Domain, Table, domain_node
 
 BOTH = ["think", "no_think"]
 TINY: dict[str, Any] = {
