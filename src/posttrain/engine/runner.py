@@ -35,7 +35,7 @@ _POLL_SECONDS: Final = 0.05
 _PROGRESS_SECONDS: Final = 0.2
 
 EventKind: TypeAlias = Literal[
-    "started", "progress", "finished", "cached", "failed", "blocked", "waits"
+    "started", "progress", "finished", "cached", "failed", "blocked", "needs input"
 ]
 
 
@@ -46,7 +46,7 @@ class Event:
     Payload by kind: started {"reason", "threads", "log"}; progress: one line of metrics.jsonl as it
     is, or {"waiting": why} while another run works on that stage; finished {"metrics", "path"};
     cached {"path", "reason"}; failed {"error", "log"}; blocked {"reason"};
-    waits {"reason"}: it ended, and goes on in a later run when a file has been filled in.
+    needs input {"reason"}: it ended, and goes on in a later run when a file has been filled in.
     """
 
     kind: EventKind
@@ -268,7 +268,7 @@ class _Run:
                 running.work.release()
                 self.waits[name] = outcome
                 reason = {"reason": outcome.reason}
-                yield Event(kind="waits", name=name, seconds=seconds, payload=reason)
+                yield Event(kind="needs input", name=name, seconds=seconds, payload=reason)
             elif isinstance(outcome, Failure):
                 running.work.release()
                 self.failures[name] = outcome
