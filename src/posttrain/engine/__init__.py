@@ -10,7 +10,6 @@ artifacts and bytes.
     record.py       the one record file of an artifact
     store.py        directory store: find, resolve, begin, commit
     work.py         the work directory of a stage in progress: lock, step checkpoint
-    commit.py       the steps of a commit
     atomic.py       durable writes, a full disk as a message
     transfer.py     adopt outside files, export an artifact with its history
     ancestry.py     lineage, verification of the hash chain, garbage collection

@@ -152,10 +152,8 @@ class _Run:
                 raise _interrupted(self.store.root, self.running.values()) from None
             finally:
                 stop(self.running.values())
-        if self.failures:
-            raise _failed(self.failures, self.waits, self.blocked)
-        if self.waits:
-            raise _unfilled(self.waits, self.blocked)
+        if self.failures or self.waits:
+            raise _ended(self.failures, self.waits, self.blocked)
 
     # -- starting --------------------------------------------------------------------------------
 
@@ -325,26 +323,16 @@ def _interrupted(root: Path, running: Iterable[Running]) -> Interrupted:
     )
 
 
-def _failed(
+def _ended(
     failures: Mapping[str, Failure], waits: Mapping[str, Wait], blocked: Mapping[str, str]
-) -> StageError:
-    """At least one stage failed. The exit code is the first failure's."""
+) -> StageError | Waiting:
+    """Why the target was not made: at least one stage failed, or else waits for a file to be filled
+    in. The exit code is the first failure's."""
     lines = [failure.describe(name) for name, failure in failures.items()]
-    lines += _waiting(waits) + _blocked(blocked)
+    lines += [f"stage {name} waits: {wait.reason}" for name, wait in waits.items()]
+    lines += [f"blocked: {name}: {reason}" for name, reason in blocked.items()]
+    if not failures:
+        lines.append("What finished is kept. Once this is filled in, run the same command again.")
+        return Waiting("\n".join(lines))
     lines.append("What finished is kept; once the cause is mended, run the same command again.")
-    first = next(iter(failures.values()))
-    return StageError("\n".join(lines), exit_code=first.exit_code)
-
-
-def _unfilled(waits: Mapping[str, Wait], blocked: Mapping[str, str]) -> Waiting:
-    """No stage failed, and at least one waits for a file to be filled in."""
-    last = "What finished is kept. Once this is filled in, run the same command again."
-    return Waiting("\n".join([*_waiting(waits), *_blocked(blocked), last]))
-
-
-def _waiting(waits: Mapping[str, Wait]) -> list[str]:
-    return [f"stage {name} waits: {wait.reason}" for name, wait in waits.items()]
-
-
-def _blocked(blocked: Mapping[str, str]) -> list[str]:
-    return [f"blocked: {name}: {reason}" for name, reason in blocked.items()]
+    return StageError("\n".join(lines), exit_code=next(iter(failures.values())).exit_code)
