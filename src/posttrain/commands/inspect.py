@@ -13,12 +13,13 @@ from posttrain.commands import options
 from posttrain.commands.output import age, console, emit, plain_table
 from posttrain.engine import ancestry
 from posttrain.engine.ancestry import Ancestor
+from posttrain.engine.atomic import human_bytes
 from posttrain.engine.fingerprint import ABSENT, diff_payloads
 from posttrain.engine.record import SHORT, Artifact, label_of
 from posttrain.engine.store import Store
 from posttrain.report.gather import EVALUATION, read_json
 from posttrain.report.terminal import evaluation_table
-from posttrain.report.wording import duration, headline, number, size
+from posttrain.report.wording import duration, headline, number
 from posttrain.stages.kinds import shown_kind
 
 
@@ -41,7 +42,7 @@ def ls(store: options.StorePath = options.DEFAULT_STORE, as_json: options.Json =
             Text(artifact.name),
             artifact.kind,
             Text(artifact.fingerprint[:SHORT], "dim"),
-            size(artifact.bytes),
+            human_bytes(artifact.bytes),
             age(artifact.created),
             Text(key_metric(artifact)),
         )
@@ -88,7 +89,7 @@ def show(
         "data": found.payload["data"],
         "settings": found.config,
         "metrics": {key: number(value) for key, value in found.metrics.items()},
-        "files": {file: size(entry["bytes"]) for file, entry in found.files.items()},
+        "files": {file: human_bytes(entry["bytes"]) for file, entry in found.files.items()},
         "provenance": {key: _fact(key, value) for key, value in found.provenance.items()},
         "history": {r["name"]: f"{r['kind']}, {r['created'][:16]}" for r in found.history},
     }

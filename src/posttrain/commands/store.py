@@ -18,7 +18,7 @@ from posttrain.commands.output import console, emit, plain_table
 from posttrain.commands.run import PACKAGES
 from posttrain.engine import ancestry, transfer
 from posttrain.engine.ancestry import Removed
-from posttrain.engine.atomic import guarded, write_whole
+from posttrain.engine.atomic import guarded, human_bytes, write_whole
 from posttrain.engine.errors import ConfigError, StoreError
 from posttrain.engine.provenance import capture
 from posttrain.engine.record import Artifact, label_of
@@ -26,7 +26,6 @@ from posttrain.engine.store import Store
 from posttrain.engine.transfer import read_history
 from posttrain.report.card import model_card
 from posttrain.report.gather import scores_of
-from posttrain.report.wording import size
 from posttrain.stages.kinds import KINDS, shown_kind
 
 
@@ -123,15 +122,7 @@ def export(
     if shown_kind(found.kind).is_model():
         # The card that came with the files does not know what was scored since.
         scores = scores_of(place, found)
-        card = model_card(
-            name=found.name,
-            kind=found.kind,
-            fingerprint=found.fingerprint,
-            config=found.config,
-            inputs=found.inputs,
-            metrics=found.metrics,
-            scores=scores,
-        )
+        card = model_card(found.record, scores)
         with guarded(path, "writing the model card"):
             write_whole(path / "README.md", card.encode())
     evaluations = [label_of(score) for score in scores]
@@ -140,7 +131,7 @@ def export(
         told = {"artifact": found.label, "path": str(path)}
         emit(told | {"files": files, "evaluations": evaluations})
         return
-    text = Text.assemble((found.label, "bold"), f" -> {path} ({size(found.bytes)})")
+    text = Text.assemble((found.label, "bold"), f" -> {path} ({human_bytes(found.bytes)})")
     if scores:
         text.append(f", card with the scores of {', '.join(evaluations)}")
     console().print(text, soft_wrap=True)
@@ -247,7 +238,7 @@ def gc(
     _list(out, place, removed)
     if removed and not dry_run and (yes or _confirm()):
         removed = ancestry.gc(place, kept)
-        freed = size(sum(item.bytes for item in removed))
+        freed = human_bytes(sum(item.bytes for item in removed))
         out.print(Text(f"removed {len(removed)}, {freed} freed", "bold"))
     if as_json:
         items = [{"label": i.label, "path": str(i.path), "bytes": i.bytes} for i in removed]
@@ -269,9 +260,9 @@ def _list(out: Console, store: Store, found: Sequence[Removed]) -> None:
     table = plain_table("artifact", "size", show_header=False)
     table.columns[1].justify = "right"
     for item in found:
-        table.add_row(Text(item.label), size(item.bytes))
+        table.add_row(Text(item.label), human_bytes(item.bytes))
     out.print(table)
-    total = size(sum(item.bytes for item in found))
+    total = human_bytes(sum(item.bytes for item in found))
     out.print(Text(f"{len(found)} not needed, {total}", "bold"))
 
 

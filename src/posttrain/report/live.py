@@ -172,7 +172,8 @@ class LiveView:
 
     def _plain(self, event: Event, stage: Progress) -> str | None:
         """The line that an event is worth, if any."""
-        word, name, text = stage.state, stage.name, stage.reason
+        word: str = stage.state
+        name, text = stage.name, stage.reason
         now, told = time.monotonic(), self._told.get(name)
         # That another run works on a stage is said once.
         lately = told is not None and (stage.state == "pending" or now - told < PLAIN_SECONDS)

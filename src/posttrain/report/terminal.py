@@ -25,7 +25,6 @@ from posttrain.report.scores import (
     forgetting,
     has_teachers,
     norm_coverage,
-    norms,
     notes,
     split_name,
     verdict,
@@ -105,7 +104,7 @@ def _scores(evaluation: Evaluation, digits: int) -> Table:
                 baseline = percent(row["constant"]["value"])
                 line.append(Text(baseline, style="yellow" if name in easy else ""))
             table.add_row(*line)
-    if any(norms(evaluation, decoding)["norm"] is not None for decoding in DECODINGS):
+    if any(decoded(evaluation, decoding)["norm"] is not None for decoding in DECODINGS):
         table.add_section()
         for label in ("Norm (mean)", "minimum"):
             for decoding in DECODINGS:
@@ -138,7 +137,7 @@ def _recovery(value: Mapping[str, float] | None) -> Text:
 
 def _norm_row(evaluation: Evaluation, label: str, decoding: str) -> list[Text]:
     """Norm with its interval, or the lowest recovery, in the column of recoveries."""
-    found = norms(evaluation, decoding)
+    found = decoded(evaluation, decoding)
     cell, over = _cell(DASH), ""
     if found["norm"] is not None and label == "minimum":
         cell = _cell(fixed(found["min_recovery"], 2), style="bold")
