@@ -57,7 +57,7 @@ def test_adopted_files_are_found_by_a_graph(store: Store, outside: Path, link: b
 
 def test_adopting_twice_gives_the_first(store: Store, outside: Path) -> None:
     assert adopt(store, outside) == adopt(store, outside, name="again")
-    assert adopt(store, outside, config={"x": 1}) != adopt(store, outside)
+    assert adopt(store, outside, version=2) != adopt(store, outside)
 
 
 def test_a_changed_linked_file_is_found(store: Store, outside: Path) -> None:

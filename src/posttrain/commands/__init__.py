@@ -5,8 +5,7 @@ report.py    report, recipes
 inspect.py   ls, show, lineage, diff
 store.py     adopt, export, verify, gc
 chat.py      chat
-options.py   options that several commands take
-output.py    where human text and JSON go
+io.py        options that several commands take, where text and JSON are written
 
 All of them are imported for `posttrain --help`, so what is slow to import (torch, pydantic, jinja2)
 is imported inside a command.

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
-from posttrain.commands import options
-from posttrain.commands.output import console
+from posttrain.commands import io
+from posttrain.commands.io import console
 from posttrain.engine.errors import ConfigError
 from posttrain.engine.store import Store
 from posttrain.stages.kinds import kinds_making, shown_kind
@@ -36,7 +36,7 @@ def chat(
         int | None, typer.Option("--max-new-tokens", min=1, help="Longest response.")
     ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the sampling.")] = 0,
-    store: options.StorePath = options.DEFAULT_STORE,
+    store: io.StorePath = io.DEFAULT_STORE,
 ) -> None:
     """Talk to a model, one message at a time."""
     import torch

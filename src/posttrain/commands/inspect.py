@@ -9,8 +9,8 @@ from typing import Any
 from rich.text import Text
 from rich.tree import Tree
 
-from posttrain.commands import options
-from posttrain.commands.output import age, console, emit, plain_table
+from posttrain.commands import io
+from posttrain.commands.io import age, console, emit, plain_table
 from posttrain.engine import ancestry
 from posttrain.engine.ancestry import Ancestor
 from posttrain.engine.atomic import human_bytes
@@ -23,7 +23,7 @@ from posttrain.report.wording import duration, headline, number
 from posttrain.stages.kinds import shown_kind
 
 
-def ls(store: options.StorePath = options.DEFAULT_STORE, as_json: options.Json = False) -> None:
+def ls(store: io.StorePath = io.DEFAULT_STORE, as_json: io.Json = False) -> None:
     """List all artifacts, newest first."""
     place = Store(store)
     artifacts = place.list()[::-1]
@@ -70,9 +70,9 @@ def key_metric(artifact: Artifact) -> str:
 
 
 def show(
-    artifact: options.ArtifactName,
-    store: options.StorePath = options.DEFAULT_STORE,
-    as_json: options.Json = False,
+    artifact: io.ArtifactName,
+    store: io.StorePath = io.DEFAULT_STORE,
+    as_json: io.Json = False,
 ) -> None:
     """Show the record of an artifact: inputs, settings, metrics, files, provenance."""
     found = Store(store).resolve(artifact)
@@ -126,9 +126,9 @@ def _fact(key: str, value: Any) -> str:
 
 
 def lineage(
-    artifact: options.ArtifactName,
-    store: options.StorePath = options.DEFAULT_STORE,
-    as_json: options.Json = False,
+    artifact: io.ArtifactName,
+    store: io.StorePath = io.DEFAULT_STORE,
+    as_json: io.Json = False,
 ) -> None:
     """Show what an artifact descends from."""
     place = Store(store)
@@ -199,10 +199,10 @@ def _node(ancestor: Ancestor, edge: str, *, again: bool = False) -> Text:
 
 
 def diff(
-    a: options.ArtifactName,
-    b: options.ArtifactName,
-    store: options.StorePath = options.DEFAULT_STORE,
-    as_json: options.Json = False,
+    a: io.ArtifactName,
+    b: io.ArtifactName,
+    store: io.StorePath = io.DEFAULT_STORE,
+    as_json: io.Json = False,
 ) -> None:
     """Show in which settings, data and ancestors two artifacts differ, and their metrics."""
     place = Store(store)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from posttrain.commands import options
-from posttrain.commands.output import console, emit, plain_table
+from posttrain.commands import io
+from posttrain.commands.io import console, emit, plain_table
 from posttrain.engine.atomic import guarded
 from posttrain.engine.errors import ConfigError, StoreError
 from posttrain.engine.record import Artifact
@@ -28,11 +28,11 @@ def report(
             metavar="[RECIPE|ARTIFACT]", help="What it is about. Default: the newest evaluation."
         ),
     ] = None,
-    settings: options.Settings = None,
-    suite: options.SuiteName = None,
-    store: options.StorePath = options.DEFAULT_STORE,
-    seed: options.Seed = None,
-    report: options.ReportPath = options.DEFAULT_REPORT,
+    settings: io.Settings = None,
+    suite: io.SuiteName = None,
+    store: io.StorePath = io.DEFAULT_STORE,
+    seed: io.Seed = None,
+    report: io.ReportPath = io.DEFAULT_REPORT,
 ) -> None:
     """Write the report again, from what is in the store."""
     from posttrain.language.loader import is_recipe, load_recipe
@@ -125,7 +125,7 @@ def write_report_of(
     return True
 
 
-def recipes(as_json: options.Json = False) -> None:
+def recipes(as_json: io.Json = False) -> None:
     """List the shipped recipes, each with its source."""
     from posttrain.language.loader import describe, shipped_recipes
 

@@ -12,8 +12,8 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from posttrain.commands import options
-from posttrain.commands.output import console, emit, plain_table
+from posttrain.commands import io
+from posttrain.commands.io import console, emit, plain_table
 from posttrain.commands.report import check_report_path, write_report_of
 from posttrain.engine.errors import Interrupted, PosttrainError
 from posttrain.engine.planner import PlanRow
@@ -54,10 +54,10 @@ made before they were kept."""
 
 
 def run(
-    recipe: options.RecipeName,
-    settings: options.Settings = None,
-    suite: options.SuiteName = None,
-    store: options.StorePath = options.DEFAULT_STORE,
+    recipe: io.RecipeName,
+    settings: io.Settings = None,
+    suite: io.SuiteName = None,
+    store: io.StorePath = io.DEFAULT_STORE,
     jobs: Annotated[
         int | None,
         typer.Option("--jobs", min=1, help="Stages at once. Default: number of cores; 1 on CUDA."),
@@ -69,10 +69,10 @@ def run(
     compile: Annotated[
         bool, typer.Option("--compile", help="Compile the model that learns; on CUDA only.")
     ] = False,
-    seed: options.Seed = None,
-    report: options.ReportPath = options.DEFAULT_REPORT,
+    seed: io.Seed = None,
+    report: io.ReportPath = io.DEFAULT_REPORT,
     no_report: Annotated[bool, typer.Option("--no-report", help="Write no report.")] = False,
-    as_json: options.Json = False,
+    as_json: io.Json = False,
 ) -> None:
     """Make what a recipe asks for. What the store has already is not made again."""
     from posttrain.language.loader import load_recipe
@@ -211,12 +211,12 @@ def _make(loaded: Loaded, store: Store, view: LiveView, how: How) -> None:
 
 
 def plan(
-    recipe: options.RecipeName,
-    settings: options.Settings = None,
-    suite: options.SuiteName = None,
-    store: options.StorePath = options.DEFAULT_STORE,
-    seed: options.Seed = None,
-    as_json: options.Json = False,
+    recipe: io.RecipeName,
+    settings: io.Settings = None,
+    suite: io.SuiteName = None,
+    store: io.StorePath = io.DEFAULT_STORE,
+    seed: io.Seed = None,
+    as_json: io.Json = False,
 ) -> None:
     """Tell what `run` would do, stage by stage, and why. Runs nothing."""
     from posttrain.language.loader import load_recipe

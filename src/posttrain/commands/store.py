@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.text import Text
 
 from posttrain.backends.checkpoint_source import find_checkpoint
-from posttrain.commands import options
-from posttrain.commands.output import console, emit, plain_table
+from posttrain.commands import io
+from posttrain.commands.io import console, emit, plain_table
 from posttrain.commands.run import PACKAGES
 from posttrain.engine import ancestry, transfer
 from posttrain.engine.ancestry import Removed
@@ -39,8 +39,8 @@ def adopt(
     copy: Annotated[
         bool, typer.Option("--copy", help="Copy the files; without it they are linked.")
     ] = False,
-    store: options.StorePath = options.DEFAULT_STORE,
-    as_json: options.Json = False,
+    store: io.StorePath = io.DEFAULT_STORE,
+    as_json: io.Json = False,
 ) -> None:
     """Bring a checkpoint from outside into the store, with its history if it was exported."""
     place = Store(store)
@@ -109,10 +109,10 @@ def count_parameters(directory: Path) -> int:
 
 
 def export(
-    artifact: options.ArtifactName,
+    artifact: io.ArtifactName,
     target: Annotated[Path, typer.Argument(metavar="DIR", help="A new directory.")],
-    store: options.StorePath = options.DEFAULT_STORE,
-    as_json: options.Json = False,
+    store: io.StorePath = io.DEFAULT_STORE,
+    as_json: io.Json = False,
 ) -> None:
     """Copy an artifact out of the store: a checkpoint that stands alone, with its history."""
     place = Store(store)
@@ -144,8 +144,8 @@ def verify(
     everything: Annotated[
         bool, typer.Option("--all", help="Check the whole store, as without any ARTIFACT.")
     ] = False,
-    store: options.StorePath = options.DEFAULT_STORE,
-    as_json: options.Json = False,
+    store: io.StorePath = io.DEFAULT_STORE,
+    as_json: io.Json = False,
 ) -> None:
     """Recompute the hashes of files, data and records along whole ancestries.
 
@@ -153,51 +153,34 @@ def verify(
     """
     place = Store(store)
     problems: list[str] = []
-    chosen, starts = _chosen(place, [] if everything else artifacts or [], problems)
+    if artifacts and not everything:
+        starts = [place.resolve(name) for name in artifacts]
+    else:
+        starts = []
+        for path in place.index().values():
+            try:
+                starts.append(place.load(path))
+            except StoreError as error:
+                problems.append(str(error))
+    checked: dict[str, Artifact] = {}
     for artifact in starts:
-        problems += [p for p in ancestry.verify(place, artifact) if p not in problems]
-    records: set[str] = set()
-    for artifact in chosen:
-        records |= {artifact.fingerprint, *(record["fingerprint"] for record in artifact.history)}
-    files = sum(len(artifact.files) for artifact in chosen)
+        problems += ancestry.verify(place, artifact, checked)
+    records = set(checked)
+    for artifact in checked.values():
+        records |= {record["fingerprint"] for record in artifact.history}
+    files = sum(len(artifact.files) for artifact in checked.values())
     if as_json:
-        counts = {"artifacts": len(chosen), "files": files, "records": len(records)}
+        counts = {"artifacts": len(checked), "files": files, "records": len(records)}
         emit({"ok": not problems, "problems": problems, **counts})
     else:
         out = console()
         for problem in problems:
             out.print(Text.assemble(("✗ ", "bold red"), problem), soft_wrap=True)
         state = (f"{len(problems)} problems", "bold red") if problems else ("ok", "bold green")
-        checked = f"{files} files and {len(records)} records of {len(chosen)} artifacts checked"
-        out.print(Text.assemble(state, f": {checked}"))
+        said = f"{files} files and {len(records)} records of {len(checked)} artifacts checked"
+        out.print(Text.assemble(state, f": {said}"))
     if problems:
         raise typer.Exit(1)
-
-
-def _chosen(
-    store: Store, names: Sequence[str], problems: list[str]
-) -> tuple[list[Artifact], list[Artifact]]:
-    """All artifacts to check, and those among them whose ancestries cover them all."""
-    if names:
-        starts = [store.resolve(name) for name in names]
-        found: dict[str, Artifact] = {}
-        for start in starts:
-            try:
-                ancestors = ancestry.lineage(store, start)
-            except StoreError:
-                # `Store.verify` tells about the damaged record.
-                found[start.fingerprint] = start
-                continue
-            found |= {a.artifact.fingerprint: a.artifact for a in ancestors if a.artifact}
-        return list(found.values()), starts
-    artifacts = []
-    for path in store.index().values():
-        try:
-            artifacts.append(store.load(path))
-        except StoreError as error:
-            problems.append(str(error))
-    used = {source["fingerprint"] for a in artifacts for source in a.inputs.values()}
-    return artifacts, [a for a in artifacts if a.fingerprint not in used]
 
 
 def gc(
@@ -215,8 +198,8 @@ def gc(
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what would go.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
-    store: options.StorePath = options.DEFAULT_STORE,
-    as_json: options.Json = False,
+    store: io.StorePath = io.DEFAULT_STORE,
+    as_json: io.Json = False,
 ) -> None:
     """Remove artifacts that nothing needs.
 

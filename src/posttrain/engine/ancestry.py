@@ -90,22 +90,25 @@ def _from_history(history: Sequence[Record], *, known: Mapping[str, Any]) -> dic
     return found
 
 
-def verify(store: Store, artifact: Artifact) -> list[str]:
+def verify(
+    store: Store, artifact: Artifact, checked: dict[str, Artifact] | None = None
+) -> list[str]:
     """Problems along the whole ancestry of `artifact`; [] when it is sound.
 
     Recomputes the hash of every file and record and the fingerprint of every payload, follows the
     hash chain to the records of the inputs, and checks a history that came with adopted files in
-    the same way.
+    the same way. What is in `checked` (fingerprint -> artifact) is not looked at again; what was
+    looked at is added to it.
     """
     index = store.index()
     problems: list[str] = []
-    seen: set[str] = set()
+    checked = {} if checked is None else checked
     frontier = [artifact]
     while frontier:
         current = frontier.pop()
-        if current.fingerprint in seen:
+        if current.fingerprint in checked:
             continue
-        seen.add(current.fingerprint)
+        checked[current.fingerprint] = current
         problems += record_problems(current.record) + list(_file_problems(current))
         problems += history_problems(current.history)
         hashes = {name: entry["sha256"] for name, entry in current.files.items()}

@@ -37,12 +37,11 @@ def adopt(
     data: Mapping[str, str] | None = None,
     history: Sequence[Record] = (),
     version: int = 1,
-    config: Mapping[str, Any] | None = None,
 ) -> Artifact:
     """Commit `files` below `source` as an artifact without inputs.
 
     The fingerprint follows the same rule as in a graph, so a graph with a node of the same kind,
-    version, config and `data` (default: the digest of the files) finds it. With `link` the artifact
+    version and `data` (default: the digest of the files) finds it. With `link` the artifact
     holds links to the files where they are, else copies. `history` holds the records that came with
     the files (see `read_history`). An artifact with that fingerprint that is there already is
     returned as it is. Raises StoreError: a file is missing or outside `source`, or the history is
@@ -64,7 +63,7 @@ def adopt(
         )
     if data is None:
         data = {"files": files_digest(source, files, store.hashes.digest)}
-    node = Node(name=name, kind=kind, version=version, config=config or {}, data=data)
+    node = Node(name=name, kind=kind, version=version, data=data)
     fingerprint = digest(payload(node, {}))
     work = store.begin(fingerprint)
     assert work is not None  # begin waits
