@@ -70,16 +70,6 @@ def test_a_changed_linked_file_is_found(store: Store, outside: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [("c.bin", "there is no file"), ("../x", "below it"), ("/etc/passwd", "below it")],
-)
-def test_a_file_that_is_not_there(store: Store, outside: Path, name: str, message: str) -> None:
-    with pytest.raises(StoreError, match=message):
-        adopt(store, outside, files=[name], data={})
-    assert store.list() == []
-
-
 def test_a_full_disk_while_adopting(
     store: Store, outside: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -101,31 +101,26 @@ class Store:
         if directory.parent.parent == self.root / "artifacts":
             text = directory.name
         paths = {path.name: path for path in self._directories()}
-        tiers = (
-            [label for label in paths if label[: -SHORT - 1] == text],
-            [
-                label
-                for label in paths
-                if label.startswith(text) and len(text) > len(label) - SHORT - 1
-            ],
-            [
-                label
-                for label in paths
-                if len(text) >= 4 and label[-SHORT:].startswith(text[:SHORT])
-            ],
-        )
-        chosen = next((tier for tier in tiers if tier), [])
-        found = [self.load(paths[label]) for label in chosen]
-        if len(text) > SHORT:
-            by_name = [label for label in chosen if not label[-SHORT:].startswith(text[:SHORT])]
-            found = [a for a in found if a.label in by_name or a.fingerprint.startswith(text)]
+        by_name = [label for label in paths if label[: -SHORT - 1] == text]
+        by_label = [
+            label
+            for label in paths
+            if label.startswith(text) and len(text) > len(label) - SHORT - 1
+        ]
+        by_fingerprint = [
+            label for label in paths if len(text) >= 4 and label[-SHORT:].startswith(text[:SHORT])
+        ]
+        found = [self.load(paths[label]) for label in by_name or by_label or by_fingerprint]
+        if not by_name and not by_label:
+            # Beyond the digits in the label the record has to agree.
+            found = [artifact for artifact in found if artifact.fingerprint.startswith(text)]
         if len(found) == 1:
             return found[0]
         if found:
             found.sort(key=lambda artifact: artifact.created)
             choices = "\n".join(f"  {a.label}  ({a.kind}, {a.created[:16]})" for a in found)
             raise StoreError(f"{text!r} could be {len(found)} artifacts; give one of:\n{choices}")
-        choices = choices_text(text, {label[: -SHORT - 1] for label in paths}, label="artifacts")
+        choices = choices_text(text, names.values(), label="artifacts")
         raise StoreError(f"no artifact {text!r} in {self.root}; {choices}")
 
     # -- writing ---------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Final
 
 from posttrain.engine.ancestry import history_problems, lineage, vouching_problems
@@ -44,15 +44,9 @@ def adopt(
     version and `data` (default: the digest of the files) finds it. With `link` the artifact
     holds links to the files where they are, else copies. `history` holds the records that came with
     the files (see `read_history`). An artifact with that fingerprint that is there already is
-    returned as it is. Raises StoreError: a file is missing or outside `source`, or the history is
-    broken or is not that of these files.
+    returned as it is. Raises StoreError: the history is broken or is not that of these files.
     """
     source = source.absolute()
-    for file in files:
-        if PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts:
-            raise StoreError(f"cannot adopt {file!r}: name files relative to {source}, below it")
-        if not (source / file).is_file():
-            raise StoreError(f"cannot adopt {file!r}: there is no file {source / file}")
     problems = history_problems(history)
     if history:
         problems += vouching_problems({n: store.hashes.digest(source / n) for n in files}, history)
