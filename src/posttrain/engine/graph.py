@@ -12,10 +12,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from graphlib import CycleError, TopologicalSorter
-from typing import Any
+from typing import Any, TypeVar
 
 from posttrain.engine.errors import GraphError, choices_text
 from posttrain.engine.fingerprint import digest, plain
+
+T = TypeVar("T")
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
 
@@ -73,8 +75,7 @@ def payload(node: Node, input_fingerprints: Mapping[str, str]) -> dict[str, Any]
 class Graph:
     """All nodes by name, and the one that is wanted.
 
-    Raises GraphError (from every method) for a cycle, an unknown input or target, or a node filed
-    under a wrong name.
+    Raises GraphError (from every method) for a cycle, and an unknown input or target.
     """
 
     nodes: Mapping[str, Node]
@@ -150,12 +151,6 @@ class Graph:
         return found
 
     def _needed(self) -> set[str]:
-        for name, node in self.nodes.items():
-            if name != node.name:
-                raise GraphError(
-                    f"node {node.name!r} is filed under the name {name!r}; "
-                    f"use its own name as the key"
-                )
         if self.target not in self.nodes:
             known = choices_text(self.target, self.nodes, label="stages")
             raise GraphError(f"unknown target {self.target!r}; {known}")
@@ -172,3 +167,39 @@ class Graph:
                     needed.add(source)
                     frontier.append(source)
         return needed
+
+
+# -- names of edges: a role such as "start", or one of several with a role, "data.0" ---------------
+
+
+def edge_name(role: str, *names: str) -> str:
+    """The edge of that role and name.
+
+    >>> edge_name("domains", "sums")
+    'domains.sums'
+    """
+    return ".".join((role, *names))
+
+
+def role_of(edge: str) -> str:
+    """What an edge is for: "domains" of "domains.sums", "start" of "start"."""
+    return edge.partition(".")[0]
+
+
+def named(inputs: Mapping[str, T], role: str) -> dict[str, T]:
+    """Those of the inputs whose edges have that role, by what follows it.
+
+    >>> named({"start": "a", "data.0": "b", "data.1": "c"}, "data")
+    {'0': 'b', '1': 'c'}
+    """
+    prefix = f"{role}."
+    return {e.removeprefix(prefix): value for e, value in inputs.items() if e.startswith(prefix)}
+
+
+def with_role(inputs: Mapping[str, T], *roles: str) -> dict[str, T]:
+    """Those of the inputs that have one of these roles, by edge.
+
+    >>> with_role({"start": "a", "data": "b", "data.1": "c"}, "data")
+    {'data': 'b', 'data.1': 'c'}
+    """
+    return {edge: value for edge, value in inputs.items() if role_of(edge) in roles}

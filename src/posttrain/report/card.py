@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from posttrain.engine.edges import edge_name
+from posttrain.engine.graph import edge_name
 from posttrain.engine.record import SHORT
 from posttrain.report.scores import norm_coverage, split_name
 from posttrain.report.wording import DASH, fixed, flat, number, percent, percent_range

@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from posttrain.engine import ancestry
-from posttrain.engine.edges import named
+from posttrain.engine.graph import named
 from posttrain.engine.record import Artifact, Recorded
 from posttrain.engine.store import Store
 from posttrain.engine.work import METRICS

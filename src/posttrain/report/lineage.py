@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
 
-from posttrain.engine.edges import role_of
+from posttrain.engine.graph import role_of
 from posttrain.report.gather import StageFacts
 from posttrain.report.wording import headline
 
