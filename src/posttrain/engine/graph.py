@@ -152,16 +152,17 @@ class Graph:
 
     def _needed(self) -> set[str]:
         if self.target not in self.nodes:
-            known = choices_text(self.target, self.nodes, label="stages")
+            known = choices_text(self.target, self.nodes, label="known stages")
             raise GraphError(f"unknown target {self.target!r}; {known}")
         needed, frontier = {self.target}, [self.target]
         while frontier:
             node = self.nodes[frontier.pop()]
             for edge, source in node.inputs.items():
                 if source not in self.nodes:
+                    known = choices_text(source, self.nodes, label="known stages")
                     raise GraphError(
                         f"input {edge!r} of stage {node.name!r} is {source!r}, "
-                        f"which is not a stage; {choices_text(source, self.nodes, label='stages')}"
+                        f"which is not a stage; {known}"
                     )
                 if source not in needed:
                     needed.add(source)

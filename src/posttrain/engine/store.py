@@ -101,11 +101,10 @@ class Store:
         if directory.parent.parent == self.root / "artifacts":
             text = directory.name
         paths = {path.name: path for path in self._directories()}
-        by_name = [label for label in paths if label[: -SHORT - 1] == text]
+        names = {label: label[: -SHORT - 1] for label in paths}
+        by_name = [label for label in paths if names[label] == text]
         by_label = [
-            label
-            for label in paths
-            if label.startswith(text) and len(text) > len(label) - SHORT - 1
+            label for label in paths if label.startswith(text) and len(text) > len(names[label])
         ]
         by_fingerprint = [
             label for label in paths if len(text) >= 4 and label[-SHORT:].startswith(text[:SHORT])
@@ -120,8 +119,8 @@ class Store:
             found.sort(key=lambda artifact: artifact.created)
             choices = "\n".join(f"  {a.label}  ({a.kind}, {a.created[:16]})" for a in found)
             raise StoreError(f"{text!r} could be {len(found)} artifacts; give one of:\n{choices}")
-        choices = choices_text(text, names.values(), label="artifacts")
-        raise StoreError(f"no artifact {text!r} in {self.root}; {choices}")
+        known = choices_text(text, names.values(), label="it has")
+        raise StoreError(f"no artifact {text!r} in {self.root}; {known}")
 
     # -- writing ---------------------------------------------------------------------------------
 
