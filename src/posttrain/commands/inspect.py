@@ -28,7 +28,19 @@ def ls(store: io.StorePath = io.DEFAULT_STORE, as_json: io.Json = False) -> None
     place = Store(store)
     artifacts = place.list()[::-1]
     if as_json:
-        emit({"store": str(place.root), "artifacts": [summary(a) for a in artifacts]})
+        listed = [
+            {
+                "name": artifact.name,
+                "kind": artifact.kind,
+                "fingerprint": artifact.fingerprint,
+                "path": str(artifact.path),
+                "bytes": artifact.bytes,
+                "created": artifact.created,
+                "metrics": artifact.metrics,
+            }
+            for artifact in artifacts
+        ]
+        emit({"store": str(place.root), "artifacts": listed})
         return
     out = console()
     if not artifacts:
@@ -47,19 +59,6 @@ def ls(store: io.StorePath = io.DEFAULT_STORE, as_json: io.Json = False) -> None
             Text(key_metric(artifact)),
         )
     out.print(table)
-
-
-def summary(artifact: Artifact) -> dict[str, Any]:
-    """One artifact as `ls --json` lists it."""
-    return {
-        "name": artifact.name,
-        "kind": artifact.kind,
-        "fingerprint": artifact.fingerprint,
-        "path": str(artifact.path),
-        "bytes": artifact.bytes,
-        "created": artifact.created,
-        "metrics": dict(artifact.metrics),
-    }
 
 
 def key_metric(artifact: Artifact) -> str:

@@ -29,8 +29,6 @@ from posttrain.engine.record import Artifact
 from posttrain.engine.store import Store
 from posttrain.engine.work import Work, read_step
 
-__all__ = ["Event", "Job", "PlanRow", "plan", "run"]
-
 _POLL_SECONDS: Final = 0.05
 _PROGRESS_SECONDS: Final = 0.2
 

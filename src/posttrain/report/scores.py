@@ -11,6 +11,7 @@ from typing import Any
 
 from posttrain.report.wording import percent, signed
 
+MODELS = ("init", "teacher", "student")
 DECODINGS = ("sampled", "greedy")
 DECODING_NAMES = {"sampled": "temperature 1", "greedy": "greedy"}
 MARGIN = 0.2

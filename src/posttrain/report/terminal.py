@@ -18,6 +18,7 @@ from rich.text import Text
 
 from posttrain.report.scores import (
     DECODINGS,
+    MODELS,
     Evaluation,
     Forgetting,
     constant_domains,
@@ -49,9 +50,6 @@ class FirstFit:
                 yield choice
                 return
         yield self.choices[-1]
-
-
-MODELS = ("init", "teacher", "student")
 
 
 def evaluation_table(evaluation: Evaluation) -> RenderableType:
