@@ -28,7 +28,7 @@ def recipe(r: Recipe) -> Stage:
     prompts = r.prompts(r.domains)
     good = r.sample(strong, prompts=prompts, k=4, name="good", **LIMIT)
     bad = r.sample(weak, prompts=prompts, k=4, name="bad", **LIMIT)
-    delta = r.pairs(good, against=bad, max_per_prompt=2, name="delta")
+    delta = r.pairs(good, against=bad, how=StrongAgainstWeak(2), name="delta")
     first = r.dpo(
         start=strong, data=delta, steps=5, loss="length_normalised", beta=5.0, name="first", **DPO
     )
