@@ -688,8 +688,8 @@ class _Compared(BaseModel):
     """The value that is compared: the score of the judge where there is one, else the reward."""
     min_margin: float | None = Field(None, gt=0)
     """Least value of the chosen response minus that of the rejected one; of a judge that compares
-    two responses the least strength of its preference, 1 to 4. Without it any difference will do,
-    and `StrongAgainstWeak` does not look at values at all."""
+    two responses the least strength of its preference, 1 to 4. Without it any difference will do.
+    `StrongAgainstWeak` looks at values only where this or `by` is given."""
 
 
 class BestAgainstWorst(Settings, _Compared):

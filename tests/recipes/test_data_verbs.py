@@ -222,10 +222,6 @@ BAD: list[tuple[Callable[[Recipe, Any], Any], str]] = [
         lambda r, b: r.pairs(rollouts(r, b), against=rollouts2(r, b), judge=judges.oracle()),
         "how = strong_against_weak asks no judge",
     ),
-    (
-        lambda r, b: r.best([b, start(r, "two")], judge=judges.oracle(), metric="greedy"),
-        "metric = greedy with a judge",
-    ),
 ]
 
 

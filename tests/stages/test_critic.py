@@ -11,8 +11,6 @@ from typing import Any, cast
 
 import pytest
 import torch
-from posttrain.rl.types import Rollouts
-from posttrain.stages.batches import sequences
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 

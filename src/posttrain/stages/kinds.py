@@ -58,7 +58,7 @@ class Kind:
     """How a model of this kind was made, after "Made by posttrain: "."""
     headline: tuple[str, ...] = ("reward", "kl", "loss", "norm", "rows")
     """Metrics for the one number shown while it runs: the first that it logs."""
-    number: tuple[str, str] = ("", "")
+    number: tuple[str, str] = ("rows", "rows")
     """The summary metric that says most about it, and what the lineage calls that."""
     unit: str = "steps"
     """What a step is."""
@@ -101,56 +101,58 @@ class Kind:
         return "model" in self.makes or "reward_model" in self.makes
 
 
-_SETTINGS = "posttrain.stages.settings"
-_CROSS_ENTROPY = {"loss": "cross-entropy, nats per token"}
+def _kind(name: str, settings: str, run: str, *makes: Product, **others: Any) -> Kind:
+    """A row of the table; places are named from `stages/settings/` and from `stages/`."""
+    settings, run = f"posttrain.stages.settings.{settings}", f"posttrain.stages.{run}"
+    return Kind(name=name, settings=settings, run=run, makes=makes, **others)
+
+
+_SUPERVISED: dict[str, Any] = {
+    "number": ("loss", "loss"),
+    "section": "Supervised stages",
+    "panels": ("loss",),
+    "hints": {"loss": "cross-entropy, nats per token"},
+}
 
 _ALL = (
-    Kind(
-        name="domain",
-        settings=f"{_SETTINGS}.models:DomainData",
-        run="posttrain.stages.outside:run_domain",
-        makes=("problems",),
+    _kind(
+        "domain",
+        "models:DomainData",
+        "models:run_domain",
+        "problems",
         from_outside=True,
         number=("train", "problems"),
     ),
-    Kind(
-        name="model",
-        settings=f"{_SETTINGS}.models:ExternalModel",
-        run="posttrain.stages.outside:run_model",
-        makes=("model",),
+    _kind(
+        "model",
+        "models:ExternalModel",
+        "models:run_model",
+        "model",
         from_outside=True,
         card="taken in from outside",
         number=("parameters", "parameters"),
     ),
-    Kind(
-        name="pretrain",
-        settings=f"{_SETTINGS}.supervised:Pretrain",
-        run="posttrain.stages.supervised:pretrain",
-        makes=("model",),
+    _kind(
+        "pretrain",
+        "offline:Pretrain",
+        "supervised:pretrain",
+        "model",
         card="pre-trained from nothing",
-        headline=("loss",),
-        number=("loss", "loss"),
-        section="Supervised stages",
-        panels=("loss",),
-        hints=_CROSS_ENTROPY,
+        **_SUPERVISED,
     ),
-    Kind(
-        name="sft",
-        settings=f"{_SETTINGS}.supervised:Sft",
-        run="posttrain.stages.supervised:sft",
-        makes=("model",),
+    _kind(
+        "sft",
+        "offline:Sft",
+        "supervised:sft",
+        "model",
         card="supervised fine-tuning",
-        headline=("loss",),
-        number=("loss", "loss"),
-        section="Supervised stages",
-        panels=("loss",),
-        hints=_CROSS_ENTROPY,
+        **_SUPERVISED,
     ),
-    Kind(
-        name="dpo",
-        settings=f"{_SETTINGS}.preference:DpoStage",
-        run="posttrain.stages.dpo:run",
-        makes=("model",),
+    _kind(
+        "dpo",
+        "offline:DpoStage",
+        "dpo:run",
+        "model",
         card="learning from preference pairs",
         headline=("accuracy",),
         number=("accuracy", "accuracy"),
@@ -158,11 +160,11 @@ _ALL = (
         panels=("loss", "accuracy", "margin", "logp_chosen", "logp_rejected"),
         hints={"loss": "mean over pairs; over responses with kto"},
     ),
-    Kind(
-        name="reward_model",
-        settings=f"{_SETTINGS}.preference:RewardModel",
-        run="posttrain.stages.reward_model:run",
-        makes=("reward_model",),
+    _kind(
+        "reward_model",
+        "offline:RewardModel",
+        "reward_model:run",
+        "reward_model",
         card="a reward model from preference pairs",
         headline=("accuracy",),
         number=("heldout_accuracy", "held-out"),
@@ -170,13 +172,13 @@ _ALL = (
         panels=("loss", "accuracy", "margin", "reward_mean"),
         hints={"loss": "mean over pairs; over prompts with per_prompt"},
     ),
-    Kind(
-        name="rl",
-        settings=f"{_SETTINGS}.rl:Rl",
-        run="posttrain.stages.rl:run",
-        makes=("model", "rollouts"),
+    _kind(
+        "rl",
+        "rl:Rl",
+        "rl:run",
+        "model",
+        "rollouts",
         card="reinforcement learning on verifiable rewards",
-        headline=("reward",),
         number=("reward", "reward"),
         section="Reinforcement learning",
         panels=(
@@ -186,11 +188,11 @@ _ALL = (
         titles={"accuracy": "Accuracy"},
         hints={"accuracy": "verifier's score, mean over the samples"},
     ),
-    Kind(
-        name="distill",
-        settings=f"{_SETTINGS}.distill:Distill",
-        run="posttrain.stages.distill:run",
-        makes=("model",),
+    _kind(
+        "distill",
+        "distill:Distill",
+        "distill:run",
+        "model",
         card="on-policy distillation from one teacher per domain",
         headline=("kl",),
         number=("kl", "KL"),
@@ -201,93 +203,43 @@ _ALL = (
         ),
         hints={"loss": "as the estimator weighs it"},
     ),
-    Kind(
-        name="merge",
-        settings=f"{_SETTINGS}.models:Merge",
-        run="posttrain.stages.merge:run",
-        makes=("model",),
+    _kind(
+        "merge",
+        "models:Merge",
+        "models:run_merge",
+        "model",
         card="merged from the weights of several models",
         number=("models", "models"),
     ),
-    Kind(
-        name="evaluate",
-        settings=f"{_SETTINGS}.models:Evaluate",
-        run="posttrain.stages.evaluate:run",
-        makes=("scores",),
-        headline=("norm",),
+    _kind(
+        "evaluate",
+        "models:Evaluate",
+        "evaluate:run",
+        "scores",
         number=("norm", "Norm"),
         unit="models",
     ),
-    Kind(
-        name="sample",
-        settings=f"{_SETTINGS}.data:Sample",
-        run="posttrain.stages.sample:run",
-        makes=("rollouts",),
-        number=("rows", "rows"),
-        unit="draws",
-    ),
-    Kind(
-        name="score",
-        settings=f"{_SETTINGS}.data:Score",
-        run="posttrain.stages.score:run",
-        makes=("rollouts",),
-        number=("score", "score"),
-    ),
-    Kind(
-        name="select",
-        settings=f"{_SETTINGS}.data:Select",
-        run="posttrain.stages.select:run",
-        makes=("rows",),
-        number=("rows", "rows"),
-    ),
-    Kind(
-        name="pairs",
-        settings=f"{_SETTINGS}.preference:Pairs",
-        run="posttrain.stages.pairs:run",
-        makes=("pairs",),
-        number=("rows", "pairs"),
-    ),
-    Kind(
-        name="profile",
-        settings=f"{_SETTINGS}.data:Profile",
-        run="posttrain.stages.sample:run_profile",
-        makes=("rates",),
+    _kind("sample", "data:Sample", "sample:run", "rollouts", unit="draws"),
+    _kind("score", "data:Score", "judging:run_score", "rollouts", number=("score", "score")),
+    _kind("select", "data:Select", "select:run", "rows"),
+    _kind("pairs", "data:Pairs", "pairs:run", "pairs", number=("rows", "pairs")),
+    _kind(
+        "profile",
+        "data:Profile",
+        "sample:run_profile",
+        "rates",
         number=("rate", "pass rate"),
         unit="domains",
     ),
-    Kind(
-        name="filter",
-        settings=f"{_SETTINGS}.data:Filter",
-        run="posttrain.stages.filter:run",
-        makes=("prompts",),
-        number=("rows", "prompts"),
-    ),
-    Kind(
-        name="mix",
-        settings=f"{_SETTINGS}.data:Mix",
-        run="posttrain.stages.mix:run",
-        makes=("rows",),
-        number=("rows", "rows"),
-    ),
-    Kind(
-        name="dedup",
-        settings=f"{_SETTINGS}.data:Dedup",
-        run="posttrain.stages.dedup:run",
-        makes=("rows",),
-        number=("rows", "rows"),
-    ),
-    Kind(
-        name="comparisons",
-        settings=f"{_SETTINGS}.data:Comparisons",
-        run="posttrain.stages.comparisons:run",
-        makes=("rows",),
-        number=("rows", "rows"),
-    ),
-    Kind(
-        name="best",
-        settings=f"{_SETTINGS}.models:Best",
-        run="posttrain.stages.best:run",
-        makes=("model",),
+    _kind("filter", "data:Filter", "curation:run_filter", "prompts", number=("rows", "prompts")),
+    _kind("mix", "data:Mix", "curation:run_mix", "rows"),
+    _kind("dedup", "data:Dedup", "curation:run_dedup", "rows"),
+    _kind("comparisons", "data:Comparisons", "pairs:run_comparisons", "rows"),
+    _kind(
+        "best",
+        "models:Best",
+        "evaluate:run_best",
+        "model",
         card="the best of several models on validation problems",
         number=("score", "score"),
         unit="models",

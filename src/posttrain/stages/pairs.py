@@ -1,8 +1,8 @@
-"""Preference pairs out of rollouts: for one problem, a response to prefer and one to avoid.
+"""Pairs out of rollouts: preference pairs, and comparisons that train a judge.
 
-By what a judge prefers, by value among the responses to a problem (on-policy pairs), or, without
-any judge, the response of a strong model against that of a weak one (delta learning: OLMo 3, arXiv
-2512.13961).
+A preference pair is, for one problem, a response to prefer and one to avoid: by what a judge
+prefers, by value among the responses to a problem (on-policy pairs), or, without any judge, the
+response of a strong model against that of a weak one (delta learning: OLMo 3, arXiv 2512.13961).
 """
 
 from __future__ import annotations
@@ -10,13 +10,16 @@ from __future__ import annotations
 import hashlib
 import json
 from itertools import combinations
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from posttrain.algorithms import AllPairs, BestAgainstWorst, RandomPairs, StrongAgainstWeak
 from posttrain.engine.errors import ConfigError
 from posttrain.engine.jsonl import write_jsonl
+from posttrain.rewards.comparisons import build_comparisons
 from posttrain.rewards.judge_base import Judge
 from posttrain.rewards.people import Pair
+from posttrain.stages.context import Context
+from posttrain.stages.judging import judge_rows, make_reward, preferences
 from posttrain.stages.rows import (
     Key,
     Row,
@@ -27,10 +30,7 @@ from posttrain.stages.rows import (
     read_rollouts,
     value_of,
 )
-from posttrain.stages.settings.preference import Pairs
-
-if TYPE_CHECKING:  # it imports torch
-    from posttrain.stages.context import Context
+from posttrain.stages.settings.data import Comparisons, Pairs
 
 
 def run(settings: Pairs, ctx: Context) -> dict[str, float]:
@@ -77,9 +77,6 @@ def with_scores(
     judge: Judge, settings: Pairs, ctx: Context, problems: dict[Key, list[Row]]
 ) -> dict[Key, list[Row]]:
     """The responses with the judge's score of each."""
-    from posttrain.stages.judging import make_reward
-    from posttrain.stages.score import judge_rows
-
     rows = [row for of_problem in problems.values() for row in of_problem]
     reward = make_reward(judge, ctx, seed=settings.seed)
     scores = iter(judge_rows(ctx, reward, rows))
@@ -97,8 +94,6 @@ def preferred(
     It is asked about at most `max_per_prompt` pairs of a problem; then come the filters. The chosen
     row has the `strength` of the preference, 1 to 4. A tie is no pair.
     """
-    from posttrain.stages.judging import preferences
-
     asked: list[tuple[Key, Row, Row]] = []
     for key, rows in problems.items():
         asked += [(key, one, other) for one, other in pairs_to_ask(settings, rows)]
@@ -169,8 +164,8 @@ def fits(settings: Pairs, chosen: Row, rejected: Row, stage: str) -> bool:
     """Whether a pair shows a preference and passes every filter."""
     if chosen["response"] == rejected["response"]:
         return False
-    by_value = not isinstance(settings.how, StrongAgainstWeak)
-    min_margin = settings.how.min_margin
+    how, min_margin = settings.how, settings.how.min_margin
+    by_value = how.by is not None or not isinstance(how, StrongAgainstWeak)
     if by_value or min_margin is not None:
         values = [value_of(row, settings.by, stage) for row in (chosen, rejected)]
         margin = values[0] - values[1]
@@ -205,3 +200,19 @@ def advice(settings: Pairs, ours: dict[Any, Any], theirs: dict[Any, Any]) -> str
     if settings.pairwise:
         return "raise k of the sample stage, or loosen min_margin or the other filters"
     return "raise k of the sample stage, or loosen min_margin, min_chosen_reward or max_length_gap"
+
+
+def run_comparisons(settings: Comparisons, ctx: Context) -> dict[str, float]:
+    """Write data.jsonl, rows of question and verdict, from rollouts whose rewards are known."""
+    finished = [row for row in read_rollouts(ctx) if row["finished"]]
+    try:
+        rows = build_comparisons(
+            by_problem(finished),
+            template=settings.template,
+            max_per_prompt=settings.max_per_prompt,
+            min_margin=settings.min_margin,
+        )
+    except ConfigError as error:
+        raise ConfigError(f"stage {ctx.name!r}: {error}") from None
+    write_jsonl(ctx.out / "data.jsonl", rows)
+    return {"rows": len(rows), "first_share": sum(row["answer"] == "1" for row in rows) / len(rows)}

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from posttrain.algorithms import BestResponses, Correct, Selection, ShortestCorrect, TopShare
 from posttrain.engine.errors import ConfigError
 from posttrain.engine.jsonl import write_jsonl
+from posttrain.stages.context import Context
 from posttrain.stages.rows import (
     Row,
     by_problem,
@@ -20,9 +20,6 @@ from posttrain.stages.rows import (
     without_thought,
 )
 from posttrain.stages.settings.data import Select
-
-if TYPE_CHECKING:  # it imports torch
-    from posttrain.stages.context import Context
 
 
 def run(settings: Select, ctx: Context) -> dict[str, float]:

@@ -32,7 +32,7 @@ from posttrain.stages.aux_losses import (
 from posttrain.stages.context import Context
 from posttrain.stages.data import Batches
 from posttrain.stages.rollout import verifiers
-from posttrain.stages.settings.supervised import Pretrain, Sft
+from posttrain.stages.settings.offline import Pretrain, Sft
 
 TEXTS = ("prompt", "demo", "thought", "direct")
 """Fields of a row whose characters the tokenizer of a new model must have."""

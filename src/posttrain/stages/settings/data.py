@@ -7,7 +7,16 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
-from posttrain.algorithms import Correct, Near, Repetition, Selection, Share
+from posttrain.algorithms import (
+    BestAgainstWorst,
+    Correct,
+    Near,
+    Pairing,
+    Repetition,
+    Selection,
+    Share,
+    StrongAgainstWeak,
+)
 from posttrain.backends.prompting import Mode
 from posttrain.rewards.judge_kinds import Judge, JudgeSetting, check_use
 from posttrain.stages.settings.base import Computing, Modes
@@ -142,6 +151,53 @@ class Select(Settings):
             least, most = getattr(self, low), getattr(self, high)
             if least is not None and most is not None and least > most:
                 raise ValueError(f"{low} = {least} is above {high} = {most}: nothing is left")
+        return self
+
+
+class Pairs(Settings):
+    """Preference pairs out of rollouts: `r.pairs(rollouts)`, `r.pairs(strong, against=weak)`."""
+
+    how: Pairing = BestAgainstWorst()
+    """Which responses go against each other."""
+    min_chosen_reward: float | None = Field(None, gt=0, le=1)
+    """Least reward of the chosen response."""
+    max_length_gap: int | None = Field(None, ge=0)
+    """Most characters by which the two responses may differ in length."""
+    chosen_max_tokens: int | None = Field(None, gt=0)
+    """Most tokens of the chosen response, stop token included."""
+    chosen_language: str | None = None
+    """Regular expression for one allowed character; the chosen response has no other one."""
+    chosen_max_repetition: Repetition | None = None
+    """Most repeated n-grams of words in the chosen response."""
+
+    judge: JudgeSetting | None = None
+    """Who says which response is better; comes from the recipe's `judge`."""
+    seed: int = Field(0, ge=0, lt=2**31)
+    """Which pairs are random, and the noise of the oracle, follow from it."""
+
+    _language = field_validator("chosen_language")(check_characters)
+
+    @property
+    def pairwise(self) -> bool:
+        """Whether the judge is asked about pairs, not about responses."""
+        return self.judge is not None and self.how.kind in self.judge.PAIRS
+
+    @property
+    def by(self) -> str:
+        """The value of a response that is compared."""
+        return self.how.by or ("reward" if self.judge is None else "score")
+
+    @field_validator("judge")
+    @classmethod
+    def _pairs_can_ask_it(cls, judge: Judge | None) -> Judge | None:
+        return check_judge(judge, "pairs")
+
+    @model_validator(mode="after")
+    def _judge_is_asked(self) -> Self:
+        if self.judge is not None and isinstance(self.how, StrongAgainstWeak):
+            raise ValueError("how = strong_against_weak asks no judge; leave judge out")
+        if self.judge is not None and self.by != "score":
+            raise ValueError("a judge gives scores; leave by out")
         return self
 
 
