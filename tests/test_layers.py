@@ -4,6 +4,7 @@ functions and class hierarchies stay small."""
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
@@ -155,6 +156,26 @@ def test_imports_point_one_way(path: Path) -> None:
             assert other == unit or other in ALLOWED[unit], f"{unit} may not import {name}"
         else:
             assert name in THIRD_PARTY[unit], f"{unit} may not import {name}"
+
+
+def named(pattern: str, *packages: str) -> list[str]:
+    """`file: words` for every place in these packages that the pattern matches."""
+    return [
+        f"{path.relative_to(ROOT)}: {found}"
+        for package in packages
+        for path in sorted((ROOT / package).rglob("*.py"))
+        for found in re.findall(pattern, path.read_text(encoding="utf-8"))
+    ]
+
+
+def test_stages_and_commands_name_no_backend() -> None:
+    """But for the one that is taken where a job names none."""
+    found = named(r"\bLocal[A-Z]\w*|\bbackends\.local\b", "stages", "commands")
+    assert found == ["stages/worker.py: backends.local", "stages/worker.py: LocalBackend"]
+
+
+def test_stages_leave_rows_and_devices_to_batches_and_backends() -> None:
+    assert named(r"\bflat_index\b|\bstart_B\b|\bindex_B\b|\.to\(device\b", "stages") == []
 
 
 @pytest.mark.parametrize("path", FILES, ids=ids)

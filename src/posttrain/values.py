@@ -29,6 +29,8 @@ from posttrain.engine.errors import ConfigError
 from posttrain.schedules import History, Schedule, corners, is_schedule, parse_schedule
 
 CHANGING = "changing"
+TAGS = ("kind", "judge", "schedule")
+"""Fields that say of which kind a choice, a judge or a schedule is."""
 
 
 def changing(default: Any, **limits: Any) -> Any:
@@ -140,7 +142,7 @@ class Settings(BaseModel):
         scheduled = {path.partition(".")[0] for path in self._schedules}
         for name, field in type(self).model_fields.items():
             value = getattr(self, name)
-            same = name not in scheduled and name != "kind" and value == default_of(field)
+            same = name not in scheduled and name not in TAGS and value == default_of(field)
             if defaults or not same:
                 found[name] = _plain(value, defaults)
         for path, schedule in self._schedules.items():
@@ -280,9 +282,17 @@ def _plain(value: Any, defaults: bool) -> Any:
     if isinstance(value, Settings):
         return value.to_json(defaults=defaults)
     if isinstance(value, BaseModel):
-        return value.model_dump(mode="json")
+        # A judge or a schedule, and what they are made of.
+        plain = value.model_dump(mode="json")
+        for name, field in type(value).model_fields.items():
+            part = getattr(value, name)
+            if not defaults and name not in TAGS and part == default_of(field):
+                plain.pop(name, None)
+            elif name in plain and isinstance(part, BaseModel | Mapping | list | tuple):
+                plain[name] = _plain(part, defaults)
+        return plain
     if isinstance(value, Mapping):
-        return {key: _plain(part, defaults) for key, part in value.items()}
+        return {str(key): _plain(part, defaults) for key, part in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(part, defaults) for part in value]
     return value

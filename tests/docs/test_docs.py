@@ -17,8 +17,9 @@ from pydantic.fields import FieldInfo
 from posttrain import algorithms
 from posttrain.algorithms import Custom
 from posttrain.cli import app
+from posttrain.engine.store import Store
 from posttrain.judges import Judge
-from posttrain.language.loader import shipped_recipes
+from posttrain.language.loader import load_recipe, shipped_recipes
 from posttrain.report.curves import COUNTERS, METRICS
 from posttrain.rewards.spec import OPTIONS
 from posttrain.stages.kinds import KINDS, Kind, kind_of
@@ -52,8 +53,24 @@ def test_the_readme_shows_the_recipe_as_it_is() -> None:
     source = shipped_recipes()["mopd"].read_text(encoding="utf-8")
     docstring = ast.parse(source).body[0]
     code = "\n".join(source.splitlines()[docstring.end_lineno :]).strip()
-    shown = [body.strip() for kind, body in FENCE.findall(page("README.md")) if kind == "python"]
-    assert shown[0] == code
+    marked = page("README.md").partition("<!-- RECIPE: src/posttrain/recipes/mopd.py -->\n")[2]
+    kind, body = FENCE.findall(marked)[0]
+    assert kind == "python" and body.strip() == code
+
+
+SHOWN = [
+    body
+    for path in (ROOT / "README.md", ROOT / "docs/language.md")
+    for kind, body in FENCE.findall(path.read_text(encoding="utf-8"))
+    if kind == "python" and "def recipe(r: Recipe):" in body and "custom(" not in body
+]
+
+
+@pytest.mark.parametrize("body", SHOWN, ids=range(len(SHOWN)))
+def test_the_recipes_that_are_shown_plan(body: str, tmp_path: Path) -> None:
+    path = tmp_path / "shown.py"
+    path.write_text("from posttrain import Recipe\n" + body, encoding="utf-8")
+    assert load_recipe(str(path), store=Store(tmp_path / "store")).graph.order()
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
@@ -92,7 +109,7 @@ def shown(field: FieldInfo) -> str:
         return "needed"
     default = default_of(field)
     if isinstance(default, Judge):
-        return f"`judges.{default.kind()}()`"
+        return f"`judges.{default.judge}()`"
     if isinstance(default, Settings) and "kind" not in type(default).model_fields:
         return f"`{type(default).__name__}()`"
     return f"`{json.dumps(getattr(default, 'kind', default))}`"

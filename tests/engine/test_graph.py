@@ -113,7 +113,7 @@ def test_an_unknown_input_names_the_nearest(make_graph: MakeGraph) -> None:
         graph.fingerprints()
     assert str(caught.value) == (
         "input 'start' of stage 'end' is 'studnet', which is not a stage; "
-        "did you mean 'student'? Known stages: student, end"
+        "did you mean 'student'? known stages: end, student"
     )
 
 

@@ -101,7 +101,7 @@ def test_resolve(
         first.fingerprint[:6],
     ):
         assert store.resolve(text) == first
-    with pytest.raises(StoreError, match=r"did you mean 'first'\? it has first, second, third"):
+    with pytest.raises(StoreError, match=r"did you mean 'first'\? it has: first, second, third"):
         store.resolve("frist")
     with pytest.raises(StoreError, match="no artifact"):
         store.resolve(first.fingerprint[:20] + "0" * 5)

@@ -133,7 +133,7 @@ def curve(kind: str, steps: int, domains: list[str], seed: int) -> list[dict[str
                 "reward": min(1, max(0, 0.35 + 0.45 * done + 0.03 * noise)),
                 "response_length": 9 + 3 * done + 0.2 * noise,
                 "finished_share": 0.98,
-                "kept_share": 0.8 - 0.3 * done,
+                "train_fraction": 0.8 - 0.3 * done,
                 "entropy": 0.6 - 0.4 * done + 0.02 * noise,
                 "clip_low": 0.01 * abs(noise),
                 "clip_high": 0.02 * abs(noise),

@@ -56,7 +56,7 @@ def test_a_whole_run(store: Store, finished: Artifact):
     assert [p.key for p in supervised.panels] == ["loss"]
     assert len(panel(supervised, "loss").lines) == 6
     assert [p.key for p in rl.panels] == ["reward", "entropy", "response_length", "clip_share"]
-    assert {"lr", "grad_norm", "clip_low", "kept_share"} <= {p.key for p in rl.folded}
+    assert {"lr", "grad_norm", "clip_low", "train_fraction"} <= {p.key for p in rl.folded}
     assert rl.folded_constant == ["finished 0.98"]
     assert rl.constant == ["mask share 0"]
     labels = [line.label for line in panel(distill, "kl").lines]

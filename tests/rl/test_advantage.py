@@ -1,9 +1,16 @@
 """Advantages: hand-derived values, row order, degenerate groups."""
 
+import inspect
+import textwrap
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from posttrain.rl.advantage import advantages, whitened, zero_variance
+from posttrain.rl.batch import Batch
+from posttrain.stages.rl import add_advantages
+from posttrain.stages.settings.rl import Rl
 
 MODES = ["group_mean", "group_zscore", "leave_one_out", "batch"]
 REWARDS_B = torch.tensor([1.0, 4.0, 0.0, 6.0, 2.0], dtype=torch.float64)
@@ -72,6 +79,38 @@ def test_whitened_by_hand():
     assert whitened(REWARDS_B, epsilon=0.1).tolist() == pytest.approx(expected)
     for values in ([0.1] * 7, [3.0], []):
         assert whitened(torch.tensor(values)).tolist() == [0.0] * len(values)
+
+
+def test_leave_one_out_zscore():
+    """By hand: leave one out gives 0, -2, -1.5, 2, 1.5 as above, whose mean is 0 and whose squares
+    add up to 12.5, so that their deviation is sqrt(12.5 / 4)."""
+    settings = Rl(steps=1, advantage="leave_one_out_zscore")
+    batch = Batch.from_tokens([[7]] * 5, [[8, 8]] * 5, pad_id=0)
+    batch["reward_B"], batch["group_B"] = REWARDS_B.float(), GROUP_B
+    add_advantages(settings, batch, None)
+    expected = [x / (3.125**0.5 + 1e-4) for x in (0.0, -2.0, -1.5, 2.0, 1.5) for _ in range(2)]
+    assert batch["advantage_N"].tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_leave_one_out_zscore_is_trls():
+    """The lines of TRL 1.16's `RLOOTrainer` that turn rewards into advantages, run on ours."""
+    trainer = pytest.importorskip("trl.trainer.rloo_trainer")
+    source = inspect.getsource(trainer.RLOOTrainer)
+    first, last = "        grouped_rewards = rewards.view(", "        # Unscorable completions"
+    lines = source[source.index(first) : source.index(last)]
+    rewards_B = torch.rand(12, generator=torch.Generator().manual_seed(0))
+    trls = {
+        "self": SimpleNamespace(normalize_advantages=True),
+        "rewards": rewards_B,
+        "num_generations": 4,
+        "torch": torch,
+        "nanstd": trainer.nanstd,
+    }
+    exec(textwrap.dedent(lines), trls)
+    batch = Batch.from_tokens([[7]] * 12, [[8]] * 12, pad_id=0)
+    batch["reward_B"], batch["group_B"] = rewards_B, torch.arange(3).repeat_interleave(4)
+    add_advantages(Rl(steps=1, advantage="leave_one_out_zscore"), batch, None)
+    torch.testing.assert_close(batch["advantage_N"], trls["advantages"])
 
 
 def test_one_row():

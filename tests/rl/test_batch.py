@@ -161,11 +161,15 @@ def test_other_prompts_leave_the_sampled_tokens_and_columns() -> None:
 def test_concatenated_batches_have_the_columns_of_all_and_groups_of_their_own() -> None:
     one, two = turns(), turns().select(torch.tensor([2, 1]))
     one["only_B"] = torch.zeros(3)
+    for batch, index in ((one, [0, 1, 2]), (two, [2, 1])):
+        batch.texts.extend("abc"[i] for i in index)
+        batch.problems.extend({"id": i} for i in index)
     both = concatenate([one, two])
     assert both["group_B"].tolist() == [0, 0, 1, 3, 2]
     assert set(both.columns) == {"number_N", "group_B"}
     assert torch.equal(both["number_N"], both.targets_N)
     assert both.responses() == one.responses() + two.responses()
+    assert both.texts == list("abccb") and [p["id"] for p in both.problems] == [0, 1, 2, 2, 1]
     assert concatenate([one]) is one
     narrow = concatenate([one.select(torch.tensor([2])), one])
     assert narrow.tokens_BT.shape == (4, 7) and bits(narrow.sampled_BT)[0] == "0011100"

@@ -13,7 +13,7 @@ from posttrain import judges
 from posttrain.engine.errors import ConfigError, Waiting
 from posttrain.rewards.oracle import Oracle
 from posttrain.rewards.pool import VerifierPool
-from posttrain.stages import score
+from posttrain.stages import judging
 from posttrain.stages.config import build_config
 
 TEXTS = ("abc", "A bc", "7", "x" * 9)
@@ -82,7 +82,7 @@ def test_many_rows_are_asked_about_in_parts(
     rollouts.sort(key=lambda row: row["response"])
     ranked = judges.normalised(judge, judges.length(budget=4))
     whole = rows_of(ask("score", ranked).out / FILE)
-    monkeypatch.setattr(score, "ROWS_PER_CALL", 5)
+    monkeypatch.setattr(judging, "ROWS_PER_CALL", 5)
     parts = ask("score", ranked)
     assert [(line["step"], line["total"]) for line in parts.lines] == [(1, 3), (2, 3), (3, 3)]
     assert rows_of(parts.out / FILE) == whole

@@ -201,7 +201,7 @@ def judged(lengths: list[int], rewards: list[float], kl_N: list[float]) -> Batch
     batch["reward_B"] = torch.tensor(rewards)
     batch["kl_weight_B"] = torch.ones(len(lengths))
     batch["finished_B"] = torch.ones(len(lengths), dtype=torch.bool)
-    batch["sampler_logp_N"] = torch.tensor(kl_N)
+    batch["policy_logp_N"] = torch.tensor(kl_N)
     batch["ref_logp_N"] = torch.zeros(len(kl_N))
     return batch
 

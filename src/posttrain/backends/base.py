@@ -9,7 +9,11 @@ process as it is. There are two kinds: most losses need the log-probabilities of
 and nothing else (`TokenLoss`); the exact divergence, values and rewards work from hidden states and
 the output head (`HeadLoss`). Either returns sums over tokens or rows, never means: the learner
 divides once by the count of the whole step, so the split into forward passes changes nothing but
-rounding.
+rounding. So one step may also be shared by several processes: each adds up the gradients of some
+rows, divided by the counts of all; gradients and metrics are summed; and each takes the same step.
+
+Models may live in other processes. Then what goes in and comes out is a copy: weights get from a
+learner to another model by `sync`, and only there.
 
 Legend: B rows, N sampled tokens (row after row), D hidden size, V vocabulary, K top-k.
 """
@@ -120,8 +124,10 @@ class Sampling(Protocol):
 class Sampler(Protocol):
     """Draws responses."""
 
-    chat: Chat
-    """Text to tokens of the model, and back."""
+    @property
+    def chat(self) -> Chat:
+        """Text to tokens of the model, and back."""
+        ...
 
     def sync(self, policy: Learner) -> None:
         """Sample from the present weights of `policy` from now on."""
@@ -165,9 +171,18 @@ class Sampler(Protocol):
 class Scorer(Protocol):
     """Reads a model that is not learning at the positions that predict the sampled tokens."""
 
-    chat: Chat
-    head: Head
-    """The output layer; of a model with a score, such as a reward model, that of one row."""
+    @property
+    def chat(self) -> Chat:
+        """Text to tokens of the model, and back."""
+        ...
+
+    @property
+    def head(self) -> Head:
+        """The output layer; of a model with a score, such as a reward model, that of one row.
+
+        As it is now: of a model that learns or is synced, ask for it again.
+        """
+        ...
 
     def hidden(self, batch: Batch) -> Tensor:
         """`hidden_ND`, the last hidden states that predict the sampled tokens. No gradient.
@@ -207,7 +222,10 @@ class Scorer(Protocol):
 class Learner(Protocol):
     """Holds the trainable model and its optimiser."""
 
-    chat: Chat
+    @property
+    def chat(self) -> Chat:
+        """Text to tokens of the model, and back."""
+        ...
 
     def update(
         self,
@@ -295,4 +313,8 @@ class Backend(Protocol):
         The latter reads the learner's own weights without a copy. `dtype` and `scalar` are for a
         checkpoint, as those of a sampler and of a learner.
         """
+        ...
+
+    def close(self) -> None:
+        """End what the backend has started, such as processes; its models serve nobody any more."""
         ...

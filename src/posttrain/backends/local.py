@@ -96,6 +96,9 @@ class LocalBackend:
         model = self._load(source, dtype, scalar) if isinstance(source, Path) else _local(source)
         return LocalScorer(model, fast_paths=self.fast_paths)
 
+    def close(self) -> None:
+        """See `Backend.close`. Models here go with the last that holds them."""
+
     def _load(self, checkpoint: Path, dtype: torch.dtype, scalar: bool = False) -> LanguageModel:
         read = load_scalar if scalar else load
         return read(checkpoint, dtype=dtype, device=self.device)
@@ -317,28 +320,46 @@ class LocalLearner:
         group_rows: int = 1,
         aux: Sequence[AuxLoss] = (),
     ) -> dict[str, float]:
-        """See `Learner.update`."""
+        """See `Learner.update`: `accumulate`, then `step`."""
+        sums = self.accumulate(batch, loss, count=count, group_rows=group_rows, aux=aux)
+        norm = self.step(lr)
+        return {name: float(value) for name, value in sums.items()} | {"grad_norm": norm}
+
+    def accumulate(
+        self,
+        batch: Batch,
+        loss: Loss,
+        *,
+        count: float,
+        group_rows: int = 1,
+        aux: Sequence[AuxLoss] = (),
+    ) -> Metrics:
+        """Add the gradients of `sum(loss) / count` and of the losses in `aux` to the `grad` of
+        `parameters`; returns the metric sums.
+
+        Learners that share a step are each given some of the rows, and the counts of all.
+        """
         main = AuxLoss(name="", batch=batch, loss=loss, count=count, group_rows=group_rows)
         work = (
             (part, forward)
             for part in (main, *aux)
             for forward in self._forward_passes(part.batch, part.group_rows)
         )
-        sums: dict[str, Tensor] = {}
+        sums: Metrics = {}
         if self.workers is None:
             for part, forward in work:
-                share, metrics = self._loss(part, forward)
-                share.backward()
+                # Called from here, so that a traceback leads from the stage straight to its loss.
+                loss_sum, metrics = part.loss.function(*self._loss_arguments(part, forward))
+                _share(part, loss_sum).backward()
                 accumulate_to_master(self.copies, self.parameters)
-                _add(sums, metrics)
+                _add(sums, part.name, metrics)
         else:
             # In their order whoever computes them, so that the sums are the same with workers and
             # without.
-            for gradients, metrics in self.workers.map(self._gradients, work):
+            for name, gradients, metrics in self.workers.map(self._gradients, work):
                 self._accumulate(gradients)
-                _add(sums, metrics)
-        norm = self._step(lr)
-        return {name: float(value) for name, value in sums.items()} | {"grad_norm": norm}
+                _add(sums, name, metrics)
+        return sums
 
     def _forward_passes(self, batch: Batch, group_rows: int) -> Iterator[ForwardPass]:
         return forward_passes(
@@ -350,27 +371,23 @@ class LocalLearner:
             fast_paths=self.fast_paths,
         )
 
-    def _loss(self, part: AuxLoss, forward: ForwardPass) -> tuple[Tensor, Metrics]:
-        """What these rows add to the number that is descended, and their metrics."""
-        rows = part.batch.select(forward.index_B).to(self.device)
+    def _loss_arguments(self, part: AuxLoss, forward: ForwardPass) -> tuple[Any, ...]:
+        """What the loss function of `part` is called with for the rows of a forward pass."""
+        loss, rows = part.loss, part.batch.select(forward.index_B).to(self.device)
         hidden_ND = forward.hidden_states(self.model, self.body)
-        loss = part.loss
         if isinstance(loss, HeadLoss):
-            total, metrics = loss.function(loss.settings, hidden_ND, self.head, rows)
-        else:
-            logp_N, entropy_N = sampled_logprobs(hidden_ND, self.head, rows, loss.temperature)
-            total, metrics = loss.function(loss.settings, logp_N, entropy_N, rows)
-        if not part.name:
-            return total / part.count, metrics
-        named = {f"{part.name}/{name}": value for name, value in metrics.items()}
-        return total * (part.weight / part.count), named
+            return loss.settings, hidden_ND, self.head, rows
+        logp_N, entropy_N = sampled_logprobs(hidden_ND, self.head, rows, loss.temperature)
+        return loss.settings, logp_N, entropy_N, rows
 
     def _gradients(
         self, work: tuple[AuxLoss, ForwardPass]
-    ) -> tuple[tuple[Tensor | None, ...], Metrics]:
+    ) -> tuple[str, tuple[Tensor | None, ...], Metrics]:
         """The gradients of one forward pass by themselves, for a worker."""
-        share, metrics = self._loss(*work)
-        return torch.autograd.grad(share, self.copies, allow_unused=True), metrics
+        part, forward = work
+        loss_sum, metrics = part.loss.function(*self._loss_arguments(part, forward))
+        share = _share(part, loss_sum)
+        return part.name, torch.autograd.grad(share, self.copies, allow_unused=True), metrics
 
     def _accumulate(self, gradients: tuple[Tensor | None, ...]) -> None:
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
@@ -382,8 +399,9 @@ class LocalLearner:
             else:
                 parameter.grad += gradient
 
-    def _step(self, lr: float) -> float:
-        """Clip, let AdamW step, and hand the new weights on; returns the norm before clipping.
+    def step(self, lr: float) -> float:
+        """Clip the gradients that were added up, let AdamW step, and hand the new weights on;
+        returns the norm before clipping.
 
         Raises StageError where that is not finite, before anything has changed.
         """
@@ -445,8 +463,18 @@ class LocalLearner:
         return sum(parameter.numel() for parameter in self.master.parameters())
 
 
-def _add(sums: dict[str, Tensor], metrics: Metrics) -> None:
+def _share(part: AuxLoss, loss_sum: Tensor) -> Tensor:
+    """What some rows add to the number that is descended."""
+    if not part.name:
+        return loss_sum / part.count
+    return loss_sum * (part.weight / part.count)
+
+
+def _add(sums: Metrics, part: str, metrics: Metrics) -> None:
     for name, value in metrics.items():
+        name = f"{part}/{name}" if part else name
+        # A function of the user's own may have forgotten to.
+        value = value.detach()
         sums[name] = sums[name] + value if name in sums else value
 
 

@@ -7,14 +7,13 @@ renaming a stage never makes it run again. Nor does a setting that is added to a
 that are at their default stay out of `identity`.
 """
 
-import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from posttrain.engine.errors import GraphError
+from posttrain.engine.errors import GraphError, choices_text
 from posttrain.engine.fingerprint import digest, plain
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
@@ -158,7 +157,8 @@ class Graph:
                     f"use its own name as the key"
                 )
         if self.target not in self.nodes:
-            raise GraphError(f"unknown target {self.target!r}; {self._choices(self.target)}")
+            known = choices_text(self.target, self.nodes, label="known stages")
+            raise GraphError(f"unknown target {self.target!r}; {known}")
         needed, frontier = {self.target}, [self.target]
         while frontier:
             node = self.nodes[frontier.pop()]
@@ -166,17 +166,13 @@ class Graph:
                 if source not in self.nodes:
                     raise GraphError(
                         f"input {edge!r} of stage {node.name!r} is {source!r}, "
-                        f"which is not a stage; {self._choices(source)}"
+                        f"which is not a stage; "
+                        f"{choices_text(source, self.nodes, label='known stages')}"
                     )
                 if source not in needed:
                     needed.add(source)
                     frontier.append(source)
         return needed
-
-    def _choices(self, name: str) -> str:
-        near = difflib.get_close_matches(name, self.nodes, n=1)
-        guess = f"did you mean {near[0]!r}? " if near else ""
-        return f"{guess}Known stages: {', '.join(self.nodes) or '(none)'}"
 
     def _cycle(self, left: Mapping[str, set[str]]) -> list[str]:
         """Walk inputs among nodes that all still wait for one: some node must come twice."""

@@ -11,7 +11,6 @@ either nothing or a whole artifact in `artifacts/`; its work directory stays and
 next run.
 """
 
-import difflib
 import fcntl
 import json
 import os
@@ -23,7 +22,7 @@ from typing import Any
 
 from posttrain.engine.atomic import guarded, write_whole
 from posttrain.engine.commit import add_reports, describe_files, move_into_place, reference
-from posttrain.engine.errors import StoreError
+from posttrain.engine.errors import StoreError, choices_text
 from posttrain.engine.fingerprint import digest, plain
 from posttrain.engine.graph import Node, payload
 from posttrain.engine.hashes import HASHES, FileHashes
@@ -124,12 +123,9 @@ class Store:
             found.sort(key=lambda artifact: artifact.created)
             choices = "\n".join(f"  {a.label}  ({a.kind}, {a.created[:16]})" for a in found)
             raise StoreError(f"{text!r} could be {len(found)} artifacts; give one of:\n{choices}")
-        names = sorted({label[: -SHORT - 1] for label in paths})
-        near = difflib.get_close_matches(text, names, n=1)
-        guess = f"did you mean {near[0]!r}? " if near else ""
-        raise StoreError(
-            f"no artifact {text!r} in {self.root}; {guess}it has {', '.join(names) or 'none yet'}"
-        )
+        names = {label[: -SHORT - 1] for label in paths}
+        known = choices_text(text, names, label="it has")
+        raise StoreError(f"no artifact {text!r} in {self.root}; {known}")
 
     # -- writing ---------------------------------------------------------------------------------
 

@@ -263,8 +263,10 @@ def _thinking(nodes: Mapping[str, Node]) -> None:
         modes = node.config.get("modes") or ()
         for source in with_role(node.inputs, *MODELS).values() if modes else ():
             base = nodes.get(root_of(nodes, source))
-            if base is not None and base.kind == "pretrain" and not (
-                base.config["thinking"] or base.config["modes"]
+            if (
+                base is not None
+                and base.kind == "pretrain"
+                and not (base.config["thinking"] or base.config["modes"])
             ):
                 raise ConfigError(
                     f"stage {node.name!r} ({node.kind}), field 'modes': {', '.join(modes)} is "

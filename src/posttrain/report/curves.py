@@ -47,8 +47,7 @@ METRICS = {
         title="Mask share", hint="tokens dropped: sampler and learner differ"
     ),
     "correction_truncated": Metric(title="Truncated ratios", hint="share of tokens"),
-    "kept_share": Metric(title="Rows with signal", hint="share whose group has unequal rewards"),
-    "chain_length": Metric(title="Chain length", hint="mean, tokens"),
+    "train_fraction": Metric(title="Rows with signal", hint="share that the step learns from"),
     "nucleus_size": Metric(title="Nucleus", hint="mean, tokens"),
     "draws": Metric(title="Draws per step"),
     "retired_share": Metric(title="Retired", hint="share of problems that are solved and rest"),

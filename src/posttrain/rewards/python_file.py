@@ -21,7 +21,7 @@ from posttrain.engine.fingerprint import file_digest
 
 
 def check_file(path: Path, function: str, *, where: str) -> None:
-    """Checks a verifier file without running it.
+    """Checks a file with a function of the user's own without running it.
 
     Raises:
         ConfigError: the file is missing, does not parse, does not define `function` at top level or
@@ -29,7 +29,7 @@ def check_file(path: Path, function: str, *, where: str) -> None:
     """
     if not path.is_file():
         raise ConfigError(
-            f"{where}: verifier file {path} does not exist; paths are relative to the suite file"
+            f"{where}: file {path} does not exist; paths are relative to the file that names them"
         )
     try:
         tree = ast.parse(path.read_bytes(), filename=str(path))
@@ -50,8 +50,8 @@ def check_file(path: Path, function: str, *, where: str) -> None:
                 or (beside / "__init__.py").is_file()
             ):
                 raise ConfigError(
-                    f"{where}: {path}, line {getattr(node, 'lineno', 0)}: a verifier file must "
-                    "stand alone, because its bytes are the domain's identity, but it imports "
+                    f"{where}: {path}, line {getattr(node, 'lineno', 0)}: a file of your own must "
+                    "stand alone, because its text is part of the identity, but it imports "
                     f"{name or 'its own package'!r} from beside it; move that code into "
                     f"{path.name} or install it as a package"
                 )
@@ -85,7 +85,7 @@ class PythonVerifier:
         try:
             value = self.function(response, dict(problem))
         except Exception as error:
-            line = _line_in(error, self.file)
+            line = line_in(error, self.file)
             raise StageError(
                 f"{subject} raised {type(error).__name__}: {error}{line}; response was "
                 f"{response[:200]!r}. Return 0.0 for a response that cannot be read"
@@ -112,7 +112,7 @@ def _as_number(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _line_in(error: Exception, file: str) -> str:
+def line_in(error: Exception, file: str) -> str:
     """` (line 12)`: the deepest frame of the traceback that lies in the user's file."""
     line, frame = 0, error.__traceback__
     while frame is not None:
@@ -141,7 +141,7 @@ def python_verifier(path: Path, function: str) -> PythonVerifier:
         del sys.modules[module_name]
         raise ConfigError(
             f"{path}: loading the verifier failed: {type(error).__name__}: {error}"
-            f"{_line_in(error, str(path))}"
+            f"{line_in(error, str(path))}"
         ) from error
     return PythonVerifier(
         file=str(path), function_name=function, function=getattr(module, function)

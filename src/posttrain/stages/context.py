@@ -122,7 +122,9 @@ class Context:
         self._pending: Future[None] | None = None
         """The checkpoint that is being written."""
         self.resources = ExitStack()
-        """What the stage opened; `close` closes it."""
+        """What the stage opened; `close` closes it, and the backend last."""
+        if backend is not None:
+            self.resources.callback(backend.close)
         self.out.mkdir(parents=True, exist_ok=True)
 
     @property
@@ -212,7 +214,7 @@ class Context:
                 )
 
     def close(self) -> None:
-        """Close what the stage opened, also when it failed."""
+        """Close what the stage opened, and its backend, also when it failed."""
         self.resources.close()
 
     @property

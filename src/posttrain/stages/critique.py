@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from posttrain.algorithms import Critique
 from posttrain.backends.base import AuxLoss, Head, HeadLoss, Metrics
 from posttrain.backends.chat import Chat
 from posttrain.losses.ops import token_logprobs
@@ -40,49 +39,41 @@ class CritiqueLoss:
     """The verdicts on what was sampled in a step, as an auxiliary loss of each of its updates."""
 
     def __init__(self, settings: Rl, chat: Chat) -> None:
-        """Raises ConfigError where the two verdicts begin with the same token."""
+        """Raises ConfigError where the policy is to learn verdicts that begin with the same
+        token."""
         self.chat = chat
         asked = (part for part in settings.reward.walk() if isinstance(part, Itself))
         self.template = next((part.template for part in asked), None)
         """The question that the reward asks the policy, so that it learns to answer that one."""
-        self.verdicts = verdict_ids(chat)
+        self.verdicts = (0, 0) if settings.critique is None else verdict_ids(chat)
 
     def losses(
-        self, critique: Critique, s: Rl, step: int, rows: Sequence[Mapping[str, Any]]
-    ) -> list[list[AuxLoss]]:
+        self, s: Rl, step: int, rows: Sequence[Mapping[str, Any]]
+    ) -> tuple[list[list[AuxLoss]], dict[str, float]]:
         """For each update of the step its part of the comparisons of these rollouts, as the log has
-        them.
+        them, and metrics; no comparisons where the settings have no critique.
 
         Which pairs are taken where there are more than the updates have room for follows from
         (seed, step).
         """
-        known = critique.domains
+        if s.critique is None:
+            return [[] for _ in range(s.num_minibatches)], {}
+        known = s.critique.domains
         asked = [row for row in rows if not known or row["domain"] in known]
         pairs = compared(by_problem(row for row in asked if row["finished"]))
         encoded = [row for row in map(self._encode, pairs) if row is not None]
         order = np.random.default_rng(derived_seed(s.seed, step, CHOOSING))
-        room = critique.pairs * s.num_minibatches
+        room = s.critique.pairs * s.num_minibatches
         chosen = [encoded[i] for i in order.permutation(len(encoded))[:room]]
         loss = HeadLoss(verdict_loss, (self.verdicts, len(chosen)))
-        shares = [chosen[i :: s.num_minibatches] for i in range(s.num_minibatches)]
-        return [
-            [
-                AuxLoss(
-                    name=NAME,
-                    batch=Batch.from_tokens(
-                        [prompt for prompt, _ in share],
-                        [[verdict] for _, verdict in share],
-                        pad_id=self.chat.pad_id,
-                    ),
-                    loss=loss,
-                    count=len(share),
-                    weight=critique.weight,
-                )
-            ]
-            if share
-            else []
-            for share in shares
-        ]
+        losses: list[list[AuxLoss]] = []
+        for share in (chosen[i :: s.num_minibatches] for i in range(s.num_minibatches)):
+            prompts, verdicts = [prompt for prompt, _ in share], [[verdict] for _, verdict in share]
+            batch = Batch.from_tokens(prompts, verdicts, pad_id=self.chat.pad_id)
+            weight = s.critique.weight
+            own = AuxLoss(name=NAME, batch=batch, loss=loss, count=len(share), weight=weight)
+            losses.append([own] if share else [])
+        return losses, {f"{NAME}_pairs": float(len(chosen))}
 
     def _encode(self, pair: Compared) -> tuple[list[int], int] | None:
         """The question and the token of its verdict; None where no room is left for the texts."""

@@ -65,14 +65,14 @@ def run(settings: DpoStage, ctx: Context) -> dict[str, float]:
         drawn = batches.draw(s)
         batch = pair_batch(drawn, chat)
         batch["counted_N"] = counted_V[batch.targets_N]
-        index_B = torch.tensor([2 * pair["row"] + side for pair in drawn for side in (0, 1)])
+        drawn_B = torch.tensor([2 * pair["row"] + side for pair in drawn for side in (0, 1)])
         if not isinstance(s.loss, SimPO):
-            batch["ref_logp_B"] = ref_logp_B[index_B]
+            batch["ref_logp_B"] = ref_logp_B[drawn_B]
         metrics = {}
         if others is not None:
             crossed = pair_batch(drawn, chat, [others[pair["row"]] for pair in drawn])
             logp_B = counted_sums(crossed, policy.logprobs(crossed), counted_V)
-            baseline = kto_baseline(logp_B - other_ref_logp_B[index_B])
+            baseline = kto_baseline(logp_B - other_ref_logp_B[drawn_B])
             batch["baseline_B"] = baseline.expand(len(batch))
             metrics["kl_baseline"] = float(baseline)
         # KTO is a mean over responses, the others are means over pairs.

@@ -4,7 +4,7 @@
 into advantages, and take `num_minibatches` policy-gradient steps. `policy_loss` is what those steps
 descend. `s` are the settings of the step, every schedule resolved.
 
-Legend: B rows (responses), N sampled tokens of all rows, M those of the rows that are trained on.
+Legend: B rows (responses), N sampled tokens of all rows.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from posttrain.algorithms import (
     TokenMean,
     correction_arguments,
 )
-from posttrain.backends.base import AuxLoss, Learner, Metrics, Sampler, TokenLoss
+from posttrain.backends.base import Learner, Metrics, Sampler, Scorer, TokenLoss
 from posttrain.losses.ops import aggregation_weights, kl_estimate
 from posttrain.losses.policy import kl_penalty, unbiased_kl_penalty
+from posttrain.rewards.judging import RewardFunction
 from posttrain.rewards.pool import VerifierPool
 from posttrain.rl.advantage import advantages, whitened, zero_variance
 from posttrain.rl.batch import Batch, concatenate
@@ -37,6 +38,7 @@ from posttrain.stages.aux_losses import AuxData, pop_metrics
 from posttrain.stages.context import Context
 from posttrain.stages.critic import Critic
 from posttrain.stages.judging import make_reward, responses_of
+from posttrain.stages.own_function import checked_sum, checked_values, named
 from posttrain.stages.problems import ProblemSampler, reprofile_of
 from posttrain.stages.rollout import rollout, verifiers
 from posttrain.stages.rollout_log import RolloutLog
@@ -52,71 +54,46 @@ def run(settings: Rl, ctx: Context) -> dict[str, float]:
     if settings.kl is not None:
         reference = ctx.scorer("start", precision=settings.precision)
     critic = Critic(settings, ctx, policy) if settings.uses_critic else None
-    judge = None
-    if not settings.verified_only:
-        judge = make_reward(
-            settings.reward,
-            ctx,
-            policy=policy,
-            verifiers=pool,
-            precision=settings.precision,
-            seed=settings.seed,
-        )
+    judge = None if settings.verified_only else reward_function(settings, ctx, policy, pool)
     aux = AuxData(settings, ctx, policy.chat)
-    self_critique = None
-    if settings.critique is not None:
-        self_critique = critique.CritiqueLoss(settings, policy.chat)
+    verdicts = critique.CritiqueLoss(settings, policy.chat)
     log = RolloutLog(ctx.out)
     problems = ProblemSampler(settings, ctx, log)
-    moves = settings.kl is not None and settings.kl.reference_every is not None
-    for step, s in ctx.steps(
-        settings,
-        settings.steps,
-        replayed=[problems],
-        policy=policy,
-        reference=reference if moves else None,
-        critic=critic,
-    ):
+    # What a step checkpoint holds; a reference that never moves is read from the start again.
+    every = None if settings.kl is None else settings.kl.reference_every
+    parts = {"policy": policy, "reference": reference if every else None, "critic": critic}
+    for step, s in ctx.steps(settings, settings.steps, replayed=[problems], **parts):
         sampler.sync(policy)
-        if s.kl is not None and reference is not None and _is_due(s.kl.reference_every, step):
+        if reference is not None and every and step > 0 and step % every == 0:
             reference.sync(policy)
         tokens, metrics = profile(s, ctx, step, problems, sampler, pool)
 
-        # Draw, roll out, judge: again where the groups of the batch have equal rewards.
         draws: list[Batch] = []
-        said: dict[str, list[float]] = {}
+        judged: dict[str, list[float]] = {}
+        # Draw: with dynamic sampling again while groups of the batch have equal rewards.
         while asked := problems.draw(s, step, draws):
+            # Roll out: a group of responses to each problem, verified as they end.
             drawn = sample(s, sampler, asked, pool, seed=problems.seed(s, step, len(draws)))
+            # Judge: other judges than the verifier put their score in place of its own.
             if judge is not None:
                 at = methodcaller("at", step, settings.steps, ctx.history)
-                scores, parts = judge.score(responses_of(drawn), at)
+                scores, said = judge.score(responses_of(drawn), at)
                 drawn["reward_B"] = torch.tensor(scores, dtype=torch.float32)
-                for label, values in parts.items():
-                    said.setdefault(label, []).extend(values)
+                for label, values in said.items():
+                    judged.setdefault(label, []).extend(values)
             draws.append(drawn)
+        # All that was sampled is logged; what is learned from is one batch of the size asked for.
         sampled, batch = concatenate(draws), problems.batch(s, draws)
         rows = log.write(
-            step,
-            sampled,
-            model=ctx.name,
-            temperature=s.temperature,
-            judged=judge is not None,
+            step, sampled, model=ctx.name, temperature=s.temperature, judged=judge is not None
         )
-        metrics |= {f"judge/{label}": sum(of_it) / len(of_it) for label, of_it in said.items()}
+        metrics |= {f"judge/{label}": sum(given) / len(given) for label, given in judged.items()}
         metrics |= problems.metrics(s, draws) | problems.observe(s, rows) | s.scheduled()
 
-        # Score and credit.
-        if not s.replay_mask:
-            batch = batch.without("nucleus_count_N", "nucleus_ids_F")
-        batch["kl_weight_B"] = kl_weights(s, batch)
-        if reference is not None:
-            batch["ref_logp_N"] = reference.logprobs(batch, temperature=s.temperature)
-            # Over the same tokens as the reference's: the sampler's may be over a nucleus.
-            batch["policy_logp_N"] = (
-                batch["sampler_logp_N"]
-                if s.replay_mask or s.top_p == 1
-                else policy.logprobs(batch, temperature=s.temperature)
-            )
+        # Score: the reference reads the tokens, over the nucleus that they were drawn from.
+        batch = scored(s, batch, policy, reference)
+
+        # Advantage: of every token; then the rows that teach nothing are left out.
         metrics |= add_advantages(s, batch, critic)
         trained = batch.select(rows_to_train(s, batch))
         metrics["train_fraction"] = len(trained) / len(sampled)
@@ -126,29 +103,24 @@ def run(settings: Rl, ctx: Context) -> dict[str, float]:
         minibatches = split(s, trained, step)
         if critic is not None and minibatches:
             metrics |= critic.update(s, minibatches, lr=lr)
-        verdicts: list[list[AuxLoss]] = [[] for _ in range(s.num_minibatches)]
-        if self_critique is not None and s.critique is not None:
-            verdicts = self_critique.losses(s.critique, s, step, rows)
-            metrics["critique_pairs"] = float(sum(part.count for own in verdicts for part in own))
+        compared, pairs = verdicts.losses(s, step, rows)
+        metrics |= pairs
         if minibatches and not _critic_only(s, step):
             add_old_logprobs(s, policy, trained, minibatches)
             loss = TokenLoss(policy_loss, s, temperature=s.temperature)
             updates = []
             for number, part in enumerate(minibatches):
-                further = [*aux.losses(step * s.num_minibatches + number, s), *verdicts[number]]
+                further = [*aux.losses(step * s.num_minibatches + number, s), *compared[number]]
                 count = part.num_tokens if isinstance(s.aggregation, TokenMean) else len(part)
                 updates.append(policy.update(part, loss, count=float(count), lr=lr, aux=further))
             metrics |= per_token(updates)
 
+        # Log.
         metrics |= batch_metrics(sampled, judged=judge is not None)
         ctx.log(step + 1, settings.steps, tokens=tokens + sampled.num_tokens, **metrics)
     policy.finish()
     policy.save(ctx.out)
     return {"reward": ctx.metrics["reward"], "tokens": ctx.tokens}
-
-
-def _is_due(every: int | None, step: int) -> bool:
-    return every is not None and step > 0 and step % every == 0
 
 
 def _critic_only(s: Rl, step: int) -> bool:
@@ -198,6 +170,40 @@ def profile(
     return sum(batch.num_tokens for batch in profiled), {"profiled": float(count)}
 
 
+def reward_function(
+    settings: Rl, ctx: Context, policy: Learner, pool: VerifierPool
+) -> RewardFunction:
+    """The judge of the settings, ready to be asked."""
+    return make_reward(
+        settings.reward,
+        ctx,
+        policy=policy,
+        verifiers=pool,
+        precision=settings.precision,
+        seed=settings.seed,
+    )
+
+
+def scored(s: Rl, batch: Batch, policy: Learner, reference: Scorer | None) -> Batch:
+    """The batch with `kl_weight_B` and, where there is a reference, its `ref_logp_N`.
+
+    For a KL in the reward also `policy_logp_N`, over the same tokens as the reference's: the
+    sampler's may be over a nucleus, which is left out without `replay_mask`.
+    """
+    if not s.replay_mask:
+        batch = batch.without("nucleus_count_N", "nucleus_ids_F")
+    batch["kl_weight_B"] = kl_weights(s, batch)
+    if s.kl is not None and reference is not None:
+        batch["ref_logp_N"] = reference.logprobs(batch, temperature=s.temperature)
+        if s.kl.where == "reward":
+            batch["policy_logp_N"] = (
+                batch["sampler_logp_N"]
+                if s.replay_mask or s.top_p == 1
+                else policy.logprobs(batch, temperature=s.temperature)
+            )
+    return batch
+
+
 def kl_weights(s: Rl, batch: Batch) -> Tensor:
     """`kl_weight_B`: the factor on the KL's coefficient of each row's domain, 1 where none is
     given."""
@@ -223,6 +229,7 @@ def add_advantages(s: Rl, batch: Batch, critic: Critic | None) -> dict[str, floa
         metrics["kl_reference"] = float(kl_N.sum()) / batch.num_tokens
     if isinstance(s.advantage, Gae):
         assert critic is not None, "generalised advantage estimation has a critic"
+        # From one coefficient per row to one per token.
         penalty_N = None if kl_N is None or scale_B is None else scale_B[row_N] * kl_N
         value_N = critic.values(batch)
         advantage_N, batch["return_N"] = gae(
@@ -240,12 +247,17 @@ def add_advantages(s: Rl, batch: Batch, critic: Critic | None) -> dict[str, floa
         batch["old_value_N"] = value_N
         return metrics
     if kl_N is not None and scale_B is not None:
+        # Summed over the tokens of each row.
         kl_B = torch.zeros_like(reward_B).index_add(0, row_N, kl_N)
         reward_B = reward_B - scale_B * kl_B
     if isinstance(s.advantage, Custom):
-        function, more = s.advantage.implementation(), s.advantage.arguments()
-        advantage = function(reward_B, batch["group_B"], **more)
-        batch["advantage_N"] = advantage if len(advantage) != len(batch) else advantage[row_N]
+        with named(s.advantage):
+            own, more = s.advantage.implementation(), s.advantage.arguments()
+            advantage = own(reward_B, batch["group_B"], **more)
+            advantage = checked_values(s.advantage, advantage, len(batch), batch.num_tokens)
+        # Of responses, which their tokens share, or of tokens.
+        by_row = len(advantage) == len(batch)
+        batch["advantage_N"] = advantage[row_N] if by_row else advantage
     elif isinstance(s.advantage, LeaveOneOutZScore):
         advantage_B = advantages(reward_B, batch["group_B"], mode="leave_one_out")
         batch["advantage_N"] = whitened(advantage_B)[row_N]
@@ -289,10 +301,12 @@ def add_old_logprobs(s: Rl, policy: Learner, trained: Batch, minibatches: Sequen
         for batch in minibatches:
             batch["old_logp_N"] = batch["sampler_logp_N"]
     elif len(minibatches) > 1:
+        # Row numbers among `trained`, ascending: neighbours share their prompts' forward pass.
         row_B = torch.cat([batch["row_B"] for batch in minibatches[1:]]).sort().values
         later = trained.select(row_B)
         later["old_logp_N"] = policy.logprobs(later, temperature=s.temperature)
         for batch in minibatches[1:]:
+            # Where the rows of this minibatch stand in `later`.
             place_B = torch.searchsorted(row_B, batch["row_B"])
             batch["old_logp_N"] = later.select(place_B)["old_logp_N"]
 
@@ -320,9 +334,6 @@ def policy_loss(s: Rl, logp_N: Tensor, entropy_N: Tensor, batch: Batch) -> tuple
     weight_N, _ = aggregation_weights(
         row_N, num_rows, aggregation=s.aggregation.kind, constant=constant_of(s)
     )
-    if s.token_weight is not None:
-        weigh, more = s.token_weight.implementation(), s.token_weight.arguments()
-        weight_N = weight_N * weigh(batch, **more)
     correction_N, metrics = importance_correction(
         old_logp_N,
         batch["sampler_logp_N"],
@@ -335,17 +346,19 @@ def policy_loss(s: Rl, logp_N: Tensor, entropy_N: Tensor, batch: Batch) -> tuple
             logp_N, old_logp_N, advantage_N, row_N, num_rows=num_rows, delta=s.off_policy_delta
         )
         correction_N, metrics = correction_N * mask_N, metrics | masked
-    surrogate = s.surrogate.implementation()
-    total, own = surrogate(
-        logp_N,
-        old_logp_N,
-        advantage_N,
-        weight_N,
-        row_N,
-        num_rows=num_rows,
-        correction_N=correction_N,
-        **s.surrogate.arguments(),
-    )
+    with named(s.surrogate):
+        surrogate = s.surrogate.implementation()
+        found = surrogate(
+            logp_N,
+            old_logp_N,
+            advantage_N,
+            token_weights(s, batch, weight_N),
+            row_N,
+            num_rows=num_rows,
+            correction_N=correction_N,
+            **s.surrogate.arguments(),
+        )
+        total, own = checked_sum(s.surrogate, found, logp_N)
     metrics |= own | {"entropy": entropy_N.sum(), "tokens": logp_N.new_tensor(float(len(logp_N)))}
     if s.kl is not None and s.kl.where == "loss":
         kl_weight_N = weight_N * batch["kl_weight_B"][row_N]
@@ -358,6 +371,16 @@ def policy_loss(s: Rl, logp_N: Tensor, entropy_N: Tensor, batch: Batch) -> tuple
         total = total + s.kl.coef * penalty
         metrics["kl_reference"] = own["kl"]
     return total, metrics
+
+
+def token_weights(s: Rl, batch: Batch, weight_N: Tensor) -> Tensor:
+    """The weights of the aggregation, times those of the user's own function where there is one."""
+    if s.token_weight is None:
+        return weight_N
+    with named(s.token_weight):
+        weigh, more = s.token_weight.implementation(), s.token_weight.arguments()
+        factor_N = checked_values(s.token_weight, weigh(batch, **more), batch.num_tokens)
+    return weight_N * factor_N
 
 
 def constant_of(s: Rl) -> int:

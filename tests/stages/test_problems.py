@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from posttrain.algorithms import Gaussian, InTurn, Reprofile
+from posttrain.rl.batch import Batch
+from posttrain.stages.context import Context
 from posttrain.stages.data import DomainShares, Pool
-from posttrain.stages.problems import DomainQueue, gaussian_keys, in_band, reprofile_due
+from posttrain.stages.problems import (
+    DomainQueue,
+    ProblemSampler,
+    gaussian_keys,
+    in_band,
+    reprofile_due,
+)
+from posttrain.stages.rollout_log import RolloutLog
+from posttrain.stages.settings.rl import Rl
 
 
 def problems(count: int, name: str = "a") -> list[dict[str, Any]]:
@@ -140,3 +153,50 @@ def test_when_the_policy_is_profiled_anew() -> None:
     assert [step for step in range(10) if reprofile_due(plateau, step, reward)] == [5, 9]
     both = Reprofile(every=4, on_plateau=2)
     assert [step for step in range(10) if reprofile_due(both, step, reward)] == [4, 5, 8, 9]
+
+
+Row = tuple[str, list[int], float]
+FIRST: list[Row] = [
+    ("short", [1], 1.0),
+    ("short", [2], 1.0),
+    ("words", [3], 0.0),
+    ("words", [4], 1.0),
+]
+SECOND: list[Row] = [
+    ("short", [5, 6, 7], 0.0),
+    ("short", [8], 0.5),
+    ("words", [1, 1], 0.0),
+    ("words", [2], 0.0),
+]
+
+
+def drawn(rows: list[Row]) -> Batch:
+    """Groups of two rows of (domain, response, reward)."""
+    responses = [response for _, response, _ in rows]
+    batch = Batch.from_tokens([[9]] * len(rows), responses, pad_id=0)
+    batch.problems.extend({"domain": domain} for domain, _, _ in rows)
+    batch["group_B"] = torch.arange(len(rows) // 2).repeat_interleave(2)
+    batch["reward_B"] = torch.tensor([reward for _, _, reward in rows])
+    return batch
+
+
+def test_groups_with_unequal_rewards_come_first_and_domains_keep_their_share(
+    tmp_path: Path, domains: Mapping[str, str]
+) -> None:
+    ctx = Context(name="rl", work=tmp_path, inputs=domains, threads=1)
+    problems = ProblemSampler(Rl(steps=1), ctx, RolloutLog(ctx.out))
+    s = Rl(steps=1, group_size=2, prompts_per_step=2, draw=InTurn(dynamic_sampling=1))
+    assert len(problems.draw(s, 0, [])) == 2
+    first = drawn(FIRST)
+    assert problems.batch(s, [first]) is first
+    # The group of `short` has equal rewards, that of `words` has not.
+    assert [problem["domain"] for problem in problems.draw(s, 0, [first])] == ["short"]
+    chosen = problems.batch(s, [first, drawn(SECOND)])
+    assert chosen.responses() == [[3], [4], [5, 6, 7], [8]]
+    assert chosen["group_B"].tolist() == [1, 1, 2, 2]
+
+    s = Rl(steps=1, group_size=2, prompts_per_step=3, domain_shares={"short": 1, "words": 2})
+    assert len(problems.draw(s, 1, [])) == 3 and problems.wanted == {"short": 1, "words": 2}
+    filled = problems.batch(s, [first, drawn(SECOND)])
+    assert filled.responses() == [[3], [4], [5, 6, 7], [8], [1, 1], [2]]
+    assert filled["reward_B"].tolist() == [0.0, 1.0, 0.0, 0.5, 0.0, 0.0]
