@@ -319,15 +319,13 @@ KINDS: dict[str, type[Schedule]] = {
 }
 
 
-# What a recipe writes.
-steps, linear, cosine, alternate, on_plateau, track = (
-    Steps,
-    Linear,
-    Cosine,
-    Alternate,
-    OnPlateau,
-    Track,
-)
+# What a recipe writes; Any, since it stands where a type checker expects the setting's own type.
+steps: Callable[..., Any] = Steps
+linear: Callable[..., Any] = Linear
+cosine: Callable[..., Any] = Cosine
+alternate: Callable[..., Any] = Alternate
+on_plateau: Callable[..., Any] = OnPlateau
+track: Callable[..., Any] = Track
 
 
 def is_schedule(value: object) -> bool:
