@@ -9,9 +9,7 @@ own (`posttrain.algorithms`). A setting that is marked with `changing` may be gi
     settings.schedules                             {"surrogate.clip_high": Linear(...)}
     settings.at(10, 100, history).surrogate        Cispo(clip_high=3.8)
 
-The JSON form names a choice by its `kind`. With `defaults=False` it leaves out what is at its
-default: that is the identity of a stage, so that a setting which is added later changes nothing
-that was made before.
+The JSON form names a choice by its `kind`.
 """
 
 from __future__ import annotations
@@ -145,7 +143,11 @@ class Settings(BaseModel):
 
     def to_json(self, *, defaults: bool = True) -> dict[str, Any]:
         """Plain JSON data that makes the same settings again; without `defaults` only what differs
-        from them, and the kind of each choice."""
+        from them, and the kind of each choice.
+
+        What differs is the identity of a stage: a setting that is added later, with the default
+        that does what was done before, leaves every fingerprint as it is.
+        """
         found: dict[str, Any] = {}
         scheduled = {path.partition(".")[0] for path in self._schedules}
         for name, field in type(self).model_fields.items():

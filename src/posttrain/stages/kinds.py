@@ -43,14 +43,13 @@ class Kind:
     name: str
     """As in records and the store; that of a kind outside the table is "module.ATTRIBUTE"."""
     settings: str
-    """The pydantic class of its settings, as "module:Class"."""
+    """The class of its settings, a `posttrain.values.Settings`, as "module:Class". Empty for what
+    takes in files from outside the store: a recipe gives it no settings."""
     run: str
-    """Its loop, as "module:function": takes the settings and the stage's `Context`, returns the
-    summary metrics. With `from_outside` it takes the engine's `Job` in place of the settings."""
+    """Its loop, as "module:function": takes the settings, or without any the engine's `Job`, and
+    the stage's `Context`; returns the summary metrics."""
     makes: tuple[Product, ...] = ()
     """What other stages can read of it."""
-    from_outside: bool = False
-    """Whether it takes in files from outside the store; a recipe gives it no settings."""
     version: int = 1
     """Raised by hand when a change makes it give other numbers for the same settings."""
 
@@ -76,8 +75,15 @@ class Kind:
     def __str__(self) -> str:
         return self.name
 
+    @property
+    def from_outside(self) -> bool:
+        """Whether it takes in files from outside the store, and has no settings."""
+        return not self.settings
+
     def settings_class(self) -> Any:
-        """The class of its settings, a pydantic model."""
+        """The class of its settings. Raises ConfigError for a kind without any."""
+        if self.from_outside:
+            raise ConfigError(f"a recipe gives a stage of kind {self.name!r} no settings")
         return resolve_name(self.settings)
 
     def loop(self) -> Any:
@@ -103,8 +109,8 @@ class Kind:
 
 def _kind(name: str, settings: str, run: str, *makes: Product, **others: Any) -> Kind:
     """A row of the table; places are named from `stages/settings/` and from `stages/`."""
-    settings, run = f"posttrain.stages.settings.{settings}", f"posttrain.stages.{run}"
-    return Kind(name=name, settings=settings, run=run, makes=makes, **others)
+    place = settings and f"posttrain.stages.settings.{settings}"
+    return Kind(name=name, settings=place, run=f"posttrain.stages.{run}", makes=makes, **others)
 
 
 _SUPERVISED: dict[str, Any] = {
@@ -115,20 +121,12 @@ _SUPERVISED: dict[str, Any] = {
 }
 
 _ALL = (
-    _kind(
-        "domain",
-        "models:DomainData",
-        "models:run_domain",
-        "problems",
-        from_outside=True,
-        number=("train", "problems"),
-    ),
+    _kind("domain", "", "models:run_domain", "problems", number=("train", "problems")),
     _kind(
         "model",
-        "models:ExternalModel",
+        "",
         "models:run_model",
         "model",
-        from_outside=True,
         card="taken in from outside",
         number=("parameters", "parameters"),
     ),

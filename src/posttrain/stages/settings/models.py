@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from posttrain.algorithms import Average, DareLinear, MergeHow, TaskArithmetic
 from posttrain.rewards.judge_kinds import Judge, JudgeSetting
@@ -80,15 +80,3 @@ class Best(Settings, Computing):
         if self.judge is not None:
             return "score"
         return "accuracy" if self.samples else "greedy"
-
-
-class DomainData(BaseModel):
-    """A domain's problems; its settings come from the suite, not from a recipe."""
-
-    model_config = ConfigDict(frozen=True, extra="allow")
-
-
-class ExternalModel(BaseModel):
-    """A checkpoint from outside; its identity is the bytes of its files."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
