@@ -199,7 +199,7 @@ def best(
 ) -> Callable[..., Any]:
     def run(judge: judges.Judge, *names: str, **inputs: str) -> Any:
         edges = {f"candidates.{name}": models[name] for name in names} | dict(domains)
-        settings = {"num_problems": 8, "max_new_tokens": 6, "bootstrap": 100, "metric": "score"}
+        settings = {"num_problems": 8, "max_new_tokens": 6, "bootstrap": 100}
         return run_stage("best", settings | {"judge": spec(judge)}, edges | inputs)
 
     return run
@@ -252,8 +252,6 @@ def test_a_comparing_judge_compares_the_candidates(
             {"judge": spec(judges.oracle()), "how": "strong_against_weak"},
             "asks no judge; leave judge out",
         ),
-        ("best", {"metric": "score"}, "metric = score with no judge: give both"),
-        ("best", {"judge": spec(judges.oracle())}, "metric = accuracy with a judge: give both"),
     ],
 )  # fmt: skip
 def test_judges_that_cannot_be_asked(kind: str, settings: dict[str, Any], message: str) -> None:
