@@ -687,7 +687,7 @@ class _Compared(BaseModel):
 
     by: By | None = None
     """The value that is compared: the score of the judge where there is one, else the reward."""
-    min_margin: float | None = Field(None, gt=0)
+    min_margin: float | None = Field(default=None, gt=0)
     """Least value of the chosen response minus that of the rejected one; of a judge that compares
     two responses the least strength of its preference, 1 to 4. Without it any difference will do.
     `StrongAgainstWeak` looks at values only where this or `by` is given."""

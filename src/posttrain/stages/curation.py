@@ -10,8 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import count, islice
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from transformers import AutoTokenizer
@@ -21,6 +20,7 @@ from posttrain.backends.prompting import Problem
 from posttrain.engine.errors import ConfigError
 from posttrain.engine.jsonl import read_jsonl, write_jsonl
 from posttrain.stages.context import Context
+from posttrain.stages.data import Pool
 from posttrain.stages.rows import Key, Row, edges, key_of, pick
 from posttrain.stages.settings.data import Dedup, Filter, Mix, Part
 from posttrain.stages.supervised import demonstrated
@@ -36,12 +36,13 @@ FIELDS = {"row": ("prompt", "demo"), "prompt": ("prompt",), "demo": ("demo",)}
 
 def run_filter(settings: Filter, ctx: Context) -> dict[str, float]:
     """Write prompts.jsonl, whole problem rows, of the training problems that both profiles know."""
-    rates, others = read_rates(ctx, "profile"), read_rates(ctx, "against")
     chosen: list[Problem] = []
     known, total = 0, 0
     problems_of = {name: ctx.problems(name, "train", settings.modes) for name in ctx.domains}
     everything = [problem for problems in problems_of.values() for problem in problems]
-    rates, others = across_modes(rates, everything), across_modes(others, everything)
+    rates, others = (
+        across_modes(read_rates(ctx, edge), everything) for edge in ("profile", "against")
+    )
     for name, problems in problems_of.items():
         profiled = [
             problem
@@ -144,10 +145,12 @@ def run_mix(settings: Mix, ctx: Context) -> dict[str, float]:
                 f"({part.weight:g} of {total:g}) that none of its rows would be in the mix; raise "
                 "rows, or leave it out"
             )
+    # Each part in a fresh order on every pass.
+    pool = Pool({str(n): rows for n, rows in enumerate(parts)}, seed=settings.seed)
     mixed = [
-        row
-        for number, (rows, share) in enumerate(zip(parts, counts, strict=True))
-        for row in islice(passes(rows, settings.seed, number), share)
+        pool.at(number, str(number), index)
+        for number, share in enumerate(counts)
+        for index in range(share)
     ]
     order = np.random.default_rng([settings.seed, len(parts)]).permutation(len(mixed))
     write_jsonl(ctx.out / "data.jsonl", (mixed[int(i)] | {"pool": POOL} for i in order))
@@ -200,14 +203,6 @@ def row_counts(
     for i in lost[: rows - sum(counts)]:
         counts[i] += 1
     return counts
-
-
-def passes(rows: list[Row], seed: int, number: int) -> Iterator[Row]:
-    """The rows in a fresh order on every pass, without end."""
-    for epoch in count():
-        generator = np.random.default_rng([seed, number, epoch])
-        for i in generator.permutation(len(rows)):
-            yield rows[int(i)]
 
 
 def run_dedup(settings: Dedup, ctx: Context) -> dict[str, float]:

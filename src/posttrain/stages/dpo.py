@@ -10,7 +10,6 @@ vocabulary.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from itertools import chain
 
@@ -60,7 +59,7 @@ def run(settings: DpoStage, ctx: Context) -> dict[str, float]:
         other_ref_logp_B = response_sums(reference, pairs, chat, counted_V, others)
     del reference
     batches = Batches(by_domain, settings, size="batch_size", stage=ctx.name)
-    steps = settings.steps or math.ceil((settings.epochs or 0) * len(pairs) / settings.batch_size)
+    steps = settings.num_steps(len(pairs), settings.batch_size)
     for step, s in ctx.steps(settings, steps, replayed=[batches], policy=policy):
         drawn = batches.draw(s)
         batch = pair_batch(drawn, chat)

@@ -24,11 +24,11 @@ from posttrain.stages.rows import (
     Key,
     Row,
     by_problem,
+    check_values,
     clean,
     pick,
     problems_of,
     read_rollouts,
-    value_of,
 )
 from posttrain.stages.settings.data import Comparisons, Pairs
 
@@ -36,14 +36,17 @@ from posttrain.stages.settings.data import Comparisons, Pairs
 def run(settings: Pairs, ctx: Context) -> dict[str, float]:
     """Write pairs.jsonl: id, domain, prompt, chosen, rejected, rewards (of both, in this order)."""
     judge, how = settings.judge, settings.how
-    ours = by_problem(read_rollouts(ctx))
+    first, second = read_rollouts(ctx), read_rollouts(ctx, "against")
+    if judge is None and settings.compares_values:
+        check_values(first + second, settings.by, ctx.name)
+    ours = by_problem(first)
     if judge is not None and (not settings.pairwise or isinstance(how, BestAgainstWorst)):
         ours = with_scores(judge, settings, ctx, ours)
-    theirs = by_problem(read_rollouts(ctx, "against")) or ours
+    theirs = by_problem(second) or ours
     if judge is not None and settings.pairwise:
         found = preferred(judge, settings, ctx, ours)
     else:
-        found = {k: choose(settings, rows, theirs.get(k, []), ctx.name) for k, rows in ours.items()}
+        found = {k: choose(settings, rows, theirs.get(k, [])) for k, rows in ours.items()}
     pairs = [pair for of_problem in found.values() for pair in of_problem]
     if not pairs:
         raise ConfigError(
@@ -126,9 +129,7 @@ def pairs_to_ask(settings: Pairs, rows: list[Row]) -> list[tuple[Row, Row]]:
     return pairs if isinstance(how, AllPairs) else pairs[: how.max_per_prompt]
 
 
-def choose(
-    settings: Pairs, ours: list[Row], theirs: list[Row], stage: str = ""
-) -> list[tuple[Row, Row]]:
+def choose(settings: Pairs, ours: list[Row], theirs: list[Row]) -> list[tuple[Row, Row]]:
     """The pairs (chosen, rejected) of one problem, at most `max_per_prompt` unless it is all.
 
     Of one stage's rollouts both lists are the same. Equal values keep the order in which they were
@@ -136,22 +137,20 @@ def choose(
     """
     how, by = settings.how, settings.by
     if isinstance(how, BestAgainstWorst):
-        ours = sorted(ours, key=lambda row: -value_of(row, by, stage))
-        theirs = sorted(theirs, key=lambda row: value_of(row, by, stage))
+        ours = sorted(ours, key=lambda row: -row[by])
+        theirs = sorted(theirs, key=lambda row: row[by])
     candidates = list(zip(ours, theirs, strict=False))
     if isinstance(how, AllPairs | RandomPairs):
-        candidates = [better_first(by, *pair, stage) for pair in combinations(ours, 2)]
+        candidates = [better_first(by, *pair) for pair in combinations(ours, 2)]
     if isinstance(how, RandomPairs):
         candidates.sort(key=lambda pair: shuffled(pair, settings.seed))
-    fitting = [pair for pair in candidates if fits(settings, *pair, stage)]
+    fitting = [pair for pair in candidates if fits(settings, *pair)]
     return fitting if isinstance(how, AllPairs) else fitting[: how.max_per_prompt]
 
 
-def better_first(by: str, one: Row, other: Row, stage: str) -> tuple[Row, Row]:
+def better_first(by: str, one: Row, other: Row) -> tuple[Row, Row]:
     """The two responses, that with the higher value first."""
-    if value_of(one, by, stage) < value_of(other, by, stage):
-        return other, one
-    return one, other
+    return (other, one) if one[by] < other[by] else (one, other)
 
 
 def shuffled(pair: tuple[Row, Row], seed: int) -> str:
@@ -160,18 +159,13 @@ def shuffled(pair: tuple[Row, Row], seed: int) -> str:
     return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
 
 
-def fits(settings: Pairs, chosen: Row, rejected: Row, stage: str) -> bool:
+def fits(settings: Pairs, chosen: Row, rejected: Row) -> bool:
     """Whether a pair shows a preference and passes every filter."""
     if chosen["response"] == rejected["response"]:
         return False
-    how, min_margin = settings.how, settings.how.min_margin
-    by_value = how.by is not None or not isinstance(how, StrongAgainstWeak)
-    if by_value or min_margin is not None:
-        values = [value_of(row, settings.by, stage) for row in (chosen, rejected)]
-        margin = values[0] - values[1]
-        if by_value and margin <= 0:
-            return False
-        if min_margin is not None and margin < min_margin:
+    if settings.compares_values:
+        margin = chosen[settings.by] - rejected[settings.by]
+        if margin <= 0 or margin < (settings.how.min_margin or 0):
             return False
     return filtered(settings, chosen, rejected)
 

@@ -55,7 +55,7 @@ def run(settings: RewardModel, ctx: Context) -> dict[str, float]:
     draws = draws_of(kept, per_prompt=settings.per_prompt)
     batches = Batches(draws, settings, size="batch_size", stage=ctx.name)
     num_draws = sum(map(len, draws.values()))
-    steps = settings.steps or math.ceil((settings.epochs or 0) * num_draws / settings.batch_size)
+    steps = settings.num_steps(num_draws, settings.batch_size)
     for step, s in ctx.steps(settings, steps, replayed=[batches], policy=policy):
         drawn = batches.draw(s)
         batch, group_rows = draw_batch(drawn, policy.chat)

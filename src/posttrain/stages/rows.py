@@ -97,14 +97,14 @@ def by_problem(rows: Iterable[Row]) -> dict[Key, list[Row]]:
     return {key: list(responses.values()) for key, responses in found.items()}
 
 
-def value_of(row: Mapping[str, Any], by: str, stage: str) -> float:
-    """The reward or the score of a response. Raises ConfigError where it has no score."""
-    if by not in row:
-        raise ConfigError(
-            f"stage {stage!r}: by = {by!r}, but the rollouts of problem {row['id']} in domain "
-            f"{row['domain']!r} have no {by}; put r.score(rollouts, judge=...) between them"
-        )
-    return float(row[by])
+def check_values(rows: Iterable[Row], by: str, stage: str) -> None:
+    """Raise ConfigError for a response without the value `by`, the reward or the score."""
+    for row in rows:
+        if by not in row:
+            raise ConfigError(
+                f"stage {stage!r}: by = {by!r}, but the rollouts of problem {row['id']} in domain "
+                f"{row['domain']!r} have no {by}; put r.score(rollouts, judge=...) between them"
+            )
 
 
 def clean(

@@ -7,7 +7,6 @@ the data first.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -55,7 +54,7 @@ def sft(settings: Sft, ctx: Context) -> dict[str, float]:
     policy = ctx.learner(settings)
     demos = also_hinted(demonstrations(settings, ctx), settings.hint, where=f"stage {ctx.name!r}")
     num_rows = sum(map(len, demos.values()))
-    steps = settings.steps or math.ceil((settings.epochs or 0) * num_rows / settings.batch_size)
+    steps = settings.num_steps(num_rows, settings.batch_size)
     imitate(settings, ctx, policy, demos, steps)
     return {"loss": ctx.metrics["loss"], "tokens": ctx.tokens}
 

@@ -7,6 +7,7 @@ therefore not here.
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
@@ -102,6 +103,10 @@ class Lengths(BaseModel):
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give exactly one of steps and epochs")
         return self
+
+    def num_steps(self, num_rows: int, batch_size: int) -> int:
+        """The steps of the stage, with `num_rows` in a pass over its data."""
+        return self.steps or math.ceil((self.epochs or 0) * num_rows / batch_size)
 
     def check_schedules(self) -> None:
         """Raise ValueError where the steps of a pass would not be known before."""

@@ -49,6 +49,13 @@ def check_judge(judge: Judge | None, kind: str) -> Judge | None:
     return judge
 
 
+def check_range(settings: Settings, low: str, high: str, otherwise: str) -> None:
+    """Raise ValueError where the setting `low` is above the setting `high`, either None apart."""
+    least, most = getattr(settings, low), getattr(settings, high)
+    if least is not None and most is not None and least > most:
+        raise ValueError(f"{low} = {least} is above {high} = {most}: {otherwise}")
+
+
 class Answering(BaseModel):
     """Which prompts a stage answers that samples without training, and how."""
 
@@ -116,12 +123,8 @@ class Filter(Settings):
 
     @model_validator(mode="after")
     def _bands_are_bands(self) -> Self:
-        for low, high in (("low", "high"), ("against_low", "against_high")):
-            if getattr(self, low) > getattr(self, high):
-                raise ValueError(
-                    f"{low} = {getattr(self, low)} is above {high} = {getattr(self, high)}: no "
-                    "pass rate lies between them"
-                )
+        check_range(self, "low", "high", "no pass rate lies between them")
+        check_range(self, "against_low", "against_high", "no pass rate lies between them")
         return self
 
 
@@ -147,10 +150,8 @@ class Select(Settings):
 
     @model_validator(mode="after")
     def _ranges_hold_something(self) -> Self:
-        for low, high in (("min_tokens", "max_tokens"), ("first_step", "last_step")):
-            least, most = getattr(self, low), getattr(self, high)
-            if least is not None and most is not None and least > most:
-                raise ValueError(f"{low} = {least} is above {high} = {most}: nothing is left")
+        check_range(self, "min_tokens", "max_tokens", "nothing is left")
+        check_range(self, "first_step", "last_step", "nothing is left")
         return self
 
 
@@ -186,6 +187,13 @@ class Pairs(Settings):
     def by(self) -> str:
         """The value of a response that is compared."""
         return self.how.by or ("reward" if self.judge is None else "score")
+
+    @property
+    def compares_values(self) -> bool:
+        """Whether the chosen response has to have the higher value."""
+        how = self.how
+        asked = how.by is not None or how.min_margin is not None
+        return asked or not isinstance(how, StrongAgainstWeak)
 
     @field_validator("judge")
     @classmethod
