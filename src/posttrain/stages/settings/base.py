@@ -10,10 +10,10 @@ from __future__ import annotations
 import math
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_validator
 
 from posttrain.algorithms import AdamW, Aggregation, Aux, CosineDecay, Decay, TokenMean
-from posttrain.backends.prompting import Mode
+from posttrain.backends.prompting import Mode, check_hint
 from posttrain.values import changing
 
 Weight = Annotated[float, Field(ge=0)]
@@ -84,6 +84,8 @@ def _is_weight(value: object) -> bool:
     return number or (isinstance(value, dict) and "schedule" in value) or hasattr(value, "schedule")
 
 
+Template = Annotated[str, AfterValidator(check_hint)]
+"""Text in which columns of a problem stand in braces."""
 Modes = Annotated[tuple[Mode, ...], BeforeValidator(tuple), BeforeValidator(_different)]
 """In which modes a stage asks or shows its problems, each in each of them; without any the chat
 template is asked as it stands. Comes from the recipe's `mode`."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, Field, model_validator
 
 from posttrain.algorithms import (
     BestAgainstWorst,
@@ -23,10 +23,8 @@ from posttrain.stages.settings.base import Computing, Modes
 from posttrain.values import Settings
 
 
-def check_characters(value: str | None) -> str | None:
+def check_characters(value: str) -> str:
     """Raise ValueError unless `value` is a regular expression for one allowed character."""
-    if value is None:
-        return None
     try:
         re.compile(f"(?:{value})*")
     except re.error as error:
@@ -37,16 +35,24 @@ def check_characters(value: str | None) -> str | None:
     return value
 
 
-def check_judge(judge: Judge | None, kind: str) -> Judge | None:
-    """Raise ValueError unless a stage of this kind, which has no steps, can ask the judge."""
-    if judge is None:
-        return None
-    check_use(judge, kind, where="judge")
-    if judge.scheduled:
-        raise ValueError(
-            "the judge has a weight with a schedule, and the stage has no steps; give a number"
-        )
-    return judge
+def asked_by(kind: str) -> AfterValidator:
+    """The check that a stage of this kind, which has no steps, can ask a judge."""
+
+    def check(judge: Judge | None) -> Judge | None:
+        if judge is None:
+            return None
+        check_use(judge, kind, where="judge")
+        if judge.scheduled:
+            raise ValueError(
+                "the judge has a weight with a schedule, and the stage has no steps; give a number"
+            )
+        return judge
+
+    return AfterValidator(check)
+
+
+Characters = Annotated[str, AfterValidator(check_characters)]
+"""A regular expression for one allowed character."""
 
 
 def check_range(settings: Settings, low: str, high: str, otherwise: str) -> None:
@@ -85,13 +91,8 @@ class Sample(Settings, Computing, Answering):
 class Score(Settings, Computing):
     """Rollouts with what a judge says of them: `r.score(rollouts, judge=...)`."""
 
-    judge: JudgeSetting
+    judge: Annotated[JudgeSetting, asked_by("score")]
     """Comes from the recipe's `judge`."""
-
-    @field_validator("judge")
-    @classmethod
-    def _score_can_ask_it(cls, judge: Judge) -> Judge | None:
-        return check_judge(judge, "score")
 
 
 class Profile(Settings, Computing, Answering):
@@ -136,7 +137,7 @@ class Select(Settings):
     min_tokens: int | None = Field(None, gt=0)
     max_tokens: int | None = Field(None, gt=0)
     """Bounds on the length of a response, stop token included."""
-    language: str | None = None
+    language: Characters | None = None
     """Regular expression for one allowed character; a response with any other one is left out."""
     max_repetition: Repetition | None = None
     """Most repeated n-grams of words that a response may have."""
@@ -145,8 +146,6 @@ class Select(Settings):
     """Of the rollouts of an `rl` stage those of these steps, counted from 0, both included."""
     strip_thought: bool = False
     """Leave out what stands before `</think>`, and make such rows rows of the mode no_think."""
-
-    _language = field_validator("language")(check_characters)
 
     @model_validator(mode="after")
     def _ranges_hold_something(self) -> Self:
@@ -166,17 +165,15 @@ class Pairs(Settings):
     """Most characters by which the two responses may differ in length."""
     chosen_max_tokens: int | None = Field(None, gt=0)
     """Most tokens of the chosen response, stop token included."""
-    chosen_language: str | None = None
+    chosen_language: Characters | None = None
     """Regular expression for one allowed character; the chosen response has no other one."""
     chosen_max_repetition: Repetition | None = None
     """Most repeated n-grams of words in the chosen response."""
 
-    judge: JudgeSetting | None = None
+    judge: Annotated[JudgeSetting | None, asked_by("pairs")] = None
     """Who says which response is better; comes from the recipe's `judge`."""
     seed: int = Field(0, ge=0, lt=2**31)
     """Which pairs are random, and the noise of the oracle, follow from it."""
-
-    _language = field_validator("chosen_language")(check_characters)
 
     @property
     def pairwise(self) -> bool:
@@ -194,11 +191,6 @@ class Pairs(Settings):
         how = self.how
         asked = how.by is not None or how.min_margin is not None
         return asked or not isinstance(how, StrongAgainstWeak)
-
-    @field_validator("judge")
-    @classmethod
-    def _pairs_can_ask_it(cls, judge: Judge | None) -> Judge | None:
-        return check_judge(judge, "pairs")
 
     @model_validator(mode="after")
     def _judge_is_asked(self) -> Self:

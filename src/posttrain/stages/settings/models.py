@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from posttrain.algorithms import Average, DareLinear, MergeHow, TaskArithmetic
-from posttrain.rewards.judge_kinds import Judge, JudgeSetting
+from posttrain.rewards.judge_kinds import JudgeSetting
 from posttrain.stages.settings.base import Computing, Modes
-from posttrain.stages.settings.data import check_judge
+from posttrain.stages.settings.data import asked_by
 from posttrain.values import Settings
 
 
@@ -57,7 +57,7 @@ class Best(Settings, Computing):
     """The best of several models, by problems that no training stage can draw from."""
 
     modes: Modes = ()
-    judge: JudgeSetting | None = None
+    judge: Annotated[JudgeSetting | None, asked_by("best")] = None
     """Whose score decides in place of the verifier's; comes from the recipe's `judge`."""
     length_weight: float = Field(0.0, ge=0)
     """Taken off the score per `max_new_tokens` of mean response length."""
@@ -68,11 +68,6 @@ class Best(Settings, Computing):
     max_new_tokens: int = Field(64, gt=0)
     bootstrap: int = Field(2000, ge=100)
     """Resamples of the problems behind each 95 % interval."""
-
-    @field_validator("judge")
-    @classmethod
-    def _best_can_ask_it(cls, judge: Judge | None) -> Judge | None:
-        return check_judge(judge, "best")
 
     @property
     def metric(self) -> str:

@@ -5,11 +5,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from posttrain.algorithms import BradleyTerry, Dpo, Preference, RewardLoss
-from posttrain.backends.prompting import check_hint
-from posttrain.stages.settings.base import AuxLosses, Computing, Lengths, Modes, Training
+from posttrain.stages.settings.base import AuxLosses, Computing, Lengths, Modes, Template, Training
 from posttrain.values import Settings, changing
 
 
@@ -51,14 +50,9 @@ class Sft(Lengths, Settings, Computing, Training):
     demo_noise: float = Field(0.0, ge=0, le=1)
     """Share of the demonstrations that are wrong, as a careless annotator writes them
     (`rewards/oracle.py`). Comes from the recipe's `noise`."""
-    hint: str | None = None
+    hint: Template | None = None
     """Template of a second prompt for every demonstration, beside its own. Comes from the recipe's
     `hint`."""
-
-    @field_validator("hint")
-    @classmethod
-    def _hint_is_a_template(cls, value: str | None) -> str | None:
-        return None if value is None else check_hint(value)
 
 
 class DpoStage(Lengths, Settings, Computing, Training):
