@@ -24,7 +24,7 @@ from torch import Tensor
 from posttrain.backends.base import Sampler
 from posttrain.backends.checkpoint_source import MODEL_FILES
 from posttrain.backends.prompting import Problem, format_answer, in_modes
-from posttrain.engine.edges import edge_name, named, role_of
+from posttrain.engine.graph import edge_name, named, role_of
 from posttrain.rewards.judge_base import Judge
 from posttrain.rewards.pool import VerifierPool
 from posttrain.rl.batch import Batch, concatenate

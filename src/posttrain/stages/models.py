@@ -23,14 +23,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from posttrain.backends.checkpoint import load, save
 from posttrain.backends.merging import TensorFiles, merged
-from posttrain.engine.edges import named
 from posttrain.engine.errors import ConfigError
 from posttrain.engine.fingerprint import file_digest, files_digest
+from posttrain.engine.graph import named
 from posttrain.engine.hashes import FileHashes, HashFile
 from posttrain.engine.process import Job
 from posttrain.stages.context import Context
 from posttrain.stages.settings.models import Merge
-from posttrain.suites.domain import build_domain
+from posttrain.suites.build import build_domain
 
 FREE = frozenset(
     {

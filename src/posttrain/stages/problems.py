@@ -360,7 +360,7 @@ def _groups(batch: Batch, size: int) -> Iterator[tuple[Problem, bool]]:
 
 
 def _rows_of_groups(numbers: Sequence[int], size: int) -> Tensor:
-    """The rows of these groups of `size` neighbouring rows: of [0, 2] with 2 they are 0, 1, 4, 5."""
+    """The rows of these groups of `size` neighbours: those of [0, 2] with 2 are [0, 1, 4, 5]."""
     # From one entry per group to one per row.
     first_B = torch.tensor(numbers).repeat_interleave(size) * size
     return first_B + torch.arange(size).repeat(len(numbers))
