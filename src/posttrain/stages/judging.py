@@ -1,7 +1,7 @@
 """Judges that need the stage: its verifiers, its models, its work directory. And the stage `score`.
 
-    reward = make_reward(settings.reward, ctx, policy=policy, verifiers=pool)   # once
-    scores, parts = reward.score(responses_of(batch), at)                       # every step
+    reward = make_reward(settings.reward, ctx, policy=policy)   # once
+    scores, parts = reward.score(responses_of(batch), at)       # every step
 
 with `at = lambda schedule: schedule.at(step, total, history)`. The classes here score for the
 judges of `posttrain.rewards.judge_kinds` that name them as their `SCORER`.
@@ -35,7 +35,7 @@ from posttrain.rewards.people import Pair, Preference
 from posttrain.rewards.pool import VerifierPool
 from posttrain.rl.batch import Batch
 from posttrain.stages.context import Context
-from posttrain.stages.rollout import MAX_WORKERS, submit
+from posttrain.stages.rollout import MAX_WORKERS
 from posttrain.stages.rows import Row, key_of, problems_of, read_rollouts
 from posttrain.stages.settings.data import Score
 
@@ -53,8 +53,6 @@ class StageTools:
     ctx: Context
     policy: Learner | None = None
     """What `judges.itself` asks, with the weights that it has at the time."""
-    verifiers: VerifierPool | None = None
-    """Asked where responses bring no verdicts."""
     precision: str = "float32"
     """Type in which models compute."""
     seed: int = 0
@@ -81,7 +79,6 @@ def make_reward(
     ctx: Context,
     *,
     policy: Learner | None = None,
-    verifiers: VerifierPool | None = None,
     precision: str = "float32",
     seed: int = 0,
 ) -> RewardFunction:
@@ -90,7 +87,7 @@ def make_reward(
     The arguments are those of `StageTools`. Raises ConfigError where a judge needs what is not
     given, and what loading a model raises.
     """
-    tools = StageTools(ctx=ctx, policy=policy, verifiers=verifiers, precision=precision, seed=seed)
+    tools = StageTools(ctx=ctx, policy=policy, precision=precision, seed=seed)
     asked = {part.identity: part for part in judge.walk() if part.SCORER}
     return RewardFunction(judge, {name: part.scorer(tools) for name, part in asked.items()})
 
@@ -158,20 +155,12 @@ class VerifierJudge:
     """`judges.verifier`: the domain verifier's score, 0 for a response that was cut."""
 
     def __init__(self, judge: Verifier, tools: StageTools) -> None:
-        self.verifiers = tools.verifiers
+        """A stage has what it sampled verified before it asks a judge: nothing to make here."""
 
     def score(self, responses: Responses) -> list[float]:
-        """Scores in [0, 1]; those that the responses bring, or the verifiers'."""
-        if responses.verdicts is not None:
-            return list(responses.verdicts)
-        assert self.verifiers is not None, "responses without verdicts need verifiers"
-        ended = [row for row, whole in enumerate(responses.finished) if whole]
-        problems = [dict(problem) for problem in responses.problems]
-        scores = [0.0] * len(responses)
-        for rows, found in submit(self.verifiers, ended, responses.texts, problems):
-            for row, value in zip(rows, found.result(), strict=True):
-                scores[row] = value
-        return scores
+        """The scores in [0, 1] that the responses bring."""
+        assert responses.verdicts is not None, "every stage verifies what it has sampled"
+        return list(responses.verdicts)
 
 
 class OracleJudge:
