@@ -177,6 +177,7 @@ _ALL = (
         "model",
         "rollouts",
         card="reinforcement learning on verifiable rewards",
+        headline=("reward",),
         number=("reward", "reward"),
         section="Reinforcement learning",
         panels=(

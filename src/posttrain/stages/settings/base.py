@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_va
 
 from posttrain.algorithms import AdamW, Aggregation, Aux, CosineDecay, Decay, TokenMean
 from posttrain.backends.prompting import Mode, check_hint
+from posttrain.schedules import is_schedule
 from posttrain.values import changing
 
 Weight = Annotated[float, Field(ge=0)]
@@ -72,16 +73,10 @@ def _different(modes: tuple[Mode, ...]) -> tuple[Mode, ...]:
     return modes
 
 
-def _weighted(aux: object) -> object:
-    """`{"ptx": 0.5}` as `{"ptx": Aux(0.5)}`."""
-    if not isinstance(aux, dict):
-        return aux
-    return {name: {"weight": value} if _is_weight(value) else value for name, value in aux.items()}
-
-
-def _is_weight(value: object) -> bool:
+def _weighted(value: object) -> object:
+    """`0.5` as `Aux(0.5)`."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number or (isinstance(value, dict) and "schedule" in value) or hasattr(value, "schedule")
+    return {"weight": value} if number or is_schedule(value) else value
 
 
 Template = Annotated[str, AfterValidator(check_hint)]
@@ -89,7 +84,7 @@ Template = Annotated[str, AfterValidator(check_hint)]
 Modes = Annotated[tuple[Mode, ...], BeforeValidator(tuple), BeforeValidator(_different)]
 """In which modes a stage asks or shows its problems, each in each of them; without any the chat
 template is asked as it stands. Comes from the recipe's `mode`."""
-AuxLosses = Annotated[dict[str, Aux], BeforeValidator(_weighted)]
+AuxLosses = dict[str, Annotated[Aux, BeforeValidator(_weighted)]]
 """Losses beside the stage's own, by name. The recipe gives each with its data."""
 
 
