@@ -92,15 +92,6 @@ def make_reward(
     return RewardFunction(judge, {name: part.scorer(tools) for name, part in asked.items()})
 
 
-def preferences(
-    judge: Judge, ctx: Context, pairs: Sequence[Pair], *, seed: int
-) -> list[Preference]:
-    """What a judge that is asked about pairs (`Judge.PAIRS`) prefers in each."""
-    scorer: Any = judge.scorer(StageTools(ctx=ctx, seed=seed))
-    found: list[Preference] = scorer.prefer(pairs)
-    return found
-
-
 def responses_of(batch: Batch) -> Responses:
     """What a stage has sampled, with the verifier's scores, as judges see it."""
     return Responses(

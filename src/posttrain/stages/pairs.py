@@ -19,7 +19,7 @@ from posttrain.rewards.comparisons import build_comparisons
 from posttrain.rewards.judge_base import Judge
 from posttrain.rewards.people import Pair
 from posttrain.stages.context import Context
-from posttrain.stages.judging import judge_rows, make_reward, preferences
+from posttrain.stages.judging import StageTools, judge_rows, make_reward
 from posttrain.stages.rows import (
     Key,
     Row,
@@ -106,7 +106,8 @@ def preferred(
         for problem, (_, one, other) in zip(whole, asked, strict=True)
     ]
     found: dict[Key, list[tuple[Row, Row]]] = {key: [] for key in problems}
-    answers = preferences(judge, ctx, questions, seed=settings.seed)
+    scorer: Any = judge.scorer(StageTools(ctx=ctx, seed=settings.seed))
+    answers = scorer.prefer(questions)
     for (key, one, other), answer in zip(asked, answers, strict=True):
         winner, loser = (one, other) if answer.first > 0.5 else (other, one)
         winner = winner | {"strength": answer.strength}
