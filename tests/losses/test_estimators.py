@@ -17,8 +17,12 @@ from posttrain.losses.distill import (
     top_k,
 )
 from posttrain.losses.divergence import TeacherStates
-from posttrain.losses.ops import kl_estimate, token_logprobs
-from posttrain.losses.policy import kl_penalty, unbiased_kl_penalty
+from posttrain.losses.ops import (
+    kl_estimate,
+    kl_penalty,
+    token_logprobs,
+    unbiased_kl_penalty,
+)
 from posttrain.stages.config import build_config
 
 WORDS = 12

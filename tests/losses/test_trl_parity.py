@@ -15,9 +15,13 @@ from torch import Tensor
 
 from posttrain.losses.distill import full_vocabulary
 from posttrain.losses.divergence import TeacherStates
-from posttrain.losses.ops import aggregation_weights, token_logprobs
-from posttrain.losses.policy import kl_penalty, policy_gradient
-from posttrain.losses.sft import cross_entropy
+from posttrain.losses.ops import (
+    aggregation_weights,
+    cross_entropy,
+    kl_penalty,
+    token_logprobs,
+)
+from posttrain.losses.policy import policy_gradient
 from posttrain.rl.advantage import advantages
 
 ROWS, LENGTH, LIMIT, BETA = 6, 7, 10, 0.05
