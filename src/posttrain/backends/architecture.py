@@ -1,8 +1,9 @@
 """What a model's layers keep between tokens, and so by which path it is sampled and read.
 
 `packed` models keep keys and values of all tokens in every layer: short rows may share a row of a
-forward pass, and every row of a cache may have its own length. All others are `plain`: one row to
-a row, padded on the right, and all rows of a cache at one length (`lockstep.py`). That is right
+forward pass, and where there is a decoder for it (`cpu/fused.py`) every row of a cache may have its
+own length. All others are `plain`: one row to a row, padded on the right, and all rows of a cache
+at one length (`lockstep.py`). That is right
 for any causal model, and the only way for sliding windows, convolutions and recurrent states.
 
 Legend: B rows, T positions, D hidden.
@@ -23,7 +24,7 @@ from posttrain.engine.errors import ConfigError
 
 Path = Literal["packed", "plain"]
 
-# Checked one by one: packed rows and slots gave what each row alone gives. Others may well do, but
+# Checked one by one: packed rows gave what each row alone gives. Others may well do, but
 # what a model makes of position ids and of a block mask cannot be read off its config: some ignore
 # them without an error. Where a config has windows or recurrent layers the list does not count.
 PACKABLE = frozenset(

@@ -2,7 +2,7 @@
 
 Each prompt is read once for its whole group. A row's random numbers depend only on (seed, row,
 position), so its response does not depend on which rows happen to run beside it. Log-probs come
-from the same pass. Models for which slots do not work are sampled in lockstep (`lockstep.py`).
+from the same pass. Models that have no fused decoder are sampled in lockstep (`lockstep.py`).
 
 Legend: P prompts, L rows in slots, E rows that have just ended, M rows that move, B rows,
 T positions, R response positions, V vocabulary, D hidden.
@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from posttrain.backends.base import Head
-from posttrain.backends.cpu.decoder import Decoder, TransformersDecoder
-from posttrain.backends.cpu.fused import FusedDecoder, is_fusable
+from posttrain.backends.cpu.fused import FusedDecoder
 from posttrain.backends.cpu.product import Product
 from posttrain.backends.token_sampling import (
     SampleBuffer,
@@ -39,16 +38,12 @@ MAX_COPIED = 2**24
 class Decoders:
     """Makes the decoders of one model, each of which may take over the memory of the last."""
 
-    def __init__(self, model: Any, *, fused: bool = True) -> None:
-        """Without `fused` every model is decoded by transformers' own forward pass."""
+    def __init__(self, model: Any) -> None:
         self.model = model
-        self.fused = fused and is_fusable(model)
         self.buffer: Tensor | None = None
 
-    def make(self, num_slots: int, num_positions: int) -> Decoder:
-        """The fastest decoder that computes this model."""
-        if not self.fused:
-            return TransformersDecoder(self.model, num_slots=num_slots, num_positions=num_positions)
+    def make(self, num_slots: int, num_positions: int) -> FusedDecoder:
+        """A decoder with room for so many rows of so many tokens."""
         # Taken, not shared: a decoder that is made meanwhile gets memory of its own.
         buffer, self.buffer = self.buffer, None
         decoder = FusedDecoder(
