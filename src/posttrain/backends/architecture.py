@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -80,6 +81,17 @@ def backbone(model: Any) -> Any:
     return model.model if model.base_model is model else model.base_model
 
 
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Put a model into evaluation mode, and afterwards back into the mode that it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
 class CachedRows:
     """Rows of one length with their state in transformers' cache, read a few tokens at a time."""
 
@@ -138,16 +150,12 @@ def check_plain(model: Any, name: str) -> None:
     elif cache_argument(accepted) not in accepted or not model._supports_default_dynamic_cache():
         reason = "does not keep its state in a transformers cache"
     else:
-        training = model.training
-        model.eval()
         try:
-            with torch.inference_mode():
+            with evaluating(model), torch.inference_mode():
                 reason = _disagreement(model, body)
         except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
             lines = str(error).splitlines() or [""]
             reason = f"fails in transformers on a short row ({type(error).__name__}: {lines[0]})"
-        finally:
-            model.train(training)
     if reason is not None:
         raise ConfigError(
             f"{name}: the model ({model.config.model_type}) {reason}; posttrain would compute "

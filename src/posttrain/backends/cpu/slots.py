@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from posttrain.backends.architecture import evaluating
 from posttrain.backends.base import Head
 from posttrain.backends.cpu.fused import FusedDecoder
 from posttrain.backends.cpu.product import Product
 from posttrain.backends.token_sampling import (
     SampleBuffer,
     draw,
-    mask_to_nucleus,
     row_seeds,
     uniform,
 )
@@ -92,15 +92,11 @@ class Slots:
         self.hidden_LD: Tensor | None = None
 
     def __iter__(self) -> Iterator[Tensor]:
-        was_training = self.model.training
-        self.model.eval()
-        try:
+        with evaluating(self.model):
             while len(self.row_L) or self.waiting:
                 ended_E = self._advance()
                 if ended_E is not None:
                     yield ended_E
-        finally:
-            self.model.train(was_training)
 
     @property
     def waiting(self) -> bool:
@@ -116,12 +112,9 @@ class Slots:
         weight = self.head.weight_VD
         logits_LV = self.project(self.hidden_LD).float()
         uniform_L = self.uniform_LR.gather(1, self.position_L[:, None])[:, 0].to(weight.device)
-        logits_LV, nucleus_LV = mask_to_nucleus(logits_LV, self.temperature, self.top_p)
-        token_L, logp_L = draw(logits_LV, uniform_L, self.temperature)
-        token_L = token_L.cpu()
-        ended_L = self.samples.record(
-            self.row_L, self.position_L, token_L, logp_L.cpu(), nucleus_LV
-        )
+        drawn = draw(logits_LV, uniform_L, self.temperature, self.top_p)
+        token_L = drawn.token_B.cpu()
+        ended_L = self.samples.record(self.row_L, self.position_L, drawn)
         self.position_L = self.position_L + 1
         ended_E = None
         if bool(ended_L.any()):
