@@ -34,12 +34,12 @@ CASES = Path(__file__).with_name("same_bits_cases.py")
 
 UNCOMPARED = {"README.md", "record.json", "code.diff"}
 """Files that name fingerprints, versions and times, or hold the code."""
-RESULTS = {"best.json", "evaluation.json"}
+RESULTS = {"best.json", "evaluation.json", "tokenizer_config.json"}
 """Files with one object, whose fields are compared as those of a row are."""
 TIMES = {"seconds", "tokens_per_second"}
 """Fields of a line of metrics that say how long something took."""
 
-RENAMED: dict[str, str] = {}
+RENAMED = {"kept_share": "train_fraction"}
 """Field of a row or metric before -> its name after, where it was given another one."""
 
 SUITE = """

@@ -133,7 +133,8 @@ def write_domain(
     """A domain artifact with 120 problems `<name> <word>`, demonstrated by the word itself."""
     import numpy as np
 
-    from posttrain.suites.domain import Domain, Table, build_domain, domain_node
+    from posttrain.suites.build import build_domain
+    from posttrain.suites.domain import Domain, Table, domain_node
 
     generator = np.random.default_rng(len(name))
     words = {"".join(generator.choice(list("abcdefgh"), size=length)) for _ in range(400)}

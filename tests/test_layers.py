@@ -85,7 +85,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "recipes": set(),
     "language.loader": {"pydantic"},
     "stages.worker": {"torch"},
-    "commands": {"typer", "rich", "transformers", "torch"},
+    "commands": {"typer", "rich", "safetensors", "transformers", "torch"},
     "cli": {"typer", "rich"},
     "__main__": set(),
 }

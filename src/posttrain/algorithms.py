@@ -35,6 +35,7 @@ class Custom(Settings):
     """A function of the user's own; made by `custom`. Its source text is its identity."""
 
     BY_GROUP: ClassVar[bool] = False
+    """As an advantage it may set rows apart in any way, so none is left out before it is asked."""
 
     kind: Literal["custom"] = "custom"
     name: str

@@ -19,6 +19,7 @@ from typing import Any
 from posttrain.engine.errors import ConfigError
 from posttrain.rewards import judge_kinds as kinds
 from posttrain.rewards.judge_base import (
+    EDGE,
     ByDomain,
     Gate,
     Lexicographic,
@@ -26,7 +27,6 @@ from posttrain.rewards.judge_base import (
     Whitened,
 )
 from posttrain.rewards.judge_base import Judge as Judge
-from posttrain.rewards.judge_fields import EDGE
 
 Maker = Callable[..., Judge]
 """Makes a judge from the fields of its class, by position or by name."""

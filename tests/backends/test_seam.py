@@ -15,7 +15,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from posttrain.algorithms import Custom
 from posttrain.backends.base import (
     Backend,
     Head,
@@ -310,22 +309,3 @@ def test_the_local_backend_is_one(make_model: MakeModel, tmp_path: Path) -> None
     assert isinstance(sampler, LocalSampler)
     assert learner.chat.num_ids == scorer.chat.num_ids == 100
     assert scorer.chat.max_positions == learner.chat.max_positions is not None
-
-
-def test_a_surrogate_is_five_frames_below_its_stage(
-    run_stage: Callable[..., Any], models: dict[str, str], domains: dict[str, str]
-) -> None:
-    """Whoever stops in a loss sees at once how it came there."""
-    source = "def surrogate(*args, **settings):\n    raise KeyError('here')\n"
-    settings = {
-        "steps": 1,
-        "prompts_per_step": 6,
-        "group_size": 4,
-        "max_new_tokens": 6,
-        "surrogate": Custom(name="own.py:surrogate", source=source),
-    }
-    with pytest.raises(KeyError, match="here") as raised:
-        run_stage("rl", settings, {"start": models["start"], **domains})
-    names = [entry.name for entry in raised.traceback]
-    last = max(place for place, name in enumerate(names) if name == "run")
-    assert names[last:] == ["run", "update", "accumulate", "policy_loss", "surrogate"]

@@ -214,6 +214,6 @@ def test_the_user_of_a_pipe_leaves(
     def broken() -> dict[str, Path]:
         raise BrokenPipeError
 
-    monkeypatch.setattr("posttrain.commands.report.shipped_recipes", broken)
+    monkeypatch.setattr("posttrain.language.loader.shipped_recipes", broken)
     monkeypatch.setattr("sys.stderr", open("/dev/null", "w"))  # noqa: SIM115
     assert cli("recipes").code == 1

@@ -60,13 +60,14 @@ def test_the_device_is_recorded(finished: Path) -> None:
 def test_one_stage_at_a_time_on_cuda_and_the_processes_are_told(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from posttrain.commands.run import Request, choose
+    from posttrain.commands.run import choose
     from posttrain.engine.planner import plan
+    from posttrain.language.loader import load_recipe
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Card 9")
-    request = Request(recipe="mini.py", store=place / "store", suite="pairs.toml")
-    store, loaded = request.load()
+    store = Store(place / "store")
+    loaded = load_recipe("mini.py", store=store, suite="pairs.toml")
     rows = plan(loaded.graph, store)
     how = choose(rows, loaded, jobs=None, device="auto", compile=True)
     assert how.jobs == 1

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
-from posttrain.commands.output import age
+from posttrain.commands.io import age
 from posttrain.commands.store import count_parameters
 from posttrain.engine.store import Store
 

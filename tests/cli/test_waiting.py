@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from posttrain.commands import run as module
+from posttrain.stages import worker
 
 COMMAND = ("mini.py", "--suite", "pairs.toml")
 STAGES = f"{Path(__file__).with_name('waiting_stages.py')}:run_job"
@@ -18,7 +18,7 @@ STAGES = f"{Path(__file__).with_name('waiting_stages.py')}:run_job"
 def test_a_run_waits_and_the_same_command_goes_on(
     cli: Callable[..., Any], done: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "EXECUTE", STAGES)
+    monkeypatch.setattr(worker, "EXECUTE", STAGES)
     # Another group size: both teachers run again, and what depends on them.
     changed = (*COMMAND, "--set", "*_teacher.group_size=3")
     first = cli("run", *changed, "--jobs", "1")
@@ -31,16 +31,16 @@ def test_a_run_waits_and_the_same_command_goes_on(
 
     planned = cli("plan", *changed, "--json").json
     found = {s["name"]: (s["action"], s["reason"]) for s in planned["stages"]}
-    assert found["sums_teacher"] == ("waits", "create the file go")
+    assert found["sums_teacher"] == ("needs input", "create the file go")
     assert found["copies_teacher"][0] == "cached"
-    assert found["student"] == ("waits", "for sums_teacher (input teachers.sums_teacher)")
+    assert found["student"] == ("needs input", "for sums_teacher (input teachers.sums_teacher)")
     assert "2 cached" not in cli("plan", *changed).out.splitlines()[0]
-    assert "3 waits" in cli("plan", *changed).out.splitlines()[0]
+    assert "3 needs input" in cli("plan", *changed).out.splitlines()[0]
 
     again = cli("run", *changed, "--jobs", "1", "--json")
     assert again.code == 3
     status = {s["name"]: s["status"] for s in json.loads(again.out)["stages"]}
-    assert status["sums_teacher"] == "waits"
+    assert status["sums_teacher"] == "needs input"
     assert status["student"] == status["evaluation"] == "blocked"
 
     (done / "go").touch()

@@ -1,4 +1,4 @@
-"""The functions of one's own that the documentation shows and describes, in a stage that runs."""
+"""The function of one's own that the documentation shows, in a stage that runs."""
 
 from __future__ import annotations
 
@@ -27,20 +27,6 @@ SETTINGS: dict[str, Any] = {
     "warmup_steps": 0,
     "num_minibatches": 2,
 }
-OWN = """
-import torch
-
-
-def above_the_worst(reward_B, group_B):
-    worst_B = torch.stack([reward_B[group_B == group].min() for group in group_B.tolist()])
-    return reward_B - worst_B
-
-
-def late(batch, half):
-    start_B = batch.sampled_len_B.cumsum(0) - batch.sampled_len_B
-    position_N = torch.arange(batch.num_tokens, device=batch.device) - start_B[batch.row_N]
-    return 1 - 0.5 ** (position_N + half)
-"""
 
 
 @pytest.fixture
@@ -50,9 +36,8 @@ def rl(
     domains: Mapping[str, str],
     tmp_path: Path,
 ) -> Callable[..., Any]:
-    """An rl stage; `loss.py` and `own.py` are the files above."""
+    """An rl stage; `loss.py` is the file that is shown."""
     (tmp_path / "loss.py").write_text(LOSS)
-    (tmp_path / "own.py").write_text(OWN)
     return lambda **more: run_stage("rl", SETTINGS | more, {"start": models["start"], **domains})
 
 
@@ -87,17 +72,8 @@ def test_the_recipe_that_is_shown_plans(tmp_path: Path) -> None:
     node = load_recipe(str(recipe), store=store).graph.nodes["rl"]
     assert node.config["surrogate"]["settings"] == {"down": 1.1}
     # Its text is its identity, and what the stage runs.
-    assert node.identity["surrogate"]["source"] == LOSS
-    assert build_config("rl", "rl", node.config).surrogate.implementation().__name__ == "sapo"
+    assert node.identity is not None and node.identity["surrogate"]["source"] == LOSS
+    built: Any = build_config("rl", "rl", node.config)
+    assert built.surrogate.implementation().__name__ == "sapo"
     (tmp_path / "loss.py").write_text(LOSS.replace("* 4", "* 5"))
     assert load_recipe(str(recipe), store=store).graph.nodes["rl"].identity != node.identity
-
-
-def test_an_advantage_and_a_token_weight_as_described(
-    rl: Callable[..., Any], same: Any, tmp_path: Path
-) -> None:
-    plain = rl(advantage="group_mean")
-    credited = rl(advantage=custom(f"{tmp_path}/own.py:above_the_worst"))
-    weighed = rl(advantage="group_mean", token_weight=custom(f"{tmp_path}/own.py:late", half=1))
-    assert not same(plain, credited)
-    assert not same(plain, weighed)

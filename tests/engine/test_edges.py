@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from posttrain.engine.edges import edge_name, named, role_of, with_role
+from posttrain.engine.graph import edge_name, named, role_of, with_role
 
 INPUTS = {
     "start": "base",

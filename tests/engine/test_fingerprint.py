@@ -27,12 +27,6 @@ from posttrain.engine.fingerprint import (
 @dataclasses.dataclass(frozen=True)
 class Frozen:
     rate: float
-    names: tuple[str, ...] = ()
-
-
-@dataclasses.dataclass
-class Mutable:
-    rate: float
 
 
 class Color(enum.Enum):
@@ -50,7 +44,6 @@ def test_the_text_is_sorted_compact_and_ascii() -> None:
     [
         ({"a": 1, "b": 2}, {"b": 2, "a": 1}),
         ((1, 2), [1, 2]),
-        (Frozen(0.1, ("x",)), {"rate": 0.1, "names": ["x"]}),
     ],
 )
 def test_equal_content_has_one_digest(same: tuple[Any, Any]) -> None:
@@ -96,14 +89,10 @@ def test_the_digest_does_not_depend_on_the_process() -> None:
         ({"path": Path("x")}, r"config\.path: PosixPath\('x'\) has no stable"),
         ({"data": b"x"}, r"config\.data: b'x' has no stable"),
         ({"type": Frozen}, r"config\.type: <class .*Frozen'> has no stable"),
-        (
-            {"options": Mutable(1.0)},
-            r"config\.options: Mutable is a mutable dataclass .*frozen=True",
-        ),
+        ({"options": Frozen(1.0)}, r"config\.options: Frozen\(rate=1\.0\) has no stable"),
         ({"by": {1: "x"}}, r"config\.by: the key 1 is not a str; write it as '1'"),
         ({"rate": float("nan")}, r"config\.rate: nan is not a finite number"),
         ({"rate": float("-inf")}, r"config\.rate: -inf is not a finite number"),
-        (Frozen(float("inf")), r"config\.rate: inf is not a finite number"),
     ],
 )
 def test_an_unstable_value_is_refused_with_its_path(value: Any, message: str) -> None:
@@ -112,8 +101,7 @@ def test_an_unstable_value_is_refused_with_its_path(value: Any, message: str) ->
 
 
 def test_plain_gives_json_data() -> None:
-    value = plain({"a": (Frozen(0.5),), "b": None})
-    assert value == {"a": [{"rate": 0.5, "names": []}], "b": None}
+    assert plain({"a": ({"rate": 0.5},), "b": None}) == {"a": [{"rate": 0.5}], "b": None}
 
 
 def test_files_digest_covers_names_and_bytes(tmp_path: Path) -> None:

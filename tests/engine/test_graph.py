@@ -122,11 +122,6 @@ def test_an_unknown_target() -> None:
         Graph(nodes=diamond().nodes, target="topp").order()
 
 
-def test_a_node_under_a_wrong_name() -> None:
-    with pytest.raises(GraphError, match="node 'a' is filed under the name 'b'"):
-        Graph(nodes={"b": Node(name="a", kind="k")}, target="b").order()
-
-
 @pytest.mark.parametrize("name", ["", "a/b", "..", ".hidden", "-x", "a b", "a\n", "x" * 101, "é"])
 def test_a_name_that_is_no_directory_name_is_refused(name: str) -> None:
     with pytest.raises(GraphError, match="cannot be a directory name"):

@@ -125,9 +125,9 @@ def test_small_files_are_read_every_time(tmp_path: Path, read: list[str], settle
         lambda text: "[1, 2]",
         lambda text: '{"format": 1, "files": 3}',
         lambda text: text.replace('"format": 1', '"format": 2'),
-        lambda text: text.replace(json.loads(text)["files"].popitem()[1][5], "beef"),
+        lambda text: text.replace("[", "").replace("]", ""),
     ],
-    ids=["empty", "cut", "list", "no files", "newer", "short hash"],
+    ids=["empty", "cut", "list", "no files", "newer", "no lists"],
 )
 def test_a_damaged_memory_counts_as_empty_and_is_written_anew(
     tmp_path: Path, read: list[str], settled: None, damage: Callable[[str], str]

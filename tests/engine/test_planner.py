@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 
-from posttrain.engine import commit as commit_module
 from posttrain.engine import store as store_module
 from posttrain.engine.graph import Graph, Node
 from posttrain.engine.planner import plan
@@ -133,7 +132,7 @@ def test_a_cached_run_hashes_no_file(
     def refuse(*_: Any) -> str:
         raise AssertionError("a file was hashed")
 
-    monkeypatch.setattr(commit_module, "file_digest", refuse)
+    monkeypatch.setattr(store_module, "file_digest", refuse)
     monkeypatch.setattr("hashlib.file_digest", refuse)
     events = list(run(chain, store_module.Store(store.root), execute="nowhere:nothing"))
     assert [(event.kind, event.name) for event in events] == [

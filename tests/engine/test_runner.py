@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from posttrain.engine import ancestry
-from posttrain.engine import commit as commit_module
+from posttrain.engine import store as store_module
 from posttrain.engine.errors import ConfigError, GraphError, StageError
 from posttrain.engine.graph import Graph, Node
 from posttrain.engine.planner import plan
@@ -280,7 +280,7 @@ def test_a_full_disk_at_the_commit_fails_the_stage(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(commit_module.os, "rename", full)
+        patch.setattr(store_module.os, "rename", full)
         _, message, _ = collect(chain, store, toys)
     assert "stage first failed: disk full while committing first" in message
     assert store.list() == []

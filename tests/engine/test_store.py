@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from posttrain.engine import ancestry, atomic
-from posttrain.engine import commit as commit_module
+from posttrain.engine import store as store_module
 from posttrain.engine.errors import ConfigError, StoreError
 from posttrain.engine.graph import Graph, Node
 from posttrain.engine.record import Artifact, read_record, record_bytes, record_sha256
@@ -337,7 +337,7 @@ def fill_replace(patch: pytest.MonkeyPatch) -> None:
 
 
 def fill_rename(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(commit_module.os, "rename", full)
+    patch.setattr(store_module.os, "rename", full)
 
 
 def fill_sync(patch: pytest.MonkeyPatch) -> None:
@@ -345,7 +345,7 @@ def fill_sync(patch: pytest.MonkeyPatch) -> None:
 
 
 def fill_copy(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(commit_module.shutil, "copyfile", full)
+    patch.setattr(store_module.shutil, "copyfile", full)
 
 
 @pytest.mark.parametrize(
@@ -393,7 +393,7 @@ def test_no_permission_is_a_message(
     def denied(*_: Any) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", "/there")
 
-    monkeypatch.setattr(commit_module.os, "rename", denied)
+    monkeypatch.setattr(store_module.os, "rename", denied)
     with pytest.raises(StoreError, match=r"not allowed to write while committing first: /there"):
         commit(chain, "first", {})
 

@@ -57,7 +57,7 @@ def test_adopted_files_are_found_by_a_graph(store: Store, outside: Path, link: b
 
 def test_adopting_twice_gives_the_first(store: Store, outside: Path) -> None:
     assert adopt(store, outside) == adopt(store, outside, name="again")
-    assert adopt(store, outside, config={"x": 1}) != adopt(store, outside)
+    assert adopt(store, outside, version=2) != adopt(store, outside)
 
 
 def test_a_changed_linked_file_is_found(store: Store, outside: Path) -> None:
@@ -68,16 +68,6 @@ def test_a_changed_linked_file_is_found(store: Store, outside: Path) -> None:
         f"{artifact.label}: file a.bin was changed after it was committed",
         f"{artifact.label}: file sub/b.txt is missing",
     ]
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [("c.bin", "there is no file"), ("../x", "below it"), ("/etc/passwd", "below it")],
-)
-def test_a_file_that_is_not_there(store: Store, outside: Path, name: str, message: str) -> None:
-    with pytest.raises(StoreError, match=message):
-        adopt(store, outside, files=[name], data={})
-    assert store.list() == []
 
 
 def test_a_full_disk_while_adopting(

@@ -45,7 +45,7 @@ def test_the_run_ends_and_the_same_run_goes_on(
 ) -> None:
     events, error = run_until(graph, store, toys)
     seen = {event.name: (event.kind, event.payload.get("reason")) for event in events}
-    assert seen["asked"] == ("waits", f"write a number into {file}")
+    assert seen["asked"] == ("needs input", f"write a number into {file}")
     assert seen["other"][0] == "finished"
     assert seen["below"] == ("blocked", "waits for asked (input start)")
     assert seen["end"] == ("blocked", "input a is blocked (below)")
@@ -70,12 +70,12 @@ def test_a_plan_tells_what_waits_until_the_file_changes(
     run_until(graph, store, toys)
     rows = {row.name: (row.action, row.reason) for row in plan(graph, store)}
     assert rows["other"][0] == "cached"
-    assert rows["asked"] == ("waits", f"write a number into {file}")
-    assert rows["below"] == ("waits", "for asked (input start)")
-    assert rows["end"] == ("waits", "for below (input a)")
+    assert rows["asked"] == ("needs input", f"write a number into {file}")
+    assert rows["below"] == ("needs input", "for asked (input start)")
+    assert rows["end"] == ("needs input", "for below (input a)")
     # A run tries again all the same.
     events, _ = run_until(graph, store, toys)
-    assert [e.kind for e in events if e.name == "asked"] == ["started", "waits"]
+    assert [e.kind for e in events if e.name == "asked"] == ["started", "needs input"]
     file.write_text("40")
     rows = {row.name: (row.action, row.reason) for row in plan(graph, store)}
     assert rows["asked"] == ("run", "the file that it waited for has changed")

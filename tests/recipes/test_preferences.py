@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from posttrain.algorithms import Dpo, DpoNorm, StrongAgainstWeak
 from posttrain.engine import ancestry
 from posttrain.engine.record import Artifact
 from posttrain.engine.runner import run
@@ -28,17 +29,15 @@ def recipe(r: Recipe) -> Stage:
     prompts = r.prompts(r.domains)
     good = r.sample(strong, prompts=prompts, k=4, name="good", **LIMIT)
     bad = r.sample(weak, prompts=prompts, k=4, name="bad", **LIMIT)
-    delta = r.pairs(good, against=bad, max_per_prompt=2, name="delta")
-    first = r.dpo(
-        start=strong, data=delta, steps=5, loss="length_normalised", beta=5.0, name="first", **DPO
-    )
+    delta = r.pairs(good, against=bad, how=StrongAgainstWeak(2), name="delta")
+    first = r.dpo(start=strong, data=delta, steps=5, loss=DpoNorm(beta=5.0), name="first", **DPO)
     on_policy = r.pairs(r.sample(first, prompts=prompts, k=8, **LIMIT))
     second = r.dpo(
         start=first,
         data=on_policy,
         reference=strong,
         epochs=1.0,
-        nll_weight=0.2,
+        loss=Dpo(nll_weight=0.2),
         mask_formatting=True,
         name="second",
         **DPO,

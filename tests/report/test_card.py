@@ -15,15 +15,18 @@ from posttrain.report.gather import scores_of
 
 def card_of(store: Store, name: str) -> str:
     artifact = store.resolve(name)
-    return model_card(
-        name=artifact.name,
-        kind=artifact.kind,
-        fingerprint=artifact.fingerprint,
-        config=artifact.config,
-        inputs=artifact.inputs,
-        metrics=artifact.metrics,
-        scores=scores_of(store, artifact),
-    )
+    return model_card(artifact.record, scores_of(store, artifact))
+
+
+def new_record(**fields: Any) -> dict[str, Any]:
+    """What a card reads of a record."""
+    return {
+        "name": "x",
+        "fingerprint": "0" * 64,
+        "config": {},
+        "inputs": {},
+        "metrics": {},
+    } | fields
 
 
 def head(card: str) -> dict[str, Any]:
@@ -46,9 +49,7 @@ def test_head_is_yaml(store: Store, finished: Artifact):
 
 
 def test_a_reward_model_is_no_text_generator():
-    card = model_card(
-        name="x", kind="reward_model", fingerprint="0" * 64, config={}, inputs={}, metrics={}
-    )
+    card = model_card(new_record(kind="reward_model"))
     assert head(card)["pipeline_tag"] == "text-classification"
     assert "a reward model from preference pairs" in card
     assert "AutoModelForSequenceClassification.from_pretrained(path)" in card
@@ -56,14 +57,8 @@ def test_a_reward_model_is_no_text_generator():
 
 
 def test_names_that_mean_something_in_yaml_are_quoted():
-    card = model_card(
-        name="x",
-        kind="rl",
-        fingerprint="0" * 64,
-        config={},
-        inputs={"domains.no": {"name": "no", "kind": "domain", "fingerprint": "1" * 64}},
-        metrics={},
-    )
+    source = {"name": "no", "kind": "domain", "fingerprint": "1" * 64}
+    card = model_card(new_record(kind="rl", inputs={"domains.no": source}))
     assert head(card)["tags"] == ["posttrain", "rl", "no"]
 
 
@@ -102,9 +97,8 @@ def test_scores_of_student_and_teacher(store: Store, finished: Artifact, scores:
 
 def test_a_norm_over_some_domains_says_so(store: Store, finished: Artifact, scores: Any):
     item = {"name": "evaluation", "fingerprint": "2" * 64, "model": "student"}
-    card = {"name": "x", "kind": "distill", "fingerprint": "0" * 64, "config": {}, "inputs": {}}
     texts = [
-        model_card(**card, metrics={}, scores=[item | {"evaluation": scores(**options)}])
+        model_card(new_record(kind="distill"), [item | {"evaluation": scores(**options)}])
         for options in ({}, {"flat": "letters"})
     ]
     assert "Norm (mean recovery): 0." in texts[0]
@@ -119,9 +113,7 @@ def test_a_model_that_was_never_scored(store: Store, finished: Artifact):
 
 
 def test_bars_in_values_do_not_break_tables():
-    card = model_card(
-        name="x", kind="rl", fingerprint="0" * 64, config={"p": "a|b\nc"}, inputs={}, metrics={}
-    )
+    card = model_card(new_record(kind="rl", config={"p": "a|b\nc"}))
     assert "| p | a\\|b c |" in card
 
 

@@ -195,7 +195,7 @@ def test_failed_and_blocked_stages(view: MakeView):
         event("started", "sft", reason="new"),
         event("failed", "sft", 2.0, error="no space left", log="x"),
         event("blocked", "student", reason="input start failed (sft)"),
-        event("waits", "add_teacher", reason="fill in people.csv"),
+        event("needs input", "add_teacher", reason="fill in people.csv"),
     ]
     lines = drawn(view(events))
     assert any(x.startswith("?") and "add_teacher" in x and "needs input" in x for x in lines)
@@ -241,7 +241,7 @@ def test_plain_output_of_failures_and_other_runs(view: MakeView):
         waiting,
         event("failed", "base", 2.0, error="[Errno 28] no space left", log="x"),
         event("blocked", "student", reason="input start failed (base)"),
-        event("waits", "add_teacher", reason="fill in people.csv"),
+        event("needs input", "add_teacher", reason="fill in people.csv"),
     ]
     assert printed(view(events, width=30)) == [
         "pending     sft: another run is working on this stage",

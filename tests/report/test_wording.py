@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from posttrain.engine.atomic import human_bytes
 from posttrain.report import wording
 from posttrain.stages.kinds import shown_kind
 
@@ -63,7 +64,7 @@ def test_shares():
     ("count", "text"), [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (1_400_000, "1.4 MB")]
 )
 def test_size(count: int, text: str):
-    assert wording.size(count) == text
+    assert human_bytes(count) == text
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import pytest
 from posttrain import judges
 from posttrain.engine.errors import ConfigError, StageError
 from posttrain.rewards import endpoint as module
+from posttrain.rewards.comparisons import fill
 from posttrain.rewards.endpoint import (
     CONCURRENCY,
     RETRIES,
@@ -23,10 +24,11 @@ from posttrain.rewards.endpoint import (
     Question,
     ReplyCache,
 )
-from posttrain.rewards.grading import EndpointComparison, Grader, better, fill, grade, met
+from posttrain.rewards.grading import EndpointComparison, Grader, better, grade, met
 from posttrain.rewards.judging import Responses
 from posttrain.rewards.spec import VerifierSpec
-from posttrain.suites.domain import Domain, Table, build_domain, domain_node
+from posttrain.suites.build import build_domain
+from posttrain.suites.domain import Domain, Table, domain_node
 
 Answer = tuple[int, str]
 

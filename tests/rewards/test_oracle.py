@@ -23,7 +23,8 @@ from posttrain.rewards.oracle import (
 )
 from posttrain.rewards.pool import VerifierPool
 from posttrain.rewards.spec import VerifierSpec
-from posttrain.suites.domain import Domain, Procedural, Suite, Table, build_domain, domain_node
+from posttrain.suites.build import build_domain
+from posttrain.suites.domain import Domain, Procedural, Suite, Table, domain_node
 from posttrain.suites.load import load_suite
 
 Problem = dict[str, Any]

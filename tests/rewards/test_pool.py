@@ -376,6 +376,6 @@ def test_which_verifiers_are_slow() -> None:
 
 
 def test_workers_import_no_torch() -> None:
-    code = "import sys, posttrain.rewards.pool_worker; print('torch' in sys.modules)"
+    code = "import sys, posttrain.rewards.pool; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"

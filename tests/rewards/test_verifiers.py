@@ -7,9 +7,8 @@ import pytest
 
 from posttrain.engine.errors import ConfigError, StageError
 from posttrain.rewards.formats import FORMATS, TextFormat
-from posttrain.rewards.math_answer import MathVerifier
 from posttrain.rewards.spec import parse_verifier, resolve_verifier
-from posttrain.rewards.verifiers import choice_letter, load_verifier, make_verifier
+from posttrain.rewards.verifiers import MathVerifier, choice_letter, load_verifier, make_verifier
 
 
 def problem(answer, **meta):

@@ -1,5 +1,5 @@
-"""Functions of the user's own in an rl stage: they change the numbers as they say, their text is the
-stage's identity, and where one is wrong the error names it."""
+"""Functions of the user's own in an rl stage: they change the numbers as they say, their text is
+part of the identity, and where one is wrong the error names it."""
 
 from __future__ import annotations
 

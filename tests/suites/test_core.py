@@ -6,8 +6,10 @@ import json
 from posttrain.backends.prompting import in_modes
 from posttrain.rewards.formats import find_format
 from posttrain.rewards.verifiers import load_verifier
-from posttrain.suites.domain import SPLITS, build_domain, domain_node, split_of
+from posttrain.suites.build import build_domain
+from posttrain.suites.domain import domain_node
 from posttrain.suites.load import load_suite
+from posttrain.suites.split import SPLITS, split_of
 
 
 def test_no_core_problem_is_asked_again_in_another_split(tmp_path):

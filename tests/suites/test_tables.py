@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from posttrain.engine.errors import ConfigError
-from posttrain.suites.location import Location
-from posttrain.suites.tables import Columns, read_rows
+from posttrain.suites.tables import Columns, Location, read_rows
 
 
 @pytest.mark.parametrize(

@@ -4,43 +4,59 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
-import transformers
+import typer
 from rich.text import Text
 
-from posttrain.commands.output import console
+from posttrain.commands import io
+from posttrain.commands.io import console
 from posttrain.engine.errors import ConfigError
 from posttrain.engine.store import Store
 from posttrain.stages.kinds import kinds_making, shown_kind
-from posttrain.stages.worker import new_backend
+
+if TYPE_CHECKING:  # it imports torch
+    from posttrain.backends.base import Sampler
 
 MAX_NEW_TOKENS = 256
 """Length of a response unless the model has fewer positions left."""
 
 
 def chat(
-    root: Path,
-    name: str,
-    *,
-    prompt: str | None,
-    temperature: float,
-    max_new_tokens: int | None,
-    seed: int,
+    model: Annotated[
+        str, typer.Argument(metavar="ARTIFACT|DIR", help="A model of the store, or a checkpoint.")
+    ],
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", metavar="TEXT", help="Answer this one message.")
+    ] = None,
+    temperature: Annotated[
+        float, typer.Option("--temperature", min=0.0, help="0 always takes the likeliest token.")
+    ] = 1.0,
+    max_new_tokens: Annotated[
+        int | None, typer.Option("--max-new-tokens", min=1, help="Longest response.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the sampling.")] = 0,
+    store: io.StorePath = io.DEFAULT_STORE,
 ) -> None:
-    """Answer `prompt`, or every line typed until the end of the input.
+    """Talk to a model, one message at a time."""
+    import torch
+    import transformers
 
-    Each message is answered by itself: what was said before is not part of the prompt, as in
-    training. Raises ConfigError for a checkpoint that cannot be loaded or a message without room.
-    """
-    speaker = Speaker(find_model(root, name), temperature=temperature, limit=max_new_tokens)
+    from posttrain.stages.worker import new_backend
+
+    directory = find_model(store, model)
+    messages: Any = transformers.utils.logging
+    messages.disable_progress_bar()
+    sampler = new_backend(os.environ).sampler(directory, dtype=torch.float32)
+
+    def answer(message: str, seed: int) -> str:
+        return _answer(sampler, message, temperature=temperature, limit=max_new_tokens, seed=seed)
+
     if prompt is not None:
-        print(speaker.answer(prompt, seed=seed))
+        print(answer(prompt, seed))
         return
     out = console()
-    out.print(Text(f"{name}: each message is answered by itself; an empty line ends", "dim"))
-    turn = 0
+    out.print(Text(f"{model}: each message is answered by itself; an empty line ends", "dim"))
     while True:
         try:
             message = input("> ").strip()
@@ -49,8 +65,8 @@ def chat(
             return
         if not message:
             return
-        out.print(Text(speaker.answer(message, seed=seed + turn), "green"))
-        turn += 1
+        out.print(Text(answer(message, seed), "green"))
+        seed += 1
 
 
 def find_model(root: Path, text: str) -> Path:
@@ -70,26 +86,19 @@ def find_model(root: Path, text: str) -> Path:
     return artifact.path
 
 
-class Speaker:
-    """A loaded checkpoint that answers messages."""
-
-    def __init__(self, directory: Path, *, temperature: float, limit: int | None) -> None:
-        messages: Any = transformers.utils.logging
-        messages.disable_progress_bar()
-        self.temperature = temperature
-        self.limit = limit
-        self.sampler = new_backend(os.environ).sampler(directory, dtype=torch.float32)
-
-    def answer(self, message: str, *, seed: int) -> str:
-        """One response to one message; greedy at temperature 0."""
-        chat = self.sampler.chat
-        ids = chat.prompt(message)
-        room = MAX_NEW_TOKENS if chat.max_positions is None else chat.max_positions - len(ids)
-        batch = self.sampler.sample(
-            [ids],
-            group_size=1,
-            max_new_tokens=self.limit or max(1, min(MAX_NEW_TOKENS, room)),
-            temperature=self.temperature,
-            seed=seed,
-        )
-        return chat.decode(batch.responses()[0])
+def _answer(
+    sampler: Sampler, message: str, *, temperature: float, limit: int | None, seed: int
+) -> str:
+    """One response to one message, without what was said before, as in training; greedy at
+    temperature 0."""
+    chat = sampler.chat
+    ids = chat.prompt(message)
+    room = MAX_NEW_TOKENS if chat.max_positions is None else chat.max_positions - len(ids)
+    batch = sampler.sample(
+        [ids],
+        group_size=1,
+        max_new_tokens=limit or max(1, min(MAX_NEW_TOKENS, room)),
+        temperature=temperature,
+        seed=seed,
+    )
+    return chat.decode(batch.responses()[0])

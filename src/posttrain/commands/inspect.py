@@ -4,34 +4,47 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.text import Text
 from rich.tree import Tree
 
-from posttrain.commands.output import age, console, emit, plain_table
+from posttrain.commands import io
+from posttrain.commands.io import age, console, emit, plain_table
 from posttrain.engine import ancestry
 from posttrain.engine.ancestry import Ancestor
+from posttrain.engine.atomic import human_bytes
 from posttrain.engine.fingerprint import ABSENT, diff_payloads
 from posttrain.engine.record import SHORT, Artifact, label_of
 from posttrain.engine.store import Store
 from posttrain.report.gather import EVALUATION, read_json
 from posttrain.report.terminal import evaluation_table
-from posttrain.report.wording import duration, headline, number, size
+from posttrain.report.wording import duration, headline, number
 from posttrain.stages.kinds import shown_kind
 
 
-def ls(root: Path, *, as_json: bool) -> None:
-    """Print all artifacts, newest first."""
-    store = Store(root)
-    artifacts = store.list()[::-1]
+def ls(store: io.StorePath = io.DEFAULT_STORE, as_json: io.Json = False) -> None:
+    """List all artifacts, newest first."""
+    place = Store(store)
+    artifacts = place.list()[::-1]
     if as_json:
-        emit({"store": str(store.root), "artifacts": [summary(a) for a in artifacts]})
+        listed = [
+            {
+                "name": artifact.name,
+                "kind": artifact.kind,
+                "fingerprint": artifact.fingerprint,
+                "path": str(artifact.path),
+                "bytes": artifact.bytes,
+                "created": artifact.created,
+                "metrics": artifact.metrics,
+            }
+            for artifact in artifacts
+        ]
+        emit({"store": str(place.root), "artifacts": listed})
         return
     out = console()
     if not artifacts:
-        out.print(Text(f"no artifacts in {store.root}"), soft_wrap=True)
+        out.print(Text(f"no artifacts in {place.root}"), soft_wrap=True)
         return
     table = plain_table("name", "kind", "fingerprint", "size", "age", "metric")
     table.columns[2].min_width = SHORT
@@ -41,24 +54,11 @@ def ls(root: Path, *, as_json: bool) -> None:
             Text(artifact.name),
             artifact.kind,
             Text(artifact.fingerprint[:SHORT], "dim"),
-            size(artifact.bytes),
+            human_bytes(artifact.bytes),
             age(artifact.created),
             Text(key_metric(artifact)),
         )
     out.print(table)
-
-
-def summary(artifact: Artifact) -> dict[str, Any]:
-    """One artifact as `ls --json` lists it."""
-    return {
-        "name": artifact.name,
-        "kind": artifact.kind,
-        "fingerprint": artifact.fingerprint,
-        "path": str(artifact.path),
-        "bytes": artifact.bytes,
-        "created": artifact.created,
-        "metrics": dict(artifact.metrics),
-    }
 
 
 def key_metric(artifact: Artifact) -> str:
@@ -68,36 +68,29 @@ def key_metric(artifact: Artifact) -> str:
     return found or first
 
 
-def show(root: Path, name: str, *, as_json: bool) -> None:
-    """Print the record of an artifact; of an evaluation its table as well."""
-    store = Store(root)
-    artifact = store.resolve(name)
+def show(
+    artifact: io.ArtifactName,
+    store: io.StorePath = io.DEFAULT_STORE,
+    as_json: io.Json = False,
+) -> None:
+    """Show the record of an artifact: inputs, settings, metrics, files, provenance."""
+    found = Store(store).resolve(artifact)
     if as_json:
-        emit({"path": str(artifact.path), **artifact.record})
+        emit({"path": str(found.path), **found.record})
         return
     out = console()
-    out.print(
-        Text.assemble(
-            (artifact.name, "bold"),
-            f"  {artifact.kind}, stage version ",
-            str(artifact.record["version"]),
-        )
-    )
-    out.print(Text(artifact.fingerprint, "dim"))
-    out.print(Text(str(artifact.path), "dim"), soft_wrap=True)
-    facts = artifact.provenance
-    inputs = {
-        edge: f"{s['name']}-{s['fingerprint'][:SHORT]}" for edge, s in artifact.inputs.items()
-    }
-    files = {file: size(entry["bytes"]) for file, entry in artifact.files.items()}
+    version = found.record["version"]
+    out.print(Text.assemble((found.name, "bold"), f"  {found.kind}, stage version {version}"))
+    out.print(Text(found.fingerprint, "dim"))
+    out.print(Text(str(found.path), "dim"), soft_wrap=True)
     sections: dict[str, Mapping[str, Any]] = {
-        "inputs": inputs,
-        "data": artifact.payload["data"],
-        "settings": artifact.config,
-        "metrics": {key: number(value) for key, value in artifact.metrics.items()},
-        "files": files,
-        "provenance": {key: _fact(key, value) for key, value in facts.items()},
-        "history": {r["name"]: f"{r['kind']}, {r['created'][:16]}" for r in artifact.history},
+        "inputs": {edge: label_of(source) for edge, source in found.inputs.items()},
+        "data": found.payload["data"],
+        "settings": found.config,
+        "metrics": {key: number(value) for key, value in found.metrics.items()},
+        "files": {file: human_bytes(entry["bytes"]) for file, entry in found.files.items()},
+        "provenance": {key: _fact(key, value) for key, value in found.provenance.items()},
+        "history": {r["name"]: f"{r['kind']}, {r['created'][:16]}" for r in found.history},
     }
     table = plain_table("section", "key", "value", show_header=False)
     table.columns[0].style = "bold"
@@ -105,7 +98,7 @@ def show(root: Path, name: str, *, as_json: bool) -> None:
         for row, (key, value) in enumerate(rows.items()):
             table.add_row("" if row else section, Text(key, "dim"), Text(_text(value)))
     out.print(table)
-    evaluation = read_json(artifact, EVALUATION)
+    evaluation = read_json(found, EVALUATION)
     if evaluation is not None:
         out.print(evaluation_table(evaluation))
 
@@ -131,17 +124,21 @@ def _fact(key: str, value: Any) -> str:
     return _text(value)
 
 
-def lineage(root: Path, name: str, *, as_json: bool) -> None:
-    """Print what an artifact descends from, as a tree that grows towards the beginnings."""
-    store = Store(root)
-    artifact = store.resolve(name)
-    ancestors = ancestry.lineage(store, artifact)
+def lineage(
+    artifact: io.ArtifactName,
+    store: io.StorePath = io.DEFAULT_STORE,
+    as_json: io.Json = False,
+) -> None:
+    """Show what an artifact descends from."""
+    place = Store(store)
+    ancestors = ancestry.lineage(place, place.resolve(artifact))
+    last = ancestors[-1]
     if as_json:
-        emit({"target": artifact.label, **_network(ancestors)})
+        emit({"target": last.label, **_network(ancestors)})
         return
-    known = {ancestor.label: ancestor for ancestor in ancestors}
-    tree = Tree(_node(known[artifact.label], ""), guide_style="dim")
-    _grow(tree, known[artifact.label], known, {artifact.label})
+    # The tree grows towards the beginnings.
+    tree = Tree(_node(last, ""), guide_style="dim")
+    _grow(tree, last, {ancestor.label: ancestor for ancestor in ancestors}, {last.label})
     console().print(tree)
 
 
@@ -200,18 +197,24 @@ def _node(ancestor: Ancestor, edge: str, *, again: bool = False) -> Text:
     return text
 
 
-def diff(root: Path, first: str, second: str, *, as_json: bool) -> None:
-    """Print in which settings, data and ancestors two artifacts differ, and their metrics."""
-    store = Store(root)
-    a, b = store.resolve(first), store.resolve(second)
-    found = list(_compare(_records(store, a), _records(store, b), a.record, b.record, "", set()))
-    keys = dict.fromkeys([*a.metrics, *b.metrics])
-    metrics = {key: {"a": a.metrics.get(key), "b": b.metrics.get(key)} for key in keys}
+def diff(
+    a: io.ArtifactName,
+    b: io.ArtifactName,
+    store: io.StorePath = io.DEFAULT_STORE,
+    as_json: io.Json = False,
+) -> None:
+    """Show in which settings, data and ancestors two artifacts differ, and their metrics."""
+    place = Store(store)
+    old, new = place.resolve(a), place.resolve(b)
+    known_old, known_new = _records(place, old), _records(place, new)
+    found = list(_compare(known_old, known_new, old.record, new.record, "", set()))
+    keys = dict.fromkeys([*old.metrics, *new.metrics])
+    metrics = {key: {"a": old.metrics.get(key), "b": new.metrics.get(key)} for key in keys}
     if as_json:
-        emit({"a": a.label, "b": b.label, "differences": found, "metrics": metrics})
+        emit({"a": old.label, "b": new.label, "differences": found, "metrics": metrics})
         return
     out = console()
-    table = plain_table("", a.label, b.label)
+    table = plain_table("", old.label, new.label)
     for pair in found:
         if pair["path"]:
             table.add_row(
@@ -221,7 +224,7 @@ def diff(root: Path, first: str, second: str, *, as_json: bool) -> None:
             name = ("  " if pair["path"] else "") + row["field"].removeprefix("config.")
             table.add_row(Text(name), Text(str(row["a"])), Text(str(row["b"])))
     out.print(table if found else "the same settings, data and ancestors")
-    table = plain_table("", a.label, b.label)
+    table = plain_table("", old.label, new.label)
     for key, values in metrics.items():
         table.add_row(Text(key), number(values["a"]), number(values["b"]))
     if metrics:

@@ -3,44 +3,54 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
+import typer
 from rich.text import Text
 
-from posttrain.commands.output import console, emit, plain_table
+from posttrain.commands import io
+from posttrain.commands.io import console, emit, plain_table
 from posttrain.engine.atomic import guarded
 from posttrain.engine.errors import ConfigError, StoreError
 from posttrain.engine.record import Artifact
 from posttrain.engine.store import Store
-from posttrain.language.loader import Loaded, describe, is_recipe, load_recipe, shipped_recipes
 from posttrain.stages.kinds import shown_kind
+
+if TYPE_CHECKING:  # it imports pydantic
+    from posttrain.language.loader import Loaded
 
 
 def report(
-    name: str | None,
-    *,
-    settings: Sequence[str],
-    suite: str | None,
-    seed: int | None,
-    store: Path,
-    path: Path,
+    target: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[RECIPE|ARTIFACT]", help="What it is about. Default: the newest evaluation."
+        ),
+    ] = None,
+    settings: io.Settings = None,
+    suite: io.SuiteName = None,
+    store: io.StorePath = io.DEFAULT_STORE,
+    seed: io.Seed = None,
+    report: io.ReportPath = io.DEFAULT_REPORT,
 ) -> None:
-    """Write the report of a recipe, of an artifact, or of the newest evaluation, again."""
-    check_report_path(path)
+    """Write the report again, from what is in the store."""
+    from posttrain.language.loader import is_recipe, load_recipe
+
+    check_report_path(report)
     place = Store(store)
     loaded = None
-    if name is not None and is_recipe(name):
-        loaded = load_recipe(name, store=place, settings=settings, suite=suite, seed=seed)
+    if target is not None and is_recipe(target):
+        loaded = load_recipe(target, store=place, settings=settings or (), suite=suite, seed=seed)
         artifact = _target(place, loaded)
     elif settings or suite is not None or seed is not None:
         raise ConfigError(
-            f"--set, --suite and --seed belong to a recipe; {name or 'no target'} is none"
+            f"--set, --suite and --seed belong to a recipe; {target or 'no target'} is none"
         )
     else:
-        artifact = _newest_evaluation(place) if name is None else place.resolve(name)
-    write_report_of(path, store=place, artifact=artifact, loaded=loaded, anew=True)
-    console().print(Text(f"report of {artifact.label}: {path.absolute()}"), soft_wrap=True)
+        artifact = _newest_evaluation(place) if target is None else place.resolve(target)
+    write_report_of(report, store=place, artifact=artifact, loaded=loaded, anew=True)
+    console().print(Text(f"report of {artifact.label}: {report.absolute()}"), soft_wrap=True)
 
 
 def _target(store: Store, loaded: Loaded) -> Artifact:
@@ -115,8 +125,10 @@ def write_report_of(
     return True
 
 
-def recipes(*, as_json: bool) -> None:
-    """Print every shipped recipe with one line about it and its source."""
+def recipes(as_json: io.Json = False) -> None:
+    """List the shipped recipes, each with its source."""
+    from posttrain.language.loader import describe, shipped_recipes
+
     found = {name: describe(path) for name, path in shipped_recipes().items()}
     if as_json:
         emit(

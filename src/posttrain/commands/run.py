@@ -2,36 +2,33 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import typer
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
-from posttrain.commands.output import console, emit
+from posttrain.commands import io
+from posttrain.commands.io import console, emit, plain_table
 from posttrain.commands.report import check_report_path, write_report_of
 from posttrain.engine.errors import Interrupted, PosttrainError
 from posttrain.engine.planner import PlanRow
 from posttrain.engine.planner import plan as plan_graph
 from posttrain.engine.provenance import Provenance, capture
-from posttrain.engine.record import Artifact
-from posttrain.engine.runner import Event, usable_cores
 from posttrain.engine.runner import run as run_graph
+from posttrain.engine.runner import usable_cores
 from posttrain.engine.store import Store
-from posttrain.language.loader import Loaded, load_recipe
+from posttrain.report.gather import EVALUATION, read_json
 from posttrain.report.live import LiveView
 from posttrain.report.terminal import evaluation_table
 from posttrain.report.wording import duration
-from posttrain.stages.worker import COMPILE, DEVICE, EXECUTE, PRELOAD
 
-if TYPE_CHECKING:  # it imports torch
-    from posttrain.backends.device import Device
+if TYPE_CHECKING:  # it imports pydantic
+    from posttrain.language.loader import Loaded
 
 PACKAGES = (
     "posttrain",
@@ -45,111 +42,71 @@ PACKAGES = (
 )
 """Distributions whose versions go into every record."""
 
-ACTION_STYLES = {"cached": "dim", "run": "green", "waits": "yellow", "blocked": "yellow"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """The words of a command that names a recipe."""
-
-    recipe: str
-    store: Path
-    settings: Sequence[str] = ()
-    suite: str | None = None
-    seed: int | None = None
-
-    def load(self) -> tuple[Store, Loaded]:
-        """The store and the recipe's graph."""
-        store = Store(self.store)
-        loaded = load_recipe(
-            self.recipe, store=store, settings=self.settings, suite=self.suite, seed=self.seed
-        )
-        return store, loaded
-
-
-@dataclass(kw_only=True)
-class Outcome:
-    """What became of every stage, gathered from the events of a run."""
-
-    rows: Sequence[PlanRow]
-    status: dict[str, str] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
-    paths: dict[str, str] = field(default_factory=dict)
-
-    def update(self, event: Event) -> None:
-        """Take in one event."""
-        states = {"cached": "cached", "finished": "ran", "failed": "failed", "waits": "waits"}
-        if event.kind in states:
-            self.status[event.name] = states[event.kind]
-            self.seconds[event.name] = event.seconds
-            if "path" in event.payload:
-                self.paths[event.name] = event.payload["path"]
-
-    def stages(self) -> list[dict[str, Any]]:
-        """One object per stage. A stage that was never reached is "blocked"."""
-        found = []
-        for row in self.rows:
-            seconds = self.seconds.get(row.name)
-            if row.artifact is not None:
-                seconds = row.artifact.provenance.get("seconds")
-            found.append(
-                {
-                    "name": row.name,
-                    "kind": row.kind,
-                    "status": self.status.get(row.name, "blocked"),
-                    "seconds": None if seconds is None else round(seconds, 3),
-                    "artifact": self.paths.get(row.name),
-                }
-            )
-        return found
+ACTION_STYLES = {"cached": "dim", "run": "green", "needs input": "yellow", "blocked": "yellow"}
+STATUS = {"done": "ran", "pending": "blocked"}
+"""What became of a stage, in words other than its state; one that was never reached is blocked."""
+SUMMARY = (
+    *("domains", "norm", "norm_low", "norm_high", "norm_domains"),
+    *("min_recovery", "gain", "greedy"),
+)
+"""What `run --json` tells about an evaluation; `norm_domains` and `gain` are not there where it was
+made before they were kept."""
 
 
 def run(
-    request: Request,
-    *,
-    jobs: int | None,
-    device: Device = "auto",
-    compile: bool = False,
-    report: Path | None,
-    as_json: bool,
-) -> PosttrainError | None:
-    """Make what the recipe asks for, show it, write the report; returns what went wrong, if so.
+    recipe: io.RecipeName,
+    settings: io.Settings = None,
+    suite: io.SuiteName = None,
+    store: io.StorePath = io.DEFAULT_STORE,
+    jobs: Annotated[
+        int | None,
+        typer.Option("--jobs", min=1, help="Stages at once. Default: number of cores; 1 on CUDA."),
+    ] = None,
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"],
+        typer.Option("--device", help="Where models compute. auto: CUDA where torch sees one."),
+    ] = "auto",
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Compile the model that learns; on CUDA only.")
+    ] = False,
+    seed: io.Seed = None,
+    report: io.ReportPath = io.DEFAULT_REPORT,
+    no_report: Annotated[bool, typer.Option("--no-report", help="Write no report.")] = False,
+    as_json: io.Json = False,
+) -> None:
+    """Make what a recipe asks for. What the store has already is not made again."""
+    from posttrain.language.loader import load_recipe
 
-    With `as_json` the outcome is printed even of a run in which a stage failed.
-    """
     began = time.monotonic()
     out = console(as_json=as_json)
-    if report is not None:
+    if not no_report:
         check_report_path(report)
-    store, loaded = request.load()
-    rows = plan_graph(loaded.graph, store)
-    _summary(out, loaded, rows, store)
-    outcome = Outcome(rows=rows)
+    place = Store(store)
+    loaded = load_recipe(recipe, store=place, settings=settings or (), suite=suite, seed=seed)
+    rows = plan_graph(loaded.graph, place)
+    _summary(out, loaded, rows, place)
+    view = LiveView(rows, loaded.graph, out)
     failure = None
     try:
         how = choose(rows, loaded, jobs=jobs, device=device, compile=compile)
-        _make(loaded, store, rows, outcome, how=how, out=out)
-    except Interrupted:
-        raise
-    except KeyboardInterrupt:
-        raise Interrupted(
-            f"stopped. What was finished is kept in {store.root}. To go on, run the same command "
-            "again."
-        ) from None
+        _make(loaded, place, view, how)
     except PosttrainError as error:
-        if not as_json:
+        # With --json the outcome is printed even of a run in which a stage failed.
+        if not as_json or isinstance(error, Interrupted):
             raise
         failure = error
-    target = None if failure else store.find(loaded.graph.fingerprints()[loaded.graph.target])
-    evaluation = None if target is None else read_evaluation(target)
-    if evaluation is not None:
+    stages = _stages(rows, view)
+    statuses = [stage["status"] for stage in stages]
+    target = None if failure else place.find(loaded.graph.fingerprints()[loaded.graph.target])
+    evaluation = target and read_json(target, EVALUATION)
+    if evaluation:
         out.print()
         out.print(evaluation_table(evaluation))
-    if target is not None and report is not None:
-        ran = "ran" in outcome.status.values()
+    if target is not None and not no_report:
+        ran = "ran" in statuses
         written = write_report_of(
             report,
-            store=store,
+            store=place,
             artifact=target,
             loaded=loaded,
             seconds=time.monotonic() - began if ran else None,
@@ -158,18 +115,35 @@ def run(
         state = "" if written else " (unchanged)"
         out.print(Text(f"report: {report.absolute()}{state}"), soft_wrap=True)
     seconds = time.monotonic() - began
-    out.print(Text(f"{loaded.name}: {_count(outcome)} in {duration(seconds)}", "bold"))
+    out.print(Text(f"{loaded.name}: {_count(statuses)} in {duration(seconds)}", "bold"))
     if as_json:
-        result: dict[str, Any] = {
-            "recipe": loaded.name,
-            "seed": loaded.seed,
-            "seconds": round(seconds, 3),
-            "stages": outcome.stages(),
-        }
-        if evaluation is not None:
-            result["evaluation"] = evaluation_summary(evaluation)
+        result = {"recipe": loaded.name, "seed": loaded.seed, "seconds": round(seconds, 3)}
+        result["stages"] = stages
+        if evaluation:
+            result["evaluation"] = {key: evaluation[key] for key in SUMMARY if key in evaluation}
         emit(result)
-    return failure
+    if failure is not None:
+        raise failure
+
+
+def _stages(rows: Sequence[PlanRow], view: LiveView) -> list[dict[str, Any]]:
+    """What became of every stage, one object each."""
+    found = []
+    for row in rows:
+        stage = view.stages[row.name]
+        seconds = stage.seconds if stage.state not in ("pending", "blocked") else None
+        if row.artifact is not None:
+            seconds = row.artifact.provenance.get("seconds")
+        found.append(
+            {
+                "name": row.name,
+                "kind": row.kind,
+                "status": STATUS.get(stage.state, stage.state),
+                "seconds": None if seconds is None else round(seconds, 3),
+                "artifact": stage.path,
+            }
+        )
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +158,12 @@ class How:
 
 
 def choose(
-    rows: Sequence[PlanRow], loaded: Loaded, *, jobs: int | None, device: Device, compile: bool
+    rows: Sequence[PlanRow],
+    loaded: Loaded,
+    *,
+    jobs: int | None,
+    device: Literal["auto", "cpu", "cuda"],
+    compile: bool,
 ) -> How:
     """How the stages that are not cached are run; without such stages torch is not imported.
 
@@ -198,6 +177,7 @@ def choose(
     import torch
 
     from posttrain.backends.device import check_precision, choose_device, device_name
+    from posttrain.stages.worker import COMPILE, DEVICE
 
     chosen = choose_device(device, compile=compile)
     for precision in {node.config.get("precision", "float32") for node in todo}:
@@ -208,15 +188,10 @@ def choose(
     return How(jobs=jobs or default, environment=environment, facts=facts)
 
 
-def _make(
-    loaded: Loaded,
-    store: Store,
-    rows: list[PlanRow],
-    outcome: Outcome,
-    *,
-    how: How,
-    out: Console,
-) -> None:
+def _make(loaded: Loaded, store: Store, view: LiveView, how: How) -> None:
+    """Run the graph and show it."""
+    from posttrain.stages import worker
+
     provenance = Provenance()
     if how.facts:
         captured = capture(loaded.sources, packages=PACKAGES, exclude=[store.root])
@@ -224,41 +199,32 @@ def _make(
     events = run_graph(
         loaded.graph,
         store,
-        execute=EXECUTE,
-        preload=PRELOAD,
+        execute=worker.EXECUTE,
+        preload=worker.PRELOAD,
         jobs=how.jobs,
         provenance=provenance,
         environment=how.environment,
     )
-    with closing(events), LiveView(rows, loaded.graph, out) as view:
+    with closing(events), view:
         for event in events:
-            outcome.update(event)
             view.update(event)
 
 
-def read_evaluation(artifact: Artifact) -> Mapping[str, Any] | None:
-    """The content of evaluation.json, None for an artifact of another kind."""
-    if artifact.kind != "evaluate":
-        return None
-    content: Mapping[str, Any] = json.loads(artifact.file("evaluation.json").read_bytes())
-    return content
+def plan(
+    recipe: io.RecipeName,
+    settings: io.Settings = None,
+    suite: io.SuiteName = None,
+    store: io.StorePath = io.DEFAULT_STORE,
+    seed: io.Seed = None,
+    as_json: io.Json = False,
+) -> None:
+    """Tell what `run` would do, stage by stage, and why. Runs nothing."""
+    from posttrain.language.loader import load_recipe
 
-
-def evaluation_summary(evaluation: Mapping[str, Any]) -> dict[str, Any]:
-    """What `run --json` tells about an evaluation: the domains, Norm, and the same greedily.
-
-    `norm_domains` and `gain` are not there where the evaluation was made before they were kept.
-    """
-    keys = ("domains", "norm", "norm_low", "norm_high", "min_recovery", "norm_domains", "gain")
-    keys += ("greedy",)
-    return {key: evaluation[key] for key in keys if key in evaluation}
-
-
-def plan(request: Request, *, as_json: bool) -> None:
-    """Print what `run` would do, and why."""
     out = console(as_json=as_json)
-    store, loaded = request.load()
-    rows = plan_graph(loaded.graph, store)
+    place = Store(store)
+    loaded = load_recipe(recipe, store=place, settings=settings or (), suite=suite, seed=seed)
+    rows = plan_graph(loaded.graph, place)
     if as_json:
         stages = [
             {
@@ -274,10 +240,8 @@ def plan(request: Request, *, as_json: bool) -> None:
         ]
         emit({"recipe": loaded.name, "seed": loaded.seed, "stages": stages})
         return
-    _summary(out, loaded, rows, store)
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for column in ("stage", "kind", "", "reason"):
-        table.add_column(column, overflow="fold")
+    _summary(out, loaded, rows, place)
+    table = plain_table("stage", "kind", "", "reason")
     for row in rows:
         style = ACTION_STYLES[row.action]
         cells = (row.name, row.kind, row.action, row.reason)
@@ -298,10 +262,8 @@ def _summary(out: Console, loaded: Loaded, rows: Sequence[PlanRow], store: Store
     )
 
 
-def _count(outcome: Outcome) -> str:
-    stages = outcome.stages()
-    statuses = [stage["status"] for stage in stages]
+def _count(statuses: Sequence[str]) -> str:
     if set(statuses) == {"cached"}:
-        return f"all {len(stages)} stages cached"
-    found = ("ran", "cached", "failed", "waits", "blocked")
+        return f"all {len(statuses)} stages cached"
+    found = ("ran", "cached", "failed", "needs input", "blocked")
     return ", ".join(f"{statuses.count(s)} {s}" for s in found if s in statuses)

@@ -3,53 +3,62 @@ what was made, and what may go."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
 from posttrain.backends.checkpoint_source import find_checkpoint
-from posttrain.commands.output import console, emit, plain_table
+from posttrain.commands import io
+from posttrain.commands.io import console, emit, plain_table
 from posttrain.commands.run import PACKAGES
 from posttrain.engine import ancestry, transfer
 from posttrain.engine.ancestry import Removed
-from posttrain.engine.atomic import guarded, write_whole
+from posttrain.engine.atomic import guarded, human_bytes, write_whole
 from posttrain.engine.errors import ConfigError, StoreError
 from posttrain.engine.provenance import capture
-from posttrain.engine.record import SHORT, Artifact
+from posttrain.engine.record import Artifact, label_of
 from posttrain.engine.store import Store
 from posttrain.engine.transfer import read_history
-from posttrain.language.loader import is_recipe, load_recipe
 from posttrain.report.card import model_card
 from posttrain.report.gather import scores_of
-from posttrain.report.wording import size
 from posttrain.stages.kinds import KINDS, shown_kind
 
 
-def adopt(root: Path, source: str, *, name: str, copy: bool, as_json: bool) -> None:
-    """Bring a checkpoint from outside into the store, with its history if it has one.
-
-    Files that lie in the store itself are copied: `gc` could remove what a link points at.
-    """
-    store = Store(root)
-    external = find_checkpoint(source, store.hashes.digest)
-    present = [a for a in store.list() if a.kind == "model" and a.name == name]
+def adopt(
+    source: Annotated[
+        str, typer.Argument(metavar="DIR", help="A checkpoint directory, or a Hub id.")
+    ],
+    name: Annotated[
+        str, typer.Option("--name", metavar="NAME", help="What recipes call it: --set base=NAME.")
+    ],
+    copy: Annotated[
+        bool, typer.Option("--copy", help="Copy the files; without it they are linked.")
+    ] = False,
+    store: io.StorePath = io.DEFAULT_STORE,
+    as_json: io.Json = False,
+) -> None:
+    """Bring a checkpoint from outside into the store, with its history if it was exported."""
+    place = Store(store)
+    external = find_checkpoint(source, place.hashes.digest)
+    present = [a for a in place.list() if a.kind == "model" and a.name == name]
     for artifact in present:
         if artifact.payload["data"] != {"files": external.sha256}:
             raise StoreError(
                 f"--name {name}: the store has another model of that name ({artifact.label}); "
                 "choose another name"
             )
+    # Files that lie in the store itself are copied: `gc` could remove what a link points at.
     inside = any(
-        (external.directory / file).resolve().is_relative_to(root.resolve())
+        (external.directory / file).resolve().is_relative_to(store.resolve())
         for file in external.files
     )
     adopted = transfer.adopt(
-        store,
+        place,
         external.directory,
         name=name,
         kind="model",
@@ -85,149 +94,134 @@ def adopt(root: Path, source: str, *, name: str, copy: bool, as_json: bool) -> N
 
 
 def count_parameters(directory: Path) -> int:
-    """Parameters in the safetensors files of a directory, from their headers alone.
+    """Parameters in the safetensors files of a directory, from their headers alone."""
+    from safetensors import SafetensorError, safe_open
 
-    Format: 8 bytes little-endian length of a JSON header, which has the shape of every tensor.
-    """
     total = 0
     for path in directory.glob("*.safetensors"):
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= path.stat().st_size:
-                raise ConfigError(f"{path}: not a safetensors file (its header is damaged)")
-            try:
-                header = json.loads(file.read(length))
-            except ValueError as error:
-                raise ConfigError(f"{path}: not a safetensors file ({error})") from error
-        for name, tensor in header.items():
-            if name != "__metadata__":
-                count = 1
-                for length_of_axis in tensor["shape"]:
-                    count *= length_of_axis
-                total += count
+        try:
+            with safe_open(path, framework="numpy") as file:
+                shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118
+        except SafetensorError as error:
+            raise ConfigError(f"{path}: not a safetensors file ({error})") from error
+        total += sum(map(math.prod, shapes))
     return total
 
 
-def export(root: Path, name: str, target: Path, *, as_json: bool) -> None:
-    """Copy an artifact out of the store; a model with a card that has its scores by now."""
-    store = Store(root)
-    artifact = store.resolve(name)
-    path = transfer.export(store, artifact, target)
+def export(
+    artifact: io.ArtifactName,
+    target: Annotated[Path, typer.Argument(metavar="DIR", help="A new directory.")],
+    store: io.StorePath = io.DEFAULT_STORE,
+    as_json: io.Json = False,
+) -> None:
+    """Copy an artifact out of the store: a checkpoint that stands alone, with its history."""
+    place = Store(store)
+    found = place.resolve(artifact)
+    path = transfer.export(place, found, target)
     scores = []
-    if shown_kind(artifact.kind).is_model():
-        scores = scores_of(store, artifact)
-        card = model_card(
-            name=artifact.name,
-            kind=artifact.kind,
-            fingerprint=artifact.fingerprint,
-            config=artifact.config,
-            inputs=artifact.inputs,
-            metrics=artifact.metrics,
-            scores=scores,
-        )
+    if shown_kind(found.kind).is_model():
+        # The card that came with the files does not know what was scored since.
+        scores = scores_of(place, found)
+        card = model_card(found.record, scores)
         with guarded(path, "writing the model card"):
             write_whole(path / "README.md", card.encode())
-    evaluations = [f"{s['name']}-{s['fingerprint'][:SHORT]}" for s in scores]
-    files = sorted(file.name for file in path.iterdir())
+    evaluations = [label_of(score) for score in scores]
     if as_json:
-        emit(
-            {
-                "artifact": artifact.label,
-                "path": str(path),
-                "files": files,
-                "evaluations": evaluations,
-            }
-        )
+        files = sorted(file.name for file in path.iterdir())
+        told = {"artifact": found.label, "path": str(path)}
+        emit(told | {"files": files, "evaluations": evaluations})
         return
-    text = Text.assemble((artifact.label, "bold"), f" -> {path} ({size(artifact.bytes)})")
+    text = Text.assemble((found.label, "bold"), f" -> {path} ({human_bytes(found.bytes)})")
     if scores:
         text.append(f", card with the scores of {', '.join(evaluations)}")
     console().print(text, soft_wrap=True)
 
 
-def verify(root: Path, names: Sequence[str], *, as_json: bool) -> bool:
-    """Print every problem of the named artifacts and their ancestors, of all if none is named.
+def verify(
+    artifacts: Annotated[
+        list[str] | None, typer.Argument(metavar="ARTIFACT", help="Artifacts to check.")
+    ] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Check the whole store, as without any ARTIFACT.")
+    ] = False,
+    store: io.StorePath = io.DEFAULT_STORE,
+    as_json: io.Json = False,
+) -> None:
+    """Recompute the hashes of files, data and records along whole ancestries.
 
-    Returns whether there is none.
+    Ends with exit code 1 when something is not what was made.
     """
-    store = Store(root)
+    place = Store(store)
     problems: list[str] = []
-    artifacts, starts = _chosen(store, names, problems)
-    for artifact in starts:
-        problems += [p for p in ancestry.verify(store, artifact) if p not in problems]
-    records: dict[str, Mapping[str, Any]] = {}
-    for artifact in artifacts:
-        records |= {record["fingerprint"]: record for record in artifact.history}
-        records[artifact.fingerprint] = artifact.record
-    counts = {
-        "artifacts": len(artifacts),
-        "files": sum(len(artifact.files) for artifact in artifacts),
-        "records": len(records),
-    }
-    if as_json:
-        emit({"ok": not problems, "problems": problems, **counts})
-        return not problems
-    out = console()
-    for problem in problems:
-        out.print(Text.assemble(("✗ ", "bold red"), problem), soft_wrap=True)
-    state = ("ok", "bold green") if not problems else (f"{len(problems)} problems", "bold red")
-    checked = f"{counts['files']} files and {counts['records']} records"
-    out.print(Text.assemble(state, f": {checked} of {len(artifacts)} artifacts checked"))
-    return not problems
-
-
-def _chosen(
-    store: Store, names: Sequence[str], problems: list[str]
-) -> tuple[list[Artifact], list[Artifact]]:
-    """All artifacts to check, and those among them whose ancestries cover them all."""
-    if names:
-        starts = [store.resolve(name) for name in names]
-        found: dict[str, Artifact] = {}
-        for start in starts:
+    if artifacts and not everything:
+        starts = [place.resolve(name) for name in artifacts]
+    else:
+        starts = []
+        for path in place.index().values():
             try:
-                ancestors = ancestry.lineage(store, start)
-            except StoreError:
-                # `Store.verify` tells about the damaged record.
-                found[start.fingerprint] = start
-                continue
-            found |= {a.artifact.fingerprint: a.artifact for a in ancestors if a.artifact}
-        return list(found.values()), starts
-    artifacts = []
-    for path in store.index().values():
-        try:
-            artifacts.append(store.load(path))
-        except StoreError as error:
-            problems.append(str(error))
-    used = {source["fingerprint"] for a in artifacts for source in a.inputs.values()}
-    return artifacts, [a for a in artifacts if a.fingerprint not in used]
+                starts.append(place.load(path))
+            except StoreError as error:
+                problems.append(str(error))
+    checked: dict[str, Artifact] = {}
+    for artifact in starts:
+        problems += ancestry.verify(place, artifact, checked)
+    records = set(checked)
+    for artifact in checked.values():
+        records |= {record["fingerprint"] for record in artifact.history}
+    files = sum(len(artifact.files) for artifact in checked.values())
+    if as_json:
+        counts = {"artifacts": len(checked), "files": files, "records": len(records)}
+        emit({"ok": not problems, "problems": problems, **counts})
+    else:
+        out = console()
+        for problem in problems:
+            out.print(Text.assemble(("✗ ", "bold red"), problem), soft_wrap=True)
+        state = (f"{len(problems)} problems", "bold red") if problems else ("ok", "bold green")
+        said = f"{files} files and {len(records)} records of {len(checked)} artifacts checked"
+        out.print(Text.assemble(state, f": {said}"))
+    if problems:
+        raise typer.Exit(1)
 
 
 def gc(
-    root: Path,
-    *,
-    keep: Sequence[str],
-    only: bool,
-    unfinished: bool,
-    dry_run: bool,
-    yes: bool,
-    as_json: bool,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--keep", metavar="RECIPE|ARTIFACT", help="Keep this and all it needs; repeatable."
+        ),
+    ] = None,
+    only: Annotated[
+        bool, typer.Option("--only", help="Keep nothing but what --keep names.")
+    ] = False,
+    unfinished: Annotated[
+        bool, typer.Option("--unfinished", help="Remove checkpoints of unfinished stages too.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what would go.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    store: io.StorePath = io.DEFAULT_STORE,
+    as_json: io.Json = False,
 ) -> None:
-    """Remove what neither the usual roots nor --keep need; asks first."""
+    """Remove artifacts that nothing needs.
+
+    Kept is what an evaluation, a model from outside, or the newest artifact of each name descends
+    from, themselves included, and what --keep names: an artifact, or all stages of a recipe. The
+    rest is listed and, after a question, removed.
+    """
     if only and not keep:
         raise ConfigError("--only keeps nothing but what --keep names; give at least one --keep")
     if as_json and not (dry_run or yes):
         raise ConfigError("--json asks no question; give --dry-run or --yes with it")
-    store = Store(root)
-    kept = _named(store, keep) | (set() if only else _roots(store))
+    place = Store(store)
+    kept = _named(place, keep or ()) | (set() if only else _roots(place))
     if not unfinished:
         # Their inputs stay by the rule of the newest of each name.
-        kept |= {path.name for path in (store.root / "work").glob("*") if path.is_dir()}
+        kept |= {path.name for path in (place.root / "work").glob("*") if path.is_dir()}
     out = console(as_json=as_json)
-    removed = ancestry.gc(store, kept, dry_run=True)
-    _list(out, store, removed)
+    removed = ancestry.gc(place, kept, dry_run=True)
+    _list(out, place, removed)
     if removed and not dry_run and (yes or _confirm()):
-        removed = ancestry.gc(store, kept, dry_run=False)
-        freed = size(sum(item.bytes for item in removed))
+        removed = ancestry.gc(place, kept)
+        freed = human_bytes(sum(item.bytes for item in removed))
         out.print(Text(f"removed {len(removed)}, {freed} freed", "bold"))
     if as_json:
         items = [{"label": i.label, "path": str(i.path), "bytes": i.bytes} for i in removed]
@@ -249,9 +243,9 @@ def _list(out: Console, store: Store, found: Sequence[Removed]) -> None:
     table = plain_table("artifact", "size", show_header=False)
     table.columns[1].justify = "right"
     for item in found:
-        table.add_row(Text(item.label), size(item.bytes))
+        table.add_row(Text(item.label), human_bytes(item.bytes))
     out.print(table)
-    total = size(sum(item.bytes for item in found))
+    total = human_bytes(sum(item.bytes for item in found))
     out.print(Text(f"{len(found)} not needed, {total}", "bold"))
 
 
@@ -270,6 +264,8 @@ def _stays(name: str) -> bool:
 
 def _named(store: Store, keep: Sequence[str]) -> set[str]:
     """Fingerprints meant by --keep: of an artifact, or of all stages of a recipe."""
+    from posttrain.language.loader import is_recipe, load_recipe
+
     found: set[str] = set()
     for text in keep:
         if is_recipe(text):

@@ -5,12 +5,10 @@ artifacts and bytes.
 
     errors.py       the errors a user can meet, each with its exit code
     fingerprint.py  canonical JSON, digests, field-level difference of two payloads
-    graph.py        nodes and their order, identity of every node
-    edges.py        names of edges, made and taken apart
+    graph.py        nodes and their order, identity of every node, names of edges
     record.py       the one record file of an artifact
     store.py        directory store: find, resolve, begin, commit
     work.py         the work directory of a stage in progress: lock, step checkpoint
-    commit.py       the steps of a commit
     atomic.py       durable writes, a full disk as a message
     transfer.py     adopt outside files, export an artifact with its history
     ancestry.py     lineage, verification of the hash chain, garbage collection

@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,6 +16,7 @@ from posttrain.engine.record import (
     SHORT,
     Artifact,
     Record,
+    Recorded,
     label_of,
     record_problems,
     record_sha256,
@@ -28,21 +30,15 @@ _ADDED = frozenset({METRICS, CODE_DIFF})
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ancestor:
+class Ancestor(Recorded):
     """One step of a lineage."""
 
-    record: Mapping[str, Any]
     artifact: Artifact | None
     """None when only the record is known: it came with an adopted history."""
     edges: Mapping[str, str]
     """Edge label -> label (`name-fingerprint[:12]`) of what it descends from directly."""
     missing: Sequence[str] = ()
     """Edges whose source is neither in the store nor in a history."""
-
-    @property
-    def label(self) -> str:
-        """`name-fingerprint[:12]`."""
-        return label_of(self.record)
 
 
 def lineage(store: Store, artifact: Artifact) -> list[Ancestor]:
@@ -94,22 +90,25 @@ def _from_history(history: Sequence[Record], *, known: Mapping[str, Any]) -> dic
     return found
 
 
-def verify(store: Store, artifact: Artifact) -> list[str]:
+def verify(
+    store: Store, artifact: Artifact, checked: dict[str, Artifact] | None = None
+) -> list[str]:
     """Problems along the whole ancestry of `artifact`; [] when it is sound.
 
     Recomputes the hash of every file and record and the fingerprint of every payload, follows the
     hash chain to the records of the inputs, and checks a history that came with adopted files in
-    the same way.
+    the same way. What is in `checked` (fingerprint -> artifact) is not looked at again; what was
+    looked at is added to it.
     """
     index = store.index()
     problems: list[str] = []
-    seen: set[str] = set()
+    checked = {} if checked is None else checked
     frontier = [artifact]
     while frontier:
         current = frontier.pop()
-        if current.fingerprint in seen:
+        if current.fingerprint in checked:
             continue
-        seen.add(current.fingerprint)
+        checked[current.fingerprint] = current
         problems += record_problems(current.record) + list(_file_problems(current))
         problems += history_problems(current.history)
         hashes = {name: entry["sha256"] for name, entry in current.files.items()}
@@ -232,17 +231,15 @@ def _unkept(store: Store, keep: Collection[str]) -> list[Removed]:
             continue
         needed.add(fingerprint)
         frontier += [source["fingerprint"] for source in artifacts[fingerprint].inputs.values()]
-    order: list[Artifact] = []
-    placed: set[str] = set()
-    for artifact in artifacts.values():
-        for ancestor in lineage(store, artifact):
-            if ancestor.artifact is not None and ancestor.artifact.fingerprint not in placed:
-                placed.add(ancestor.artifact.fingerprint)
-                order.append(ancestor.artifact)
+    sources = {
+        fingerprint: [source["fingerprint"] for source in artifact.inputs.values()]
+        for fingerprint, artifact in artifacts.items()
+    }
+    order = [name for name in TopologicalSorter(sources).static_order() if name in artifacts]
+    unkept = [artifacts[name] for name in reversed(order) if name not in needed]
     return [
         Removed(label=artifact.label, path=artifact.path, bytes=_own_bytes(artifact.path))
-        for artifact in reversed(order)
-        if artifact.fingerprint not in needed
+        for artifact in unkept
     ]
 
 

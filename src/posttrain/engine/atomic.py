@@ -67,12 +67,12 @@ def human_bytes(count: int) -> str:
     >>> human_bytes(1_500_000)
     '1.5 MB'
     """
-    size = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"
+    amount, unit = float(count), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if amount < 999.5:
+            break
+        amount, unit = amount / 1000, larger
+    return f"{count} B" if unit == "B" else f"{amount:.3g} {unit}"
 
 
 def fsync(path: Path) -> None:

@@ -6,7 +6,6 @@ obvious serialisation are accepted. A function, an object or a set is refused wi
 instead of being hashed by its `repr`.
 """
 
-import dataclasses
 import hashlib
 import json
 import math
@@ -23,9 +22,8 @@ ABSENT: Final = "(absent)"
 def plain(value: Any, *, at: str = "value") -> Any:
     """`value` as plain JSON data: None, bool, int, finite float, str, list, dict with str keys.
 
-    Tuples become lists; a frozen dataclass becomes the dict of its fields, so it has the identity
-    of that dict. `at` is the dotted path used in errors. Raises ConfigError for anything else, NaN
-    and infinity included.
+    Tuples become lists. `at` is the dotted path used in errors. Raises ConfigError for anything
+    else, NaN and infinity included.
     """
     if value is None or isinstance(value, bool):
         return value
@@ -43,20 +41,9 @@ def plain(value: Any, *, at: str = "value") -> Any:
         return [plain(item, at=f"{at}[{index}]") for index, item in enumerate(value)]
     if isinstance(value, Mapping):
         return {_key(key, at): plain(item, at=f"{at}.{key}") for key, item in value.items()}
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        # dataclasses has no public question for "is it frozen".
-        if not value.__dataclass_params__.frozen:  # type: ignore[attr-defined]
-            raise ConfigError(
-                f"{at}: {type(value).__name__} is a mutable dataclass and has no stable "
-                f"serialisation; declare it with @dataclass(frozen=True)"
-            )
-        return {
-            f.name: plain(getattr(value, f.name), at=f"{at}.{f.name}")
-            for f in dataclasses.fields(value)
-        }
     raise ConfigError(
         f"{at}: {_short(repr(value))} has no stable serialisation; use None, bool, int, float, "
-        f"str, list, tuple, dict with str keys or a frozen dataclass "
+        f"str, list, tuple or dict with str keys "
         f'(and name a function as "module:function")'
     )
 

@@ -11,10 +11,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from graphlib import CycleError, TopologicalSorter
+from typing import Any, TypeVar
 
 from posttrain.engine.errors import GraphError, choices_text
 from posttrain.engine.fingerprint import digest, plain
+
+T = TypeVar("T")
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
 
@@ -72,8 +75,7 @@ def payload(node: Node, input_fingerprints: Mapping[str, str]) -> dict[str, Any]
 class Graph:
     """All nodes by name, and the one that is wanted.
 
-    Raises GraphError (from every method) for a cycle, an unknown input or target, or a node filed
-    under a wrong name.
+    Raises GraphError (from every method) for a cycle, and an unknown input or target.
     """
 
     nodes: Mapping[str, Node]
@@ -117,18 +119,17 @@ class Graph:
         left = {
             name: set(self.nodes[name].inputs.values()) for name in self.nodes if name in needed
         }
+        try:
+            TopologicalSorter(left).prepare()
+        except CycleError as error:
+            raise GraphError(
+                f"the graph has a cycle: {' -> '.join(error.args[1])}; a stage cannot need itself"
+            ) from None
         order: list[str] = []
         while left:
-            ready = next((name for name, inputs in left.items() if not inputs), None)
-            if ready is None:
-                raise GraphError(
-                    f"the graph has a cycle: {' -> '.join(self._cycle(left))}; "
-                    f"a stage cannot need itself"
-                )
+            ready = next(name for name, inputs in left.items() if inputs.isdisjoint(left))
             order.append(ready)
             del left[ready]
-            for inputs in left.values():
-                inputs.discard(ready)
         return tuple(order)
 
     @cached_property
@@ -150,12 +151,6 @@ class Graph:
         return found
 
     def _needed(self) -> set[str]:
-        for name, node in self.nodes.items():
-            if name != node.name:
-                raise GraphError(
-                    f"node {node.name!r} is filed under the name {name!r}; "
-                    f"use its own name as the key"
-                )
         if self.target not in self.nodes:
             known = choices_text(self.target, self.nodes, label="known stages")
             raise GraphError(f"unknown target {self.target!r}; {known}")
@@ -164,24 +159,48 @@ class Graph:
             node = self.nodes[frontier.pop()]
             for edge, source in node.inputs.items():
                 if source not in self.nodes:
+                    known = choices_text(source, self.nodes, label="known stages")
                     raise GraphError(
                         f"input {edge!r} of stage {node.name!r} is {source!r}, "
-                        f"which is not a stage; "
-                        f"{choices_text(source, self.nodes, label='known stages')}"
+                        f"which is not a stage; {known}"
                     )
                 if source not in needed:
                     needed.add(source)
                     frontier.append(source)
         return needed
 
-    def _cycle(self, left: Mapping[str, set[str]]) -> list[str]:
-        """Walk inputs among nodes that all still wait for one: some node must come twice."""
-        walk = [next(iter(left))]
-        while True:
-            following = next(
-                source for source in self.nodes[walk[-1]].inputs.values() if source in left
-            )
-            if following in walk:
-                # The walk goes against the arrows; the message follows them.
-                return [*walk[walk.index(following) :], following][::-1]
-            walk.append(following)
+
+# -- names of edges: a role such as "start", or one of several with a role, "data.0" ---------------
+
+
+def edge_name(role: str, *names: str) -> str:
+    """The edge of that role and name.
+
+    >>> edge_name("domains", "sums")
+    'domains.sums'
+    """
+    return ".".join((role, *names))
+
+
+def role_of(edge: str) -> str:
+    """What an edge is for: "domains" of "domains.sums", "start" of "start"."""
+    return edge.partition(".")[0]
+
+
+def named(inputs: Mapping[str, T], role: str) -> dict[str, T]:
+    """Those of the inputs whose edges have that role, by what follows it.
+
+    >>> named({"start": "a", "data.0": "b", "data.1": "c"}, "data")
+    {'0': 'b', '1': 'c'}
+    """
+    prefix = f"{role}."
+    return {e.removeprefix(prefix): value for e, value in inputs.items() if e.startswith(prefix)}
+
+
+def with_role(inputs: Mapping[str, T], *roles: str) -> dict[str, T]:
+    """Those of the inputs that have one of these roles, by edge.
+
+    >>> with_role({"start": "a", "data": "b", "data.1": "c"}, "data")
+    {'data': 'b', 'data.1': 'c'}
+    """
+    return {edge: value for edge, value in inputs.items() if role_of(edge) in roles}

@@ -12,9 +12,9 @@ here: it reads the bytes.
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Final, TypeAlias
 
 from posttrain.engine.atomic import write_whole
 from posttrain.engine.fingerprint import file_digest
@@ -92,24 +92,10 @@ def _state(place: str) -> _State:
 
 
 def _read(path: Path) -> dict[str, tuple[_State, str]]:
-    """What is remembered in the file; whatever is not of its form is left out."""
+    """What is remembered in the file; nothing where it is missing, damaged or of another format."""
     try:
         content = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+        files = content["files"].items() if content["format"] == _FORMAT else ()
+        return {place: (tuple(state), sha256) for place, (*state, sha256) in files}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return {}
-    if not isinstance(content, dict) or content.get("format") != _FORMAT:
-        return {}
-    files = content.get("files")
-    entries: Mapping[str, Any] = files if isinstance(files, dict) else {}
-    return {place: (tuple(e[:5]), e[5]) for place, e in entries.items() if _is_entry(e)}
-
-
-def _is_entry(entry: Any) -> bool:
-    return (
-        isinstance(entry, list)
-        and len(entry) == 6
-        and all(type(value) is int for value in entry[:5])
-        and isinstance(entry[5], str)
-        and len(entry[5]) == 64
-        and set(entry[5]) <= set("0123456789abcdef")
-    )

@@ -12,7 +12,7 @@ from posttrain.engine.record import SHORT, Artifact
 from posttrain.engine.store import Store
 from posttrain.engine.work import read_step, read_wait
 
-Action: TypeAlias = Literal["cached", "run", "blocked", "waits"]
+Action: TypeAlias = Literal["cached", "run", "blocked", "needs input"]
 
 _SHOWN: Final = 3
 """Differences named in a reason; the rest is counted."""
@@ -20,7 +20,7 @@ _SHOWN: Final = 3
 
 @dataclass(frozen=True, kw_only=True)
 class PlanRow:
-    """What happens to one stage. One that waits, for a file to be filled in, is tried again by a
+    """What happens to one stage. One that needs input, a file to be filled in, is tried again by a
     run: the file may be filled in by then."""
 
     name: str
@@ -28,8 +28,8 @@ class PlanRow:
     fingerprint: str
     action: Action
     reason: str
-    """Why it runs, waits or is blocked: "new", "resumes at step 120", "steps: 80 -> 120". Empty
-    when cached."""
+    """Why it runs, needs input or is blocked: "new", "resumes at step 120", "steps: 80 -> 120";
+    empty when cached."""
     artifact: Artifact | None
     """The artifact of a cached stage, else None."""
 
@@ -79,14 +79,18 @@ def _decide(
         if rows[source].action == "blocked":
             return "blocked", f"input {edge} is blocked ({source})"
     for edge, source in node.inputs.items():
-        if rows[source].action == "waits":
-            return "waits", f"for {source} (input {edge})"
+        if rows[source].action == "needs input":
+            return "needs input", f"for {source} (input {edge})"
     if fingerprint in first:
         return "run", f"same as {first[fingerprint]}, made once"
     waited = read_wait(store.work_path(fingerprint))
     if waited is not None:
         reason, changed = waited
-        return ("run", "the file that it waited for has changed") if changed else ("waits", reason)
+        return (
+            ("run", "the file that it waited for has changed")
+            if changed
+            else ("needs input", reason)
+        )
     step = read_step(store.work_path(fingerprint))
     if step is not None:
         return "run", f"resumes at step {step}"

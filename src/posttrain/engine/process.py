@@ -57,7 +57,7 @@ class Job:
     version: int
     fingerprint: str
     config: Mapping[str, Any]
-    """The config of the node as JSON data: tuples are lists, dataclasses dicts."""
+    """The config of the node as JSON data: tuples are lists."""
     data: Mapping[str, str]
     runtime: Mapping[str, Any]
     inputs: Mapping[str, str]

@@ -28,10 +28,9 @@ metrics, provenance, history, created (UTC, ISO 8601), digest."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Artifact:
-    """A committed result: a directory with files and its record. It never changes."""
+class Recorded:
+    """Something that has a record, and the fields of its record."""
 
-    path: Path
     record: Mapping[str, Any]
 
     @property
@@ -107,6 +106,13 @@ class Artifact:
     def bytes(self) -> int:
         """Size of its files, the targets of links included."""
         return sum(int(entry["bytes"]) for entry in self.files.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Artifact(Recorded):
+    """A committed result: a directory with files and its record. It never changes."""
+
+    path: Path
 
     def file(self, name: str) -> Path:
         """Path of one of its files. Raises StoreError, listing the files, when there is no such

@@ -29,13 +29,11 @@ from posttrain.engine.record import Artifact
 from posttrain.engine.store import Store
 from posttrain.engine.work import Work, read_step
 
-__all__ = ["Event", "Job", "PlanRow", "plan", "run"]
-
 _POLL_SECONDS: Final = 0.05
 _PROGRESS_SECONDS: Final = 0.2
 
 EventKind: TypeAlias = Literal[
-    "started", "progress", "finished", "cached", "failed", "blocked", "waits"
+    "started", "progress", "finished", "cached", "failed", "blocked", "needs input"
 ]
 
 
@@ -46,7 +44,7 @@ class Event:
     Payload by kind: started {"reason", "threads", "log"}; progress: one line of metrics.jsonl as it
     is, or {"waiting": why} while another run works on that stage; finished {"metrics", "path"};
     cached {"path", "reason"}; failed {"error", "log"}; blocked {"reason"};
-    waits {"reason"}: it ended, and goes on in a later run when a file has been filled in.
+    needs input {"reason"}: it ended, and goes on in a later run when a file has been filled in.
     """
 
     kind: EventKind
@@ -152,10 +150,8 @@ class _Run:
                 raise _interrupted(self.store.root, self.running.values()) from None
             finally:
                 stop(self.running.values())
-        if self.failures:
-            raise _failed(self.failures, self.waits, self.blocked)
-        if self.waits:
-            raise _unfilled(self.waits, self.blocked)
+        if self.failures or self.waits:
+            raise _ended(self.failures, self.waits, self.blocked)
 
     # -- starting --------------------------------------------------------------------------------
 
@@ -268,7 +264,7 @@ class _Run:
                 running.work.release()
                 self.waits[name] = outcome
                 reason = {"reason": outcome.reason}
-                yield Event(kind="waits", name=name, seconds=seconds, payload=reason)
+                yield Event(kind="needs input", name=name, seconds=seconds, payload=reason)
             elif isinstance(outcome, Failure):
                 running.work.release()
                 self.failures[name] = outcome
@@ -325,26 +321,16 @@ def _interrupted(root: Path, running: Iterable[Running]) -> Interrupted:
     )
 
 
-def _failed(
+def _ended(
     failures: Mapping[str, Failure], waits: Mapping[str, Wait], blocked: Mapping[str, str]
-) -> StageError:
-    """At least one stage failed. The exit code is the first failure's."""
+) -> StageError | Waiting:
+    """Why the target was not made: at least one stage failed, or else waits for a file to be filled
+    in. The exit code is the first failure's."""
     lines = [failure.describe(name) for name, failure in failures.items()]
-    lines += _waiting(waits) + _blocked(blocked)
+    lines += [f"stage {name} waits: {wait.reason}" for name, wait in waits.items()]
+    lines += [f"blocked: {name}: {reason}" for name, reason in blocked.items()]
+    if not failures:
+        lines.append("What finished is kept. Once this is filled in, run the same command again.")
+        return Waiting("\n".join(lines))
     lines.append("What finished is kept; once the cause is mended, run the same command again.")
-    first = next(iter(failures.values()))
-    return StageError("\n".join(lines), exit_code=first.exit_code)
-
-
-def _unfilled(waits: Mapping[str, Wait], blocked: Mapping[str, str]) -> Waiting:
-    """No stage failed, and at least one waits for a file to be filled in."""
-    last = "What finished is kept. Once this is filled in, run the same command again."
-    return Waiting("\n".join([*_waiting(waits), *_blocked(blocked), last]))
-
-
-def _waiting(waits: Mapping[str, Wait]) -> list[str]:
-    return [f"stage {name} waits: {wait.reason}" for name, wait in waits.items()]
-
-
-def _blocked(blocked: Mapping[str, str]) -> list[str]:
-    return [f"blocked: {name}: {reason}" for name, reason in blocked.items()]
+    return StageError("\n".join(lines), exit_code=next(iter(failures.values())).exit_code)

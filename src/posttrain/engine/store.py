@@ -11,19 +11,20 @@ either nothing or a whole artifact in `artifacts/`; its work directory stays and
 next run.
 """
 
+import errno
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from posttrain.engine.atomic import guarded, write_whole
-from posttrain.engine.commit import add_reports, describe_files, move_into_place, reference
+from posttrain.engine.atomic import fsync, guarded, write_whole
 from posttrain.engine.errors import StoreError, choices_text
-from posttrain.engine.fingerprint import digest, plain
+from posttrain.engine.fingerprint import digest, file_digest, plain
 from posttrain.engine.graph import Node, payload
 from posttrain.engine.hashes import HASHES, FileHashes
 from posttrain.engine.record import (
@@ -35,9 +36,10 @@ from posttrain.engine.record import (
     check_format,
     label_of,
     read_record,
+    record_bytes,
     seal,
 )
-from posttrain.engine.work import Work, open_work
+from posttrain.engine.work import CODE_DIFF, METRICS, Work, open_work
 
 
 class Store:
@@ -99,32 +101,25 @@ class Store:
         if directory.parent.parent == self.root / "artifacts":
             text = directory.name
         paths = {path.name: path for path in self._directories()}
-        tiers = (
-            [label for label in paths if label[: -SHORT - 1] == text],
-            [
-                label
-                for label in paths
-                if label.startswith(text) and len(text) > len(label) - SHORT - 1
-            ],
-            [
-                label
-                for label in paths
-                if len(text) >= 4 and label[-SHORT:].startswith(text[:SHORT])
-            ],
-        )
-        chosen = next((tier for tier in tiers if tier), [])
-        found = [self.load(paths[label]) for label in chosen]
-        if len(text) > SHORT:
-            by_name = [label for label in chosen if not label[-SHORT:].startswith(text[:SHORT])]
-            found = [a for a in found if a.label in by_name or a.fingerprint.startswith(text)]
+        names = {label: label[: -SHORT - 1] for label in paths}
+        by_name = [label for label in paths if names[label] == text]
+        by_label = [
+            label for label in paths if label.startswith(text) and len(text) > len(names[label])
+        ]
+        by_fingerprint = [
+            label for label in paths if len(text) >= 4 and label[-SHORT:].startswith(text[:SHORT])
+        ]
+        found = [self.load(paths[label]) for label in by_name or by_label or by_fingerprint]
+        if not by_name and not by_label:
+            # Beyond the digits in the label the record has to agree.
+            found = [artifact for artifact in found if artifact.fingerprint.startswith(text)]
         if len(found) == 1:
             return found[0]
         if found:
             found.sort(key=lambda artifact: artifact.created)
             choices = "\n".join(f"  {a.label}  ({a.kind}, {a.created[:16]})" for a in found)
             raise StoreError(f"{text!r} could be {len(found)} artifacts; give one of:\n{choices}")
-        names = {label[: -SHORT - 1] for label in paths}
-        known = choices_text(text, names, label="it has")
+        known = choices_text(text, names.values(), label="it has")
         raise StoreError(f"no artifact {text!r} in {self.root}; {known}")
 
     # -- writing ---------------------------------------------------------------------------------
@@ -181,7 +176,7 @@ class Store:
                 f"{fingerprint[:SHORT]}; begin the work with the fingerprint of the same graph"
             )
         with guarded(self.root, f"committing {node.name}"):
-            add_reports(work, diff)
+            _add_reports(work, diff)
             record = seal(
                 {
                     "name": node.name,
@@ -190,8 +185,8 @@ class Store:
                     "fingerprint": fingerprint,
                     "payload": body,
                     "config": plain(node.config, at=f"stage {node.name}: config"),
-                    "inputs": {edge: reference(source) for edge, source in inputs.items()},
-                    "files": describe_files(work.out, self.root / "work", self.hashes.digest),
+                    "inputs": {edge: _reference(source) for edge, source in inputs.items()},
+                    "files": _describe_files(work.out, self.root / "work", self.hashes.digest),
                     "metrics": metrics,
                     "provenance": provenance,
                     "history": history,
@@ -199,7 +194,7 @@ class Store:
                 }
             )
             target = self.root / "artifacts" / node.kind / label_of(record)
-            move_into_place(work, record, target)
+            _move_into_place(work, record, target)
         work.discard()
         return Artifact(path=target, record=record)
 
@@ -242,3 +237,90 @@ class Store:
                 self.root.mkdir(parents=True, exist_ok=True)
                 write_whole(marker, json.dumps({"format": FORMAT}).encode("ascii") + b"\n")
             self.hashes.write()
+
+
+# -- the steps of a commit: describe what a stage left in out/, write the record, rename -----------
+
+
+def _describe_files(
+    out: Path, forbidden: Path, hash_linked: Callable[[Path], str]
+) -> dict[str, dict[str, Any]]:
+    """Relative name -> {"sha256", "bytes"} for every file below `out`, links followed.
+
+    What a link points at is hashed by `hash_linked`; files that the stage wrote are always read.
+    Raises StoreError for a link to a directory, a broken or relative link, or one into `forbidden`
+    (work in progress goes away after the commit).
+    """
+    found = {}
+    for path in sorted(out.rglob("*")):
+        linked = path.is_symlink()
+        if path.is_dir() and not linked:
+            continue
+        if linked:
+            _check_link(path, forbidden)
+        found[path.relative_to(out).as_posix()] = {
+            "sha256": hash_linked(path) if linked else file_digest(path),
+            "bytes": path.stat().st_size,
+        }
+    return found
+
+
+def _check_link(path: Path, forbidden: Path) -> None:
+    aim = path.readlink()
+    if not aim.is_absolute():
+        raise StoreError(
+            f"{path} is a relative link and would break when it is moved; link to {path.resolve()}"
+        )
+    if not path.is_file():
+        raise StoreError(
+            f"{path} links to {aim}, which is not a file; link single files that exist"
+        )
+    if aim.is_relative_to(forbidden) or path.resolve().is_relative_to(forbidden.resolve()):
+        raise StoreError(
+            f"{path} links into {forbidden}, which does not last; move or copy the file"
+        )
+
+
+def _reference(source: Artifact) -> dict[str, str]:
+    """What a record says about one input, the link of the hash chain included."""
+    return {
+        "name": source.name,
+        "kind": source.kind,
+        "fingerprint": source.fingerprint,
+        "record_sha256": file_digest(source.path / RECORD),
+    }
+
+
+def _add_reports(work: Work, diff: str) -> None:
+    """Put metrics.jsonl and code.diff beside the files of the stage. Raises StoreError for a
+    record.json of its own."""
+    if (work.out / RECORD).exists():
+        raise StoreError(
+            f"the stage wrote {RECORD} into its output; that name belongs to the store"
+        )
+    if (work.path / METRICS).exists():
+        shutil.copyfile(work.path / METRICS, work.out / METRICS)
+    if diff:
+        (work.out / CODE_DIFF).write_text(diff, encoding="utf-8")
+
+
+def _move_into_place(work: Work, record: Record, target: Path) -> None:
+    """Write the record and rename; on an error nothing of it stays."""
+    new_kind = not target.parent.exists()
+    try:
+        for path in [work.out / name for name in record["files"]]:
+            if not path.is_symlink():
+                fsync(path)
+        write_whole(work.out / RECORD, record_bytes(record))
+        fsync(work.out)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.rename(work.out, target)
+    except BaseException as error:
+        (work.out / RECORD).unlink(missing_ok=True)
+        if new_kind:
+            with suppress(OSError):  # another run may have used it in the meantime
+                target.parent.rmdir()
+        if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            raise StoreError(f"{target} is there already; artifacts never change") from error
+        raise
+    fsync(target.parent)

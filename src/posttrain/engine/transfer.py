@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Final
 
 from posttrain.engine.ancestry import history_problems, lineage, vouching_problems
@@ -37,23 +37,16 @@ def adopt(
     data: Mapping[str, str] | None = None,
     history: Sequence[Record] = (),
     version: int = 1,
-    config: Mapping[str, Any] | None = None,
 ) -> Artifact:
     """Commit `files` below `source` as an artifact without inputs.
 
     The fingerprint follows the same rule as in a graph, so a graph with a node of the same kind,
-    version, config and `data` (default: the digest of the files) finds it. With `link` the artifact
+    version and `data` (default: the digest of the files) finds it. With `link` the artifact
     holds links to the files where they are, else copies. `history` holds the records that came with
     the files (see `read_history`). An artifact with that fingerprint that is there already is
-    returned as it is. Raises StoreError: a file is missing or outside `source`, or the history is
-    broken or is not that of these files.
+    returned as it is. Raises StoreError: the history is broken or is not that of these files.
     """
     source = source.absolute()
-    for file in files:
-        if PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts:
-            raise StoreError(f"cannot adopt {file!r}: name files relative to {source}, below it")
-        if not (source / file).is_file():
-            raise StoreError(f"cannot adopt {file!r}: there is no file {source / file}")
     problems = history_problems(history)
     if history:
         problems += vouching_problems({n: store.hashes.digest(source / n) for n in files}, history)
@@ -64,7 +57,7 @@ def adopt(
         )
     if data is None:
         data = {"files": files_digest(source, files, store.hashes.digest)}
-    node = Node(name=name, kind=kind, version=version, config=config or {}, data=data)
+    node = Node(name=name, kind=kind, version=version, data=data)
     fingerprint = digest(payload(node, {}))
     work = store.begin(fingerprint)
     assert work is not None  # begin waits

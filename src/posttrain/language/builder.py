@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.backends.checkpoint_source import CheckpointSource, find_checkpoint, token_conflict
-from posttrain.engine.edges import edge_name, named, with_role
 from posttrain.engine.errors import ConfigError, GraphError, choices_text
 from posttrain.engine.fingerprint import file_digest
-from posttrain.engine.graph import Graph, Node
+from posttrain.engine.graph import Graph, Node, edge_name, named, with_role
 from posttrain.engine.store import Store
 from posttrain.language.handles import Demos, Prompts, Stage
 from posttrain.language.overrides import Overrides

@@ -10,9 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from posttrain.algorithms import InTurn, StrongAgainstWeak
-from posttrain.engine.edges import named, with_role
 from posttrain.engine.errors import ConfigError
-from posttrain.engine.graph import Node
+from posttrain.engine.graph import Node, named, with_role
 from posttrain.language.builder import Builder, root_of
 from posttrain.rewards.judge_base import ByDomain, Judge
 from posttrain.rewards.judge_kinds import Llm, parse_judge

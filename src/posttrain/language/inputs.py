@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from posttrain.algorithms import Aux as AuxSettings
-from posttrain.engine.edges import edge_name, named
 from posttrain.engine.errors import ConfigError
+from posttrain.engine.graph import edge_name, named
 from posttrain.language import checks
 from posttrain.language.builder import Builder
 from posttrain.language.handles import Demos, Stage

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from posttrain.engine.edges import edge_name
 from posttrain.engine.errors import ConfigError
+from posttrain.engine.graph import edge_name
 from posttrain.language.builder import Builder
 from posttrain.language.handles import SELF, Stage
 

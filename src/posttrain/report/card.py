@@ -6,32 +6,24 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from posttrain.engine.edges import edge_name
+from posttrain.engine.graph import edge_name
 from posttrain.engine.record import SHORT
 from posttrain.report.scores import norm_coverage, split_name
-from posttrain.report.views import flat
-from posttrain.report.wording import DASH, fixed, number, percent, percent_range
+from posttrain.report.wording import DASH, fixed, flat, number, percent, percent_range
 from posttrain.stages.kinds import shown_kind
 
 
-def model_card(
-    *,
-    name: str,
-    kind: str,
-    fingerprint: str,
-    config: Mapping[str, Any],
-    inputs: Mapping[str, Mapping[str, str]],
-    metrics: Mapping[str, Any],
-    scores: Sequence[Mapping[str, Any]] | None = None,
-) -> str:
+def model_card(record: Mapping[str, Any], scores: Sequence[Mapping[str, Any]] | None = None) -> str:
     """README.md of a checkpoint, with the YAML head that the Hugging Face Hub reads.
 
-    `inputs` maps edges to name, kind and fingerprint; `scores` holds the evaluations that include
-    this model, as `gather.scores_of` gives them.
+    `record` has its name, kind, fingerprint, config, inputs (edges to name, kind and fingerprint)
+    and metrics; `scores` holds the evaluations that include this model, as `gather.scores_of` gives
+    them.
     """
+    kind = record["kind"]
     parents: dict[str, Mapping[str, str]] = {}
     data: dict[str, Mapping[str, str]] = {}
-    for edge, source in inputs.items():
+    for edge, source in record["inputs"].items():
         if "problems" in shown_kind(source["kind"]).makes:
             data[edge.removeprefix(edge_name("domains", ""))] = source
         else:
@@ -39,8 +31,9 @@ def model_card(
     writes_text = "reward_model" not in shown_kind(kind).makes
     parts = [
         _head(kind, data, writes_text=writes_text),
-        f"# {name}",
-        f"Made by posttrain: {shown_kind(kind).card or kind}. Fingerprint `{fingerprint}`.",
+        f"# {record['name']}",
+        f"Made by posttrain: {shown_kind(kind).card or kind}. "
+        f"Fingerprint `{record['fingerprint']}`.",
         *(["## Scores", *_scores(scores)] if scores else []),
         "## How it was made",
         _table(
@@ -58,10 +51,10 @@ def model_card(
                 [(domain, f"`{s['fingerprint'][:SHORT]}`") for domain, s in data.items()],
             ),
         ),
-        *_titled("## Settings", _table(("setting", "value"), list(flat(config).items()))),
+        *_titled("## Settings", _table(("setting", "value"), list(flat(record["config"]).items()))),
         *_titled(
             "## Metrics at the end of training",
-            _table(("metric", "value"), [(key, number(v)) for key, v in metrics.items()]),
+            _table(("metric", "value"), [(key, number(v)) for key, v in record["metrics"].items()]),
         ),
         "## How to load it",
         _USE if writes_text else _USE_SCORES,

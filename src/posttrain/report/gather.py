@@ -10,68 +10,31 @@ from functools import cached_property
 from typing import Any
 
 from posttrain.engine import ancestry
-from posttrain.engine.edges import named
-from posttrain.engine.record import SHORT, Artifact
+from posttrain.engine.graph import named
+from posttrain.engine.record import Artifact, Recorded
 from posttrain.engine.store import Store
 from posttrain.engine.work import METRICS
 from posttrain.stages.kinds import Kind, shown_kind
 
 EVALUATION = "evaluation.json"
 TRANSCRIPTS = "transcripts.json"
+COLOURS = 8
+"""Colours that the style sheet has; a ninth domain gets the first one again."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class StageFacts:
+class StageFacts(Recorded):
     """One stage of a lineage: its record, and the lines it logged."""
 
-    record: Mapping[str, Any]
     edges: Mapping[str, str]
     """Edge label -> label of what it descends from directly."""
     lines: list[dict[str, float]] = field(default_factory=list)
     """metrics.jsonl, numbers only; [] where there is none."""
 
-    @property
-    def name(self) -> str:
-        """What people call it."""
-        return str(self.record["name"])
-
-    @property
-    def kind(self) -> str:
-        """Its kind."""
-        return str(self.record["kind"])
-
     @cached_property
     def kind_row(self) -> Kind:
         """What the table of kinds says about its kind."""
         return shown_kind(self.kind)
-
-    @property
-    def fingerprint(self) -> str:
-        """The first digits of its fingerprint, as they stand in its label."""
-        return str(self.record["fingerprint"])[:SHORT]
-
-    @property
-    def label(self) -> str:
-        """`name-fingerprint`: unique in a lineage."""
-        return f"{self.name}-{self.fingerprint}"
-
-    @property
-    def config(self) -> Mapping[str, Any]:
-        """Its settings."""
-        config: Mapping[str, Any] = self.record["config"]
-        return config
-
-    @property
-    def metrics(self) -> Mapping[str, Any]:
-        """Its summary numbers."""
-        metrics: Mapping[str, Any] = self.record["metrics"]
-        return metrics
-
-    @property
-    def provenance(self) -> Mapping[str, Any]:
-        """Facts about the run that made it."""
-        provenance: Mapping[str, Any] = self.record["provenance"]
-        return provenance
 
     @property
     def seconds(self) -> float:
@@ -149,7 +112,3 @@ def domain_colours(stages: Iterable[StageFacts]) -> dict[str, int]:
     """Domain -> number of its colour, 1 to `COLOURS`, the same everywhere in a report."""
     names = dict.fromkeys(name for stage in stages for name in stage.domains)
     return {name: number % COLOURS + 1 for number, name in enumerate(sorted(names))}
-
-
-COLOURS = 8
-"""Colours that the style sheet has; a ninth domain gets the first one again."""

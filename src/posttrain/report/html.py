@@ -6,17 +6,18 @@ that comes from models, data or settings is escaped.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from posttrain.engine.atomic import human_bytes, write_whole
 from posttrain.engine.record import Artifact
 from posttrain.engine.store import Store
-from posttrain.report import plots, scores, views, wording
+from posttrain.report import plots, scores, wording
 from posttrain.report.curves import in_sentence, sections
 from posttrain.report.gather import (
     EVALUATION,
@@ -59,8 +60,9 @@ def write_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals |= {"wording": wording, "scores": scores, "views": views, "plots": plots}
-    environment.globals["in_sentence"] = in_sentence
+    environment.globals |= {"wording": wording, "scores": scores, "plots": plots}
+    helpers = (human_bytes, in_sentence, mark, moment, runs_of, speakers_of)
+    environment.globals |= {helper.__name__: helper for helper in helpers}
     page = environment.get_template("report.html").render(
         style=Markup((_HERE / "report.css").read_text(encoding="utf-8")),
         tag=_tag(artifact.fingerprint),
@@ -73,12 +75,7 @@ def write_report(
         **_content(stages, artifact),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        part.write_text(page, encoding="utf-8")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    write_whole(path, page.encode("utf-8"))
     return path
 
 
@@ -113,3 +110,47 @@ def _content(stages: Sequence[StageFacts], artifact: Artifact) -> dict[str, Any]
         "lineage": Markup(lineage_svg(stages, colours)),
         "transcripts": {domain: rows for domain, rows in (texts or {}).items() if rows},
     }
+
+
+# -- what the templates call -----------------------------------------------------------------------
+
+
+def speakers_of(domain: str, routes: Mapping[str, str]) -> dict[str, str]:
+    """The models whose answers in a domain are shown: edge of the evaluation -> role.
+
+    `routes` maps a domain to its teacher's name; other domains' teachers are left out.
+    """
+    teacher = {f"teachers.{routes[domain]}": "teacher"} if domain in routes else {}
+    return {"init": "init", **teacher, "student": "student"}
+
+
+def mark(score: float) -> Literal["right", "partly right", "wrong"]:
+    """What a verifier's score says of a response."""
+    return "right" if score >= 1 else "wrong" if score <= 0 else "partly right"
+
+
+def runs_of(stages: Sequence[StageFacts]) -> list[dict[str, Any]]:
+    """The distinct runs that made the stages, newest first, with what each recorded.
+
+    Stages that came from earlier runs were made by the code of those runs.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for stage in stages:
+        facts = {
+            key: value
+            for key, value in stage.provenance.items()
+            if key not in ("seconds", "threads", "resumed_at_step")
+        }
+        key = json.dumps(facts, sort_keys=True)
+        run = found.setdefault(key, facts | {"stages": [], "when": moment(facts.get("started"))})
+        run["stages"].append(stage.name)
+    return sorted(found.values(), key=lambda run: str(run.get("started", "")), reverse=True)
+
+
+def moment(text: Any) -> str:
+    """An ISO 8601 time to the minute: "2026-10-03 09:14 UTC"."""
+    if not text:
+        return ""
+    date, _, rest = str(text).partition("T")
+    zone = " UTC" if rest.endswith(("+00:00", "Z")) else ""
+    return f"{date} {rest[:5]}{zone}"

@@ -33,7 +33,7 @@ PLAIN_SECONDS = 20.0
 
 SYMBOLS = {
     "failed": ("✗", "bold red"),
-    "needs_input": ("?", "yellow"),
+    "needs input": ("?", "yellow"),
     "running": ("●", "cyan"),
     "blocked": ("\N{EN DASH}", "yellow"),
     "pending": ("·", "dim"),
@@ -153,8 +153,8 @@ class LiveView:
             "name": Text.assemble((prefix, "dim"), (name, name_style)),
             "metric": Text(stage.headline),
         }
-        if stage.state in ("cached", "failed", "blocked", "needs_input"):
-            cells["metric"] = Text(stage.state.replace("_", " "), style)
+        if stage.state in ("cached", "failed", "blocked", "needs input"):
+            cells["metric"] = Text(stage.state, style)
         if stage.state == "pending" and stage.reason:
             cells["metric"] = Text("in another run", "dim")
         if stage.state == "running":
@@ -172,7 +172,8 @@ class LiveView:
 
     def _plain(self, event: Event, stage: Progress) -> str | None:
         """The line that an event is worth, if any."""
-        word, name, text = stage.state.replace("_", " "), stage.name, stage.reason
+        word: str = stage.state
+        name, text = stage.name, stage.reason
         now, told = time.monotonic(), self._told.get(name)
         # That another run works on a stage is said once.
         lately = told is not None and (stage.state == "pending" or now - told < PLAIN_SECONDS)

@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from html import escape
 
 from posttrain.report.curves import Line, Panel
-from posttrain.report.scores import DECODING_NAMES, Evaluation, decoded
+from posttrain.report.scores import DECODING_NAMES, MODELS, Evaluation, decoded
 from posttrain.report.wording import number
 
 DASHES = ("none", "8 4", "2 3", "10 3 2 3")
 """Patterns of lines as values of stroke-dasharray."""
-MODELS = ("init", "teacher", "student")
 BOTTOM = 26
 """Room for the ticks of the horizontal axis."""
 BAND = 50

@@ -14,14 +14,14 @@ from posttrain.engine.runner import Event
 from posttrain.report.wording import clock, headline, number
 from posttrain.stages.kinds import shown_kind
 
-State = Literal["pending", "running", "done", "cached", "failed", "blocked", "needs_input"]
+State = Literal["pending", "running", "done", "cached", "failed", "blocked", "needs input"]
 STATES: Mapping[str, State] = {
     "started": "running",
     "finished": "done",
     "cached": "cached",
     "failed": "failed",
     "blocked": "blocked",
-    "waits": "needs_input",
+    "needs input": "needs input",
 }
 """Kind of an event -> the state in which it leaves the stage."""
 
@@ -44,6 +44,8 @@ class Progress:
     """How long it ran, as far as the last event told."""
     began: float | None = None
     """On the monotonic clock, while it runs."""
+    path: str | None = None
+    """Directory of its artifact, once there is one."""
     window: deque[Mapping[str, Any]] = field(default_factory=deque)
     """Lines of metrics of the last `WINDOW_SECONDS`."""
 
@@ -55,6 +57,7 @@ class Progress:
             self.reason = str(payload.get("reason", payload.get("error", "")))
             self.began = time.monotonic() if event.kind == "started" else None
             self.metrics = {**self.metrics, **payload.get("metrics", {})}
+            self.path = payload.get("path")
         elif "waiting" in payload:
             self.reason = str(payload["waiting"])
         else:

@@ -11,6 +11,7 @@ from typing import Any
 
 from posttrain.report.wording import percent, signed
 
+MODELS = ("init", "teacher", "student")
 DECODINGS = ("sampled", "greedy")
 DECODING_NAMES = {"sampled": "temperature 1", "greedy": "greedy"}
 MARGIN = 0.2
@@ -19,17 +20,12 @@ MARGIN = 0.2
 Evaluation = Mapping[str, Any]
 
 
-def decoded(row: Mapping[str, Any], decoding: str) -> Mapping[str, Any]:
-    """One domain's init, teacher, student, recovery and note under one decoding."""
-    table: Mapping[str, Any] = row if decoding == "sampled" else row["greedy"]
-    return table
-
-
-def norms(evaluation: Evaluation, decoding: str) -> Mapping[str, Any]:
-    """norm, norm_low, norm_high, min_recovery under one decoding, None where there is none, and
+def decoded(table: Mapping[str, Any], decoding: str) -> Mapping[str, Any]:
+    """What an evaluation says under one decoding: of one of its domains the accuracies, recovery
+    and note; of itself norm, norm_low, norm_high, min_recovery (None where there is none) and
     norm_domains."""
-    table: Mapping[str, Any] = evaluation if decoding == "sampled" else evaluation["greedy"]
-    return table
+    found: Mapping[str, Any] = table if decoding == "sampled" else table["greedy"]
+    return found
 
 
 def norm_coverage(evaluation: Evaluation, decoding: str) -> str:
@@ -38,7 +34,7 @@ def norm_coverage(evaluation: Evaluation, decoding: str) -> str:
     Also empty for an evaluation from before `norm_domains` was kept.
     """
     total = len(evaluation["domains"])
-    counted = norms(evaluation, decoding).get("norm_domains", total)
+    counted = decoded(evaluation, decoding).get("norm_domains", total)
     return f"{counted} of {total}" if 0 < counted < total else ""
 
 

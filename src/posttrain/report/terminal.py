@@ -18,6 +18,7 @@ from rich.text import Text
 
 from posttrain.report.scores import (
     DECODINGS,
+    MODELS,
     Evaluation,
     Forgetting,
     constant_domains,
@@ -25,7 +26,6 @@ from posttrain.report.scores import (
     forgetting,
     has_teachers,
     norm_coverage,
-    norms,
     notes,
     split_name,
     verdict,
@@ -50,9 +50,6 @@ class FirstFit:
                 yield choice
                 return
         yield self.choices[-1]
-
-
-MODELS = ("init", "teacher", "student")
 
 
 def evaluation_table(evaluation: Evaluation) -> RenderableType:
@@ -105,7 +102,7 @@ def _scores(evaluation: Evaluation, digits: int) -> Table:
                 baseline = percent(row["constant"]["value"])
                 line.append(Text(baseline, style="yellow" if name in easy else ""))
             table.add_row(*line)
-    if any(norms(evaluation, decoding)["norm"] is not None for decoding in DECODINGS):
+    if any(decoded(evaluation, decoding)["norm"] is not None for decoding in DECODINGS):
         table.add_section()
         for label in ("Norm (mean)", "minimum"):
             for decoding in DECODINGS:
@@ -138,7 +135,7 @@ def _recovery(value: Mapping[str, float] | None) -> Text:
 
 def _norm_row(evaluation: Evaluation, label: str, decoding: str) -> list[Text]:
     """Norm with its interval, or the lowest recovery, in the column of recoveries."""
-    found = norms(evaluation, decoding)
+    found = decoded(evaluation, decoding)
     cell, over = _cell(DASH), ""
     if found["norm"] is not None and label == "minimum":
         cell = _cell(fixed(found["min_recovery"], 2), style="bold")

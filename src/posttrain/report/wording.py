@@ -1,7 +1,8 @@
-"""How numbers are written, the same in the terminal, the page and the model card."""
+"""How numbers and settings are written, the same in the terminal, the page and the model card."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -54,9 +55,7 @@ def number(value: Any) -> str:
         # 999 950 would be written as 1000k.
         if size >= scale * (10 if unit == "k" else 0.9995):
             return f"{value / scale:.3g}{unit}".replace("-", MINUS)
-    if isinstance(value, int) or (size >= 1 and value == round(value)):
-        return f"{value:.0f}".replace("-", MINUS)
-    if size >= 1000:
+    if isinstance(value, int) or size >= 1000 or (size >= 1 and value == round(value)):
         return f"{value:.0f}".replace("-", MINUS)
     return f"{value:.3g}".replace("-", MINUS)
 
@@ -92,11 +91,13 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes} min"
 
 
-def size(count: int) -> str:
-    """Bytes: "812 B", "1.4 MB"."""
-    amount, unit = float(count), "B"
-    for larger in ("kB", "MB", "GB", "TB"):
-        if amount < 999.5:
-            break
-        amount, unit = amount / 1000, larger
-    return f"{count} B" if unit == "B" else f"{amount:.3g} {unit}"
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested settings under dotted names, values as JSON."""
+    found: dict[str, str] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            found[f"{prefix}{key}"] = text
+    return found

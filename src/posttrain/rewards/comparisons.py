@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from posttrain.engine.errors import ConfigError
-from posttrain.rewards.grading import fill
 
 Row = Mapping[str, Any]
 Key = tuple[str, str, str | None]
@@ -24,6 +24,11 @@ QUESTION = "c {prompt}|{a}|{b}"
 """What a model is asked: short, so that one of 128 positions can read it."""
 VERDICTS = ("1", "2")
 """What it answers: the better response is a, or b."""
+
+
+def fill(template: str, values: Mapping[str, str]) -> str:
+    """The template with {name} replaced; braces in what is filled in mean nothing."""
+    return re.sub(r"\{(\w+)\}", lambda m: values.get(m[1], m[0]), template)
 
 
 def question(template: str | None, problem: Mapping[str, Any], a: str, b: str) -> str:

@@ -45,8 +45,11 @@ class TextFormat:
         return None
 
     def direct(self, item: Item) -> str | None:
-        """The demonstration without its steps, which must score 1 too; None: it has none."""
-        return None
+        """The demonstration without its steps, which must score 1 too; None: it has none.
+
+        In a format with steps the demonstration itself, unless it shows them.
+        """
+        return None if self.thought(item) is None else self.demo(item)
 
     def answer(self, response: str) -> str:
         """The response in reasoning-gym's answer notation.
@@ -108,10 +111,6 @@ class ReverseFormat(TextFormat):
         """The letters numbered from 0, `0m1o2n3k4e5y`."""
         return "".join(f"{i}{letter}" for i, letter in enumerate(item["metadata"]["word"]))
 
-    def direct(self, item: Item) -> str:
-        """The word backwards."""
-        return self.demo(item)
-
 
 class SortFormat(TextFormat):
     """`s< 50391` is answered `01359`; `s>` asks for descending order."""
@@ -137,10 +136,6 @@ class SortFormat(TextFormat):
         """Each digit and how often it occurs, in order: `0111315191` for `50391`."""
         runs = itertools.groupby(self.demo(item))
         return "".join(f"{digit}{len(list(run))}" for digit, run in runs)
-
-    def direct(self, item: Item) -> str:
-        """The digits in order."""
-        return self.demo(item)
 
     def answer(self, response: str) -> str:
         """A list of numbers as strings."""
@@ -174,10 +169,6 @@ class PalindromeFormat(TextFormat):
         """Each letter and how often it occurs, `a2b1c2`."""
         counts = Counter(item["metadata"]["letters"])
         return "".join(f"{letter}{count}" for letter, count in sorted(counts.items()))
-
-    def direct(self, item: Item) -> str:
-        """The palindrome of the demonstration."""
-        return self.demo(item)
 
 
 FORMATS: dict[str, TextFormat] = {

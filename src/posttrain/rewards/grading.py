@@ -8,10 +8,10 @@ from functools import partial
 from typing import Any
 
 from posttrain.engine.errors import ConfigError, StageError
+from posttrain.rewards.comparisons import fill, question
 from posttrain.rewards.endpoint import SHOWN, Endpoint, Question
 from posttrain.rewards.judge_kinds import CompareEndpoint, Llm
-from posttrain.rewards.judging import Responses
-from posttrain.rewards.pairing import Comparison, comparisons, win_shares
+from posttrain.rewards.judging import Responses, comparisons, win_shares
 from posttrain.rewards.spec import checked_rubric
 
 GRADE = """You grade an answer.
@@ -58,11 +58,6 @@ _BETTER = re.compile(r"\b([12])\b")
 Row = Mapping[str, Any]
 
 
-def fill(template: str, values: Mapping[str, str]) -> str:
-    """The template with {name} replaced; braces in what is filled in mean nothing."""
-    return re.sub(r"\{(\w+)\}", lambda m: values.get(m[1], m[0]), template)
-
-
 class Grader:
     """`judges.llm`: a grade for each response, or the weighted share of its row's criteria."""
 
@@ -107,15 +102,16 @@ class EndpointComparison:
 
     def score(self, responses: Responses) -> list[float]:
         """Shares in [0, 1]; 0.5 for a response that is alone in its group."""
+        template = WHICH if self.judge.template is None else self.judge.template
         asked = comparisons(responses.group, pairing=self.judge.pairing, swap=self.judge.swap)
-        wins = self.endpoint.ask([Question(self._question(responses, p), better) for p in asked])
+        problems, texts = responses.problems, responses.texts
+        wins = self.endpoint.ask(
+            [
+                Question(question(template, problems[a], texts[a], texts[b]), better)
+                for a, b in asked
+            ]
+        )
         return win_shares(len(responses), asked, wins)
-
-    def _question(self, responses: Responses, pair: Comparison) -> str:
-        problem = responses.problems[pair.a]
-        values = {"prompt": problem["prompt"], "answer": str(problem["answer"])}
-        values |= {"a": responses.texts[pair.a], "b": responses.texts[pair.b]}
-        return fill(WHICH if self.judge.template is None else self.judge.template, values)
 
 
 def criteria(problem: Row) -> list[Row]:

@@ -24,28 +24,26 @@ from posttrain.engine.errors import ConfigError, choices_text
 from posttrain.rewards import penalties
 from posttrain.rewards.judge_base import (
     ByDomain,
+    Count,
+    Edge,
     Gate,
+    GradeTemplate,
     Judge,
     Lexicographic,
     Normalised,
-    Part,
-    Sum,
-    Term,
-    Whitened,
-)
-from posttrain.rewards.judge_fields import (
-    Count,
-    Edge,
-    GradeTemplate,
     NotNegative,
     Number,
     Pairing,
     PairTemplate,
+    Part,
     Positive,
     Rubric,
+    Sum,
+    Term,
     Text,
     Unit,
     Url,
+    Whitened,
     explain,
 )
 

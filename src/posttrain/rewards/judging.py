@@ -3,13 +3,15 @@
     reward = RewardFunction(judge, {part.identity: what scores for it, for parts with a SCORER})
     scores, parts = reward.score(responses, at)
 
-Each judge is asked once per batch, however often it occurs in the reward. Imports no torch.
+Each judge is asked once per batch, however often it occurs in the reward. `comparisons` and
+`win_shares` are what the judges have in common that compare two responses. Imports no torch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any, Protocol
 
 from posttrain.engine.errors import StageError
@@ -42,14 +44,8 @@ class Responses:
 
     def select(self, index: Sequence[int]) -> Responses:
         """The responses at `index`."""
-        return Responses(
-            problems=[self.problems[i] for i in index],
-            texts=[self.texts[i] for i in index],
-            group=[self.group[i] for i in index],
-            finished=[self.finished[i] for i in index],
-            num_tokens=[self.num_tokens[i] for i in index],
-            verdicts=None if self.verdicts is None else [self.verdicts[i] for i in index],
-        )
+        columns = {name: column for name, column in vars(self).items() if column is not None}
+        return Responses(**{n: [column[i] for i in index] for n, column in columns.items()})
 
     def portions(self, size: int) -> list[list[int]]:
         """The rows in portions of `size` or a few more, each group in one of them."""
@@ -149,3 +145,35 @@ class RewardFunction:
         if any(part.WHOLE for part in self.judge.walk()):
             return [list(range(len(responses)))]
         return responses.portions(size)
+
+
+def comparisons(group: Sequence[int], *, pairing: str, swap: bool) -> list[tuple[int, int]]:
+    """Which rows of each group are compared, as pairs (a, b) in the order in which the judge sees
+    them; with `swap` each pair is asked in both orders.
+
+    all: every pair. circular: each response with the next and the last with the first; as many
+    comparisons as responses (one where there are two).
+    """
+    found: list[tuple[int, int]] = []
+    for rows in groups(group):
+        pairs = list(combinations(rows, 2))
+        if pairing == "circular" and len(rows) > 2:
+            pairs = list(zip(rows, [*rows[1:], rows[0]], strict=True))
+        for a, b in pairs:
+            found += [(a, b), (b, a)] if swap else [(a, b)]
+    return found
+
+
+def win_shares(
+    num_rows: int, asked: Sequence[tuple[int, int]], wins: Sequence[float]
+) -> list[float]:
+    """Mean of what each row won in its comparisons; 0.5 for a row that was in none.
+
+    `wins[i]` in [0, 1] is what the first row won in comparison i; the second won the rest.
+    """
+    total, count = [0.0] * num_rows, [0] * num_rows
+    for (a, b), won in zip(asked, wins, strict=True):
+        for row, value in ((a, won), (b, 1 - won)):
+            total[row] += value
+            count[row] += 1
+    return [t / n if n else 0.5 for t, n in zip(total, count, strict=True)]

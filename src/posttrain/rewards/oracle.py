@@ -129,9 +129,13 @@ class Oracle:
             return 0, 1
         low, high = sorted((a, b))
         of_low, of_high = self.qualities([problem, problem], [low, high])
-        draw = self._uniform(problem, "prefer", low, high)
+        draw = uniform(self.seed, problem, "prefer", low, high)
         margin = SCALE * (of_low - of_high) + self.noise * math.log(draw / (1 - draw))
-        prefers_low = margin > 0 or (margin == 0 and self._tie(problem, low, high))
+        prefers_low = margin > 0
+        if margin == 0:
+            # Equals without noise: one order of all texts.
+            of_low, of_high = (uniform(self.seed, problem, "tie", text) for text in (low, high))
+            prefers_low = of_low > of_high
         strength = 1 + sum(abs(margin) >= bound for bound in STRENGTHS)
         return (0 if prefers_low == (a == low) else 1), strength
 
@@ -143,16 +147,9 @@ class Oracle:
             for problem, response, quality in zip(problems, responses, found, strict=True)
         ]
 
-    def _tie(self, problem: Problem, low: str, high: str) -> bool:
-        """Of two equals, which one is liked without noise: one order of all texts."""
-        return self._uniform(problem, "tie", low) > self._uniform(problem, "tie", high)
-
     def _gumbel(self, problem: Problem, response: str) -> float:
-        draw = self._uniform(problem, "rate", response)
+        draw = uniform(self.seed, problem, "rate", response)
         return -math.log(-math.log(draw)) - _GUMBEL_MEAN
-
-    def _uniform(self, problem: Problem, *parts: str) -> float:
-        return uniform(self.seed, problem, *parts)
 
 
 def uniform(seed: int, problem: Problem, *parts: str) -> float:

@@ -19,8 +19,7 @@ from typing import Any
 from posttrain.engine.atomic import write_whole
 from posttrain.engine.errors import ConfigError, Waiting
 from posttrain.rewards.judge_kinds import Human
-from posttrain.rewards.judging import Responses
-from posttrain.rewards.pairing import comparisons, win_shares
+from posttrain.rewards.judging import Responses, comparisons, win_shares
 
 FILE = "comparisons.jsonl"
 PREFERRED = ("a", "b", "tie")
@@ -63,14 +62,11 @@ class HumanJudge:
 
         Equal responses of a group are not compared: they share no win and no loss.
         """
-        asked = [
-            pair
-            for pair in comparisons(responses.group, pairing=self.judge.pairing, swap=False)
-            if responses.texts[pair.a] != responses.texts[pair.b]
-        ]
         problems, texts = responses.problems, responses.texts
+        pairs = comparisons(responses.group, pairing=self.judge.pairing, swap=False)
+        asked = [(a, b) for a, b in pairs if texts[a] != texts[b]]
         found = self.prefer(
-            [Pair(problem=problems[p.a], first=texts[p.a], second=texts[p.b]) for p in asked]
+            [Pair(problem=problems[a], first=texts[a], second=texts[b]) for a, b in asked]
         )
         return win_shares(len(responses), asked, [preference.first for preference in found])
 

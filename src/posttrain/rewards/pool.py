@@ -1,9 +1,9 @@
 """Verification beside the work of a stage: slow verifiers run in processes of their own.
 
-    stage                                     worker (pool_worker.py), a plain interpreter
+    stage                                     worker, a plain interpreter that runs this file
     -----                                     ------
-    submit -> thread  -- rows of one domain ->  load_verifier(domain)
-              Future  <- a score per row ----   score, row by row
+    submit -> thread  -- (domain, text, problem) ->  load_verifier(domain)
+              Future  <- {"score": float} --------   score
 
 exact, regex, choice and most of reasoning-gym judge an answer in less time than it takes to send it
 somewhere, so these are called at once, where they are. The others go to the workers: math, python
@@ -20,27 +20,31 @@ whatever ends the stage.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import queue
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import threading
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Self, TypeAlias
 
 import posttrain
-from posttrain.engine.errors import StageError
+from posttrain.engine.errors import PosttrainError, StageError
 from posttrain.rewards.gym import SLOW
 from posttrain.rewards.oracle import load_quality, quality_name
-from posttrain.rewards.verifiers import load_verifier, verifier_name
+from posttrain.rewards.verifiers import Verifier, load_verifier, verifier_name
 
 Problem: TypeAlias = Mapping[str, Any]
-Row: TypeAlias = tuple[str | None, Problem]
-"""A response and its problem; without a response the problem itself is to be checked."""
+Request: TypeAlias = tuple[str, str | None, Problem]
+"""Domain, response, problem; without a response the problem itself is to be checked."""
 
 PYTHON_SECONDS = 300.0
 """How long a python verifier may take over one answer, and a worker to start."""
@@ -126,12 +130,12 @@ class VerifierPool:
             worker.close()
         self._threads.shutdown(cancel_futures=True)
         for worker in self._workers:
-            worker.release()
+            worker.connection.close()
 
-    def _ask_worker(self, domain: str, rows: Sequence[Row]) -> list[float]:
+    def _ask_worker(self, domain: str, rows: Sequence[tuple[str | None, Problem]]) -> list[float]:
         worker = self._idle.get()
         try:
-            return worker.scores(domain, rows)
+            return [worker.score((domain, text, problem)) for text, problem in rows]
         finally:
             self._idle.put(worker)
 
@@ -155,51 +159,40 @@ class _Worker:
         """`arguments`: of the command; `names` and `limits` (seconds per row) by domain."""
         self._arguments, self._names, self._limits = arguments, names, limits
         self._closed = False
-        self._ready = False
-        """Whether the process has said that it is."""
         self._start()
 
-    def scores(self, domain: str, rows: Sequence[Row]) -> list[float]:
-        """The score of each row. Raises StageError, see `VerifierPool.submit`."""
-        found: list[float] = []
-        died_over = -1
-        while len(found) < len(rows):
-            self._request(domain, rows[len(found) :])
-            for row in rows[len(found) :]:
-                reply = self._read(self._limits[domain])
-                if reply is not None and "error" in reply:
-                    raise StageError(reply["error"], reply["exit_code"])
-                if reply is not None and "score" in reply:
-                    found.append(float(reply["score"]))
-                    continue
-                late = reply is not None
-                if late:
-                    self._process.kill()
-                # The connection ends first: a process that is still ending takes no request.
-                self._process.wait()
-                if self._closed or row[0] is None or _is_python(self._names[domain]):
-                    raise StageError(self._broken(domain, row, late))
-                if late or died_over == len(found):
-                    found.append(0.0)
-                else:
-                    # Once more: the system may have killed an innocent process for memory.
-                    died_over = len(found)
+    def score(self, request: Request) -> float:
+        """The score of one row. Raises StageError, see `VerifierPool.submit`."""
+        domain, response, _ = request
+        # Twice: the system may have killed an innocent process for memory.
+        for _ in range(2):
+            reply = self._ask(request)
+            if reply is not None and "error" in reply:
+                raise StageError(reply["error"], reply["exit_code"])
+            if reply is not None and "score" in reply:
+                return float(reply["score"])
+            late = reply is not None
+            if late:
+                self._process.kill()
+            # The connection ends first: a process that is still ending takes no request.
+            self._process.wait()
+            if self._closed or response is None or _is_python(self._names[domain]):
+                raise StageError(self._broken(request, late))
+            if late:
                 break
-        return found
+        return 0.0
 
     def close(self) -> None:
         """End the process; a thread that waits for it gets a StageError."""
         self._closed = True
-        self._kill()
+        self._process.kill()
+        self._process.wait()
 
-    def release(self) -> None:
-        """Close the connection to a process that has ended."""
-        self._connection.close()
-
-    def _request(self, domain: str, rows: Sequence[Row]) -> None:
-        """Send rows to the process, to a new one where it has ended."""
+    def _ask(self, request: Request) -> dict[str, Any] | None:
+        """The reply to one request, as `_read`, by a new process where the last has ended."""
+        domain = request[0]
         if self._process.poll() is not None:
-            self.release()
+            self.connection.close()
             self._start()
         if not self._ready and self._read(PYTHON_SECONDS) != {"ready": True}:
             raise StageError(
@@ -209,15 +202,24 @@ class _Worker:
         self._ready = True
         # A process that is gone is noticed when its reply is read.
         with contextlib.suppress(OSError):
-            self._connection.send({"domain": domain, "rows": rows})
+            self.connection.send(request)
+        return self._read(self._limits[domain])
 
-    def _broken(self, domain: str, row: Row, late: bool) -> str:
+    def _read(self, seconds: float) -> dict[str, Any] | None:
+        """The next reply: {"timeout": true} where none came in time, None where none can come."""
+        try:
+            if not self.connection.poll(seconds):
+                return {"timeout": True}
+            reply: dict[str, Any] = self.connection.recv()
+        except (EOFError, OSError):
+            return None
+        return reply
+
+    def _broken(self, request: Request, late: bool) -> str:
         """The message for a row that got no score: in time, or ever because the process ended."""
-        response, problem = row
-        advice = ""
-        if response is None:
-            over = f"over the answer of problem {problem['id']}"
-        else:
+        domain, response, problem = request
+        over, advice = f"over the answer of problem {problem['id']}", ""
+        if response is not None:
             over = f"over problem {problem['id']}; response was {response[:200]!r}"
         if self._closed:
             ending = "was stopped"
@@ -237,12 +239,13 @@ class _Worker:
         root = str(Path(posttrain.__file__).parent.parent)
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
         self._ready = False
-        self._connection, theirs = Pipe()
+        """Whether the process has said that it is."""
+        self.connection, theirs = Pipe()
         handle = theirs.fileno()
-        module = "posttrain.rewards.pool_worker"
         self._process = subprocess.Popen(
+            # Not by multiprocessing, which would import the main module of the stage, and torch.
             # -P: a queue.py in the current directory is not the module that is meant.
-            [sys.executable, "-P", "-m", module, str(handle), *self._arguments],
+            [sys.executable, "-P", "-m", __name__, str(handle), *self._arguments],
             # A verifier reads nothing, and prints to standard error, the log of the stage.
             stdin=subprocess.DEVNULL,
             stdout=2,
@@ -252,21 +255,7 @@ class _Worker:
         # Now the process alone has it, so that the connection ends when the process does.
         theirs.close()
         if self._closed:  # in the meantime, by another thread
-            self._kill()
-
-    def _read(self, seconds: float) -> dict[str, Any] | None:
-        """The next reply: {"timeout": true} where none came in time, None where none can come."""
-        try:
-            if not self._connection.poll(seconds):
-                return {"timeout": True}
-            reply: dict[str, Any] = self._connection.recv()
-        except (EOFError, OSError):
-            return None
-        return reply
-
-    def _kill(self) -> None:
-        self._process.kill()
-        self._process.wait()
+            self.close()
 
 
 def _how_it_ended(code: int) -> str:
@@ -274,3 +263,61 @@ def _how_it_ended(code: int) -> str:
         return f"ended its process with status {code}"
     memory = " (if nobody sent it, memory ran out)" if -code == signal.SIGKILL else ""
     return f"crashed its process by signal {-code} ({signal.Signals(-code).name}){memory}"
+
+
+def serve(connection: Connection, domains: Mapping[str, str], *, oracle: bool) -> None:
+    """The work of a worker: answer requests until the connection ends, which ends the process.
+
+    Sends {"ready": True} at first, then for each `Request` {"score": float} or
+    {"error": message, "exit_code": int}. `domains`: name -> the domain's artifact.
+    """
+    # Ctrl-C goes to the run, which ends this process.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    requests: queue.SimpleQueue[Request] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(connection, requests), daemon=True).start()
+
+    @functools.cache
+    def verifier_of(domain: str) -> Verifier:
+        return (load_quality if oracle else load_verifier)(Path(domains[domain]))
+
+    for domain in domains:
+        # Imports take a second, in which the stage loads its models. What fails here fails again
+        # when it is asked for, and is told then.
+        with contextlib.suppress(Exception):
+            verifier_of(domain)
+    connection.send({"ready": True})
+    # Verifiers run on the main thread, where the SIGALRM works by which math-verify gives up.
+    while True:
+        connection.send(_reply(verifier_of, requests.get()))
+
+
+def _reply(verifier_of: Callable[[str], Verifier], request: Request) -> dict[str, Any]:
+    domain, response, problem = request
+    try:
+        verifier = verifier_of(domain)
+        if response is not None:
+            return {"score": verifier.score(response, problem)}
+        verifier.check(problem)
+        return {"score": 1.0}
+    except PosttrainError as error:
+        return {"error": str(error), "exit_code": error.exit_code}
+    except BaseException as error:  # also the SystemExit of a user's sys.exit()
+        traceback.print_exc()
+        said = "" if response is None else f"; response was {response[:200]!r}"
+        return {
+            "error": f"domain {domain!r}: its verifier raised {type(error).__name__}: {error} "
+            f"on problem {problem['id']}{said}. The traceback is in the log of the stage",
+            "exit_code": 1,
+        }
+
+
+def _listen(connection: Connection, requests: queue.SimpleQueue[Request]) -> None:
+    """A thread of its own, so that the end of the stage is seen in the middle of an answer too."""
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            requests.put(connection.recv())
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    serve(Connection(int(sys.argv[1])), json.loads(sys.argv[2]), oracle=sys.argv[3] == "oracle")

@@ -106,7 +106,13 @@ def _check_options(spec: VerifierSpec, where: str) -> None:
                 f"it has to be a {known[key].__name__}"
             )
     if spec.kind == "exact" and "extract" in spec.options:
-        compile_pattern(spec.options["extract"], where=f"{where}: option extract", max_groups=1)
+        pattern = spec.options["extract"]
+        groups = _compile(pattern, where=f"{where}: option extract").groups
+        if groups > 1:
+            raise ConfigError(
+                f"{where}: option extract: {pattern!r} has {groups} groups, at most 1 may be "
+                "captured; write (?:...) for a group that only brackets"
+            )
     if spec.kind == "regex":
         if ("pattern" in spec.options) == bool(spec.options.get("from_answer")):
             raise ConfigError(
@@ -115,23 +121,14 @@ def _check_options(spec: VerifierSpec, where: str) -> None:
             )
         if "pattern" in spec.options:
             pattern = spec.options["pattern"].replace("{answer}", "x")
-            compile_pattern(pattern, where=f"{where}: option pattern")
+            _compile(pattern, where=f"{where}: option pattern")
 
 
-def compile_pattern(
-    pattern: str, *, where: str, flags: int = 0, max_groups: int | None = None
-) -> re.Pattern[str]:
-    """`re.compile` with a ConfigError that says where the pattern stands."""
+def _compile(pattern: str, *, where: str) -> re.Pattern[str]:
     try:
-        compiled = re.compile(pattern, flags)
+        return re.compile(pattern)
     except re.error as error:
         raise ConfigError(f"{where}: {pattern!r} is not a regular expression: {error}") from error
-    if max_groups is not None and compiled.groups > max_groups:
-        raise ConfigError(
-            f"{where}: {pattern!r} has {compiled.groups} groups, at most {max_groups} may be "
-            "captured; write (?:...) for a group that only brackets"
-        )
-    return compiled
 
 
 def split_python(spec: VerifierSpec, *, where: str) -> tuple[str, str]:

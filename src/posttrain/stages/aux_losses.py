@@ -21,8 +21,8 @@ from posttrain.algorithms import Aux
 from posttrain.backends.base import AuxLoss, Metrics, TokenLoss
 from posttrain.backends.chat import Chat
 from posttrain.backends.prompting import Problem, in_modes
-from posttrain.engine.edges import edge_name, named
 from posttrain.engine.errors import ConfigError
+from posttrain.engine.graph import edge_name, named
 from posttrain.engine.jsonl import read_jsonl
 from posttrain.losses.ops import cross_entropy
 from posttrain.rl.batch import Batch

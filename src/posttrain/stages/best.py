@@ -18,7 +18,7 @@ from torch import Tensor
 
 from posttrain.backends.checkpoint_source import MODEL_FILES
 from posttrain.backends.prompting import Problem, in_modes
-from posttrain.engine.edges import edge_name, named
+from posttrain.engine.graph import edge_name, named
 from posttrain.rewards.judge_base import Judge
 from posttrain.rewards.pool import VerifierPool
 from posttrain.rl.batch import Batch, concatenate

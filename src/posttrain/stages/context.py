@@ -29,8 +29,8 @@ from torch import Tensor
 from posttrain.backends.base import Backend, Learner, LearnerSettings, Sampler, Scorer
 from posttrain.backends.prompting import in_modes
 from posttrain.engine.atomic import fsync
-from posttrain.engine.edges import named
 from posttrain.engine.errors import ConfigError, StageError
+from posttrain.engine.graph import named
 from posttrain.engine.jsonl import read_jsonl
 from posttrain.engine.work import METRICS, STEP, write_step
 from posttrain.schedules import History

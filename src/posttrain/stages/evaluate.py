@@ -14,7 +14,7 @@ import numpy as np
 
 from posttrain.backends.base import Sampler
 from posttrain.backends.prompting import Problem, format_answer, in_modes
-from posttrain.engine.edges import role_of
+from posttrain.engine.graph import role_of
 from posttrain.rewards.pool import VerifierPool
 from posttrain.rl.batch import Batch
 from posttrain.rl.seeds import step_seed

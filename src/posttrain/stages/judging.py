@@ -28,9 +28,8 @@ from posttrain.rewards.endpoint import Endpoint, ReplyCache
 from posttrain.rewards.judge_base import Judge
 from posttrain.rewards.judge_kinds import Compare, Itself, Scalar, Verifier
 from posttrain.rewards.judge_kinds import Oracle as OracleKind
-from posttrain.rewards.judging import Responses, RewardFunction
+from posttrain.rewards.judging import Responses, RewardFunction, comparisons, win_shares
 from posttrain.rewards.oracle import Oracle
-from posttrain.rewards.pairing import Comparison, comparisons, win_shares
 from posttrain.rewards.people import Pair, Preference
 from posttrain.rewards.pool import VerifierPool
 from posttrain.rl.batch import Batch
@@ -195,7 +194,7 @@ class ModelComparison:
             return [0.5] * len(responses)
         return win_shares(len(responses), asked, self._wins_B(responses, asked).tolist())
 
-    def _wins_B(self, responses: Responses, asked: Sequence[Comparison]) -> Tensor:
+    def _wins_B(self, responses: Responses, asked: Sequence[tuple[int, int]]) -> Tensor:
         """What a wins in each comparison, float32 in [0, 1]."""
         scorer, chat = self.scorer, self.scorer.chat.fresh()
         first, second = verdict_ids(chat)
@@ -203,10 +202,10 @@ class ModelComparison:
             comparison_prompt(
                 chat,
                 self.judge.template,
-                responses.problems[pair.a],
-                (responses.texts[pair.a], responses.texts[pair.b]),
+                responses.problems[a],
+                (responses.texts[a], responses.texts[b]),
             )
-            for pair in asked
+            for a, b in asked
         ]
         batch = Batch.from_tokens(prompts, [[first]] * len(prompts), pad_id=chat.pad_id)
         hidden_BD = scorer.hidden(batch).float()

@@ -17,8 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from posttrain.backends.checkpoint import load, save
 from posttrain.backends.merging import TensorFiles, merged
-from posttrain.engine.edges import named
 from posttrain.engine.errors import ConfigError
+from posttrain.engine.graph import named
 from posttrain.stages.context import Context
 from posttrain.stages.settings.models import Merge
 

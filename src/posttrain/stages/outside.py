@@ -16,7 +16,7 @@ from posttrain.engine.fingerprint import file_digest, files_digest
 from posttrain.engine.hashes import FileHashes, HashFile
 from posttrain.engine.process import Job
 from posttrain.stages.context import Context
-from posttrain.suites.domain import build_domain
+from posttrain.suites.build import build_domain
 
 
 def run_domain(job: Job, ctx: Context) -> dict[str, Any]:

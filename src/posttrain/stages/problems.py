@@ -126,6 +126,7 @@ class ProblemSampler:
             return sampled
         left, chosen = dict(self.wanted), []
         groups = list(_groups(sampled, s.group_size))
+        # Groups with unequal rewards before those that are alike, in either the earlier one first.
         for number in sorted(range(len(groups)), key=lambda number: (groups[number][1], number)):
             domain = groups[number][0]["domain"]
             if left[domain] > 0:
@@ -265,12 +266,15 @@ class DomainQueue:
                 generator=np.random.default_rng([self.seed, self.position, step, number]),
             )
         taken: list[int] = []
+        # Each round takes what is left of a pass; a second one begins where problems are too few.
         while len(taken) < count:
             if key_P is None:
+                # Those that were drawn least often, in the permutation of that pass.
                 times = int(self.drawn_P[open_P].min())
                 row_P = np.flatnonzero(open_P & (self.drawn_P == times))
                 row_P = row_P[np.argsort(self._rank_P(times)[row_P])]
             else:
+                # The largest keys among those that this step has not had yet.
                 if not (open_P & ~self._step_P).any():
                     self._step_P[:] = False
                 row_P = np.flatnonzero(open_P & ~self._step_P)
@@ -356,6 +360,8 @@ def _groups(batch: Batch, size: int) -> Iterator[tuple[Problem, bool]]:
 
 
 def _rows_of_groups(numbers: Sequence[int], size: int) -> Tensor:
+    """The rows of these groups of `size` neighbours: those of [0, 2] with 2 are [0, 1, 4, 5]."""
+    # From one entry per group to one per row.
     first_B = torch.tensor(numbers).repeat_interleave(size) * size
     return first_B + torch.arange(size).repeat(len(numbers))
 

@@ -233,6 +233,7 @@ def add_advantages(s: Rl, batch: Batch, critic: Critic | None) -> dict[str, floa
         metrics["kl_reference"] = float(kl_N.sum()) / batch.num_tokens
     if isinstance(s.advantage, Gae):
         assert critic is not None, "generalised advantage estimation has a critic"
+        # From one coefficient per row to one per token.
         penalty_N = None if kl_N is None or scale_B is None else scale_B[row_N] * kl_N
         value_N = critic.values(batch)
         advantage_N, batch["return_N"] = gae(
@@ -250,6 +251,7 @@ def add_advantages(s: Rl, batch: Batch, critic: Critic | None) -> dict[str, floa
         batch["old_value_N"] = value_N
         return metrics
     if kl_N is not None and scale_B is not None:
+        # Summed over the tokens of each row.
         kl_B = torch.zeros_like(reward_B).index_add(0, row_N, kl_N)
         reward_B = reward_B - scale_B * kl_B
     if isinstance(s.advantage, Custom):
@@ -303,10 +305,12 @@ def add_old_logprobs(s: Rl, policy: Learner, trained: Batch, minibatches: Sequen
         for batch in minibatches:
             batch["old_logp_N"] = batch["sampler_logp_N"]
     elif len(minibatches) > 1:
+        # Row numbers among `trained`, ascending: neighbours share their prompts' forward pass.
         row_B = torch.cat([batch["row_B"] for batch in minibatches[1:]]).sort().values
         later = trained.select(row_B)
         later["old_logp_N"] = policy.logprobs(later, temperature=s.temperature)
         for batch in minibatches[1:]:
+            # Where the rows of this minibatch stand in `later`.
             place_B = torch.searchsorted(row_B, batch["row_B"])
             batch["old_logp_N"] = later.select(place_B)["old_logp_N"]
 

@@ -75,6 +75,7 @@ def rollout(
         seed=seed,
         top_p=top_p,
     )
+    # From one problem per group to one per row; rows of a group are neighbours.
     rows = [problem for problem in problems for _ in range(group_size)]
     texts = [""] * len(rows) if verifiers is not None else []
     pending: list[tuple[list[int], Future[list[float]]]] = []

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from posttrain.algorithms import Repetition
 from posttrain.backends.prompting import CLOSE, in_modes
-from posttrain.engine.edges import named
 from posttrain.engine.errors import ConfigError
+from posttrain.engine.graph import named
 from posttrain.engine.jsonl import read_jsonl
 from posttrain.rewards.penalties import repeated_share
 

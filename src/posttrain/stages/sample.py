@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from posttrain.backends.prompting import Problem, in_modes
-from posttrain.engine.edges import edge_name
+from posttrain.engine.graph import edge_name
 from posttrain.engine.jsonl import write_jsonl
 from posttrain.rewards.pool import VerifierPool
 from posttrain.rl.batch import Batch

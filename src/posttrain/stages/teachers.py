@@ -28,7 +28,7 @@ from posttrain.algorithms import SampledToken, TopK
 from posttrain.backends.base import Head, Sampling, Scorer
 from posttrain.backends.chat import Chat, check_same_tokens
 from posttrain.backends.prompting import Problem, hinted
-from posttrain.engine.edges import edge_name
+from posttrain.engine.graph import edge_name
 from posttrain.rl.batch import Batch, ragged_index
 from posttrain.stages.context import Context
 from posttrain.stages.settings.distill import Distill

@@ -106,14 +106,8 @@ def run_stage(job: Job, ctx: Context) -> dict[str, Any]:
 
 def write_card(job: Job, out: Path, metrics: Mapping[str, Any]) -> None:
     """README.md beside the weights. Scores are not in it: they come after; an export has them."""
-    card = model_card(
-        name=job.name,
-        kind=job.kind,
-        fingerprint=job.fingerprint,
-        config=job.config,
-        inputs={edge: read_record(Path(path)) for edge, path in job.inputs.items()},
-        metrics=metrics,
-    )
+    inputs = {edge: read_record(Path(path)) for edge, path in job.inputs.items()}
+    card = model_card({**vars(job), "inputs": inputs, "metrics": metrics})
     path = out / "README.md"
     # It may be a link to a file of somebody else.
     path.unlink(missing_ok=True)

@@ -23,7 +23,6 @@ from posttrain.engine.jsonl import write_jsonl
 from posttrain.rewards.formats import find_format
 from posttrain.rewards.gym import FULL_SCORE, create_gym
 from posttrain.rewards.pool import VerifierPool
-from posttrain.suites.location import parse_location
 from posttrain.suites.split import (
     SPLITS,
     place_rows,
@@ -31,7 +30,7 @@ from posttrain.suites.split import (
     require_all_splits,
     split_of,
 )
-from posttrain.suites.tables import columns_of, read_rows
+from posttrain.suites.tables import columns_of, parse_location, read_rows
 
 CHUNK = 20_000
 """Items per reasoning-gym dataset object; some datasets prepare all items of a size up front."""

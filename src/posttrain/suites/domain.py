@@ -18,23 +18,17 @@ from posttrain.engine.fingerprint import file_digest, plain
 from posttrain.engine.hashes import HashFile
 from posttrain.rewards.formats import find_format
 from posttrain.rewards.gym import check_params
-from posttrain.rewards.spec import NodeParts, VerifierSpec, resolve_verifier
-from posttrain.suites.build import build_domain
-from posttrain.suites.location import Location, parse_location
-from posttrain.suites.split import SPLITS, place_rows, require_all_splits, split_of
-from posttrain.suites.tables import Columns, check_schema, columns_of, read_rows
-
-__all__ = [
-    "SPLITS",
-    "Domain",
-    "Procedural",
-    "Suite",
-    "Table",
-    "VerifierSpec",
-    "build_domain",
-    "domain_node",
-    "split_of",
-]
+from posttrain.rewards.spec import NodeParts, resolve_verifier
+from posttrain.rewards.spec import VerifierSpec as VerifierSpec
+from posttrain.suites.split import place_rows, require_all_splits
+from posttrain.suites.tables import (
+    Columns,
+    Location,
+    check_schema,
+    columns_of,
+    parse_location,
+    read_rows,
+)
 
 _NAME = re.compile(r"[a-z0-9_]+")
 
@@ -59,8 +53,6 @@ class Procedural:
     """Its parameters, without seed and size."""
     format: str = "plain"
     """How prompts and answers are written: plain, or a format of the built-in domains."""
-    format_version: int = 1
-    """Has to be the version of that format; a new version makes a new domain."""
     num_train: int
     num_validation: int
     num_heldout: int
@@ -218,12 +210,6 @@ def _spec(domain: Domain) -> VerifierSpec:
 def _procedural_identity(source: Procedural, where: str) -> dict[str, Any]:
     """What identifies generated problems. Raises ConfigError for what reasoning-gym lacks."""
     check_params(source.dataset, source.params, where=where)
-    version = find_format(source.format, where=where).version
-    if source.format_version != version:
-        raise ConfigError(
-            f"{where}: format {source.format!r} is version {version}, not {source.format_version}; "
-            f"set format_version = {version} (the rows will be other ones)"
-        )
     for split, count in source.counts().items():
         if not isinstance(count, int) or isinstance(count, bool) or count < 1:
             raise ConfigError(f"{where}: num_{split} is {count!r}; it has to be at least 1")
@@ -232,7 +218,7 @@ def _procedural_identity(source: Procedural, where: str) -> dict[str, Any]:
         "dataset": source.dataset,
         "params": dict(source.params),
         "format": source.format,
-        "format_version": source.format_version,
+        "format_version": find_format(source.format, where=where).version,
         "counts": source.counts(),
         "seed": source.seed,
         "reasoning_gym": version_of("reasoning-gym"),

@@ -19,7 +19,6 @@ Relative paths are relative to the suite file.
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import importlib.util
 import tomllib
 from collections.abc import Mapping
@@ -30,10 +29,10 @@ from posttrain.engine.errors import ConfigError, choices_text
 from posttrain.rewards.spec import OPTIONS, VerifierSpec, parse_verifier
 from posttrain.suites.domain import Domain, Procedural, Suite, Table, domain_name
 
-SHIPPED: Mapping[str, str] = {"core": "posttrain.suites.core"}
-"""Shipped suite -> the module whose `suite()` makes it."""
+SHIPPED: Mapping[str, Path] = {"core": Path(__file__).with_name("core.toml")}
+"""Shipped suite -> its file."""
 
-_TYPES = {"params": dict, "format_version": int, "seed": int}
+_TYPES = {"params": dict, "seed": int}
 _TYPES |= {f"num_{split}": int for split in ("train", "validation", "heldout")}
 
 
@@ -45,10 +44,7 @@ def load_suite(spec: str, base: Path | None = None) -> tuple[Suite, Path]:
     Raises:
         ConfigError: unknown name, missing file, or anything wrong in it; names file and field.
     """
-    if spec in SHIPPED:
-        module = importlib.import_module(SHIPPED[spec])
-        return _checked(module.suite(), spec), Path(str(module.__file__)).parent
-    path = (base or Path()).joinpath(spec).absolute()
+    path = SHIPPED.get(spec) or (base or Path()).joinpath(spec).absolute()
     if path.suffix not in (".toml", ".py"):
         raise ConfigError(
             f"suite: unknown suite {spec!r}; {choices_text(spec, SHIPPED)}, "
@@ -62,15 +58,6 @@ def load_suite(spec: str, base: Path | None = None) -> tuple[Suite, Path]:
         )
     suite = _from_toml(path) if path.suffix == ".toml" else _from_python(path)
     return suite, path.parent
-
-
-def _checked(suite: Any, origin: str) -> Suite:
-    if not isinstance(suite, Suite):
-        raise ConfigError(
-            f"{origin}: suite() returned a {type(suite).__name__}; it has to return a "
-            "posttrain.suites.domain.Suite"
-        )
-    return suite
 
 
 def _from_python(path: Path) -> Suite:
@@ -87,7 +74,13 @@ def _from_python(path: Path) -> Suite:
         ) from error
     if not callable(getattr(module, "suite", None)):
         raise ConfigError(f"{path}: it defines no function suite() that returns a Suite")
-    return _checked(module.suite(), str(path))
+    suite = module.suite()
+    if not isinstance(suite, Suite):
+        raise ConfigError(
+            f"{path}: suite() returned a {type(suite).__name__}; it has to return a "
+            "posttrain.suites.domain.Suite"
+        )
+    return suite
 
 
 def _from_toml(path: Path) -> Suite:

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 
-from posttrain.report.layers import _spread, layout
+from posttrain.report.lineage import _spread, layout
 
 MOPD = (
     ["base", "sft", *"abcd", *"ABCD", "student", "evaluation"],
