@@ -21,6 +21,7 @@ from torch import Tensor
 from posttrain.backends.base import HeadLoss, TokenLoss
 from posttrain.backends.local import LocalBackend
 from posttrain.losses.distill import full_vocabulary
+from posttrain.losses.divergence import TeacherStates
 from posttrain.rl.advantage import advantages
 from posttrain.rl.batch import Batch
 from posttrain.stages import distill, dpo, rl
@@ -293,5 +294,6 @@ def distillation_loss(
 ) -> Tensor:
     """Mean reverse KL over tokens, exact over the vocabulary."""
     weight_N = torch.ones(len(hidden_ND))
-    total, _, _ = full_vocabulary(hidden_ND, head_VD, teacher_ND, teacher_head_VD, weight_N)
+    teacher = TeacherStates(hidden_NE=teacher_ND, head_VE=teacher_head_VD)
+    total, _, _ = full_vocabulary(hidden_ND, head_VD, [teacher], weight_N)
     return total / len(hidden_ND)

@@ -89,7 +89,7 @@ def custom(place: str, **settings: Any) -> Custom:
     return Custom(name=f"{path.name}:{function}", source=source, settings=settings)
 
 
-# Surrogates: what a policy-gradient step descends (posttrain/losses/policy.py, surrogates.py).
+# Surrogates: what a policy-gradient step descends (posttrain/losses/policy.py).
 
 
 class Clip(Settings):
@@ -109,7 +109,7 @@ class Clip(Settings):
 class Cispo(Settings):
     """Clips the weight of a token and keeps its gradient (MiniMax-M1, arXiv 2506.13585)."""
 
-    FUNCTION: ClassVar[str] = "posttrain.losses.surrogates:cispo"
+    FUNCTION: ClassVar[str] = "posttrain.losses.policy:cispo"
 
     kind: Literal["cispo"] = tag("cispo")
     clip_low: float = changing(0.2, gt=0, le=1)
@@ -120,7 +120,7 @@ class Cispo(Settings):
 class Gmpo(Settings):
     """The geometric mean of clipped token ratios (arXiv 2507.20673); clips are of log ratios."""
 
-    FUNCTION: ClassVar[str] = "posttrain.losses.surrogates:geometric_mean"
+    FUNCTION: ClassVar[str] = "posttrain.losses.policy:geometric_mean"
 
     kind: Literal["gmpo"] = tag("gmpo")
     clip_low: float = changing(0.2, gt=0, le=1)
@@ -130,7 +130,7 @@ class Gmpo(Settings):
 class Kimi(Settings):
     """Kimi's squared loss, a regression of the log ratio onto the advantage (arXiv 2501.12599)."""
 
-    FUNCTION: ClassVar[str] = "posttrain.losses.surrogates:squared_log_ratio"
+    FUNCTION: ClassVar[str] = "posttrain.losses.policy:squared_log_ratio"
 
     kind: Literal["kimi"] = tag("kimi")
     tau: float = changing(1.0, gt=0)

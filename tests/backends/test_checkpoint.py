@@ -151,7 +151,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(
     language_model = make_model()
     language_model.tokenizer.add_tokens(["<|more|>"])
     save(language_model, tmp_path)
-    with pytest.raises(ConfigError, match="101 tokens and the model's output layer 100 rows"):
+    with pytest.raises(ConfigError, match="101 tokens and the model 100 rows"):
         load(tmp_path)
 
 

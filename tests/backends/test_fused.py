@@ -23,7 +23,6 @@ from transformers import (
 )
 
 from posttrain.backends.checkpoint import LanguageModel
-from posttrain.backends.cpu.decoder import TransformersDecoder
 from posttrain.backends.cpu.flat import FlatPass
 from posttrain.backends.cpu.fused import FusedDecoder, is_fusable
 from posttrain.backends.cpu.packing import flat_passes, packed_passes
@@ -94,29 +93,33 @@ def test_other_families_take_the_general_path() -> None:
 
 @torch.no_grad()
 def test_every_step_is_that_of_the_model(language_model: LanguageModel) -> None:
-    """Six steps with rows of unequal length, one move and one late prompt."""
+    """Six steps with rows of unequal length, one move and one late prompt; each hidden state is
+    what the model's own forward pass over that row alone gives."""
     generator = torch.Generator().manual_seed(1)
-    steps: list[list[Tensor]] = []
-    for kind in (FusedDecoder, TransformersDecoder):
-        decoder = kind(language_model.model, num_slots=6, num_positions=24)
-        prompts_PT = torch.tensor([[5, 6, 7, 8], [9, 10, 0, 0]])
-        hidden = [decoder.prefill(prompts_PT, torch.tensor([4, 2]), first=0, copies=2)]
-        length_L = torch.tensor([4, 4, 2, 2])
-        generator.manual_seed(1)
-        for step in range(6):
-            if step == 3:
-                decoder.move(torch.tensor([3]), torch.tensor([1]))
-                length_L = length_L[[0, 3, 2]]
-                late = decoder.prefill(torch.tensor([[3]]), torch.tensor([1]), first=3, copies=1)
-                hidden.append(late)
-                length_L = torch.cat([length_L, torch.tensor([1])])
-            token_L = torch.randint(1, 99, (len(length_L),), generator=generator)
-            hidden.append(decoder.step(token_L, length_L))
-            length_L = length_L + 1
-        steps.append(hidden)
-    for ours, theirs in zip(*steps, strict=True):
-        scale = float(theirs.abs().max())
-        torch.testing.assert_close(ours, theirs, atol=1e-5 * scale, rtol=0)
+    body = language_model.model.base_model
+
+    def check(hidden_LD: Tensor, rows: list[list[int]]) -> None:
+        alone = [body(input_ids=torch.tensor([row])).last_hidden_state[0, -1] for row in rows]
+        theirs_LD = torch.stack(alone)
+        scale = float(theirs_LD.abs().max())
+        torch.testing.assert_close(hidden_LD, theirs_LD, atol=1e-5 * scale, rtol=0)
+
+    decoder = FusedDecoder(language_model.model, num_slots=6, num_positions=24)
+    prompts_PT = torch.tensor([[5, 6, 7, 8], [9, 10, 0, 0]])
+    hidden_PD = decoder.prefill(prompts_PT, torch.tensor([4, 2]), first=0, copies=2)
+    check(hidden_PD, [[5, 6, 7, 8], [9, 10]])
+    rows = [[5, 6, 7, 8], [5, 6, 7, 8], [9, 10], [9, 10]]
+    for step in range(6):
+        if step == 3:
+            decoder.move(torch.tensor([3]), torch.tensor([1]))
+            late_PD = decoder.prefill(torch.tensor([[3]]), torch.tensor([1]), first=3, copies=1)
+            check(late_PD, [[3]])
+            rows = [rows[0], rows[3], rows[2], [3]]
+        length_L = torch.tensor([len(row) for row in rows])
+        token_L = torch.randint(1, 99, (len(rows),), generator=generator)
+        hidden_LD = decoder.step(token_L, length_L)
+        rows = [[*row, token] for row, token in zip(rows, token_L.tolist(), strict=True)]
+        check(hidden_LD, rows)
 
 
 def test_the_cache_of_an_earlier_call_is_used_again_and_forgotten() -> None:

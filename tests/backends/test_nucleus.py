@@ -10,7 +10,7 @@ import torch
 
 from posttrain.backends.base import LearnerSettings
 from posttrain.backends.local import LocalLearner, LocalSampler, LocalScorer
-from posttrain.backends.token_sampling import draw, mask_to_nucleus, nucleus, uniform
+from posttrain.backends.token_sampling import draw, nucleus, uniform
 from posttrain.rl.batch import Batch, concatenate
 
 PROMPTS = [[11, 12, 13], [20, 21, 22, 23, 24, 25, 26], [30], [50, 51]]
@@ -42,8 +42,7 @@ def test_draws_have_the_renormalised_probabilities() -> None:
     """Of {.4, .3} at 0.69: 4/7 and 3/7, and the log-probs say so."""
     logits_BV = torch.tensor([[0.1, 0.4, 0.2, 0.3]]).log().expand(4000, 4)
     uniform_B = uniform(torch.arange(4000), torch.zeros(4000, dtype=torch.int64))
-    masked_BV, _ = mask_to_nucleus(logits_BV, 1.0, 0.69)
-    token_B, logp_B = draw(masked_BV, uniform_B, 1.0)
+    token_B, logp_B, _ = draw(logits_BV, uniform_B, 1.0, 0.69)
     assert set(token_B.tolist()) == {1, 3}
     assert float((token_B == 1).float().mean()) == pytest.approx(4 / 7, abs=0.03)
     torch.testing.assert_close(logp_B.exp(), torch.where(token_B == 1, 4 / 7, 3 / 7))

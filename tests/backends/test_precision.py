@@ -15,9 +15,7 @@ from torch import Tensor
 
 from posttrain.backends.base import LearnerSettings, Metrics, TokenLoss
 from posttrain.backends.checkpoint import LanguageModel
-from posttrain.backends.cpu.decoder import TransformersDecoder
 from posttrain.backends.cpu.fused import FusedDecoder
-from posttrain.backends.cpu.slots import Decoders
 from posttrain.backends.local import LocalLearner, LocalSampler
 from posttrain.backends.precision import computing_copy
 from posttrain.rl.batch import Batch
@@ -128,9 +126,7 @@ def test_the_fused_decoder_is_as_exact_as_transformers(make_model: MakeModel, ki
     sampler = LocalSampler(policy)
     decoder = sampler.decoders.make(2, 8)
     assert isinstance(decoder, FusedDecoder) and decoder.cache.dtype == BF16
-    plain = LocalSampler(policy)
-    plain.decoders = Decoders(policy.model, fused=False)
-    assert isinstance(plain.decoders.make(2, 8), TransformersDecoder)
+    plain = LocalSampler(policy, fast_paths=False)
     strays = []
     for which in (sampler, plain):
         rollouts = which.sample(

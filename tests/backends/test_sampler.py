@@ -171,7 +171,7 @@ def test_draw_at_the_edges_of_the_uniform_number() -> None:
     """Probabilities 0, 1/2, 1/2, 0: tokens 1 and 2 share [0, 1), and no other is ever drawn."""
     logits_BV = torch.tensor([[-torch.inf, 0.0, 0.0, -torch.inf]]).repeat(4, 1)
     uniform_B = torch.tensor([0.0, 0.49, 0.5, 1 - 2.0**-53], dtype=torch.float64)
-    token_B, logp_B = draw(logits_BV, uniform_B, 1.0)
+    token_B, logp_B, _ = draw(logits_BV, uniform_B, 1.0)
     assert token_B.tolist() == [1, 1, 2, 2]
     torch.testing.assert_close(logp_B, torch.full((4,), 0.5).log())
 

@@ -12,6 +12,7 @@ from posttrain.losses.distill import (
     teacher_top_k_targets,
     top_k,
 )
+from posttrain.losses.divergence import TeacherStates
 
 F64 = torch.float64
 TOKENS, VOCABULARY, HIDDEN, TEACHER_HIDDEN = 9, 12, 5, 4
@@ -33,21 +34,24 @@ class Case:
         self.teacher_head_VE = normal(VOCABULARY, TEACHER_HIDDEN)
         self.teacher_bias_V = normal(VOCABULARY)
         self.weight_N = torch.rand(TOKENS, generator=generator, dtype=F64) + 0.1
-        self.targets_N = torch.randint(VOCABULARY, (TOKENS,), generator=generator)
         self.leaves = (self.hidden_ND, self.head_VD, self.bias_V)
 
     def full(self, index: Tensor | slice = slice(None), **options):
         return full_vocabulary(
             self.hidden_ND[index],
             self.head_VD,
-            self.teacher_hidden_NE[index],
-            self.teacher_head_VE,
+            [self.teacher(index)],
             self.weight_N[index],
-            targets_N=self.targets_N[index],
             bias_V=self.bias_V,
-            teacher_bias_V=self.teacher_bias_V,
             temperature=1.3,
             **options,
+        )
+
+    def teacher(self, index: Tensor | slice = slice(None)) -> TeacherStates:
+        return TeacherStates(
+            hidden_NE=self.teacher_hidden_NE[index],
+            head_VE=self.teacher_head_VE,
+            bias_V=self.teacher_bias_V,
         )
 
     def top(self, index: Tensor | slice = slice(None), k: int = 4, **options):
@@ -65,7 +69,6 @@ class Case:
             ids_NK[index],
             logp_NK[index],
             self.weight_N[index],
-            targets_N=self.targets_N[index],
             bias_V=self.bias_V,
             temperature=1.3,
             **options,
@@ -77,10 +80,11 @@ class Case:
         return torch.log_softmax(student_NV / 1.3, -1), torch.log_softmax(teacher_NV / 1.3, -1)
 
 
-def from_logits(student_V: Tensor, teacher_V: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def from_logits(student_V: Tensor, teacher_V: Tensor) -> tuple[Tensor, Tensor, list[TeacherStates]]:
     """One token with hidden state 1, so that the heads are the logits."""
     one_11 = torch.ones(1, 1, dtype=F64)
-    return one_11, student_V[:, None], one_11, teacher_V[:, None]
+    teacher = TeacherStates(hidden_NE=one_11, head_VE=teacher_V[:, None])
+    return one_11, student_V[:, None], [teacher]
 
 
 # --- sampled_token ------------------------------------------------------------------------------
@@ -89,8 +93,8 @@ def from_logits(student_V: Tensor, teacher_V: Tensor) -> tuple[Tensor, Tensor, T
 def test_sampled_token_by_hand():
     """Student p = 1/2 and e^-9, teacher 1/4 and e^-2: log ratios -log 2 and 7, clipped at 5.
 
-    Weights 1 and 3, extra advantages 0.1 and 0.2 (added after the clip), corrections 1 and 1/2:
-    A = -log 2 + 0.1 and (5 + 0.2) / 2 = 2.6; the gradient with respect to logp is -weight * A.
+    Weights 1 and 3, corrections 1 and 1/2: A = -log 2 and 5 / 2 = 2.5; the gradient with respect
+    to logp is -weight * A.
     """
     logp_N = torch.tensor([math.log(0.5), -9.0], dtype=F64).requires_grad_()
     loss, metrics = sampled_token(
@@ -98,14 +102,13 @@ def test_sampled_token_by_hand():
         torch.tensor([math.log(0.25), -2.0], dtype=F64),
         torch.tensor([1.0, 3.0], dtype=F64),
         advantage_clip=5.0,
-        extra_advantage_N=torch.tensor([0.1, 0.2], dtype=F64),
         correction_N=torch.tensor([1.0, 0.5], dtype=F64),
     )
     d = math.log(2)
-    assert loss.item() == pytest.approx(-(-d + 0.1) * -d - 3 * 2.6 * -9)
+    assert loss.item() == pytest.approx(d * -d - 3 * 2.5 * -9)
     loss.backward()
     assert logp_N.grad is not None
-    assert logp_N.grad.tolist() == pytest.approx([d - 0.1, -7.8])
+    assert logp_N.grad.tolist() == pytest.approx([d, -7.5])
     values = {name: metric.item() for name, metric in metrics.items()}
     expected = {
         "advantage": 7 - d,
@@ -138,24 +141,23 @@ def test_sampled_token_of_an_identical_teacher_is_zero():
 
 def test_sampled_token_padding_order_and_parts():
     generator = torch.Generator().manual_seed(0)
-    logp_N, teacher_N, extra_N = -torch.rand(3, 10, generator=generator, dtype=F64) * 6
+    logp_N, teacher_N = -torch.rand(2, 10, generator=generator, dtype=F64) * 6
     weight_N, correction_N = torch.rand(2, 10, generator=generator, dtype=F64) + 0.1
 
-    def run(logp_N, teacher_N, extra_N, weight_N, correction_N):
+    def run(logp_N, teacher_N, weight_N, correction_N):
         return sampled_token(
             logp_N,
             teacher_N,
             weight_N,
             advantage_clip=1.5,
-            extra_advantage_N=extra_N,
             correction_N=correction_N,
         )
 
-    columns = (logp_N, teacher_N, extra_N, weight_N, correction_N)
+    columns = (logp_N, teacher_N, weight_N, correction_N)
     loss, metrics = run(*columns)
     assert 0 < metrics["clipped"].item() < 10
     order = torch.randperm(12, generator=generator)
-    garbage = [(-math.inf, math.nan), (-70.0, -math.inf), (math.nan, 9.0), (0.0, 0.0), (7.0, 0.0)]
+    garbage = [(-math.inf, math.nan), (-70.0, -math.inf), (0.0, 0.0), (7.0, 0.0)]
     padded = [
         torch.cat([column, torch.tensor(extra, dtype=F64)])[order]
         for column, extra in zip(columns, garbage, strict=True)
@@ -179,16 +181,12 @@ def test_full_vocabulary_by_hand():
     """
     student_V = torch.zeros(2, dtype=F64, requires_grad=True)
     teacher_V = torch.tensor([math.log(3), 0.0], dtype=F64)
-    weight_N, targets_N = torch.tensor([2.0], dtype=F64), torch.tensor([0])
-    loss, metrics, per_token = full_vocabulary(
-        *from_logits(student_V, teacher_V), weight_N, targets_N=targets_N
-    )
+    weight_N = torch.tensor([2.0], dtype=F64)
+    loss, metrics, per_token = full_vocabulary(*from_logits(student_V, teacher_V), weight_N)
     kl = 0.5 * math.log(4 / 3)
     assert loss.item() == pytest.approx(2 * kl)
     assert metrics["kl"].item() == per_token["kl"].item() == pytest.approx(kl)
     assert metrics["entropy"].item() == per_token["entropy"].item() == pytest.approx(math.log(2))
-    assert per_token["logp"].item() == pytest.approx(math.log(0.5))
-    assert per_token["teacher_logp"].item() == pytest.approx(math.log(0.75))
     (grad_V,) = torch.autograd.grad(loss, student_V)
     assert grad_V.tolist() == pytest.approx([-0.5 * math.log(3), 0.5 * math.log(3)])
 
@@ -201,8 +199,8 @@ def test_top_k_by_hand():
     """
     student_V = torch.tensor([0.25, 0.25, 0.5], dtype=F64).log().requires_grad_()
     teacher_V = torch.tensor([0.5, 0.25, 0.25], dtype=F64).log()
-    hidden_ND, head_VD, teacher_hidden_NE, teacher_head_VE = from_logits(student_V, teacher_V)
-    ids_NK, logp_NK = teacher_top_k_targets(teacher_hidden_NE, teacher_head_VE, 1)
+    hidden_ND, head_VD, (teacher,) = from_logits(student_V, teacher_V)
+    ids_NK, logp_NK = teacher_top_k_targets(teacher.hidden_NE, teacher.head_VE, 1)
     assert ids_NK.tolist() == [[0]] and logp_NK.item() == pytest.approx(math.log(0.5))
     loss, metrics, per_token = top_k(
         hidden_ND,
@@ -210,7 +208,6 @@ def test_top_k_by_hand():
         ids_NK,
         logp_NK,
         torch.tensor([2.0], dtype=F64),
-        targets_N=torch.tensor([2]),
     )
     d = math.log(2)
     assert loss.item() == pytest.approx(2 * (0.25 - 0.25 * d))
@@ -218,7 +215,6 @@ def test_top_k_by_hand():
     assert metrics["student_mass"].item() == pytest.approx(0.25)
     assert metrics["teacher_mass"].item() == pytest.approx(0.5)
     assert metrics["entropy"].item() == pytest.approx(1.5 * d)
-    assert per_token["logp"].item() == pytest.approx(-d)
     (grad_V,) = torch.autograd.grad(loss, student_V)
     assert grad_V.tolist() == pytest.approx([-0.375 * d, 0.125 * d, 0.25 * d])
 
@@ -267,9 +263,6 @@ def test_full_vocabulary_equals_plain_autograd(max_elements: int):
     torch.testing.assert_close(per_token["kl"], kl_N.detach(), rtol=1e-12, atol=1e-12)
     entropy_N = -(student_NV.exp() * student_NV).sum(-1).detach()
     torch.testing.assert_close(per_token["entropy"], entropy_N)
-    rows_N = torch.arange(TOKENS)
-    torch.testing.assert_close(per_token["logp"], student_NV[rows_N, case.targets_N].detach())
-    torch.testing.assert_close(per_token["teacher_logp"], teacher_NV[rows_N, case.targets_N])
     torch.testing.assert_close(metrics["kl"], kl_N.sum().detach())
     grads = torch.autograd.grad(loss, case.leaves)
     naive_grads = torch.autograd.grad(naive, case.leaves)
@@ -320,7 +313,8 @@ def test_identical_teacher_gives_exactly_zero(estimator: str, dtype: torch.dtype
     head_VD = torch.randn(VOCABULARY, HIDDEN, generator=generator).to(dtype).requires_grad_()
     weight_N = torch.ones(TOKENS)
     if estimator == "full":
-        loss, _, _ = full_vocabulary(hidden_ND, head_VD, hidden_ND, head_VD, weight_N)
+        same = TeacherStates(hidden_NE=hidden_ND, head_VE=head_VD)
+        loss, _, _ = full_vocabulary(hidden_ND, head_VD, [same], weight_N)
     else:
         ids_NK, logp_NK = teacher_top_k_targets(hidden_ND, head_VD, 4)
         loss, _, _ = top_k(hidden_ND, head_VD, ids_NK, logp_NK, weight_N)
@@ -351,7 +345,6 @@ def test_padding_order_and_parts(estimator: str):
         torch.testing.assert_close(shuffled_metrics[name], value)
 
     case.weight_N = torch.cat([case.weight_N, torch.zeros(TOKENS)])
-    case.targets_N = torch.cat([case.targets_N, case.targets_N.flip(0)])
     for name in ("hidden_ND", "teacher_hidden_NE"):
         tensor = getattr(case, name)
         setattr(case, name, torch.cat([tensor, 50 * tensor.detach().flip(0)]))
@@ -383,16 +376,6 @@ def test_gradients_only_for_what_needs_them(estimator: str):
     torch.testing.assert_close(silent_tokens, per_token)
 
 
-def test_targets_are_optional():
-    case = Case()
-    arguments = (case.hidden_ND, case.head_VD, case.teacher_hidden_NE, case.teacher_head_VE)
-    loss, _, per_token = full_vocabulary(*arguments, case.weight_N)
-    assert set(per_token) == {"kl", "entropy"}
-    with_targets, _, tokens = full_vocabulary(*arguments, case.weight_N, targets_N=case.targets_N)
-    assert set(tokens) == {"kl", "entropy", "logp", "teacher_logp"}
-    assert with_targets.item() == loss.item()
-
-
 def test_bfloat16_states_keep_float32_losses():
     """Against float64 of the same rounded numbers only the logits' rounding is lost."""
     case = Case()
@@ -402,8 +385,13 @@ def test_bfloat16_states_keep_float32_losses():
     }
     low = [tensor.clone().requires_grad_() for tensor in rounded.values()]
     high = [tensor.double().requires_grad_() for tensor in rounded.values()]
-    loss, _, per_token = full_vocabulary(*low, case.weight_N)
-    exact, _, exact_tokens = full_vocabulary(*high, case.weight_N)
+
+    def run(hidden_ND, head_VD, teacher_hidden_NE, teacher_head_VE):
+        teacher = TeacherStates(hidden_NE=teacher_hidden_NE, head_VE=teacher_head_VE)
+        return full_vocabulary(hidden_ND, head_VD, [teacher], case.weight_N)
+
+    loss, _, per_token = run(*low)
+    exact, _, exact_tokens = run(*high)
     assert loss.dtype == torch.float64 and per_token["kl"].dtype == torch.float32
     torch.testing.assert_close(per_token["kl"].double(), exact_tokens["kl"], rtol=0.03, atol=0.03)
     loss.backward()
@@ -417,19 +405,10 @@ def test_bfloat16_states_keep_float32_losses():
 
 def test_vocabularies_must_agree():
     case = Case()
+    other = TeacherStates(
+        hidden_NE=case.teacher_hidden_NE, head_VE=case.teacher_head_VE[:11], bias_V=None
+    )
     with pytest.raises(ValueError, match=r"head_V \(12,\), teacher_head_V \(11,\)"):
-        full_vocabulary(
-            case.hidden_ND,
-            case.head_VD,
-            case.teacher_hidden_NE,
-            case.teacher_head_VE[:11],
-            case.weight_N,
-        )
+        full_vocabulary(case.hidden_ND, case.head_VD, [other], case.weight_N)
     with pytest.raises(ValueError, match=r"weight_N \(3,\)"):
-        full_vocabulary(
-            case.hidden_ND,
-            case.head_VD,
-            case.teacher_hidden_NE,
-            case.teacher_head_VE,
-            case.weight_N[:3],
-        )
+        full_vocabulary(case.hidden_ND, case.head_VD, [case.teacher()], case.weight_N[:3])

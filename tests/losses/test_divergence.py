@@ -1,13 +1,14 @@
 """The divergences over the whole vocabulary: hand-derived values, gradients, teachers, memory."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from posttrain.losses.distill import full_vocabulary, full_vocabulary_of_each
+from posttrain.losses.distill import full_vocabulary
 from posttrain.losses.divergence import TeacherStates
 from posttrain.losses.projection import HeadGradients
 
@@ -36,9 +37,11 @@ class Case:
             normal(VOCABULARY, HIDDEN).requires_grad_(),
             normal(VOCABULARY).requires_grad_(),
         ]
-        self.teacher_hidden_NE = normal(TOKENS, TEACHER_HIDDEN)
-        self.teacher_head_VE = normal(VOCABULARY, TEACHER_HIDDEN)
-        self.teacher_bias_V = normal(VOCABULARY)
+        self.teacher = TeacherStates(
+            hidden_NE=normal(TOKENS, TEACHER_HIDDEN),
+            head_VE=normal(VOCABULARY, TEACHER_HIDDEN),
+            bias_V=normal(VOCABULARY),
+        )
         self.weight_N = torch.rand(TOKENS, generator=generator, dtype=F64) + 0.1
 
     def run(self, *leaves: Tensor, **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
@@ -46,11 +49,9 @@ class Case:
         loss, _, per_token = full_vocabulary(
             hidden_ND,
             head_VD,
-            self.teacher_hidden_NE,
-            self.teacher_head_VE,
+            [self.teacher],
             self.weight_N,
             bias_V=bias_V,
-            teacher_bias_V=self.teacher_bias_V,
             temperature=1.3,
             **options,
         )
@@ -60,7 +61,8 @@ class Case:
         """The definition, differentiated by autograd."""
         hidden_ND, head_VD, bias_V = self.leaves
         logp_NV = torch.log_softmax((hidden_ND @ head_VD.T + bias_V) / 1.3, -1)
-        teacher_NV = self.teacher_hidden_NE @ self.teacher_head_VE.T + self.teacher_bias_V
+        teacher = self.teacher
+        teacher_NV = teacher.hidden_NE @ teacher.head_VE.T + teacher.bias_V
         logt_NV = torch.log_softmax(teacher_NV / 1.3, -1)
         p_NV, t_NV = logp_NV.exp(), logt_NV.exp()
         if divergence == "reverse_kl":
@@ -80,9 +82,8 @@ def one_token(
     """One token of weight 2 with hidden state 1, so that the heads are the logits."""
     one_11 = torch.ones(1, 1, dtype=student_V.dtype)
     weight_N = torch.tensor([2.0], dtype=student_V.dtype)
-    loss, _, per_token = full_vocabulary(
-        one_11, student_V[:, None], one_11, teacher_V[:, None], weight_N, **options
-    )
+    teacher = TeacherStates(hidden_NE=one_11, head_VE=teacher_V[:, None])
+    loss, _, per_token = full_vocabulary(one_11, student_V[:, None], [teacher], weight_N, **options)
     return loss, per_token
 
 
@@ -166,9 +167,8 @@ def test_gradcheck(options: dict[str, Any]):
 @pytest.mark.parametrize("options", OPTIONS)
 def test_identical_teacher_gives_exactly_zero(options: dict[str, Any], dtype: torch.dtype):
     hidden_ND, head_VD, _ = Case(dtype).leaves
-    loss, _, _ = full_vocabulary(
-        hidden_ND, head_VD, hidden_ND.detach(), head_VD.detach(), torch.ones(TOKENS), **options
-    )
+    same = TeacherStates(hidden_NE=hidden_ND.detach(), head_VE=head_VD.detach())
+    loss, _, _ = full_vocabulary(hidden_ND, head_VD, [same], torch.ones(TOKENS), **options)
     assert loss.item() == 0
     grads = torch.autograd.grad(loss, (hidden_ND, head_VD))
     assert all(grad.abs().max().item() == 0 for grad in grads)
@@ -178,7 +178,8 @@ def test_identical_teacher_gives_exactly_zero(options: dict[str, Any], dtype: to
 def test_a_constant_added_to_all_logits_changes_nothing(options: dict[str, Any]):
     case = Case()
     loss, _ = case.run(**options)
-    case.teacher_bias_V = case.teacher_bias_V - 40
+    assert case.teacher.bias_V is not None
+    case.teacher = replace(case.teacher, bias_V=case.teacher.bias_V - 40)
     hidden_ND, head_VD, bias_V = case.leaves
     moved, _ = case.run(hidden_ND, head_VD, bias_V + 70, **options)
     torch.testing.assert_close(moved, loss, rtol=1e-11, atol=1e-11)
@@ -201,8 +202,12 @@ def test_bfloat16_states_keep_float32_losses(options: dict[str, Any]):
     """Against float64 of the same rounded numbers only the logits' rounding is lost."""
     low, high = Case(torch.bfloat16), Case()
     high.leaves = [leaf.detach().double().requires_grad_() for leaf in low.leaves]
-    for name in ("teacher_hidden_NE", "teacher_head_VE", "teacher_bias_V"):
-        setattr(high, name, getattr(low, name).double())
+    assert low.teacher.bias_V is not None
+    high.teacher = TeacherStates(
+        hidden_NE=low.teacher.hidden_NE.double(),
+        head_VE=low.teacher.head_VE.double(),
+        bias_V=low.teacher.bias_V.double(),
+    )
     loss, per_token = low.run(**options)
     exact, _ = high.run(**options)
     assert per_token["kl"].dtype == torch.float32
@@ -218,9 +223,9 @@ def test_teacher_states_may_be_narrower_than_their_head():
     """bfloat16 states beside a float32 head are the widened states: no product is in bfloat16."""
     case = Case(torch.float32)
     exact, _ = case.run()
-    case.teacher_hidden_NE = case.teacher_hidden_NE.bfloat16()
+    case.teacher = replace(case.teacher, hidden_NE=case.teacher.hidden_NE.bfloat16())
     narrow, _ = case.run()
-    case.teacher_hidden_NE = case.teacher_hidden_NE.float()
+    case.teacher = replace(case.teacher, hidden_NE=case.teacher.hidden_NE.float())
     widened, _ = case.run()
     assert narrow.item() == widened.item() != exact.item()
     assert narrow.item() == pytest.approx(exact.item(), rel=0.01)
@@ -241,13 +246,11 @@ def test_teachers_of_many_are_each_their_own(options: dict[str, Any], max_elemen
         )
         for count, size in ((2, 3), (0, 6), (6, 5), (1, 3))
     ]
-    targets_N = torch.randint(VOCABULARY, (TOKENS,), generator=generator)
-    together, metrics, per_token = full_vocabulary_of_each(
+    together, metrics, per_token = full_vocabulary(
         hidden_ND,
         head_VD,
         teachers,
         case.weight_N,
-        targets_N=targets_N,
         bias_V=bias_V,
         temperature=0.9,
         max_elements=max_elements,
@@ -260,12 +263,9 @@ def test_teachers_of_many_are_each_their_own(options: dict[str, Any], max_elemen
         loss, _, tokens = full_vocabulary(
             hidden_ND[rows],
             head_VD,
-            teacher.hidden_NE,
-            teacher.head_VE,
+            [teacher],
             case.weight_N[rows],
-            targets_N=targets_N[rows],
             bias_V=bias_V,
-            teacher_bias_V=teacher.bias_V,
             temperature=0.9,
             **options,
         )
@@ -285,9 +285,9 @@ def test_teachers_of_many_are_each_their_own(options: dict[str, Any], max_elemen
 def test_every_token_has_one_teacher():
     case = Case()
     hidden_ND, head_VD, _ = case.leaves
-    short = TeacherStates(hidden_NE=case.teacher_hidden_NE[:7], head_VE=case.teacher_head_VE)
+    short = replace(case.teacher, hidden_NE=case.teacher.hidden_NE[:7])
     with pytest.raises(ValueError, match="7 hidden states together, the student has 9"):
-        full_vocabulary_of_each(hidden_ND, head_VD, [short], case.weight_N)
+        full_vocabulary(hidden_ND, head_VD, [short], case.weight_N)
 
 
 def test_refused_settings():

@@ -16,8 +16,13 @@ from posttrain.losses.distill import (
     teacher_top_k_targets,
     top_k,
 )
-from posttrain.losses.ops import kl_estimate, token_logprobs
-from posttrain.losses.policy import kl_penalty, unbiased_kl_penalty
+from posttrain.losses.divergence import TeacherStates
+from posttrain.losses.ops import (
+    kl_estimate,
+    kl_penalty,
+    token_logprobs,
+    unbiased_kl_penalty,
+)
 from posttrain.stages.config import build_config
 
 WORDS = 12
@@ -71,7 +76,8 @@ def test_sampled_token_descends_the_reverse_kl(student_V: Tensor, teacher_V: Ten
 
 def test_full_vocabulary_descends_the_reverse_kl(student_V: Tensor, teacher_V: Tensor):
     one_11 = ONES_ND[:1]
-    loss, _, _ = full_vocabulary(one_11, student_V[:, None], one_11, teacher_V[:, None], ONES_ND[0])
+    teacher = TeacherStates(hidden_NE=one_11, head_VE=teacher_V[:, None])
+    loss, _, _ = full_vocabulary(one_11, student_V[:, None], [teacher], ONES_ND[0])
     (grad_V,) = torch.autograd.grad(loss, student_V)
     torch.testing.assert_close(grad_V, reverse_kl_gradient(student_V, teacher_V))
 

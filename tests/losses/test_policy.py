@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from posttrain.losses.policy import kl_penalty, policy_gradient, unbiased_kl_penalty
+from posttrain.losses.ops import kl_penalty, unbiased_kl_penalty
+from posttrain.losses.policy import policy_gradient
 
 CLIP = {"clip_low": 0.2, "clip_high": 0.2}
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from posttrain.losses.sft import cross_entropy
+from posttrain.losses.ops import cross_entropy
 
 
 def test_by_hand():

@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from posttrain.losses.policy import policy_gradient
-from posttrain.losses.surrogates import cispo, geometric_mean, squared_log_ratio
+from posttrain.losses.policy import cispo, geometric_mean, policy_gradient, squared_log_ratio
 
 Loss = Callable[..., tuple[Tensor, dict[str, Tensor]]]
 LOSSES: dict[str, Loss] = {

@@ -15,6 +15,7 @@ from posttrain.losses.distill import (
     teacher_top_k_targets,
     top_k,
 )
+from posttrain.losses.divergence import TeacherStates
 from posttrain.losses.ops import token_logprobs
 
 WORDS, ROWS, LENGTH = 6, 64, 8
@@ -47,7 +48,8 @@ def distillation_loss(
     teacher_hidden_NE = torch.nn.functional.one_hot(state_N % WORDS, WORDS).float()
     weight_N = torch.ones(len(state_N))
     if estimator == "full_vocabulary":
-        return full_vocabulary(hidden_ND, head_VD, teacher_hidden_NE, teacher_VE, weight_N)[0]
+        teacher = TeacherStates(hidden_NE=teacher_hidden_NE, head_VE=teacher_VE)
+        return full_vocabulary(hidden_ND, head_VD, [teacher], weight_N)[0]
     if estimator == "top_k":
         # All words but one: the last one's probability follows from the mass on the set.
         ids_NK, logp_NK = teacher_top_k_targets(teacher_hidden_NE, teacher_VE, WORDS - 1)

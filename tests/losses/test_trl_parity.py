@@ -14,9 +14,14 @@ import torch
 from torch import Tensor
 
 from posttrain.losses.distill import full_vocabulary
-from posttrain.losses.ops import aggregation_weights, token_logprobs
-from posttrain.losses.policy import kl_penalty, policy_gradient
-from posttrain.losses.sft import cross_entropy
+from posttrain.losses.divergence import TeacherStates
+from posttrain.losses.ops import (
+    aggregation_weights,
+    cross_entropy,
+    kl_penalty,
+    token_logprobs,
+)
+from posttrain.losses.policy import policy_gradient
 from posttrain.rl.advantage import advantages
 
 ROWS, LENGTH, LIMIT, BETA = 6, 7, 10, 0.05
@@ -309,14 +314,15 @@ def test_divergences(trl: Any, beta: float, options: dict[str, Any], temperature
         teacher_lm_head_bias=teacher_bias_V,
         temperature=temperature,
     )
+    teacher = TeacherStates(
+        hidden_NE=teacher_hidden_BTE[mask_BT], head_VE=teacher_head_VE, bias_V=teacher_bias_V
+    )
     loss, metrics, _ = full_vocabulary(
         hidden_BTD[mask_BT],
         head_VD,
-        teacher_hidden_BTE[mask_BT],
-        teacher_head_VE,
+        [teacher],
         torch.ones(int(their_count)),
         bias_V=bias_V,
-        teacher_bias_V=teacher_bias_V,
         temperature=temperature,
         **options,
     )

@@ -12,10 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from posttrain.losses.ops import aggregation_weights
-from posttrain.losses.policy import kl_penalty, policy_gradient, unbiased_kl_penalty
+from posttrain.losses.ops import aggregation_weights, kl_penalty, unbiased_kl_penalty
+from posttrain.losses.policy import cispo, geometric_mean, policy_gradient
 from posttrain.losses.reward import bradley_terry
-from posttrain.losses.surrogates import cispo, geometric_mean
 from posttrain.rl.advantage import advantages, whitened
 from posttrain.rl.corrections import off_policy_mask
 

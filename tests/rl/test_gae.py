@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from torch import Tensor
 
-from posttrain.rl.gae import gae, returns, token_rewards
+from posttrain.rl.gae import gae, token_rewards
 
 ROW_N = torch.tensor([0, 0, 0, 1, 3, 3])
 """Row 2 has no token."""
@@ -17,6 +18,13 @@ def test_token_rewards_by_hand():
     assert token_rewards(reward_B, ROW_N).tolist() == [0, 0, 4, 2, 0, 3]
     penalty_N = torch.tensor([0.5, -0.25, 1.0, 0.0, 2.0, 1.0])
     assert token_rewards(reward_B, ROW_N, penalty_N).tolist() == [-0.5, 0.25, 3.0, 2.0, -2.0, 2.0]
+
+
+def returns(reward_N: Tensor, row_N: Tensor, *, num_rows: int, gamma: float = 1.0) -> Tensor:
+    """G_t = r_t + gamma G_(t+1): the estimate at lambda 1, whatever the values; here of 0."""
+    return gae(reward_N, torch.zeros_like(reward_N), row_N, num_rows=num_rows, gamma=gamma, lam=1)[
+        1
+    ]
 
 
 def test_returns_by_hand():

@@ -208,7 +208,7 @@ def test_other_decoders(
     save_model: Callable[[Any], str],
     domains: Mapping[str, str],
 ) -> None:
-    """Slots over transformers' own forward pass, and a recurrent model in lockstep."""
+    """A family without a fused decoder, and a recurrent model, both in lockstep."""
     from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 
     language_model = make_model("gpt2", stop=list(range(4, 60)))

@@ -1,8 +1,9 @@
 """What a model's layers keep between tokens, and so by which path it is sampled and read.
 
 `packed` models keep keys and values of all tokens in every layer: short rows may share a row of a
-forward pass, and every row of a cache may have its own length. All others are `plain`: one row to
-a row, padded on the right, and all rows of a cache at one length (`lockstep.py`). That is right
+forward pass, and where there is a decoder for it (`cpu/fused.py`) every row of a cache may have its
+own length. All others are `plain`: one row to a row, padded on the right, and all rows of a cache
+at one length (`lockstep.py`). That is right
 for any causal model, and the only way for sliding windows, convolutions and recurrent states.
 
 Legend: B rows, T positions, D hidden.
@@ -12,7 +13,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -23,7 +25,7 @@ from posttrain.engine.errors import ConfigError
 
 Path = Literal["packed", "plain"]
 
-# Checked one by one: packed rows and slots gave what each row alone gives. Others may well do, but
+# Checked one by one: packed rows gave what each row alone gives. Others may well do, but
 # what a model makes of position ids and of a block mask cannot be read off its config: some ignore
 # them without an error. Where a config has windows or recurrent layers the list does not count.
 PACKABLE = frozenset(
@@ -77,6 +79,17 @@ def backbone(model: Any) -> Any:
     """The part of a causal LM below its output projection."""
     # Llama 4 names a prefix that its text model does not have, and is its own base model then.
     return model.model if model.base_model is model else model.base_model
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Put a model into evaluation mode, and afterwards back into the mode that it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 class CachedRows:
@@ -137,16 +150,12 @@ def check_plain(model: Any, name: str) -> None:
     elif cache_argument(accepted) not in accepted or not model._supports_default_dynamic_cache():
         reason = "does not keep its state in a transformers cache"
     else:
-        training = model.training
-        model.eval()
         try:
-            with torch.inference_mode():
+            with evaluating(model), torch.inference_mode():
                 reason = _disagreement(model, body)
         except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
             lines = str(error).splitlines() or [""]
             reason = f"fails in transformers on a short row ({type(error).__name__}: {lines[0]})"
-        finally:
-            model.train(training)
     if reason is not None:
         raise ConfigError(
             f"{name}: the model ({model.config.model_type}) {reason}; posttrain would compute "

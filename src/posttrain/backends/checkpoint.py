@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from posttrain.backends.architecture import check_plain, path_of
@@ -81,12 +82,7 @@ def load(
                 "logits after the output projection are not supported; choose a model without it"
             )
     model, tokenizer = read_weights(AutoModelForCausalLM, path, dtype=dtype, what=what)
-    rows = int(model.get_output_embeddings().weight.shape[0])
-    if len(tokenizer) > rows:
-        raise ConfigError(
-            f"{path}: the tokenizer has {len(tokenizer)} tokens and the model's output layer "
-            f"{rows} rows; call model.resize_token_embeddings(len(tokenizer)) and save it again"
-        )
+    check_vocabulary(tokenizer, model.get_output_embeddings().weight, path)
     if path_of(model) == "plain":
         check_plain(model, str(path))
     _allow_saving(model.generation_config, path)
@@ -121,6 +117,15 @@ def read_weights(auto: Any, path: Path, *, dtype: torch.dtype, what: str) -> tup
             "mend config.json"
         )
     return model, tokenizer
+
+
+def check_vocabulary(tokenizer: Any, weight_VD: Tensor, path: Path) -> None:
+    """Raise ConfigError where the layer with a row for each id has fewer than the tokenizer ids."""
+    if len(tokenizer) > len(weight_VD):
+        raise ConfigError(
+            f"{path}: the tokenizer has {len(tokenizer)} tokens and the model {len(weight_VD)} "
+            "rows for them; call model.resize_token_embeddings(len(tokenizer)) and save it again"
+        )
 
 
 @contextmanager

@@ -179,15 +179,9 @@ def _read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise ConfigError(
-            f"{path}: not JSON ({error.msg} at line {error.lineno}, column {error.colno}); mend "
-            "it or fetch the checkpoint again"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"{path}: not JSON (no UTF-8 text at byte {error.start + 1}); fetch the checkpoint "
-            "again"
+            f"{path}: not JSON ({error}); mend it or fetch the checkpoint again"
         ) from error
     if not isinstance(content, dict):
         raise ConfigError(

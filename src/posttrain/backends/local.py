@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from posttrain.backends.architecture import backbone, path_of
+from posttrain.backends.architecture import backbone
 from posttrain.backends.base import (
     AuxLoss,
     Head,
@@ -38,6 +38,7 @@ from posttrain.backends.checkpoint import (
     output_head,
     save,
 )
+from posttrain.backends.cpu.fused import is_fusable
 from posttrain.backends.cpu.slots import Decoders, Slots
 from posttrain.backends.forward import MAX_TOKENS, forward_passes, read_hidden, sampled_logprobs
 from posttrain.backends.lockstep import Lockstep
@@ -244,7 +245,7 @@ class LocalSampler:
             "top_p": top_p,
             "max_rows": self.max_rows,
         }
-        if self.fast_paths and path_of(self.model) == "packed":
+        if self.fast_paths and is_fusable(self.model):
             return LocalSampling(samples, Slots(self.decoders, self.head, samples, **how))
         return LocalSampling(samples, Lockstep(self.model, self.head, samples, **how))
 

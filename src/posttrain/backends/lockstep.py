@@ -19,12 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from posttrain.backends.architecture import CachedRows
+from posttrain.backends.architecture import CachedRows, evaluating
 from posttrain.backends.base import Head
 from posttrain.backends.token_sampling import (
     SampleBuffer,
     draw,
-    mask_to_nucleus,
     row_seeds,
     uniform,
 )
@@ -55,17 +54,13 @@ class Lockstep:
         self.prompts_per_batch = max(1, max_rows // samples.group_size)
 
     def __iter__(self) -> Iterator[Tensor]:
-        was_training = self.model.training
-        self.model.eval()
-        try:
+        with evaluating(self.model):
             for index_P in self._batches():
                 rows = _LikePrompts(self, index_P)
                 while rows.running:
                     ended_L = rows.step()
                     if len(ended_L):
                         yield ended_L
-        finally:
-            self.model.train(was_training)
 
     def _batches(self) -> Iterator[Tensor]:
         """Prompt numbers of one batch after another, shortest prompts first.
@@ -127,12 +122,9 @@ class _LikePrompts:
             weight, bias = run.head.weight_VD, run.head.bias_V
             logits_LV = torch.nn.functional.linear(hidden_LD, weight, bias).float()
             uniform_L = uniform(run.row_seed_B[row_L], position_L).to(self.device)
-            logits_LV, nucleus_LV = mask_to_nucleus(logits_LV, run.temperature, run.top_p)
-            drawn_L, logp_L = draw(logits_LV, uniform_L, run.temperature)
-            token_L[draws_L] = drawn_L.cpu()
-            ended_L[draws_L] = samples.record(
-                row_L, position_L, token_L[draws_L], logp_L.cpu(), nucleus_LV
-            )
+            drawn = draw(logits_LV, uniform_L, run.temperature, run.top_p)
+            token_L[draws_L] = drawn.token_B.cpu()
+            ended_L[draws_L] = samples.record(row_L, position_L, drawn)
         self.done_L |= ended_L
         ended_rows_L = self.row_L[ended_L]
         if self.running:

@@ -15,7 +15,6 @@ Legend: tensors of weights have any shape, the same in all models.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from posttrain.engine.errors import ConfigError
+from posttrain.rl.seeds import named_seed
 
 How = Literal["average", "task_arithmetic", "ties", "dare_linear", "dare_ties"]
 
@@ -137,7 +137,7 @@ def merged(
         elif how == "ties":
             yield name, ties(start, tensors, weights, density=density, scale=scale)
         else:
-            seeds = [_seed(seed, position, name) for position in range(len(models))]
+            seeds = [named_seed(seed, position, name) for position in range(len(models))]
             elect = how == "dare_ties"
             rest: dict[str, Any] = {"density": density, "seeds": seeds, "scale": scale}
             yield name, dare(start, tensors, weights, elect=elect, **rest)
@@ -202,8 +202,3 @@ def _agreeing(deltas: Sequence[Tensor], weights: Sequence[float], *, mean: bool)
         total += weight * delta * agrees
         share += weight * agrees
     return total / share.masked_fill(share == 0, 1.0) if mean else total
-
-
-def _seed(seed: int, position: int, name: str) -> int:
-    digest = hashlib.sha256(f"{seed}/{position}/{name}".encode()).digest()
-    return int.from_bytes(digest[:7], "big")

@@ -17,16 +17,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    AutoModelForSequenceClassification,
-    GenerationConfig,
-)
+from transformers import AutoModelForSequenceClassification, GenerationConfig
 
 from posttrain.backends.architecture import SEES_LATER, backbone, is_causal, path_of
 from posttrain.backends.base import Head, Scorer
 from posttrain.backends.checkpoint import (
     SCALAR,
     LanguageModel,
+    check_vocabulary,
     is_scalar,
     load,
     read_config,
@@ -126,12 +124,7 @@ def _check(model: Any, tokenizer: Any, path: Path) -> None:
             f"{type(model).__name__} has num_labels = {model.config.num_labels}"
         )
     weight_VD = model.get_input_embeddings().weight
-    if len(tokenizer) > len(weight_VD):
-        raise ConfigError(
-            f"{path}: the tokenizer has {len(tokenizer)} tokens and the model {len(weight_VD)} "
-            "embeddings; "
-            "call model.resize_token_embeddings(len(tokenizer)) and save it again"
-        )
+    check_vocabulary(tokenizer, weight_VD, path)
     if path_of(model) == "plain" and not is_causal(model, weight_VD):
         raise ConfigError(
             f"{path}: the model ({model.config.model_type}) {SEES_LATER}; posttrain "

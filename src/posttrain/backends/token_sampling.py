@@ -14,6 +14,7 @@ R response positions, N sampled tokens of all rows, F ids of their nuclei, V voc
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,11 +22,26 @@ from torch import Tensor
 from posttrain.rl.batch import Batch, between, pad_rows, ragged_index
 
 
-def draw(logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """One token per row and its log-prob: inverse transform, or the arg max at temperature 0.
+class Drawn(NamedTuple):
+    """One token of each row."""
 
-    Draws the first token whose cumulative probability passes the row's uniform number.
+    token_B: Tensor
+    logp_B: Tensor
+    """Under the distribution that it was drawn from."""
+    nucleus_BV: Tensor | None
+    """bool, the ids that it was drawn from; None for all."""
+
+
+def draw(logits_BV: Tensor, uniform_B: Tensor, temperature: float, top_p: float = 1.0) -> Drawn:
+    """One token per row: inverse transform, or the arg max at temperature 0.
+
+    Draws the first token whose cumulative probability passes the row's uniform number; with `top_p`
+    below 1 of the row's nucleus alone.
     """
+    nucleus_BV = None
+    if top_p < 1:
+        nucleus_BV = nucleus(logits_BV / temperature, top_p)
+        logits_BV = logits_BV.masked_fill(~nucleus_BV, -torch.inf)
     if temperature == 0:
         logp_BV = torch.log_softmax(logits_BV, dim=-1)
         token_B = logits_BV.argmax(dim=-1)
@@ -37,20 +53,7 @@ def draw(logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> tuple[Tens
         target_B1 = (uniform_B[:, None] * cumulative_BV[:, -1:]).to(cumulative_BV.dtype)
         token_B = torch.searchsorted(cumulative_BV, target_B1, right=True)[:, 0]
         token_B = token_B.clamp_(max=logits_BV.shape[1] - 1)
-    return token_B, logp_BV.gather(1, token_B[:, None])[:, 0]
-
-
-def mask_to_nucleus(
-    logits_BV: Tensor, temperature: float, top_p: float
-) -> tuple[Tensor, Tensor | None]:
-    """The logits with -inf outside each row's nucleus, and `nucleus_BV`, bool, which ids are in it.
-
-    With `top_p` 1 the logits as they are and None.
-    """
-    if top_p == 1:
-        return logits_BV, None
-    nucleus_BV = nucleus(logits_BV / temperature, top_p)
-    return logits_BV.masked_fill(~nucleus_BV, -torch.inf), nucleus_BV
+    return Drawn(token_B, logp_BV.gather(1, token_B[:, None])[:, 0], nucleus_BV)
 
 
 def nucleus(logits_BV: Tensor, top_p: float) -> Tensor:
@@ -139,17 +142,11 @@ class SampleBuffer:
         self.num_drawn = 0
         self.drawn_BR = torch.zeros(num_rows, max_new_tokens, dtype=torch.int64)
 
-    def record(
-        self,
-        row_L: Tensor,
-        position_L: Tensor,
-        token_L: Tensor,
-        logp_L: Tensor,
-        nucleus_LV: Tensor | None = None,
-    ) -> Tensor:
-        """Store the token at response position `position_L` of these rows, drawn from the ids of
-        `nucleus_LV` or from all. Returns a bool per row: whether it ended."""
+    def record(self, row_L: Tensor, position_L: Tensor, drawn: Drawn) -> Tensor:
+        """Store what was drawn for response position `position_L` of these rows. Returns a bool per
+        row: whether it ended."""
         index_L = row_L * self.max_new_tokens + position_L
+        token_L, logp_L, nucleus_LV = drawn.token_B.cpu(), drawn.logp_B.cpu(), drawn.nucleus_BV
         if nucleus_LV is not None:
             self.nucleus_ids.append(nucleus_LV.nonzero()[:, 1].to(torch.int32).cpu())
             self.nucleus_counts.append(nucleus_LV.sum(1).cpu())

@@ -7,10 +7,8 @@ losses are sums over pairs in the same way.
 
 | file | what |
 |---|---|
-| `ops.py` | token log-probabilities, aggregation weights, KL estimators |
-| `sft.py` | cross-entropy |
-| `policy.py` | PPO-clip, GRPO, Dr.GRPO, RLOO, GSPO; KL penalties to a reference |
-| `surrogates.py` | CISPO, GMPO, Kimi's squared loss |
+| `ops.py` | token log-probabilities, cross-entropy, aggregation weights, KL |
+| `policy.py` | PPO-clip, GRPO, Dr.GRPO, RLOO, GSPO; CISPO, GMPO, Kimi's squared loss |
 | `value.py` | the critic's clipped regression, explained variance |
 | `reward.py` | Bradley-Terry with margin, centring and K-wise weights; pointwise |
 | `distill.py` | on-policy distillation: sampled token, teacher top-k, full vocabulary |

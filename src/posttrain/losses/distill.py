@@ -42,7 +42,7 @@ from posttrain.losses.projection import (
 )
 
 PerToken = dict[str, Tensor]
-"""Detached values per token, for reports: `kl`, `entropy` and, with targets, `logp`."""
+"""Detached values per token, for reports: `kl` and `entropy`."""
 
 JSD_BETA = 0.5
 """The symmetric Jensen-Shannon divergence."""
@@ -54,20 +54,19 @@ def sampled_token(
     weight_N: Tensor,
     *,
     advantage_clip: float | None,
-    extra_advantage_N: Tensor | None = None,
     correction_N: Tensor | None = None,
 ) -> tuple[Tensor, Metrics]:
     """Policy gradient on the sampled token: sum of `-weight * correction * A * logp`.
 
-    A = clip(sg[teacher_logp - logp], -advantage_clip, +advantage_clip) + extra_advantage: the log
-    ratio is a constant, and its mean gradient over tokens sampled from the student is that of
+    A = clip(sg[teacher_logp - logp], -advantage_clip, +advantage_clip): the log ratio is a
+    constant, and its mean gradient over tokens sampled from the student is that of
     KL(student || teacher) at the token (no credit for later tokens: discount 0). The MOPD paper
-    (arXiv 2606.30406, policy-gradient arm) clips at 5. `extra_advantage_N` is a verifiable reward's
-    advantage times its weight (MiMo-V2-Flash, arXiv 2601.02780, Eq. 9), added after the clip;
-    `correction_N` is the importance correction of Eq. 8 and multiplies the whole advantage.
+    (arXiv 2606.30406, policy-gradient arm) clips at 5. `correction_N` is an importance correction
+    (MiMo-V2-Flash, arXiv 2601.02780, Eq. 8). The advantage of a verifiable reward (Eq. 9 there) is
+    a `posttrain.losses.policy.policy_gradient` of its own beside this loss.
 
     Metrics, over the tokens of non-zero weight: `advantage`, `advantage_abs`, `advantage_square`,
-    of the log ratio before clip and extra (so `-advantage` estimates the reverse KL), and
+    of the log ratio before the clip (so `-advantage` estimates the reverse KL), and
     `clipped`, how many tokens the clip changed. Raises ValueError if `advantage_clip` is not
     positive or shapes differ.
     """
@@ -75,7 +74,6 @@ def sampled_token(
         logp_N=logp_N,
         teacher_logp_N=teacher_logp_N,
         weight_N=weight_N,
-        extra_advantage_N=extra_advantage_N,
         correction_N=correction_N,
     )
     if advantage_clip is not None and not advantage_clip > 0:
@@ -90,8 +88,6 @@ def sampled_token(
         "advantage_square": active_sum(log_ratio_N.square(), weight_N),
         "clipped": active_sum((advantage_N != log_ratio_N).to(logp_N.dtype), weight_N),
     }
-    if extra_advantage_N is not None:
-        advantage_N = advantage_N + extra_advantage_N.detach()
     if correction_N is not None:
         advantage_N = advantage_N * correction_N.detach()
     return -weighted_sum(advantage_N * logp_N, weight_N), metrics
@@ -100,43 +96,9 @@ def sampled_token(
 def full_vocabulary(
     hidden_ND: Tensor,
     head_VD: Tensor,
-    teacher_hidden_NE: Tensor,
-    teacher_head_VE: Tensor,
-    weight_N: Tensor,
-    *,
-    targets_N: Tensor | None = None,
-    bias_V: Tensor | None = None,
-    teacher_bias_V: Tensor | None = None,
-    divergence: Divergence = "reverse_kl",
-    jsd_beta: float = JSD_BETA,
-    temperature: float = 1.0,
-    max_elements: int = MAX_ELEMENTS,
-) -> tuple[Tensor, Metrics, PerToken]:
-    """`full_vocabulary_of_each` with one teacher for all tokens."""
-    teacher = TeacherStates(
-        hidden_NE=teacher_hidden_NE, head_VE=teacher_head_VE, bias_V=teacher_bias_V
-    )
-    return full_vocabulary_of_each(
-        hidden_ND,
-        head_VD,
-        [teacher],
-        weight_N,
-        targets_N=targets_N,
-        bias_V=bias_V,
-        divergence=divergence,
-        jsd_beta=jsd_beta,
-        temperature=temperature,
-        max_elements=max_elements,
-    )
-
-
-def full_vocabulary_of_each(
-    hidden_ND: Tensor,
-    head_VD: Tensor,
     teachers: Sequence[TeacherStates],
     weight_N: Tensor,
     *,
-    targets_N: Tensor | None = None,
     bias_V: Tensor | None = None,
     divergence: Divergence = "reverse_kl",
     jsd_beta: float = JSD_BETA,
@@ -158,12 +120,12 @@ def full_vocabulary_of_each(
     Both softmaxes are of `logits / temperature`. Gradients of `hidden_ND`, `head_VD` and `bias_V`
     are computed in the forward pass by chunks of tokens, at most `max_elements // V` each
     (`posttrain.losses.projection.token_chunks`); teachers get none. Their hidden sizes may differ,
-    their vocabulary may not. `targets_N` (int64) are the sampled tokens and do not change the loss.
+    their vocabulary may not.
 
     Metrics over the tokens of non-zero weight, in nats: `kl`, the reverse KL whatever `divergence`
-    is, and `entropy` (student). Per token, detached: `kl`, `entropy` and, with targets,
-    `logp` and `teacher_logp`. Raises ValueError if shapes do not fit, if `temperature` is
-    not positive, for another `divergence`, or for a `jsd_beta` outside of (0, 1).
+    is, and `entropy` (student); the same per token, detached. Raises ValueError if shapes do not
+    fit, if `temperature` is not positive, for another `divergence`, or for a `jsd_beta` outside of
+    (0, 1).
     """
     known_choice("divergence", divergence, Divergence)
     if not 0 < jsd_beta < 1:
@@ -172,7 +134,7 @@ def full_vocabulary_of_each(
             "forward_kl and reverse_kl"
         )
     check_projection(hidden_ND, head_VD, bias_V, temperature)
-    same_shape(weight_N=weight_N, hidden_N=hidden_ND[:, 0], targets_N=targets_N)
+    same_shape(weight_N=weight_N, hidden_N=hidden_ND[:, 0])
     for teacher in teachers:
         check_projection(teacher.hidden_NE, teacher.head_VE, teacher.bias_V, temperature)
         same_shape(head_V=head_VD[:, 0], teacher_head_V=teacher.head_VE[:, 0])
@@ -186,20 +148,14 @@ def full_vocabulary_of_each(
         full_vocabulary_sum,
         teachers=teachers,
         weight_N=weight_N.detach(),
-        targets_N=targets_N,
         divergence=divergence,
         beta=jsd_beta,
         temperature=temperature,
         max_elements=max_elements,
     )
-    loss, kl_N, entropy_N, logp_N, teacher_logp_N = with_gradients(
-        compute, hidden_ND, head_VD, bias_V
-    )
-    per_token = {"kl": kl_N, "entropy": entropy_N}
-    if targets_N is not None:
-        per_token |= {"logp": logp_N, "teacher_logp": teacher_logp_N}
+    loss, kl_N, entropy_N = with_gradients(compute, hidden_ND, head_VD, bias_V)
     metrics = {"kl": active_sum(kl_N, weight_N), "entropy": active_sum(entropy_N, weight_N)}
-    return loss, metrics, per_token
+    return loss, metrics, {"kl": kl_N, "entropy": entropy_N}
 
 
 @torch.no_grad()
@@ -244,7 +200,6 @@ def top_k(
     top_logp_NK: Tensor,
     weight_N: Tensor,
     *,
-    targets_N: Tensor | None = None,
     bias_V: Tensor | None = None,
     temperature: float = 1.0,
     max_elements: int = MAX_ELEMENTS,
@@ -258,35 +213,25 @@ def top_k(
     Gradients are computed in the forward pass, as in `full_vocabulary`.
 
     Metrics over the tokens of non-zero weight: `kl` (this divergence), `entropy` (student),
-    `student_mass`, `teacher_mass` (probability on the set). Per token, detached: `kl`, `entropy`
-    and, with `targets_N`, `logp` (the teacher's is unknown outside the set). Raises ValueError if
-    shapes do not fit or `temperature` is not positive.
+    `student_mass`, `teacher_mass` (probability on the set). Per token, detached: `kl`, `entropy`.
+    Raises ValueError if shapes do not fit or `temperature` is not positive.
     """
     check_projection(hidden_ND, head_VD, bias_V, temperature)
     same_shape(top_ids_NK=top_ids_NK, top_logp_NK=top_logp_NK)
-    same_shape(
-        weight_N=weight_N,
-        hidden_N=hidden_ND[:, 0],
-        targets_N=targets_N,
-        top_ids_N=top_ids_NK[:, 0],
-    )
+    same_shape(weight_N=weight_N, hidden_N=hidden_ND[:, 0], top_ids_N=top_ids_NK[:, 0])
     compute = partial(
         top_k_sum,
         top_ids_NK=top_ids_NK,
         top_logp_NK=top_logp_NK.detach(),
         weight_N=weight_N.detach(),
-        targets_N=targets_N,
         temperature=temperature,
         max_elements=max_elements,
     )
-    loss, kl_N, entropy_N, logp_N, mass_N = with_gradients(compute, hidden_ND, head_VD, bias_V)
-    per_token = {"kl": kl_N, "entropy": entropy_N}
-    if targets_N is not None:
-        per_token["logp"] = logp_N
+    loss, kl_N, entropy_N, mass_N = with_gradients(compute, hidden_ND, head_VD, bias_V)
     metrics = {
         "kl": active_sum(kl_N, weight_N),
         "entropy": active_sum(entropy_N, weight_N),
         "student_mass": active_sum(mass_N, weight_N),
         "teacher_mass": active_sum(top_logp_NK.exp().sum(-1), weight_N),
     }
-    return loss, metrics, per_token
+    return loss, metrics, {"kl": kl_N, "entropy": entropy_N}

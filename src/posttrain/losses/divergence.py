@@ -123,7 +123,6 @@ def full_vocabulary_sum(
     *,
     teachers: Sequence[TeacherStates],
     weight_N: Tensor,
-    targets_N: Tensor | None,
     divergence: Divergence,
     beta: float,
     temperature: float,
@@ -132,15 +131,12 @@ def full_vocabulary_sum(
     """Sum over tokens of `weight * divergence` over the whole vocabulary, with its gradients.
 
     The first tokens are those of the first teacher, and so on. The outputs after the sum are per
-    token: reverse KL, student entropy, and log-probability of the target by student and teacher
-    (empty without targets).
+    token: reverse KL and student entropy.
     """
     num_tokens, vocabulary = hidden_ND.shape[0], head_VD.shape[0]
     sums = HeadGradients(hidden_ND, head_VD, bias_V, wanted)
     kl_N = hidden_ND.new_empty(num_tokens, dtype=softmax_dtype(hidden_ND))
     loss_N, entropy_N = torch.empty_like(kl_N), torch.empty_like(kl_N)
-    logp_N = kl_N.new_empty(0 if targets_N is None else num_tokens)
-    teacher_logp_N = torch.empty_like(logp_N)
     student_CV = chunk_buffer(hidden_ND, vocabulary, max_elements)
     teacher_CV = torch.empty_like(student_CV)
     blocks = block_buffer(student_CV), block_buffer(student_CV)
@@ -158,10 +154,6 @@ def full_vocabulary_sum(
             logp_RV, ratio_RV = (block[: rows.stop - rows.start] for block in blocks)
             torch.log_softmax(z_RV, -1, out=logp_RV)
             torch.log_softmax(u_RV, -1, out=ratio_RV)
-            if targets_N is not None:
-                target_R1 = targets_N[at, None]
-                logp_N[at] = logp_RV.gather(1, target_R1)[:, 0]
-                teacher_logp_N[at] = ratio_RV.gather(1, target_R1)[:, 0]
             if divergence != "reverse_kl":
                 torch.exp(ratio_RV, out=z_RV)
             torch.sub(logp_RV, ratio_RV, out=ratio_RV)
@@ -181,7 +173,7 @@ def full_vocabulary_sum(
         if any(wanted):
             sums.add(chunk, grad_CV, scale_N[chunk])
     loss = (loss_N * weight_N).sum()
-    return (loss, kl_N, entropy_N, logp_N, teacher_logp_N), sums.result()
+    return (loss, kl_N, entropy_N), sums.result()
 
 
 def _jsd(t_RV: Tensor, p_RV: Tensor, ratio_RV: Tensor, work_RV: Tensor, beta: float) -> Tensor:
@@ -210,20 +202,18 @@ def top_k_sum(
     top_ids_NK: Tensor,
     top_logp_NK: Tensor,
     weight_N: Tensor,
-    targets_N: Tensor | None,
     temperature: float,
     max_elements: int,
 ) -> tuple[tuple[Tensor, ...], Gradients]:
     """Sum over tokens of `weight * sum over the teacher's top k of p log(p / t) - p + t`.
 
-    The outputs after the sum are per token: that divergence, student entropy, student
-    log-probability of the target (empty without targets), student mass on the set.
+    The outputs after the sum are per token: that divergence, student entropy, student mass on the
+    set.
     """
     num_tokens, vocabulary = hidden_ND.shape[0], head_VD.shape[0]
     sums = HeadGradients(hidden_ND, head_VD, bias_V, wanted)
     kl_N = hidden_ND.new_empty(num_tokens, dtype=softmax_dtype(hidden_ND))
     entropy_N, mass_N = torch.empty_like(kl_N), torch.empty_like(kl_N)
-    logp_N = kl_N.new_empty(0 if targets_N is None else num_tokens)
     student_CV = chunk_buffer(hidden_ND, vocabulary, max_elements)
     block_RV = block_buffer(student_CV)
     for chunk in token_chunks(num_tokens, vocabulary, max_elements):
@@ -234,8 +224,6 @@ def top_k_sum(
             z_RV, logp_RV = grad_CV[rows], block_RV[: rows.stop - rows.start]
             ids_RK, teacher_logp_RK = top_ids_NK[at], top_logp_NK[at].to(kl_N.dtype)
             torch.log_softmax(z_RV, -1, out=logp_RV)
-            if targets_N is not None:
-                logp_N[at] = logp_RV.gather(1, targets_N[at, None])[:, 0]
             logp_RK = logp_RV.gather(1, ids_RK)
             p_RK = logp_RK.exp()
             weighted_RK = p_RK * (logp_RK - teacher_logp_RK)
@@ -249,4 +237,4 @@ def top_k_sum(
         if any(wanted):
             sums.add(chunk, grad_CV, weight_N[chunk] / temperature)
     loss = (kl_N * weight_N).sum()
-    return (loss, kl_N, entropy_N, logp_N, mass_N), sums.result()
+    return (loss, kl_N, entropy_N, mass_N), sums.result()

@@ -1,4 +1,4 @@
-"""What every loss is made of: token log-probabilities, aggregation weights, KL estimators.
+"""What every loss is made of: token log-probabilities, cross-entropy, aggregation weights, KL.
 
 The log-probabilities are computed from hidden states and the output head in chunks of tokens, so
 that no whole `[N, V]` matrix of logits exists once `N * V` exceeds `max_elements`.
@@ -192,6 +192,17 @@ def token_logprobs(
     return cast(Tensor, logp_N), cast(Tensor, entropy_N)
 
 
+def cross_entropy(logp_N: Tensor, weight_N: Tensor) -> tuple[Tensor, Metrics]:
+    """Supervised fine-tuning: sum of `-weight * logp` (nats) over tokens.
+
+    `logp_N` are the log-probabilities of the demonstrated tokens (`token_logprobs`), `weight_N`
+    their weights (`aggregation_weights`, or 0 for a token that does not count). Metrics: `nll`, the
+    unweighted sum of `-logp` over counted tokens.
+    """
+    same_shape(logp_N=logp_N, weight_N=weight_N)
+    return -weighted_sum(logp_N, weight_N), {"nll": active_sum(-logp_N, weight_N)}
+
+
 def aggregation_weights(
     row_N: Tensor, num_rows: int, *, aggregation: Aggregation, constant: int | None = None
 ) -> tuple[Tensor, float]:
@@ -230,7 +241,7 @@ def kl_estimate(logp_N: Tensor, ref_logp_N: Tensor, *, estimator: Estimator) -> 
 
     With `d = logp - ref_logp`: k1 = d, k2 = d**2 / 2, k3 = exp(-d) - 1 + d (Schulman,
     "Approximating KL divergence", 2020). k1 and k3 are unbiased VALUES. Gradients are another
-    matter: see `posttrain.losses.policy.kl_penalty`. Differentiable in both arguments.
+    matter: see `kl_penalty`. Differentiable in both arguments.
     """
     known_choice("estimator", estimator, Estimator)
     same_shape(logp_N=logp_N, ref_logp_N=ref_logp_N)
@@ -240,3 +251,51 @@ def kl_estimate(logp_N: Tensor, ref_logp_N: Tensor, *, estimator: Estimator) -> 
     if estimator == "k2":
         return 0.5 * difference_N.square()
     return torch.expm1(-difference_N) + difference_N
+
+
+def kl_penalty(
+    logp_N: Tensor, ref_logp_N: Tensor, weight_N: Tensor, *, estimator: Estimator
+) -> tuple[Tensor, Metrics]:
+    """Sum of `weight * k(logp, ref_logp)`: a KL penalty towards a reference, as a loss.
+
+    What is descended, in expectation over tokens sampled from the student:
+
+    - `k2`: the gradient of KL(student || reference).
+    - `k3`: the gradient of KL(reference || student), the forward KL (GRPO's choice).
+    - `k1`: nothing. Its expected gradient is E[grad log p] = 0, so it is refused here.
+
+    As a part of the reward all three are usable (`kl_estimate`, detached).
+    `ref_logp_N` is a constant. Metrics: `kl`, the unweighted sum of the estimates.
+    Raises ValueError for `k1` and for an unknown estimator.
+    """
+    known_choice("estimator", estimator, Estimator)
+    if estimator == "k1":
+        raise ValueError(
+            "estimator: 'k1' as a loss has zero expected gradient (the mean of grad log p over "
+            "samples of p is zero); k1 belongs in the reward. Choices: k2, k3 as a loss; k1, k2, "
+            "k3 in the reward"
+        )
+    same_shape(logp_N=logp_N, ref_logp_N=ref_logp_N, weight_N=weight_N)
+    kl_N = kl_estimate(logp_N, ref_logp_N.detach(), estimator=estimator)
+    return weighted_sum(kl_N, weight_N), {"kl": active_sum(kl_N, weight_N)}
+
+
+def unbiased_kl_penalty(
+    logp_N: Tensor, old_logp_N: Tensor, ref_logp_N: Tensor, weight_N: Tensor
+) -> tuple[Tensor, Metrics]:
+    """Sum of `weight * (p / p_old) * k3(logp, ref_logp)`: unbiased in value and gradient.
+
+    In expectation over tokens sampled from the old policy (the one that sampled, or the one before
+    the updates on the batch) it is KL(student || reference), and its gradient is the gradient of
+    that (DeepSeek-V3.2, arXiv 2512.02556, section 3.1, "unbiased KL estimate"). The ratio carries
+    gradient even where it is exactly 1: then d * grad log p is descended, with d = logp - ref_logp.
+
+    `old_logp_N` and `ref_logp_N` are constants. Metrics: `kl`, the unweighted sum of the estimates.
+    Raises ValueError for shapes that differ.
+    """
+    same_shape(logp_N=logp_N, old_logp_N=old_logp_N, ref_logp_N=ref_logp_N, weight_N=weight_N)
+    active_N = weight_N != 0
+    ratio_N = torch.where(active_N, logp_N - old_logp_N.detach(), 0).exp()
+    difference_N = torch.where(active_N, logp_N - ref_logp_N.detach(), 0)
+    kl_N = ratio_N * (torch.expm1(-difference_N) + difference_N)
+    return weighted_sum(kl_N, weight_N), {"kl": active_sum(kl_N, weight_N)}

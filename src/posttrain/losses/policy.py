@@ -1,9 +1,19 @@
-"""The clipped policy gradient (PPO, GRPO, Dr.GRPO, RLOO, GSPO) and KL penalties to a reference.
+"""What a policy-gradient step descends: the clipped surrogate, CISPO, GMPO and Kimi's squared loss.
 
-GRPO, DAPO and Dr.GRPO are one function here: they differ in the advantages
-(`posttrain.rl.advantage`) and in the token weights (`posttrain.losses.ops.aggregation_weights`).
-Other surrogates are in `posttrain.losses.surrogates`, value losses in `posttrain.losses.value`.
-Left out: an entropy bonus.
+PPO, GRPO, DAPO, Dr.GRPO, RLOO and GSPO are one function here, `policy_gradient`: they differ in the
+ratio, in the advantages (`posttrain.rl.advantage`) and in the token weights
+(`posttrain.losses.ops.aggregation_weights`). Left out: an entropy bonus.
+
+All surrogates take the same tensors in the same order: `logp_N` is differentiable; `old_logp_N`
+(the policy the advantages belong to), `advantage_N`, `weight_N` and `correction_N` are constants;
+`row_N` is the row (int64) of each token. `correction_N` multiplies the loss of each token
+(`posttrain.rl.corrections`); 0 drops its gradient. Tokens of weight 0 are left out, whatever their
+values. All return `(loss sum, metrics)` with sums over the tokens of non-zero weight; `approx_kl`
+is the k3 estimate of KL(old || new) of each token.
+
+With old == new all of them have the gradient of the plain policy gradient, `-w A`, at each token;
+with GMPO and Kimi's loss that holds where the tokens of a row have one weight and one advantage,
+and the gradient of Kimi's is as many times larger as the row has tokens.
 
 Shape suffixes: N flat response tokens of all rows, B rows.
 """
@@ -14,10 +24,8 @@ import torch
 from torch import Tensor
 
 from posttrain.losses.ops import (
-    Estimator,
     Metrics,
     active_sum,
-    kl_estimate,
     known_choice,
     row_means,
     row_sums,
@@ -44,9 +52,6 @@ def policy_gradient(
 ) -> tuple[Tensor, Metrics]:
     """Clipped surrogate: sum of `-weight * correction * min(r A, clip(r, 1 - low, 1 + high) A)`.
 
-    `logp_N` is differentiable; `old_logp_N` (the policy the advantages belong to), `advantage_N`,
-    `weight_N` and `correction_N` are constants. `row_N` is the row (int64) of each token.
-
     - `ratio="token"`: r = exp(logp - old_logp) (PPO, arXiv 1707.06347; GRPO, arXiv 2402.03300).
     - `ratio="sequence"`: r = the geometric mean of the token ratios of the row, one number for all
       its tokens (GSPO, arXiv 2507.18071). All tokens of a row must be in the same call.
@@ -56,55 +61,178 @@ def policy_gradient(
     `dual_clip` bounds the loss of a negative advantage at `dual_clip * |A|`, where the upper clip
     does not act (Ye et al., arXiv 1912.09729; 3 there); None leaves it unbounded.
 
-    `correction_N` multiplies each token (`posttrain.rl.corrections`); 0 drops the token's gradient.
-    Metrics over the tokens of non-zero weight: `clip_low` and `clip_high` (how many tokens the clip
-    stops at the lower and the upper end), `ratio`, `approx_kl` (k3 estimate of KL(old || new)),
-    and `clip_dual` where there is a `dual_clip`.
-    Raises ValueError for another `ratio`, a negative clip, a `dual_clip` that is not above 1 or
-    shapes that differ.
+    Metrics: `clip_low` and `clip_high` (how many tokens the clip stops at the lower and the upper
+    end), `ratio`, `approx_kl`, and `clip_dual` where there is a `dual_clip`. Raises ValueError for
+    another `ratio`, a negative clip, a `dual_clip` that is not above 1 or shapes that differ.
     """
     known_choice("ratio", ratio, Ratio)
-    same_shape(
-        logp_N=logp_N,
-        old_logp_N=old_logp_N,
-        advantage_N=advantage_N,
-        weight_N=weight_N,
-        row_N=row_N,
-        correction_N=correction_N,
-    )
-    check_clip(clip_low, clip_high)
+    _check_clip(clip_low, clip_high)
+    _same_shapes(logp_N, old_logp_N, advantage_N, weight_N, row_N, correction_N)
     if dual_clip is not None and not dual_clip > 1:
         raise ValueError(
             f"dual_clip: {dual_clip} must be above 1, a bound on the ratio; usual is 3"
         )
     active_N = weight_N != 0
-    token_log_ratio_N, log_ratio_N = log_ratios(
+    token_log_ratio_N, log_ratio_N = _log_ratios(
         logp_N, old_logp_N, active_N, row_N, num_rows=num_rows, ratio=ratio
     )
     ratio_N = log_ratio_N.exp()
-    # Cleared before they are multiplied: a sequence ratio would carry 0 * NaN to the whole row.
-    advantage_N = torch.where(active_N, advantage_N.detach(), 0)
+    advantage_N = _cleared(advantage_N, active_N)
     clipped_N = ratio_N.clamp(1 - clip_low, 1 + clip_high)
     loss_N = -torch.minimum(ratio_N * advantage_N, clipped_N * advantage_N)
     if dual_clip is not None:
         loss_N = torch.where(advantage_N < 0, loss_N.clamp(max=-dual_clip * advantage_N), loss_N)
-    if correction_N is not None:
-        loss_N = loss_N * torch.where(active_N, correction_N.detach(), 0)
     stopped_low_N = (ratio_N < 1 - clip_low) & (advantage_N < 0)
     stopped_high_N = (ratio_N > 1 + clip_high) & (advantage_N > 0)
     metrics = {
         "clip_low": active_sum(stopped_low_N.to(logp_N.dtype), weight_N),
         "clip_high": active_sum(stopped_high_N.to(logp_N.dtype), weight_N),
         "ratio": active_sum(ratio_N, weight_N),
-        "approx_kl": active_sum(token_log_ratio_N.expm1() - token_log_ratio_N, weight_N),
+        "approx_kl": _approx_kl(token_log_ratio_N, weight_N),
     }
     if dual_clip is not None:
         stopped_N = (ratio_N > dual_clip) & (advantage_N < 0)
         metrics["clip_dual"] = active_sum(stopped_N.to(logp_N.dtype), weight_N)
-    return weighted_sum(loss_N, weight_N), metrics
+    return _corrected_sum(loss_N, weight_N, correction_N), metrics
 
 
-def log_ratios(
+def cispo(
+    logp_N: Tensor,
+    old_logp_N: Tensor,
+    advantage_N: Tensor,
+    weight_N: Tensor,
+    row_N: Tensor,
+    *,
+    num_rows: int,
+    ratio: Ratio,
+    clip_low: float,
+    clip_high: float,
+    correction_N: Tensor | None = None,
+) -> tuple[Tensor, Metrics]:
+    """Sum of `-weight * correction * sg[clip(r, 1 - low, 1 + high)] * A * logp`.
+
+    The clip bounds the importance weight and never stops a token's gradient (MiniMax-M1, arXiv
+    2506.13585, Eqs. 4 and 5). `clip_low = 1` is no lower bound, which is the paper's choice;
+    `clip_high` is large, such as 4, which is an upper bound of 5 on the ratio (ScaleRL, arXiv
+    2510.13786). `ratio` as in `policy_gradient`; the paper's is `token`.
+
+    Metrics: `clip_low` and `clip_high` (how many tokens have their weight cut at the lower and the
+    upper end, whatever the sign of the advantage), `ratio`, `approx_kl`. Raises ValueError for
+    another `ratio`, a negative clip or shapes that differ.
+    """
+    known_choice("ratio", ratio, Ratio)
+    _check_clip(clip_low, clip_high)
+    _same_shapes(logp_N, old_logp_N, advantage_N, weight_N, row_N, correction_N)
+    active_N = weight_N != 0
+    token_log_ratio_N, log_ratio_N = _log_ratios(
+        logp_N.detach(), old_logp_N, active_N, row_N, num_rows=num_rows, ratio=ratio
+    )
+    ratio_N = log_ratio_N.exp()
+    factor_N = ratio_N.clamp(1 - clip_low, 1 + clip_high) * _cleared(advantage_N, active_N)
+    loss_N = -factor_N * torch.where(active_N, logp_N, 0)
+    metrics = {
+        "clip_low": active_sum((ratio_N < 1 - clip_low).to(logp_N.dtype), weight_N),
+        "clip_high": active_sum((ratio_N > 1 + clip_high).to(logp_N.dtype), weight_N),
+        "ratio": active_sum(ratio_N, weight_N),
+        "approx_kl": _approx_kl(token_log_ratio_N, weight_N),
+    }
+    return _corrected_sum(loss_N, weight_N, correction_N), metrics
+
+
+def geometric_mean(
+    logp_N: Tensor,
+    old_logp_N: Tensor,
+    advantage_N: Tensor,
+    weight_N: Tensor,
+    row_N: Tensor,
+    *,
+    num_rows: int,
+    clip_low: float,
+    clip_high: float,
+    correction_N: Tensor | None = None,
+) -> tuple[Tensor, Metrics]:
+    """GMPO: sum of `-weight * correction * A * g`, g the geometric mean of clipped token ratios.
+
+    The log ratio of each token is cut at `clip_high` from above where A > 0, and at `-clip_low`
+    from below where A <= 0; g = exp(mean over the row) is one number for all tokens of a row
+    (arXiv 2507.20673, section 3). The clips are distances of the LOG ratio from 0; the paper
+    uses 0.4 for both. All tokens of a row must be in the same call. The paper's mean over rows is
+    `aggregation="sequence"`.
+
+    Metrics: `clip_low` and `clip_high` (how many tokens the clip stops at either end), `ratio`
+    (g), `approx_kl`. Raises ValueError for a negative clip or shapes that differ.
+    """
+    if clip_low < 0 or clip_high < 0:
+        raise ValueError(
+            f"clip_low: {clip_low} and clip_high: {clip_high} must be at least 0; both are "
+            "distances of the log ratio from 0, usually 0.4"
+        )
+    _same_shapes(logp_N, old_logp_N, advantage_N, weight_N, row_N, correction_N)
+    active_N = weight_N != 0
+    advantage_N = _cleared(advantage_N, active_N)
+    log_ratio_N = torch.where(active_N, logp_N - old_logp_N.detach(), 0)
+    up_N = advantage_N > 0
+    clipped_N = torch.where(
+        up_N, log_ratio_N.clamp(max=clip_high), log_ratio_N.clamp(min=-clip_low)
+    )
+    mean_N = row_means(clipped_N, row_N, num_rows, active_N)[row_N].exp()
+    stopped_low_N = (log_ratio_N < -clip_low) & (advantage_N < 0)
+    stopped_high_N = (log_ratio_N > clip_high) & up_N
+    metrics = {
+        "clip_low": active_sum(stopped_low_N.to(logp_N.dtype), weight_N),
+        "clip_high": active_sum(stopped_high_N.to(logp_N.dtype), weight_N),
+        "ratio": active_sum(mean_N, weight_N),
+        "approx_kl": _approx_kl(log_ratio_N, weight_N),
+    }
+    return _corrected_sum(-mean_N * advantage_N, weight_N, correction_N), metrics
+
+
+def squared_log_ratio(
+    logp_N: Tensor,
+    old_logp_N: Tensor,
+    advantage_N: Tensor,
+    weight_N: Tensor,
+    row_N: Tensor,
+    *,
+    num_rows: int,
+    tau: float,
+    correction_N: Tensor | None = None,
+) -> tuple[Tensor, Metrics]:
+    """Kimi's loss: sum of `weight * correction * (A - tau * log(pi / pi_old))^2 / (2 tau)`.
+
+    log(pi / pi_old) is the SUM over the tokens of the row, and A the row's r - mean of its group
+    (`advantages(mode="group_mean")`): regression onto the optimum of a reward with the penalty
+    `tau * KL(pi || pi_old)` (Kimi k1.5, arXiv 2501.12599, section 2.3.2; K2, arXiv 2507.20534,
+    section 3.2.3). Both write the bare square. Over 2 tau its gradient is the one that k1.5 gives,
+    `-(A - tau * log(pi / pi_old)) * grad log pi`, whose size does not go with tau.
+
+    A row's loss is given to each of its tokens, and all of them must be in the same call. With
+    `aggregation="sequence"` a row counts once, as in the papers; every token then has the gradient
+    -A while pi = pi_old, without a division by the length.
+
+    Metrics: `ratio` (geometric mean of the row), `approx_kl`, `residual` ((A - tau * log ratio)^2).
+    Raises ValueError for a `tau` that is not positive or shapes that differ.
+    """
+    if not tau > 0:
+        raise ValueError(
+            f"tau: {tau} must be above 0; it is the weight of the KL to the old policy"
+        )
+    _same_shapes(logp_N, old_logp_N, advantage_N, weight_N, row_N, correction_N)
+    active_N = weight_N != 0
+    token_log_ratio_N, log_ratio_N = _log_ratios(
+        logp_N, old_logp_N, active_N, row_N, num_rows=num_rows, ratio="product"
+    )
+    residual_N = (_cleared(advantage_N, active_N) - tau * log_ratio_N).square()
+    mean_N = row_means(token_log_ratio_N.detach(), row_N, num_rows, active_N)[row_N].exp()
+    metrics = {
+        "ratio": active_sum(mean_N, weight_N),
+        "approx_kl": _approx_kl(token_log_ratio_N, weight_N),
+        "residual": active_sum(residual_N, weight_N),
+    }
+    return _corrected_sum(residual_N / (2 * tau), weight_N, correction_N), metrics
+
+
+def _log_ratios(
     logp_N: Tensor,
     old_logp_N: Tensor,
     active_N: Tensor,
@@ -126,7 +254,7 @@ def log_ratios(
     return token_log_ratio_N, of_rows(token_log_ratio_N, row_N, num_rows, active_N)[row_N]
 
 
-def check_clip(clip_low: float, clip_high: float) -> None:
+def _check_clip(clip_low: float, clip_high: float) -> None:
     """Raise ValueError unless both are distances from ratio 1 and the lower end is at least 0."""
     if not (0 <= clip_low <= 1 and clip_high >= 0):
         raise ValueError(
@@ -135,49 +263,34 @@ def check_clip(clip_low: float, clip_high: float) -> None:
         )
 
 
-def kl_penalty(
-    logp_N: Tensor, ref_logp_N: Tensor, weight_N: Tensor, *, estimator: Estimator
-) -> tuple[Tensor, Metrics]:
-    """Sum of `weight * k(logp, ref_logp)`: a KL penalty towards a reference, as a loss.
-
-    What is descended, in expectation over tokens sampled from the student:
-
-    - `k2`: the gradient of KL(student || reference).
-    - `k3`: the gradient of KL(reference || student), the forward KL (GRPO's choice).
-    - `k1`: nothing. Its expected gradient is E[grad log p] = 0, so it is refused here.
-
-    As a part of the reward all three are usable (`posttrain.losses.ops.kl_estimate`, detached).
-    `ref_logp_N` is a constant. Metrics: `kl`, the unweighted sum of the estimates.
-    Raises ValueError for `k1` and for an unknown estimator.
-    """
-    known_choice("estimator", estimator, Estimator)
-    if estimator == "k1":
-        raise ValueError(
-            "estimator: 'k1' as a loss has zero expected gradient (the mean of grad log p over "
-            "samples of p is zero); k1 belongs in the reward. Choices: k2, k3 as a loss; k1, k2, "
-            "k3 in the reward"
-        )
-    same_shape(logp_N=logp_N, ref_logp_N=ref_logp_N, weight_N=weight_N)
-    kl_N = kl_estimate(logp_N, ref_logp_N.detach(), estimator=estimator)
-    return weighted_sum(kl_N, weight_N), {"kl": active_sum(kl_N, weight_N)}
+def _same_shapes(
+    logp_N: Tensor,
+    old_logp_N: Tensor,
+    advantage_N: Tensor,
+    weight_N: Tensor,
+    row_N: Tensor,
+    correction_N: Tensor | None,
+) -> None:
+    same_shape(
+        logp_N=logp_N,
+        old_logp_N=old_logp_N,
+        advantage_N=advantage_N,
+        weight_N=weight_N,
+        row_N=row_N,
+        correction_N=correction_N,
+    )
 
 
-def unbiased_kl_penalty(
-    logp_N: Tensor, old_logp_N: Tensor, ref_logp_N: Tensor, weight_N: Tensor
-) -> tuple[Tensor, Metrics]:
-    """Sum of `weight * (p / p_old) * k3(logp, ref_logp)`: unbiased in value and gradient.
+def _cleared(value_N: Tensor, active_N: Tensor) -> Tensor:
+    """The constant values of active tokens, and 0: a row's number would carry 0 * NaN on."""
+    return torch.where(active_N, value_N.detach(), 0)
 
-    In expectation over tokens sampled from the old policy (the one that sampled, or the one before
-    the updates on the batch) it is KL(student || reference), and its gradient is the gradient of
-    that (DeepSeek-V3.2, arXiv 2512.02556, section 3.1, "unbiased KL estimate"). The ratio carries
-    gradient even where it is exactly 1: then d * grad log p is descended, with d = logp - ref_logp.
 
-    `old_logp_N` and `ref_logp_N` are constants. Metrics: `kl`, the unweighted sum of the estimates.
-    Raises ValueError for shapes that differ.
-    """
-    same_shape(logp_N=logp_N, old_logp_N=old_logp_N, ref_logp_N=ref_logp_N, weight_N=weight_N)
-    active_N = weight_N != 0
-    ratio_N = torch.where(active_N, logp_N - old_logp_N.detach(), 0).exp()
-    difference_N = torch.where(active_N, logp_N - ref_logp_N.detach(), 0)
-    kl_N = ratio_N * (torch.expm1(-difference_N) + difference_N)
-    return weighted_sum(kl_N, weight_N), {"kl": active_sum(kl_N, weight_N)}
+def _corrected_sum(loss_N: Tensor, weight_N: Tensor, correction_N: Tensor | None) -> Tensor:
+    if correction_N is not None:
+        loss_N = loss_N * _cleared(correction_N, weight_N != 0)
+    return weighted_sum(loss_N, weight_N)
+
+
+def _approx_kl(token_log_ratio_N: Tensor, weight_N: Tensor) -> Tensor:
+    return active_sum(token_log_ratio_N.expm1() - token_log_ratio_N, weight_N)

@@ -22,8 +22,8 @@ Legend: B rows, T positions of a row, N sampled tokens of all rows, F entries of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -245,15 +245,8 @@ class Batch:
         tokens_BT = pad(self.tokens_BT, (0, max(0, width - self.tokens_BT.shape[1])))
         sampled_BT = pad(self.sampled_BT, (0, max(0, width - self.sampled_BT.shape[1])))
         sampled_BT = sampled_BT.scatter(1, self.length_B[:, None], True)
-        return Batch(
-            tokens_BT=tokens_BT,
-            prompt_len_B=self.prompt_len_B,
-            length_B=self.length_B,
-            sampled_BT=sampled_BT,
-            problems=self.problems,
-            texts=self.texts,
-            columns={name: c for name, c in self.columns.items() if axis_of(name) == "B"},
-        )
+        columns = {name: c for name, c in self.columns.items() if axis_of(name) == "B"}
+        return replace(self, tokens_BT=tokens_BT, sampled_BT=sampled_BT, columns=columns)
 
     def with_prompts(self, prompts: Sequence[Sequence[int] | None], pad_id: int = 0) -> Batch:
         """The same rows after other prompts, token ids; None leaves a row's own.
@@ -271,34 +264,29 @@ class Batch:
             sampled.append([0] * len(own) + mark[start:length])
             prompt_lens.append(len(own))
         tokens_BT, length_B = pad_rows(rows, pad_id)
-        return Batch(
+        return replace(
+            self,
             tokens_BT=tokens_BT,
             prompt_len_B=torch.tensor(prompt_lens, dtype=torch.int64),
             length_B=length_B,
             sampled_BT=pad_rows(sampled, 0)[0].bool(),
-            problems=self.problems,
-            texts=self.texts,
             columns=dict(self.columns),
         )
 
     def without(self, *names: str) -> Batch:
         """The same rows without these columns, whether there or not."""
         columns = {name: c for name, c in self.columns.items() if name not in names}
-        return self._replace(columns, lambda tensor: tensor)
+        return replace(self, columns=columns)
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with rows and columns on a device."""
-        return self._replace(self.columns, lambda tensor: tensor.to(device))
-
-    def _replace(self, columns: Mapping[str, Tensor], change: Callable[[Tensor], Tensor]) -> Batch:
-        return Batch(
-            tokens_BT=change(self.tokens_BT),
-            prompt_len_B=change(self.prompt_len_B),
-            length_B=change(self.length_B),
-            sampled_BT=change(self.sampled_BT),
-            problems=self.problems,
-            texts=self.texts,
-            columns={name: change(column) for name, column in columns.items()},
+        return replace(
+            self,
+            tokens_BT=self.tokens_BT.to(device),
+            prompt_len_B=self.prompt_len_B.to(device),
+            length_B=self.length_B.to(device),
+            sampled_BT=self.sampled_BT.to(device),
+            columns={name: column.to(device) for name, column in self.columns.items()},
         )
 
 

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from posttrain.losses.ops import Metrics, known_choice, same_shape
+from posttrain.losses.ops import Metrics, known_choice, row_means, row_sums, same_shape
 
 CorrectionMode = Literal["none", "truncated", "icepop", "sequence_truncated", "sequence_icepop"]
 
@@ -61,10 +61,8 @@ def importance_correction(
     if mode.startswith("sequence_"):
         if row_N is None or num_rows is None:
             raise ValueError(f"row_N and num_rows: mode {mode!r} needs the row of each token")
-        same_shape(train_logp_N=train_logp_N, row_N=row_N)
         # An infinite sum stands for a row with a ratio that is not finite.
-        sum_B = log_ratio_N.new_zeros(num_rows).index_add(0, row_N, log_ratio_N)
-        log_ratio_N = sum_B[row_N]
+        log_ratio_N = row_sums(log_ratio_N, row_N, num_rows)[row_N]
         finite_N = torch.isfinite(log_ratio_N)
         ratio_N = torch.where(finite_N, log_ratio_N.exp(), 0)
     cut_N = torch.zeros_like(finite_N)
@@ -112,8 +110,7 @@ def off_policy_mask(
         raise ValueError(f"delta: {delta} must be at least 0, in nats per token")
     drift_N = (old_logp_N - logp_N).detach()
     drift_N = torch.where(torch.isfinite(drift_N), drift_N, 0)
-    sum_B = drift_N.new_zeros(num_rows).index_add(0, row_N, drift_N)
-    length_B = torch.bincount(row_N, minlength=num_rows).clamp(min=1)
-    dropped_N = (advantage_N.detach() < 0) & ((sum_B / length_B)[row_N] > delta)
+    mean_B = row_means(drift_N, row_N, num_rows, torch.ones_like(row_N, dtype=torch.bool))
+    dropped_N = (advantage_N.detach() < 0) & (mean_B[row_N] > delta)
     mask_N = (~dropped_N).to(drift_N.dtype)
     return mask_N, {"off_policy_masked": dropped_N.sum().to(drift_N.dtype)}

@@ -1,4 +1,4 @@
-"""Advantages and returns of single tokens: rewards to go, and generalised advantage estimation.
+"""Rewards of single tokens, and generalised advantage estimation from them.
 
 An episode is one response: it ends with its last token, after which there is no value and no
 reward. Every function sees the tokens of a row in the order in which they come; rows may come in
@@ -22,23 +22,10 @@ def token_rewards(reward_B: Tensor, row_N: Tensor, penalty_N: Tensor | None = No
     differ.
     """
     same_shape(row_N=row_N, penalty_N=penalty_N)
-    reward_N = reward_B.new_zeros(row_N.shape)
     position_N, length_B = _positions(row_N, len(reward_B))
     last_N = position_N == length_B[row_N] - 1
     reward_N = torch.where(last_N, reward_B[row_N], 0)
     return reward_N if penalty_N is None else reward_N - penalty_N
-
-
-def returns(reward_N: Tensor, row_N: Tensor, *, num_rows: int, gamma: float = 1.0) -> Tensor:
-    """`return_N`: G_t = r_t + gamma G_(t+1), the discounted reward from each token on.
-
-    REINFORCE++ (arXiv 2501.03262, section 3) uses them with gamma 1, whitened
-    (`posttrain.rl.advantage.whitened`). Raises ValueError for shapes that differ or a `gamma`
-    outside [0, 1].
-    """
-    same_shape(reward_N=reward_N, row_N=row_N)
-    _check_factors(gamma=gamma)
-    return _sums_to_go(reward_N.detach(), row_N, num_rows, gamma)
 
 
 def gae(
@@ -62,7 +49,9 @@ def gae(
     shapes that differ or a factor outside [0, 1].
     """
     same_shape(reward_N=reward_N, value_N=value_N, row_N=row_N)
-    _check_factors(gamma=gamma, lam=lam)
+    for name, factor in (("gamma", gamma), ("lam", lam)):
+        if not 0 <= factor <= 1:
+            raise ValueError(f"{name}: {factor} must be in [0, 1]")
     value_N = value_N.detach()
     position_N, length_B = _positions(row_N, num_rows)
     width = int(length_B.max()) if num_rows else 0
@@ -71,19 +60,13 @@ def gae(
     value_BR[row_N, position_N] = value_N
     next_N = value_BR[row_N, position_N + 1]
     delta_N = reward_N.detach() + gamma * next_N - value_N
-    advantage_N = _sums_to_go(delta_N, row_N, num_rows, gamma * lam)
-    return advantage_N, advantage_N + value_N
-
-
-def _sums_to_go(value_N: Tensor, row_N: Tensor, num_rows: int, factor: float) -> Tensor:
-    """S_t = value_t + factor S_(t+1) within each row."""
-    position_N, length_B = _positions(row_N, num_rows)
-    width = int(length_B.max()) if num_rows else 0
-    value_BR = value_N.new_zeros(num_rows, width)
-    value_BR[row_N, position_N] = value_N
+    advantage_BR = value_N.new_zeros(num_rows, width)
+    advantage_BR[row_N, position_N] = delta_N
+    # From the last token of each row back to its first.
     for position in range(width - 2, -1, -1):
-        value_BR[:, position] += factor * value_BR[:, position + 1]
-    return value_BR[row_N, position_N]
+        advantage_BR[:, position] += gamma * lam * advantage_BR[:, position + 1]
+    advantage_N = advantage_BR[row_N, position_N]
+    return advantage_N, advantage_N + value_N
 
 
 def _positions(row_N: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
@@ -93,9 +76,3 @@ def _positions(row_N: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
     order_N = torch.argsort(row_N, stable=True)
     sorted_position_N = torch.arange(len(row_N), device=row_N.device) - start_B[row_N[order_N]]
     return torch.empty_like(row_N).index_copy(0, order_N, sorted_position_N), length_B
-
-
-def _check_factors(**factors: float) -> None:
-    for name, factor in factors.items():
-        if not 0 <= factor <= 1:
-            raise ValueError(f"{name}: {factor} must be in [0, 1]")

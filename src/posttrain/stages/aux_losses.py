@@ -24,7 +24,7 @@ from posttrain.backends.prompting import Problem, in_modes
 from posttrain.engine.errors import ConfigError
 from posttrain.engine.graph import edge_name, named
 from posttrain.engine.jsonl import read_jsonl
-from posttrain.losses.sft import cross_entropy
+from posttrain.losses.ops import cross_entropy
 from posttrain.rl.batch import Batch
 from posttrain.rl.seeds import named_seed
 from posttrain.stages.context import Context

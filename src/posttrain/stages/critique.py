@@ -19,8 +19,7 @@ from torch import Tensor
 
 from posttrain.backends.base import AuxLoss, Head, HeadLoss, Metrics
 from posttrain.backends.chat import Chat
-from posttrain.losses.ops import token_logprobs
-from posttrain.losses.sft import cross_entropy
+from posttrain.losses.ops import cross_entropy, token_logprobs
 from posttrain.rewards.comparisons import VERDICTS, Compared, compared
 from posttrain.rewards.judge_kinds import Itself
 from posttrain.rl.batch import Batch

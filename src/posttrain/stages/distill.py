@@ -35,7 +35,7 @@ from posttrain.algorithms import (
     correction_arguments,
 )
 from posttrain.backends.base import Head, HeadLoss, Metrics
-from posttrain.losses.distill import JSD_BETA, full_vocabulary_of_each, sampled_token, top_k
+from posttrain.losses.distill import JSD_BETA, full_vocabulary, sampled_token, top_k
 from posttrain.losses.divergence import TeacherStates
 from posttrain.losses.ops import aggregation_weights, token_logprobs
 from posttrain.losses.policy import policy_gradient
@@ -207,7 +207,7 @@ def distill_loss(
         kl_N, entropy_N = values["kl"], values["entropy"]
         metrics |= {name: sums[name] for name in ("student_mass", "teacher_mass")}
     else:
-        total, _, values = full_vocabulary_of_each(
+        total, _, values = full_vocabulary(
             hidden_ND,
             head.weight_VD,
             teacher_states(settings.heads, batch),

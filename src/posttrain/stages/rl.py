@@ -24,8 +24,12 @@ from posttrain.algorithms import (
     correction_arguments,
 )
 from posttrain.backends.base import Learner, Metrics, Sampler, Scorer, TokenLoss
-from posttrain.losses.ops import aggregation_weights, kl_estimate
-from posttrain.losses.policy import kl_penalty, unbiased_kl_penalty
+from posttrain.losses.ops import (
+    aggregation_weights,
+    kl_estimate,
+    kl_penalty,
+    unbiased_kl_penalty,
+)
 from posttrain.rewards.judging import RewardFunction
 from posttrain.rewards.pool import VerifierPool
 from posttrain.rl.advantage import advantages, whitened, zero_variance

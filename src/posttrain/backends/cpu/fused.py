@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
+from transformers.cache_utils import DynamicCache
 
-from posttrain.backends.cpu.decoder import read_prompts
+from posttrain.backends.architecture import path_of
 from posttrain.backends.cpu.product import Product
 
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
@@ -32,11 +33,12 @@ ROUND = 16
 
 
 def is_fusable(model: Any) -> bool:
-    """Whether `FusedDecoder` computes this model: its class, its positions and its activation."""
+    """Whether `FusedDecoder` computes this model: attention, class, positions and activation."""
     config = model.config
     rope = getattr(config, "rope_parameters", None) or {}
     return (
-        type(model).__name__ in [family + head for family in FAMILIES for head in HEADS]
+        path_of(model) == "packed"
+        and type(model).__name__ in [family + head for family in FAMILIES for head in HEADS]
         and config.hidden_act == "silu"
         and rope.get("rope_type", "default") in ROPE_TYPES
     )
@@ -97,7 +99,12 @@ def _join_layer(layer: Any, scale: float) -> _Layer:
 
 
 class FusedDecoder:
-    """A `Decoder` for the models that `is_fusable` accepts. Copies most weights once."""
+    """One model with the keys and values of all rows that are being sampled, each in a slot.
+
+    Rows stand in slots 0..L-1, each at a length of its own, so that any of them can leave, move or
+    be replaced between two steps. For the models that `is_fusable` accepts; copies most weights
+    once.
+    """
 
     @torch.no_grad()
     def __init__(
@@ -139,8 +146,18 @@ class FusedDecoder:
         self.sin_T1C = (sin_1TC[0] * sign_C)[:, None].contiguous()
 
     def prefill(self, tokens_PT: Tensor, length_P: Tensor, *, first: int, copies: int) -> Tensor:
-        """See `Decoder.prefill`."""
-        hidden_PD, prefilled = read_prompts(self.model, tokens_PT, length_P)
+        """Read right-padded prompts; copy c of prompt p goes to slot `first + p * copies + c`.
+
+        Returns `hidden_PD`, which predicts the token after each prompt.
+        """
+        # Padding comes after the real tokens, so causal attention keeps it out; what it leaves in
+        # the cache is overwritten by the response, or never looked at.
+        prefilled = DynamicCache()
+        hidden_PTD = self.model.base_model(
+            input_ids=tokens_PT, past_key_values=prefilled, use_cache=True
+        ).last_hidden_state
+        prompt_P = torch.arange(len(length_P), device=tokens_PT.device)
+        hidden_PD: Tensor = hidden_PTD[prompt_P, length_P - 1]
         prompts, columns = tokens_PT.shape
         self.visible = max(self.visible, columns)
         slots = slice(first, first + prompts * copies)
@@ -151,7 +168,10 @@ class FusedDecoder:
         return hidden_PD
 
     def step(self, token_L: Tensor, length_L: Tensor) -> Tensor:
-        """See `Decoder.step`."""
+        """Read one token of every row in slots 0..L-1; `length_L` counts those before it.
+
+        Returns `hidden_LD`, which predicts the token after it.
+        """
         self.visible = int(length_L.max()) + 1
         rows = len(token_L)
         hidden_LD = self.model.model.embed_tokens.weight[token_L]
@@ -178,7 +198,7 @@ class FusedDecoder:
         return normed_LD
 
     def move(self, source_M: Tensor, target_M: Tensor) -> None:
-        """See `Decoder.move`."""
+        """Copy slots `source_M` to slots `target_M`; no slot is in both."""
         used = self.cache[:, :, :, :, : self.visible]
         used.index_copy_(2, target_M, used.index_select(2, source_M))
 

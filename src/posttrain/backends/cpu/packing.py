@@ -84,16 +84,12 @@ class PackedPass:
 
     def to(self, device: torch.device) -> PackedPass:
         """The same pass on another device; this one itself where it is on it."""
-        return replace(
-            self,
-            index_B=self.index_B.to(device),
-            tokens_CT=self.tokens_CT.to(device),
-            position_CT=self.position_CT.to(device),
-            predicts_N=self.predicts_N.to(device),
-            index_M=self.index_M.to(device),
-            unit_CT=self.unit_CT.to(device),
-            owner_CT=self.owner_CT.to(device),
-        )
+        moved: dict[str, Any] = {
+            name: value.to(device)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
+        }
+        return replace(self, **moved)
 
     def mask(self, dtype: torch.dtype) -> Tensor | None:
         """`[C, 1, T, T]`, 0 where a position may look and -inf elsewhere; None for causal."""

@@ -2,7 +2,7 @@
 
 Each prompt is read once for its whole group. A row's random numbers depend only on (seed, row,
 position), so its response does not depend on which rows happen to run beside it. Log-probs come
-from the same pass. Models for which slots do not work are sampled in lockstep (`lockstep.py`).
+from the same pass. Models that have no fused decoder are sampled in lockstep (`lockstep.py`).
 
 Legend: P prompts, L rows in slots, E rows that have just ended, M rows that move, B rows,
 T positions, R response positions, V vocabulary, D hidden.
@@ -17,14 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from posttrain.backends.architecture import evaluating
 from posttrain.backends.base import Head
-from posttrain.backends.cpu.decoder import Decoder, TransformersDecoder
-from posttrain.backends.cpu.fused import FusedDecoder, is_fusable
+from posttrain.backends.cpu.fused import FusedDecoder
 from posttrain.backends.cpu.product import Product
 from posttrain.backends.token_sampling import (
     SampleBuffer,
     draw,
-    mask_to_nucleus,
     row_seeds,
     uniform,
 )
@@ -39,16 +38,12 @@ MAX_COPIED = 2**24
 class Decoders:
     """Makes the decoders of one model, each of which may take over the memory of the last."""
 
-    def __init__(self, model: Any, *, fused: bool = True) -> None:
-        """Without `fused` every model is decoded by transformers' own forward pass."""
+    def __init__(self, model: Any) -> None:
         self.model = model
-        self.fused = fused and is_fusable(model)
         self.buffer: Tensor | None = None
 
-    def make(self, num_slots: int, num_positions: int) -> Decoder:
-        """The fastest decoder that computes this model."""
-        if not self.fused:
-            return TransformersDecoder(self.model, num_slots=num_slots, num_positions=num_positions)
+    def make(self, num_slots: int, num_positions: int) -> FusedDecoder:
+        """A decoder with room for so many rows of so many tokens."""
         # Taken, not shared: a decoder that is made meanwhile gets memory of its own.
         buffer, self.buffer = self.buffer, None
         decoder = FusedDecoder(
@@ -97,15 +92,11 @@ class Slots:
         self.hidden_LD: Tensor | None = None
 
     def __iter__(self) -> Iterator[Tensor]:
-        was_training = self.model.training
-        self.model.eval()
-        try:
+        with evaluating(self.model):
             while len(self.row_L) or self.waiting:
                 ended_E = self._advance()
                 if ended_E is not None:
                     yield ended_E
-        finally:
-            self.model.train(was_training)
 
     @property
     def waiting(self) -> bool:
@@ -121,12 +112,9 @@ class Slots:
         weight = self.head.weight_VD
         logits_LV = self.project(self.hidden_LD).float()
         uniform_L = self.uniform_LR.gather(1, self.position_L[:, None])[:, 0].to(weight.device)
-        logits_LV, nucleus_LV = mask_to_nucleus(logits_LV, self.temperature, self.top_p)
-        token_L, logp_L = draw(logits_LV, uniform_L, self.temperature)
-        token_L = token_L.cpu()
-        ended_L = self.samples.record(
-            self.row_L, self.position_L, token_L, logp_L.cpu(), nucleus_LV
-        )
+        drawn = draw(logits_LV, uniform_L, self.temperature, self.top_p)
+        token_L = drawn.token_B.cpu()
+        ended_L = self.samples.record(self.row_L, self.position_L, drawn)
         self.position_L = self.position_L + 1
         ended_E = None
         if bool(ended_L.any()):
