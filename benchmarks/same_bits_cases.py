@@ -130,6 +130,7 @@ AFTER: dict[str, str] = {
     "merge_ties": "merge(learned, base=base, how=Ties(.4))",
     "merge_dare": "merge(learned, base=base, how=DareLinear(.5))",
     "merge_dare_ties": "merge(learned, base=base, how=DareTies(.5))",
+    "best_greedy": "best(learned, prompts=both, samples=0, **measure)",
 }
 """Case to its expression in the newer language, where that is another one than in `BEFORE`."""
 
