@@ -222,7 +222,7 @@ def run_stage(tmp_path: Path) -> Iterator[RunStage]:
     import torch
 
     from posttrain.engine.process import Job
-    from posttrain.stages.config import build_config, config_of
+    from posttrain.stages.config import build_config
     from posttrain.stages.worker import run_job
 
     def run(
@@ -242,7 +242,7 @@ def run_stage(tmp_path: Path) -> Iterator[RunStage]:
             kind=kind,
             version=1,
             fingerprint="0" * 64,
-            config=config_of(build_config(kind, f"my_{kind}", settings)),
+            config=build_config(kind, f"my_{kind}", settings).to_json(),
             data={},
             runtime={},
             inputs=inputs,

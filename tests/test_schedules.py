@@ -69,7 +69,7 @@ def test_tracking_steps_towards_its_target_within_bounds() -> None:
     ("make", "says"),
     [
         (lambda: schedules.steps({5: 1.0}), "the first is 0"),
-        (lambda: schedules.alternate(1.0, every=2), "two values or more"),
+        (lambda: schedules.alternate(1.0, every=2), "at least 2 items"),
         (lambda: schedules.linear(1.0, 0.0, until=0), "until = 0"),
         (lambda: schedules.on_plateau(1.0, 2.0), "exactly one of change and times"),
         (lambda: schedules.on_plateau(1.0, 2.0, change=-0.1), "never move from 1.0 towards 2.0"),

@@ -10,18 +10,18 @@ from pydantic import Field, ValidationError, model_validator
 
 from posttrain import schedules
 from posttrain.schedules import parse_schedule
-from posttrain.values import ByKind, Settings, by_kind, changing
+from posttrain.values import ByKind, Settings, by_kind, changing, tag
 
 
 class Plain(Settings):
-    kind: Literal["plain"] = "plain"
+    kind: Literal["plain"] = tag("plain")
     size: int = changing(4, gt=0)
     rate: float | None = changing(None, gt=0)
     name: str = "x"
 
 
 class Banded(Settings):
-    kind: Literal["banded"] = "banded"
+    kind: Literal["banded"] = tag("banded")
     low: float = changing(0.0)
     high: float = changing(1.0)
 
@@ -163,10 +163,12 @@ def test_settings_fit_each_other_at_every_step_at_which_a_schedule_turns() -> No
     low = schedules.steps({0: 0.2, 4: 0.9})
     with pytest.raises(ValidationError, match=r"low = 0.9 .* at step 4: low = 0.9 is above high"):
         Banded(low=low, high=0.5)
+    with pytest.raises(ValidationError, match="high = 0 of its schedule at the last step"):
+        Stage(steps=100, choice={"kind": "banded", "low": 0.2, "high": schedules.linear(1, 0)})
     both = Banded(low=low, high=schedules.steps({0: 0.5, 4: 1.0}))
     assert (both.at(4, 10, nothing).low, both.at(4, 10, nothing).high) == (0.9, 1.0)
 
 
 def test_nothing_changes_after_it_was_made() -> None:
     with pytest.raises(ValidationError, match="frozen"):
-        Stage().lr = 1.0  # type: ignore[misc]
+        Stage().lr = 1.0

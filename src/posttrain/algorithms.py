@@ -24,7 +24,7 @@ from pydantic import BaseModel, Field, model_validator
 
 from posttrain.engine.errors import ConfigError
 from posttrain.engine.fingerprint import digest
-from posttrain.values import ByKind, Settings, changing
+from posttrain.values import ByKind, Settings, changing, tag
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0)]
@@ -37,7 +37,7 @@ class Custom(Settings):
     BY_GROUP: ClassVar[bool] = False
     """As an advantage it may set rows apart in any way, so none is left out before it is asked."""
 
-    kind: Literal["custom"] = "custom"
+    kind: Literal["custom"] = tag("custom")
     name: str
     """File and function, for messages: "loss.py:sapo"."""
     source: str
@@ -97,7 +97,7 @@ class Clip(Settings):
 
     FUNCTION: ClassVar[str] = "posttrain.losses.policy:policy_gradient"
 
-    kind: Literal["clip"] = "clip"
+    kind: Literal["clip"] = tag("clip")
     clip_low: float = changing(0.2, gt=0, le=1)
     clip_high: float = changing(0.2, gt=0)
     ratio: Ratio = "token"
@@ -111,7 +111,7 @@ class Cispo(Settings):
 
     FUNCTION: ClassVar[str] = "posttrain.losses.policy:cispo"
 
-    kind: Literal["cispo"] = "cispo"
+    kind: Literal["cispo"] = tag("cispo")
     clip_low: float = changing(0.2, gt=0, le=1)
     clip_high: float = changing(0.2, gt=0)
     ratio: Ratio = "token"
@@ -122,7 +122,7 @@ class Gmpo(Settings):
 
     FUNCTION: ClassVar[str] = "posttrain.losses.policy:geometric_mean"
 
-    kind: Literal["gmpo"] = "gmpo"
+    kind: Literal["gmpo"] = tag("gmpo")
     clip_low: float = changing(0.2, gt=0, le=1)
     clip_high: float = changing(0.2, gt=0)
 
@@ -132,7 +132,7 @@ class Kimi(Settings):
 
     FUNCTION: ClassVar[str] = "posttrain.losses.policy:squared_log_ratio"
 
-    kind: Literal["kimi"] = "kimi"
+    kind: Literal["kimi"] = tag("kimi")
     tau: float = changing(1.0, gt=0)
     """Strength of the pull to the policy before the updates."""
 
@@ -147,49 +147,49 @@ class GroupMean(Settings):
     """Reward less the mean of its group (Dr.GRPO, arXiv 2503.20783)."""
 
     BY_GROUP: ClassVar[bool] = True
-    kind: Literal["group_mean"] = "group_mean"
+    kind: Literal["group_mean"] = tag("group_mean")
 
 
 class GroupZScore(Settings):
     """Less the mean of its group, over its standard deviation (GRPO, arXiv 2402.03300)."""
 
     BY_GROUP: ClassVar[bool] = True
-    kind: Literal["group_zscore"] = "group_zscore"
+    kind: Literal["group_zscore"] = tag("group_zscore")
 
 
 class LeaveOneOut(Settings):
     """Less the mean of the other responses of its group (RLOO, arXiv 2402.14740)."""
 
     BY_GROUP: ClassVar[bool] = True
-    kind: Literal["leave_one_out"] = "leave_one_out"
+    kind: Literal["leave_one_out"] = tag("leave_one_out")
 
 
 class LeaveOneOutZScore(Settings):
     """The same, whitened over the batch (TRL's `normalize_advantages` of RLOO)."""
 
     BY_GROUP: ClassVar[bool] = True
-    kind: Literal["leave_one_out_zscore"] = "leave_one_out_zscore"
+    kind: Literal["leave_one_out_zscore"] = tag("leave_one_out_zscore")
 
 
 class BatchZScore(Settings):
     """Less the mean of its group, over the standard deviation of the batch (LitePPO)."""
 
     BY_GROUP: ClassVar[bool] = True
-    kind: Literal["batch"] = "batch"
+    kind: Literal["batch"] = tag("batch")
 
 
 class Global(Settings):
     """A z-score over the whole batch (REINFORCE++, arXiv 2501.03262): groups are not read."""
 
     BY_GROUP: ClassVar[bool] = False
-    kind: Literal["global"] = "global"
+    kind: Literal["global"] = tag("global")
 
 
 class Gae(Settings):
     """Of each token, by a critic that learns beside the policy (PPO; arXiv 1506.02438)."""
 
     BY_GROUP: ClassVar[bool] = False
-    kind: Literal["gae"] = "gae"
+    kind: Literal["gae"] = tag("gae")
     lam: float = changing(0.95, ge=0, le=1)
     """0 trusts the critic alone, 1 the rewards alone."""
     gamma: float = changing(1.0, ge=0, le=1)
@@ -245,7 +245,7 @@ class KL(Settings):
 class Truncated(Settings):
     """The importance ratio, at most `high`."""
 
-    kind: Literal["truncated"] = "truncated"
+    kind: Literal["truncated"] = tag("truncated")
     high: float = changing(5.0, ge=1)
     sequence: bool = False
     """The ratio of the whole response instead of the token's."""
@@ -254,7 +254,7 @@ class Truncated(Settings):
 class IcePop(Settings):
     """The importance ratio; tokens where it is outside [low, high] drop (arXiv 2601.02780)."""
 
-    kind: Literal["icepop"] = "icepop"
+    kind: Literal["icepop"] = tag("icepop")
     low: float = changing(0.5, ge=0, le=1)
     high: float = changing(5.0, ge=1)
     sequence: bool = False
@@ -280,19 +280,19 @@ def correction_arguments(correction: Truncated | IcePop | None) -> dict[str, Any
 class TokenMean(Settings):
     """The mean over all tokens (DAPO, arXiv 2503.14476)."""
 
-    kind: Literal["token"] = "token"
+    kind: Literal["token"] = tag("token")
 
 
 class SequenceMean(Settings):
     """The mean over rows of the mean over tokens (GRPO, arXiv 2402.03300)."""
 
-    kind: Literal["sequence"] = "sequence"
+    kind: Literal["sequence"] = tag("sequence")
 
 
 class ConstantSum(Settings):
     """The mean over rows of sums over a constant: length does not rescale (Dr.GRPO)."""
 
-    kind: Literal["constant"] = "constant"
+    kind: Literal["constant"] = tag("constant")
     constant: int | None = Field(None, gt=0)
     """`max_new_tokens` if not given."""
 
@@ -339,13 +339,13 @@ class _Rates(BaseModel):
 class InTurn(Settings, _Repeats):
     """Each domain's problems in turn, none left out."""
 
-    kind: Literal["in_turn"] = "in_turn"
+    kind: Literal["in_turn"] = tag("in_turn")
 
 
 class Band(Settings, _Repeats, _Rates):
     """Problems with a pass rate from `low` to `high`."""
 
-    kind: Literal["band"] = "band"
+    kind: Literal["band"] = tag("band")
     low: Share = changing(0.0)
     high: Share = changing(1.0)
 
@@ -361,7 +361,7 @@ class Band(Settings, _Repeats, _Rates):
 class Gaussian(Settings, _Repeats, _Rates):
     """Problems in proportion to exp(-(rate - target)^2 / (2 spread^2)) (Nemotron 3 Nano)."""
 
-    kind: Literal["gaussian"] = "gaussian"
+    kind: Literal["gaussian"] = tag("gaussian")
     target: Share = changing(0.5)
     spread: float = changing(0.2, gt=0)
 
@@ -387,7 +387,7 @@ class Critique(Settings):
 class SampledToken(Settings):
     """The teacher's log-ratio of the sampled token as a detached advantage (MiMo-V2-Flash)."""
 
-    kind: Literal["sampled_token"] = "sampled_token"
+    kind: Literal["sampled_token"] = tag("sampled_token")
     clip: float | None = changing(5.0, gt=0)
     """Bound on |log teacher - log student|."""
 
@@ -395,14 +395,14 @@ class SampledToken(Settings):
 class TopK(Settings):
     """The reverse KL over the teacher's likeliest tokens of each position."""
 
-    kind: Literal["top_k"] = "top_k"
+    kind: Literal["top_k"] = tag("top_k")
     k: int = changing(64, gt=0)
 
 
 class ReverseKL(Settings):
     """KL(student || teacher) over the whole vocabulary, exactly."""
 
-    kind: Literal["reverse_kl"] = "reverse_kl"
+    kind: Literal["reverse_kl"] = tag("reverse_kl")
     cache: Literal["float32", "bfloat16"] = "float32"
     """Type in which the teachers' hidden states are kept."""
 
@@ -410,7 +410,7 @@ class ReverseKL(Settings):
 class ForwardKL(Settings):
     """KL(teacher || student) over the whole vocabulary, exactly."""
 
-    kind: Literal["forward_kl"] = "forward_kl"
+    kind: Literal["forward_kl"] = tag("forward_kl")
     cache: Literal["float32", "bfloat16"] = "float32"
     """Type in which the teachers' hidden states are kept."""
 
@@ -418,7 +418,7 @@ class ForwardKL(Settings):
 class Jsd(Settings):
     """The generalised Jensen-Shannon divergence over the whole vocabulary, exactly."""
 
-    kind: Literal["jsd"] = "jsd"
+    kind: Literal["jsd"] = tag("jsd")
     beta: float = changing(0.5, gt=0, lt=1)
     """Near 0 it weighs like the forward KL, near 1 like the reverse KL."""
     cache: Literal["float32", "bfloat16"] = "float32"
@@ -433,13 +433,13 @@ Estimator = Annotated[
 class Even(Settings):
     """Every row counts the same."""
 
-    kind: Literal["even"] = "even"
+    kind: Literal["even"] = tag("even")
 
 
 class TokenShare(Settings):
     """A domain contributes its share of the prompts in tokens too (Open-MOPD, arXiv 2608.19098)."""
 
-    kind: Literal["tokens"] = "tokens"
+    kind: Literal["tokens"] = tag("tokens")
 
 
 Balance = Annotated[Even | TokenShare, Field(discriminator="kind"), ByKind]
@@ -452,7 +452,7 @@ class Dpo(Settings):
     """Direct preference optimisation (arXiv 2305.18290)."""
 
     MEAN: ClassVar[bool] = False
-    kind: Literal["dpo"] = "dpo"
+    kind: Literal["dpo"] = tag("dpo")
     beta: float = changing(0.1, gt=0)
     """Reward per nat of the score."""
     label_smoothing: float = changing(0.0, ge=0, lt=0.5)
@@ -465,7 +465,7 @@ class DpoNorm(Settings):
     """DPO on mean log-ratios per token (Tülu 3, arXiv 2411.15124)."""
 
     MEAN: ClassVar[bool] = True
-    kind: Literal["dpo_norm"] = "dpo_norm"
+    kind: Literal["dpo_norm"] = tag("dpo_norm")
     beta: float = changing(0.1, gt=0)
     """Reward per nat of the score. Tülu 3: 5."""
     label_smoothing: float = changing(0.0, ge=0, lt=0.5)
@@ -476,7 +476,7 @@ class SimPO(Settings):
     """Mean log-probabilities and a margin, without a reference (arXiv 2405.14734)."""
 
     MEAN: ClassVar[bool] = True
-    kind: Literal["simpo"] = "simpo"
+    kind: Literal["simpo"] = tag("simpo")
     beta: float = changing(0.1, gt=0)
     """Reward per nat of the score. SimPO: 2 to 2.5."""
     gamma: float = changing(0.5, ge=0)
@@ -489,7 +489,7 @@ class Ipo(Settings):
     """A squared loss onto a fixed margin (arXiv 2310.12036)."""
 
     MEAN: ClassVar[bool] = True
-    kind: Literal["ipo"] = "ipo"
+    kind: Literal["ipo"] = tag("ipo")
     beta: float = changing(0.1, gt=0)
     nll_weight: float = changing(0.0, ge=0)
 
@@ -498,7 +498,7 @@ class Kto(Settings):
     """Learns from each response by itself, as desirable or not (arXiv 2402.01306)."""
 
     MEAN: ClassVar[bool] = False
-    kind: Literal["kto"] = "kto"
+    kind: Literal["kto"] = tag("kto")
     beta: float = changing(0.1, gt=0)
     desirable_weight: float = changing(1.0, gt=0)
     undesirable_weight: float = changing(1.0, gt=0)
@@ -511,7 +511,7 @@ Preference = Annotated[Dpo | DpoNorm | SimPO | Ipo | Kto, Field(discriminator="k
 class BradleyTerry(Settings):
     """By the difference of the two rewards of a pair."""
 
-    kind: Literal["bradley_terry"] = "bradley_terry"
+    kind: Literal["bradley_terry"] = tag("bradley_terry")
     margins: Literal["none", "strength"] = "none"
     """`strength` asks for a larger difference of clearer preferences (Llama 2)."""
     centring: float = changing(0.0, ge=0)
@@ -521,7 +521,7 @@ class BradleyTerry(Settings):
 class Pointwise(Settings):
     """By each response as good or bad."""
 
-    kind: Literal["pointwise"] = "pointwise"
+    kind: Literal["pointwise"] = tag("pointwise")
 
 
 RewardLoss = Annotated[BradleyTerry | Pointwise, Field(discriminator="kind"), ByKind]
@@ -546,7 +546,7 @@ class AdamW(Settings):
 class CosineDecay(Settings):
     """The learning rate falls along half a cosine."""
 
-    kind: Literal["cosine"] = "cosine"
+    kind: Literal["cosine"] = tag("cosine")
     end: float = Field(0.05, ge=0, le=1)
     """Last learning rate as a share of `lr`."""
 
@@ -554,7 +554,7 @@ class CosineDecay(Settings):
 class LinearDecay(Settings):
     """The learning rate falls along a line."""
 
-    kind: Literal["linear"] = "linear"
+    kind: Literal["linear"] = tag("linear")
     end: float = Field(0.05, ge=0, le=1)
     """Last learning rate as a share of `lr`."""
 
@@ -562,7 +562,7 @@ class LinearDecay(Settings):
 class NoDecay(Settings):
     """The learning rate stays."""
 
-    kind: Literal["constant"] = "constant"
+    kind: Literal["constant"] = tag("constant")
 
 
 Decay = Annotated[CosineDecay | LinearDecay | NoDecay, Field(discriminator="kind"), ByKind]
@@ -585,13 +585,13 @@ class Aux(Settings):
 class Average(Settings):
     """The weighted mean of the models."""
 
-    kind: Literal["average"] = "average"
+    kind: Literal["average"] = tag("average")
 
 
 class TaskArithmetic(Settings):
     """The base plus the weighted sum of what the models learned on it (arXiv 2212.04089)."""
 
-    kind: Literal["task_arithmetic"] = "task_arithmetic"
+    kind: Literal["task_arithmetic"] = tag("task_arithmetic")
     scale: float = Field(1.0, gt=0)
     """What the sum is multiplied with before it is added to the base."""
 
@@ -599,7 +599,7 @@ class TaskArithmetic(Settings):
 class Ties(Settings):
     """Trimmed differences, and of each number only those of the elected sign (arXiv 2306.01708)."""
 
-    kind: Literal["ties"] = "ties"
+    kind: Literal["ties"] = tag("ties")
     density: float = Field(0.2, gt=0, le=1)
     """Share of each difference that stays, the largest."""
     scale: float = Field(1.0, gt=0)
@@ -608,7 +608,7 @@ class Ties(Settings):
 class DareLinear(Settings):
     """A random share of each difference, rescaled, added up (arXiv 2311.03099)."""
 
-    kind: Literal["dare_linear"] = "dare_linear"
+    kind: Literal["dare_linear"] = tag("dare_linear")
     density: float = Field(0.2, gt=0, le=1)
     """Share of each difference that stays, at random."""
     scale: float = Field(1.0, gt=0)
@@ -617,7 +617,7 @@ class DareLinear(Settings):
 class DareTies(Settings):
     """The same, with the signs elected as in `Ties`."""
 
-    kind: Literal["dare_ties"] = "dare_ties"
+    kind: Literal["dare_ties"] = tag("dare_ties")
     density: float = Field(0.2, gt=0, le=1)
     scale: float = Field(1.0, gt=0)
 
@@ -636,7 +636,7 @@ By = Literal["reward", "score"]
 class Correct(Settings):
     """All responses with full reward."""
 
-    kind: Literal["correct"] = "correct"
+    kind: Literal["correct"] = tag("correct")
     max_per_prompt: int | None = Field(4, gt=0)
     """Distinct responses kept per prompt; null keeps all."""
 
@@ -644,13 +644,13 @@ class Correct(Settings):
 class ShortestCorrect(Settings):
     """Of each prompt the shortest response with full reward."""
 
-    kind: Literal["shortest_correct"] = "shortest_correct"
+    kind: Literal["shortest_correct"] = tag("shortest_correct")
 
 
 class BestResponses(Settings):
     """Those that tie for the best of their prompt."""
 
-    kind: Literal["best"] = "best"
+    kind: Literal["best"] = tag("best")
     by: By = "reward"
     max_per_prompt: int | None = Field(4, gt=0)
     success: bool | None = None
@@ -660,7 +660,7 @@ class BestResponses(Settings):
 class TopShare(Settings):
     """The best share of all responses, over all prompts."""
 
-    kind: Literal["top_share"] = "top_share"
+    kind: Literal["top_share"] = tag("top_share")
     share: float = Field(gt=0, le=1)
     by: By = "reward"
     max_per_prompt: int | None = Field(4, gt=0)
@@ -670,7 +670,7 @@ class TopShare(Settings):
 class AllResponses(Settings):
     """All responses."""
 
-    kind: Literal["all"] = "all"
+    kind: Literal["all"] = tag("all")
     max_per_prompt: int | None = Field(4, gt=0)
     success: bool | None = None
 
@@ -687,36 +687,36 @@ class _Compared(BaseModel):
 
     by: By | None = None
     """The value that is compared: the score of the judge where there is one, else the reward."""
-    min_margin: float | None = Field(None, gt=0)
+    min_margin: float | None = Field(default=None, gt=0)
     """Least value of the chosen response minus that of the rejected one; of a judge that compares
-    two responses the least strength of its preference, 1 to 4. Without it any difference will do,
-    and `StrongAgainstWeak` does not look at values at all."""
+    two responses the least strength of its preference, 1 to 4. Without it any difference will do.
+    `StrongAgainstWeak` looks at values only where this or `by` is given."""
 
 
 class BestAgainstWorst(Settings, _Compared):
     """Of the responses to one problem the n-th best against the n-th worst."""
 
-    kind: Literal["best_against_worst"] = "best_against_worst"
+    kind: Literal["best_against_worst"] = tag("best_against_worst")
     max_per_prompt: int = Field(1, gt=0)
 
 
 class StrongAgainstWeak(Settings, _Compared):
     """The strong stage's n-th response against the weak one's (delta learning, OLMo 3)."""
 
-    kind: Literal["strong_against_weak"] = "strong_against_weak"
+    kind: Literal["strong_against_weak"] = tag("strong_against_weak")
     max_per_prompt: int = Field(1, gt=0)
 
 
 class AllPairs(Settings, _Compared):
     """All pairs of responses to one problem whose values differ."""
 
-    kind: Literal["all"] = "all"
+    kind: Literal["all"] = tag("all")
 
 
 class RandomPairs(Settings, _Compared):
     """Some of these pairs at random."""
 
-    kind: Literal["random"] = "random"
+    kind: Literal["random"] = tag("random")
     max_per_prompt: int = Field(1, gt=0)
 
 

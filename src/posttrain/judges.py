@@ -18,14 +18,7 @@ from typing import Any
 
 from posttrain.engine.errors import ConfigError
 from posttrain.rewards import judge_kinds as kinds
-from posttrain.rewards.judge_base import (
-    EDGE,
-    ByDomain,
-    Gate,
-    Lexicographic,
-    Normalised,
-    Whitened,
-)
+from posttrain.rewards.judge_base import EDGE
 from posttrain.rewards.judge_base import Judge as Judge
 
 Maker = Callable[..., Judge]
@@ -41,10 +34,10 @@ length: Maker = kinds.Length
 llm: Maker = kinds.Llm
 itself: Maker = kinds.Itself
 human: Maker = kinds.Human
-gate: Maker = Gate
-lexicographic: Maker = Lexicographic
-whitened: Maker = Whitened
-by_domain: Maker = ByDomain
+gate: Maker = kinds.Gate
+lexicographic: Maker = kinds.Lexicographic
+whitened: Maker = kinds.Whitened
+by_domain: Maker = kinds.ByDomain
 
 
 Handle = Any
@@ -117,7 +110,7 @@ def compare(
 def normalised(*judges: Judge) -> Judge:
     """Each judge's z-score within the group, added (GDPO, arXiv 2601.05242); weigh the result."""
     given: Any = judges
-    return Normalised(judges=given)
+    return kinds.Normalised(judges=given)
 
 
 def _edge(kind: str, stage: Handle) -> str:

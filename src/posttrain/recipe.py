@@ -297,7 +297,7 @@ class Recipe:
     ) -> Stage:
         """The best of several models on the validation problems of all domains or of `prompts`.
 
-        Of equally good ones it is the first. With a `judge` the metric is its score; a judge that
+        Of equally good ones it is the first. With a `judge` its score decides; a judge that
         compares responses compares the candidates'.
         """
         edges = inputs.candidates(self._build, name, candidates)
@@ -310,7 +310,7 @@ class Recipe:
         edges |= self._build.data(name, prompts, (Prompts,))
         if judge is not None:
             edges |= inputs.judged(self._build, name, judge, prompts.domains)
-            settings = {"metric": "score", "judge": judge} | settings
+            settings = {"judge": judge} | settings
         return self._build.stage("best", name, prompts.settings() | settings, edges)
 
     def sample(

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, Self, get_args
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -46,14 +45,8 @@ def _number(value: Any, info: ValidationInfo) -> Any:
     return value
 
 
-def _step_or_none(until: int | None) -> int | None:
-    if until is not None and until < 1:
-        raise ValueError(f"until = {until}; it is the step of the last value, 1 or more")
-    return until
-
-
 Number = Annotated[int | float, BeforeValidator(_number)]
-Until = Annotated[int | None, AfterValidator(_step_or_none)]
+Until = Annotated[int, Field(ge=1)] | None
 
 
 class Schedule(BaseModel):
@@ -191,25 +184,12 @@ class Alternate(Schedule):
     `alternate(32, 8, every=10)`."""
 
     schedule: Literal["alternate"] = "alternate"
-    values: list[Any]
-    every: int
+    values: list[Any] = Field(min_length=2)
+    every: int = Field(ge=1)
     metric: ClassVar[None] = None
 
     def __init__(self, *values: Any, **settings: Any) -> None:
         super().__init__(**({"values": list(values)} if values else {}), **settings)
-
-    @field_validator("values", mode="before")
-    @classmethod
-    def _is_a_list(cls, values: Any) -> Any:
-        if not isinstance(values, list):
-            raise ValueError(f"values = {values!r}; see posttrain.schedules.alternate")
-        return values
-
-    @model_validator(mode="after")
-    def _takes_turns(self) -> Self:
-        if len(self.values) < 2 or self.every < 1:
-            raise ValueError("it takes two values or more, and every >= 1")
-        return self
 
     def at(self, step: int, total: int, history: History) -> Any:
         """The value whose turn it is."""
@@ -240,7 +220,7 @@ class OnPlateau(Schedule):
     times: Number | None = None
     """what the value is multiplied by."""
     metric: str = "reward"
-    patience: int = 10
+    patience: int = Field(10, ge=1)
     """Steps of each of the two windows whose means are compared."""
     gain: Number = 0.01
     """Least rise of the mean that is no plateau, in units of the metric."""
@@ -249,8 +229,6 @@ class OnPlateau(Schedule):
     def _moves(self) -> Self:
         if (self.change is None) == (self.times is None):
             raise ValueError("give exactly one of change and times")
-        if self.patience < 1:
-            raise ValueError(f"patience = {self.patience}; it is a number of steps, 1 or more")
         if (self._moved(self.first) - self.first) * (self.last - self.first) <= 0:
             raise ValueError(f"it would never move from {self.first} towards {self.last}")
         return self
@@ -319,15 +297,13 @@ KINDS: dict[str, type[Schedule]] = {
 }
 
 
-# What a recipe writes.
-steps, linear, cosine, alternate, on_plateau, track = (
-    Steps,
-    Linear,
-    Cosine,
-    Alternate,
-    OnPlateau,
-    Track,
-)
+# What a recipe writes; Any, since it stands where a type checker expects the setting's own type.
+steps: Callable[..., Any] = Steps
+linear: Callable[..., Any] = Linear
+cosine: Callable[..., Any] = Cosine
+alternate: Callable[..., Any] = Alternate
+on_plateau: Callable[..., Any] = OnPlateau
+track: Callable[..., Any] = Track
 
 
 def is_schedule(value: object) -> bool:

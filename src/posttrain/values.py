@@ -9,9 +9,7 @@ own (`posttrain.algorithms`). A setting that is marked with `changing` may be gi
     settings.schedules                             {"surrogate.clip_high": Linear(...)}
     settings.at(10, 100, history).surrogate        Cispo(clip_high=3.8)
 
-The JSON form names a choice by its `kind`. With `defaults=False` it leaves out what is at its
-default: that is the identity of a stage, so that a setting which is added later changes nothing
-that was made before.
+The JSON form names a choice by its `kind`.
 """
 
 from __future__ import annotations
@@ -19,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from inspect import get_annotations
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self, dataclass_transform
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError
 from pydantic import model_validator as validator
@@ -38,6 +36,14 @@ def changing(default: Any, **limits: Any) -> Any:
     return Field(default, json_schema_extra={CHANGING: True}, **limits)
 
 
+def tag(kind: str, *, init: Literal[False] = False) -> Any:
+    """The `kind` of a choice, for a type checker no argument of the class; as a value it is `kind`
+    itself."""
+    return kind
+
+
+# To a type checker the settings of a class are arguments in their order, all of them optional.
+@dataclass_transform(field_specifiers=(tag, PrivateAttr))
 class Settings(BaseModel):
     """Base of all settings. An unknown name is an error; nothing changes after it was made.
 
@@ -104,7 +110,7 @@ class Settings(BaseModel):
     def at(self, step: int, total: int, history: History) -> Self:
         """The settings of 0-based `step` of `total`, with schedules resolved."""
         placed: dict[str, Any] = {
-            path: _rounded(schedule.at(step, total, history), like=self._first(path))
+            path: _rounded(schedule.at(step, total, history), like=_entry(dict(self), path))
             for path, schedule in self._schedules.items()
         }
         for path, choice in self._choices():
@@ -137,7 +143,11 @@ class Settings(BaseModel):
 
     def to_json(self, *, defaults: bool = True) -> dict[str, Any]:
         """Plain JSON data that makes the same settings again; without `defaults` only what differs
-        from them, and the kind of each choice."""
+        from them, and the kind of each choice.
+
+        What differs is the identity of a stage: a setting that is added later, with the default
+        that does what was done before, leaves every fingerprint as it is.
+        """
         found: dict[str, Any] = {}
         scheduled = {path.partition(".")[0] for path in self._schedules}
         for name, field in type(self).model_fields.items():
@@ -150,10 +160,6 @@ class Settings(BaseModel):
             spec = schedule.model_dump(mode="json")
             found[name] = {**found[name], entry: spec} if entry else spec
         return found
-
-    def _first(self, path: str) -> Any:
-        name, _, entry = path.partition(".")
-        return getattr(self, name)[entry] if entry else getattr(self, name)
 
     def implementation(self) -> Callable[..., Any]:
         """The function that puts a choice into practice; it takes `arguments` by name."""
@@ -185,18 +191,16 @@ def _separated(
 ) -> tuple[dict[str, Any], dict[str, Schedule]]:
     """The settings with the first values of schedules, and the schedules by path."""
     found: dict[str, Any] = {}
+    allowed = changing_fields(cls)
     for name, value in given.items():
-        field = cls.model_fields.get(name)
-        extra = field.json_schema_extra if field is not None else None
-        allowed = isinstance(extra, dict) and bool(extra.get(CHANGING))
         if is_schedule(value):
-            if not allowed:
+            if name not in allowed:
                 raise ValueError(
                     f"{name} cannot have a schedule; settings that can: "
-                    f"{', '.join(changing_fields(cls)) or 'none here'}"
+                    f"{', '.join(allowed) or 'none here'}"
                 )
             found[name] = value
-        elif isinstance(value, Mapping) and allowed:
+        elif isinstance(value, Mapping) and name in allowed:
             found |= {f"{name}.{key}": part for key, part in value.items() if is_schedule(part)}
     schedules: dict[str, Schedule] = {}
     for path, value in found.items():
@@ -226,18 +230,21 @@ def _check_all_values(
     """
     by_metric = {path: s for path, s in schedules.items() if s.metric is not None}
     by_step = {path: s for path, s in schedules.items() if s.metric is None}
-    total = plain.get("steps")
-    turns, total = corners(by_step.values(), total if isinstance(total, int) else None)
+    steps = plain.get("steps")
+    length = steps if isinstance(steps, int) else None
+    turns, total = corners(by_step.values(), length)
     for step in turns:
+        # A choice, or a stage whose length is in epochs, does not know which step is the last.
+        when = "the last step" if length is None and step == total - 1 else f"step {step}"
         values = {path: s.at(step, total, _no_history) for path, s in by_step.items()}
         values |= {path: s.possible_values()[0] for path, s in by_metric.items()}
         others = [{p: value} for p, s in by_metric.items() for value in s.possible_values()[1:]]
         for one in [values, *(values | other for other in others)]:
-            _check_values(cls, plain, one, step)
+            _check_values(cls, plain, one, when)
 
 
 def _check_values(
-    cls: type[Settings], plain: Mapping[str, Any], values: Mapping[str, Any], step: int
+    cls: type[Settings], plain: Mapping[str, Any], values: Mapping[str, Any], when: str
 ) -> None:
     firsts = {path: _entry(plain, path) for path in values}
     placed = {path: _rounded(value, like=firsts[path]) for path, value in values.items()}
@@ -249,7 +256,7 @@ def _check_values(
         where = ".".join(map(str, problem["loc"]))
         told = {p: v for p, v in placed.items() if p.partition(".")[0] == where.partition(".")[0]}
         shown = ", ".join(f"{path} = {value}" for path, value in (told or placed).items())
-        raise ValueError(f"{shown} of its schedule at step {step}: {message}") from None
+        raise ValueError(f"{shown} of its schedule at {when}: {message}") from None
 
 
 def _entry(settings: Mapping[str, Any], path: str) -> Any:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ConfigDict
-
 from posttrain import Recipe
 from posttrain.stages.kinds import Kind
+from posttrain.values import Settings
 
 if TYPE_CHECKING:  # it imports torch
     from posttrain.stages.context import Context
@@ -27,10 +26,8 @@ ECHO = Kind(
 )
 
 
-class Echo(BaseModel):
+class Echo(Settings):
     """Settings of an echo."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     calls: int = 3
     loss: float = 0.5

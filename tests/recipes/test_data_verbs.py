@@ -142,7 +142,6 @@ def test_judges_bring_their_stages_and_domains(r: Recipe) -> None:
     assert nodes["pairs"].inputs == {"rollouts": "scored"} | domains
     assert r.graph(liked).nodes["pairs"].config["judge"]["judge"] == "oracle"
     assert nodes["best"].inputs["judges.other"] == "other"
-    assert nodes["best"].config["metric"] == "score"
 
 
 def test_rollouts_of_rl_are_selected_by_step(r: Recipe) -> None:
@@ -221,10 +220,6 @@ BAD: list[tuple[Callable[[Recipe, Any], Any], str]] = [
     (
         lambda r, b: r.pairs(rollouts(r, b), against=rollouts2(r, b), judge=judges.oracle()),
         "how = strong_against_weak asks no judge",
-    ),
-    (
-        lambda r, b: r.best([b, start(r, "two")], judge=judges.oracle(), metric="greedy"),
-        "metric = greedy with a judge",
     ),
 ]
 

@@ -15,7 +15,7 @@ from posttrain.engine.graph import Graph
 from posttrain.engine.planner import plan
 from posttrain.engine.store import Store
 from posttrain.recipe import Recipe
-from posttrain.stages.config import build_config, config_of, identity_of
+from posttrain.stages.config import build_config
 from posttrain.stages.kinds import kind_of
 from posttrain.suites.load import load_suite
 
@@ -116,7 +116,7 @@ def test_a_default_may_be_written_or_left_out(given: dict[str, Any], same: dict[
 
 def test_what_differs_from_a_default_is_identity() -> None:
     found = [
-        identity_of(build_config(LEARN, "learn", settings))
+        build_config(LEARN, "learn", settings).to_json(defaults=False)
         for settings in (
             {},
             {"surrogate": "cispo"},
@@ -139,10 +139,10 @@ def test_what_differs_from_a_default_is_identity() -> None:
 @pytest.mark.parametrize("settings", [{}, CISPO, {"penalty": {"coef": 1}, "weights": {}}], ids=str)
 def test_the_whole_settings_make_the_same_again(settings: dict[str, Any]) -> None:
     built = build_config(LEARN, "learn", settings)
-    again = build_config(LEARN, "learn", config_of(built))
+    again = build_config(LEARN, "learn", built.to_json())
     assert again == built
-    assert config_of(again) == config_of(built)
-    assert build_config(LEARN, "learn", identity_of(built)) == built
+    assert again.to_json() == built.to_json()
+    assert build_config(LEARN, "learn", built.to_json(defaults=False)) == built
 
 
 @pytest.mark.parametrize(

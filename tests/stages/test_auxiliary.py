@@ -17,7 +17,7 @@ from posttrain.engine.errors import ConfigError
 from posttrain.stages.aux_losses import aux_rows, demo_batch
 from posttrain.stages.config import build_config
 from posttrain.stages.context import Context
-from posttrain.stages.settings.supervised import Sft
+from posttrain.stages.settings.offline import Sft
 
 RunStage = Callable[..., Any]
 COMMON: dict[str, Any] = {"lr": 0.01, "warmup_steps": 1, "steps": 4}

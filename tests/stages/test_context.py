@@ -20,7 +20,7 @@ from posttrain.engine.errors import ConfigError
 from posttrain.engine.work import read_step
 from posttrain.stages import context
 from posttrain.stages.context import Context
-from posttrain.stages.settings.supervised import Sft
+from posttrain.stages.settings.offline import Sft
 
 
 class Counter:

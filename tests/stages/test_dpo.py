@@ -25,8 +25,7 @@ from posttrain.rl.batch import Batch
 from posttrain.schedules import linear
 from posttrain.stages.config import build_config
 from posttrain.stages.data import Pool
-from posttrain.stages.dpo import counted_tokens, preference_loss
-from posttrain.stages.pair_data import mismatched, pair_batch
+from posttrain.stages.dpo import counted_tokens, mismatched, pair_batch, preference_loss
 
 RunStage = Callable[..., Any]
 LEARNER = LearnerSettings(betas=(0.9, 0.98), weight_decay=0.0, max_grad_norm=1.0)

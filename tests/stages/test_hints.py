@@ -143,7 +143,7 @@ def test_sft_learns_from_both_prompts(
     ],
 )
 def test_templates_are_checked_while_planning(template: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=rf"'student' \(distill\), field 'hints'.*{message}"):
+    with pytest.raises(ConfigError, match=rf"'student' \(distill\), field 'hints\.\w+'.*{message}"):
         build_config("distill", "student", {"steps": 1, "hints": {"short": template}})
     with pytest.raises(ConfigError, match=rf"'sft' \(sft\), field 'hint'.*{message}"):
         build_config("sft", "sft", {"steps": 1, "hint": template})

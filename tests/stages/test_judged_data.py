@@ -13,7 +13,7 @@ from posttrain import judges
 from posttrain.engine.errors import ConfigError, Waiting
 from posttrain.rewards.oracle import Oracle
 from posttrain.rewards.pool import VerifierPool
-from posttrain.stages import score
+from posttrain.stages import judging
 from posttrain.stages.config import build_config
 
 TEXTS = ("abc", "A bc", "7", "x" * 9)
@@ -82,7 +82,7 @@ def test_many_rows_are_asked_about_in_parts(
     rollouts.sort(key=lambda row: row["response"])
     ranked = judges.normalised(judge, judges.length(budget=4))
     whole = rows_of(ask("score", ranked).out / FILE)
-    monkeypatch.setattr(score, "ROWS_PER_CALL", 5)
+    monkeypatch.setattr(judging, "ROWS_PER_CALL", 5)
     parts = ask("score", ranked)
     assert [(line["step"], line["total"]) for line in parts.lines] == [(1, 3), (2, 3), (3, 3)]
     assert rows_of(parts.out / FILE) == whole
@@ -199,7 +199,7 @@ def best(
 ) -> Callable[..., Any]:
     def run(judge: judges.Judge, *names: str, **inputs: str) -> Any:
         edges = {f"candidates.{name}": models[name] for name in names} | dict(domains)
-        settings = {"num_problems": 8, "max_new_tokens": 6, "bootstrap": 100, "metric": "score"}
+        settings = {"num_problems": 8, "max_new_tokens": 6, "bootstrap": 100}
         return run_stage("best", settings | {"judge": spec(judge)}, edges | inputs)
 
     return run
@@ -252,8 +252,6 @@ def test_a_comparing_judge_compares_the_candidates(
             {"judge": spec(judges.oracle()), "how": "strong_against_weak"},
             "asks no judge; leave judge out",
         ),
-        ("best", {"metric": "score"}, "metric = score with no judge: give both"),
-        ("best", {"judge": spec(judges.oracle())}, "metric = accuracy with a judge: give both"),
     ],
 )  # fmt: skip
 def test_judges_that_cannot_be_asked(kind: str, settings: dict[str, Any], message: str) -> None:

@@ -15,8 +15,7 @@ import pytest
 from posttrain.algorithms import Near
 from posttrain.engine.errors import ConfigError
 from posttrain.stages.config import build_config
-from posttrain.stages.dedup import first_of_similar, grams, jaccard
-from posttrain.stages.mix import row_counts
+from posttrain.stages.curation import first_of_similar, grams, jaccard, row_counts
 
 
 def rows_of(ran: Any) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from posttrain.backends.checkpoint import LanguageModel, save
 from posttrain.backends.checkpoint_source import find_checkpoint
 from posttrain.engine.errors import ConfigError
 from posttrain.stages.context import Context
-from posttrain.stages.outside import link_model
+from posttrain.stages.models import link_model
 
 
 def test_files_that_changed_after_the_plan_are_refused(

@@ -15,7 +15,7 @@ from posttrain.engine.errors import ConfigError
 from posttrain.rewards.spec import VerifierSpec
 from posttrain.rewards.verifiers import load_verifier
 from posttrain.stages.config import build_config
-from posttrain.stages.pair_data import draw_batch
+from posttrain.stages.reward_model import draw_batch
 from posttrain.suites.build import build_domain
 from posttrain.suites.domain import Domain, Table, domain_node
 

@@ -15,7 +15,7 @@ from posttrain.algorithms import Clip, Custom, custom
 from posttrain.engine.errors import ConfigError, StageError
 from posttrain.recipe import Recipe
 from posttrain.rl.batch import Batch
-from posttrain.stages.config import build_config, config_of, identity_of
+from posttrain.stages.config import build_config
 from posttrain.stages.rl import add_advantages
 from posttrain.stages.settings.rl import Rl
 from posttrain.suites.load import load_suite
@@ -230,7 +230,7 @@ def test_a_file_that_cannot_be_loaded_ends_the_stage(file: Path, rl: Callable[..
 
 def test_the_text_of_the_file_is_in_the_identity(file: Path) -> None:
     def identity(**changes: Any) -> dict[str, Any]:
-        return identity_of(build_config("rl", "mine", BASE | changes))
+        return build_config("rl", "mine", BASE | changes).to_json(defaults=False)
 
     before = identity(surrogate=custom(f"{file}:clip"))
     again = identity(surrogate=custom(f"{file}:clip"))
@@ -257,7 +257,7 @@ def test_it_survives_json_and_another_process(file: Path) -> None:
     settings = build_config("rl", "mine", BASE | {"surrogate": custom(f"{file}:clip", scale=2.0)})
     file.unlink()
     for copied in (
-        build_config("rl", "mine", config_of(settings)),
+        build_config("rl", "mine", settings.to_json()),
         pickle.loads(pickle.dumps(settings)),
     ):
         assert copied == settings

@@ -126,6 +126,10 @@ def test_best_against_worst(
             {"how": {"kind": "strong_against_weak", "max_per_prompt": 2, "min_margin": 0.5}},
             [("d1", "the best", "wrong again"), ("e1", "one", "nil")],
         ),
+        (
+            {"how": {"kind": "strong_against_weak", "max_per_prompt": 2, "by": "reward"}},
+            [("d1", "the best", "wrong again"), ("e1", "one", "nil")],
+        ),
         ({"min_chosen_reward": 0.8}, [("d1", "the best", "wrong again")]),
         ({"max_length_gap": 0}, [("e1", "one", "nil")]),
     ],

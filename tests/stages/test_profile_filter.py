@@ -11,7 +11,7 @@ import pytest
 
 from posttrain.engine.errors import ConfigError
 from posttrain.stages.config import build_config
-from posttrain.stages.filter import across_modes, choose
+from posttrain.stages.curation import across_modes, choose
 from posttrain.stages.settings.data import Filter
 
 PROFILE: dict[str, Any] = {"n": 4, "max_new_tokens": 6, "num_prompts": 70}

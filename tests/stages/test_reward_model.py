@@ -29,8 +29,14 @@ from posttrain.backends.scalar import load_scalar, save_scalar
 from posttrain.engine.errors import ConfigError
 from posttrain.stages.config import build_config
 from posttrain.stages.data import Pool
-from posttrain.stages.pair_data import Draw, draw_batch, draws_of, hold_out, pairs_of
-from posttrain.stages.reward_model import reward_loss
+from posttrain.stages.reward_model import (
+    Draw,
+    draw_batch,
+    draws_of,
+    hold_out,
+    pairs_of,
+    reward_loss,
+)
 
 RunStage = Callable[..., Any]
 LEARNER = LearnerSettings(betas=(0.9, 0.98), weight_decay=0.0, max_grad_norm=1.0)

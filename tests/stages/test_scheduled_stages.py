@@ -13,7 +13,7 @@ import torch
 from posttrain import schedules
 from posttrain.algorithms import AdamW, BradleyTerry, Dpo, InTurn
 from posttrain.engine.errors import ConfigError
-from posttrain.stages.config import build_config, config_of
+from posttrain.stages.config import build_config
 from posttrain.stages.data import Batches, Pool
 
 STEPS = 6
@@ -410,7 +410,7 @@ def test_shares_may_change_places() -> None:
     """One domain fades out while the other comes in: at no step is there nothing to draw."""
     shares = {"a": schedules.linear(1, 0), "b": schedules.linear(0, 1)}
     settings = check("sft", domain_shares=shares)
-    again = check("sft", **config_of(settings))
+    again = check("sft", **settings.to_json())
     for found in (settings, again):
         ends = [found.at(step, STEPS, lambda _: []).domain_shares for step in (0, STEPS - 1)]
         assert ends == [{"a": 1, "b": 0}, {"a": 0, "b": 1}]

@@ -23,7 +23,7 @@ from posttrain.stages import context
 from posttrain.stages.config import build_config
 from posttrain.stages.context import Context
 from posttrain.stages.data import Pool
-from posttrain.stages.settings.supervised import Pretrain, Sft
+from posttrain.stages.settings.offline import Pretrain, Sft
 from posttrain.stages.supervised import fresh_model
 
 RunStage = Callable[..., Any]

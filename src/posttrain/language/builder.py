@@ -13,7 +13,7 @@ from posttrain.engine.graph import Graph, Node, edge_name, named, with_role
 from posttrain.engine.store import Store
 from posttrain.language.handles import Demos, Prompts, Stage
 from posttrain.language.overrides import Overrides
-from posttrain.stages.config import build_config, config_of, identity_of
+from posttrain.stages.config import build_config
 from posttrain.stages.kinds import KINDS, Product, kind_of, kinds_making
 from posttrain.suites.domain import Suite, domain_node, shares_problem
 
@@ -91,8 +91,8 @@ class Builder:
                 name=name,
                 kind=kind,
                 version=kind_of(kind).version,
-                config=config_of(config),
-                identity=identity_of(config),
+                config=config.to_json(),
+                identity=config.to_json(defaults=False),
                 inputs=inputs,
                 **self._code(kind),
             )

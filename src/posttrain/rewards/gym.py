@@ -34,6 +34,7 @@ SLOW = (
 milliseconds, by sympy). The others were measured below that, most of them below 50."""
 
 _NAME = re.compile(r"^DATASET_NAME\s*(?::\s*str\s*)?=\s*[\"']([^\"']+)[\"']", re.MULTILINE)
+_REGISTERED = re.compile(r"\bregister_dataset\(\s*\w+,\s*\w+,\s*(\w+)")
 _EVALUATES = re.compile(r"\b(?:eval|parse_expr|sympify)\(")
 _CODE = re.compile(r"__|\blambda\b|\b(?:" + "|".join(dir(builtins)) + r")\s*\(")
 
@@ -87,26 +88,18 @@ def check_params(name: str, params: Mapping[str, Any], *, where: str) -> None:
 @functools.cache
 def _config_fields(file: Path) -> frozenset[str]:
     """Field names of the config class that the file hands to `register_dataset`."""
-    tree = ast.parse(file.read_text(encoding="utf-8"))
-    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
-    for node in ast.walk(tree):
-        if (
-            isinstance(node, ast.Call)
-            and isinstance(node.func, ast.Name)
-            and node.func.id == "register_dataset"
-            and len(node.args) >= 3
-            and isinstance(node.args[2], ast.Name)
-            and node.args[2].id in classes
-        ):
-            body = classes[node.args[2].id].body
-            return frozenset(
-                item.target.id
-                for item in body
-                if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
-            )
-    raise ConfigError(
-        f"{file}: no config class stands beside register_dataset; this version of reasoning-gym is "
-        "not supported, install 'reasoning-gym>=0.1.25,<0.2'"
+    text = file.read_text(encoding="utf-8")
+    classes = {node.name: node for node in ast.parse(text).body if isinstance(node, ast.ClassDef)}
+    registered = _REGISTERED.search(text)
+    if registered is None or registered[1] not in classes:
+        raise ConfigError(
+            f"{file}: no config class stands beside register_dataset; this version of "
+            "reasoning-gym is not supported, install 'reasoning-gym>=0.1.25,<0.2'"
+        )
+    return frozenset(
+        item.target.id
+        for item in classes[registered[1]].body
+        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
     )
 
 

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from posttrain.engine.errors import ConfigError, StageError, choices_text
@@ -122,6 +123,30 @@ def line_in(error: Exception, file: str) -> str:
     return f" (line {line})" if line else ""
 
 
+def load_file(path: Path, *, name: str, what: str) -> ModuleType:
+    """Runs a user's file as a module called `name`; `what` says in a message what it is.
+
+    Raises:
+        ConfigError: the file fails while it is being loaded, or raises one itself.
+    """
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None, path
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses and pickle look their module up by name while the file is being executed.
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(
+            f"{path}: loading the {what} failed: {type(error).__name__}: {error}"
+            f"{line_in(error, str(path))}"
+        ) from error
+    return module
+
+
 def python_verifier(path: Path, function: str) -> PythonVerifier:
     """Loads the file and takes `function` from it.
 
@@ -129,20 +154,7 @@ def python_verifier(path: Path, function: str) -> PythonVerifier:
         ConfigError: as `check_file`, or the file fails while it is being loaded.
     """
     check_file(path, function, where=f"verifier python:{path.name}:{function}")
-    module_name = f"posttrain_verifier_{file_digest(path)[:16]}"
-    spec = importlib.util.spec_from_file_location(module_name, path)
-    assert spec is not None and spec.loader is not None, path
-    module = importlib.util.module_from_spec(spec)
-    # Dataclasses and pickle look their module up by name while the file is being executed.
-    sys.modules[module_name] = module
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        del sys.modules[module_name]
-        raise ConfigError(
-            f"{path}: loading the verifier failed: {type(error).__name__}: {error}"
-            f"{line_in(error, str(path))}"
-        ) from error
+    module = load_file(path, name=f"posttrain_verifier_{file_digest(path)[:16]}", what="verifier")
     return PythonVerifier(
         file=str(path), function_name=function, function=getattr(module, function)
     )

@@ -1,4 +1,4 @@
-"""The settings of a stage: checked against those of its kind, and written as JSON.
+"""The settings of a stage, checked against those of its kind.
 
 The settings themselves are in `stages/settings/`; the table of kinds names them (`kinds.py`).
 """
@@ -13,12 +13,12 @@ from pydantic_core import ErrorDetails
 
 from posttrain.engine.errors import ConfigError, choices_text
 from posttrain.stages.kinds import kind_of
-from posttrain.values import Settings, default_of
+from posttrain.values import Settings
 
 
-def build_config(kind: str, stage: str, values: Mapping[str, Any]) -> BaseModel:
+def build_config(kind: str, stage: str, values: Mapping[str, Any]) -> Settings:
     """The checked settings of a stage; ConfigError names stage, field, value and choices."""
-    config: type[BaseModel] = kind_of(kind).settings_class()
+    config: type[Settings] = kind_of(kind).settings_class()
     try:
         built = config(**values)
     except ValidationError as error:
@@ -32,30 +32,6 @@ def build_config(kind: str, stage: str, values: Mapping[str, Any]) -> BaseModel:
             f"stage {stage!r} ({kind}), field {field!r}: {given!r} is no number{advice}"
         )
     return built
-
-
-def config_of(settings: BaseModel) -> dict[str, Any]:
-    """All settings as JSON data, from which `build_config` makes the same settings again."""
-    return (
-        settings.to_json() if isinstance(settings, Settings) else settings.model_dump(mode="json")
-    )
-
-
-def identity_of(settings: BaseModel) -> dict[str, Any]:
-    """Those of the settings that are not at their default, within choices too, as JSON data.
-
-    It is what a stage's fingerprint is made of: a setting that is added later, with the default
-    that does what was done before, leaves every fingerprint as it is. The kind of a choice is
-    always there.
-    """
-    if isinstance(settings, Settings):
-        return settings.to_json(defaults=False)
-    fields = type(settings).model_fields
-    return {
-        name: value
-        for name, value in settings.model_dump(mode="json").items()
-        if getattr(settings, name) != default_of(fields[name])
-    }
 
 
 def _numbers(path: str, given: Any, taken: Any) -> Iterator[tuple[str, Any, Any]]:

@@ -178,7 +178,13 @@ def distill_loss(
         )
         # For the policy gradients only: a divergence does not depend on which token was sampled,
         # so it has nothing to correct.
-        correction_N, metrics = correction(s, logp_N, batch)
+        correction_N, metrics = importance_correction(
+            logp_N,
+            batch["sampler_logp_N"],
+            row_N=batch.row_N,
+            num_rows=len(batch),
+            **correction_arguments(s.correction),
+        )
     if isinstance(estimator, SampledToken):
         total, sums = sampled_token(
             logp_N,
@@ -258,17 +264,6 @@ def reward_loss(logp_N: Tensor, weight_N: Tensor, correction_N: Tensor, batch: B
         correction_N=correction_N,
     )
     return total
-
-
-def correction(step_settings: Distill, logp_N: Tensor, batch: Batch) -> tuple[Tensor, Metrics]:
-    """`correction_N` for what differs between sampler and learner, and its metrics."""
-    return importance_correction(
-        logp_N,
-        batch["sampler_logp_N"],
-        row_N=batch.row_N,
-        num_rows=len(batch),
-        **correction_arguments(step_settings.correction),
-    )
 
 
 def token_weights(step_settings: Distill, batch: Batch) -> Tensor:

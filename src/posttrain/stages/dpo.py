@@ -10,7 +10,6 @@ vocabulary.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from itertools import chain
 
@@ -20,6 +19,7 @@ from torch import Tensor
 from posttrain.algorithms import Dpo, DpoNorm, Ipo, Kto, Preference, SimPO
 from posttrain.backends.base import Learner, Metrics, Scorer, TokenLoss
 from posttrain.backends.chat import Chat, check_same_tokens
+from posttrain.engine.errors import ConfigError
 from posttrain.losses.ops import row_sums
 from posttrain.losses.preference import (
     chosen_nll,
@@ -35,8 +35,8 @@ from posttrain.schedules import learning_rate
 from posttrain.stages.aux_losses import AuxData, pop_metrics
 from posttrain.stages.context import Context
 from posttrain.stages.data import Batches
-from posttrain.stages.pair_data import Pair, mismatched, pair_batch, read_pairs
-from posttrain.stages.settings.preference import DpoStage
+from posttrain.stages.rows import SIDES, Pair, read_pairs
+from posttrain.stages.settings.offline import DpoStage
 
 PAIRS_PER_CALL = 512
 """Pairs that the reference reads at once."""
@@ -59,7 +59,7 @@ def run(settings: DpoStage, ctx: Context) -> dict[str, float]:
         other_ref_logp_B = response_sums(reference, pairs, chat, counted_V, others)
     del reference
     batches = Batches(by_domain, settings, size="batch_size", stage=ctx.name)
-    steps = settings.steps or math.ceil((settings.epochs or 0) * len(pairs) / settings.batch_size)
+    steps = settings.num_steps(len(pairs), settings.batch_size)
     for step, s in ctx.steps(settings, steps, replayed=[batches], policy=policy):
         drawn = batches.draw(s)
         batch = pair_batch(drawn, chat)
@@ -93,6 +93,37 @@ def run(settings: DpoStage, ctx: Context) -> dict[str, float]:
     policy.save(ctx.out)
     summary = {name: ctx.metrics[name] for name in ("loss", "accuracy", "margin")}
     return summary | {"tokens": ctx.tokens}
+
+
+def pair_batch(pairs: Sequence[Pair], chat: Chat, answers: Sequence[Pair] | None = None) -> Batch:
+    """Two rows for each pair, chosen first. `answers` are pairs whose responses stand in place of
+    the pairs' own."""
+    prompts, responses = [], []
+    for pair, answer in zip(pairs, pairs if answers is None else answers, strict=True):
+        for side in SIDES:
+            prompts.append(chat.prompt(pair["prompt"], pair.get("mode")))
+            responses.append(chat.response(answer["prompt"], answer[side], answer.get("mode")))
+    return Batch.from_tokens(prompts, responses, pad_id=chat.pad_id)
+
+
+def mismatched(pairs: Sequence[Pair]) -> list[Pair]:
+    """For every pair the first one after it, round the end, that answers another problem.
+
+    KTO's baseline is measured on the responses of these. Raises ConfigError where all pairs answer
+    one problem.
+    """
+    keys = [(pair["domain"], pair["id"]) for pair in pairs]
+    if len(set(keys)) < 2:
+        raise ConfigError(
+            "loss = 'kto' needs pairs of two problems at least: its baseline is measured on "
+            "responses to other prompts; use more problems, or another loss"
+        )
+    # Twice around, from the back: what follows a pair of the same problem follows this one too.
+    following: list[int] = [0] * len(keys)
+    for place in range(2 * len(keys) - 2, -1, -1):
+        here, after = place % len(keys), (place + 1) % len(keys)
+        following[here] = following[after] if keys[here] == keys[after] else after
+    return [pairs[number] for number in following]
 
 
 def preference_loss(

@@ -1,7 +1,7 @@
-"""Judges that need the stage: its verifiers, its models, its work directory.
+"""Judges that need the stage: its verifiers, its models, its work directory. And the stage `score`.
 
-    reward = make_reward(settings.reward, ctx, policy=policy, verifiers=pool)   # once
-    scores, parts = reward.score(responses_of(batch), at)                       # every step
+    reward = make_reward(settings.reward, ctx, policy=policy)   # once
+    scores, parts = reward.score(responses_of(batch), at)       # every step
 
 with `at = lambda schedule: schedule.at(step, total, history)`. The classes here score for the
 judges of `posttrain.rewards.judge_kinds` that name them as their `SCORER`.
@@ -23,6 +23,7 @@ from posttrain.backends.base import Learner, Scorer
 from posttrain.backends.chat import Chat
 from posttrain.backends.scalar import rewards_B
 from posttrain.engine.errors import ConfigError
+from posttrain.engine.jsonl import write_jsonl
 from posttrain.rewards.comparisons import VERDICTS, question
 from posttrain.rewards.endpoint import Endpoint, ReplyCache
 from posttrain.rewards.judge_base import Judge
@@ -34,7 +35,12 @@ from posttrain.rewards.people import Pair, Preference
 from posttrain.rewards.pool import VerifierPool
 from posttrain.rl.batch import Batch
 from posttrain.stages.context import Context
-from posttrain.stages.rollout import MAX_WORKERS, submit
+from posttrain.stages.rollout import MAX_WORKERS
+from posttrain.stages.rows import Row, key_of, problems_of, read_rollouts
+from posttrain.stages.settings.data import Score
+
+ROWS_PER_CALL = 512
+"""Responses of a file that a judge is asked about at once, and a little more: whole groups."""
 
 REPLIES = "replies.jsonl"
 """In the work directory: what endpoints have answered."""
@@ -47,8 +53,6 @@ class StageTools:
     ctx: Context
     policy: Learner | None = None
     """What `judges.itself` asks, with the weights that it has at the time."""
-    verifiers: VerifierPool | None = None
-    """Asked where responses bring no verdicts."""
     precision: str = "float32"
     """Type in which models compute."""
     seed: int = 0
@@ -75,7 +79,6 @@ def make_reward(
     ctx: Context,
     *,
     policy: Learner | None = None,
-    verifiers: VerifierPool | None = None,
     precision: str = "float32",
     seed: int = 0,
 ) -> RewardFunction:
@@ -84,18 +87,9 @@ def make_reward(
     The arguments are those of `StageTools`. Raises ConfigError where a judge needs what is not
     given, and what loading a model raises.
     """
-    tools = StageTools(ctx=ctx, policy=policy, verifiers=verifiers, precision=precision, seed=seed)
+    tools = StageTools(ctx=ctx, policy=policy, precision=precision, seed=seed)
     asked = {part.identity: part for part in judge.walk() if part.SCORER}
     return RewardFunction(judge, {name: part.scorer(tools) for name, part in asked.items()})
-
-
-def preferences(
-    judge: Judge, ctx: Context, pairs: Sequence[Pair], *, seed: int
-) -> list[Preference]:
-    """What a judge that is asked about pairs (`Judge.PAIRS`) prefers in each."""
-    scorer: Any = judge.scorer(StageTools(ctx=ctx, seed=seed))
-    found: list[Preference] = scorer.prefer(pairs)
-    return found
 
 
 def responses_of(batch: Batch) -> Responses:
@@ -110,24 +104,54 @@ def responses_of(batch: Batch) -> Responses:
     )
 
 
+def run_score(settings: Score, ctx: Context) -> dict[str, float]:
+    """Write rollouts.jsonl: the rollouts of one stage or several, with `score`."""
+    rows = read_rollouts(ctx)
+    reward = make_reward(settings.judge, ctx, precision=settings.precision, seed=settings.seed)
+    scores = judge_rows(ctx, reward, rows)
+    scored = [row | {"score": score} for row, score in zip(rows, scores, strict=True)]
+    write_jsonl(ctx.out / "rollouts.jsonl", scored)
+    return {"rows": len(rows), "score": sum(scores) / len(scores)}
+
+
+def judge_rows(ctx: Context, reward: RewardFunction, rows: list[Row]) -> list[float]:
+    """The judge's score of each row, a portion of them at a time, with a line of metrics each."""
+    responses = responses_of_rows(ctx, rows)
+    portions = reward.portions(responses, ROWS_PER_CALL)
+    scores = [0.0] * len(rows)
+    for number, index in enumerate(portions):
+        found, _ = reward.score(responses.select(index))
+        for row, value in zip(index, found, strict=True):
+            scores[row] = value
+        tokens = sum(rows[row]["num_tokens"] for row in index)
+        ctx.log(number + 1, len(portions), tokens=tokens, score=sum(found) / len(found))
+    return scores
+
+
+def responses_of_rows(ctx: Context, rows: list[Row]) -> Responses:
+    """Rows of rollouts for a judge; the responses to one problem in one mode are a group."""
+    keys = list(dict.fromkeys(map(key_of, rows)))
+    number = {key: i for i, key in enumerate(keys)}
+    return Responses(
+        problems=problems_of(ctx, rows),
+        texts=[row["response"] for row in rows],
+        group=[number[key_of(row)] for row in rows],
+        finished=[row["finished"] for row in rows],
+        num_tokens=[row["num_tokens"] for row in rows],
+        verdicts=[row["reward"] for row in rows],
+    )
+
+
 class VerifierJudge:
     """`judges.verifier`: the domain verifier's score, 0 for a response that was cut."""
 
     def __init__(self, judge: Verifier, tools: StageTools) -> None:
-        self.verifiers = tools.verifiers
+        """A stage has what it sampled verified before it asks a judge: nothing to make here."""
 
     def score(self, responses: Responses) -> list[float]:
-        """Scores in [0, 1]; those that the responses bring, or the verifiers'."""
-        if responses.verdicts is not None:
-            return list(responses.verdicts)
-        assert self.verifiers is not None, "responses without verdicts need verifiers"
-        ended = [row for row, whole in enumerate(responses.finished) if whole]
-        problems = [dict(problem) for problem in responses.problems]
-        scores = [0.0] * len(responses)
-        for rows, found in submit(self.verifiers, ended, responses.texts, problems):
-            for row, value in zip(rows, found.result(), strict=True):
-                scores[row] = value
-        return scores
+        """The scores in [0, 1] that the responses bring."""
+        assert responses.verdicts is not None, "every stage verifies what it has sampled"
+        return list(responses.verdicts)
 
 
 class OracleJudge:

@@ -43,14 +43,13 @@ class Kind:
     name: str
     """As in records and the store; that of a kind outside the table is "module.ATTRIBUTE"."""
     settings: str
-    """The pydantic class of its settings, as "module:Class"."""
+    """The class of its settings, a `posttrain.values.Settings`, as "module:Class". Empty for what
+    takes in files from outside the store: a recipe gives it no settings."""
     run: str
-    """Its loop, as "module:function": takes the settings and the stage's `Context`, returns the
-    summary metrics. With `from_outside` it takes the engine's `Job` in place of the settings."""
+    """Its loop, as "module:function": takes the settings, or without any the engine's `Job`, and
+    the stage's `Context`; returns the summary metrics."""
     makes: tuple[Product, ...] = ()
     """What other stages can read of it."""
-    from_outside: bool = False
-    """Whether it takes in files from outside the store; a recipe gives it no settings."""
     version: int = 1
     """Raised by hand when a change makes it give other numbers for the same settings."""
 
@@ -58,7 +57,7 @@ class Kind:
     """How a model of this kind was made, after "Made by posttrain: "."""
     headline: tuple[str, ...] = ("reward", "kl", "loss", "norm", "rows")
     """Metrics for the one number shown while it runs: the first that it logs."""
-    number: tuple[str, str] = ("", "")
+    number: tuple[str, str] = ("rows", "rows")
     """The summary metric that says most about it, and what the lineage calls that."""
     unit: str = "steps"
     """What a step is."""
@@ -76,8 +75,15 @@ class Kind:
     def __str__(self) -> str:
         return self.name
 
+    @property
+    def from_outside(self) -> bool:
+        """Whether it takes in files from outside the store, and has no settings."""
+        return not self.settings
+
     def settings_class(self) -> Any:
-        """The class of its settings, a pydantic model."""
+        """The class of its settings. Raises ConfigError for a kind without any."""
+        if self.from_outside:
+            raise ConfigError(f"a recipe gives a stage of kind {self.name!r} no settings")
         return resolve_name(self.settings)
 
     def loop(self) -> Any:
@@ -101,92 +107,78 @@ class Kind:
         return "model" in self.makes or "reward_model" in self.makes
 
 
-def _row(name: str, settings: str, run: str, makes: tuple[Product, ...], **more: Any) -> Kind:
-    """A kind of this package: `settings` and `run` are named within their folders."""
-    return Kind(
-        name=name,
-        settings=f"posttrain.stages.settings.{settings}",
-        run=f"posttrain.stages.{run}",
-        makes=makes,
-        **more,
-    )
+def _kind(name: str, settings: str, run: str, *makes: Product, **others: Any) -> Kind:
+    """A row of the table; places are named from `stages/settings/` and from `stages/`."""
+    place = settings and f"posttrain.stages.settings.{settings}"
+    return Kind(name=name, settings=place, run=f"posttrain.stages.{run}", makes=makes, **others)
 
 
-_SUPERVISED: Mapping[str, Any] = {
-    "headline": ("loss",),
+_SUPERVISED: dict[str, Any] = {
     "number": ("loss", "loss"),
     "section": "Supervised stages",
     "panels": ("loss",),
     "hints": {"loss": "cross-entropy, nats per token"},
 }
-_ROWS = ("rows", "rows")
 
 _ALL = (
-    _row(
-        "domain",
-        "models:DomainData",
-        "outside:run_domain",
-        ("problems",),
-        from_outside=True,
-        number=("train", "problems"),
-    ),
-    _row(
+    _kind("domain", "", "models:run_domain", "problems", number=("train", "problems")),
+    _kind(
         "model",
-        "models:ExternalModel",
-        "outside:run_model",
-        ("model",),
-        from_outside=True,
-        number=("parameters", "parameters"),
+        "",
+        "models:run_model",
+        "model",
         card="taken in from outside",
+        number=("parameters", "parameters"),
     ),
-    _row(
+    _kind(
         "pretrain",
-        "supervised:Pretrain",
+        "offline:Pretrain",
         "supervised:pretrain",
-        ("model",),
-        **_SUPERVISED,
+        "model",
         card="pre-trained from nothing",
-    ),
-    _row(
-        "sft",
-        "supervised:Sft",
-        "supervised:sft",
-        ("model",),
         **_SUPERVISED,
-        card="supervised fine-tuning",
     ),
-    _row(
+    _kind(
+        "sft",
+        "offline:Sft",
+        "supervised:sft",
+        "model",
+        card="supervised fine-tuning",
+        **_SUPERVISED,
+    ),
+    _kind(
         "dpo",
-        "preference:DpoStage",
+        "offline:DpoStage",
         "dpo:run",
-        ("model",),
+        "model",
+        card="learning from preference pairs",
         headline=("accuracy",),
         number=("accuracy", "accuracy"),
-        card="learning from preference pairs",
         section="Preference stages",
         panels=("loss", "accuracy", "margin", "logp_chosen", "logp_rejected"),
         hints={"loss": "mean over pairs; over responses with kto"},
     ),
-    _row(
+    _kind(
         "reward_model",
-        "preference:RewardModel",
+        "offline:RewardModel",
         "reward_model:run",
-        ("reward_model",),
+        "reward_model",
+        card="a reward model from preference pairs",
         headline=("accuracy",),
         number=("heldout_accuracy", "held-out"),
-        card="a reward model from preference pairs",
         section="Reward models",
         panels=("loss", "accuracy", "margin", "reward_mean"),
         hints={"loss": "mean over pairs; over prompts with per_prompt"},
     ),
-    _row(
+    _kind(
         "rl",
         "rl:Rl",
         "rl:run",
-        ("model", "rollouts"),
+        "model",
+        "rollouts",
+        card="reinforcement learning on verifiable rewards",
         headline=("reward",),
         number=("reward", "reward"),
-        card="reinforcement learning on verifiable rewards",
         section="Reinforcement learning",
         panels=(
             *("reward", "entropy", "response_length", "clip_share", "correction_masked"),
@@ -195,14 +187,14 @@ _ALL = (
         titles={"accuracy": "Accuracy"},
         hints={"accuracy": "verifier's score, mean over the samples"},
     ),
-    _row(
+    _kind(
         "distill",
         "distill:Distill",
         "distill:run",
-        ("model",),
+        "model",
+        card="on-policy distillation from one teacher per domain",
         headline=("kl",),
         number=("kl", "KL"),
-        card="on-policy distillation from one teacher per domain",
         section="Distillation: {stage}",
         panels=(
             *("kl", "entropy", "response_length", "token_share", "clipped", "correction_masked"),
@@ -210,47 +202,46 @@ _ALL = (
         ),
         hints={"loss": "as the estimator weighs it"},
     ),
-    _row(
+    _kind(
         "merge",
         "models:Merge",
-        "merge:run",
-        ("model",),
-        number=("models", "models"),
+        "models:run_merge",
+        "model",
         card="merged from the weights of several models",
+        number=("models", "models"),
     ),
-    _row(
+    _kind(
         "evaluate",
         "models:Evaluate",
         "evaluate:run",
-        ("scores",),
-        headline=("norm",),
+        "scores",
         number=("norm", "Norm"),
         unit="models",
     ),
-    _row("sample", "data:Sample", "sample:run", ("rollouts",), number=_ROWS, unit="draws"),
-    _row("score", "data:Score", "score:run", ("rollouts",), number=("score", "score")),
-    _row("select", "data:Select", "select:run", ("rows",), number=_ROWS),
-    _row("pairs", "preference:Pairs", "pairs:run", ("pairs",), number=("rows", "pairs")),
-    _row(
+    _kind("sample", "data:Sample", "sample:run", "rollouts", unit="draws"),
+    _kind("score", "data:Score", "judging:run_score", "rollouts", number=("score", "score")),
+    _kind("select", "data:Select", "select:run", "rows"),
+    _kind("pairs", "data:Pairs", "pairs:run", "pairs", number=("rows", "pairs")),
+    _kind(
         "profile",
         "data:Profile",
         "sample:run_profile",
-        ("rates",),
+        "rates",
         number=("rate", "pass rate"),
         unit="domains",
     ),
-    _row("filter", "data:Filter", "filter:run", ("prompts",), number=("rows", "prompts")),
-    _row("mix", "data:Mix", "mix:run", ("rows",), number=_ROWS),
-    _row("dedup", "data:Dedup", "dedup:run", ("rows",), number=_ROWS),
-    _row("comparisons", "data:Comparisons", "comparisons:run", ("rows",), number=_ROWS),
-    _row(
+    _kind("filter", "data:Filter", "curation:run_filter", "prompts", number=("rows", "prompts")),
+    _kind("mix", "data:Mix", "curation:run_mix", "rows"),
+    _kind("dedup", "data:Dedup", "curation:run_dedup", "rows"),
+    _kind("comparisons", "data:Comparisons", "pairs:run_comparisons", "rows"),
+    _kind(
         "best",
         "models:Best",
-        "best:run",
-        ("model",),
+        "evaluate:run_best",
+        "model",
+        card="the best of several models on validation problems",
         number=("score", "score"),
         unit="models",
-        card="the best of several models on validation problems",
     ),
 )
 

@@ -1,8 +1,8 @@
-"""Preference pairs out of rollouts: for one problem, a response to prefer and one to avoid.
+"""Pairs out of rollouts: preference pairs, and comparisons that train a judge.
 
-By what a judge prefers, by value among the responses to a problem (on-policy pairs), or, without
-any judge, the response of a strong model against that of a weak one (delta learning: OLMo 3, arXiv
-2512.13961).
+A preference pair is, for one problem, a response to prefer and one to avoid: by what a judge
+prefers, by value among the responses to a problem (on-policy pairs), or, without any judge, the
+response of a strong model against that of a weak one (delta learning: OLMo 3, arXiv 2512.13961).
 """
 
 from __future__ import annotations
@@ -10,40 +10,43 @@ from __future__ import annotations
 import hashlib
 import json
 from itertools import combinations
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from posttrain.algorithms import AllPairs, BestAgainstWorst, RandomPairs, StrongAgainstWeak
 from posttrain.engine.errors import ConfigError
 from posttrain.engine.jsonl import write_jsonl
+from posttrain.rewards.comparisons import build_comparisons
 from posttrain.rewards.judge_base import Judge
 from posttrain.rewards.people import Pair
+from posttrain.stages.context import Context
+from posttrain.stages.judging import StageTools, judge_rows, make_reward
 from posttrain.stages.rows import (
     Key,
     Row,
     by_problem,
+    check_values,
     clean,
     pick,
     problems_of,
     read_rollouts,
-    value_of,
 )
-from posttrain.stages.settings.preference import Pairs
-
-if TYPE_CHECKING:  # it imports torch
-    from posttrain.stages.context import Context
+from posttrain.stages.settings.data import Comparisons, Pairs
 
 
 def run(settings: Pairs, ctx: Context) -> dict[str, float]:
     """Write pairs.jsonl: id, domain, prompt, chosen, rejected, rewards (of both, in this order)."""
     judge, how = settings.judge, settings.how
-    ours = by_problem(read_rollouts(ctx))
+    first, second = read_rollouts(ctx), read_rollouts(ctx, "against")
+    if judge is None and settings.compares_values:
+        check_values(first + second, settings.by, ctx.name)
+    ours = by_problem(first)
     if judge is not None and (not settings.pairwise or isinstance(how, BestAgainstWorst)):
         ours = with_scores(judge, settings, ctx, ours)
-    theirs = by_problem(read_rollouts(ctx, "against")) or ours
+    theirs = by_problem(second) or ours
     if judge is not None and settings.pairwise:
         found = preferred(judge, settings, ctx, ours)
     else:
-        found = {k: choose(settings, rows, theirs.get(k, []), ctx.name) for k, rows in ours.items()}
+        found = {k: choose(settings, rows, theirs.get(k, [])) for k, rows in ours.items()}
     pairs = [pair for of_problem in found.values() for pair in of_problem]
     if not pairs:
         raise ConfigError(
@@ -77,9 +80,6 @@ def with_scores(
     judge: Judge, settings: Pairs, ctx: Context, problems: dict[Key, list[Row]]
 ) -> dict[Key, list[Row]]:
     """The responses with the judge's score of each."""
-    from posttrain.stages.judging import make_reward
-    from posttrain.stages.score import judge_rows
-
     rows = [row for of_problem in problems.values() for row in of_problem]
     reward = make_reward(judge, ctx, seed=settings.seed)
     scores = iter(judge_rows(ctx, reward, rows))
@@ -97,8 +97,6 @@ def preferred(
     It is asked about at most `max_per_prompt` pairs of a problem; then come the filters. The chosen
     row has the `strength` of the preference, 1 to 4. A tie is no pair.
     """
-    from posttrain.stages.judging import preferences
-
     asked: list[tuple[Key, Row, Row]] = []
     for key, rows in problems.items():
         asked += [(key, one, other) for one, other in pairs_to_ask(settings, rows)]
@@ -108,7 +106,8 @@ def preferred(
         for problem, (_, one, other) in zip(whole, asked, strict=True)
     ]
     found: dict[Key, list[tuple[Row, Row]]] = {key: [] for key in problems}
-    answers = preferences(judge, ctx, questions, seed=settings.seed)
+    scorer: Any = judge.scorer(StageTools(ctx=ctx, seed=settings.seed))
+    answers = scorer.prefer(questions)
     for (key, one, other), answer in zip(asked, answers, strict=True):
         winner, loser = (one, other) if answer.first > 0.5 else (other, one)
         winner = winner | {"strength": answer.strength}
@@ -131,9 +130,7 @@ def pairs_to_ask(settings: Pairs, rows: list[Row]) -> list[tuple[Row, Row]]:
     return pairs if isinstance(how, AllPairs) else pairs[: how.max_per_prompt]
 
 
-def choose(
-    settings: Pairs, ours: list[Row], theirs: list[Row], stage: str = ""
-) -> list[tuple[Row, Row]]:
+def choose(settings: Pairs, ours: list[Row], theirs: list[Row]) -> list[tuple[Row, Row]]:
     """The pairs (chosen, rejected) of one problem, at most `max_per_prompt` unless it is all.
 
     Of one stage's rollouts both lists are the same. Equal values keep the order in which they were
@@ -141,22 +138,20 @@ def choose(
     """
     how, by = settings.how, settings.by
     if isinstance(how, BestAgainstWorst):
-        ours = sorted(ours, key=lambda row: -value_of(row, by, stage))
-        theirs = sorted(theirs, key=lambda row: value_of(row, by, stage))
+        ours = sorted(ours, key=lambda row: -row[by])
+        theirs = sorted(theirs, key=lambda row: row[by])
     candidates = list(zip(ours, theirs, strict=False))
     if isinstance(how, AllPairs | RandomPairs):
-        candidates = [better_first(by, *pair, stage) for pair in combinations(ours, 2)]
+        candidates = [better_first(by, *pair) for pair in combinations(ours, 2)]
     if isinstance(how, RandomPairs):
         candidates.sort(key=lambda pair: shuffled(pair, settings.seed))
-    fitting = [pair for pair in candidates if fits(settings, *pair, stage)]
+    fitting = [pair for pair in candidates if fits(settings, *pair)]
     return fitting if isinstance(how, AllPairs) else fitting[: how.max_per_prompt]
 
 
-def better_first(by: str, one: Row, other: Row, stage: str) -> tuple[Row, Row]:
+def better_first(by: str, one: Row, other: Row) -> tuple[Row, Row]:
     """The two responses, that with the higher value first."""
-    if value_of(one, by, stage) < value_of(other, by, stage):
-        return other, one
-    return one, other
+    return (other, one) if one[by] < other[by] else (one, other)
 
 
 def shuffled(pair: tuple[Row, Row], seed: int) -> str:
@@ -165,18 +160,13 @@ def shuffled(pair: tuple[Row, Row], seed: int) -> str:
     return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
 
 
-def fits(settings: Pairs, chosen: Row, rejected: Row, stage: str) -> bool:
+def fits(settings: Pairs, chosen: Row, rejected: Row) -> bool:
     """Whether a pair shows a preference and passes every filter."""
     if chosen["response"] == rejected["response"]:
         return False
-    by_value = not isinstance(settings.how, StrongAgainstWeak)
-    min_margin = settings.how.min_margin
-    if by_value or min_margin is not None:
-        values = [value_of(row, settings.by, stage) for row in (chosen, rejected)]
-        margin = values[0] - values[1]
-        if by_value and margin <= 0:
-            return False
-        if min_margin is not None and margin < min_margin:
+    if settings.compares_values:
+        margin = chosen[settings.by] - rejected[settings.by]
+        if margin <= 0 or margin < (settings.how.min_margin or 0):
             return False
     return filtered(settings, chosen, rejected)
 
@@ -205,3 +195,19 @@ def advice(settings: Pairs, ours: dict[Any, Any], theirs: dict[Any, Any]) -> str
     if settings.pairwise:
         return "raise k of the sample stage, or loosen min_margin or the other filters"
     return "raise k of the sample stage, or loosen min_margin, min_chosen_reward or max_length_gap"
+
+
+def run_comparisons(settings: Comparisons, ctx: Context) -> dict[str, float]:
+    """Write data.jsonl, rows of question and verdict, from rollouts whose rewards are known."""
+    finished = [row for row in read_rollouts(ctx) if row["finished"]]
+    try:
+        rows = build_comparisons(
+            by_problem(finished),
+            template=settings.template,
+            max_per_prompt=settings.max_per_prompt,
+            min_margin=settings.min_margin,
+        )
+    except ConfigError as error:
+        raise ConfigError(f"stage {ctx.name!r}: {error}") from None
+    write_jsonl(ctx.out / "data.jsonl", rows)
+    return {"rows": len(rows), "first_share": sum(row["answer"] == "1" for row in rows) / len(rows)}

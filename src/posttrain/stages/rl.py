@@ -58,7 +58,7 @@ def run(settings: Rl, ctx: Context) -> dict[str, float]:
     if settings.kl is not None:
         reference = ctx.scorer("start", precision=settings.precision)
     critic = Critic(settings, ctx, policy) if settings.uses_critic else None
-    judge = None if settings.verified_only else reward_function(settings, ctx, policy, pool)
+    judge = None if settings.verified_only else reward_function(settings, ctx, policy)
     aux = AuxData(settings, ctx, policy.chat)
     verdicts = critique.CritiqueLoss(settings, policy.chat)
     log = RolloutLog(ctx.out)
@@ -174,15 +174,12 @@ def profile(
     return sum(batch.num_tokens for batch in profiled), {"profiled": float(count)}
 
 
-def reward_function(
-    settings: Rl, ctx: Context, policy: Learner, pool: VerifierPool
-) -> RewardFunction:
+def reward_function(settings: Rl, ctx: Context, policy: Learner) -> RewardFunction:
     """The judge of the settings, ready to be asked."""
     return make_reward(
         settings.reward,
         ctx,
         policy=policy,
-        verifiers=pool,
         precision=settings.precision,
         seed=settings.seed,
     )

@@ -1,15 +1,16 @@
 """Rows of text that stages hand on: finding them, and what can be said of one response.
 
 Every file has one JSON object per line. A problem is (domain, id, mode): responses in two modes are
-never compared. Imports no torch.
+never compared.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from posttrain.algorithms import Repetition
 from posttrain.backends.prompting import CLOSE, in_modes
@@ -17,12 +18,14 @@ from posttrain.engine.errors import ConfigError
 from posttrain.engine.graph import named
 from posttrain.engine.jsonl import read_jsonl
 from posttrain.rewards.penalties import repeated_share
-
-if TYPE_CHECKING:  # it imports torch
-    from posttrain.stages.context import Context
+from posttrain.stages.context import Context
 
 Row = dict[str, Any]
+Pair = dict[str, Any]
+"""A row of pairs.jsonl: `prompt` with the responses of both `SIDES`."""
 Key = tuple[str, str, str | None]
+
+SIDES = ("chosen", "rejected")
 
 
 def key_of(row: Mapping[str, Any]) -> Key:
@@ -45,6 +48,17 @@ def edges(ctx: Context, edge: str) -> list[Path]:
 def read_rollouts(ctx: Context, edge: str = "rollouts") -> list[Row]:
     """The rollouts of all stages under `edge`, one stage after another."""
     return [row for path in edges(ctx, edge) for row in read_jsonl(path / "rollouts.jsonl")]
+
+
+def read_pairs(ctx: Context) -> dict[str, list[Pair]]:
+    """The pairs of the `data` artifact by domain; `row` is their number over all domains."""
+    found: dict[str, list[Pair]] = {}
+    for pair in read_jsonl(ctx.inputs["data"] / "pairs.jsonl"):
+        found.setdefault(pair["domain"], []).append(pair)
+    found = dict(sorted(found.items()))
+    for number, pair in enumerate(chain.from_iterable(found.values())):
+        pair["row"] = number
+    return found
 
 
 def problems_of(ctx: Context, rows: Iterable[Row]) -> list[Row]:
@@ -83,14 +97,14 @@ def by_problem(rows: Iterable[Row]) -> dict[Key, list[Row]]:
     return {key: list(responses.values()) for key, responses in found.items()}
 
 
-def value_of(row: Mapping[str, Any], by: str, stage: str) -> float:
-    """The reward or the score of a response. Raises ConfigError where it has no score."""
-    if by not in row:
-        raise ConfigError(
-            f"stage {stage!r}: by = {by!r}, but the rollouts of problem {row['id']} in domain "
-            f"{row['domain']!r} have no {by}; put r.score(rollouts, judge=...) between them"
-        )
-    return float(row[by])
+def check_values(rows: Iterable[Row], by: str, stage: str) -> None:
+    """Raise ConfigError for a response without the value `by`, the reward or the score."""
+    for row in rows:
+        if by not in row:
+            raise ConfigError(
+                f"stage {stage!r}: by = {by!r}, but the rollouts of problem {row['id']} in domain "
+                f"{row['domain']!r} have no {by}; put r.score(rollouts, judge=...) between them"
+            )
 
 
 def clean(

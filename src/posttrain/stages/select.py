@@ -4,32 +4,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from posttrain.algorithms import BestResponses, Correct, Selection, ShortestCorrect, TopShare
 from posttrain.engine.errors import ConfigError
 from posttrain.engine.jsonl import write_jsonl
+from posttrain.stages.context import Context
 from posttrain.stages.rows import (
     Row,
     by_problem,
+    check_values,
     clean,
     key_of,
     pick,
     read_rollouts,
-    value_of,
     without_thought,
 )
 from posttrain.stages.settings.data import Select
-
-if TYPE_CHECKING:  # it imports torch
-    from posttrain.stages.context import Context
 
 
 def run(settings: Select, ctx: Context) -> dict[str, float]:
     """Write data.jsonl, rows of prompt and demo, from the rollouts of one stage or several."""
     rollouts = of_steps(settings, read_rollouts(ctx), ctx.name)
+    if isinstance(settings.how, BestResponses | TopShare):
+        check_values(rollouts, settings.how.by, ctx.name)
     problems = by_problem(row for row in rollouts if passes(settings, row))
-    chosen = choose(settings.how, list(problems.values()), ctx.name)
+    chosen = choose(settings.how, list(problems.values()))
     if not chosen:
         raise ConfigError(
             f"stage {ctx.name!r}: how = {settings.how.kind!r} keeps none of {len(rollouts)} "
@@ -80,17 +79,17 @@ def passes(settings: Select, row: Row) -> bool:
     )
 
 
-def choose(how: Selection, problems: Sequence[list[Row]], stage: str = "") -> list[Row]:
+def choose(how: Selection, problems: Sequence[list[Row]]) -> list[Row]:
     """The rows that stay of these problems' distinct ones, at most `max_per_prompt` of each."""
     if isinstance(how, TopShare):
-        return top_share(how, problems, stage)
-    return [row for rows in problems for row in _of_one(how, rows, stage)]
+        return top_share(how, problems)
+    return [row for rows in problems for row in _of_one(how, rows)]
 
 
-def top_share(how: TopShare, problems: Sequence[list[Row]], stage: str) -> list[Row]:
+def top_share(how: TopShare, problems: Sequence[list[Row]]) -> list[Row]:
     """The best `share` of all rows, rounded up, equal ones as they come; then the limit."""
     rows = [row for of_problem in problems for row in of_problem]
-    order = sorted(range(len(rows)), key=lambda i: -value_of(rows[i], how.by, stage))
+    order = sorted(range(len(rows)), key=lambda i: -rows[i][how.by])
     best = set(order[: math.ceil(how.share * len(rows))])
     taken: dict[object, list[Row]] = {}
     for i in order:
@@ -100,13 +99,13 @@ def top_share(how: TopShare, problems: Sequence[list[Row]], stage: str) -> list[
     return [row for of_problem in problems if of_problem for row in taken[key_of(of_problem[0])]]
 
 
-def _of_one(how: Selection, rows: list[Row], stage: str) -> list[Row]:
+def _of_one(how: Selection, rows: list[Row]) -> list[Row]:
     if isinstance(how, Correct | ShortestCorrect):
         rows = [row for row in rows if row["reward"] >= 1.0]
     if isinstance(how, ShortestCorrect):
         return sorted(rows, key=lambda row: len(row["response"]))[:1]
     if isinstance(how, BestResponses):
-        values = [value_of(row, how.by, stage) for row in rows]
+        values = [row[how.by] for row in rows]
         best = max(values, default=0.0)
         # A reward of 0 is a failure; a score has no such zero.
         good = how.by == "score" or best > 0

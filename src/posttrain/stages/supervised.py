@@ -7,7 +7,6 @@ the data first.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +31,7 @@ from posttrain.stages.aux_losses import (
 from posttrain.stages.context import Context
 from posttrain.stages.data import Batches
 from posttrain.stages.rollout import verifiers
-from posttrain.stages.settings.supervised import Pretrain, Sft
+from posttrain.stages.settings.offline import Pretrain, Sft
 
 TEXTS = ("prompt", "demo", "thought", "direct")
 """Fields of a row whose characters the tokenizer of a new model must have."""
@@ -55,7 +54,7 @@ def sft(settings: Sft, ctx: Context) -> dict[str, float]:
     policy = ctx.learner(settings)
     demos = also_hinted(demonstrations(settings, ctx), settings.hint, where=f"stage {ctx.name!r}")
     num_rows = sum(map(len, demos.values()))
-    steps = settings.steps or math.ceil((settings.epochs or 0) * num_rows / settings.batch_size)
+    steps = settings.num_steps(num_rows, settings.batch_size)
     imitate(settings, ctx, policy, demos, steps)
     return {"loss": ctx.metrics["loss"], "tokens": ctx.tokens}
 

@@ -19,13 +19,13 @@ Relative paths are relative to the suite file.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from posttrain.engine.errors import ConfigError, choices_text
+from posttrain.rewards.python_file import load_file
 from posttrain.rewards.spec import OPTIONS, VerifierSpec, parse_verifier
 from posttrain.suites.domain import Domain, Procedural, Suite, Table, domain_name
 
@@ -61,17 +61,7 @@ def load_suite(spec: str, base: Path | None = None) -> tuple[Suite, Path]:
 
 
 def _from_python(path: Path) -> Suite:
-    spec = importlib.util.spec_from_file_location(f"posttrain_suite_{path.stem}", path)
-    assert spec is not None and spec.loader is not None, path
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except ConfigError:
-        raise
-    except Exception as error:
-        raise ConfigError(
-            f"{path}: loading the suite failed: {type(error).__name__}: {error}"
-        ) from error
+    module = load_file(path, name=f"posttrain_suite_{path.stem}", what="suite")
     if not callable(getattr(module, "suite", None)):
         raise ConfigError(f"{path}: it defines no function suite() that returns a Suite")
     suite = module.suite()

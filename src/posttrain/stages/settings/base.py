@@ -7,12 +7,14 @@ therefore not here.
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_validator
 
 from posttrain.algorithms import AdamW, Aggregation, Aux, CosineDecay, Decay, TokenMean
-from posttrain.backends.prompting import Mode
+from posttrain.backends.prompting import Mode, check_hint
+from posttrain.schedules import is_schedule
 from posttrain.values import changing
 
 Weight = Annotated[float, Field(ge=0)]
@@ -71,22 +73,18 @@ def _different(modes: tuple[Mode, ...]) -> tuple[Mode, ...]:
     return modes
 
 
-def _weighted(aux: object) -> object:
-    """`{"ptx": 0.5}` as `{"ptx": Aux(0.5)}`."""
-    if not isinstance(aux, dict):
-        return aux
-    return {name: {"weight": value} if _is_weight(value) else value for name, value in aux.items()}
-
-
-def _is_weight(value: object) -> bool:
+def _weighted(value: object) -> object:
+    """`0.5` as `Aux(0.5)`."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number or (isinstance(value, dict) and "schedule" in value) or hasattr(value, "schedule")
+    return {"weight": value} if number or is_schedule(value) else value
 
 
+Template = Annotated[str, AfterValidator(check_hint)]
+"""Text in which columns of a problem stand in braces."""
 Modes = Annotated[tuple[Mode, ...], BeforeValidator(tuple), BeforeValidator(_different)]
 """In which modes a stage asks or shows its problems, each in each of them; without any the chat
 template is asked as it stands. Comes from the recipe's `mode`."""
-AuxLosses = Annotated[dict[str, Aux], BeforeValidator(_weighted)]
+AuxLosses = dict[str, Annotated[Aux, BeforeValidator(_weighted)]]
 """Losses beside the stage's own, by name. The recipe gives each with its data."""
 
 
@@ -102,6 +100,10 @@ class Lengths(BaseModel):
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give exactly one of steps and epochs")
         return self
+
+    def num_steps(self, num_rows: int, batch_size: int) -> int:
+        """The steps of the stage, with `num_rows` in a pass over its data."""
+        return self.steps or math.ceil((self.epochs or 0) * num_rows / batch_size)
 
     def check_schedules(self) -> None:
         """Raise ValueError where the steps of a pass would not be known before."""

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import re
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, Field, model_validator
 
-from posttrain.algorithms import Correct, Near, Repetition, Selection, Share
+from posttrain.algorithms import (
+    BestAgainstWorst,
+    Correct,
+    Near,
+    Pairing,
+    Repetition,
+    Selection,
+    Share,
+    StrongAgainstWeak,
+)
 from posttrain.backends.prompting import Mode
 from posttrain.rewards.judge_kinds import Judge, JudgeSetting, check_use
 from posttrain.stages.settings.base import Computing, Modes
 from posttrain.values import Settings
 
 
-def check_characters(value: str | None) -> str | None:
+def check_characters(value: str) -> str:
     """Raise ValueError unless `value` is a regular expression for one allowed character."""
-    if value is None:
-        return None
     try:
         re.compile(f"(?:{value})*")
     except re.error as error:
@@ -28,16 +35,31 @@ def check_characters(value: str | None) -> str | None:
     return value
 
 
-def check_judge(judge: Judge | None, kind: str) -> Judge | None:
-    """Raise ValueError unless a stage of this kind, which has no steps, can ask the judge."""
-    if judge is None:
-        return None
-    check_use(judge, kind, where="judge")
-    if judge.scheduled:
-        raise ValueError(
-            "the judge has a weight with a schedule, and the stage has no steps; give a number"
-        )
-    return judge
+def asked_by(kind: str) -> AfterValidator:
+    """The check that a stage of this kind, which has no steps, can ask a judge."""
+
+    def check(judge: Judge | None) -> Judge | None:
+        if judge is None:
+            return None
+        check_use(judge, kind, where="judge")
+        if judge.scheduled:
+            raise ValueError(
+                "the judge has a weight with a schedule, and the stage has no steps; give a number"
+            )
+        return judge
+
+    return AfterValidator(check)
+
+
+Characters = Annotated[str, AfterValidator(check_characters)]
+"""A regular expression for one allowed character."""
+
+
+def check_range(settings: Settings, low: str, high: str, otherwise: str) -> None:
+    """Raise ValueError where the setting `low` is above the setting `high`, either None apart."""
+    least, most = getattr(settings, low), getattr(settings, high)
+    if least is not None and most is not None and least > most:
+        raise ValueError(f"{low} = {least} is above {high} = {most}: {otherwise}")
 
 
 class Answering(BaseModel):
@@ -69,13 +91,8 @@ class Sample(Settings, Computing, Answering):
 class Score(Settings, Computing):
     """Rollouts with what a judge says of them: `r.score(rollouts, judge=...)`."""
 
-    judge: JudgeSetting
+    judge: Annotated[JudgeSetting, asked_by("score")]
     """Comes from the recipe's `judge`."""
-
-    @field_validator("judge")
-    @classmethod
-    def _score_can_ask_it(cls, judge: Judge) -> Judge | None:
-        return check_judge(judge, "score")
 
 
 class Profile(Settings, Computing, Answering):
@@ -107,12 +124,8 @@ class Filter(Settings):
 
     @model_validator(mode="after")
     def _bands_are_bands(self) -> Self:
-        for low, high in (("low", "high"), ("against_low", "against_high")):
-            if getattr(self, low) > getattr(self, high):
-                raise ValueError(
-                    f"{low} = {getattr(self, low)} is above {high} = {getattr(self, high)}: no "
-                    "pass rate lies between them"
-                )
+        check_range(self, "low", "high", "no pass rate lies between them")
+        check_range(self, "against_low", "against_high", "no pass rate lies between them")
         return self
 
 
@@ -124,7 +137,7 @@ class Select(Settings):
     min_tokens: int | None = Field(None, gt=0)
     max_tokens: int | None = Field(None, gt=0)
     """Bounds on the length of a response, stop token included."""
-    language: str | None = None
+    language: Characters | None = None
     """Regular expression for one allowed character; a response with any other one is left out."""
     max_repetition: Repetition | None = None
     """Most repeated n-grams of words that a response may have."""
@@ -134,14 +147,57 @@ class Select(Settings):
     strip_thought: bool = False
     """Leave out what stands before `</think>`, and make such rows rows of the mode no_think."""
 
-    _language = field_validator("language")(check_characters)
-
     @model_validator(mode="after")
     def _ranges_hold_something(self) -> Self:
-        for low, high in (("min_tokens", "max_tokens"), ("first_step", "last_step")):
-            least, most = getattr(self, low), getattr(self, high)
-            if least is not None and most is not None and least > most:
-                raise ValueError(f"{low} = {least} is above {high} = {most}: nothing is left")
+        check_range(self, "min_tokens", "max_tokens", "nothing is left")
+        check_range(self, "first_step", "last_step", "nothing is left")
+        return self
+
+
+class Pairs(Settings):
+    """Preference pairs out of rollouts: `r.pairs(rollouts)`, `r.pairs(strong, against=weak)`."""
+
+    how: Pairing = BestAgainstWorst()
+    """Which responses go against each other."""
+    min_chosen_reward: float | None = Field(None, gt=0, le=1)
+    """Least reward of the chosen response."""
+    max_length_gap: int | None = Field(None, ge=0)
+    """Most characters by which the two responses may differ in length."""
+    chosen_max_tokens: int | None = Field(None, gt=0)
+    """Most tokens of the chosen response, stop token included."""
+    chosen_language: Characters | None = None
+    """Regular expression for one allowed character; the chosen response has no other one."""
+    chosen_max_repetition: Repetition | None = None
+    """Most repeated n-grams of words in the chosen response."""
+
+    judge: Annotated[JudgeSetting | None, asked_by("pairs")] = None
+    """Who says which response is better; comes from the recipe's `judge`."""
+    seed: int = Field(0, ge=0, lt=2**31)
+    """Which pairs are random, and the noise of the oracle, follow from it."""
+
+    @property
+    def pairwise(self) -> bool:
+        """Whether the judge is asked about pairs, not about responses."""
+        return self.judge is not None and self.how.kind in self.judge.PAIRS
+
+    @property
+    def by(self) -> str:
+        """The value of a response that is compared."""
+        return self.how.by or ("reward" if self.judge is None else "score")
+
+    @property
+    def compares_values(self) -> bool:
+        """Whether the chosen response has to have the higher value."""
+        how = self.how
+        asked = how.by is not None or how.min_margin is not None
+        return asked or not isinstance(how, StrongAgainstWeak)
+
+    @model_validator(mode="after")
+    def _judge_is_asked(self) -> Self:
+        if self.judge is not None and isinstance(self.how, StrongAgainstWeak):
+            raise ValueError("how = strong_against_weak asks no judge; leave judge out")
+        if self.judge is not None and self.by != "score":
+            raise ValueError("a judge gives scores; leave by out")
         return self
 
 

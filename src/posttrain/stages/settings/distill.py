@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Self
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from posttrain.algorithms import (
     Aggregation,
@@ -18,8 +18,15 @@ from posttrain.algorithms import (
     TokenMean,
     TokenShare,
 )
-from posttrain.backends.prompting import check_hint
-from posttrain.stages.settings.base import AuxLosses, Computing, Modes, Rollouts, Training, Weight
+from posttrain.stages.settings.base import (
+    AuxLosses,
+    Computing,
+    Modes,
+    Rollouts,
+    Template,
+    Training,
+    Weight,
+)
 from posttrain.values import Settings, changing
 
 
@@ -53,7 +60,7 @@ class Distill(Settings, Computing, Training, Rollouts):
     domain_weights: dict[str, Weight] = changing({})
     """Weight of a domain's loss; 1 where none is given."""
     aux: AuxLosses = Field(default_factory=dict)
-    hints: dict[str, str] = Field(default_factory=dict)
+    hints: dict[str, Template] = Field(default_factory=dict)
     """Domain to a template of the prompt, such as "{prompt} {answer}": its teacher reads the
     responses after that instead of the prompt that the student saw."""
     routes: dict[str, str | tuple[str, ...]] = Field(default_factory=dict)
@@ -74,11 +81,6 @@ class Distill(Settings, Computing, Training, Rollouts):
     def rewarded(self) -> bool:
         """Whether the verifiable reward has a weight above 0 at some step."""
         return any(weight > 0 for weight in self.possible("reward_weight"))
-
-    @field_validator("hints")
-    @classmethod
-    def _hints_are_templates(cls, value: dict[str, str]) -> dict[str, str]:
-        return {name: check_hint(template) for name, template in value.items()}
 
     @model_validator(mode="after")
     def _correction_has_a_policy_gradient(self) -> Self:

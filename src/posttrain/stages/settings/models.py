@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from posttrain.algorithms import Average, DareLinear, MergeHow, TaskArithmetic
-from posttrain.rewards.judge_kinds import Judge, JudgeSetting
+from posttrain.rewards.judge_kinds import JudgeSetting
 from posttrain.stages.settings.base import Computing, Modes
-from posttrain.stages.settings.data import check_judge
+from posttrain.stages.settings.data import asked_by
 from posttrain.values import Settings
 
 
@@ -57,40 +57,21 @@ class Best(Settings, Computing):
     """The best of several models, by problems that no training stage can draw from."""
 
     modes: Modes = ()
-    metric: Literal["accuracy", "greedy", "score"] = "accuracy"
-    """Mean reward at temperature 1, of greedy responses, or the judge's score at temperature 1."""
-    judge: JudgeSetting | None = None
-    """Whose score it is; comes from the recipe's `judge`."""
+    judge: Annotated[JudgeSetting | None, asked_by("best")] = None
+    """Whose score decides in place of the verifier's; comes from the recipe's `judge`."""
     length_weight: float = Field(0.0, ge=0)
-    """Taken off the metric per `max_new_tokens` of mean response length."""
+    """Taken off the score per `max_new_tokens` of mean response length."""
     num_problems: int = Field(200, gt=1)
     """Per domain, from the validation split; fewer if it has fewer."""
-    samples: int = Field(2, gt=0)
-    """Responses per problem at temperature 1."""
+    samples: int = Field(2, ge=0)
+    """Responses per problem at temperature 1; 0 takes one greedy response."""
     max_new_tokens: int = Field(64, gt=0)
     bootstrap: int = Field(2000, ge=100)
     """Resamples of the problems behind each 95 % interval."""
 
-    @field_validator("judge")
-    @classmethod
-    def _best_can_ask_it(cls, judge: Judge | None) -> Judge | None:
-        return check_judge(judge, "best")
-
-    @model_validator(mode="after")
-    def _judge_is_asked(self) -> Self:
-        if (self.judge is None) == (self.metric == "score"):
-            given = "no judge" if self.judge is None else "a judge"
-            raise ValueError(f"metric = {self.metric} with {given}: give both or neither")
-        return self
-
-
-class DomainData(BaseModel):
-    """A domain's problems; its settings come from the suite, not from a recipe."""
-
-    model_config = ConfigDict(frozen=True, extra="allow")
-
-
-class ExternalModel(BaseModel):
-    """A checkpoint from outside; its identity is the bytes of its files."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    @property
+    def metric(self) -> str:
+        """What the value of a candidate is called."""
+        if self.judge is not None:
+            return "score"
+        return "accuracy" if self.samples else "greedy"

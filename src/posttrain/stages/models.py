@@ -1,12 +1,18 @@
-"""Merging: one checkpoint out of the weights of several (`backends/merging.py`).
+"""Stages that make models without training, and domains: taken in from outside, and merged.
 
-Averages of runs that differ in data or settings (Llama 3, arXiv 2407.21783, section 4.1.7), soups,
-and sums of what several specialists learned on top of one base.
+Files of a checkpoint from outside are linked, not copied, and hashed. A large file that the plan
+hashed, and that the file system calls unchanged since, is not read again for that
+(`engine/hashes.py`).
+
+Merging makes one checkpoint out of the weights of several (`backends/merging.py`): averages of runs
+that differ in data or settings (Llama 3, arXiv 2407.21783, section 4.1.7), soups, and sums of what
+several specialists learned on top of one base.
 """
 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +24,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from posttrain.backends.checkpoint import load, save
 from posttrain.backends.merging import TensorFiles, merged
 from posttrain.engine.errors import ConfigError
+from posttrain.engine.fingerprint import file_digest, files_digest
 from posttrain.engine.graph import named
+from posttrain.engine.hashes import FileHashes, HashFile
+from posttrain.engine.process import Job
 from posttrain.stages.context import Context
 from posttrain.stages.settings.models import Merge
+from posttrain.suites.build import build_domain
 
 FREE = frozenset(
     {
@@ -32,7 +42,41 @@ FREE = frozenset(
 compared as such."""
 
 
-def run(settings: Merge, ctx: Context) -> dict[str, float]:
+def run_domain(job: Job, ctx: Context) -> dict[str, Any]:
+    """Write the problems of a domain; returns what `build_domain` counts."""
+    return build_domain(job.config, job.runtime, ctx.out, job.data)
+
+
+def run_model(job: Job, ctx: Context) -> dict[str, Any]:
+    """Take in the checkpoint that the job's `runtime` names; returns its number of parameters."""
+    directory, files = Path(job.runtime["directory"]), job.runtime["files"]
+    return link_model(directory, files, job.data["files"], ctx, FileHashes(Path(job.hashes)).digest)
+
+
+def link_model(
+    directory: Path,
+    files: Sequence[str],
+    sha256: str,
+    ctx: Context,
+    hash_file: HashFile = file_digest,
+) -> dict[str, float]:
+    """Link `files` of `directory` into the artifact and check that they load as a model.
+
+    Raises ConfigError if they are no longer the files whose digest `sha256` the plan has seen.
+    """
+    if files_digest(directory, files, hash_file) != sha256:
+        raise ConfigError(f"{directory}: its files changed since this run was planned; run again")
+    for name in files:
+        target = ctx.out / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)
+        target.symlink_to((directory / name).resolve())
+    language_model = load(ctx.out)
+    parameters = sum(parameter.numel() for parameter in language_model.model.parameters())
+    return {"parameters": parameters}
+
+
+def run_merge(settings: Merge, ctx: Context) -> dict[str, float]:
     """Merge the models of the edges `models.NAME`, relative to `base` where `how` has one.
 
     Configuration and tokenizer are those of the first model by name. Raises ConfigError for models

@@ -1,13 +1,14 @@
-"""Settings of the stages that learn from given text: pretraining and supervised fine-tuning."""
+"""Settings of the stages that learn from given data: pretraining, supervised fine-tuning,
+preferences and reward models."""
 
 from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
-from posttrain.backends.prompting import check_hint
-from posttrain.stages.settings.base import AuxLosses, Computing, Lengths, Modes, Training
+from posttrain.algorithms import BradleyTerry, Dpo, Preference, RewardLoss
+from posttrain.stages.settings.base import AuxLosses, Computing, Lengths, Modes, Template, Training
 from posttrain.values import Settings, changing
 
 
@@ -49,11 +50,31 @@ class Sft(Lengths, Settings, Computing, Training):
     demo_noise: float = Field(0.0, ge=0, le=1)
     """Share of the demonstrations that are wrong, as a careless annotator writes them
     (`rewards/oracle.py`). Comes from the recipe's `noise`."""
-    hint: str | None = None
+    hint: Template | None = None
     """Template of a second prompt for every demonstration, beside its own. Comes from the recipe's
     `hint`."""
 
-    @field_validator("hint")
-    @classmethod
-    def _hint_is_a_template(cls, value: str | None) -> str | None:
-        return None if value is None else check_hint(value)
+
+class DpoStage(Lengths, Settings, Computing, Training):
+    """Learning from preferences: `r.dpo(start=..., data=r.pairs(...))`."""
+
+    batch_size: int = changing(32, gt=0)
+    """Pairs per step, drawn evenly over the domains unless `domain_shares` are given."""
+    loss: Preference = Dpo()
+    """What is descended; `SimPO` needs no reference."""
+    mask_formatting: bool = False
+    """Leave special tokens, the end of the turn among them, out of the preference loss."""
+    aux: AuxLosses = Field(default_factory=dict)
+
+
+class RewardModel(Lengths, Settings, Computing, Training):
+    """A reward model from preference pairs: `r.reward_model(start=..., data=r.pairs(...))`."""
+
+    batch_size: int = changing(32, gt=0)
+    """Pairs per step, or prompts with `per_prompt`; evenly over the domains unless `domain_shares`
+    are given."""
+    loss: RewardLoss = BradleyTerry()
+    per_prompt: bool = False
+    """Draw prompts with all of their pairs, which count together as one (InstructGPT)."""
+    holdout: float = Field(0.1, ge=0, lt=1)
+    """Share of the prompts that is not learned from, and gives `heldout_accuracy`."""
