@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from posttrain.rl.batch import Batch, between, pad_rows, ragged_index
+from posttrain.rl.batch import Batch, pad_rows, ragged_index
 
 
 class Drawn(NamedTuple):
@@ -123,6 +123,7 @@ class SampleBuffer:
         num_ids: int,
     ) -> None:
         """`num_ids` is the size of the output layer: no id beyond it is ever drawn."""
+        self.prompts = prompts
         self.prompts_PT, self.prompt_len_P = pad_rows(prompts, pad_id)
         self.group_size, self.pad_id = group_size, pad_id
         self.max_new_tokens = max_new_tokens
@@ -163,32 +164,23 @@ class SampleBuffer:
             self.response_len_B[ended_E] = position_L[ended_L] + 1
         return ended_L
 
+    def responses(self, row_B: Tensor) -> list[list[int]]:
+        """See `Sampling.responses`."""
+        lengths = self.response_len_B[row_B].tolist()
+        rows = self.tokens_BR[row_B].tolist()
+        return [row[:length] for row, length in zip(rows, lengths, strict=True)]
+
     def batch(self, row_B: Tensor | None = None) -> Batch:
         """See `Sampling.batch`."""
         if row_B is None:
             row_B = torch.arange(len(self.response_len_B))
-        prompt_B = row_B // self.group_size
-        prompt_len_B, response_len_B = self.prompt_len_P[prompt_B], self.response_len_B[row_B]
-        length_B = prompt_len_B + response_len_B
-        longest = int(response_len_B.max()) if len(row_B) else 0
-        width = int(length_B.max()) if len(row_B) else 0
-        # Prompts are written first, then each response over the padding of its prompt.
-        tokens_BT = torch.full((len(row_B), self.prompts_PT.shape[1] + longest), self.pad_id)
-        tokens_BT[:, : self.prompts_PT.shape[1]] = self.prompts_PT[prompt_B]
-        position_R = torch.arange(longest)
-        valid_BR = position_R < response_len_B[:, None]
-        response_BR = torch.where(valid_BR, self.tokens_BR[row_B, :longest], self.pad_id)
-        tokens_BT.scatter_(1, prompt_len_B[:, None] + position_R, response_BR)
-        batch = Batch(
-            tokens_BT=tokens_BT[:, :width].clone(),
-            prompt_len_B=prompt_len_B,
-            length_B=length_B,
-            sampled_BT=between(prompt_len_B, length_B, width),
-        )
-        batch["sampler_logp_N"] = self.logp_BR[row_B, :longest][valid_BR]
+        prompts = [self.prompts[row // self.group_size] for row in row_B.tolist()]
+        batch = Batch.from_tokens(prompts, self.responses(row_B), pad_id=self.pad_id)
+        drawn_BR = torch.arange(self.max_new_tokens) < self.response_len_B[row_B, None]
+        batch["sampler_logp_N"] = self.logp_BR[row_B][drawn_BR]
         batch["finished_B"] = self.finished_B[row_B]
         if self.nucleus_ids:
-            drawn_N = self.drawn_BR[row_B, :longest][valid_BR]
+            drawn_N = self.drawn_BR[row_B][drawn_BR]
             count_N = torch.cat(self.nucleus_counts)
             batch["nucleus_count_N"] = count_N[drawn_N]
             batch["nucleus_ids_F"] = torch.cat(self.nucleus_ids)[ragged_index(count_N, drawn_N)]
@@ -212,9 +204,7 @@ class LocalSampling:
 
     def responses(self, row_B: Tensor) -> list[list[int]]:
         """See `Sampling.responses`."""
-        lengths = self.samples.response_len_B[row_B].tolist()
-        rows = self.samples.tokens_BR[row_B].tolist()
-        return [row[:length] for row, length in zip(rows, lengths, strict=True)]
+        return self.samples.responses(row_B)
 
     def num_tokens(self, rows: Sequence[int]) -> int:
         """See `Sampling.num_tokens`."""

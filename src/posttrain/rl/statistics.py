@@ -50,10 +50,9 @@ def evaluation(
     gain_DS: dict[str, list[Array]] = {"sampled": [], "greedy": []}
     for number, name in enumerate(scores["student"]):
         teacher = f"teachers.{routes[name]}" if name in routes else None
-        columns = {
-            "init": scores["init"][name],
-            "student": scores["student"][name],
-        } | ({"teacher": scores[teacher][name]} if teacher else {})
+        columns = {"init": scores["init"][name], "student": scores["student"][name]}
+        if teacher:
+            columns["teacher"] = scores[teacher][name]
         weight_SP = _resample(len(columns["init"].sampled), resamples, [seed, number])
         row: dict[str, Any] = {"num_problems": int(weight_SP.shape[1])}
         for decoding, kept in recovery_DS.items():
@@ -67,13 +66,12 @@ def evaluation(
             row |= table if decoding == "sampled" else {"greedy": table}
         domains[name] = row | {"constant": dict(constants[name])}
     result: dict[str, Any] = {"domains": domains, "routes": dict(routes)}
-    result |= _norm(domains, recovery_DS["sampled"], lambda row: row["recovery"])
-    greedy = _norm(domains, recovery_DS["greedy"], lambda row: row["greedy"]["recovery"])
-    result["greedy"] = greedy
-    result["gain"] = _mean_gain([row["gain"] for row in domains.values()], gain_DS["sampled"])
-    greedy["gain"] = _mean_gain(
-        [row["greedy"]["gain"] for row in domains.values()], gain_DS["greedy"]
-    )
+    sampled = list(domains.values())
+    greedy = [row["greedy"] for row in sampled]
+    result |= _norm(sampled, recovery_DS["sampled"])
+    result["greedy"] = _norm(greedy, recovery_DS["greedy"])
+    result["gain"] = _mean_gain(sampled, gain_DS["sampled"])
+    result["greedy"]["gain"] = _mean_gain(greedy, gain_DS["greedy"])
     result["models"] = {
         model: {
             name: {
@@ -126,9 +124,9 @@ def _domain(columns: Mapping[str, Array], weight_SP: Array) -> tuple[dict[str, A
     return table, ratio_S
 
 
-def _norm(domains: Mapping[str, Any], ratio_DS: list[Array], recovery: Any) -> dict[str, Any]:
+def _norm(rows: Sequence[Mapping[str, Any]], ratio_DS: list[Array]) -> dict[str, Any]:
     """Norm, its interval and the lowest recovery; `norm_domains` counts the domains in it."""
-    values = [recovery(row)["value"] for row in domains.values() if recovery(row)]
+    values = [row["recovery"]["value"] for row in rows if row["recovery"]]
     if not values:
         nothing = dict.fromkeys(("norm", "norm_low", "norm_high", "min_recovery"))
         return nothing | {"norm_domains": 0}
@@ -142,9 +140,11 @@ def _norm(domains: Mapping[str, Any], ratio_DS: list[Array], recovery: Any) -> d
     }
 
 
-def _mean_gain(gains: list[Value], gain_DS: list[Array]) -> Value:
+def _mean_gain(rows: Sequence[Mapping[str, Any]], gain_DS: list[Array]) -> Value:
     """What the student gained on the init, mean over domains."""
-    return _interval(float(np.mean([g["value"] for g in gains])), np.mean(gain_DS, axis=0))
+    return _interval(
+        float(np.mean([row["gain"]["value"] for row in rows])), np.mean(gain_DS, axis=0)
+    )
 
 
 def _resample(num_problems: int, resamples: int, seed: list[int]) -> Array:
