@@ -126,7 +126,6 @@ AFTER: dict[str, str] = {
     "1.1), aggregation='token', balance='tokens', **student | two_updates)",
     "sampled_token_thrice": "distill(estimator='sampled_token', correction=Truncated(1.1), "
     "**student | three_updates | dict(lr=2e-2))",
-    "best_greedy": "best(learned, prompts=both, samples=0, **measure)",
     "merge_arithmetic": "merge(learned, base=base, how=TaskArithmetic(.8))",
     "merge_ties": "merge(learned, base=base, how=Ties(.4))",
     "merge_dare": "merge(learned, base=base, how=DareLinear(.5))",
