@@ -39,7 +39,7 @@ def reverse_kl(_, hidden_ND, head, batch):
     """KL(student || teacher) over the whole vocabulary, summed over tokens. A `HeadLoss`.
 
     Written out for a vocabulary of 100. With one of 100,000 no [N, V] matrix should ever be whole:
-    `posttrain.losses.distill.full_vocabulary_of_each` computes the same in chunks, from the
+    `posttrain.losses.distill.full_vocabulary` computes the same in chunks, from the
     teachers' hidden states.
     """
     logp_NV = (hidden_ND @ head.weight_VD.T).log_softmax(-1)  # the student, with a gradient

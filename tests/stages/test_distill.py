@@ -217,7 +217,7 @@ def test_one_loss_call_serves_all_teachers(
     distill: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, estimator: str
 ) -> None:
     """The batch fits one micro-batch: one call per step, whatever the number of domains."""
-    name = {"reverse_kl": "full_vocabulary_of_each"}.get(estimator, estimator)
+    name = {"reverse_kl": "full_vocabulary"}.get(estimator, estimator)
     original, calls = getattr(stage, name), []
 
     def counted(*args: Any, **kwargs: Any) -> Any:
