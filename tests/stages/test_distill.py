@@ -315,6 +315,15 @@ def test_weights_by_hand() -> None:
     assert loss_weights(plain, ["a", "b"], batch).tolist() == [1, 3, 1, 1, 3, 1]
 
 
+def test_rows_that_are_averaged_are_in_balance_already() -> None:
+    settings = Distill(steps=1, aggregation="sequence", balance="tokens")
+    batch = Batch.from_tokens([[1], [1]], [[2], [2, 3, 4]], pad_id=0)
+    batch["domain_B"] = torch.tensor([0, 1])
+    assert loss_weights(settings, ["a", "b"], batch).tolist() == [1.0, 1.0]
+    by_sum = Distill(steps=1, aggregation="constant", balance="tokens")
+    assert loss_weights(by_sum, ["a", "b"], batch).tolist() == pytest.approx([2.0, 2 / 3])
+
+
 def test_balance_survives_a_domain_without_rows() -> None:
     settings = Distill(steps=1, aggregation="token", balance="tokens")
     assert loss_weights(settings, ["a", "b"], with_domains([2, 4], [0, 0])).tolist() == [1, 1]
@@ -403,7 +412,6 @@ def test_a_teacher_of_another_size_and_architecture_will_do(
         ),
         ({"estimator": "kl"}, "choices: .*reverse_kl"),
         ({"aggregation": {"kind": "sequence", "constant": 8}}, "'aggregation.constant': unknown"),
-        ({"balance": "tokens"}, "set aggregation = token"),
         ({"reward_weight": 0.5}, "set samples_per_prompt to 2 or more"),
         ({"domain_weights": {"word": 2.0}}, "'word' is not a domain .* choices: short, words"),
         ({"domain_weights": {"words": -1.0}}, "domain_weights.words"),

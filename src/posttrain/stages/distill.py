@@ -29,6 +29,7 @@ from torch import Tensor
 from posttrain.algorithms import (
     Jsd,
     SampledToken,
+    SequenceMean,
     TokenMean,
     TokenShare,
     TopK,
@@ -117,11 +118,13 @@ def loss_weights(step_settings: Distill, domains: Sequence[str], batch: Batch) -
     """`loss_weight_B`: the weight of a row's domain, times its token balance if asked for.
 
     The balance is the domain's share of rows over its share of tokens in this batch (Open-MOPD,
-    arXiv 2608.19098, token-share weights).
+    arXiv 2608.19098, token-share weights). Where rows are averaged before they are added up each
+    domain has its share already.
     """
     weights, domain_B = step_settings.domain_weights, batch["domain_B"]
     weight_of = torch.tensor([weights.get(name, 1.0) for name in domains])
-    if isinstance(step_settings.balance, TokenShare):
+    by_length = not isinstance(step_settings.aggregation, SequenceMean)
+    if isinstance(step_settings.balance, TokenShare) and by_length:
         rows = torch.bincount(domain_B, minlength=len(domains)).float()
         tokens = torch.zeros(len(domains)).index_add(0, domain_B, batch.sampled_len_B.float())
         weight_of *= (rows / rows.sum()) / (tokens / tokens.sum()).clamp(min=1e-9)

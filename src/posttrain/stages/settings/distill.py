@@ -15,8 +15,6 @@ from posttrain.algorithms import (
     ReverseKL,
     SampledToken,
     SequenceMean,
-    TokenMean,
-    TokenShare,
 )
 from posttrain.stages.settings.base import (
     AuxLosses,
@@ -118,15 +116,5 @@ class Distill(Settings, Computing, Training, Rollouts):
                 f"reward_weight = {self.reward_weight} with samples_per_prompt = 1: the reward's "
                 "advantage is relative to the other samples of a prompt; set samples_per_prompt "
                 "to 2 or more"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _balance_needs_token_means(self) -> Self:
-        if isinstance(self.balance, TokenShare) and not isinstance(self.aggregation, TokenMean):
-            raise ValueError(
-                f"balance = tokens with aggregation = {self.aggregation.kind}: rows are already "
-                "averaged before they are added up, so no domain gains by its length; set "
-                "aggregation = token or leave the balance out"
             )
         return self
