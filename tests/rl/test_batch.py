@@ -71,7 +71,14 @@ def test_several_spans() -> None:
     assert batch.responses() == [[11, 12, 13], [14, 15, 16], [17, 18, 19]]
     assert batch.last_B.tolist() == [2, 5, 8]
     with pytest.raises(ValueError, match="row 1 has no sampled token"):
-        Batch.from_spans([[([1], True)], [([1], False)]], pad_id=0)
+        Batch.from_spans([[([1], False), ([2], True)], [([1], False)]], pad_id=0)
+
+
+def test_something_stands_before_the_first_sampled_token() -> None:
+    with pytest.raises(ValueError, match="row 1 has no token before its first sampled one"):
+        Batch.from_spans([[([1], False), ([2], True)], [([1], True)]], pad_id=0)
+    with pytest.raises(ValueError, match="row 0 has no token before its first sampled one"):
+        Batch.from_tokens([[]], [[1]], pad_id=0)
 
 
 def test_columns_have_the_size_that_their_name_says() -> None:

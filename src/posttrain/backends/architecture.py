@@ -3,8 +3,8 @@
 `packed` models keep keys and values of all tokens in every layer: short rows may share a row of a
 forward pass, and where there is a decoder for it (`cpu/fused.py`) every row of a cache may have its
 own length. All others are `plain`: one row to a row, padded on the right, and all rows of a cache
-at one length (`lockstep.py`). That is right
-for any causal model, and the only way for sliding windows, convolutions and recurrent states.
+at one length (`lockstep.py`). That is right for any causal model, and the only way for sliding
+windows, convolutions and recurrent states.
 
 Legend: B rows, T positions, D hidden.
 """
@@ -216,6 +216,7 @@ def _stepwise(model: Any, row_1T: Tensor) -> Tensor:
     """Hidden states of a row: half of it at once, the rest token by token on a repeated cache."""
     rows = CachedRows(model)
     parts = [rows.read(row_1T[:, :PROBE_LENGTH])]
+    # Copied and thinned out, as a group and its ended rows do it to a cache.
     rows.select(torch.zeros(3, dtype=torch.int64))
     for position in range(PROBE_LENGTH, row_1T.shape[1]):
         if position == PROBE_LENGTH + 2:

@@ -65,6 +65,7 @@ class Chat:
         key = (text, mode)
         if key not in self._prompts:
             ids = self._encode(self._render(text, None, mode))
+            # A template writes the BOS token itself.
             if self.tokenizer.chat_template is None:
                 ids = self._opening() + ids
             self._prompts[key] = ids
@@ -106,6 +107,7 @@ class Chat:
                 # The prompt has opened the block already.
                 body = body.lstrip().removeprefix(OPEN)
         ids = self._encode(body)
+        # What a template puts after the stop token, such as a new line, is no part of a response.
         for position, token in enumerate(ids):
             if token in self.stop_ids:
                 return ids[: position + 1]

@@ -104,6 +104,7 @@ def read_hidden(
     hidden_ND = head.weight_VD.new_empty(0, head.weight_VD.shape[1])
     for forward in forward_passes(model, batch, max_tokens=max_tokens, fast_paths=fast_paths):
         part_ND = forward.hidden_states(model)
+        # Made when the first pass has told type and width.
         if not len(hidden_ND):
             hidden_ND = part_ND.new_empty(batch.num_tokens, part_ND.shape[1])
         # Passes hold rows in an order of their own; the result has that of the batch.

@@ -295,9 +295,11 @@ class LocalLearner:
         self.max_tokens, self.workers, self.fast_paths = max_tokens, workers, fast_paths
         self.max_grad_norm = settings.max_grad_norm
         self.parameters = [p for p in self.master.parameters() if p.requires_grad]
+        # In the order of `parameters`; in float32 the very same tensors.
         self.copies = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             self.parameters,
+            # Every step brings its own.
             lr=0.0,
             betas=settings.betas,
             weight_decay=settings.weight_decay,
@@ -388,6 +390,7 @@ class LocalLearner:
         part, forward = work
         loss_sum, metrics = part.loss.function(*self._loss_arguments(part, forward))
         share = _share(part, loss_sum)
+        # A loss need not reach every weight: None where it does not.
         return part.name, torch.autograd.grad(share, self.copies, allow_unused=True), metrics
 
     def _accumulate(self, gradients: tuple[Tensor | None, ...]) -> None:
@@ -444,9 +447,11 @@ class LocalLearner:
             kind, position, *rest = name.split(".")
             if kind == "optimizer":
                 parameter = self.parameters[int(position)]
+                # A clone, because AdamW changes it in place.
                 self.optimizer.state[parameter][rest[0]] = value.clone().to(parameter.device)
         if self.average is not None:
             self.average.restore(tensors)
+        # All parameters, not `copies` alone: frozen ones were put back as well.
         copy_to_compute(self.model.parameters(), self.master.parameters())
 
     def finish(self) -> None:

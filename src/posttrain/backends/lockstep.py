@@ -96,6 +96,7 @@ class _LikePrompts:
         self.row_L = torch.full_like(index_P, -1)
         self.done_L = torch.zeros_like(index_P, dtype=torch.bool)
         shortest = int(run.samples.prompt_len_P[index_P].min())
+        # [L, T, D] -> [L, D]: at the last token that was read.
         self.hidden_LD = self.rows.read(run.samples.prompts_PT[index_P, :shortest])[:, -1]
         self._begin()
 
@@ -117,6 +118,7 @@ class _LikePrompts:
         if bool(draws_L.any()):
             row_L = self.row_L[draws_L]
             prompt_len_L = samples.prompt_len_P[self.prompt_L[draws_L]]
+            # All rows have one length by now, so those of their responses may differ.
             position_L = self.rows.length - prompt_len_L
             hidden_LD = self.hidden_LD[draws_L.to(self.device)]
             weight, bias = run.head.weight_VD, run.head.bias_V
@@ -141,8 +143,10 @@ class _LikePrompts:
         begins_L = (self.row_L < 0) & (length_P[self.prompt_L] == self.rows.length)
         if not bool(begins_L.any()):
             return
+        # Everything stays once; what has read its prompt becomes the rows of a group.
         count_L = torch.where(begins_L, group, 1)
         copy_L = torch.arange(len(count_L)).repeat_interleave(count_L)
+        # 0, 1, 2 ... within each group, 0 for all that just stays.
         member_L = torch.arange(len(copy_L)) - (count_L.cumsum(0) - count_L)[copy_L]
         self._take(copy_L)
         new_L = self.prompt_L * group + member_L

@@ -186,6 +186,7 @@ def _deltas(base: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    # A new tensor, so that the sum in place leaves the first model alone.
     total = tensors[0] * weights[0]
     for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
         total += tensor * weight
@@ -201,4 +202,5 @@ def _agreeing(deltas: Sequence[Tensor], weights: Sequence[float], *, mean: bool)
         agrees = (delta.sign() == sign) & (sign != 0)
         total += weight * delta * agrees
         share += weight * agrees
+    # Where nothing agrees the total is 0 already.
     return total / share.masked_fill(share == 0, 1.0) if mean else total

@@ -53,6 +53,7 @@ class PaddedPass:
         hidden_BTD: Tensor = body(
             input_ids=self.tokens_BT.to(model.device), use_cache=False
         ).last_hidden_state
+        # [B, T, D] -> [B * T, D] -> [N, D]: just the positions that predict a sampled token.
         return hidden_BTD.flatten(0, 1)[self.predicts_N.to(model.device)]
 
 
@@ -84,6 +85,7 @@ def padded_passes(batch: Batch, *, max_tokens: int, group_rows: int) -> Iterator
     passes: list[tuple[list[int], int]] = []
     lines: list[int] = []
     width = 0
+    # A stable sort, so that the passes follow from the batch alone.
     for block in sorted(blocks, key=longest, reverse=True):
         if not lines or (len(lines) + len(block)) * width > max_tokens:
             lines, width = [], longest(block)
@@ -102,6 +104,8 @@ def _padded_pass(batch: Batch, read_len_B: Tensor, row_B: Tensor, width: int) ->
     row_N, column_N = batch.sampled_BT[index_B].nonzero().T
     return PaddedPass(
         index_B=index_B,
+        # The last sampled token goes too: nobody asks what follows it. 0 is an id of any model.
         tokens_BT=batch.tokens_BT[row_B, :width].masked_fill(beyond_BT, 0),
+        # A token is predicted by the position before it.
         predicts_N=line_B[row_N] * width + column_N - 1,
     )

@@ -30,7 +30,9 @@ def computing_copy(language_model: LanguageModel, dtype: torch.dtype) -> Languag
     model = copy.deepcopy(master)
     in_float32 = getattr(master, "_keep_in_fp32_modules_strict", None) or ()
     for name, parameter in model.named_parameters():
+        # With a dot at both ends only whole parts of a name match.
         if not any(f".{part}." in f".{name}." for part in in_float32):
+            # Through `.data`: a parameter that is used in two places stays one.
             parameter.data = parameter.data.to(dtype)
     model.config.dtype = dtype
     return replace(language_model, model=model)

@@ -84,9 +84,6 @@ def in_modes(problems: Sequence[Problem], modes: Iterable[str]) -> list[Problem]
     ]
 
 
-# -- hints -----------------------------------------------------------------------------------------
-
-
 def check_hint(template: str) -> str:
     """Returns the template. Raises ValueError unless it is text with plain {fields} of a row."""
     try:

@@ -77,6 +77,7 @@ def _with_score(
     config = deepcopy(theirs.config)
     config.num_labels = 1
     try:
+        # On meta no weights are made: both parts that have some are replaced below.
         with torch.device("meta"):
             model = AutoModelForSequenceClassification.from_config(config, dtype=theirs.dtype)
     except ValueError:
@@ -139,6 +140,7 @@ def scores_N(hidden_ND: Tensor, head: Head) -> Tensor:
     does not depend on how many stand beside it.
     """
     dtype = torch.promote_types(hidden_ND.dtype, torch.float32)
+    # [N, D] * [D] -> [N].
     score_N = (hidden_ND.to(dtype) * head.weight_VD[0].to(dtype)).sum(-1)
     return score_N if head.bias_V is None else score_N + head.bias_V[0].to(dtype)
 

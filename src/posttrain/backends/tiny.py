@@ -51,6 +51,7 @@ def character_tokenizer(texts: Iterable[str], *, thinking: bool = False) -> PreT
     others = sorted(set().union(*map(set, texts)) - set(ascii_characters))
     vocabulary = {token: i for i, token in enumerate([*SPECIAL, *ascii_characters, *others])}
     core = Tokenizer(models.WordLevel(vocab=vocabulary, unk_token="<|unknown|>"))
+    # Line ends too are characters, which `.` would not match.
     core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
     core.decoder = decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(

@@ -50,8 +50,11 @@ def draw(logits_BV: Tensor, uniform_B: Tensor, temperature: float, top_p: float 
             logits_BV = logits_BV / temperature
         logp_BV = torch.log_softmax(logits_BV, dim=-1)
         cumulative_BV = cumulative(logp_BV.double().exp_())
+        # The number is scaled to the sum of the row, which need not be 1. Sums may be integers.
         target_B1 = (uniform_B[:, None] * cumulative_BV[:, -1:]).to(cumulative_BV.dtype)
+        # right=True finds the first sum above the target: a token of probability 0 is never drawn.
         token_B = torch.searchsorted(cumulative_BV, target_B1, right=True)[:, 0]
+        # The product above can round up to the whole sum.
         token_B = token_B.clamp_(max=logits_BV.shape[1] - 1)
     return Drawn(token_B, logp_BV.gather(1, token_B[:, None])[:, 0], nucleus_BV)
 
@@ -63,8 +66,10 @@ def nucleus(logits_BV: Tensor, top_p: float) -> Tensor:
     """
     ordered_BV, id_BV = torch.softmax(logits_BV, dim=-1).sort(dim=-1, descending=True, stable=True)
     cumulative_BV = cumulative(ordered_BV.double())
+    # A token is in while all likelier ones together fall short of `top_p`; the first always is.
     short_BV = cumulative_BV[:, :-1] < top_p * cumulative_BV[:, -1:].double()
     first_B1 = torch.ones_like(short_BV[:, :1])
+    # From the order of probabilities back to ids.
     return torch.zeros_like(id_BV, dtype=torch.bool).scatter(
         1, id_BV, torch.cat([first_B1, short_BV], dim=1)
     )
@@ -93,11 +98,13 @@ def row_seeds(num_rows: int, seed: int) -> Tensor:
 
 def uniform(seed_B: Tensor, position_B: Tensor) -> Tensor:
     """float64 in [0, 1) from (row seed, position in the response)."""
+    # The upper 53 bits: as many as a float64 holds.
     return _shift(_mix(seed_B ^ _mix(position_B)), 11).double() * 2.0**-53
 
 
 def _mix(value: Tensor) -> Tensor:
     """The splitmix64 finaliser on int64 (multiplication wraps): spreads nearby integers apart."""
+    # 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9 and 0x94D049BB133111EB as signed numbers.
     value = value + -7046029254386353131
     value = (value ^ _shift(value, 30)) * -4658895280553007687
     value = (value ^ _shift(value, 27)) * -7723592293110705685
@@ -146,9 +153,11 @@ class SampleBuffer:
     def record(self, row_L: Tensor, position_L: Tensor, drawn: Drawn) -> Tensor:
         """Store what was drawn for response position `position_L` of these rows. Returns a bool per
         row: whether it ended."""
+        # [L], into [B, R] laid end to end.
         index_L = row_L * self.max_new_tokens + position_L
         token_L, logp_L, nucleus_LV = drawn.token_B.cpu(), drawn.logp_B.cpu(), drawn.nucleus_BV
         if nucleus_LV is not None:
+            # [L, V] -> ids, row after row; int32, since there can be thousands for each token.
             self.nucleus_ids.append(nucleus_LV.nonzero()[:, 1].to(torch.int32).cpu())
             self.nucleus_counts.append(nucleus_LV.sum(1).cpu())
             drawn_L = torch.arange(self.num_drawn, self.num_drawn + len(row_L))
@@ -177,9 +186,11 @@ class SampleBuffer:
         prompts = [self.prompts[row // self.group_size] for row in row_B.tolist()]
         batch = Batch.from_tokens(prompts, self.responses(row_B), pad_id=self.pad_id)
         drawn_BR = torch.arange(self.max_new_tokens) < self.response_len_B[row_B, None]
+        # [B, R] -> [N]: row after row.
         batch["sampler_logp_N"] = self.logp_BR[row_B][drawn_BR]
         batch["finished_B"] = self.finished_B[row_B]
         if self.nucleus_ids:
+            # From the order of drawing to row after row.
             drawn_N = self.drawn_BR[row_B][drawn_BR]
             count_N = torch.cat(self.nucleus_counts)
             batch["nucleus_count_N"] = count_N[drawn_N]

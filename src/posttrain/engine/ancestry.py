@@ -61,6 +61,7 @@ def lineage(store: Store, artifact: Artifact) -> list[Ancestor]:
                 loaded[fingerprint] = store.load(index[fingerprint[:SHORT]], fingerprint)
             if fingerprint in loaded:
                 sources[edge] = loaded[fingerprint]
+        # Each is on the stack twice: first to put its sources above it, then to follow them.
         if not expanded:
             stack.append((current, True))
             stack += [(source, False) for source in reversed(sources.values())]

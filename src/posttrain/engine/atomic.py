@@ -87,6 +87,7 @@ def fsync(path: Path) -> None:
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file so that a reader, or a crash, sees the old content or the new one, never a
     part."""
+    # Beside it: a rename is atomic within one file system. By process, as two may write at once.
     part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with part.open("wb") as file:

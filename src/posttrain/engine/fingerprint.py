@@ -28,6 +28,7 @@ def plain(value: Any, *, at: str = "value") -> Any:
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str):
+        # Of a subclass, such as a str enum, the text itself as a plain str.
         return str.__str__(value)
     if isinstance(value, int):
         return int(value)

@@ -120,6 +120,7 @@ class Graph:
             name: set(self.nodes[name].inputs.values()) for name in self.nodes if name in needed
         }
         try:
+            # For its check alone: its own order does not keep to that of `nodes`.
             TopologicalSorter(left).prepare()
         except CycleError as error:
             raise GraphError(

@@ -61,6 +61,7 @@ class FileHashes:
             return found[1]
         began = time.time_ns()
         sha256 = file_digest(Path(place))
+        # Left alone for long enough before it was read, and not changed while it was.
         settled = max(state[3], state[4]) < began - SETTLED_NS
         if settled and _state(place) == state:
             self._known[place] = (state, sha256)

@@ -75,6 +75,7 @@ def _decide(
     node = graph.nodes[name]
     if node.runtime.get("missing"):
         return "blocked", str(node.runtime["missing"])
+    # Before what waits: with a blocked input, filling in a file would not help.
     for edge, source in node.inputs.items():
         if rows[source].action == "blocked":
             return "blocked", f"input {edge} is blocked ({source})"

@@ -154,6 +154,7 @@ def _load_file(path: Path) -> ModuleType:
     if spec is None or spec.loader is None or not path.is_file():
         raise ConfigError(f"execute: there is no file {path}")
     module = importlib.util.module_from_spec(spec)
+    # Dataclasses and pickle look their module up by name while the file is being executed.
     sys.modules[path.stem] = module
     spec.loader.exec_module(module)
     return module
@@ -167,15 +168,18 @@ def _print_into(log: Path) -> None:
     os.close(handle)
     sys.stdout = open(1, "w", buffering=1, encoding="utf-8", closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", buffering=1, encoding="utf-8", closefd=False)  # noqa: SIM115
+    # Only now, so that it writes into the log.
     faulthandler.enable()
     print(f"--- {datetime.now(UTC).isoformat(timespec='seconds')} process {os.getpid()}")
 
 
 def _end_with_parent() -> None:
+    # The runner, which made the process, not the fork server that it was forked from.
     parent = multiprocessing.parent_process()
     assert parent is not None
 
     def watch() -> None:
+        # A pipe whose other end closes with the runner, also where that is killed.
         connection.wait([parent.sentinel])
         os.killpg(0, signal.SIGKILL)
 
@@ -314,6 +318,7 @@ def start(running: Running) -> None:
 def stop(stages: Collection[Running]) -> None:
     """End stage processes, kindly first, and release their work directories. What they wrote
     stays."""
+    # An interrupt may come between `prepare` and `start`.
     begun = [running for running in stages if running.process.pid is not None]
     for running in begun:
         _signal_group(running.process, signal.SIGTERM)

@@ -106,6 +106,7 @@ def _git(folder: Path, *arguments: str) -> str | None:
             capture_output=True,
             timeout=20,
             check=False,
+            # Without locks on the index, which the user's own git may need at this moment.
             env={**os.environ, "GIT_OPTIONAL_LOCKS": "0", "LC_ALL": "C"},
         )
     except (OSError, subprocess.TimeoutExpired):

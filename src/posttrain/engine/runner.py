@@ -194,6 +194,7 @@ class _Run:
 
     def _start(self, name: str) -> Iterator[Event]:
         row = self.rows[name]
+        # No waiting here: other stages may be ready, and those at work are to be watched.
         work = self.store.begin(row.fingerprint, wait=False)
         if work is None:
             if name not in self.waiting:
@@ -202,6 +203,7 @@ class _Run:
                 yield Event(kind="progress", name=name, payload={"waiting": reason})
             return
         self.left.remove(name)
+        # Looked for again under the lock: it may have been committed since the plan.
         present = self.store.find(row.fingerprint)
         if present is not None:
             work.discard()
@@ -240,6 +242,7 @@ class _Run:
     def _pause(self) -> None:
         if self.running:
             connection.wait([r.process.sentinel for r in self.running.values()], _POLL_SECONDS)
+        # Nothing runs, yet something is left: another run works on it.
         elif self.left:
             time.sleep(_POLL_SECONDS)
 
@@ -256,7 +259,9 @@ class _Run:
         for name, running in list(self.running.items()):
             if running.process.is_alive():
                 continue
+            # Taken before the commit, whose hashing is no part of the stage.
             seconds = running.seconds
+            # What it logged between the last look and its end.
             yield from self._news(name, running)
             outcome = self._outcome(name, running, seconds)
             del self.running[name]

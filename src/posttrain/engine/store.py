@@ -103,6 +103,7 @@ class Store:
         paths = {path.name: path for path in self._directories()}
         names = {label: label[: -SHORT - 1] for label in paths}
         by_name = [label for label in paths if names[label] == text]
+        # Longer than the name, or the start of any name would do.
         by_label = [
             label for label in paths if label.startswith(text) and len(text) > len(names[label])
         ]
@@ -214,6 +215,7 @@ class Store:
         try:
             content = marker.read_bytes()
         except FileNotFoundError:
+            # Another process may be writing the marker now, or have done so since the look above.
             others = [p for p in self.root.glob("*") if not p.name.startswith(".store.json.")]
             if others and not marker.exists():
                 raise StoreError(
@@ -236,6 +238,7 @@ class Store:
             with guarded(self.root, "making the store"):
                 self.root.mkdir(parents=True, exist_ok=True)
                 write_whole(marker, json.dumps({"format": FORMAT}).encode("ascii") + b"\n")
+            # What was hashed before there was a store to keep it.
             self.hashes.write()
 
 
@@ -309,13 +312,16 @@ def _move_into_place(work: Work, record: Record, target: Path) -> None:
     new_kind = not target.parent.exists()
     try:
         for path in [work.out / name for name in record["files"]]:
+            # The target of a link is not ours, and was on the disk before.
             if not path.is_symlink():
                 fsync(path)
+        # After the files that it describes are on the disk.
         write_whole(work.out / RECORD, record_bytes(record))
         fsync(work.out)
         target.parent.mkdir(parents=True, exist_ok=True)
         os.rename(work.out, target)
     except BaseException as error:
+        # Else a second commit would take it for a file of the stage.
         (work.out / RECORD).unlink(missing_ok=True)
         if new_kind:
             with suppress(OSError):  # another run may have used it in the meantime
@@ -323,4 +329,5 @@ def _move_into_place(work: Work, record: Record, target: Path) -> None:
         if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST):
             raise StoreError(f"{target} is there already; artifacts never change") from error
         raise
+    # A rename is on the disk when the directory that it changed is.
     fsync(target.parent)

@@ -112,6 +112,7 @@ def export(store: Store, artifact: Artifact, target: Path) -> Path:
                 part / HISTORY, json.dumps(history, indent=1, sort_keys=True).encode("ascii")
             )
             fsync(part)
+            # It replaces an empty directory as well.
             os.rename(part, target)
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -124,6 +125,7 @@ def _copy_checked(artifact: Artifact, name: str, sha256: str, target: Path) -> N
     if not source.is_file():
         raise StoreError(f"{artifact.label}: {name} is missing from {artifact.path}")
     shutil.copyfile(source, target)
+    # The copy, not the source: what was read and what was written are checked at once.
     if file_digest(target) != sha256:
         raise StoreError(
             f"{artifact.label}: {name} differs from its record; `posttrain verify` says more"

@@ -42,6 +42,7 @@ class Work:
 
     def release(self) -> None:
         """Let others take this work directory; what is in it stays."""
+        # While the lock is held: who gets it next sees that its file is gone (`take_lock`).
         _lock_path(self.path).unlink(missing_ok=True)
         os.close(self.lock)
 

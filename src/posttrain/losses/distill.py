@@ -134,6 +134,7 @@ def full_vocabulary(
             "forward_kl and reverse_kl"
         )
     check_projection(hidden_ND, head_VD, bias_V, temperature)
+    # A column of [N, D] stands for its number of tokens, one of [V, D] for the vocabulary.
     same_shape(weight_N=weight_N, hidden_N=hidden_ND[:, 0])
     for teacher in teachers:
         check_projection(teacher.hidden_NE, teacher.head_VE, teacher.bias_V, temperature)
@@ -189,6 +190,7 @@ def teacher_top_k_targets(
             at = slice(chunk.start + rows.start, chunk.start + rows.stop)
             logp_RV = block_RV[: rows.stop - rows.start]
             torch.log_softmax(logits_CV[rows], -1, out=logp_RV)
+            # [R, V] -> [R, K], likeliest first.
             logp_NK[at], ids_NK[at] = logp_RV.topk(k, -1)
     return ids_NK, logp_NK
 

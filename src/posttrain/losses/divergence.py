@@ -55,6 +55,7 @@ class GradientsInForward(torch.autograd.Function):
         head_VD: Tensor,
         bias_V: Tensor | None,
     ) -> tuple[Tensor, ...]:
+        # `needs_input_grad` does not depend on grad mode, which is off in here: hence `track`.
         wanted = tuple(track and needed for needed in ctx.needs_input_grad[2:])
         outputs, ctx.gradients = compute(hidden_ND, head_VD, bias_V, wanted)
         ctx.compute, ctx.wanted = compute, wanted
@@ -110,6 +111,7 @@ class TeacherStates:
             return
         dtype = torch.promote_types(self.hidden_NE.dtype, self.head_VE.dtype)
         hidden_CE = self.hidden_NE[begin - first : end - first].to(dtype)
+        # Other rows of this chunk are those of other teachers.
         rows_CV = out_CV[begin - chunk.start : end - chunk.start]
         project(hidden_CE, self.head_VE.to(dtype), self.bias_V, temperature, rows_CV)
 
@@ -140,6 +142,7 @@ def full_vocabulary_sum(
     student_CV = chunk_buffer(hidden_ND, vocabulary, max_elements)
     teacher_CV = torch.empty_like(student_CV)
     blocks = block_buffer(student_CV), block_buffer(student_CV)
+    # The logits are products over `temperature`; `_jsd` leaves its factor 1 - beta out.
     scale_N = weight_N * ((1 - beta if divergence == "jsd" else 1.0) / temperature)
     for chunk in token_chunks(num_tokens, vocabulary, max_elements):
         grad_CV = student_CV[: chunk.stop - chunk.start]
@@ -152,6 +155,8 @@ def full_vocabulary_sum(
             at = slice(chunk.start + rows.start, chunk.start + rows.stop)
             z_RV, u_RV = grad_CV[rows], teacher_CV[rows]
             logp_RV, ratio_RV = (block[: rows.stop - rows.start] for block in blocks)
+            # What the buffers hold, in turn. z: student logits, t (not for reverse KL), gradient.
+            # u: teacher logits, p. ratio: log t, log(p / t). logp: log p.
             torch.log_softmax(z_RV, -1, out=logp_RV)
             torch.log_softmax(u_RV, -1, out=ratio_RV)
             if divergence != "reverse_kl":
@@ -169,6 +174,7 @@ def full_vocabulary_sum(
                 loss_N[at] = torch.linalg.vecdot(z_RV, ratio_RV).neg_()
                 torch.sub(p_RV, z_RV, out=z_RV)
             else:
+                # log p has been used: its block serves as work space.
                 loss_N[at] = _jsd(z_RV, p_RV, ratio_RV, logp_RV, beta)
         if any(wanted):
             sums.add(chunk, grad_CV, scale_N[chunk])
@@ -224,11 +230,13 @@ def top_k_sum(
             z_RV, logp_RV = grad_CV[rows], block_RV[: rows.stop - rows.start]
             ids_RK, teacher_logp_RK = top_ids_NK[at], top_logp_NK[at].to(kl_N.dtype)
             torch.log_softmax(z_RV, -1, out=logp_RV)
+            # [R, V] -> [R, K]: the student on the set of the teacher.
             logp_RK = logp_RV.gather(1, ids_RK)
             p_RK = logp_RK.exp()
             weighted_RK = p_RK * (logp_RK - teacher_logp_RK)
             kl_N[at] = (weighted_RK + (teacher_logp_RK.exp() - p_RK)).sum(-1)
             mass_N[at] = p_RK.sum(-1)
+            # Over the logits: `grad_CV` turns from logits into probabilities into the gradient.
             p_RV = torch.exp(logp_RV, out=z_RV)
             entropy_N[at] = torch.linalg.vecdot(p_RV, logp_RV).neg_()
             # The mass correction cancels the + 1 of d (p log p) / dp. With a = log(p / t) on

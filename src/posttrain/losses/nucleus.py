@@ -45,6 +45,7 @@ def nucleus_logprobs(
     if int(count_N.sum()) != len(ids_F):
         raise ValueError(f"count_N sums to {int(count_N.sum())}, but there are {len(ids_F)} ids_F")
     end_N = count_N.cumsum(0).tolist()
+    # Without tokens there is no chunk, and `cat` wants at least one tensor.
     none_N = hidden_ND.new_empty(0, dtype=softmax_dtype(hidden_ND))
     logp, entropy = [none_N], [none_N]
     for chunk in token_chunks(len(targets_N), head_VD.shape[0], max_elements):
@@ -59,6 +60,7 @@ def nucleus_logprobs(
             count_N[chunk],
             temperature,
             use_reentrant=False,
+            # Nothing in a chunk is random.
             preserve_rng_state=False,
         )
         logp.append(found[0])
@@ -78,11 +80,13 @@ def _chunk(
     logits_CV = (hidden_CD @ head_VD.to(hidden_CD.dtype).T).to(softmax_dtype(hidden_CD))
     if bias_V is not None:
         logits_CV = logits_CV + bias_V
+    # [C] -> [F]: to which token of the chunk each id belongs.
     token_F = torch.arange(len(count_C), device=ids_F.device).repeat_interleave(count_C)
     dropped_CV = torch.ones_like(logits_CV, dtype=torch.bool)
     dropped_CV[token_F, ids_F] = False
     logits_CV = (logits_CV / temperature).masked_fill(dropped_CV, -torch.inf)
     logp_CV = torch.log_softmax(logits_CV, -1)
     seen_CV = logp_CV.detach()
+    # Outside the nucleus p log p would be 0 * -inf.
     entropy_C = -(seen_CV.exp() * seen_CV.masked_fill(dropped_CV, 0)).sum(-1)
     return logp_CV.gather(1, targets_C[:, None])[:, 0], entropy_C

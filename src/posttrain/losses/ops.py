@@ -55,6 +55,7 @@ def active_sum(value_N: Tensor, weight_N: Tensor) -> Tensor:
 
 def weighted_sum(value_N: Tensor, weight_N: Tensor) -> Tensor:
     """Differentiable sum of `weight * value`; weight 0 adds nothing even to a value not finite."""
+    # Selected before the product: 0 * inf would be NaN.
     return (weight_N * torch.where(weight_N != 0, value_N, 0)).sum()
 
 
@@ -69,6 +70,7 @@ def row_sums(
     same_shape(value_N=value_N, row_N=row_N, counted_N=counted_N)
     if counted_N is not None:
         value_N = torch.where(counted_N, value_N, 0)
+    # [N] -> [B]: the sum of the tokens of each row.
     return value_N.new_zeros(num_rows).index_add(0, row_N, value_N)
 
 
@@ -78,6 +80,7 @@ def row_means(value_N: Tensor, row_N: Tensor, num_rows: int, counted_N: Tensor) 
     Arguments and errors as in `row_sums`.
     """
     count_B = row_sums(counted_N.to(value_N.dtype), row_N, num_rows)
+    # A row that has no counted token is 0 / 1, not 0 / 0.
     return row_sums(value_N, row_N, num_rows, counted_N) / count_B.clamp(min=1)
 
 
@@ -100,6 +103,7 @@ class _TokenLogprobs(torch.autograd.Function):
         logp_N = hidden_ND.new_empty(num_tokens, dtype=dtype)
         entropy_N = torch.empty_like(logp_N)
         kept_NV = hidden_ND.new_empty(num_tokens, vocabulary, dtype=dtype) if keep_softmax else None
+        # A kept softmax needs no buffer: chunks are projected straight into their rows of it.
         buffer_CV = kept_NV
         if buffer_CV is None:
             buffer_CV = chunk_buffer(hidden_ND, vocabulary, max_elements)
@@ -112,9 +116,12 @@ class _TokenLogprobs(torch.autograd.Function):
                 at = slice(chunk.start + rows.start, chunk.start + rows.stop)
                 z_RV, lp_RV = logits_CV[rows], block_RV[: rows.stop - rows.start]
                 torch.log_softmax(z_RV, -1, out=lp_RV)
+                # [R, V] -> [R]: of each row the entry at its target.
                 logp_N[at] = lp_RV.gather(1, targets_N[at, None])[:, 0]
+                # Over the logits, so that these rows of `kept_NV` now hold probabilities.
                 p_RV = torch.exp(lp_RV, out=z_RV)
                 entropy_N[at] = torch.linalg.vecdot(p_RV, lp_RV).neg_()
+        # p - onehot(y) is all that the backward pass needs of the softmax.
         if kept_NV is not None:
             _minus_one_at(kept_NV, targets_N)
         ctx.save_for_backward(hidden_ND, head_VD, bias_V, targets_N, kept_NV)
@@ -130,6 +137,7 @@ class _TokenLogprobs(torch.autograd.Function):
         scale_N = grads[0] / -ctx.temperature
         sums = HeadGradients(hidden_ND, head_VD, bias_V, ctx.needs_input_grad[:3])
         if kept_NV is not None:
+            # Only read here, so that a retained graph can be walked again.
             for chunk in token_chunks(num_tokens, vocabulary, ctx.max_elements):
                 sums.add(chunk, kept_NV[chunk], scale_N[chunk])
             return (*sums.result(), None, None, None, None)
@@ -179,9 +187,11 @@ def token_logprobs(
     needs_grad = hidden_ND.requires_grad or head_VD.requires_grad
     needs_grad = needs_grad or (bias_V is not None and bias_V.requires_grad)
     fits = hidden_ND.shape[0] * head_VD.shape[0] <= min(max_elements, _KEEP_ELEMENTS)
+    # Asked here, because grad mode is always off within the forward of a Function.
     keep_softmax = torch.is_grad_enabled() and needs_grad and fits
     logp_N, entropy_N = _TokenLogprobs.apply(  # type: ignore[no-untyped-call]
         hidden_ND,
+        # Cast outside of the Function, so that autograd casts the gradient back.
         head_VD.to(hidden_ND.dtype),
         bias_V,
         targets_N,
@@ -231,6 +241,8 @@ def aggregation_weights(
             )
         weight_N = torch.full_like(row_N, 1.0 / constant, dtype=torch.float32)
         return weight_N, float(num_rows)
+    # [N] -> [B] -> [N]: the tokens of each row, then 1 / that at each of its tokens. An empty row
+    # has an infinite reciprocal, which no token picks.
     length_B = torch.bincount(row_N, minlength=num_rows)
     weight_N = length_B.to(torch.float32).reciprocal()[row_N]
     return weight_N, float(torch.count_nonzero(length_B))
@@ -250,6 +262,7 @@ def kl_estimate(logp_N: Tensor, ref_logp_N: Tensor, *, estimator: Estimator) -> 
         return difference_N
     if estimator == "k2":
         return 0.5 * difference_N.square()
+    # expm1, because exp(-d) - 1 loses its digits where the policies nearly agree.
     return torch.expm1(-difference_N) + difference_N
 
 
@@ -295,6 +308,7 @@ def unbiased_kl_penalty(
     """
     same_shape(logp_N=logp_N, old_logp_N=old_logp_N, ref_logp_N=ref_logp_N, weight_N=weight_N)
     active_N = weight_N != 0
+    # Selected before exp: an overflow at weight 0 would be NaN in the backward pass.
     ratio_N = torch.where(active_N, logp_N - old_logp_N.detach(), 0).exp()
     difference_N = torch.where(active_N, logp_N - ref_logp_N.detach(), 0)
     kl_N = ratio_N * (torch.expm1(-difference_N) + difference_N)

@@ -79,9 +79,12 @@ def policy_gradient(
     ratio_N = log_ratio_N.exp()
     advantage_N = _cleared(advantage_N, active_N)
     clipped_N = ratio_N.clamp(1 - clip_low, 1 + clip_high)
+    # PPO, Eq. 7: the minimum, so that the clip can raise the loss of a token but never lower it.
     loss_N = -torch.minimum(ratio_N * advantage_N, clipped_N * advantage_N)
     if dual_clip is not None:
+        # max(min(r A, clip(r) A), c A) where A < 0, with the sign of a loss.
         loss_N = torch.where(advantage_N < 0, loss_N.clamp(max=-dual_clip * advantage_N), loss_N)
+    # Where the clipped term is the smaller one: a constant, so the token gets no gradient.
     stopped_low_N = (ratio_N < 1 - clip_low) & (advantage_N < 0)
     stopped_high_N = (ratio_N > 1 + clip_high) & (advantage_N > 0)
     metrics = {
@@ -124,6 +127,7 @@ def cispo(
     _check_clip(clip_low, clip_high)
     _same_shapes(logp_N, old_logp_N, advantage_N, weight_N, row_N, correction_N)
     active_N = weight_N != 0
+    # Detached: the ratio is the weight sg[...], and the gradient goes through `logp_N` alone.
     token_log_ratio_N, log_ratio_N = _log_ratios(
         logp_N.detach(), old_logp_N, active_N, row_N, num_rows=num_rows, ratio=ratio
     )
@@ -172,9 +176,12 @@ def geometric_mean(
     advantage_N = _cleared(advantage_N, active_N)
     log_ratio_N = torch.where(active_N, logp_N - old_logp_N.detach(), 0)
     up_N = advantage_N > 0
+    # Clipped before the mean: this stops the gradient of single tokens, not of the whole row.
+    # With A = 0 either end will do, since the loss is 0.
     clipped_N = torch.where(
         up_N, log_ratio_N.clamp(max=clip_high), log_ratio_N.clamp(min=-clip_low)
     )
+    # [N] -> [B] -> [N]: the mean of each row, at each of its tokens.
     mean_N = row_means(clipped_N, row_N, num_rows, active_N)[row_N].exp()
     stopped_low_N = (log_ratio_N < -clip_low) & (advantage_N < 0)
     stopped_high_N = (log_ratio_N > clip_high) & up_N
@@ -223,6 +230,7 @@ def squared_log_ratio(
         logp_N, old_logp_N, active_N, row_N, num_rows=num_rows, ratio="product"
     )
     residual_N = (_cleared(advantage_N, active_N) - tau * log_ratio_N).square()
+    # For the metric alone: unlike the sum, the mean does not grow with the length of a row.
     mean_N = row_means(token_log_ratio_N.detach(), row_N, num_rows, active_N)[row_N].exp()
     metrics = {
         "ratio": active_sum(mean_N, weight_N),
@@ -247,10 +255,12 @@ def _log_ratios(
     sum, `token` leaves them. Tokens that are not active (bool) have the log ratio 0 as a token,
     whatever their values, and get no gradient. `old_logp_N` is a constant.
     """
+    # Selected before any exp: an overflow at weight 0 would be NaN in the backward pass.
     token_log_ratio_N = torch.where(active_N, logp_N - old_logp_N.detach(), 0)
     if ratio == "token":
         return token_log_ratio_N, token_log_ratio_N
     of_rows = row_means if ratio == "sequence" else row_sums
+    # [N] -> [B] -> [N]: one number for each row, at each of its tokens.
     return token_log_ratio_N, of_rows(token_log_ratio_N, row_N, num_rows, active_N)[row_N]
 
 
@@ -293,4 +303,5 @@ def _corrected_sum(loss_N: Tensor, weight_N: Tensor, correction_N: Tensor | None
 
 
 def _approx_kl(token_log_ratio_N: Tensor, weight_N: Tensor) -> Tensor:
+    # k3 with d = log(p_old / p), the negative log ratio: exp(-d) - 1 + d.
     return active_sum(token_log_ratio_N.expm1() - token_log_ratio_N, weight_N)

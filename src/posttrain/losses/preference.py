@@ -42,6 +42,7 @@ def response_scores(
     Llama 3's (arXiv 2407.21783, section 4.1.4): tokens that chosen and rejected have in common,
     such as the end of a turn, would be pushed up and down at once.
     """
+    # [N] -> [B]: over the counted tokens of each response.
     score_B = row_sums(logp_N, row_N, num_rows, counted_N)
     if ref_logp_B is not None:
         same_shape(score_B=score_B, ref_logp_B=ref_logp_B)
@@ -80,6 +81,7 @@ def dpo(
             "response would be preferred"
         )
     margin_P = beta * (chosen_P - rejected_P) - gamma
+    # logsigmoid, because the sigmoid of a very negative margin underflows to 0.
     loss_P = -(1 - label_smoothing) * logsigmoid(margin_P)
     if label_smoothing > 0:
         loss_P = loss_P - label_smoothing * logsigmoid(-margin_P)

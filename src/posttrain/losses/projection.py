@@ -57,6 +57,7 @@ def _slices(count: int, step: int) -> Iterator[slice]:
 
 def chunk_buffer(like_ND: Tensor, vocabulary: int, max_elements: int) -> Tensor:
     """An uninitialised `[C, V]` buffer for the largest chunk, in the softmax type."""
+    # The first slice is the longest, and ends at its own length.
     longest = next(token_chunks(like_ND.shape[0], vocabulary, max_elements), slice(0, 0))
     return like_ND.new_empty(longest.stop, vocabulary, dtype=softmax_dtype(like_ND))
 
@@ -76,6 +77,7 @@ def project(
     hidden_CD: Tensor, head_VD: Tensor, bias_V: Tensor | None, temperature: float, out_CV: Tensor
 ) -> Tensor:
     """Fill `out_CV` with the logits `(hidden @ head.T + bias) / temperature` and return it."""
+    # `out` of mm must have the type of its operands; a narrower product is widened by the copy.
     if hidden_CD.dtype == out_CV.dtype:
         torch.mm(hidden_CD, head_VD.T, out=out_CV)
     else:
@@ -117,6 +119,7 @@ class HeadGradients:
         """`wanted` says for hidden, head and bias whether its gradient is needed."""
         dtype = softmax_dtype(hidden_ND)
         self._hidden_ND, self._head_VD, self._bias_V = hidden_ND, head_VD, bias_V
+        # Not zeroed: together the chunks write all tokens, and the first one writes the head.
         self._grad_ND = torch.empty_like(hidden_ND) if wanted[0] else None
         self._grad_VD = torch.empty_like(head_VD, dtype=dtype) if wanted[1] else None
         self._grad_V = None
@@ -131,6 +134,7 @@ class HeadGradients:
         all tokens.
         """
         scale_C1 = scale_C.to(grad_CV.dtype)[:, None]
+        # The large products run in the type of the hidden states, in which the head is, too.
         grad_like_hidden_CV = grad_CV.to(self._hidden_ND.dtype)
         if self._grad_ND is not None:
             grad_CD = self._grad_ND[chunk]
@@ -157,6 +161,7 @@ class HeadGradients:
         """The gradients of hidden, head and bias in the type of each, None where not wanted."""
         grad_VD = self._grad_VD
         if grad_VD is not None:
+            # No chunk, so no token: nothing has been written yet.
             grad_VD = grad_VD.zero_() if self._empty else grad_VD
             grad_VD = grad_VD.to(self._head_VD.dtype)
         grad_V = self._grad_V

@@ -42,6 +42,7 @@ def bradley_terry(
     if not centring >= 0:
         raise ValueError(f"centring: {centring} must be at least 0; 0.01 is usual")
     active_P = weight_P != 0
+    # Before any arithmetic: what is not finite at weight 0 would be NaN in the gradient.
     chosen_P = torch.where(active_P, chosen_P, 0)
     rejected_P = torch.where(active_P, rejected_P, 0)
     difference_P = chosen_P - rejected_P
@@ -68,6 +69,7 @@ def prompt_weights(prompt_P: Tensor) -> tuple[Tensor, float]:
     where ties leave fewer pairs it is the mean over those that are left. All pairs of a prompt
     belong into the same step: the weights are of the whole step, and computed before it is split.
     """
+    # [P] -> [U] -> [P]: the pairs of each prompt, then 1 / that at each of its pairs.
     _, index_P, size_U = torch.unique(prompt_P, return_inverse=True, return_counts=True)
     return size_U.to(torch.float32).reciprocal()[index_P], float(len(size_U))
 

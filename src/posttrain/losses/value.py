@@ -39,6 +39,7 @@ def clipped_value(
     if clip is not None and not clip > 0:
         raise ValueError(f"clip: {clip} must be above 0, in units of the reward, or None")
     active_N = weight_N != 0
+    # Before any arithmetic: what is not finite at weight 0 would be NaN in the gradient.
     return_N = torch.where(active_N, return_N.detach(), 0)
     old_value_N = torch.where(active_N, old_value_N.detach(), 0)
     value_N = torch.where(active_N, value_N, 0)
@@ -49,6 +50,7 @@ def clipped_value(
         clipped_square_N = (clipped_N - return_N).square()
         moved_N = (value_N - old_value_N).abs() > clip
         stopped_N = moved_N & (clipped_square_N > square_N)
+        # The larger one: a value that moved away from its return still gets a gradient.
         square_N = torch.maximum(square_N, clipped_square_N)
     error_N = return_N - value_N
     metrics = {
@@ -73,6 +75,7 @@ def explained_variance(metrics: Mapping[str, Tensor | float]) -> float:
 
     def variance(name: str) -> float:
         mean = float(metrics[name]) / count
+        # The difference of two means can fall below 0 by rounding.
         return max(float(metrics[f"{name}_square"]) / count - mean**2, 0.0)
 
     # Below this a difference of float32 sums is rounding alone.

@@ -64,6 +64,7 @@ class ReplyCache:
     def put(self, key: str, reply: str) -> None:
         """Keep a reply; it is in the file when this returns."""
         line = json.dumps({"request": key, "reply": reply}) + "\n"
+        # Many threads fetch at once; their lines must not mix.
         with self._lock:
             self._known[key] = reply
             with self.path.open("a", encoding="ascii") as file:
@@ -122,6 +123,7 @@ class Endpoint:
         ):
 
             def fetch(key: str) -> None:
+                # Under the plain prompt, also where it took a reminder.
                 self.cache.put(key, self._readable_reply(client, questions[key]))
 
             # The first error ends the loop and cancels what is not under way yet.

@@ -129,6 +129,7 @@ class GymVerifier:
             answer = self.format.answer(response)
         except ValueError:
             return 0.0
+        # `score_answer` would evaluate it: a response must not run code here.
         if self.guarded and _CODE.search(answer):
             return 0.0
         try:
@@ -192,6 +193,7 @@ def gym_verifier(
     name: str, *, format: TextFormat, params: Mapping[str, Any], partial: bool
 ) -> GymVerifier:
     """The verifier of dataset `name`. Raises ConfigError for an unknown name or parameter."""
+    # For its `score_answer`; its one problem is never asked.
     dataset = create_gym(name, params, seed=0, size=1, where=f"verifier reasoning_gym:{name}")
     source = gym_datasets()[name].read_text(encoding="utf-8")
     return GymVerifier(

@@ -89,6 +89,7 @@ class Scoring:
         """The scores by the scorer of a judge, checked. Raises StageError where they are no
         numbers or too few, and what the scorer raises."""
         scores = self.scorers[judge.identity].score(self.responses)
+        # NaN alone differs from itself.
         bad = [score for score in scores if score != score]
         if len(scores) != len(self.responses) or bad:
             raise StageError(

@@ -127,9 +127,11 @@ class Oracle:
         """
         if a == b:
             return 0, 1
+        # One order of the two, whichever was named first.
         low, high = sorted((a, b))
         of_low, of_high = self.qualities([problem, problem], [low, high])
         draw = uniform(self.seed, problem, "prefer", low, high)
+        # With logistic noise it is above 0 as often as Bradley and Terry have it.
         margin = SCALE * (of_low - of_high) + self.noise * math.log(draw / (1 - draw))
         prefers_low = margin > 0
         if margin == 0:
@@ -156,6 +158,7 @@ def uniform(seed: int, problem: Problem, *parts: str) -> float:
     """A number in (0, 1) that follows from a seed, a problem (domain, id, mode) and texts."""
     key = [seed, problem["domain"], problem["id"], problem.get("mode"), *parts]
     digest = hashlib.sha256(json.dumps(key).encode("ascii")).digest()
+    # Half a step from both ends, where the logarithms of the callers are infinite.
     return (int.from_bytes(digest[:6], "big") + 0.5) / 2**48
 
 
@@ -190,6 +193,7 @@ def demonstrate(
 
 def _slips(problem: Problem, others: Sequence[Problem], draw: random.Random) -> Iterator[str]:
     """Plausible wrong demonstrations without end; some may turn out right."""
+    # What is thought stays; the slip is in the answer after it.
     thought, closed, answer = str(problem["demo"]).rpartition(CLOSE)
     while True:
         other = str(draw.choice(others)["demo"]).rpartition(CLOSE)[2]

@@ -105,6 +105,7 @@ class VerifierPool:
         try:
             done.set_result([self._inline[domain].score(t, p) for t, p in rows])
         except Exception as error:
+            # Raised where the result is asked for, as with the workers.
             done.set_exception(error)
         return done
 
@@ -128,6 +129,7 @@ class VerifierPool:
         """End the workers, also in the middle of an answer."""
         for worker in self._workers:
             worker.close()
+        # Before the connections: a thread may still be reading from one.
         self._threads.shutdown(cancel_futures=True)
         for worker in self._workers:
             worker.connection.close()
@@ -178,6 +180,7 @@ class _Worker:
             self._process.wait()
             if self._closed or response is None or _is_python(self._names[domain]):
                 raise StageError(self._broken(request, late))
+            # It would be late again.
             if late:
                 break
         return 0.0
@@ -316,6 +319,7 @@ def _listen(connection: Connection, requests: queue.SimpleQueue[Request]) -> Non
     with contextlib.suppress(EOFError, OSError):
         while True:
             requests.put(connection.recv())
+    # sys.exit would end this thread only.
     os._exit(0)
 
 

@@ -46,17 +46,21 @@ def advantages(
             f"rewards_B: rows {rows[:8]} are not finite; drop them or give them a reward"
         )
     if mode == "global":
+        # All rows as one group; what follows is the same.
         group_B = torch.zeros_like(group_B)
     index_B, size_U = _groups(group_B)
     size_B = size_U.to(rewards_B.dtype)[index_B]
+    # [B] -> [U] -> [B]: the mean of the group, at each of its rows.
     centred_B = rewards_B - row_sums(rewards_B, index_B, len(size_U))[index_B] / size_B
     # The mean of equal rewards is off by rounding, and epsilon would magnify that.
     centred_B = centred_B.masked_fill(zero_variance(rewards_B, group_B), 0)
     if mode == "group_mean":
         return centred_B
     if mode == "leave_one_out":
+        # r - mean of the others = (r - mean of all) * n / (n - 1); alone in a group it is 0.
         return centred_B * size_B / (size_B - 1).clamp(min=1)
     if mode == "group_zscore":
+        # [B] -> [U] -> [B]: the sum of squares of the group, at each of its rows.
         square_B = row_sums(centred_B.square(), index_B, len(size_U))[index_B]
         return centred_B / ((square_B / (size_B - 1).clamp(min=1)).sqrt() + epsilon)
     # A batch of one row has no standard deviation; its centred reward is 0.
@@ -72,6 +76,7 @@ def whitened(advantage_N: Tensor, *, epsilon: float = 1e-4) -> Tensor:
     responses: of `leave_one_out` it is TRL's `normalize_advantages`, of `group_mean`
     REINFORCE++-baseline. All values of a step belong into one call. Equal values give exactly 0.
     """
+    # As in `advantages`: epsilon would magnify the rounding of a mean of equal values.
     if advantage_N.numel() < 2 or bool((advantage_N == advantage_N[0]).all()):
         return torch.zeros_like(advantage_N)
     return (advantage_N - advantage_N.mean()) / (advantage_N.std() + epsilon)
@@ -81,6 +86,7 @@ def zero_variance(rewards_B: Tensor, group_B: Tensor) -> Tensor:
     """True for every row of a group whose rewards are all equal: such a group teaches nothing."""
     same_shape(rewards_B=rewards_B, group_B=group_B)
     index_B, size_U = _groups(group_B)
+    # Uninitialised: `include_self=False` leaves its values out.
     extreme_U = rewards_B.new_empty(size_U.shape)
     low_U = extreme_U.scatter_reduce(0, index_B, rewards_B, "amin", include_self=False)
     high_U = extreme_U.scatter_reduce(0, index_B, rewards_B, "amax", include_self=False)

@@ -78,8 +78,12 @@ class Batch:
         pad_id: int,
         problems: Sequence[dict[str, Any]] = (),
     ) -> Batch:
-        """One row for each prompt with its response, every token of which counts as sampled."""
+        """One row for each prompt with its response, every token of which counts as sampled.
+
+        Raises ValueError for a prompt without a token: nothing would predict the first sampled one.
+        """
         rows = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
+        _refuse_empty(len(prompt) for prompt in prompts)
         tokens_BT, length_B = pad_rows(rows, pad_id)
         prompt_len_B = torch.tensor([len(prompt) for prompt in prompts], dtype=torch.int64)
         return cls(
@@ -101,17 +105,19 @@ class Batch:
         """One row for each list of spans: several turns of the policy with other text between.
 
         What stands before the first sampled span of a row is its prompt. Raises ValueError for a
-        row without a sampled token.
+        row without a sampled token, or with nothing before the first one.
         """
         tokens_BT, length_B = pad_rows([[t for ids, _ in row for t in ids] for row in rows], pad_id)
         marks = [[int(sampled) for ids, sampled in row for _ in ids] for row in rows]
         for number, mark in enumerate(marks):
             if 1 not in mark:
                 raise ValueError(f"row {number} has no sampled token; every row needs one")
+        prompt_lens = [mark.index(1) for mark in marks]
+        _refuse_empty(prompt_lens)
         sampled_BT, _ = pad_rows(marks, 0)
         return cls(
             tokens_BT=tokens_BT,
-            prompt_len_B=torch.tensor([mark.index(1) for mark in marks]),
+            prompt_len_B=torch.tensor(prompt_lens, dtype=torch.int64),
             length_B=length_B,
             sampled_BT=sampled_BT.bool(),
             problems=list(problems),
@@ -139,11 +145,13 @@ class Batch:
     def row_N(self) -> Tensor:
         """int64, the row of each sampled token, row after row."""
         row_B = torch.arange(len(self), device=self.device)
+        # [B] -> [N]: the number of a row once for each of its sampled tokens.
         return row_B.repeat_interleave(self.sampled_len_B)
 
     @cached_property
     def targets_N(self) -> Tensor:
         """int64, the sampled tokens themselves, row after row."""
+        # [B, T] -> [N]: a mask picks row after row, from left to right.
         return self.tokens_BT[self.sampled_BT]
 
     @property
@@ -195,11 +203,13 @@ class Batch:
         # One column more than the longest row where its mask says so; see `with_end_position`.
         width = int(self._width_B[index_B].max()) if len(index_B) else 0
         picked = index_B.tolist() if self.problems or self.texts else []
+        # [B] -> [N]: where the sampled tokens of these rows stand in an `_N` column.
         at_N = ragged_index(self.sampled_len_B, index_B)
         columns: dict[str, Tensor] = {}
         for name, column in self.columns.items():
             if axis_of(name) == "F":
                 count_N = self[counts_of(name)].to(self.device)
+                # [N] -> [F]: a token is to its entries what a row is to its tokens.
                 where = ragged_index(count_N, at_N)
             else:
                 where = index_B if axis_of(name) == "B" else at_N
@@ -218,6 +228,7 @@ class Batch:
     def _width_B(self) -> Tensor:
         """int64, how many positions of each row are text or marked as sampled."""
         position_T = torch.arange(1, self.tokens_BT.shape[1] + 1, device=self.device)
+        # The last marked position of each row, counted from 1. `amax` refuses rows of width 0.
         marked_B = (self.sampled_BT * position_T).amax(1) if len(position_T) else self.length_B
         return torch.maximum(self.length_B, marked_B)
 
@@ -233,6 +244,7 @@ class Batch:
         order_B = torch.randperm(len(self), generator=generator)
         for share_B in order_B.tensor_split(number):
             if len(share_B):
+                # Sorted, because neighbours with one prompt are read together.
                 yield self.select(share_B.sort().values)
 
     def with_end_position(self) -> Batch:
@@ -244,6 +256,7 @@ class Batch:
         width = int(self.length_B.max()) + 1 if len(self) else 0
         tokens_BT = pad(self.tokens_BT, (0, max(0, width - self.tokens_BT.shape[1])))
         sampled_BT = pad(self.sampled_BT, (0, max(0, width - self.sampled_BT.shape[1])))
+        # [B, T]: one more True in each row, right after its last token.
         sampled_BT = sampled_BT.scatter(1, self.length_B[:, None], True)
         columns = {name: c for name, c in self.columns.items() if axis_of(name) == "B"}
         return replace(self, tokens_BT=tokens_BT, sampled_BT=sampled_BT, columns=columns)
@@ -270,6 +283,7 @@ class Batch:
             prompt_len_B=torch.tensor(prompt_lens, dtype=torch.int64),
             length_B=length_B,
             sampled_BT=pad_rows(sampled, 0)[0].bool(),
+            # A dict of its own: a column added to one batch must not appear in the other.
             columns=dict(self.columns),
         )
 
@@ -324,22 +338,34 @@ def _numbered_on(groups: Iterable[Tensor]) -> Iterator[Tensor]:
         first += int(group_B.max()) + 1
 
 
+def _refuse_empty(prompt_lens: Iterable[int]) -> None:
+    for number, length in enumerate(prompt_lens):
+        if length == 0:
+            raise ValueError(
+                f"row {number} has no token before its first sampled one, which nothing would "
+                f"predict; begin the row with a token, such as the one for the beginning of a text"
+            )
+
+
 def pad_rows(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
     """Right-pad token lists: `(tokens_BT, length_B)`, both int64."""
     length_B = torch.tensor([len(row) for row in rows], dtype=torch.int64)
     num_columns = int(length_B.max()) if len(rows) else 0
     padded = [list(row) + [pad_id] * (num_columns - len(row)) for row in rows]
+    # Without rows torch.tensor has a single axis; the shape is then [0, 0].
     return torch.tensor(padded, dtype=torch.int64).reshape(len(rows), num_columns), length_B
 
 
 def between(first_B: Tensor, end_B: Tensor, width: int) -> Tensor:
     """bool `[B, width]`, True at positions from `first_B` up to and without `end_B`."""
     position_T = torch.arange(width, device=first_B.device)
+    # [T] against [B, 1] -> [B, T].
     return (position_T >= first_B[:, None]) & (position_T < end_B[:, None])
 
 
 def axis_of(name: str) -> str:
     """`B`, `N` or `F`: what a column has entries for. Raises ValueError for another suffix."""
+    # Only the first letter of a suffix: `_NE` has one entry for each sampled token.
     axis = name.rpartition("_")[2][:1]
     if axis not in ("B", "N", "F"):
         raise ValueError(
@@ -359,7 +385,9 @@ def ragged_index(count_B: Tensor, index_B: Tensor) -> Tensor:
 
     Works for tokens of rows and for entries of tokens alike.
     """
+    # Sums without the row itself: where its entries begin, in the column and in the result.
     start_B, count = count_B.cumsum(0) - count_B, count_B[index_B]
     offset_N = torch.arange(int(count.sum()), device=count.device)
+    # 0, 1, 2 ... anew for each of the rows.
     offset_N -= (count.cumsum(0) - count).repeat_interleave(count)
     return start_B[index_B].repeat_interleave(count) + offset_N

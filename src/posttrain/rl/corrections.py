@@ -56,12 +56,14 @@ def importance_correction(
         raise ValueError(f"low: {low}, high: {high}; must be 0 <= low <= 1 <= high")
     log_ratio_N = (train_logp_N - sampler_logp_N).detach()
     finite_N = torch.isfinite(log_ratio_N)
+    # +inf becomes 0, too: `truncated` would otherwise cut it to `high` and keep the token.
     ratio_N = torch.where(finite_N, log_ratio_N.exp(), 0)
     token_ratio_N = ratio_N
     if mode.startswith("sequence_"):
         if row_N is None or num_rows is None:
             raise ValueError(f"row_N and num_rows: mode {mode!r} needs the row of each token")
         # An infinite sum stands for a row with a ratio that is not finite.
+        # [N] -> [B] -> [N]: the log ratio of each row, at each of its tokens.
         log_ratio_N = row_sums(log_ratio_N, row_N, num_rows)[row_N]
         finite_N = torch.isfinite(log_ratio_N)
         ratio_N = torch.where(finite_N, log_ratio_N.exp(), 0)
@@ -110,6 +112,7 @@ def off_policy_mask(
         raise ValueError(f"delta: {delta} must be at least 0, in nats per token")
     drift_N = (old_logp_N - logp_N).detach()
     drift_N = torch.where(torch.isfinite(drift_N), drift_N, 0)
+    # Tokens that were cleared count in the divisor as well.
     mean_B = row_means(drift_N, row_N, num_rows, torch.ones_like(row_N, dtype=torch.bool))
     dropped_N = (advantage_N.detach() < 0) & (mean_B[row_N] > delta)
     mask_N = (~dropped_N).to(drift_N.dtype)

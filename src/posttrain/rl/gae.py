@@ -57,12 +57,15 @@ def gae(
     width = int(length_B.max()) if num_rows else 0
     # One column more than the longest row: the value after a last token is 0.
     value_BR = value_N.new_zeros(num_rows, width + 1)
+    # [N] -> [B, R]: the tokens of a row from column 0 on, whatever order rows come in.
     value_BR[row_N, position_N] = value_N
+    # [B, R] -> [N]: for each token the value after it.
     next_N = value_BR[row_N, position_N + 1]
     delta_N = reward_N.detach() + gamma * next_N - value_N
     advantage_BR = value_N.new_zeros(num_rows, width)
     advantage_BR[row_N, position_N] = delta_N
     # From the last token of each row back to its first.
+    # What stands behind the last token of a shorter row is 0 and adds nothing.
     for position in range(width - 2, -1, -1):
         advantage_BR[:, position] += gamma * lam * advantage_BR[:, position + 1]
     advantage_N = advantage_BR[row_N, position_N]
@@ -73,6 +76,8 @@ def _positions(row_N: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
     """`(position_N, length_B)`: the place of each token in its row, and the tokens of each row."""
     length_B = torch.bincount(row_N, minlength=num_rows)
     start_B = length_B.cumsum(0) - length_B
+    # Stable: the tokens of a row keep their order.
     order_N = torch.argsort(row_N, stable=True)
     sorted_position_N = torch.arange(len(row_N), device=row_N.device) - start_B[row_N[order_N]]
+    # The inverse of the sort: each position goes to where its token stood.
     return torch.empty_like(row_N).index_copy(0, order_N, sorted_position_N), length_B

@@ -58,6 +58,7 @@ def evaluation(
         for decoding, kept in recovery_DS.items():
             values = {model: getattr(column, decoding) for model, column in columns.items()}
             table, recovered_S = _domain(values, weight_SP)
+            # [S, P] @ [P] -> [S].
             gain_S = weight_SP @ (values["student"] - values["init"])
             table["gain"] = _interval(float(np.mean(values["student"] - values["init"])), gain_S)
             gain_DS[decoding].append(gain_S)
@@ -130,6 +131,8 @@ def _norm(rows: Sequence[Mapping[str, Any]], ratio_DS: list[Array]) -> dict[str,
     if not values:
         nothing = dict.fromkeys(("norm", "norm_low", "norm_high", "min_recovery"))
         return nothing | {"norm_domains": 0}
+    # [D, S] -> [S] over domains. A resample without a recovery in one of them stays NaN, and the
+    # interval leaves it out.
     norm = _interval(float(np.mean(values)), np.mean(ratio_DS, axis=0))
     return {
         "norm": norm["value"],

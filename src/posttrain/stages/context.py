@@ -185,6 +185,7 @@ class Context:
         """
         parts = {name: part for name, part in parts.items() if part is not None}
         group = CheckpointGroup(parts)
+        # The history of metrics comes first: schedules of the steps gone through may read it.
         first = self.resume(group)
         for part in replayed:
             part.replay(settings, first, total, self.history)
@@ -193,6 +194,7 @@ class Context:
             step_settings = settings.at(step, total, self.history)
             optimizer = getattr(step_settings, "optimizer", None)
             for part in parts.values():
+                # A reference has a state, but no optimiser.
                 if optimizer is not None and hasattr(part, "set_hyperparameters"):
                     part.set_hyperparameters(
                         weight_decay=optimizer.weight_decay,
@@ -207,6 +209,7 @@ class Context:
             return
         for path, schedule in settings.schedules.items():
             metric = schedule.metric
+            # What is logged by domain, with a slash, need not be there in every step.
             if metric is not None and "/" not in metric and not self.history(metric):
                 raise ConfigError(
                     f"the schedule of {path} reads the metric {metric!r}, which this stage does "
@@ -220,6 +223,7 @@ class Context:
     @property
     def domains(self) -> dict[str, Path]:
         """Domain name to the artifact with its problems, by name."""
+        # By name, because a domain's position is part of the seed of what is drawn from it.
         return dict(sorted(named(self.inputs, "domains").items()))
 
     def problems(self, domain: str, split: str, modes: Sequence[str] = ()) -> list[dict[str, Any]]:
@@ -242,6 +246,7 @@ class Context:
     def log(self, step: int, total: int, *, tokens: int, **metrics: float) -> None:
         """Add a line to metrics.jsonl; `tokens` is what this step processed."""
         self.tokens += tokens
+        # Rounded before it is remembered: a resumed stage has its history from the file.
         self.metrics = {name: float(f"{value:.6g}") for name, value in metrics.items()}
         line = {
             "step": step,
@@ -265,6 +270,7 @@ class Context:
         """Load the newest step checkpoint if there is one; returns the number of steps done."""
         marker = self.work / STEP
         if not marker.exists():
+            # Lines of an attempt that ended before its first checkpoint.
             self._metrics.unlink(missing_ok=True)
             return 0
         state = json.loads(marker.read_text())
@@ -312,6 +318,7 @@ class Context:
     def _begin(self, step: int, learner: Resumable) -> None:
         """Copy the state and hand it to the writer."""
         # The next step changes weights and moments where they lie.
+        # safetensors writes contiguous tensors only.
         tensors = {
             name: value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
             for name, value in learner.state().items()
@@ -328,6 +335,7 @@ class Context:
     def _write(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Write a checkpoint; the previous one stays until this one is whole."""
         fresh = self.work / state["directory"]
+        # Left by a write that a kill cut short.
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir()
         save_file(tensors, fresh / "state.safetensors")
@@ -335,8 +343,10 @@ class Context:
         fsync(fresh / "state.safetensors")
         fsync(fresh)
         write_step(self.work, step, **state)
+        # Nor must the old checkpoint go before the new marker is there.
         fsync(self.work)
         for old in self.work.glob("step-*"):
             if old != fresh:
                 shutil.rmtree(old)
+        # From the end of a write, so that a slow disk is not written to all the time.
         self._saved = time.monotonic()

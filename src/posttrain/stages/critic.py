@@ -36,6 +36,7 @@ class Critic:
         source = "critic" if "critic" in ctx.inputs else "start"
         self.learner = ctx.learner(settings, source, scalar=True, whole=True)
         check_same_tokens(policy.chat, self.learner.chat, "critic", role="critic")
+        # It reads the weights that the learner has at the time of each call.
         self.scorer = ctx.scorer(self.learner, precision=settings.precision, scalar=True)
 
     def values(self, batch: Batch) -> Tensor:
@@ -94,6 +95,7 @@ def value_metrics(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
     means = {name: sums[name] / tokens for name in ("value_loss", "value", "return")}
     return means | {
         "value_clipped": sums["value_clipped"] / tokens,
+        # From the summed moments: the shares of single updates have no meaningful mean.
         "explained_variance": explained_variance(sums),
         "critic_grad_norm": sums["grad_norm"] / len(updates),
     }

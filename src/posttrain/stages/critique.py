@@ -68,6 +68,7 @@ class CritiqueLoss:
         losses: list[list[AuxLoss]] = []
         for share in (chosen[i :: s.num_minibatches] for i in range(s.num_minibatches)):
             prompts, verdicts = [prompt for prompt, _ in share], [[verdict] for _, verdict in share]
+            # One sampled token per row, so that what is flat over tokens is [B] in `verdict_loss`.
             batch = Batch.from_tokens(prompts, verdicts, pad_id=self.chat.pad_id)
             weight = s.critique.weight
             own = AuxLoss(name=NAME, batch=batch, loss=loss, count=len(share), weight=weight)
@@ -97,6 +98,7 @@ def verdict_loss(
     target_B = batch.targets_N
     logp_B, _ = token_logprobs(hidden_BD, head.weight_VD, target_B, bias_V=head.bias_V)
     with torch.no_grad():
+        # Of two ids the one that is not the target.
         other_B = sum(verdicts) - target_B
         other_logp_B, _ = token_logprobs(hidden_BD, head.weight_VD, other_B, bias_V=head.bias_V)
         right = (logp_B > other_logp_B).sum()

@@ -246,6 +246,7 @@ def first_of_similar(texts: list[str], near: Near) -> list[int]:
     holders: dict[str, list[int]] = {}
     for position, found in enumerate(sets):
         rarest = sorted(found, key=lambda gram: (frequency[gram], gram))
+        # Prefix filtering: two sets that are so much alike share one of the rarest grams of each.
         prefix = rarest[: len(found) - math.ceil(near.similarity * len(found) - 1e-9) + 1]
         candidates = {other for gram in prefix for other in holders.get(gram, ())}
         if any(jaccard(found, sets[other]) >= near.similarity for other in candidates):

@@ -101,6 +101,7 @@ def run(settings: Distill, ctx: Context) -> dict[str, float]:
         metrics = {"lr": lr, "grad_norm": sums.pop("grad_norm") / num_updates}
         metrics |= pop_metrics(sums, num_updates)
         metrics["loss"] = sums.pop("loss") / count
+        # The others have been taken out: what is left are sums over the tokens of the step.
         metrics |= per_domain_metrics(sums, domains, batch.num_tokens)
         metrics["response_length"] = float(batch.sampled_len_B.float().mean())
         metrics["finished_share"] = float(batch["finished_B"].float().mean())
@@ -127,7 +128,9 @@ def loss_weights(step_settings: Distill, domains: Sequence[str], batch: Batch) -
     if isinstance(step_settings.balance, TokenShare) and by_length:
         rows = torch.bincount(domain_B, minlength=len(domains)).float()
         tokens = torch.zeros(len(domains)).index_add(0, domain_B, batch.sampled_len_B.float())
+        # A domain without a row in this batch would be 0 / 0.
         weight_of *= (rows / rows.sum()) / (tokens / tokens.sum()).clamp(min=1e-9)
+    # One per domain -> one per row.
     return weight_of[domain_B]
 
 
@@ -171,6 +174,7 @@ def distill_loss(
     that has a weight.
     """
     s, estimator = settings.step, settings.step.estimator
+    # So that the tokens of each teacher are one stretch, to go through its output layer at once.
     hidden_ND, batch = in_order_of_teachers(hidden_ND, batch)
     weight_N = token_weights(s, batch)
     student: dict[str, Any] = {"bias_V": head.bias_V, "temperature": s.temperature}
@@ -196,6 +200,7 @@ def distill_loss(
             advantage_clip=estimator.clip,
             correction_N=correction_N,
         )
+        # One sample of the reverse KL at each position; to be logged, so without a gradient.
         kl_N, entropy_N = (logp_N - batch["teacher_logp_N"]).detach(), sampled_entropy_N
         metrics |= {name: sums[name] for name in ("advantage_abs", "clipped")}
     elif isinstance(estimator, TopK):
@@ -233,12 +238,14 @@ def in_order_of_teachers(hidden_ND: Tensor, batch: Batch) -> tuple[Tensor, Batch
     if bool((teacher_B.diff() >= 0).all()):
         return hidden_ND, batch
     order_B = teacher_B.argsort(stable=True)
+    # The order of rows -> that of their sampled tokens.
     order_N = ragged_index(batch.sampled_len_B, order_B)
     return hidden_ND.index_select(0, order_N), batch.select(order_B)
 
 
 def teacher_states(heads: Sequence[Head], batch: Batch) -> list[TeacherStates]:
     """The hidden states of the teachers of the ordered rows, each beside its output layer."""
+    # One per row -> one per token -> one for each stretch of tokens that share a teacher.
     of_each, count = batch["teacher_B"][batch.row_N].unique_consecutive(return_counts=True)
     states_NE = batch["teacher_hidden_NE"].split(count.tolist())
     states = []
@@ -278,6 +285,7 @@ def token_weights(step_settings: Distill, batch: Batch) -> Tensor:
         aggregation=aggregation.kind,
         constant=getattr(aggregation, "constant", None) or step_settings.max_new_tokens,
     )
+    # From one weight per row to one per token.
     return weight_N * batch["loss_weight_B"][batch.row_N]
 
 
@@ -287,6 +295,7 @@ def domain_sums(domains: Sequence[str], batch: Batch, kl_N: Tensor, entropy_N: T
     metrics: Metrics = {}
     values = {"kl": kl_N, "entropy": entropy_N, "tokens": torch.ones_like(kl_N)}
     for quantity, value_N in values.items():
+        # One per token -> one per domain.
         sums = value_N.new_zeros(len(domains)).index_add(0, domain_N, value_N)
         metrics |= {f"{quantity}/{name}": sums[i] for i, name in enumerate(domains)}
     return metrics

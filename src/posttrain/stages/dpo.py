@@ -57,13 +57,16 @@ def run(settings: DpoStage, ctx: Context) -> dict[str, float]:
         ref_logp_B = response_sums(reference, pairs, chat, counted_V)
     if reference is not None and others is not None:
         other_ref_logp_B = response_sums(reference, pairs, chat, counted_V, others)
+    # A model of its own is not to stay in memory through the steps.
     del reference
     batches = Batches(by_domain, settings, size="batch_size", stage=ctx.name)
     steps = settings.num_steps(len(pairs), settings.batch_size)
     for step, s in ctx.steps(settings, steps, replayed=[batches], policy=policy):
         drawn = batches.draw(s)
         batch = pair_batch(drawn, chat)
+        # One per token id -> one per sampled token.
         batch["counted_N"] = counted_V[batch.targets_N]
+        # From pairs to rows: pair r of all has the rows 2 r and 2 r + 1 of the reference's sums.
         drawn_B = torch.tensor([2 * pair["row"] + side for pair in drawn for side in (0, 1)])
         if not isinstance(s.loss, SimPO):
             batch["ref_logp_B"] = ref_logp_B[drawn_B]
@@ -71,7 +74,9 @@ def run(settings: DpoStage, ctx: Context) -> dict[str, float]:
         if others is not None:
             crossed = pair_batch(drawn, chat, [others[pair["row"]] for pair in drawn])
             logp_B = counted_sums(crossed, policy.logprobs(crossed), counted_V)
+            # KTO's z_0 (arXiv 2402.01306, section 4.1), over the whole step before it is split.
             baseline = kto_baseline(logp_B - other_ref_logp_B[drawn_B])
+            # One number, as a column: that is how it gets to the loss with the rows.
             batch["baseline_B"] = baseline.expand(len(batch))
             metrics["kl_baseline"] = float(baseline)
         # KTO is a mean over responses, the others are means over pairs.
@@ -82,6 +87,7 @@ def run(settings: DpoStage, ctx: Context) -> dict[str, float]:
             TokenLoss(preference_loss, s.loss),
             count=count,
             lr=lr,
+            # A pair reaches the loss whole, however the batch is split into forward passes.
             group_rows=2,
             aux=aux.losses(step, s),
         )
@@ -144,12 +150,15 @@ def preference_loss(
         ref_logp_B=None if isinstance(loss, SimPO) else batch["ref_logp_B"],
         mean=loss.MEAN,
     )
+    # One per row -> one per pair, of the chosen and of the rejected.
     total, metrics = _of_scores(loss, score_B[::2], score_B[1::2], batch)
+    # Over all tokens, also those that are not counted: the end of a response is to be learned.
     logp_B = row_sums(logp_N, row_N, num_rows)
     nll_weight = 0.0 if isinstance(loss, Kto) else loss.nll_weight
     nll, nll_metrics = chosen_nll(logp_B[::2], batch.sampled_len_B[::2], weight=nll_weight)
     if nll_weight > 0:
         total = total + nll
+    # One per row -> chosen and rejected of each pair.
     sums_P2 = logp_B.detach().reshape(-1, 2)
     logps = {"logp_chosen": sums_P2[:, 0].sum(), "logp_rejected": sums_P2[:, 1].sum()}
     return total, metrics | nll_metrics | logps | {"loss": total.detach()}

@@ -98,6 +98,7 @@ class Answers:
 
     def __init__(self, sampled: Batch, greedy: Batch, num_shown: int) -> None:
         count = len(greedy)
+        # One per response -> [problems, samples]; samples of a problem are neighbours.
         by_problem = sampled["reward_B"].reshape(count, -1)
         self.scores = Scores(
             sampled=by_problem.mean(dim=1).double().numpy(),

@@ -88,6 +88,7 @@ def make_reward(
     given, and what loading a model raises.
     """
     tools = StageTools(ctx=ctx, policy=policy, precision=precision, seed=seed)
+    # By identity: a judge that occurs twice is made once, and its model loaded once.
     asked = {part.identity: part for part in judge.walk() if part.SCORER}
     return RewardFunction(judge, {name: part.scorer(tools) for name, part in asked.items()})
 
@@ -121,6 +122,7 @@ def judge_rows(ctx: Context, reward: RewardFunction, rows: list[Row]) -> list[fl
     scores = [0.0] * len(rows)
     for number, index in enumerate(portions):
         found, _ = reward.score(responses.select(index))
+        # A portion is whole groups, whose rows need not be neighbours in the file.
         for row, value in zip(index, found, strict=True):
             scores[row] = value
         tokens = sum(rows[row]["num_tokens"] for row in index)
@@ -168,6 +170,7 @@ class OracleJudge:
     def prefer(self, pairs: Sequence[Pair]) -> list[Preference]:
         """Which response of each pair it likes better, and how strongly."""
         answers = [self.annotator.prefer(p.problem, p.first, p.second) for p in pairs]
+        # The annotator's winner is 0 for the first response, 1 for the second.
         return [Preference(first=1.0 - winner, strength=strength) for winner, strength in answers]
 
 
@@ -231,6 +234,7 @@ class ModelComparison:
             )
             for a, b in asked
         ]
+        # One sampled token per row, whichever it is: the hidden state read is that before it.
         batch = Batch.from_tokens(prompts, [[first]] * len(prompts), pad_id=chat.pad_id)
         hidden_BD = scorer.hidden(batch).float()
         # The softmax over the vocabulary cancels in the ratio of two of its values.
@@ -256,6 +260,7 @@ def comparison_prompt(
     sides, limit = list(texts), chat.max_positions
     while True:
         ids = chat.prompt(question(template, problem, *sides))
+        # Counted in tokens, cut in characters: with tokens of several it takes more rounds.
         excess = 0 if limit is None else len(ids) + 1 - limit
         if excess <= 0 or not any(sides):
             return ids

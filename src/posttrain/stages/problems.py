@@ -77,12 +77,16 @@ class ProblemSampler:
         """Go through the rollouts of the steps that are done, and forget later profiles."""
         for step, rows in enumerate(self.log.resume(done)):
             step_settings = settings.at(step, total, history)
+            # In the order of the loop: a profile before the draws of its step, rewards after them.
             if self._profile(step).exists():
                 self._set_rates(read_jsonl(self._profile(step)))
+            # For what it leaves behind: how far each domain is ahead of its share.
             self.shares.allocate(step_settings.prompts_per_step, step_settings.domain_shares)
+            # One row of each group.
             for row in rows[:: step_settings.group_size]:
                 self.queues[row["domain"]].count_draw(row)
             self.observe(step_settings, rows)
+        # A write that a kill cut short; all that is in `out` becomes part of the artifact.
         for path in self.out.glob(".profile-*.tmp"):
             path.unlink()
         for path in self.out.glob("profile-*.jsonl"):
@@ -105,6 +109,7 @@ class ProblemSampler:
         for batch in earlier:
             for problem, alike in _groups(batch, s.group_size):
                 missing[problem["domain"]] -= not alike
+        # The first draw, and `dynamic_sampling` further ones at most.
         if number > s.draw.dynamic_sampling or not any(missing.values()):
             return []
         problems: list[Problem] = []
@@ -146,6 +151,7 @@ class ProblemSampler:
 
     def observe(self, s: Rl, rows: Sequence[Row]) -> dict[str, float]:
         """Take in the rollouts of a step, as the log has them; returns metrics."""
+        # One per response -> one per problem.
         rates = _means([row["reward"] for row in rows], s.group_size)
         for row, rate in zip(rows[:: s.group_size], rates, strict=True):
             queue = self.queues[row["domain"]]
@@ -182,6 +188,7 @@ class ProblemSampler:
             return 0
         rows: list[dict[str, Any]] = []
         for batch in profiled:
+            # By the verifier, whatever gives the reward; one per response -> one per problem.
             rates = _means(batch["verified_B"].tolist(), due.samples)
             rows += [
                 pick(problem, "id", "domain", "mode") | {"rate": rate, "samples": due.samples}
@@ -245,6 +252,7 @@ class DomainQueue:
         else:
             fit_P = np.ones(len(self.problems), dtype=bool)
         open_P: np.ndarray = fit_P & ~self.retired_P
+        # Rather retired problems again than none.
         return open_P if open_P.any() else fit_P
 
     def draw(
@@ -313,6 +321,7 @@ class DomainQueue:
         if times not in self._ranks:
             generator = np.random.default_rng([self.seed, self.position, times])
             rank_P = np.empty(len(self.problems), dtype=np.int64)
+            # The inverse of the permutation: from a problem to its place.
             rank_P[generator.permutation(len(self.problems))] = np.arange(len(self.problems))
             self._ranks[times] = rank_P
         return self._ranks[times]
@@ -321,6 +330,7 @@ class DomainQueue:
 def in_band(rate_P: np.ndarray, low: float, high: float) -> np.ndarray:
     """bool: the problems whose pass rate lies in [`low`, `high`], or those that are nearest to it
     where none does. NaN is an unknown rate; one at least must be known."""
+    # NaN stays NaN here and compares as False below: an unknown rate is never chosen.
     distance_P = np.maximum(0.0, np.maximum(low - rate_P, rate_P - high))
     nearest_P: np.ndarray = distance_P <= np.nanmin(distance_P)
     return nearest_P
@@ -355,6 +365,7 @@ def reprofile_due(how: Reprofile, step: int, reward: Sequence[float]) -> bool:
 
 def _groups(batch: Batch, size: int) -> Iterator[tuple[Problem, bool]]:
     """The problem of each group of `size` neighbouring rows, and whether its rewards are alike."""
+    # From one flag per row to one per group.
     alike = zero_variance(batch["reward_B"], batch["group_B"])[::size].tolist()
     return zip(batch.problems[::size], alike, strict=True)
 

@@ -62,6 +62,7 @@ def run(settings: RewardModel, ctx: Context) -> dict[str, float]:
         lr = learning_rate(s, step, steps)
         # Every draw counts as one: a pair, or a prompt whatever the number of its pairs.
         sums = policy.update(
+            # The reward is read at the last token, which predicts nothing and so has no position.
             batch.with_end_position(),
             HeadLoss(reward_loss, s.loss),
             count=float(len(drawn)),
@@ -85,6 +86,7 @@ def reward_loss(
 
     Columns: those of `draw_batch`.
     """
+    # One per position -> one per row.
     reward_B = scores_N(hidden_ND[batch.last_B], head)
     chosen_P, rejected_P, place_P = pairs_of(batch)
     strengths = isinstance(loss, BradleyTerry) and loss.margins == "strength"
@@ -99,6 +101,7 @@ def reward_loss(
     if isinstance(loss, Pointwise):
         total, own = pointwise(reward_B, batch["label_B"], batch["label_weight_B"])
         metrics["label_accuracy"] = own["accuracy"]
+    # In float64: the spread is a small difference of what these sums come to.
     filled_B = reward_B.detach()[batch["filled_B"]].double()
     metrics |= {"reward": filled_B.sum(), "reward_square": filled_B.square().sum()}
     return total, metrics | {"loss": total.detach()}
@@ -106,12 +109,14 @@ def reward_loss(
 
 def step_metrics(sums: Mapping[str, float], batch: Batch, *, num_draws: int) -> dict[str, float]:
     """The metrics of a step, means over draws, pairs or responses, out of those sums."""
+    # What fills up has a weight of 0.
     num_pairs = int((batch["pair_weight_BK"] != 0).sum())
     num_responses = int(batch["filled_B"].sum())
     metrics = {"loss": sums["loss"] / num_draws}
     metrics |= {name: sums[name] / num_pairs for name in ("accuracy", "margin")}
     if "label_accuracy" in sums:
         metrics["label_accuracy"] = sums["label_accuracy"] / num_responses
+    # Rounding may leave the variance a little below 0.
     mean, square = (sums[name] / num_responses for name in ("reward", "reward_square"))
     metrics |= {"reward_mean": mean, "reward_std": math.sqrt(max(0.0, square - mean**2))}
     return metrics | {"grad_norm": sums["grad_norm"]}
@@ -187,6 +192,7 @@ def draw_batch(draws: Sequence[Draw], chat: Chat) -> tuple[Batch, int]:
     wins: list[list[tuple[int, int, float]]] = []
     pairs: list[tuple[int, int, int]] = []
     for number, (draw, texts) in enumerate(zip(draws, found, strict=True)):
+        # Draws are made equally long: the learner splits a batch between blocks of `group_rows`.
         first, missing = len(prompts), group_rows - len(texts)
         _, prompt, mode = _prompt(draw["pairs"][0])
         prompts += [chat.prompt(prompt, mode)] * group_rows
@@ -196,6 +202,7 @@ def draw_batch(draws: Sequence[Draw], chat: Chat) -> tuple[Batch, int]:
         for pair in draw["pairs"]:
             chosen, rejected = (first + texts.index(pair[side]) for side in SIDES)
             margin = STRENGTH_MARGINS.get(pair.get("strength", 1), 0.0)
+            # A distance, unlike a row number, stays right when draws leave the batch.
             wins[chosen].append((len(pairs), rejected - chosen, margin))
             pairs.append((chosen, rejected, number))
     batch = Batch.from_tokens(prompts, responses, pad_id=chat.pad_id)
@@ -203,6 +210,7 @@ def draw_batch(draws: Sequence[Draw], chat: Chat) -> tuple[Batch, int]:
     chosen_P, rejected_P, draw_P = torch.tensor(pairs).T
     weight_P, _ = prompt_weights(draw_P)
     size = max(map(len, wins))
+    # From a list of wins per row to [B, K], zeros behind the last win.
     padded = [[*won, *[(0, 0, 0.0)] * (size - len(won))] for won in wins]
     number_BK, loser_BK, margin_BK = (
         torch.tensor([[won[i] for won in row] for row in padded]) for i in range(3)
@@ -221,6 +229,7 @@ def _labels(
     ones_P = torch.ones(len(chosen_P))
     won_B = torch.zeros(len(batch)).index_add(0, chosen_P, ones_P)
     met_B = won_B.index_add(0, rejected_P, ones_P)
+    # From one per row to [draws, rows of a draw]; each draw adds up to 1.
     weight_DR = batch["filled_B"].float().reshape(-1, group_rows)
     weight_DR = weight_DR / weight_DR.sum(dim=1, keepdim=True)
     return won_B / met_B.clamp(min=1), weight_DR.flatten()
@@ -235,6 +244,7 @@ def pairs_of(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """
     place_P = batch["pair_weight_BK"].flatten().nonzero()[:, 0]
     place_P = place_P[batch["pair_number_BK"].flatten()[place_P].argsort()]
+    # A place in the flattened [B, K] -> its row.
     chosen_P = place_P // batch["pair_weight_BK"].shape[1]
     return chosen_P, chosen_P + batch["pair_loser_BK"].flatten()[place_P], place_P
 

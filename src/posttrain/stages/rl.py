@@ -92,6 +92,7 @@ def run(settings: Rl, ctx: Context) -> dict[str, float]:
             step, sampled, model=ctx.name, temperature=s.temperature, judged=judge is not None
         )
         metrics |= {f"judge/{label}": sum(given) / len(given) for label, given in judged.items()}
+        # Observed from the rows of the log, which is what a resumed stage has of them.
         metrics |= problems.metrics(s, draws) | problems.observe(s, rows) | s.scheduled()
 
         # Score: the reference reads the tokens, over the nucleus that they were drawn from.
@@ -100,6 +101,7 @@ def run(settings: Rl, ctx: Context) -> dict[str, float]:
         # Advantage: of every token; then the rows that teach nothing are left out.
         metrics |= add_advantages(s, batch, critic)
         trained = batch.select(rows_to_train(s, batch))
+        # Of all that was sampled, also the groups that did not get into the batch.
         metrics["train_fraction"] = len(trained) / len(sampled)
 
         # Update: first the critic, then the policy, on the same minibatches.
@@ -114,7 +116,9 @@ def run(settings: Rl, ctx: Context) -> dict[str, float]:
             loss = TokenLoss(policy_loss, s, temperature=s.temperature)
             updates = []
             for number, part in enumerate(minibatches):
+                # Numbered through all steps, so that every update draws auxiliary rows of its own.
                 further = [*aux.losses(step * s.num_minibatches + number, s), *compared[number]]
+                # What divides the summed loss (`aggregation_weights`): tokens, or else rows.
                 count = part.num_tokens if isinstance(s.aggregation, TokenMean) else len(part)
                 updates.append(policy.update(part, loss, count=float(count), lr=lr, aux=further))
             metrics |= per_token(updates)
@@ -225,6 +229,7 @@ def add_advantages(s: Rl, batch: Batch, critic: Critic | None) -> dict[str, floa
     kl_N = scale_B = None
     if s.kl is not None and s.kl.where == "reward":
         assert s.kl.estimator != "unbiased", "refused with where = reward"
+        # Before any update: as a part of the reward the KL has no gradient of its own.
         kl_N = kl_estimate(batch["policy_logp_N"], batch["ref_logp_N"], estimator=s.kl.estimator)
         scale_B = s.kl.coef * batch["kl_weight_B"]
         metrics["kl_reference"] = float(kl_N.sum()) / batch.num_tokens
@@ -241,6 +246,7 @@ def add_advantages(s: Rl, batch: Batch, critic: Critic | None) -> dict[str, floa
             gamma=s.advantage.gamma,
             lam=s.advantage.lam,
         )
+        # From one flag per row to one per token.
         trained_N = rows_to_train(s, batch)[row_N]
         batch["advantage_N"] = advantage_N.masked_scatter(
             trained_N, whitened(advantage_N[trained_N])
@@ -261,9 +267,11 @@ def add_advantages(s: Rl, batch: Batch, critic: Critic | None) -> dict[str, floa
         batch["advantage_N"] = advantage[row_N] if by_row else advantage
     elif isinstance(s.advantage, LeaveOneOutZScore):
         advantage_B = advantages(reward_B, batch["group_B"], mode="leave_one_out")
+        # Whitened over rows, each of which counts once; then one per row -> one per token.
         batch["advantage_N"] = whitened(advantage_B)[row_N]
     else:
         advantage_B = advantages(reward_B, batch["group_B"], mode=s.advantage.kind)
+        # One per row -> one per sampled token.
         batch["advantage_N"] = advantage_B[row_N]
     return metrics
 
@@ -318,6 +326,7 @@ def per_token(updates: Sequence[dict[str, float]]) -> dict[str, float]:
     sums: dict[str, float] = {}
     for found in updates:
         sums = {name: sums.get(name, 0.0) + value for name, value in found.items()}
+    # Taken out first: what is left in the end are sums over tokens.
     metrics = {"grad_norm": sums.pop("grad_norm") / len(updates)}
     metrics |= pop_metrics(sums, len(updates)) | critique.pop_metrics(sums)
     tokens = sums.pop("tokens")
@@ -331,10 +340,12 @@ def policy_loss(s: Rl, logp_N: Tensor, entropy_N: Tensor, batch: Batch) -> tuple
     penalty where it belongs to the loss.
     """
     row_N, num_rows, advantage_N = batch.row_N, len(batch), batch["advantage_N"]
+    # Where it is missing the current policy is the old one: a ratio of 1 that has a gradient.
     old_logp_N = batch["old_logp_N"] if "old_logp_N" in batch else logp_N.detach()
     weight_N, _ = aggregation_weights(
         row_N, num_rows, aggregation=s.aggregation.kind, constant=constant_of(s)
     )
+    # Between learner and sampler before the updates; what these change is in the ratio.
     correction_N, metrics = importance_correction(
         old_logp_N,
         batch["sampler_logp_N"],
@@ -362,6 +373,7 @@ def policy_loss(s: Rl, logp_N: Tensor, entropy_N: Tensor, batch: Batch) -> tuple
         total, own = checked_sum(s.surrogate, found, logp_N)
     metrics |= own | {"entropy": entropy_N.sum(), "tokens": logp_N.new_tensor(float(len(logp_N)))}
     if s.kl is not None and s.kl.where == "loss":
+        # Not of `token_weights`: the user's factor is for the surrogate alone.
         kl_weight_N = weight_N * batch["kl_weight_B"][row_N]
         if s.kl.estimator == "unbiased":
             penalty, own = unbiased_kl_penalty(logp_N, old_logp_N, batch["ref_logp_N"], kl_weight_N)

@@ -85,8 +85,10 @@ def rollout(
         if verifiers is not None:
             index = row_B.tolist()
             for row, ids in zip(index, sampling.responses(row_B), strict=True):
+                # The prefix went in with the prompt, but is part of what the verifier reads.
                 texts[row] = prefix + chat.decode(ids)
             complete = sampling.finished(row_B).tolist()
+            # The others keep the 0 of `verified_B`.
             ended = [row for row, whole in zip(index, complete, strict=True) if whole]
             pending += submit(verifiers, ended, texts, rows)
     verified_B = torch.zeros(len(rows))
@@ -96,6 +98,7 @@ def rollout(
     batch.problems.extend(rows)
     batch.texts.extend(texts)
     batch["group_B"] = torch.arange(len(problems)).repeat_interleave(group_size)
+    # One tensor under both names: a judge puts another in place of the reward, it never writes.
     batch["verified_B"] = batch["reward_B"] = verified_B
     return batch
 

@@ -7,6 +7,7 @@ checkpoint, so that whoever goes by earlier rollouts goes on as if nothing had h
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,18 @@ class RolloutLog:
         if not self.path.exists():
             return []
         rows: list[list[dict[str, Any]]] = [[] for _ in range(step)]
-        with self.path.open(encoding="utf-8") as lines:
-            # The last line may have been cut off where the stage was killed.
-            for row in map(json.loads, (line for line in lines if line.endswith("\n"))):
-                if row["step"] < step:
-                    rows[row["step"]].append(row)
-        write_jsonl(self.path, (row for of_step in rows for row in of_step))
+        kept = 0
+        with self.path.open("rb") as lines:
+            # Steps follow one another. The last line may have been cut off where the stage was
+            # killed.
+            for line in lines:
+                row = json.loads(line) if line.endswith(b"\n") else {"step": step}
+                if row["step"] >= step:
+                    break
+                rows[row["step"]].append(row)
+                kept += len(line)
+        # Cut off in place: a kill meanwhile loses nothing, and leaves no second file.
+        os.truncate(self.path, kept)
         return rows
 
     def write(

@@ -75,6 +75,7 @@ def imitate(
         if isinstance(settings, Pretrain) and settings.loss_on == "all":
             batch = whole_documents(batch)
         count, lr = batch.num_tokens, learning_rate(s, step, steps)
+        # With a divisor of 1 the metric `loss` is a sum, which becomes a mean below.
         sums = policy.update(
             batch, TokenLoss(token_cross_entropy, 1.0), count=count, lr=lr, aux=aux.losses(step, s)
         )
@@ -95,6 +96,7 @@ def whole_documents(batch: Batch) -> Batch:
 def fresh_model(settings: Pretrain, ctx: Context, demos: Mapping[str, Sequence[Problem]]) -> Path:
     """A directory with a model of random weights and a tokenizer that has every character."""
     fields = TEXTS if settings.thinks else TEXTS[:2]
+    # Auxiliary rows as well: the model is to read these too.
     every = [demos, *aux_rows(settings, ctx).values()]
     rows = [row for by_domain in every for rows in by_domain.values() for row in rows]
     tokenizer = character_tokenizer(

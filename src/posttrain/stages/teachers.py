@@ -103,6 +103,7 @@ class TeacherScoring:
         reads the group's responses, None for the student's own prompt."""
         self.teachers, self.step_settings, self.prompts = teachers, step_settings, prompts
         self.group_size = step_settings.samples_per_prompt
+        # From one per group to one per row; rows of a group are neighbours.
         self.teacher_B = torch.tensor(numbers).repeat_interleave(self.group_size)
         self.parts: list[tuple[Tensor, Future[Columns] | Columns]] = []
         """Rows of the batch that one teacher reads together, and what it says about them."""
@@ -138,12 +139,14 @@ class TeacherScoring:
             for row_B, said in self.parts
         ]
         self.parts = []
+        # All parts have the same columns, those of the estimator.
         for name in found[0][1]:
             batch[name] = _in_place(batch, [(row_B, said[name]) for row_B, said in found])
 
     def _score(self, row_B: Tensor, rows: Batch) -> None:
         """Let each teacher read its own among `rows`, which are rows `row_B` of the batch."""
         for number in self.teacher_B[row_B].unique().tolist():
+            # The teacher's rows as places in `rows`, and as places in the whole batch.
             member_B = (self.teacher_B[row_B] == number).nonzero()[:, 0]
             own_B = row_B[member_B]
             asked = self._after_hints(own_B, rows.select(member_B))
@@ -172,6 +175,7 @@ def teacher_columns(step_settings: Distill, scorer: Scorer, rows: Batch) -> Colu
         ids_NK, logp_NK = scorer.top_k(rows, estimator.k, temperature=step_settings.temperature)
         return {"teacher_ids_NK": ids_NK, "teacher_logp_NK": logp_NK}
     hidden_NE = scorer.hidden(rows)
+    # A teacher that computes in bfloat16 gives states of that type already.
     if step_settings.precision == "float32":
         hidden_NE = hidden_NE.to(getattr(torch, estimator.cache))
     return {"teacher_hidden_NE": hidden_NE}
@@ -186,6 +190,7 @@ def _in_place(batch: Batch, parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     widest = max((value_N for _, value_N in parts), key=lambda value_N: value_N.shape[1:])
     column_N = widest.new_zeros(batch.num_tokens, *widest.shape[1:])
     for row_B, value_N in parts:
+        # From rows to the places of their sampled tokens.
         index_N = ragged_index(batch.sampled_len_B, row_B)
         if value_N.dim() == 1:
             column_N[index_N] = value_N

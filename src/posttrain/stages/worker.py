@@ -48,6 +48,7 @@ def run_job(job: Job) -> dict[str, Any]:
     """Run one stage; returns its summary metrics."""
     if "import_from" in job.runtime:
         sys.path.insert(0, job.runtime["import_from"])
+    # Not at the top: who starts stages imports this file, and can do without torch.
     import torch
 
     from posttrain.backends.device import check_precision
@@ -124,6 +125,7 @@ def useful_threads(job: Job) -> int:
     """
     if job.kind == "pretrain":
         config = job.config
+        # Four projections of the attention, three of the gated MLP; then 4 bytes per weight.
         width = 4 * config["num_heads"] * config["head_dim"] + 3 * config["intermediate_size"]
         largest = 4 * config["num_layers"] * config["hidden_size"] * width
     else:

@@ -50,14 +50,17 @@ def hidden_states(model: Any, parts: Sequence[PackedPass]) -> Tensor:
     blocks, predicts, start = [], [], 0
     for part in parts:
         block = _Block(part, start, model.dtype)
+        # From positions of the bins to tokens of the whole pass.
         predicts.append(start + block.token_S[part.predicts_N])
         blocks.append(block)
         start += len(part.index_M)
     # Rows of a group share the token that predicts their first one: computed once, given to each.
+    # They come out ascending, so that those of one part stand together.
     wanted_W, order_N = torch.cat(predicts).unique(return_inverse=True)
     body = model.base_model
     hidden_MD = body.embed_tokens(tokens_M)
     cos_1ME, sin_1ME = body.rotary_emb(hidden_MD, position_M[None])
+    # [1, M, E] -> [M, 1, E]: the same for all heads.
     rotation = (cos_1ME[0, :, None], sin_1ME[0, :, None])
     # Every layer but the last gives all tokens on; the last has only the W that are asked for.
     for layer in body.layers[:-1]:
@@ -79,6 +82,7 @@ def _layer(
     attention = layer.self_attn
     normed_MD = layer.input_layernorm(hidden_MD)
     cos_M1E, sin_M1E = rotation
+    # [M, H * E] -> [M, H, E].
     key_MHE = attention.k_proj(normed_MD).unflatten(-1, (-1, attention.head_dim))
     value_MHE = attention.v_proj(normed_MD).unflatten(-1, (-1, attention.head_dim))
     cos_W1E, sin_W1E, hidden_WD = cos_M1E, sin_M1E, hidden_MD
@@ -91,6 +95,7 @@ def _layer(
         query_WQE, key_MHE = attention.q_norm(query_WQE), attention.k_norm(key_MHE)
     query_WQE = _rotated(query_WQE, cos_W1E, sin_W1E)
     key_MHE = _rotated(key_MHE, cos_M1E, sin_M1E)
+    # One part after another is the order of the tokens. [W, Q, E] -> [W, Q * E].
     attended_WD = torch.cat(
         [block.attend(query_WQE, key_MHE, value_MHE, attention.scaling) for block in blocks]
     ).flatten(1)
@@ -100,7 +105,7 @@ def _layer(
 
 
 def _rotated(states_MHE: Tensor, cos_M1E: Tensor, sin_M1E: Tensor) -> Tensor:
-    """Rotary positions as all models of `is_flat` have them."""
+    """Rotary positions as all models of `is_fusable` have them."""
     first, second = states_MHE.chunk(2, dim=-1)
     return states_MHE * cos_M1E + torch.cat((-second, first), dim=-1) * sin_M1E
 
@@ -121,6 +126,7 @@ class _Block:
     def at(self, wanted_W: Tensor) -> _Block:
         """The same keys and values for the queries of the tokens `wanted_W` alone."""
         inside_W = (wanted_W >= self.tokens.start) & (wanted_W < self.tokens.stop)
+        # `wanted_W` is ascending, so the tokens of a part are one slice of it.
         first, count = int((wanted_W < self.tokens.start).sum()), int(inside_W.sum())
         block = copy(self)
         block.index_M = self.index_M[wanted_W[inside_W] - self.tokens.start]
@@ -138,6 +144,7 @@ class _Block:
         value_CHTE = self._lay_out(value_MHE[self.tokens], self.token_S)
         repeats = query_CQTE.shape[1] // key_CHTE.shape[1]
         if repeats > 1:
+            # [C, H, T, E] -> [C, Q, T, E]: a key-value head serves neighbouring query heads.
             key_CHTE = key_CHTE.repeat_interleave(repeats, dim=1)
             value_CHTE = value_CHTE.repeat_interleave(repeats, dim=1)
         states_CQTE = torch.nn.functional.scaled_dot_product_attention(
@@ -148,7 +155,9 @@ class _Block:
             scale=scaling,
             is_causal=self.mask is None,
         )
+        # [C, Q, T, E] -> [S, Q, E] -> [W, Q, E].
         return states_CQTE.transpose(1, 2).flatten(0, 1).index_select(0, self.index_M)
 
     def _lay_out(self, states_MHE: Tensor, token_S: Tensor) -> Tensor:
+        # [M, H, E] -> [S, H, E] -> [C, T, H, E] -> [C, H, T, E].
         return states_MHE.index_select(0, token_S).unflatten(0, self.shape).transpose(1, 2)

@@ -62,14 +62,17 @@ def _join_layer(layer: Any, scale: float) -> _Layer:
     """`scale` is attention's; it goes into whatever the queries are multiplied by last."""
     attention, mlp = layer.self_attn, layer.mlp
     has_norms = hasattr(attention, "q_norm")
+    # A norm on the queries would undo a scale before it.
     query_scale = 1.0 if has_norms else scale
     qkv = [attention.q_proj, attention.k_proj, attention.v_proj]
+    # `cat` copies, so the products in place below leave the weights of the model alone.
     weight_JD = torch.cat([module.weight for module in qkv])
     bias_J = None
     if attention.q_proj.bias is not None:
         bias_J = torch.cat([module.bias for module in qkv])
         bias_J[: len(attention.q_proj.bias)] *= query_scale
     weight_JD[: len(attention.q_proj.weight)] *= query_scale
+    # (x * g) @ W.T = x @ (W * g).T: the weight of a norm belongs to the columns.
     weight_JD *= layer.input_layernorm.weight
     gate_up_FD = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])
     gate_up_FD *= layer.post_attention_layernorm.weight
@@ -81,6 +84,7 @@ def _join_layer(layer: Any, scale: float) -> _Layer:
         width = attention.head_dim
         queries = len(attention.q_proj.weight) // width
         keys = len(attention.k_proj.weight) // width
+        # [C] -> [J, C]: the weight of a norm once for each head, queries before keys.
         qk_scale_JC = torch.cat(
             [
                 (attention.q_norm.weight * scale).expand(queries, width),
@@ -134,6 +138,7 @@ class FusedDecoder:
         self.visible = 0
         """Positions that hold anything, in any slot."""
         slots, keys, positions = buffer.shape[2:5]
+        # In vectors of C numbers. The keys of all slots come first, then the values.
         key_H = torch.arange(keys, device=embedding_VD.device) * positions
         self.offset_J = torch.cat((key_H, key_H + slots * keys * positions))
         """Where the keys and values of slot 0 begin when one layer's are laid end to end."""
@@ -157,12 +162,14 @@ class FusedDecoder:
             input_ids=tokens_PT, past_key_values=prefilled, use_cache=True
         ).last_hidden_state
         prompt_P = torch.arange(len(length_P), device=tokens_PT.device)
+        # [P, T, D] -> [P, D]: at the last token of each prompt.
         hidden_PD: Tensor = hidden_PTD[prompt_P, length_P - 1]
         prompts, columns = tokens_PT.shape
         self.visible = max(self.visible, columns)
         slots = slice(first, first + prompts * copies)
         for states, layer in zip(self.states, prefilled.layers, strict=True):
             for state_SHTC, source_PHTC in zip(states, (layer.keys, layer.values), strict=True):
+                # A view of the slots: [P * copies, H, T, C] as [P, copies, H, T, C].
                 copies_PLHTC = state_SHTC[slots, :, :columns].unflatten(0, (prompts, copies))
                 copies_PLHTC.copy_(source_PHTC[:, None])
         return hidden_PD
@@ -177,15 +184,18 @@ class FusedDecoder:
         hidden_LD = self.model.model.embed_tokens.weight[token_L]
         position_T = torch.arange(self.visible, device=token_L.device)
         mask_LT = torch.zeros(rows, self.visible, dtype=hidden_LD.dtype, device=token_L.device)
+        # The new token stands at position `length` and sees itself.
         mask_LT.masked_fill_(position_T > length_L[:, None], -torch.inf)
         stride = self.num_keys * self.cache.shape[4]
         slot_L = torch.arange(0, rows * stride, stride, device=token_L.device)
+        # [L, 1] + [2 H] -> [M]: where the new keys and values of each row go.
         index_M = ((slot_L + length_L)[:, None] + self.offset_J).flatten()
         cos_L1C, sin_L1C = self.cos_T1C[length_L], self.sin_T1C[length_L]
         for layer, cache, states in zip(self.layers, self.cache, self.states, strict=True):
             normed_LD = _normalised(hidden_LD, layer.epsilon)
             heads_LJC = layer.qkv(normed_LD).view(rows, -1, self.width)
             self._turn(heads_LJC[:, : self.num_queries + self.num_keys], layer, cos_L1C, sin_L1C)
+            # [L, 2 H, C] -> [M, C], in the order of `index_M`.
             fresh_MC = heads_LJC[:, self.num_queries :].reshape(-1, self.width)
             cache.view(-1, self.width).index_copy_(0, index_M, fresh_MC)
             attended_LJ = self._attend(heads_LJC[:, : self.num_queries], states, mask_LT)
@@ -214,6 +224,8 @@ class FusedDecoder:
         """Softmax attention of the new queries over all visible keys: `[L, Q * C]`."""
         rows, visible = mask_LT.shape
         key_LHTC, value_LHTC = (state_SHTC[:rows, :, :visible] for state_SHTC in states)
+        # [L, Q, C] -> [L, H, G, C]: the queries that read the same keys.
+        # Attention has its scale already: it is in the weights of the queries.
         query_LHGC = query_LQC.unflatten(1, (self.num_keys, -1))
         weight_LHGT = torch.matmul(query_LHGC, key_LHTC.transpose(2, 3))
         weight_LHGT += mask_LT[:, None, None]

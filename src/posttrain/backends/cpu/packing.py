@@ -80,6 +80,7 @@ class PackedPass:
             position_ids=bins.position_CT,
             attention_mask=bins.mask(model.dtype),
         ).last_hidden_state
+        # [C, T, D] -> [S, D] -> [N, D].
         return hidden_CTD.flatten(0, 1)[bins.predicts_N]
 
     def to(self, device: torch.device) -> PackedPass:
@@ -97,6 +98,8 @@ class PackedPass:
             return None
         unit_CT, owner_CT = self.unit_CT, self.owner_CT
         width = unit_CT.shape[1]
+        # [C, T] -> [C, T, T], queries along the first T and keys along the second. Unused positions
+        # see one another, so that no softmax is over nothing.
         visible_CTT = unit_CT[:, :, None] == unit_CT[:, None, :]
         visible_CTT &= (owner_CT[:, :, None] == owner_CT[:, None, :]) | (owner_CT == -1)[:, None, :]
         visible_CTT &= torch.ones(width, width, dtype=torch.bool, device=unit_CT.device).tril()
@@ -143,6 +146,7 @@ def flat_passes(
             size = sum(unit.width for unit in one)
             passes[(2 * before + size) * count // (2 * total)].append((one, width))
             before += size
+    # A bin can be longer than the share of a pass; another pass may then have none.
     for chosen in filter(None, passes):
         yield tuple(
             rows.lay_out([one for one, _ in same], width)
@@ -208,6 +212,7 @@ class _Rows:
             for unit in units:
                 for row in unit.rows:
                     prompt_len = self.prompt_len[row]
+                    # A block may bring several prompts; each begins a unit of its own in the mask.
                     if row == unit.rows[0] or not self.same_prompt[row]:
                         number += 1
                         segments.append(_Segment(row, 0, start, prompt_len, number, -1))
@@ -226,6 +231,7 @@ class _Rows:
         width: int,
     ) -> PackedPass:
         device = self.batch.device
+        # [G, 6] -> six tensors [G], the fields of `_Segment` in their order.
         row_G, column_G, start_G, length_G, unit_G, owner_G = torch.tensor(
             segments, device=device
         ).T
@@ -234,6 +240,7 @@ class _Rows:
         offset_M = torch.arange(len(segment_M), device=device)
         offset_M -= (length_G.cumsum(0) - length_G)[segment_M]
         index_M, column_M = start_G[segment_M] + offset_M, column_G[segment_M] + offset_M
+        # Four rows of S positions, filled with what stands where no token is.
         blank = torch.zeros(4, num_bins * width, dtype=torch.int64, device=device)
         blank[2], blank[3] = -1, -2
         tokens_S, position_S, unit_S, owner_S = blank
@@ -246,6 +253,7 @@ class _Rows:
         ).T
         # [N, 2]: row after row, and from left to right within a row.
         row_N, column_N = self.batch.sampled_BT[index_B].nonzero().T
+        # Counted from the end of the prompt.
         offset_N = column_N - self.batch.prompt_len_B[index_B][row_N]
         shape = (num_bins, width)
         return PackedPass(
@@ -271,6 +279,7 @@ def _same_prompt_as_before(batch: Batch) -> list[bool]:
     columns = int(length_B.max())
     tokens_BT = batch.tokens_BT[:, :columns]
     beyond_BT = torch.arange(columns, device=length_B.device) >= length_B[:, None]
+    # What follows the prompts does not count; that they are of one length is asked below.
     equal_BT = (tokens_BT[1:] == tokens_BT[:-1]) | beyond_BT[1:]
     same_B = equal_BT.all(dim=1) & (length_B[1:] == length_B[:-1])
     return [False, *same_B.tolist()]
@@ -308,6 +317,7 @@ class _Costs:
 
 def _cheapest_bins(units: list[_Unit], limit: int, *, max_tokens: int, costs: _Costs) -> _Passes:
     """The layout of all units that costs least, of the few that are tried."""
+    # Bins take from the end, so of units of one width the earliest rows go first.
     units = sorted(units, key=lambda unit: (unit.width, -unit.rows[0]))
     layouts = (
         _fill_bins(units, limit, max_tokens=max_tokens, stretch=stretch, narrower=narrower)

@@ -25,6 +25,7 @@ class Product:
 
     def __init__(self, weight_FD: Tensor, bias_F: Tensor | None = None) -> None:
         self.bias_F = bias_F
+        # Both forms are kept: which is faster depends on the rows of a call.
         self.weight_DF = weight_FD.T.contiguous()
         self.laid_out = _laid_out(weight_FD)
 

@@ -79,6 +79,7 @@ class Slots:
         self.temperature, self.top_p = temperature, top_p
         self.project = _projection(head)
         num_rows, self.max_new_tokens = samples.tokens_BR.shape
+        # A group is always admitted whole.
         self.num_slots = min(num_rows, max(max_rows, samples.group_size))
         num_positions = samples.prompts_PT.shape[1] + self.max_new_tokens
         self.decoder = decoders.make(self.num_slots, num_positions)
@@ -111,6 +112,7 @@ class Slots:
         assert self.hidden_LD is not None
         weight = self.head.weight_VD
         logits_LV = self.project(self.hidden_LD).float()
+        # [L, R] -> [L]: the number for the next position of each row.
         uniform_L = self.uniform_LR.gather(1, self.position_L[:, None])[:, 0].to(weight.device)
         drawn = draw(logits_LV, uniform_L, self.temperature, self.top_p)
         token_L = drawn.token_B.cpu()
@@ -146,6 +148,7 @@ class Slots:
         )
         row_L = torch.arange(first * group, self.next_prompt * group)
         uniform_LR = uniform(self.row_seed_B[row_L, None], torch.arange(self.max_new_tokens))
+        # [P, D] -> [L, D]: the rows of a group begin at one state.
         hidden_LD = hidden_PD.repeat_interleave(group, dim=0)
         self.row_L = torch.cat([self.row_L, row_L])
         self.length_L = torch.cat([self.length_L, length_P.repeat_interleave(group)])
@@ -162,12 +165,14 @@ class Slots:
         """
         keep_L = (~ended_L).nonzero()[:, 0]
         live = len(keep_L)
+        # As many rows stand beyond `live` as there are holes before it.
         source_M, target_M = keep_L[keep_L >= live], ended_L[:live].nonzero()[:, 0]
         if len(source_M):
             device = self.head.weight_VD.device
             self.decoder.move(source_M.to(device), target_M.to(device))
         order_L = torch.arange(live)
         order_L[target_M] = source_M
+        # `hidden_LD` keeps the old order: the next decode step replaces it.
         self.row_L, self.length_L = self.row_L[order_L], self.length_L[order_L]
         self.position_L, self.uniform_LR = self.position_L[order_L], self.uniform_LR[order_L]
         if not live:
