@@ -20,24 +20,9 @@ import torch
 from torch import Tensor
 
 from posttrain.backends.architecture import backbone
-from posttrain.backends.base import (
-    AuxLoss,
-    Head,
-    HeadLoss,
-    Learner,
-    LearnerSettings,
-    Loss,
-    Metrics,
-)
+from posttrain.backends.base import AuxLoss, Head, HeadLoss, Learner, LearnerSettings, Loss, Metrics
 from posttrain.backends.chat import Chat
-from posttrain.backends.checkpoint import (
-    LanguageModel,
-    chat_of,
-    has_score,
-    load,
-    output_head,
-    save,
-)
+from posttrain.backends.checkpoint import LanguageModel, chat_of, has_score, load, output_head, save
 from posttrain.backends.cpu.fused import is_fusable
 from posttrain.backends.cpu.slots import Decoders, Slots
 from posttrain.backends.forward import MAX_TOKENS, forward_passes, read_hidden, sampled_logprobs
