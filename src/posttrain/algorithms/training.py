@@ -1,0 +1,58 @@
+"""What all stages that learn choose: optimiser, learning-rate decay, auxiliary losses."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from posttrain.values import ByKind, Settings, changing, tag
+
+
+class AdamW(Settings):
+    """The optimiser of everything that learns."""
+
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.98, ge=0, lt=1)
+    weight_decay: float = changing(0.0, ge=0)
+    max_grad_norm: float = changing(1.0, gt=0)
+    """Gradients are scaled down to this norm."""
+    ema: float | None = Field(None, gt=0, lt=1)
+    """Share of the old average that each optimiser step keeps. The stage's model is then the moving
+    average of its weights, which begins with the start. InstructGPT: 0.992."""
+
+
+class CosineDecay(Settings):
+    """The learning rate falls along half a cosine."""
+
+    kind: Literal["cosine"] = tag("cosine")
+    end: float = Field(0.05, ge=0, le=1)
+    """Last learning rate as a share of `lr`."""
+
+
+class LinearDecay(Settings):
+    """The learning rate falls along a line."""
+
+    kind: Literal["linear"] = tag("linear")
+    end: float = Field(0.05, ge=0, le=1)
+    """Last learning rate as a share of `lr`."""
+
+
+class NoDecay(Settings):
+    """The learning rate stays."""
+
+    kind: Literal["constant"] = tag("constant")
+
+
+Decay = Annotated[CosineDecay | LinearDecay | NoDecay, Field(discriminator="kind"), ByKind]
+
+
+class Aux(Settings):
+    """An auxiliary loss: cross-entropy on text of its own in every optimiser step of a stage."""
+
+    weight: float = changing(ge=0, default=...)
+    """Weight times the mean cross-entropy per token is added to the stage's mean loss."""
+    batch_size: int = Field(32, gt=0)
+    """Rows per optimiser step, drawn evenly over its domains."""
+    modes: tuple[str, ...] = ()
+    """Modes of its demonstrations; filled in by the recipe."""
