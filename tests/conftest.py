@@ -186,6 +186,24 @@ def undemonstrated(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(write_domain(path, "bare", 4, VerifierSpec(name="exact"), demos=False))
 
 
+@pytest.fixture
+def data(tmp_path: Path) -> str:
+    """A data artifact of the two domains whose rows no domain has, and pairs in the same place."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    rows = [
+        {"id": str(i), "domain": name, "prompt": f"{name} {i}", "demo": f"{i % 7}{name}"}
+        for i in range(30)
+        for name in ("words", "short")
+    ]
+    pairs = [row | {"chosen": row["demo"], "rejected": f"no{row['demo']}"} for row in rows]
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    record = {"format": 1, "name": "data", "kind": "select", "fingerprint": "2" * 64}
+    (folder / "record.json").write_text(json.dumps(record))
+    return str(folder)
+
+
 @pytest.fixture(scope="session")
 def models(
     tmp_path_factory: pytest.TempPathFactory, make_model: Callable[..., LanguageModel]

@@ -98,30 +98,18 @@ def processes() -> Iterator[Processes]:
 
 @pytest.fixture
 def inputs(
-    models: Mapping[str, str], domains: Mapping[str, str], tmp_path: Path
+    models: Mapping[str, str], domains: Mapping[str, str], data: str, tmp_path: Path
 ) -> Callable[[str], dict[str, str]]:
     """`inputs(name)`: the edges of a stage of `STAGES`."""
-    folder = tmp_path / "data"
-    folder.mkdir()
-    rows = [
-        {"id": str(i), "domain": name, "prompt": f"{name} {i}", "demo": f"{i % 7}{name}"}
-        for i in range(30)
-        for name in ("words", "short")
-    ]
-    pairs = [row | {"chosen": row["demo"], "rejected": f"no{row['demo']}"} for row in rows]
-    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
-    record = {"format": 1, "name": "data", "kind": "select", "fingerprint": "2" * 64}
-    (folder / "record.json").write_text(json.dumps(record))
 
     def inputs(name: str) -> dict[str, str]:
         kind, settings = STAGES[name]
         found = {"start": models["start"]}
-        found |= {"data": str(folder)} if kind in ("dpo", "reward_model") else domains
+        found |= {"data": data} if kind in ("dpo", "reward_model") else domains
         if kind == "distill":
             found |= {"teachers.one": models["one"], "teachers.two": models["two"]}
         if "aux" in settings:
-            found["aux.more"] = str(folder)
+            found["aux.more"] = data
         if isinstance(settings.get("reward"), Scalar):
             found[settings["reward"].edge] = reward_model(models["one"], tmp_path / "scored")
         return found

@@ -1,8 +1,7 @@
-"""What tests of stages share: a data artifact, the edges of a kind, and stages that are killed."""
+"""What tests of stages share: contexts, the edges of a kind, and stages that are killed."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -15,24 +14,6 @@ from posttrain.stages.context import Context
 
 class Killed(Exception):
     """In place of a signal."""
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> str:
-    """A data artifact of the two domains whose rows no domain has, and pairs in the same place."""
-    folder = tmp_path / "data"
-    folder.mkdir()
-    rows = [
-        {"id": str(i), "domain": name, "prompt": f"{name} {i}", "demo": f"{i % 7}{name}"}
-        for i in range(30)
-        for name in ("words", "short")
-    ]
-    pairs = [row | {"chosen": row["demo"], "rejected": f"no{row['demo']}"} for row in rows]
-    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
-    record = {"format": 1, "name": "data", "kind": "select", "fingerprint": "2" * 64}
-    (folder / "record.json").write_text(json.dumps(record))
-    return str(folder)
 
 
 @pytest.fixture
