@@ -72,6 +72,9 @@ class PythonVerifier:
     """Calls the user's function; build it with `python_verifier`."""
 
     file: str
+    """The file that is run: a copy, where it stands in a domain's artifact."""
+    shown: str
+    """What messages call it: the user's own file."""
     function_name: str
     function: Callable[[str, dict[str, Any]], Any]
 
@@ -82,7 +85,7 @@ class PythonVerifier:
             StageError: the function raises or returns anything else; it names the file, the
                 function and the problem.
         """
-        subject = f"{self.file}: {self.function_name}() on problem {problem['id']}"
+        subject = f"{self.shown}: {self.function_name}() on problem {problem['id']}"
         try:
             value = self.function(response, dict(problem))
         except Exception as error:
@@ -147,8 +150,8 @@ def load_file(path: Path, *, name: str, what: str) -> ModuleType:
     return module
 
 
-def python_verifier(path: Path, function: str) -> PythonVerifier:
-    """Loads the file and takes `function` from it.
+def python_verifier(path: Path, function: str, *, shown: str | None = None) -> PythonVerifier:
+    """Loads the file and takes `function` from it; `shown` is what messages call the file.
 
     Raises:
         ConfigError: as `check_file`, or the file fails while it is being loaded.
@@ -156,5 +159,8 @@ def python_verifier(path: Path, function: str) -> PythonVerifier:
     check_file(path, function, where=f"verifier python:{path.name}:{function}")
     module = load_file(path, name=f"posttrain_verifier_{file_digest(path)[:16]}", what="verifier")
     return PythonVerifier(
-        file=str(path), function_name=function, function=getattr(module, function)
+        file=str(path),
+        shown=shown or str(path),
+        function_name=function,
+        function=getattr(module, function),
     )
