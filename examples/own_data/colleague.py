@@ -1,0 +1,15 @@
+"""What a colleague did with the same base: a specialist for `order`, made in a store of their own."""
+
+from posttrain import Recipe, Stage
+
+
+def recipe(r: Recipe, general: str = "general", steps: int = 300) -> Stage:
+    return r.rl(
+        start=r.model(general),
+        prompts=r.prompts("order"),
+        steps=steps,
+        lr=2e-4,
+        advantage="group_mean",
+        max_new_tokens=10,
+        name="order_specialist",
+    )
