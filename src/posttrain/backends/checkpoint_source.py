@@ -34,6 +34,9 @@ MODEL_FILES = (
     "chat_template.jinja",
 )
 
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+"""Files of which one holds the vocabulary. A reward model has one too: it reads the same text."""
+
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
@@ -84,6 +87,12 @@ def find_checkpoint(source: str | Path, hash_file: HashFile = file_digest) -> Ch
             f"model {str(source)!r}: {directory} holds {', '.join(files) or 'no model files'}; a "
             "checkpoint needs config.json, *.safetensors and tokenizer files (convert .bin weights "
             "with save_pretrained(..., safe_serialization=True))"
+        )
+    if not any(name in files for name in TOKENIZERS):
+        raise ConfigError(
+            f"model {str(source)!r}: {directory} holds no tokenizer ({', '.join(files)}); copy the "
+            f"tokenizer files of the model it was made from, {', '.join(TOKENIZERS)} or whichever "
+            "it has, beside the weights (tokenizer.save_pretrained)"
         )
     # Read before the weights are hashed, which takes a while.
     return CheckpointSource(
