@@ -122,6 +122,8 @@ _SUPERVISED: dict[str, Any] = {
 
 _ALL = (
     _kind("domain", "", "models:run_domain", "problems", number=("train", "problems")),
+    _kind("preferences", "", "own_data:run_preferences", "pairs", number=("rows", "rows")),
+    _kind("table", "", "own_data:run_table", "rows", number=("rows", "rows")),
     _kind(
         "model",
         "",

@@ -20,6 +20,8 @@ from posttrain.rewards.formats import find_format
 from posttrain.rewards.gym import check_params
 from posttrain.rewards.spec import NodeParts, resolve_verifier
 from posttrain.rewards.spec import VerifierSpec as VerifierSpec
+from posttrain.suites.data_table import DataTable as DataTable
+from posttrain.suites.preferences import Preferences as Preferences
 from posttrain.suites.split import place_rows, require_all_splits
 from posttrain.suites.tables import (
     Columns,
@@ -128,15 +130,31 @@ class Domain:
 
 @dataclass(frozen=True, kw_only=True)
 class Suite:
-    """A named set of domains, keyed by their names."""
+    """A named set of domains, and of data that is no domain, each keyed by its name."""
 
     name: str
-    domains: Mapping[str, Domain]
+    domains: Mapping[str, Domain] = field(default_factory=dict)
+    preferences: Mapping[str, Preferences] = field(default_factory=dict)
+    """What `r.preferences(NAME)` finds."""
+    tables: Mapping[str, DataTable] = field(default_factory=dict)
+    """What `r.table(NAME)` finds."""
 
     def __post_init__(self) -> None:
         domain_name(self.name, where="suite")
-        if not self.domains:
-            raise ConfigError(f"suite {self.name}: it has no domain; a suite needs at least one")
+        parts = {"domains": self.domains, "preferences": self.preferences, "tables": self.tables}
+        if not any(parts.values()):
+            raise ConfigError(
+                f"suite {self.name}: it has no domain, preferences or tables; a suite needs one"
+            )
+        known: dict[str, str] = {}
+        for part, names in parts.items():
+            for name in names:
+                domain_name(name, where=f"suite {self.name}: {part}")
+                if known.setdefault(name, part) != part:
+                    raise ConfigError(
+                        f"suite {self.name}: {name!r} is a name in {known[name]} and in {part}; "
+                        "rows are told apart by it, so give each its own"
+                    )
         for key, domain in self.domains.items():
             if key != domain.name:
                 raise ConfigError(

@@ -12,6 +12,11 @@
     num_train = 2000
     num_validation = 100
     num_heldout = 200
+    [preferences.helpful]
+    data = "pairs.jsonl"         # prompt, chosen, rejected
+    [tables.chat]
+    data = "chat.jsonl"          # rows to imitate
+    messages = "messages"
 
 Relative paths are relative to the suite file.
 """
@@ -20,14 +25,23 @@ from __future__ import annotations
 
 import dataclasses
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from posttrain.engine.errors import ConfigError, choices_text
 from posttrain.rewards.python_file import load_file
 from posttrain.rewards.spec import OPTIONS, VerifierSpec, parse_verifier
-from posttrain.suites.domain import Domain, Procedural, Suite, Table, domain_name
+from posttrain.suites.domain import (
+    DataTable,
+    Domain,
+    Preferences,
+    Procedural,
+    Suite,
+    Table,
+    domain_name,
+)
 
 SHIPPED: Mapping[str, Path] = {"core": Path(__file__).with_name("core.toml")}
 """Shipped suite -> its file."""
@@ -79,18 +93,23 @@ def _from_toml(path: Path) -> Suite:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not a TOML file: {error}") from error
     for key in content:
-        if key not in ("name", "domains"):
-            raise ConfigError(
-                f"{path}: unknown key {key!r}; {choices_text(key, ['name', 'domains'])}"
-            )
-    tables = content.get("domains", {})
-    if not isinstance(tables, dict) or not all(isinstance(t, dict) for t in tables.values()):
-        raise ConfigError(f"{path}: domains has to hold tables, written [domains.algebra]")
-    if not tables:
-        raise ConfigError(f"{path}: it has no [domains.<name>] table; a suite needs at least one")
+        if key not in ("name", *_PARTS):
+            raise ConfigError(f"{path}: unknown key {key!r}; {choices_text(key, ['name', *_PARTS])}")
+    parts: dict[str, dict[str, Any]] = {}
+    for part, make in _PARTS.items():
+        tables = content.get(part, {})
+        if not isinstance(tables, dict) or not all(isinstance(t, dict) for t in tables.values()):
+            raise ConfigError(f"{path}: {part} has to hold tables, written [{part}.algebra]")
+        parts[part] = {
+            key: make(key, table, f"{path}: {part}.{key}") for key, table in tables.items()
+        }
+    if not any(parts.values()):
+        raise ConfigError(
+            f"{path}: it has no [domains.<name>] table, and none of [preferences.<name>] or "
+            "[tables.<name>]; a suite needs at least one"
+        )
     name = domain_name(content.get("name", path.stem), where=f"{path}: name")
-    domains = {key: _domain(key, table, f"{path}: domains.{key}") for key, table in tables.items()}
-    return Suite(name=name, domains=domains)
+    return Suite(name=name, **parts)
 
 
 def _domain(name: str, table: dict[str, Any], where: str) -> Domain:
@@ -134,6 +153,33 @@ def _domain(name: str, table: dict[str, Any], where: str) -> Domain:
             raise ConfigError(f"{where}: {field.name} is missing; write {field.name} = ...")
     source = source_type(**{key: value for key, value in table.items() if key in fields})
     return Domain(name=name, source=source, verifier=spec, oracle=table.get("oracle"))
+
+
+def _own_data(
+    source_type: type[Preferences] | type[DataTable], name: str, table: dict[str, Any], where: str
+) -> Preferences | DataTable:
+    """One [preferences.<name>] or [tables.<name>] table."""
+    domain_name(name, where=where)
+    known = [field.name for field in dataclasses.fields(source_type)]
+    for key, value in table.items():
+        if key not in known:
+            raise ConfigError(f"{where}: unknown key {key!r}; {choices_text(key, known)}")
+        if not isinstance(value, str):
+            raise ConfigError(f"{where}.{key} is {value!r}; it has to be a text")
+    if "data" not in table:
+        raise ConfigError(
+            f'{where}: data is missing; write data = "pairs.jsonl", or where else the table lies'
+            f"{_instead(table, 'data')}"
+        )
+    return source_type(**table)
+
+
+_PARTS: Mapping[str, Callable[[str, dict[str, Any], str], Any]] = {
+    "domains": _domain,
+    "preferences": partial(_own_data, Preferences),
+    "tables": partial(_own_data, DataTable),
+}
+"""Part of a suite to what makes one of its tables."""
 
 
 def _instead(table: Mapping[str, Any], *wanted: str) -> str:
