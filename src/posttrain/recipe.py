@@ -16,17 +16,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from posttrain.backends.checkpoint_source import find_checkpoint
 from posttrain.engine.errors import ConfigError
-from posttrain.engine.graph import Graph, Node
+from posttrain.engine.graph import Graph
 from posttrain.engine.store import Store
 from posttrain.judges import Judge
-from posttrain.language import checks, inputs
+from posttrain.language import checks, inputs, own_data
 from posttrain.language.builder import Builder
 from posttrain.language.handles import Demos, Prompts, Stage, Warned, check_modes
 from posttrain.language.inputs import Aux
 from posttrain.language.routes import Teachers, route, samplers
-from posttrain.stages.kinds import KINDS, Kind
+from posttrain.stages.kinds import Kind
 from posttrain.suites.domain import Suite
 
 TINY: dict[str, dict[str, Any]] = {
@@ -92,17 +91,22 @@ class Recipe:
 
     def model(self, source: str | Path, *, name: str = "base") -> Stage:
         """A checkpoint from outside: a directory, an adopted name or a Hub id."""
-        adopted = self._build.adopted(str(source))
-        external = adopted or find_checkpoint(source, self._build.hash_file)
-        self._build.external[name] = external
-        node = Node(
-            name=name,
-            kind="model",
-            version=KINDS["model"].version,
-            data={"files": external.sha256},
-            runtime={"directory": str(external.directory), "files": list(external.files)},
-        )
-        return self._build.add(node)
+        return self._build.outside(source, name)
+
+    def preferences(self, source: str | Path, *, name: str | None = None, **columns: Any) -> Stage:
+        """A table of your own preferences, as data for `dpo` and `reward_model`.
+
+        `source` is a name in the suite's `preferences`, or where a table lies; then `columns` name
+        its columns, as the fields of `posttrain.Preferences`.
+        """
+        return own_data.taken_in(self._build, own_data.PREFERENCES, source, name, columns)
+
+    def table(self, source: str | Path, *, name: str | None = None, **columns: Any) -> Stage:
+        """A table of prompts and responses that is no domain, as data for `sft` and `mix`.
+
+        `source` and `columns` as in `preferences`; the columns are those of `posttrain.DataTable`.
+        """
+        return own_data.taken_in(self._build, own_data.TABLE, source, name, columns)
 
     def base(
         self, source: str | Path = "tiny", *, thinking: bool = False, name: str = "base"
@@ -175,7 +179,7 @@ class Recipe:
     def reward_model(
         self, *, start: Stage, data: Stage, name: str = "reward_model", **settings: Any
     ) -> Stage:
-        """A model that scores responses, from preference pairs.
+        """A model that scores responses, from preference pairs, as `dpo` takes them.
 
         `start` is a language model, whose output layer makes way for a score, or a reward model.
         """
@@ -450,24 +454,13 @@ class Recipe:
         `inputs` maps edges to stages. Prompts and demonstrations become the edges of their domains,
         and their modes settings.
         """
-        edges: dict[str, str] = {}
-        for edge, source in inputs.items():
-            if isinstance(source, Stage):
-                edges[edge] = source.name
-            elif isinstance(source, Prompts | Demos):
-                edges |= self._build.domain_edges(name, source.domains)
-                settings = source.settings() | settings
-            else:
-                raise ConfigError(
-                    f"stage {name!r}: its input {edge!r} is {source!r}; it takes a stage, "
-                    "r.prompts(...) or r.demos(...)"
-                )
-        return self._build.stage(kind.name, name, settings, edges)
+        edges, asked = self._build.edges(name, inputs)
+        return self._build.stage(kind.name, name, asked | settings, edges)
 
     def graph(self, target: Stage) -> Graph:
         """The finished graph. Raises ConfigError for a setting that matched no stage, and for
         stages that do not fit together."""
-        checks.recipe(self._build.nodes)
+        checks.recipe(self._build)
         graph = self._build.graph(target)
         checks.needed(self._build, graph)
         return graph

@@ -125,7 +125,9 @@ class Builder:
 
     def _check_shares(self, stage: Stage) -> None:
         """Refuse shares that do not name the domains of a stage, as far as they are known."""
-        domains = list(named(self.nodes[stage.name].inputs, "domains").values())
+        inputs = self.nodes[stage.name].inputs
+        own_data = _own_data_name(self.nodes.get(inputs.get("data", "")))
+        domains = list(named(inputs, "domains").values()) or ([own_data] if own_data else [])
         for shares in self.values(stage.name, "domain_shares") if domains else []:
             problem = shares_problem(shares, domains)
             if problem:
@@ -152,6 +154,19 @@ class Builder:
         self.nodes[node.name] = node
         return self.handle(node.name)
 
+    def outside(self, source: str | Path, name: str) -> Stage:
+        """Add the checkpoint that lies at `source`."""
+        external = self.adopted(str(source)) or find_checkpoint(source, self.hash_file)
+        self.external[name] = external
+        node = Node(
+            name=name,
+            kind="model",
+            version=KINDS["model"].version,
+            data={"files": external.sha256},
+            runtime={"directory": str(external.directory), "files": list(external.files)},
+        )
+        return self.add(node)
+
     def handle(self, name: str) -> Stage:
         """The handle on a stage, which may be defined further down."""
         node = self.nodes.get(name)
@@ -160,6 +175,9 @@ class Builder:
     def _domains_of(self, name: str) -> tuple[str, ...]:
         """Those that a stage reads problems of, else those of the data that it was made from."""
         inputs = self.nodes[name].inputs if name in self.nodes else {}
+        own_data = _own_data_name(self.nodes.get(name))
+        if own_data:
+            return (own_data,)
         own = list(named(inputs, "domains").values())
         for source in with_role(inputs, "rollouts", "data").values():
             own += self._domains_of(source)
@@ -187,16 +205,19 @@ class Builder:
         prompts.
         """
         wanted = {Demos: "r.demos(...)", Prompts: "r.prompts(...)", Stage: "a data stage"}
+        given = f"{data.name!r} ({data.kind})" if isinstance(data, Stage) else repr(data)
         choices = " or ".join(wanted[kind] for kind in allowed)
         if isinstance(data, Stage) and Prompts in allowed:
             return self._filtered(stage, data)
         if not isinstance(data, allowed):
-            raise ConfigError(f"stage {stage!r}: its data is {data!r}; it needs {choices}")
+            hint = ""
+            if isinstance(data, str | Path) and Stage in allowed:
+                hint = f"; a table of your own is r.table({str(data)!r})"
+            raise ConfigError(f"stage {stage!r}: its data is {given}; it needs {choices}{hint}")
         if isinstance(data, Stage):
             if not data.may_make("rows"):
                 raise ConfigError(
-                    f"stage {stage!r}: its data is {data.name!r} ({data.kind}); it needs "
-                    f"{wanted[Demos]} or a stage of kind {', '.join(kinds_making('rows'))}"
+                    f"stage {stage!r}: its data is {given}; it needs {wanted[Demos]} or a stage of kind {', '.join(kinds_making('rows'))}"
                 )
             return {"data": data.name}
         assert isinstance(data, Demos | Prompts)
@@ -233,14 +254,36 @@ class Builder:
             )
         return {"prompts": prompts.name} | self.domain_edges(stage, prompts.domains)
 
-    def pairs(self, kind: str, stage: str, data: Stage) -> str:
-        """The name of the stage of preference pairs that another stage learns from."""
-        if not data.may_make("pairs"):
-            raise ConfigError(
-                f"stage {stage!r} ({kind}): its data is {data.name!r} ({data.kind}); it needs a "
-                "pairs stage: data=r.pairs(...)"
-            )
-        return data.name
+    def edges(
+        self, stage: str, inputs: Mapping[str, object]
+    ) -> tuple[dict[str, str], dict[str, Any]]:
+        """The edges of whatever a stage is given, and the settings that go with prompts and
+        demonstrations."""
+        edges: dict[str, str] = {}
+        settings: dict[str, Any] = {}
+        for edge, source in inputs.items():
+            if isinstance(source, Stage):
+                edges[edge] = source.name
+            elif isinstance(source, Prompts | Demos):
+                edges |= self.domain_edges(stage, source.domains)
+                settings = source.settings() | settings
+            else:
+                raise ConfigError(
+                    f"stage {stage!r}: its input {edge!r} is {source!r}; it takes a stage, "
+                    "r.prompts(...) or r.demos(...)"
+                )
+        return edges, settings
+
+    def pairs(self, kind: str, stage: str, data: object) -> str:
+        """The name of the stage of preferences that another stage learns from."""
+        if isinstance(data, Stage) and data.may_make("pairs"):
+            return data.name
+        given = f"{data.name!r} ({data.kind})" if isinstance(data, Stage) else repr(data)
+        place = repr(str(data)) if isinstance(data, str | Path) else "..."
+        raise ConfigError(
+            f"stage {stage!r} ({kind}): its data is {given}; it needs preferences: "
+            f"data=r.preferences({place}) of your own, or data=r.pairs(...) out of rollouts"
+        )
 
     def modes(self, prompts: Prompts | Stage) -> tuple[str, ...]:
         """The modes that these prompts are in."""
@@ -282,6 +325,12 @@ class Builder:
         found = self.store.named("model", source)
         # Not what its record says: linked files may have changed since they were adopted.
         return find_checkpoint(found[0].path, self.hash_file) if found else None
+
+
+def _own_data_name(node: Node | None) -> str:
+    """What the rows of a user's own table call their domain; "" for any other stage."""
+    own = node is not None and node.kind in ("preferences", "table")
+    return str(node.config["name"]) if node is not None and own else ""
 
 
 def root_of(nodes: Mapping[str, Node], name: str) -> str:

@@ -72,8 +72,8 @@ def run(settings: DpoStage, ctx: Context) -> dict[str, float]:
         batch = pair_batch(drawn, chat)
         # One per token id -> one per sampled token.
         batch["counted_N"] = counted_V[batch.targets_N]
-        # From pairs to rows: pair r of all has the rows 2 r and 2 r + 1 of the reference's sums, and
-        # single response r has row r.
+        # From pairs to rows: pair r of all has the rows 2 r and 2 r + 1 of the reference's sums,
+        # single response r the row r.
         drawn_B = torch.tensor(
             [rows_each * pair["row"] + side for pair in drawn for side in range(rows_each)]
         )

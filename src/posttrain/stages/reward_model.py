@@ -49,8 +49,8 @@ def run(settings: RewardModel, ctx: Context) -> dict[str, float]:
     """Train `start` to score responses, on the pairs of its data."""
     policy = ctx.learner(settings, scalar=True)
     by_domain = read_pairs(ctx)
-    if isinstance(settings.loss, BradleyTerry) and settings.loss.margins == "strength":
-        check_strengths(by_domain)
+    margins = settings.loss.margins if isinstance(settings.loss, BradleyTerry) else "none"
+    check_margins(by_domain, margins)
     kept, held = hold_out(by_domain, settings.holdout, seed=settings.seed)
     draws = draws_of(kept, per_prompt=settings.per_prompt)
     batches = Batches(draws, settings, size="batch_size", stage=ctx.name)
@@ -58,7 +58,7 @@ def run(settings: RewardModel, ctx: Context) -> dict[str, float]:
     steps = settings.num_steps(num_draws, settings.batch_size)
     for step, s in ctx.steps(settings, steps, replayed=[batches], policy=policy):
         drawn = batches.draw(s)
-        batch, group_rows = draw_batch(drawn, policy.chat)
+        batch, group_rows = draw_batch(drawn, policy.chat, margins=margins)
         lr = learning_rate(s, step, steps)
         # Every draw counts as one: a pair, or a prompt whatever the number of its pairs.
         sums = policy.update(
@@ -89,12 +89,12 @@ def reward_loss(
     # One per position -> one per row.
     reward_B = scores_N(hidden_ND[batch.last_B], head)
     chosen_P, rejected_P, place_P = pairs_of(batch)
-    strengths = isinstance(loss, BradleyTerry) and loss.margins == "strength"
+    margins = isinstance(loss, BradleyTerry) and loss.margins != "none"
     total, metrics = bradley_terry(
         reward_B[chosen_P],
         reward_B[rejected_P],
         batch["pair_weight_BK"].flatten()[place_P],
-        margin_P=batch["pair_margin_BK"].flatten()[place_P] if strengths else None,
+        margin_P=batch["pair_margin_BK"].flatten()[place_P] if margins else None,
         centring=loss.centring if isinstance(loss, BradleyTerry) else 0.0,
     )
     metrics = {name: metrics[name] for name in ("accuracy", "margin")}
@@ -169,7 +169,7 @@ def draws_of(by_domain: Mapping[str, Sequence[Pair]], *, per_prompt: bool) -> di
     return found
 
 
-def draw_batch(draws: Sequence[Draw], chat: Chat) -> tuple[Batch, int]:
+def draw_batch(draws: Sequence[Draw], chat: Chat, *, margins: str = "none") -> tuple[Batch, int]:
     """The responses of some draws, and how many adjacent rows make up one draw.
 
     Columns by row:
@@ -178,9 +178,9 @@ def draw_batch(draws: Sequence[Draw], chat: Chat) -> tuple[Batch, int]:
     - `pair_loser_BK` (int64): of each pair that a response wins, how many rows further on its
       rejected response stands (further up, if negative).
     - `pair_weight_BK`, `pair_margin_BK` (float32), `pair_number_BK` (int64): its weight
-      (`prompt_weights`: all pairs of a draw count together as one), the margin that its strength
-      asks for (0 without one), its number in the batch. A response that wins fewer pairs than
-      others has weights of 0 in place of the others.
+      (`prompt_weights`: all pairs of a draw count together as one), the margin that is asked for
+      (0 unless `margins` says where it comes from), its number in the batch. A response that wins
+      fewer pairs than others has weights of 0 in place of the others.
     - `label_B`, `label_weight_B` (float32): the share of its pairs that a response wins, and 1 /
       responses of its draw, 0 for what fills up.
     """
@@ -201,7 +201,7 @@ def draw_batch(draws: Sequence[Draw], chat: Chat) -> tuple[Batch, int]:
         wins += [[] for _ in range(group_rows)]
         for pair in draw["pairs"]:
             chosen, rejected = (first + texts.index(pair[side]) for side in SIDES)
-            margin = STRENGTH_MARGINS.get(pair.get("strength", 1), 0.0)
+            margin = margin_of(pair, margins)
             # A distance, unlike a row number, stays right when draws leave the batch.
             wins[chosen].append((len(pairs), rejected - chosen, margin))
             pairs.append((chosen, rejected, number))
@@ -275,10 +275,28 @@ def hold_out(
     return kept, held
 
 
-def check_strengths(by_domain: Mapping[str, Sequence[Pair]]) -> None:
-    """Raise ConfigError for pairs that do not say how much better the chosen response is."""
+def margin_of(pair: Pair, margins: str) -> float:
+    """How far apart the rewards of a pair are to be."""
+    if margins == "strength":
+        return STRENGTH_MARGINS[pair["strength"]]
+    return float(pair["margin"]) if margins == "margin" else 0.0
+
+
+def check_margins(by_domain: Mapping[str, Sequence[Pair]], margins: str) -> None:
+    """Raise ConfigError for pairs that do not say how much better the chosen response is, where
+    that is read."""
     for pair in (pair for pairs in by_domain.values() for pair in pairs):
-        if pair.get("strength") not in STRENGTH_MARGINS:
+        if "response" in pair:
+            raise ConfigError(
+                "a reward model learns from pairs, and the data are single responses, desirable or "
+                "not; learn from them with dpo and loss = 'kto'"
+            )
+        if margins == "margin" and "margin" not in pair:
+            raise ConfigError(
+                f"margins = margin: the pair of problem {pair['id']!r} (domain "
+                f"{pair['domain']!r}) has no margin; pair by score, or use margins = none"
+            )
+        if margins == "strength" and pair.get("strength") not in STRENGTH_MARGINS:
             raise ConfigError(
                 f"margins = strength: the pair of problem {pair['id']!r} (domain "
                 f"{pair['domain']!r}) has strength = {pair.get('strength')}; it takes 1 to 4, from "

@@ -6,27 +6,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from posttrain.engine.errors import ConfigError
-from posttrain.engine.fingerprint import file_digest
-from posttrain.engine.hashes import HashFile
-from posttrain.rewards.spec import NodeParts
-from posttrain.suites.own_data import (
-    Counts,
-    Made,
-    Row,
-    asked_for,
-    build_table,
-    cell,
-    lengths,
-    named_row,
-    read_all,
-    response,
-    table_node,
-)
-from posttrain.suites.tables import Location
+from posttrain.suites.cells import loaded_json
+from posttrain.suites.own_data import Config, Facts, Kind, Row, asked_for, cell, lengths, response
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +26,9 @@ class DataTable:
     messages: str | None = None
     """Column of whole conversations, in place of both: their last message is the response."""
     system: str | None = None
-    """A system message before every prompt that has none."""
+    """The system message of every prompt that has none of its own."""
+    system_column: str | None = None
+    """Column of each row's own; an empty cell means none."""
 
     def __post_init__(self) -> None:
         for column in ("prompt", "demo"):
@@ -53,56 +39,35 @@ class DataTable:
                 )
 
 
-def table_parts(
-    source: DataTable, name: str, base_dir: Path, hash_file: HashFile = file_digest
-) -> NodeParts:
-    """The parts of the graph node of kind "table"; every row of a local table is checked."""
-    where = f"table {name}"
-    return table_node(source, name, base_dir, where=where, make=_make, hash_file=hash_file)
+def _facts(config: Config, rows: list[Row]) -> Facts:
+    return lengths(row["demo"] for row in rows)
 
 
-def build_data_table(
-    config: Mapping[str, Any], runtime: Mapping[str, Any], out: Path, data: Mapping[str, str]
-) -> Counts:
-    """Write data.jsonl into `out`; the others are the parts of `table_parts`.
-
-    Returns rows, read (rows of the table), duplicates (rows that repeat others), prompts, and
-    characters of the responses.
-    """
-    where = f"table {config['name']}"
-    return build_table("data.jsonl", config, runtime, out, data, where=where, make=_make)
-
-
-def _make(config: Mapping[str, Any], location: Location, *, where: str) -> Made:
-    rows, num_read, duplicates = read_all(
-        location, lambda record, place: [_row(config, record, place)], where=where
-    )
-    counts: Counts = {"rows": len(rows), "read": num_read, "duplicates": duplicates}
-    counts["prompts"] = len({row["id"] for row in rows})
-    return rows, counts | lengths(row["demo"] for row in rows)
-
-
-def _row(config: Mapping[str, Any], record: Mapping[str, Any], place: str) -> Row:
-    system = config.get("system")
+def _rows(config: Config, record: Mapping[str, Any]) -> list[Row]:
+    """The one row of data.jsonl that a row of the table makes."""
     if "messages" in config:
         column = config["messages"]
-        at = f"{place}: column {column!r}"
-        before, demo = response(cell(record, "messages", column, place), at)
+        value = cell(record, "messages", column)
+        if isinstance(value, str):
+            value = loaded_json(value, hint='a list of {"role": ..., "content": ...}')
+        before, demo = response(value, f"column {column!r}")
         if not before:
             raise ConfigError(
-                f"{at} has no message before the response; a conversation begins with what it "
-                "answers"
+                f"column {column!r} has no message before the response; a conversation begins with "
+                "what it answers"
             )
-        asked = asked_for(before, system, f"{at}: what stands before the response")
-        return named_row(config["name"], asked) | {"demo": demo}
+        place = f"column {column!r}: what stands before the response"
+        return [asked_for(config, record, before, place) | {"demo": demo}]
     column = config.get("prompt", "prompt")
-    prompt = cell(record, "prompt", column, place)
-    asked = asked_for(prompt, system, f"{place}: column {column!r}")
+    row = asked_for(config, record, cell(record, "prompt", column), f"column {column!r}")
     column = config.get("demo", "demo")
-    before, demo = response(cell(record, "demo", column, place), f"{place}: column {column!r}")
+    before, demo = response(cell(record, "demo", column), f"column {column!r}")
     if before:
         raise ConfigError(
-            f"{place}: column {column!r} holds a whole conversation; name it with messages = "
-            f"{column!r} and leave prompt and demo out"
+            f"column {column!r} holds a whole conversation; name it with messages = {column!r}, "
+            "and leave prompt and demo out"
         )
-    return named_row(config["name"], asked) | {"demo": demo}
+    return [row | {"demo": demo}]
+
+
+TABLE = Kind(name="table", file="data.jsonl", rows=_rows, facts=_facts)

@@ -94,7 +94,9 @@ def _from_toml(path: Path) -> Suite:
         raise ConfigError(f"{path}: not a TOML file: {error}") from error
     for key in content:
         if key not in ("name", *_PARTS):
-            raise ConfigError(f"{path}: unknown key {key!r}; {choices_text(key, ['name', *_PARTS])}")
+            raise ConfigError(
+                f"{path}: unknown key {key!r}; {choices_text(key, ['name', *_PARTS])}"
+            )
     parts: dict[str, dict[str, Any]] = {}
     for part, make in _PARTS.items():
         tables = content.get(part, {})

@@ -11,34 +11,28 @@ whole conversation; the common beginning of two conversations is then the prompt
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 from posttrain.engine.errors import ConfigError
-from posttrain.engine.fingerprint import file_digest
-from posttrain.engine.hashes import HashFile
-from posttrain.rewards.spec import NodeParts
+from posttrain.suites.cells import loaded_json
+from posttrain.suites.messages import Message, looks_like_messages, message_list
 from posttrain.suites.own_data import (
-    Counts,
-    Made,
-    Message,
+    Config,
+    Facts,
+    Kind,
     Row,
+    as_number,
     asked_for,
-    build_table,
     cell,
-    conversation,
     lengths,
-    named_row,
     number,
-    read_all,
     response,
-    table_node,
 )
-from posttrain.suites.tables import Location
 
+SIDES = ("chosen", "rejected")
 FORMS: Mapping[str, tuple[str, ...]] = {
     "pairs": ("chosen", "rejected", "margin", "strength", "chosen_score", "rejected_score"),
     "rankings": ("responses", "scores"),
@@ -63,7 +57,9 @@ class Preferences:
     """Column of the prompt, a text or a list of messages; `prompt` if not given. Conversations hold
     their prompt and need none."""
     system: str | None = None
-    """A system message before every prompt that has none."""
+    """The system message of every prompt that has none of its own."""
+    system_column: str | None = None
+    """Column of each row's own; an empty cell means none."""
     chosen: str | None = None
     rejected: str | None = None
     """Columns of the two responses of a pair; `chosen` and `rejected` if not given."""
@@ -125,205 +121,174 @@ def has_margins(config: Mapping[str, Any]) -> bool:
     return any(column in config for column in ("margin", "chosen_score", "scores"))
 
 
-def preferences_node(
-    source: Preferences, name: str, base_dir: Path, hash_file: HashFile = file_digest
-) -> NodeParts:
-    """The parts of the graph node of kind "preferences"; every row of a local table is checked."""
-    where = f"preferences {name}"
-    return table_node(source, name, base_dir, where=where, make=_make, hash_file=hash_file)
-
-
-def build_preferences(
-    config: Mapping[str, Any], runtime: Mapping[str, Any], out: Path, data: Mapping[str, str]
-) -> Counts:
-    """Write pairs.jsonl into `out`; the others are the parts of `preferences_node`.
-
-    Returns rows (pairs, or single responses), read (rows of the table), duplicates (rows that
-    repeat others), prompts, contradictions (pairs of responses that are preferred both ways, or
-    responses with both labels), desirable (of single responses), and characters of the responses.
-    """
-    where = f"preferences {config['name']}"
-    return build_table("pairs.jsonl", config, runtime, out, data, where=where, make=_make)
-
-
-def _make(config: Mapping[str, Any], location: Location, *, where: str) -> Made:
-    read = {"pairs": _pair, "rankings": _ranking, "single": _single}[form_of(config)]
-    rows, num_read, duplicates = read_all(
-        location, lambda record, place: read(config, record, place), where=where
-    )
-    counts: Counts = {"rows": len(rows), "read": num_read, "duplicates": duplicates}
-    counts["prompts"] = len({row["id"] for row in rows})
+def _facts(config: Config, rows: list[Row]) -> Facts:
+    """contradictions (pairs of responses that are preferred both ways, or responses with both
+    labels), desirable (single responses), and characters of the responses."""
     if form_of(config) == "single":
         said = {(row["id"], row["response"], row["desirable"]) for row in rows}
-        both = {(id_, text) for id_, text, good in said if good and (id_, text, False) in said}
-        counts["contradictions"] = len(both)
-        counts["desirable"] = sum(row["desirable"] for row in rows)
-        return rows, counts | lengths(row["response"] for row in rows)
+        both = sum(good and (id_, text, False) in said for id_, text, good in said)
+        facts = {"contradictions": both, "desirable": sum(row["desirable"] for row in rows)}
+        return facts | lengths(row["response"] for row in rows)
     pairs = {(row["id"], row["chosen"], row["rejected"]) for row in rows}
-    both_ways = sum((id_, other, one) in pairs for id_, one, other in pairs)
-    counts["contradictions"] = both_ways // 2
-    return rows, counts | lengths(row[side] for row in rows for side in ("chosen", "rejected"))
+    both = sum((id_, other, one) in pairs for id_, one, other in pairs) // 2
+    return {"contradictions": both} | lengths(row[side] for row in rows for side in SIDES)
 
 
-def _pair(config: Mapping[str, Any], record: Mapping[str, Any], place: str) -> list[Row]:
-    """The one pair of a row."""
+def _rows(config: Config, record: Mapping[str, Any]) -> list[Row]:
+    """The rows of pairs.jsonl that a row of the table makes."""
+    read = {"pairs": _pair, "rankings": _ranking, "single": _single}
+    return read[form_of(config)](config, record)
+
+
+def _pair(config: Config, record: Mapping[str, Any]) -> list[Row]:
     before: dict[str, list[Message]] = {}
     texts: dict[str, str] = {}
-    for side in ("chosen", "rejected"):
+    for side in SIDES:
         column = config.get(side, side)
-        value = cell(record, side, column, place)
-        before[side], texts[side] = response(value, f"{place}: column {column!r}")
-    if before["chosen"] != before["rejected"]:
-        raise ConfigError(f"{place}: {_parting(before['chosen'], before['rejected'])}")
-    row = _row(config, record, before["chosen"], place)
+        before[side], texts[side] = response(cell(record, side, column), f"column {column!r}")
+    _check_alike(before["chosen"], before["rejected"])
+    row = _asked(config, record, before["chosen"])
     if texts["chosen"] == texts["rejected"]:
         raise ConfigError(
-            f"{place}: the chosen and the rejected response are the same text, so that nothing is "
-            "preferred; leave the row out"
+            "the chosen and the rejected response are the same text, so that nothing is preferred; "
+            "leave the row out"
         )
-    return [row | texts | _how_much(config, record, place)]
+    return [row | texts | _how_much(config, record)]
 
 
-def _how_much(config: Mapping[str, Any], record: Mapping[str, Any], place: str) -> Row:
+def _how_much(config: Config, record: Mapping[str, Any]) -> Row:
     """The margin and the strength of a pair, where the table has them."""
-
-    def value(field: str) -> float:
-        column = config[field]
-        return number(cell(record, field, column, place), f"{place}: column {column!r}")
-
     found: Row = {}
     if "margin" in config:
-        found["margin"] = value("margin")
+        found["margin"] = number(record, "margin", config["margin"])
         if found["margin"] < 0:
             raise ConfigError(
-                f"{place}: column {config['margin']!r} is {found['margin']:g}; a margin says how "
-                "much better the chosen response is: 0 or more"
+                f"column {config['margin']!r} is {found['margin']:g}; a margin says how much better "
+                "the chosen response is: 0 or more"
             )
     if "chosen_score" in config:
-        better, worse = value("chosen_score"), value("rejected_score")
+        better = number(record, "chosen_score", config["chosen_score"])
+        worse = number(record, "rejected_score", config["rejected_score"])
         if better < worse:
             raise ConfigError(
-                f"{place}: the chosen response has the lower score, {better:g} against {worse:g}; "
-                "swap the two, or leave the row out"
+                f"the chosen response has the lower score, {better:g} against {worse:g}; swap the "
+                "two, or leave the row out"
             )
         found["margin"] = better - worse
     if "strength" in config:
-        found["strength"] = value("strength")
-        if found["strength"] not in (1, 2, 3, 4):
+        strength = number(record, "strength", config["strength"])
+        if strength not in (1, 2, 3, 4):
             raise ConfigError(
-                f"{place}: column {config['strength']!r} is {found['strength']:g}; a strength is "
-                "1, 2, 3 or 4, from slightly to much better"
+                f"column {config['strength']!r} is {strength:g}; a strength is 1, 2, 3 or 4, from "
+                "slightly to much better"
             )
-        found["strength"] = int(found["strength"])
+        found["strength"] = int(strength)
     return found
 
 
-def _ranking(config: Mapping[str, Any], record: Mapping[str, Any], place: str) -> list[Row]:
+def _ranking(config: Config, record: Mapping[str, Any]) -> list[Row]:
     """All pairs of a row's responses of which one is strictly better."""
-    texts = _list(config, record, "responses", place)
-    at = f"{place}: column {config['responses']!r}"
-    said = [response(value, f"{at}, response {i}") for i, value in enumerate(texts, start=1)]
+    place = f"column {config['responses']!r}"
+    given = _list(config, record, "responses")
+    said = [response(value, f"{place}, response {i}") for i, value in enumerate(given, start=1)]
     if len(said) < 2:
-        raise ConfigError(f"{at} holds {len(said)} response; a ranking has two or more")
-    scores = [float(-place_) for place_ in range(len(said))]
+        raise ConfigError(f"{place} holds {len(said)} response; a ranking has two or more")
+    # Without scores the best comes first.
+    scores = [-float(number_) for number_ in range(len(said))]
     if "scores" in config:
-        values = _list(config, record, "scores", place)
+        values = _list(config, record, "scores")
         if len(values) != len(said):
             raise ConfigError(
-                f"{place}: {len(said)} responses and {len(values)} scores; every response has one"
+                f"{len(said)} responses and {len(values)} scores; every response has one score"
             )
-        scores = [number(value, f"{place}: column {config['scores']!r}") for value in values]
-    for before, _ in said[1:]:
-        if before != said[0][0]:
-            raise ConfigError(f"{place}: {_parting(said[0][0], before)}")
-    row = _row(config, record, said[0][0], place)
+        scores = [as_number(value, f"column {config['scores']!r}") for value in values]
+    for before, _ in said:
+        _check_alike(said[0][0], before)
+    row = _asked(config, record, said[0][0])
     pairs = []
     for one, other in combinations(range(len(said)), 2):
         if scores[one] == scores[other]:
             continue
-        better, worse = (one, other) if scores[one] > scores[other] else (other, one)
         if said[one][1] == said[other][1]:
             raise ConfigError(
-                f"{place}: responses {one + 1} and {other + 1} are the same text, and one is "
-                "ranked above the other; leave one of them out"
+                f"responses {one + 1} and {other + 1} are the same text, and one is ranked above "
+                "the other; leave one of them out"
             )
+        better, worse = (one, other) if scores[one] > scores[other] else (other, one)
         pair = row | {"chosen": said[better][1], "rejected": said[worse][1]}
-        pairs.append(pair | _margin(config, scores[better] - scores[worse]))
+        margin = {"margin": scores[better] - scores[worse]} if "scores" in config else {}
+        pairs.append(pair | margin)
     return pairs
 
 
-def _margin(config: Mapping[str, Any], margin: float) -> Row:
-    return {"margin": margin} if "scores" in config else {}
-
-
-def _list(config: Mapping[str, Any], record: Mapping[str, Any], field: str, place: str) -> Any:
-    column = config[field]
-    value = cell(record, field, column, place)
-    if isinstance(value, str) or not isinstance(value, Sequence):
+def _list(config: Config, record: Mapping[str, Any], field: str) -> list[Any]:
+    value = cell(record, field, config[field])
+    if isinstance(value, str):
+        value = loaded_json(value, hint="a list")
+    if not isinstance(value, list):
         raise ConfigError(
-            f"{place}: column {column!r} holds {str(value)[:60]!r} ({type(value).__name__}); "
+            f"column {config[field]!r} holds {str(value)[:60]!r} ({type(value).__name__}); the "
             f"{field} of a ranking are a list"
         )
     return value
 
 
-def _single(config: Mapping[str, Any], record: Mapping[str, Any], place: str) -> list[Row]:
+def _single(config: Config, record: Mapping[str, Any]) -> list[Row]:
     """A response by itself, and whether it is desirable."""
     column = config.get("response", "response")
-    at = f"{place}: column {column!r}"
-    before, said = response(cell(record, "response", column, place), at)
-    row = _row(config, record, before, place)
+    before, said = response(cell(record, "response", column), f"column {column!r}")
+    row = _asked(config, record, before)
     column = config.get("label", "label")
-    label = cell(record, "label", column, place)
+    label = cell(record, "label", column)
     if isinstance(label, float) and label.is_integer():
         label = int(label)
     good = LABELS.get(str(label).strip().lower())
     if good is None:
         raise ConfigError(
-            f"{place}: column {column!r} holds {str(label)[:60]!r}; a label is true or false, 1 or "
-            "0, or a thumb, up or down"
+            f"column {column!r} holds {str(label)[:60]!r}; a label is true or false, 1 or 0, or a "
+            "thumb, up or down"
         )
     return [row | {"response": said, "desirable": good}]
 
 
-def _row(
-    config: Mapping[str, Any], record: Mapping[str, Any], before: list[Message], place: str
-) -> Row:
+def _asked(config: Config, record: Mapping[str, Any], before: list[Message]) -> Row:
     """The beginning of a row: its prompt, of a column or what stands before the response."""
-    column = config.get("prompt", "prompt")
-    if not before or "prompt" in config:
-        prompt = cell(record, "prompt", column, place)
-        at = f"{place}: column {column!r}"
     if before:
-        if "prompt" in config and not _is_prompt(prompt, before, at):
+        if "prompt" in config and not _begins(before, cell(record, "prompt", config["prompt"])):
             raise ConfigError(
-                f"{at} is not what the conversation begins with; leave prompt out, and the "
-                "beginning of the conversation is the prompt"
+                f"column {config['prompt']!r} is not what the conversation begins with; leave "
+                "prompt out, and the beginning of the conversation is the prompt"
             )
-        prompt, at = before, f"{place}: the conversation before the response"
-    return named_row(config["name"], asked_for(prompt, config.get("system"), at))
+        return asked_for(config, record, before, "what stands before the response")
+    column = config.get("prompt", "prompt")
+    return asked_for(config, record, cell(record, "prompt", column), f"column {column!r}")
 
 
-def _is_prompt(prompt: Any, before: list[Message], place: str) -> bool:
+def _begins(before: list[Message], prompt: Any) -> bool:
     """Whether the prompt of a column is what a conversation says before its response."""
-    given = conversation(prompt, place)
-    if given is not None:
+    if looks_like_messages(prompt):
+        given = message_list(prompt)
         return given in (before, [message for message in before if message["role"] != "system"])
-    said = [message.get("content") for message in before if message["role"] == "user"]
+    said = [message["content"] for message in before if message["role"] == "user"]
     return str(prompt).strip() in [str(text).strip() for text in said]
 
 
-def _parting(one: list[Message], other: list[Message]) -> str:
-    """Why two conversations are not two responses to one prompt."""
+def _check_alike(one: list[Message], other: list[Message]) -> None:
+    """Raise ConfigError for what stands before two responses, if they do not answer the same."""
+    if one == other:
+        return
     if not one or not other:
-        return (
+        raise ConfigError(
             "one response is a whole conversation and the other only a response; give both in one "
             "form"
         )
     same = 0
     while same < min(len(one), len(other)) and one[same] == other[same]:
         same += 1
-    return (
-        f"its conversations part at message {same + 1}, before their last one; a pair is two "
-        "responses to one prompt, so only the last message may differ; leave the row out"
+    raise ConfigError(
+        f"the conversations part at message {same + 1} already; responses to one prompt differ in "
+        "the last message only, so leave the row out"
     )
+
+
+PREFERENCES = Kind(name="preferences", file="pairs.jsonl", rows=_rows, facts=_facts)
