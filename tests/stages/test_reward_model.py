@@ -483,7 +483,7 @@ def test_single_responses_are_refused(
 ) -> None:
     row = {"id": "1", "domain": "d", "prompt": "p", "response": "r", "desirable": True}
     inputs = {"start": models["start"], "data": write_pairs(tmp_path / "single", [row])}
-    with pytest.raises(ConfigError, match="learns from pairs, .*single responses.*loss = 'kto'"):
+    with pytest.raises(ConfigError, match=r"learns from pairs, .*single responses.*loss = 'kto'"):
         run_stage("reward_model", BASE, inputs)
 
 

@@ -1,4 +1,4 @@
-"""Tables of a user's own that are no domain: preferences in all their forms, and rows to imitate."""
+"""Tables of a user's own that are no domain: preferences in all forms, and rows to imitate."""
 
 from __future__ import annotations
 
@@ -195,7 +195,7 @@ TALK = [user("Hello?"), assistant("Hi!")]
         (
             {"prompt": "p", "response": "r", "label": "maybe"},
             SINGLE,
-            "'label' holds 'maybe'; a lab",
+            "'label' holds 'maybe'; a",
         ),
         ({"prompt": "p", "response": "r", "label": 2}, SINGLE, "'label' holds '2'; a label is"),
     ],
@@ -220,7 +220,7 @@ def test_all_bad_rows_are_told_at_once(tmp_path: Path) -> None:
     [
         (
             {"chosen": "a", "responses": "b"},
-            "chosen is a column of pairs and responses one of rank",
+            "chosen is a column of pairs and responses one of ra",
         ),
         ({"label": "a", "scores": "b"}, "a table has one form"),
         ({"scores": "b"}, "scores = 'b' are those of a list of responses"),
@@ -329,7 +329,7 @@ def test_a_suite_has_preferences_and_tables(tmp_path: Path) -> None:
     [
         (
             ("margin", "margins"),
-            r"preferences.helpful: unknown key 'margins'; did you mean 'margin'",
+            "preferences.helpful: unknown key 'margins'; did you mean",
         ),
         (('data = "pairs', 'dta = "pairs'), "preferences.helpful: unknown key 'dta'; did you mean"),
         (('data = "pairs.jsonl"\n', ""), "preferences.helpful: data is missing; write data ="),

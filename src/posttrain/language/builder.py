@@ -73,6 +73,8 @@ class Builder:
 
         `routes` and the `derived` settings follow from what the recipe passes; nobody sets them.
         """
+        if not isinstance(name, str):
+            raise ConfigError(f"name = {name!r} of a stage ({kind}) is no text; write name='...'")
         values = dict(settings)
         fields = kind_of(kind).settings_class().model_fields
         if "seed" in fields:
@@ -154,19 +156,6 @@ class Builder:
         self.nodes[node.name] = node
         return self.handle(node.name)
 
-    def outside(self, source: str | Path, name: str) -> Stage:
-        """Add the checkpoint that lies at `source`."""
-        external = self.adopted(str(source)) or find_checkpoint(source, self.hash_file)
-        self.external[name] = external
-        node = Node(
-            name=name,
-            kind="model",
-            version=KINDS["model"].version,
-            data={"files": external.sha256},
-            runtime={"directory": str(external.directory), "files": list(external.files)},
-        )
-        return self.add(node)
-
     def handle(self, name: str) -> Stage:
         """The handle on a stage, which may be defined further down."""
         node = self.nodes.get(name)
@@ -185,7 +174,13 @@ class Builder:
 
     def known(self, domains: str | Iterable[str]) -> tuple[str, ...]:
         """The names of these domains. Raises ConfigError for one that the suite does not have."""
-        names = (domains,) if isinstance(domains, str) else tuple(domains)
+        one = isinstance(domains, str)
+        if not one and (isinstance(domains, Mapping) or not isinstance(domains, Iterable)):
+            raise ConfigError(
+                f"domains = {domains!r}; it takes the name of a domain or several in a list, such "
+                f"as r.domains; choices: {', '.join(self.domains)}"
+            )
+        names = (str(domains),) if one else tuple(domains)
         if not names:
             raise ConfigError(
                 f"no domain is given where one is needed; choices: {', '.join(self.domains)}"
@@ -217,7 +212,8 @@ class Builder:
         if isinstance(data, Stage):
             if not data.may_make("rows"):
                 raise ConfigError(
-                    f"stage {stage!r}: its data is {given}; it needs {wanted[Demos]} or a stage of kind {', '.join(kinds_making('rows'))}"
+                    f"stage {stage!r}: its data is {given}; it needs {wanted[Demos]} or a stage "
+                    f"of kind {', '.join(kinds_making('rows'))}"
                 )
             return {"data": data.name}
         assert isinstance(data, Demos | Prompts)
@@ -253,26 +249,6 @@ class Builder:
                 "r.prompts(...) or a filter stage that stands above it"
             )
         return {"prompts": prompts.name} | self.domain_edges(stage, prompts.domains)
-
-    def edges(
-        self, stage: str, inputs: Mapping[str, object]
-    ) -> tuple[dict[str, str], dict[str, Any]]:
-        """The edges of whatever a stage is given, and the settings that go with prompts and
-        demonstrations."""
-        edges: dict[str, str] = {}
-        settings: dict[str, Any] = {}
-        for edge, source in inputs.items():
-            if isinstance(source, Stage):
-                edges[edge] = source.name
-            elif isinstance(source, Prompts | Demos):
-                edges |= self.domain_edges(stage, source.domains)
-                settings = source.settings() | settings
-            else:
-                raise ConfigError(
-                    f"stage {stage!r}: its input {edge!r} is {source!r}; it takes a stage, "
-                    "r.prompts(...) or r.demos(...)"
-                )
-        return edges, settings
 
     def pairs(self, kind: str, stage: str, data: object) -> str:
         """The name of the stage of preferences that another stage learns from."""

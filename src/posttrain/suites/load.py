@@ -2,7 +2,7 @@
 
     name = "mine"
     [domains.algebra]
-    train = "algebra.jsonl"      # or .parquet, a save_to_disk folder, "hub:owner/name@commit#split"
+    train = "algebra.jsonl"      # or .csv, .parquet, ..., "hub:owner/name@commit#split"
     prompt = "question"          # columns
     answer = "answer"
     verifier = "math"            # its options are further keys
@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.engine.errors import ConfigError, choices_text
-from posttrain.rewards.python_file import load_file
+from posttrain.rewards.python_file import line_in, load_file
 from posttrain.rewards.spec import OPTIONS, VerifierSpec, parse_verifier
 from posttrain.suites.domain import (
     DataTable,
@@ -78,7 +78,16 @@ def _from_python(path: Path) -> Suite:
     module = load_file(path, name=f"posttrain_suite_{path.stem}", what="suite")
     if not callable(getattr(module, "suite", None)):
         raise ConfigError(f"{path}: it defines no function suite() that returns a Suite")
-    suite = module.suite()
+    try:
+        suite = module.suite()
+    except ConfigError as error:
+        # What a Suite, a Domain or a Table says of its values.
+        raise ConfigError(f"{path}: {error}") from None
+    except (Exception, SystemExit) as error:
+        line = line_in(error, str(path))
+        raise ConfigError(
+            f"{path}: suite() raised {type(error).__name__}: {error}{line}"
+        ) from error
     if not isinstance(suite, Suite):
         raise ConfigError(
             f"{path}: suite() returned a {type(suite).__name__}; it has to return a "
@@ -90,7 +99,7 @@ def _from_python(path: Path) -> Suite:
 def _from_toml(path: Path) -> Suite:
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path}: not a TOML file: {error}") from error
     for key in content:
         if key not in ("name", *_PARTS):
@@ -131,7 +140,8 @@ def _domain(name: str, table: dict[str, Any], where: str) -> Domain:
     if not isinstance(verifier, str):
         raise ConfigError(
             f"{where}: verifier is {'missing' if verifier is None else repr(verifier)}; "
-            f'write for example verifier = "math"; choices: {", ".join(OPTIONS)}'
+            f'write for example verifier = "math", or "none" where nothing can be checked; '
+            f"choices: {', '.join(OPTIONS)}"
         )
     own = (*fields, "verifier", "oracle")
     options = {key: value for key, value in table.items() if key not in own}
@@ -147,6 +157,9 @@ def _domain(name: str, table: dict[str, Any], where: str) -> Domain:
     spec = parse_verifier(verifier, options, where=f"{where}.verifier")
     for key in own:
         wanted = _TYPES.get(key, str)
+        if key in ("heldout", "validation") and isinstance(table.get(key), int):
+            # 0 is a domain without that split; `domain_node` refuses other numbers.
+            continue
         if key in table and (not isinstance(table[key], wanted) or isinstance(table[key], bool)):
             raise ConfigError(f"{where}.{key} is {table[key]!r}; it has to be a {wanted.__name__}")
     for field in fields.values():

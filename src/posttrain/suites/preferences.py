@@ -163,8 +163,8 @@ def _how_much(config: Config, record: Mapping[str, Any]) -> Row:
         found["margin"] = number(record, "margin", config["margin"])
         if found["margin"] < 0:
             raise ConfigError(
-                f"column {config['margin']!r} is {found['margin']:g}; a margin says how much better "
-                "the chosen response is: 0 or more"
+                f"column {config['margin']!r} is {found['margin']:g}; a margin says how much "
+                "better the chosen response is: 0 or more"
             )
     if "chosen_score" in config:
         better = number(record, "chosen_score", config["chosen_score"])
