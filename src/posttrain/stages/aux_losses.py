@@ -20,12 +20,12 @@ from torch import Tensor
 from posttrain.algorithms import Aux
 from posttrain.backends.base import AuxLoss, Metrics, TokenLoss
 from posttrain.backends.chat import Chat
-from posttrain.backends.prompting import Problem, in_modes
+from posttrain.backends.prompting import Problem, in_modes, learned_part, learned_rows
 from posttrain.engine.errors import ConfigError
 from posttrain.engine.graph import edge_name, named
 from posttrain.engine.jsonl import read_jsonl
 from posttrain.losses.ops import cross_entropy
-from posttrain.rl.batch import Batch
+from posttrain.rl.batch import Batch, Span
 from posttrain.rl.seeds import named_seed
 from posttrain.stages.context import Context
 from posttrain.stages.data import Pool
@@ -95,19 +95,49 @@ def token_cross_entropy(
     return total, {"loss": total.detach() / divisor}
 
 
-def demo_batch(rows: Sequence[Problem], chat: Chat) -> Batch:
-    """Prompts with their demonstrations, whose tokens are those to learn."""
-    return Batch.from_tokens(
-        [chat.prompt(row["prompt"], row.get("mode")) for row in rows],
-        [chat.response(row["prompt"], row["demo"], row.get("mode")) for row in rows],
-        pad_id=chat.pad_id,
-    )
+def demo_batch(
+    rows: Sequence[Problem], chat: Chat, *, loss_on: str = "all", limit: int | None = None
+) -> Batch:
+    """Prompts with their demonstrations, whose tokens are those to learn; one row each.
+
+    Of a conversation also what the assistant said before is learned, unless `loss_on` is "last".
+    Rows longer than `limit` lose their end.
+    """
+    spans = [demo_spans(row, chat, loss_on=loss_on) for row in rows]
+    if limit is not None:
+        spans = [cut_spans(row, limit) for row in spans]
+    return Batch.from_spans(spans, pad_id=chat.pad_id)
+
+
+def demo_spans(row: Problem, chat: Chat, *, loss_on: str = "all") -> list[Span]:
+    """The tokens of a prompt and its demonstration, and which of them are to be learned.
+
+    The last turn alone where the earlier ones cannot be told from the other text.
+    """
+    part = learned_part(row)
+    assert part is not None, "rows without a demonstration are refused before"
+    mode = row.get("mode")
+    spans = chat.spans(*part, mode) if loss_on == "all" else None
+    if spans is None:
+        shown, text = part
+        spans = [(chat.prompt(shown, mode), False), (chat.response(shown, text, mode), True)]
+    return spans
+
+
+def cut_spans(spans: Sequence[Span], limit: int) -> list[Span]:
+    """The first `limit` tokens."""
+    found: list[Span] = []
+    for ids, sampled in spans:
+        found.append((ids[:limit], sampled))
+        limit -= len(found[-1][0])
+    return [span for span in found if span[0]]
 
 
 def aux_rows(settings: AuxSettings, ctx: Context) -> dict[str, dict[str, list[Problem]]]:
     """Name of each auxiliary loss to its rows with prompt and demo, by domain.
 
-    Demonstrations of domains are in each of the loss's `modes`, as in `in_modes`.
+    Demonstrations of domains are in each of the loss's `modes`, as in `in_modes`, each a row of its
+    own.
     """
     return {name: _rows_of(ctx, name, aux.modes) for name, aux in sorted(settings.aux.items())}
 
@@ -126,7 +156,7 @@ def _rows_of(ctx: Context, name: str, modes: Sequence[str]) -> dict[str, list[Pr
             f"recipe: aux={{{name!r}: (r.demos(...), weight)}}"
         )
     check_demonstrated(demos, ctx.name)
-    return demos
+    return {domain: learned_rows(rows) for domain, rows in demos.items()}
 
 
 def rows_by_domain(path: Path, stage: str) -> dict[str, list[Problem]]:
@@ -135,7 +165,7 @@ def rows_by_domain(path: Path, stage: str) -> dict[str, list[Problem]]:
     The rows of a mix stand in one group, whatever their domains: its shares are to stay.
     """
     rows: dict[str, list[Problem]] = {}
-    for row in read_jsonl(path):
+    for row in learned_rows(read_jsonl(path)):
         rows.setdefault(row.get("pool", row["domain"]), []).append(row)
     if not rows:
         raise ConfigError(f"stage {stage!r}: its data has no rows; loosen the selection")
@@ -145,7 +175,7 @@ def rows_by_domain(path: Path, stage: str) -> dict[str, list[Problem]]:
 def check_demonstrated(demos: Mapping[str, Sequence[Mapping[str, Any]]], stage: str) -> None:
     """Raise ConfigError for a domain with a problem that has no demonstration."""
     for name, problems in demos.items():
-        missing = next((p for p in problems if p["demo"] is None), None)
+        missing = next((p for p in problems if learned_part(p) is None), None)
         if missing is not None:
             thinks = missing.get("mode") == "think"
             raise ConfigError(

@@ -19,6 +19,7 @@ from torch import Tensor
 from posttrain.algorithms import Dpo, DpoNorm, Ipo, Kto, Preference, SimPO
 from posttrain.backends.base import Learner, Metrics, Scorer, TokenLoss
 from posttrain.backends.chat import Chat, check_same_tokens
+from posttrain.backends.prompting import asked
 from posttrain.engine.errors import ConfigError
 from posttrain.losses.ops import row_sums
 from posttrain.losses.preference import (
@@ -107,8 +108,8 @@ def pair_batch(pairs: Sequence[Pair], chat: Chat, answers: Sequence[Pair] | None
     prompts, responses = [], []
     for pair, answer in zip(pairs, pairs if answers is None else answers, strict=True):
         for side in SIDES:
-            prompts.append(chat.prompt(pair["prompt"], pair.get("mode")))
-            responses.append(chat.response(answer["prompt"], answer[side], answer.get("mode")))
+            prompts.append(chat.prompt(asked(pair), pair.get("mode")))
+            responses.append(chat.response(asked(answer), answer[side], answer.get("mode")))
     return Batch.from_tokens(prompts, responses, pad_id=chat.pad_id)
 
 

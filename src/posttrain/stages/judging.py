@@ -21,6 +21,7 @@ from torch import Tensor
 
 from posttrain.backends.base import Learner, Scorer
 from posttrain.backends.chat import Chat
+from posttrain.backends.prompting import asked
 from posttrain.backends.scalar import rewards_B
 from posttrain.engine.errors import ConfigError
 from posttrain.engine.jsonl import write_jsonl
@@ -187,8 +188,8 @@ class ScalarJudge:
         chat = self.scorer.chat.fresh()
         rows = list(zip(responses.problems, responses.texts, strict=True))
         batch = Batch.from_tokens(
-            [chat.prompt(p["prompt"], p.get("mode")) for p, _ in rows],
-            [chat.response(p["prompt"], text, p.get("mode")) for p, text in rows],
+            [chat.prompt(asked(p), p.get("mode")) for p, _ in rows],
+            [chat.response(asked(p), text, p.get("mode")) for p, text in rows],
             pad_id=chat.pad_id,
         )
         reward_B = rewards_B(self.scorer, batch)

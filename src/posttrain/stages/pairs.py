@@ -65,7 +65,7 @@ def run(settings: Pairs, ctx: Context) -> dict[str, float]:
 
 def row_of(settings: Pairs, chosen: Row, rejected: Row) -> Row:
     """The row of pairs.jsonl."""
-    row = pick(chosen, "id", "domain", "prompt", "mode")
+    row = pick(chosen, "id", "domain", "prompt", "mode", "messages")
     row |= {"chosen": chosen["response"], "rejected": rejected["response"]}
     row |= {"rewards": [chosen["reward"], rejected["reward"]]}
     if settings.pairwise:

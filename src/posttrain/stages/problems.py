@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from posttrain.algorithms import Band, Gaussian, InTurn, Reprofile
-from posttrain.backends.prompting import Problem
+from posttrain.backends.prompting import Problem, asked, asked_key
 from posttrain.engine.atomic import write_whole
 from posttrain.engine.errors import ConfigError
 from posttrain.engine.jsonl import read_jsonl
@@ -382,7 +382,7 @@ def _means(values: Sequence[float], size: int) -> list[float]:
     return [sum(values[i : i + size]) / size for i in range(0, len(values), size)]
 
 
-def _whole(row: Row) -> tuple[str, str, str | None]:
+def _whole(row: Row) -> tuple[str, Any, str | None]:
     """What tells a problem from all others, in a problem's row and in a rollout's; ids of a user's
     table may repeat."""
-    return row["id"], row["prompt"], row.get("mode")
+    return row["id"], asked_key(asked(row)), row.get("mode")

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor
 from posttrain.algorithms import BradleyTerry, Pointwise, RewardLoss
 from posttrain.backends.base import Head, HeadLoss, Metrics, Scorer
 from posttrain.backends.chat import Chat
+from posttrain.backends.prompting import asked, asked_key
 from posttrain.backends.scalar import rewards_B, scores_N
 from posttrain.engine.errors import ConfigError
 from posttrain.losses.reward import bradley_terry, pointwise, prompt_weights
@@ -194,7 +196,7 @@ def draw_batch(draws: Sequence[Draw], chat: Chat) -> tuple[Batch, int]:
     for number, (draw, texts) in enumerate(zip(draws, found, strict=True)):
         # Draws are made equally long: the learner splits a batch between blocks of `group_rows`.
         first, missing = len(prompts), group_rows - len(texts)
-        _, prompt, mode = _prompt(draw["pairs"][0])
+        prompt, mode = asked(draw["pairs"][0]), draw["pairs"][0].get("mode")
         prompts += [chat.prompt(prompt, mode)] * group_rows
         responses += [chat.response(prompt, text, mode) for text in texts] + [[]] * missing
         filled += [True] * len(texts) + [False] * missing
@@ -292,6 +294,6 @@ def _responses(draw: Draw) -> list[str]:
     return list(dict.fromkeys(pair[side] for pair in draw["pairs"] for side in SIDES))
 
 
-def _prompt(pair: Pair) -> tuple[str, str, str | None]:
-    """What makes two pairs those of one prompt: id, text and mode."""
-    return pair["id"], pair["prompt"], pair.get("mode")
+def _prompt(pair: Pair) -> tuple[str, Any, str | None]:
+    """What makes two pairs those of one prompt: id, what is asked, and mode."""
+    return pair["id"], asked_key(asked(pair)), pair.get("mode")

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from posttrain.backends.base import Learner, TokenLoss
 from posttrain.backends.checkpoint import save
-from posttrain.backends.prompting import Problem, also_hinted
+from posttrain.backends.prompting import Problem, also_hinted, learned_rows, shown_text
 from posttrain.backends.tiny import character_tokenizer, new_model
 from posttrain.rewards.oracle import demonstrate
 from posttrain.rl.batch import Batch, between
@@ -100,7 +101,11 @@ def fresh_model(settings: Pretrain, ctx: Context, demos: Mapping[str, Sequence[P
     every = [demos, *aux_rows(settings, ctx).values()]
     rows = [row for by_domain in every for rows in by_domain.values() for row in rows]
     tokenizer = character_tokenizer(
-        (row[field] for row in rows for field in fields if field in row),
+        chain(
+            (row[field] or "" for row in rows for field in fields if field in row),
+            # All that a conversation shows, the names of its roles among it.
+            (shown_text(row) for row in rows if "messages" in row),
+        ),
         thinking=settings.thinks,
     )
     directory = ctx.work / "fresh"
@@ -135,12 +140,14 @@ def demonstrations(settings: Pretrain | Sft, ctx: Context) -> dict[str, list[Pro
 def demonstrated(
     ctx: Context, domains: Iterable[str], *, modes: Sequence[str], noise: float, seed: int
 ) -> dict[str, list[Problem]]:
-    """The demonstrations of these domains in each of the modes, a share `noise` of them wrong.
+    """The demonstrations of these domains in each of the modes, each a row of its own, a share
+    `noise` of them wrong.
 
     Raises ConfigError for a problem that has none.
     """
     demos = {name: ctx.problems(name, "train", modes) for name in domains}
     check_demonstrated(demos, ctx.name)
+    demos = {name: learned_rows(rows) for name, rows in demos.items()}
     return corrupt_demos(ctx, demos, noise=noise, seed=seed) if noise else demos
 
 
@@ -155,10 +162,13 @@ def corrupt_demos(
 
     def noisy(rows: list[Problem]) -> list[Problem]:
         by_mode: dict[str | None, list[Problem]] = {}
-        for row in rows:
+        # A conversation that ends with the user has no demonstration to be wrong.
+        for row in (row for row in rows if row["demo"] is not None):
             by_mode.setdefault(row.get("mode"), []).append(row)
         return [
             row
+            if row["demo"] is None
+            else row
             | {"demo": demonstrate(row, by_mode[row.get("mode")], score, noise=noise, seed=seed)}
             for row in rows
         ]
