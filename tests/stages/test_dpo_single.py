@@ -74,7 +74,9 @@ def test_the_loss_counts_every_row_by_its_label(learn: Callable[..., Any]) -> No
 
     Each row alone in a step says its own reward; z is the baseline of all.
     """
-    rows = [single(pair, "rejected" if i % 3 == 2 else "chosen") for i, pair in enumerate(pairs(10))]
+    rows = [
+        single(pair, "rejected" if i % 3 == 2 else "chosen") for i, pair in enumerate(pairs(10))
+    ]
     beta = 0.1
     line = learn(rows, steps=1, batch_size=10, loss={"kind": "kto", "beta": beta}).lines[0]
     z = line["kl_baseline"]
@@ -96,9 +98,7 @@ def test_the_loss_counts_every_row_by_its_label(learn: Callable[..., Any]) -> No
     assert line["loss"] == pytest.approx(sum(sigmoid(-x) for x in away.values()) / 10, rel=1e-4)
     assert line["accuracy"] == pytest.approx(sum(x > 0 for x in away.values()) / 10)
     assert 0 < line["accuracy"] < 1
-    means = {
-        sign: [rewards[name] for name in rewards if signs[name] == sign] for sign in (1, -1)
-    }
+    means = {sign: [rewards[name] for name in rewards if signs[name] == sign] for sign in (1, -1)}
     assert [len(values) for values in means.values()] == [7, 3]
     good, bad = (sum(values) / len(values) for values in means.values())
     assert line["reward_chosen"] == pytest.approx(good, rel=1e-4)

@@ -109,6 +109,10 @@ class Chat:
         """Token ids of the first words of an assistant message, which is still to go on."""
         return self._encode(text) if text else []
 
+    def text(self, ids: Sequence[int]) -> str:
+        """The text of any tokens, special ones included."""
+        return str(self.tokenizer.decode(ids, skip_special_tokens=False))
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of a response: stop token and special tokens left out, thinking tags kept."""
         if ids and ids[-1] in self.stop_ids:

@@ -25,10 +25,11 @@ from posttrain.engine.errors import ConfigError
 from posttrain.engine.graph import edge_name, named
 from posttrain.engine.jsonl import read_jsonl
 from posttrain.losses.ops import cross_entropy
-from posttrain.rl.batch import Batch, Span
+from posttrain.rl.batch import Batch
 from posttrain.rl.seeds import named_seed
 from posttrain.stages.context import Context
 from posttrain.stages.data import Pool
+from posttrain.stages.lengths import Reader, cut_spans, cut_to, demo_spans, fit_demos
 
 EDGE = "aux"
 """First part of the names of the edges with auxiliary data, and of the metrics."""
@@ -40,6 +41,8 @@ class AuxSettings(Protocol):
     @property
     def seed(self) -> int: ...
     @property
+    def on_long(self) -> str: ...
+    @property
     def aux(self) -> Mapping[str, Aux]: ...
 
 
@@ -48,12 +51,18 @@ class AuxData:
 
     def __init__(self, settings: AuxSettings, ctx: Context, chat: Chat) -> None:
         """Reads the edges `aux.NAME` (an artifact with data.jsonl) and `aux.NAME.DOMAIN` (the
-        demonstrations of a domain). Raises ConfigError for a name of `settings.aux` without data.
+        demonstrations of a domain). Raises ConfigError for a name of `settings.aux` without data,
+        and for rows that are too long.
         """
         self.chat = chat
+        reader = Reader(name="the model that learns", chat=chat)
+        self.limit = cut_to(settings, [reader])
         # Not the stage's seed: the rows must not come in the order in which its own come.
         self.pools = {
-            name: Pool(rows, seed=named_seed(EDGE, settings.seed, name))
+            name: Pool(
+                fit_demos(rows, settings, ctx, [reader]),
+                seed=named_seed(EDGE, settings.seed, name),
+            )
             for name, rows in aux_rows(settings, ctx).items()
         }
 
@@ -65,7 +74,7 @@ class AuxData:
         found = []
         for name, pool in self.pools.items():
             aux = step_settings.aux[name]
-            batch = demo_batch(pool.draw(update, aux.batch_size), self.chat)
+            batch = demo_batch(pool.draw(update, aux.batch_size), self.chat, limit=self.limit)
             count = batch.num_tokens
             found.append(
                 AuxLoss(
@@ -109,30 +118,6 @@ def demo_batch(
     return Batch.from_spans(spans, pad_id=chat.pad_id)
 
 
-def demo_spans(row: Problem, chat: Chat, *, loss_on: str = "all") -> list[Span]:
-    """The tokens of a prompt and its demonstration, and which of them are to be learned.
-
-    The last turn alone where the earlier ones cannot be told from the other text.
-    """
-    part = learned_part(row)
-    assert part is not None, "rows without a demonstration are refused before"
-    mode = row.get("mode")
-    spans = chat.spans(*part, mode) if loss_on == "all" else None
-    if spans is None:
-        shown, text = part
-        spans = [(chat.prompt(shown, mode), False), (chat.response(shown, text, mode), True)]
-    return spans
-
-
-def cut_spans(spans: Sequence[Span], limit: int) -> list[Span]:
-    """The first `limit` tokens."""
-    found: list[Span] = []
-    for ids, sampled in spans:
-        found.append((ids[:limit], sampled))
-        limit -= len(found[-1][0])
-    return [span for span in found if span[0]]
-
-
 def aux_rows(settings: AuxSettings, ctx: Context) -> dict[str, dict[str, list[Problem]]]:
     """Name of each auxiliary loss to its rows with prompt and demo, by domain.
 
@@ -166,7 +151,7 @@ def rows_by_domain(path: Path, stage: str) -> dict[str, list[Problem]]:
     """
     rows: dict[str, list[Problem]] = {}
     for row in learned_rows(read_jsonl(path)):
-        rows.setdefault(row.get("pool", row["domain"]), []).append(row)
+        rows.setdefault(str(row.get("pool", row["domain"])), []).append(row)
     if not rows:
         raise ConfigError(f"stage {stage!r}: its data has no rows; loosen the selection")
     return dict(sorted(rows.items()))

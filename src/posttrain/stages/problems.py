@@ -46,15 +46,19 @@ Row = Mapping[str, Any]
 class ProblemSampler:
     """The problems of an rl stage and what it has learnt about them so far."""
 
-    def __init__(self, settings: Rl, ctx: Context, log: RolloutLog) -> None:
-        """Reads the problems, and the profile where there is one. Raises ConfigError where that has
-        no rate for any problem of a domain."""
+    def __init__(
+        self,
+        settings: Rl,
+        ctx: Context,
+        log: RolloutLog,
+        problems: Mapping[str, Sequence[Problem]],
+    ) -> None:
+        """Of these `problems` by domain. Reads the profile where there is one; raises ConfigError
+        where that has no rate for any problem of a domain."""
         self.out, self.log = ctx.out, log
         self.queues = {
-            name: DomainQueue(
-                ctx.problems(name, "train", settings.modes), position=position, seed=settings.seed
-            )
-            for position, name in enumerate(ctx.domains)
+            name: DomainQueue(rows, position=position, seed=settings.seed)
+            for position, (name, rows) in enumerate(problems.items())
         }
         self.shares = DomainShares(list(self.queues))
         self.wanted: dict[str, int] = {}

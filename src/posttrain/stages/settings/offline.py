@@ -55,6 +55,8 @@ class Sft(Lengths, Settings, Computing, LongRows, Training):
     batch_size: int = changing(64, gt=0)
     modes: Modes = ()
     aux: AuxLosses = Field(default_factory=dict)
+    loss_on: Literal["all", "last"] = "all"
+    """Of a conversation learn all that the assistant says, or only its last message."""
     demo_noise: float = Field(0.0, ge=0, le=1)
     """Share of the demonstrations that are wrong, as a careless annotator writes them
     (`rewards/oracle.py`). Comes from the recipe's `noise`."""
