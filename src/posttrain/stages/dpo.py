@@ -14,7 +14,6 @@ Legend: B rows (two per pair, chosen first; one per single response), P pairs, N
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import chain
 
 import torch
 from torch import Tensor
@@ -39,9 +38,12 @@ from posttrain.schedules import learning_rate
 from posttrain.stages.aux_losses import AuxData, pop_metrics
 from posttrain.stages.context import Context
 from posttrain.stages.data import Batches
-from posttrain.stages.rows import SIDES, Pair, read_pairs
+from posttrain.stages.lengths import Reader, cut, cut_to, fit_responses, smallest
+from posttrain.stages.rows import SIDES, Pair, numbered, read_pairs
 from posttrain.stages.settings.offline import DpoStage
 
+RESPONSES = (*SIDES, "response")
+"""Fields of a row that have a response, as far as it has them."""
 PAIRS_PER_CALL = 512
 """Pairs that the reference reads at once."""
 
@@ -50,26 +52,34 @@ def run(settings: DpoStage, ctx: Context) -> dict[str, float]:
     """Train `start` on the pairs of its data."""
     policy = ctx.learner(settings)
     chat = policy.chat
-    by_domain = read_pairs(ctx)
-    pairs = list(chain.from_iterable(by_domain.values()))
+    # The start is its own reference: read here, before a step or a checkpoint changes its weights.
+    reference = None if isinstance(settings.loss, SimPO) else reference_model(settings, ctx, policy)
+    readers = [Reader(name="the model that learns", chat=chat)]
+    if reference is not None:
+        # It has the policy's tokens, so its rows need not be encoded again.
+        positions = reference.chat.max_positions
+        readers += [Reader(name="the reference", chat=chat, positions=positions)]
+    by_domain = fit_responses(read_pairs(ctx), settings, ctx, readers, fields=RESPONSES)
+    pairs = numbered(by_domain)
     single = check_form(pairs, settings.loss)
+    limit, crossed_limit = cut_to(settings, readers), smallest(readers)
     rows_each = 1 if single else len(SIDES)
     counted_V = counted_tokens(chat, mask_formatting=settings.mask_formatting)
     aux = AuxData(settings, ctx, chat)
-    # The start is its own reference: read here, before a step or a checkpoint changes its weights.
-    reference = None if isinstance(settings.loss, SimPO) else reference_model(settings, ctx, policy)
     others = mismatched(pairs) if isinstance(settings.loss, Kto) else None
     if reference is not None:
-        ref_logp_B = response_sums(reference, pairs, chat, counted_V)
+        ref_logp_B = response_sums(reference, pairs, chat, counted_V, limit=limit)
     if reference is not None and others is not None:
-        other_ref_logp_B = response_sums(reference, pairs, chat, counted_V, others)
+        other_ref_logp_B = response_sums(
+            reference, pairs, chat, counted_V, others, limit=crossed_limit
+        )
     # A model of its own is not to stay in memory through the steps.
     del reference
     batches = Batches(by_domain, settings, size="batch_size", stage=ctx.name)
     steps = settings.num_steps(len(pairs), settings.batch_size)
     for step, s in ctx.steps(settings, steps, replayed=[batches], policy=policy):
         drawn = batches.draw(s)
-        batch = pair_batch(drawn, chat)
+        batch = pair_batch(drawn, chat, limit=limit)
         # One per token id -> one per sampled token.
         batch["counted_N"] = counted_V[batch.targets_N]
         # From pairs to rows: pair r of all has the rows 2 r and 2 r + 1 of the reference's sums,
@@ -81,7 +91,9 @@ def run(settings: DpoStage, ctx: Context) -> dict[str, float]:
             batch["ref_logp_B"] = ref_logp_B[drawn_B]
         metrics = {}
         if others is not None:
-            crossed = pair_batch(drawn, chat, [others[pair["row"]] for pair in drawn])
+            crossed = pair_batch(
+                drawn, chat, [others[pair["row"]] for pair in drawn], limit=crossed_limit
+            )
             logp_B = counted_sums(crossed, policy.logprobs(crossed), counted_V)
             # KTO's z_0 (arXiv 2402.01306, section 4.1), over the whole step before it is split.
             baseline = kto_baseline(logp_B - other_ref_logp_B[drawn_B])
@@ -129,16 +141,25 @@ def check_form(pairs: Sequence[Pair], loss: Preference) -> bool:
     return single
 
 
-def pair_batch(pairs: Sequence[Pair], chat: Chat, answers: Sequence[Pair] | None = None) -> Batch:
+def pair_batch(
+    pairs: Sequence[Pair],
+    chat: Chat,
+    answers: Sequence[Pair] | None = None,
+    *,
+    limit: int | None = None,
+) -> Batch:
     """Two rows for each pair, chosen first, or one for each single response, with `desirable_B`.
 
-    `answers` are pairs whose responses stand in place of the pairs' own.
+    `answers` are pairs whose responses stand in place of the pairs' own. Rows of more than `limit`
+    tokens lose their end.
     """
-    prompts, responses = [], []
+    prompts: list[Sequence[int]] = []
+    responses: list[Sequence[int]] = []
     for pair, answer in zip(pairs, pairs if answers is None else answers, strict=True):
         for side in ("response",) if "response" in answer else SIDES:
             prompts.append(chat.prompt(asked(pair), pair.get("mode")))
-            responses.append(chat.response(asked(answer), answer[side], answer.get("mode")))
+            response = chat.response(asked(answer), answer[side], answer.get("mode"))
+            responses.append(cut(response, prompts[-1], limit))
     batch = Batch.from_tokens(prompts, responses, pad_id=chat.pad_id)
     if pairs and "response" in pairs[0]:
         batch["desirable_B"] = torch.tensor([pair["desirable"] for pair in pairs])
@@ -294,12 +315,15 @@ def response_sums(
     chat: Chat,
     counted_V: Tensor,
     answers: Sequence[Pair] | None = None,
+    *,
+    limit: int | None = None,
 ) -> Tensor:
     """`logp_B` of the rows of all pairs: sums over the counted response tokens."""
     parts = []
     for first in range(0, len(pairs), PAIRS_PER_CALL):
         here = slice(first, first + PAIRS_PER_CALL)
-        batch = pair_batch(pairs[here], chat, None if answers is None else answers[here])
+        replies = None if answers is None else answers[here]
+        batch = pair_batch(pairs[here], chat, replies, limit=limit)
         parts.append(counted_sums(batch, reference.logprobs(batch), counted_V))
     return torch.cat(parts)
 

@@ -10,7 +10,20 @@ from posttrain.suites.preferences import PREFERENCES
 
 def run_preferences(job: Job, ctx: Context) -> dict[str, int]:
     """Write pairs.jsonl; returns what was counted."""
-    return PREFERENCES.build(job.config, job.runtime, ctx.out, job.data)
+    facts = PREFERENCES.build(job.config, job.runtime, ctx.out, job.data)
+    what = "responses have both labels" if "desirable" in facts else "pairs are preferred both ways"
+    if facts["contradictions"]:
+        ctx.warn(
+            f"{job.name}: {facts['contradictions']} {what}, so that they teach nothing; decide for "
+            "one, or leave them out"
+        )
+    if facts.get("desirable") in (0, facts["rows"]):
+        kind = "desirable" if facts["desirable"] else "undesirable"
+        ctx.warn(
+            f"{job.name}: all {facts['rows']} responses are {kind}, so that nothing tells them "
+            "from others; check what the label column says"
+        )
+    return facts
 
 
 def run_table(job: Job, ctx: Context) -> dict[str, int]:

@@ -98,7 +98,8 @@ class Kind:
     ) -> Facts:
         """Write the rows into the directory `out`; the others are the parts of `node`.
 
-        Returns rows, read (rows of the table), duplicates (those that repeat others), prompts, and
+        Returns rows, read (rows of the table), duplicates (those that repeat others), prompts,
+        left_out (those that say nothing, such as a ranking of equals; where there are any), and
         what `facts` adds. Raises ConfigError for a table that is wrong or has changed since.
         """
         where = f"{self.name} {config['name']}"
@@ -116,13 +117,14 @@ class Kind:
         start = f"{self.name} {config['name']}: {location.text}"
         faults = Faults(start)
         found: dict[str, Row] = {}
-        num_read = duplicates = 0
+        num_read = duplicates = left_out = 0
         for record in read_records(location, faults):
             num_read += 1
             with faults.at(record.place):
                 made = self.rows(config, record.values)
                 keys = [json.dumps(row, sort_keys=True) for row in made]
                 fresh = {k: row for k, row in zip(keys, made, strict=True) if k not in found}
+                left_out += not made
                 duplicates += bool(made) and not fresh
                 found |= fresh
         faults.check()
@@ -131,6 +133,8 @@ class Kind:
         rows = list(found.values())
         facts = {"rows": len(rows), "read": num_read, "duplicates": duplicates}
         facts["prompts"] = len({row["id"] for row in rows})
+        if left_out:
+            facts["left_out"] = left_out
         return rows, facts | self.facts(config, rows)
 
 
