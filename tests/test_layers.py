@@ -24,7 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "backends.prompting": {"engine"},
     "backends.checkpoint_source": {"engine"},
     "rewards": {"engine", "backends.prompting", "schedules"},
-    "suites": {"engine", "rewards"},
+    "suites": {"engine", "rewards", "backends.prompting"},
     "stages.kinds": {"engine"},
     "report": {"engine", "stages.kinds"},
     "backends": {"engine", "losses", "rl", "backends.prompting"},

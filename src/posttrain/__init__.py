@@ -9,12 +9,22 @@ if TYPE_CHECKING:
     from posttrain import judges, schedules
     from posttrain.language.handles import Stage
     from posttrain.recipe import Recipe
-    from posttrain.suites.domain import Domain, Procedural, Suite, Table, VerifierSpec
+    from posttrain.suites.domain import (
+        DataTable,
+        Domain,
+        Preferences,
+        Procedural,
+        Suite,
+        Table,
+        VerifierSpec,
+    )
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "DataTable",
     "Domain",
+    "Preferences",
     "Procedural",
     "Recipe",
     "Stage",
@@ -31,7 +41,8 @@ _HOMES = {
     "Recipe": "posttrain.recipe",
     "Stage": "posttrain.language.handles",
     **dict.fromkeys(
-        ("Domain", "Procedural", "Suite", "Table", "VerifierSpec"), "posttrain.suites.domain"
+        ("DataTable", "Domain", "Preferences", "Procedural", "Suite", "Table", "VerifierSpec"),
+        "posttrain.suites.domain",
     ),
 }
 

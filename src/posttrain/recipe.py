@@ -351,7 +351,7 @@ class Recipe(DataVerbs):
     def graph(self, target: Stage) -> Graph:
         """The finished graph. Raises ConfigError for a setting that matched no stage, and for
         stages that do not fit together."""
-        checks.recipe(self._build.nodes)
+        checks.recipe(self._build)
         graph = self._build.graph(target)
         checks.needed(self._build, graph)
         return graph

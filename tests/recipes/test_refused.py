@@ -102,7 +102,10 @@ def test_a_cycle_is_printed(make_recipe: Callable[..., Recipe]) -> None:
     [
         (lambda r, b: r.sft(start=b, data=r.prompts("add"), **STEPS), "it needs r.demos"),
         (lambda r, b: r.rl(start=b, prompts=r.demos("add"), **STEPS), "it needs r.prompts"),
-        (lambda r, b: r.sft(start=b, data=b, **STEPS), "needs r.demos.* or a stage of kind select"),
+        (
+            lambda r, b: r.sft(start=b, data=b, **STEPS),
+            "needs r.demos.* or a stage of kind table, select",
+        ),
         (lambda r, b: r.sft(start="base", data=r.demos("add"), **STEPS), "'base' is not a model"),
         (lambda r, b: r.select(b), "needs the rollouts of a stage of kind .* not 'base'"),
         (
@@ -141,7 +144,7 @@ def test_edges_of_the_wrong_kind_are_refused(
         ),
         (
             lambda r, b, s: r.dpo(start=b, data=s),
-            r"its data is 'rollouts' \(sample\); it needs a pa",
+            r"its data is 'rollouts' \(sample\); it needs pref",
         ),
         (lambda r, b, s: r.dpo(start=s, data=r.pairs(s), **STEPS), "start = .* is not a model"),
         (
@@ -154,7 +157,7 @@ def test_edges_of_the_wrong_kind_are_refused(
         ),
         (
             lambda r, b, s: r.sft(start=b, data=r.pairs(s), **STEPS),
-            "needs r.demos.* or a stage of kind select",
+            "needs r.demos.* or a stage of kind table, select",
         ),
     ],
 )

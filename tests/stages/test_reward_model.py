@@ -57,7 +57,7 @@ def all_pairs() -> list[dict[str, Any]]:
                     found.append(
                         {"id": str(i), "domain": name, "prompt": f"{name} {WORDS[i % 7]}{i}"}
                         | {"chosen": ranked[better], "rejected": ranked[worse]}
-                        | {"strength": worse - better + 1}
+                        | {"strength": worse - better + 1, "margin": (worse - better + 1) / 4}
                     )
     return found
 
@@ -145,18 +145,25 @@ def test_lines_and_summary(train: Callable[..., Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "loss", [BradleyTerry(), BradleyTerry(margins="strength"), BradleyTerry(centring=0.1)]
+    "loss",
+    [
+        BradleyTerry(),
+        BradleyTerry(margins="strength"),
+        BradleyTerry(margins="margin"),
+        BradleyTerry(centring=0.1),
+    ],
 )
 def test_the_first_step_against_transformers(
     train: Callable[..., Any], scored: str, loss: BradleyTerry
 ) -> None:
     """-log sigmoid(c - r - margin) + centring (c + r)^2, mean over pairs, row by row."""
     line = train(scored, batch_size=5, loss=loss).lines[0]
-    margins = (
-        {4: 1.0, 3: 2 / 3, 2: 1 / 3, 1: 0.0}
-        if loss.margins == "strength"
-        else dict.fromkeys((1, 2, 3, 4), 0.0)
-    )
+    margins = {
+        "none": dict.fromkeys((1, 2, 3, 4), 0.0),
+        "strength": {4: 1.0, 3: 2 / 3, 2: 1 / 3, 1: 0.0},
+        # What the rows say: a quarter of their strength.
+        "margin": {4: 1.0, 3: 0.75, 2: 0.5, 1: 0.25},
+    }[loss.margins]
     losses, differences, rewards = [], [], []
     for (pair,) in drawn(5, per_prompt=False):
         c, r = (reward(scored, pair["prompt"], pair[side]) for side in ("chosen", "rejected"))
@@ -237,7 +244,8 @@ def test_whole_draws_in_any_order_keep_their_pairs_and_the_order_of_them(
 ) -> None:
     """As a forward pass has them: the columns of rows say which two rows are a pair."""
     draws = Pool(kept(True), seed=0).draw(0, 4)
-    batch, group_rows = draw_batch(draws, chat_of(load_scalar(models["start"])))
+    chat = chat_of(load_scalar(models["start"]))
+    batch, group_rows = draw_batch(draws, chat, margins="strength")
     batch["number_B"] = torch.arange(len(batch))
 
     def numbered(batch: Any) -> list[tuple[float, ...]]:
@@ -317,6 +325,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"loss": "pointwise"},
     {"loss": "pointwise", "per_prompt": True},
     {"loss": BradleyTerry(margins="strength")},
+    {"loss": BradleyTerry(margins="margin")},
     {"loss": BradleyTerry(centring=0.1)},
     {"per_prompt": True},
     {"holdout": 0.5},
@@ -463,6 +472,19 @@ def test_pairs_without_a_strength_are_named(
     inputs = {"start": models["start"], "data": write_pairs(tmp_path / "bad", pairs)}
     with pytest.raises(ConfigError, match=r"margins = strength: .*has strength = 5; it takes 1"):
         run_stage("reward_model", BASE | {"loss": BradleyTerry(margins="strength")}, inputs)
+    del pairs[4]["margin"]
+    inputs["data"] = write_pairs(tmp_path / "worse", pairs)
+    with pytest.raises(ConfigError, match=r"margins = margin: the pair of problem .*has no margin"):
+        run_stage("reward_model", BASE | {"loss": BradleyTerry(margins="margin")}, inputs)
+
+
+def test_single_responses_are_refused(
+    run_stage: RunStage, models: Mapping[str, str], tmp_path: Path
+) -> None:
+    row = {"id": "1", "domain": "d", "prompt": "p", "response": "r", "desirable": True}
+    inputs = {"start": models["start"], "data": write_pairs(tmp_path / "single", [row])}
+    with pytest.raises(ConfigError, match=r"learns from pairs, .*single responses.*loss = 'kto'"):
+        run_stage("reward_model", BASE, inputs)
 
 
 @pytest.mark.parametrize(

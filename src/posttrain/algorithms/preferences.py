@@ -73,8 +73,9 @@ class BradleyTerry(Settings):
     """By the difference of the two rewards of a pair."""
 
     kind: Literal["bradley_terry"] = tag("bradley_terry")
-    margins: Literal["none", "strength"] = "none"
-    """`strength` asks for a larger difference of clearer preferences (Llama 2)."""
+    margins: Literal["none", "strength", "margin"] = "none"
+    """`strength` asks for a larger difference of clearer preferences (Llama 2), `margin` for as
+    much as each pair says."""
     centring: float = changing(0.0, ge=0)
     """Weight of the squared sum of a pair's rewards, which pulls their mean to 0. 0.01 is usual."""
 

@@ -127,7 +127,9 @@ class Builder:
 
     def _check_shares(self, stage: Stage) -> None:
         """Refuse shares that do not name the domains of a stage, as far as they are known."""
-        domains = list(named(self.nodes[stage.name].inputs, "domains").values())
+        inputs = self.nodes[stage.name].inputs
+        own_data = _own_data_name(self.nodes.get(inputs.get("data", "")))
+        domains = list(named(inputs, "domains").values()) or ([own_data] if own_data else [])
         for shares in self.values(stage.name, "domain_shares") if domains else []:
             problem = shares_problem(shares, domains)
             if problem:
@@ -162,6 +164,9 @@ class Builder:
     def _domains_of(self, name: str) -> tuple[str, ...]:
         """Those that a stage reads problems of, else those of the data that it was made from."""
         inputs = self.nodes[name].inputs if name in self.nodes else {}
+        own_data = _own_data_name(self.nodes.get(name))
+        if own_data:
+            return (own_data,)
         own = list(named(inputs, "domains").values())
         for source in with_role(inputs, "rollouts", "data").values():
             own += self._domains_of(source)
@@ -195,16 +200,20 @@ class Builder:
         prompts.
         """
         wanted = {Demos: "r.demos(...)", Prompts: "r.prompts(...)", Stage: "a data stage"}
+        given = f"{data.name!r} ({data.kind})" if isinstance(data, Stage) else repr(data)
         choices = " or ".join(wanted[kind] for kind in allowed)
         if isinstance(data, Stage) and Prompts in allowed:
             return self._filtered(stage, data)
         if not isinstance(data, allowed):
-            raise ConfigError(f"stage {stage!r}: its data is {data!r}; it needs {choices}")
+            hint = ""
+            if isinstance(data, str | Path) and Stage in allowed:
+                hint = f"; a table of your own is r.table({str(data)!r})"
+            raise ConfigError(f"stage {stage!r}: its data is {given}; it needs {choices}{hint}")
         if isinstance(data, Stage):
             if not data.may_make("rows"):
                 raise ConfigError(
-                    f"stage {stage!r}: its data is {data.name!r} ({data.kind}); it needs "
-                    f"{wanted[Demos]} or a stage of kind {', '.join(kinds_making('rows'))}"
+                    f"stage {stage!r}: its data is {given}; it needs {wanted[Demos]} or a stage "
+                    f"of kind {', '.join(kinds_making('rows'))}"
                 )
             return {"data": data.name}
         assert isinstance(data, Demos | Prompts)
@@ -241,14 +250,16 @@ class Builder:
             )
         return {"prompts": prompts.name} | self.domain_edges(stage, prompts.domains)
 
-    def pairs(self, kind: str, stage: str, data: Stage) -> str:
-        """The name of the stage of preference pairs that another stage learns from."""
-        if not data.may_make("pairs"):
-            raise ConfigError(
-                f"stage {stage!r} ({kind}): its data is {data.name!r} ({data.kind}); it needs a "
-                "pairs stage: data=r.pairs(...)"
-            )
-        return data.name
+    def pairs(self, kind: str, stage: str, data: object) -> str:
+        """The name of the stage of preferences that another stage learns from."""
+        if isinstance(data, Stage) and data.may_make("pairs"):
+            return data.name
+        given = f"{data.name!r} ({data.kind})" if isinstance(data, Stage) else repr(data)
+        place = repr(str(data)) if isinstance(data, str | Path) else "..."
+        raise ConfigError(
+            f"stage {stage!r} ({kind}): its data is {given}; it needs preferences: "
+            f"data=r.preferences({place}) of your own, or data=r.pairs(...) out of rollouts"
+        )
 
     def modes(self, prompts: Prompts | Stage) -> tuple[str, ...]:
         """The modes that these prompts are in."""
@@ -290,6 +301,12 @@ class Builder:
         found = self.store.named("model", source)
         # Not what its record says: linked files may have changed since they were adopted.
         return find_checkpoint(found[0].path, self.hash_file) if found else None
+
+
+def _own_data_name(node: Node | None) -> str:
+    """What the rows of a user's own table call their domain; "" for any other stage."""
+    own = node is not None and node.kind in ("preferences", "table")
+    return str(node.config["name"]) if node is not None and own else ""
 
 
 def root_of(nodes: Mapping[str, Node], name: str) -> str:

@@ -15,8 +15,9 @@ from posttrain.engine.graph import Graph, Node, named, with_role
 from posttrain.language.builder import Builder, root_of
 from posttrain.rewards.judge_base import ByDomain, Judge
 from posttrain.rewards.judge_kinds import Llm, parse_judge
-from posttrain.stages.kinds import KINDS
+from posttrain.stages.kinds import KINDS, kind_of
 from posttrain.suites.domain import Suite, Table
+from posttrain.suites.preferences import form_of, has_margins
 
 MODELS = ("start", "model", "models", "candidates", "student", "init")
 """Roles of the models that a stage asks in its modes."""
@@ -261,10 +262,15 @@ def problems_of_judge(build: Builder, judge: Judge, domains: Sequence[str], *, w
             )
 
 
-def recipe(nodes: Mapping[str, Node]) -> None:
+def recipe(build: Builder) -> None:
     """The checks of a whole recipe."""
-    _thinking(nodes)
-    _strengths(nodes)
+    _thinking(build.nodes)
+    for node in build.nodes.values():
+        data = build.nodes.get(node.inputs.get("data", ""))
+        if data is not None and "pairs" in kind_of(data.kind).makes:
+            _single(node, data)
+            _margins(node, data)
+    _unread_margins(build)
 
 
 def _thinking(nodes: Mapping[str, Node]) -> None:
@@ -288,19 +294,66 @@ def _thinking(nodes: Mapping[str, Node]) -> None:
                 )
 
 
-def _strengths(nodes: Mapping[str, Node]) -> None:
+def _single(node: Node, data: Node) -> None:
+    """Refuse single responses, desirable or not, where pairs are learned from."""
+    if data.kind != "preferences" or form_of(data.config) != "single":
+        return
+    where = f"stage {node.name!r} ({node.kind})"
+    these = f"{data.name!r} are single responses, desirable or not"
+    if node.kind == "reward_model":
+        raise ConfigError(
+            f"{where}: it learns from pairs, and {these}; learn from them with r.dpo(loss='kto'), "
+            "or give it preferences with chosen and rejected responses"
+        )
+    loss = node.config.get("loss", {})
+    if node.kind == "dpo" and loss["kind"] != "kto":
+        raise ConfigError(
+            f"{where}, field 'loss': {loss['kind']} learns from pairs, and {these}; write "
+            "loss='kto', or give it preferences with chosen and rejected responses"
+        )
+
+
+def _margins(node: Node, data: Node) -> None:
     """Refuse a reward model that reads how clear preferences are where nobody said it."""
-    for node in nodes.values():
-        data = nodes.get(node.inputs.get("data", ""))
-        loss = node.config.get("loss")
-        margins = loss.get("margins") if isinstance(loss, dict) else None
-        if margins != "strength" or data is None or data.kind != "pairs":
-            continue
-        pairs: Any = KINDS["pairs"].settings_class()(**data.config)
-        if not pairs.pairwise:
+    loss = node.config.get("loss")
+    margins = loss.get("margins") if isinstance(loss, dict) else None
+    if margins not in ("strength", "margin"):
+        return
+    where = f"stage {node.name!r} ({node.kind}), field 'loss.margins'"
+    if data.kind == "preferences":
+        said = has_margins(data.config) if margins == "margin" else "strength" in data.config
+        more = ", or chosen_score and rejected_score" if margins == "margin" else ""
+        if not said:
             raise ConfigError(
-                f"stage {node.name!r} ({node.kind}), field 'loss.margins': strength is read from "
-                f"pairs whose judge compares two responses, and those of {data.name!r} have none; "
-                "give r.pairs a judge=judges.oracle(...), or judges.human() with how = all or "
-                "random"
+                f"{where}: {data.name!r} does not say the {margins} of a preference; name its "
+                f'column with {margins} = "..."{more}'
             )
+    elif data.kind == "pairs":
+        pairs: Any = KINDS["pairs"].settings_class()(**data.config)
+        if margins == "strength" and not pairs.pairwise:
+            raise ConfigError(
+                f"{where}: strength is read from pairs whose judge compares two responses, and "
+                f"those of {data.name!r} have none; give r.pairs a judge=judges.oracle(...), or "
+                "judges.human() with how = all or random"
+            )
+        if margins == "margin" and (pairs.pairwise or pairs.by != "score"):
+            raise ConfigError(
+                f"{where}: margin is the difference of two scores, and those of {data.name!r} are "
+                "not paired by score; give r.pairs a judge that scores, such as judges.scalar(...)"
+            )
+
+
+def _unread_margins(build: Builder) -> None:
+    """Warn of columns of preferences that none of the stages reads that learn from them."""
+    for data in build.nodes.values():
+        learners = [n for n in build.nodes.values() if n.inputs.get("data") == data.name]
+        for column in ("margin", "strength"):
+            losses = [node.config.get("loss", {}) for node in learners]
+            read = any(loss.get("margins") == column for loss in losses)
+            if data.kind == "preferences" and column in data.config and learners and not read:
+                build.warn(
+                    f"the column {column} = {data.config[column]!r} of {data.name!r} is read by no "
+                    f"stage: a reward model reads it with loss=BradleyTerry(margins={column!r}); "
+                    "write that, or leave the column out",
+                    data.name,
+                )

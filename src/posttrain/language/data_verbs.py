@@ -1,4 +1,4 @@
-"""The verbs of a recipe that make data out of models and of other data.
+"""The verbs of a recipe that make data: taken in from outside, out of models, out of other data.
 
 `posttrain.recipe` has those that make models.
 """
@@ -6,19 +6,35 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from posttrain.judges import Judge
-from posttrain.language import checks, inputs
+from posttrain.language import checks, inputs, own_data
 from posttrain.language.builder import Builder
 from posttrain.language.handles import Demos, Prompts, Stage
 from posttrain.language.routes import samplers
 
 
 class DataVerbs:
-    """Sampling, judging, selecting and mixing: a part of `posttrain.recipe.Recipe`."""
+    """Tables, sampling, judging, selecting and mixing: a part of `posttrain.recipe.Recipe`."""
 
     _build: Builder
+
+    def preferences(self, source: str | Path, *, name: str | None = None, **columns: Any) -> Stage:
+        """A table of your own preferences, as data for `dpo` and `reward_model`.
+
+        `source` is a name in the suite's `preferences`, or where a table lies; then `columns` name
+        its columns, as the fields of `posttrain.Preferences`.
+        """
+        return own_data.taken_in(self._build, own_data.PREFERENCES, source, name, columns)
+
+    def table(self, source: str | Path, *, name: str | None = None, **columns: Any) -> Stage:
+        """A table of prompts and responses that is no domain, as data for `sft` and `mix`.
+
+        `source` and `columns` as in `preferences`; the columns are those of `posttrain.DataTable`.
+        """
+        return own_data.taken_in(self._build, own_data.TABLE, source, name, columns)
 
     def sample(
         self,

@@ -25,8 +25,11 @@ def model_card(record: Mapping[str, Any], scores: Sequence[Mapping[str, Any]] | 
     parents: dict[str, Mapping[str, str]] = {}
     data: dict[str, Mapping[str, str]] = {}
     for edge, source in record["inputs"].items():
-        if "problems" in shown_kind(source["kind"]).makes:
+        made = shown_kind(source["kind"])
+        if "problems" in made.makes:
             data[edge.removeprefix(edge_name("domains", ""))] = source
+        elif made.is_data():
+            data[source["name"]] = source
         else:
             parents[edge] = source
     writes_text = "reward_model" not in shown_kind(kind).makes
@@ -49,8 +52,8 @@ def model_card(record: Mapping[str, Any], scores: Sequence[Mapping[str, Any]] | 
         *_titled(
             "## Data",
             _table(
-                ("domain", "fingerprint"),
-                [(domain, f"`{s['fingerprint'][:SHORT]}`") for domain, s in data.items()],
+                ("data", "kind", "fingerprint"),
+                [(n, s["kind"], f"`{s['fingerprint'][:SHORT]}`") for n, s in data.items()],
             ),
         ),
         *_titled("## Settings", _table(("setting", "value"), list(flat(record["config"]).items()))),

@@ -102,6 +102,10 @@ class Kind:
         """What has to be in `sys.path` so that its loop is found."""
         return self.file().parents[self.run.partition(":")[0].count(".")]
 
+    def is_data(self) -> bool:
+        """Whether it takes in data from outside the store, of a user's own or of a domain."""
+        return self.from_outside and bool(self.makes) and not self.is_model()
+
     def is_model(self) -> bool:
         """Whether it leaves a checkpoint behind, of whatever it may be asked."""
         return "model" in self.makes or "reward_model" in self.makes
@@ -122,6 +126,8 @@ _SUPERVISED: dict[str, Any] = {
 
 _ALL = (
     _kind("domain", "", "models:run_domain", "problems", number=("train", "problems")),
+    _kind("preferences", "", "own_data:run_preferences", "pairs", number=("rows", "rows")),
+    _kind("table", "", "own_data:run_table", "rows", number=("rows", "rows")),
     _kind(
         "model",
         "",

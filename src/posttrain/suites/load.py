@@ -2,7 +2,7 @@
 
     name = "mine"
     [domains.algebra]
-    train = "algebra.jsonl"      # or .parquet, a save_to_disk folder, "hub:owner/name@commit#split"
+    train = "algebra.jsonl"      # or .csv, .parquet, ..., "hub:owner/name@commit#split"
     prompt = "question"          # columns
     answer = "answer"
     verifier = "math"            # its options are further keys
@@ -12,6 +12,11 @@
     num_train = 2000
     num_validation = 100
     num_heldout = 200
+    [preferences.helpful]
+    data = "pairs.jsonl"         # prompt, chosen, rejected
+    [tables.chat]
+    data = "chat.jsonl"          # rows to imitate
+    messages = "messages"
 
 Relative paths are relative to the suite file.
 """
@@ -20,14 +25,23 @@ from __future__ import annotations
 
 import dataclasses
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from posttrain.engine.errors import ConfigError, choices_text
 from posttrain.rewards.python_file import line_in, load_file
 from posttrain.rewards.spec import OPTIONS, VerifierSpec, parse_verifier
-from posttrain.suites.domain import Domain, Procedural, Suite, Table, domain_name
+from posttrain.suites.domain import (
+    DataTable,
+    Domain,
+    Preferences,
+    Procedural,
+    Suite,
+    Table,
+    domain_name,
+)
 
 SHIPPED: Mapping[str, Path] = {"core": Path(__file__).with_name("core.toml")}
 """Shipped suite -> its file."""
@@ -88,18 +102,25 @@ def _from_toml(path: Path) -> Suite:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path}: not a TOML file: {error}") from error
     for key in content:
-        if key not in ("name", "domains"):
+        if key not in ("name", *_PARTS):
             raise ConfigError(
-                f"{path}: unknown key {key!r}; {choices_text(key, ['name', 'domains'])}"
+                f"{path}: unknown key {key!r}; {choices_text(key, ['name', *_PARTS])}"
             )
-    tables = content.get("domains", {})
-    if not isinstance(tables, dict) or not all(isinstance(t, dict) for t in tables.values()):
-        raise ConfigError(f"{path}: domains has to hold tables, written [domains.algebra]")
-    if not tables:
-        raise ConfigError(f"{path}: it has no [domains.<name>] table; a suite needs at least one")
+    parts: dict[str, dict[str, Any]] = {}
+    for part, make in _PARTS.items():
+        tables = content.get(part, {})
+        if not isinstance(tables, dict) or not all(isinstance(t, dict) for t in tables.values()):
+            raise ConfigError(f"{path}: {part} has to hold tables, written [{part}.algebra]")
+        parts[part] = {
+            key: make(key, table, f"{path}: {part}.{key}") for key, table in tables.items()
+        }
+    if not any(parts.values()):
+        raise ConfigError(
+            f"{path}: it has no [domains.<name>] table, and none of [preferences.<name>] or "
+            "[tables.<name>]; a suite needs at least one"
+        )
     name = domain_name(content.get("name", path.stem), where=f"{path}: name")
-    domains = {key: _domain(key, table, f"{path}: domains.{key}") for key, table in tables.items()}
-    return Suite(name=name, domains=domains)
+    return Suite(name=name, **parts)
 
 
 def _domain(name: str, table: dict[str, Any], where: str) -> Domain:
@@ -119,7 +140,8 @@ def _domain(name: str, table: dict[str, Any], where: str) -> Domain:
     if not isinstance(verifier, str):
         raise ConfigError(
             f"{where}: verifier is {'missing' if verifier is None else repr(verifier)}; "
-            f'write for example verifier = "math"; choices: {", ".join(OPTIONS)}'
+            f'write for example verifier = "math", or "none" where nothing can be checked; '
+            f"choices: {', '.join(OPTIONS)}"
         )
     own = (*fields, "verifier", "oracle")
     options = {key: value for key, value in table.items() if key not in own}
@@ -135,6 +157,9 @@ def _domain(name: str, table: dict[str, Any], where: str) -> Domain:
     spec = parse_verifier(verifier, options, where=f"{where}.verifier")
     for key in own:
         wanted = _TYPES.get(key, str)
+        if key in ("heldout", "validation") and isinstance(table.get(key), int):
+            # 0 is a domain without that split; `domain_node` refuses other numbers.
+            continue
         if key in table and (not isinstance(table[key], wanted) or isinstance(table[key], bool)):
             raise ConfigError(f"{where}.{key} is {table[key]!r}; it has to be a {wanted.__name__}")
     for field in fields.values():
@@ -143,6 +168,33 @@ def _domain(name: str, table: dict[str, Any], where: str) -> Domain:
             raise ConfigError(f"{where}: {field.name} is missing; write {field.name} = ...")
     source = source_type(**{key: value for key, value in table.items() if key in fields})
     return Domain(name=name, source=source, verifier=spec, oracle=table.get("oracle"))
+
+
+def _own_data(
+    source_type: type[Preferences] | type[DataTable], name: str, table: dict[str, Any], where: str
+) -> Preferences | DataTable:
+    """One [preferences.<name>] or [tables.<name>] table."""
+    domain_name(name, where=where)
+    known = [field.name for field in dataclasses.fields(source_type)]
+    for key, value in table.items():
+        if key not in known:
+            raise ConfigError(f"{where}: unknown key {key!r}; {choices_text(key, known)}")
+        if not isinstance(value, str):
+            raise ConfigError(f"{where}.{key} is {value!r}; it has to be a text")
+    if "data" not in table:
+        raise ConfigError(
+            f'{where}: data is missing; write data = "pairs.jsonl", or where else the table lies'
+            f"{_instead(table, 'data')}"
+        )
+    return source_type(**table)
+
+
+_PARTS: Mapping[str, Callable[[str, dict[str, Any], str], Any]] = {
+    "domains": _domain,
+    "preferences": partial(_own_data, Preferences),
+    "tables": partial(_own_data, DataTable),
+}
+"""Part of a suite to what makes one of its tables."""
 
 
 def _instead(table: Mapping[str, Any], *wanted: str) -> str:

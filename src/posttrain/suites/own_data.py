@@ -1,0 +1,249 @@
+"""Data of a user's own that is no domain: what tables of preferences and of rows to imitate have in
+common. Such a table has no verifier and no splits: every row of it is learned from.
+
+A table that lies on this machine is read while planning, and every table again when its artifact is
+made. All bad rows are told together, with file, line and column.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from posttrain.engine.errors import ConfigError, choices_text
+from posttrain.engine.fingerprint import digest, file_digest, plain
+from posttrain.engine.hashes import HashFile
+from posttrain.engine.jsonl import write_jsonl
+from posttrain.rewards.spec import NodeParts
+from posttrain.suites.cells import is_missing, text_of
+from posttrain.suites.checked import recall, remember
+from posttrain.suites.faults import Faults
+from posttrain.suites.location import Location, parse_location
+from posttrain.suites.messages import (
+    Message,
+    is_plain,
+    looks_like_messages,
+    message_list,
+    read_messages,
+    readable,
+    with_system,
+)
+from posttrain.suites.records import read_records
+
+Row = dict[str, Any]
+Facts = dict[str, int]
+Config = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """What is done with one kind of such tables."""
+
+    name: str
+    file: str
+    """What its artifact holds."""
+    rows: Callable[[Config, Mapping[str, Any]], list[Row]]
+    """What becomes of one row of the table."""
+    facts: Callable[[Config, list[Row]], Facts]
+    """What there is to tell of all that was made, beside what every table has."""
+    version: int = 1
+    """Raised when rows are read in another way: what was remembered of tables then counts for
+    nothing."""
+
+    def node(
+        self,
+        source: Any,
+        name: str,
+        base_dir: Path,
+        hash_file: HashFile = file_digest,
+        cache: Path | None = None,
+    ) -> NodeParts:
+        """The parts of the graph node of a table.
+
+        Identity are the name, the columns and the bytes (of a Hub table its reference). In
+        `runtime` are "file", where it lies, and of a local table "facts". `cache` is a directory
+        that remembers which tables were found good.
+
+        Raises ConfigError for a location, a column or a row that is wrong.
+        """
+        where = f"{self.name} {name}"
+        if source.system is not None and source.system_column is not None:
+            raise ConfigError(
+                f"{where}: system and system_column are both given; give one text for all rows, or "
+                "the column of each row's own"
+            )
+        location = parse_location(source.data, base_dir, where=where)
+        config = {"name": name, "table": location.text if location.path is None else location.kind}
+        config |= named_columns(source)
+        data: dict[str, str] = {}
+        runtime: dict[str, Any] = {"file": location.text}
+        if location.path is not None:
+            data["table"] = location.digest(hash_file)
+            key = digest({"config": config, "data": data, "read": [self.name, self.version]})
+            known = recall(cache, f"rows-{key[:32]}")
+            if known is None:
+                _, known = self._read(config, location)
+                remember(cache, f"rows-{key[:32]}", known)
+            runtime["facts"] = known
+        return NodeParts(config=plain(config, at=where), data=data, runtime=runtime)
+
+    def build(
+        self, config: Config, runtime: Mapping[str, Any], out: Path, data: Mapping[str, str]
+    ) -> Facts:
+        """Write the rows into the directory `out`; the others are the parts of `node`.
+
+        Returns rows, read (rows of the table), duplicates (those that repeat others), prompts,
+        left_out (those that say nothing, such as a ranking of equals; where there are any), and
+        what `facts` adds. Raises ConfigError for a table that is wrong or has changed since.
+        """
+        where = f"{self.name} {config['name']}"
+        location = parse_location(runtime["file"], Path(), where=where)
+        if location.path is not None and location.digest() != data["table"]:
+            raise ConfigError(
+                f"{where}: {location.text} changed since the plan was made, so its rows are not "
+                "the ones that the artifact's identity names; run the command again"
+            )
+        rows, facts = self._read(config, location)
+        write_jsonl(out / self.file, rows)
+        return facts
+
+    def _read(self, config: Config, location: Location) -> tuple[list[Row], Facts]:
+        start = f"{self.name} {config['name']}: {location.text}"
+        faults = Faults(start)
+        found: dict[str, Row] = {}
+        num_read = duplicates = left_out = 0
+        for record in read_records(location, faults):
+            num_read += 1
+            with faults.at(record.place):
+                made = self.rows(config, record.values)
+                keys = [json.dumps(row, sort_keys=True) for row in made]
+                fresh = {k: row for k, row in zip(keys, made, strict=True) if k not in found}
+                left_out += not made
+                duplicates += bool(made) and not fresh
+                found |= fresh
+        faults.check()
+        if not found:
+            raise ConfigError(f"{start} holds no row that can be learned from")
+        rows = list(found.values())
+        facts = {"rows": len(rows), "read": num_read, "duplicates": duplicates}
+        facts["prompts"] = len({row["id"] for row in rows})
+        if left_out:
+            facts["left_out"] = left_out
+        return rows, facts | self.facts(config, rows)
+
+
+def named_columns(source: Any) -> dict[str, str]:
+    """Field to column, of those that are named."""
+    named = {field.name: getattr(source, field.name) for field in fields(source)}
+    return {name: column for name, column in named.items() if column is not None and name != "data"}
+
+
+def lengths(texts: Iterable[str]) -> Facts:
+    """Median and longest characters of texts."""
+    sizes = [len(text) for text in texts]
+    return {"median_characters": int(median(sizes)), "longest_characters": max(sizes)}
+
+
+# -- one row; every ConfigError is told with the row's place ---------------------------------------
+
+
+def cell(record: Mapping[str, Any], field: str, column: str) -> Any:
+    """The value of the column that stands for a field. Raises ConfigError where there is none."""
+    if column not in record:
+        raise ConfigError(
+            f"column {column!r} is missing; {choices_text(column, record, label='columns there')}; "
+            f'name the right one with {field} = "..."'
+        )
+    if is_missing(record[column]):
+        raise ConfigError(f"column {column!r} holds no value; fill it, or leave the row out")
+    return record[column]
+
+
+def number(record: Mapping[str, Any], field: str, column: str) -> float:
+    """A finite number of a column."""
+    return as_number(cell(record, field, column), f"column {column!r}")
+
+
+def as_number(value: Any, place: str) -> float:
+    """The value as a finite number, also where it is a text."""
+    try:
+        found = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        found = math.nan
+    if not math.isfinite(found):
+        raise ConfigError(f"{place} holds {str(value)[:60]!r}; it has to be a number")
+    return found
+
+
+def text(value: Any, place: str) -> str:
+    """A text that is not blank; a number becomes one."""
+    try:
+        found = text_of(value)
+    except ConfigError as error:
+        raise ConfigError(f"{place} {error}") from None
+    if not found.strip():
+        raise ConfigError(f"{place} is empty; fill it, or leave the row out")
+    return found
+
+
+def response(value: Any, place: str) -> tuple[list[Message], str]:
+    """A response that is given as a text or as messages: the messages before it, if the whole
+    conversation is given, and its text."""
+    if not looks_like_messages(value):
+        return [], text(value, place)
+    try:
+        *before, last = message_list(value)
+    except ConfigError as error:
+        raise ConfigError(f"{place}: {error}") from None
+    if last["role"] != "assistant":
+        raise ConfigError(
+            f"{place}: its last message is one of the role {last['role']!r}; a response is a "
+            "message of the role 'assistant'"
+        )
+    if last.get("tool_calls"):
+        raise ConfigError(
+            f"{place}: its last message calls tools; a response to learn is a text, so leave the "
+            "row out"
+        )
+    return before, text(last["content"], f"{place}: its last message")
+
+
+def asked_for(config: Config, record: Mapping[str, Any], prompt: Any, place: str) -> Row:
+    """The beginning of a row: an id that is the same for the same prompt, `prompt`, and `messages`
+    where the model is shown more than one plain message of a user."""
+    if looks_like_messages(prompt):
+        try:
+            messages = read_messages(prompt)
+        except ConfigError as error:
+            raise ConfigError(f"{place}: {error}") from None
+    else:
+        messages = [{"role": "user", "content": text(prompt, place)}]
+    if messages[-1]["role"] == "assistant":
+        raise ConfigError(
+            f"{place} ends with a message of the role 'assistant'; a prompt ends before the "
+            "response, with what the model is to answer"
+        )
+    messages = with_system(messages, _system(config, record))
+    row: Row = {"id": "", "domain": config["name"], "prompt": readable(messages)}
+    key = row["prompt"]
+    if not is_plain(messages):
+        row["messages"] = messages
+        key = json.dumps(messages, sort_keys=True)
+    row["id"] = f"{config['name']}-{hashlib.sha256(key.encode('utf-8')).hexdigest()[:12]}"
+    return row
+
+
+def _system(config: Config, record: Mapping[str, Any]) -> str | None:
+    """The system message of a row: the same for all, or that of a column; an empty cell is none."""
+    column = config.get("system_column")
+    if column is None:
+        return config.get("system")
+    found = None if is_missing(record.get(column, "")) else cell(record, "system_column", column)
+    said = "" if found is None else text_of(found)
+    return said if said.strip() else None
