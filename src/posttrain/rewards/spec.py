@@ -33,6 +33,15 @@ SPELLINGS: Mapping[str, str] = {kind: kind for kind in OPTIONS} | {
 """Verifier kind -> how it is written."""
 
 
+def is_verified(config: Mapping[str, Any]) -> bool:
+    """Whether responses of a domain are verified: not with `verifier = "none"`.
+
+    `config` is what domain.json has under "config", or the verifier in it.
+    """
+    found: Mapping[str, Any] = config.get("verifier", config)
+    return found["name"] != "none"
+
+
 @dataclass(frozen=True, kw_only=True)
 class VerifierSpec:
     """A verifier as the user writes it."""

@@ -5,8 +5,9 @@ Legend: B rows (responses), N sampled tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -32,12 +33,13 @@ class Reader(Protocol):
         ...
 
 
-def verifiers(ctx: Context) -> VerifierPool:
-    """The verifiers of all domains that the stage has; they end with the stage.
+def verifiers(ctx: Context, domains: Mapping[str, Path] | None = None) -> VerifierPool:
+    """The verifiers of all domains that the stage has, or of some; they end with the stage.
 
     Call it first: what it starts gets ready while the models are loaded.
     """
-    pool = VerifierPool(ctx.domains, num_workers=min(ctx.threads, MAX_WORKERS))
+    chosen = ctx.domains if domains is None else domains
+    pool = VerifierPool(chosen, num_workers=min(ctx.threads, MAX_WORKERS))
     return ctx.resources.enter_context(pool)
 
 
