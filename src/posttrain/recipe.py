@@ -23,7 +23,7 @@ from posttrain.engine.store import Store
 from posttrain.judges import Judge
 from posttrain.language import checks, inputs
 from posttrain.language.builder import Builder
-from posttrain.language.handles import Demos, Prompts, Stage, check_modes
+from posttrain.language.handles import Demos, Prompts, Stage, Warned, check_modes
 from posttrain.language.inputs import Aux
 from posttrain.language.routes import Teachers, route, samplers
 from posttrain.stages.kinds import KINDS, Kind
@@ -479,7 +479,14 @@ class Recipe:
         """The finished graph. Raises ConfigError for a setting that matched no stage, and for
         stages that do not fit together."""
         checks.recipe(self._build.nodes)
-        return self._build.graph(target)
+        graph = self._build.graph(target)
+        checks.needed(self._build, graph)
+        return graph
+
+    @property
+    def warnings(self) -> tuple[Warned, ...]:
+        """What is to be told about the recipe so far, though it can be run."""
+        return tuple(self._build.warnings)
 
     def _trained(
         self,

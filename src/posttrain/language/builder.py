@@ -11,7 +11,7 @@ from posttrain.engine.errors import ConfigError, GraphError, choices_text
 from posttrain.engine.fingerprint import file_digest
 from posttrain.engine.graph import Graph, Node, edge_name, named, with_role
 from posttrain.engine.store import Store
-from posttrain.language.handles import Demos, Prompts, Stage
+from posttrain.language.handles import Demos, Prompts, Stage, Warned
 from posttrain.language.overrides import Overrides
 from posttrain.stages.config import build_config
 from posttrain.stages.kinds import KINDS, Product, kind_of, kinds_making
@@ -45,6 +45,7 @@ class Builder:
         self.settings: dict[str, Any] = {}
         """Stage to its checked settings."""
         self.external: dict[str, CheckpointSource] = {}
+        self.warnings: list[Warned] = []
         self._overrides = Overrides(overrides or {})
 
     @property
@@ -99,6 +100,12 @@ class Builder:
         )
         self._check_shares(stage)
         return stage
+
+    def warn(self, text: str, stage: str | None = None) -> None:
+        """Tell the user something that is no error; the same text once for each stage."""
+        warned = Warned(text, stage)
+        if warned not in self.warnings:
+            self.warnings.append(warned)
 
     def _code(self, name: str) -> dict[str, dict[str, str]]:
         """For a kind of another module: the digest of its loop, and where the module is found."""

@@ -60,6 +60,15 @@ class Demos:
         return {name: value for name, value in settings.items() if value}
 
 
+@dataclass(frozen=True)
+class Warned:
+    """A warning made while the recipe was read; it is shown with those of its stages."""
+
+    text: str
+    stage: str | None = None
+    """The stage that it is about, None for the recipe."""
+
+
 SELF = "self"
 """As a teacher: the student's own start, to hold a domain where it is."""
 

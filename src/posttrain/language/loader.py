@@ -24,7 +24,7 @@ from pydantic import PydanticUserError, TypeAdapter, ValidationError
 from posttrain.engine.errors import ConfigError, PosttrainError, choices_text
 from posttrain.engine.graph import Graph
 from posttrain.engine.store import Store
-from posttrain.language.handles import Stage
+from posttrain.language.handles import Stage, Warned
 from posttrain.recipe import Recipe
 from posttrain.suites.load import load_suite
 
@@ -50,6 +50,8 @@ class Loaded:
     """What --set said: parameters of the recipe and `stage.field` alike."""
     sources: tuple[Path, ...]
     """Directories of the code and the data description that made it, for the provenance."""
+    warnings: tuple[Warned, ...] = ()
+    """What is to be told about the recipe, though it can be run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +112,7 @@ def load_recipe(
         seed=seed,
         settings=parameters | overrides,
         sources=tuple(dict.fromkeys((path.parent, directory, PACKAGE))),
+        warnings=recipe.warnings,
     )
 
 
