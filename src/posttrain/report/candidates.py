@@ -62,7 +62,16 @@ def view_of(evaluation: Evaluation, edge: str) -> tuple[Evaluation, str]:
     for name, view in views(evaluation).items():
         if edge == edge_of(evaluation, name):
             return view, "student"
-    return first_view(evaluation), edge
+    view, found = first_view(evaluation), evaluation.get("along", {}).get(edge.partition(".")[2])
+    if not edge.startswith("along.") or found is None:
+        return view, edge
+    rows = {
+        name: row
+        | {edge: found[name]["sampled"]}
+        | {"greedy": row["greedy"] | {edge: found[name]["greedy"]}}
+        for name, row in view["domains"].items()
+    }
+    return {**view, "domains": rows}, edge
 
 
 def has_init(evaluation: Evaluation) -> bool:
@@ -142,7 +151,8 @@ def verdicts(evaluation: Evaluation) -> list[tuple[str, bool]]:
     """For each student whether it beats the init, said plainly, and whether it does."""
     found = []
     for name, view in views(evaluation).items():
-        said = verdict(view, "The student" if name == "student" else name)
+        who = "The student" if name == "student" else name
+        said = verdict(view, who, f"over {all_domains(evaluation)}")
         if said:
             found.append((said, view["gain"]["low"] > 0))
     return found
@@ -155,7 +165,7 @@ class Difference:
     first: str
     second: str
     cells: Mapping[str, Mapping[str, Value]]
-    """ "all domains" and each domain -> decoding -> difference."""
+    """Each domain, and before them the mean over all -> decoding -> difference."""
 
     @property
     def title(self) -> str:
@@ -163,7 +173,9 @@ class Difference:
         return f"{self.first} {MINUS} {self.second}"
 
 
-ALL = "all domains"
+def all_domains(evaluation: Evaluation) -> str:
+    """What the domains with accuracies are called together."""
+    return "all verified domains" if evaluation.get("unverified") else "all domains"
 
 
 def differences(evaluation: Evaluation) -> list[Difference]:
@@ -172,7 +184,7 @@ def differences(evaluation: Evaluation) -> list[Difference]:
     for pair in evaluation["pairs"]:
         cells = dict(pair["domains"])
         if len(cells) > 1:
-            cells = {ALL: pair["all"]} | cells
+            cells = {all_domains(evaluation): pair["all"]} | cells
         if cells:
             both = {n: {d: decoded(cell, d) for d in DECODINGS} for n, cell in cells.items()}
             found.append(Difference(first=pair["first"], second=pair["second"], cells=both))
@@ -193,6 +205,17 @@ def forgetting(evaluation: Evaluation) -> Forgetting | None:
     named = {column.title: (column.edge, column.role) for column in models(evaluation)}
     whole = {"domains": view["domains"], "routes": evaluation["routes"]}
     return matrix(whole | {"models": evaluation["models"]}, named)
+
+
+def any_of(rows: Mapping[str, Any], key: str) -> bool:
+    """Whether a model has this in one of the domains."""
+    return any(cells[key] for row in rows.values() for cells in row["models"].values())
+
+
+def mean_accuracy(view: Evaluation) -> float:
+    """Of a student at temperature 1, the mean over its verified domains."""
+    values = [row["student"]["value"] for row in view["domains"].values()]
+    return float(sum(values) / len(values))
 
 
 def judge_name(row: Mapping[str, Any]) -> str:

@@ -61,11 +61,12 @@ def has_teachers(evaluation: Evaluation) -> bool:
 def notes(evaluation: Evaluation) -> list[str]:
     """Why a recovery is missing, and which domains a constant answer nearly solves."""
     found: list[str] = []
-    if not has_teachers(evaluation) or any(
-        row["init"] is None for row in evaluation["domains"].values()
-    ):
+    if not has_teachers(evaluation):
         return found
     for name, row in evaluation["domains"].items():
+        if row["init"] is None:
+            # There is no recovery anywhere, and nobody expects one.
+            continue
         reasons = {decoding: decoded(row, decoding)["note"] for decoding in DECODINGS}
         if reasons["sampled"] == reasons["greedy"]:
             reasons.pop("greedy")
@@ -87,14 +88,16 @@ def notes(evaluation: Evaluation) -> list[str]:
     return found
 
 
-def verdict(evaluation: Evaluation, who: str = "The student") -> str:
+def verdict(
+    evaluation: Evaluation, who: str = "The student", everywhere: str = "over all domains"
+) -> str:
     """Whether the student beats the init, said plainly; empty without an init, and for an
-    evaluation from before `gain` was kept."""
+    evaluation from before `gain` was kept. `everywhere` is what several domains are called."""
     if evaluation.get("gain") is None:
         return ""
     gain = evaluation["gain"]
     points = f"{signed(gain['value'])} points, {signed(gain['low'])} to {signed(gain['high'])}"
-    over = "over all domains" if len(evaluation["domains"]) > 1 else "in its domain"
+    over = everywhere if len(evaluation["domains"]) > 1 else "in its domain"
     worse = [n for n, row in evaluation["domains"].items() if row["gain"]["high"] < 0]
     but = f"; it is worse in {', '.join(worse)}" if worse else ""
     if gain["low"] > 0:

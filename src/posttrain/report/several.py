@@ -206,7 +206,7 @@ def _unverified(evaluation: Evaluation, digits: int | None) -> Table:
     kls = {
         title: key
         for title, key in (("KL to init", "kl_init"), ("KL to teacher", "kl_teacher"))
-        if any(cells[key] for row in rows.values() for cells in row["models"].values())
+        if candidates.any_of(rows, key)
     }
     table = plain_table()
     table.add_column("", overflow="fold", min_width=6)
@@ -232,7 +232,7 @@ def _judged(evaluation: Evaluation, digits: int) -> Table:
     shown = {
         title: key
         for title, key in (("score", "score"), ("wins, %", "win"))
-        if any(cells[key] for row in rows.values() for cells in row["models"].values())
+        if candidates.any_of(rows, key)
     }
     table = plain_table()
     table.add_column("", overflow="fold", min_width=6)
