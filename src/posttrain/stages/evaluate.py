@@ -30,14 +30,12 @@ from posttrain.backends.prompting import Problem, format_answer, in_modes
 from posttrain.engine.graph import edge_name, named, role_of
 from posttrain.rewards.judge_base import Judge
 from posttrain.rewards.pool import VerifierPool
-from posttrain.rewards.spec import is_verified
-from posttrain.rewards.verifiers import domain_config
 from posttrain.rl.batch import Batch, concatenate
 from posttrain.rl.seeds import step_seed
 from posttrain.rl.statistics import Scores, candidates, evaluation, mean_interval
 from posttrain.stages.context import Context
 from posttrain.stages.judging import make_reward, responses_of
-from posttrain.stages.rollout import rollout, submit, verifiers
+from posttrain.stages.rollout import rollout, submit, verified_mean, verifiers
 from posttrain.stages.settings.models import Best, Evaluate
 from posttrain.stages.unverified import Behaviour, behaviours, judge_all, routes_of
 
@@ -48,10 +46,7 @@ SINGLE = {"student", "init", "teachers"}
 def run(settings: Evaluate, ctx: Context) -> dict[str, float]:
     """Score every model on every domain, in every mode; write evaluation.json and
     transcripts.json."""
-    verified = {
-        name: path for name, path in ctx.domains.items() if is_verified(domain_config(path))
-    }
-    verifier_pool = verifiers(ctx, verified)
+    verifier_pool = verifiers(ctx)
     problems = problems_by_name(settings, ctx)
     models = {
         edge: path
@@ -59,7 +54,7 @@ def run(settings: Evaluate, ctx: Context) -> dict[str, float]:
         if role_of(edge) not in ("domains", "judges")
     }
     answers = all_answers(settings, ctx, models, problems, verifier_pool)
-    scored = {name: rows for name, rows in problems.items() if rows[0]["domain"] in verified}
+    scored = {name: rows for name, rows in problems.items() if is_verified(rows, verifier_pool)}
     single = is_single(settings, models, len(scored) == len(problems))
     result = results(settings, ctx, models, scored, answers, verifier_pool, single=single)
     if not single:
@@ -94,10 +89,9 @@ def all_answers(
         sampler = ctx.sampler(edge, precision=settings.precision)
         found = answers[path] = {}
         for number, (name, rows) in enumerate(problems.items()):
-            verified = rows[0]["domain"] in verifier_pool.domains
-            pool = verifier_pool if verified else None
+            verified = is_verified(rows, verifier_pool)
             sampled, greedy = (
-                answers_to(rows, settings, sampler, pool, number=number, samples=samples)
+                answers_to(rows, settings, sampler, verifier_pool, number=number, samples=samples)
                 for samples in (settings.samples, 0)
             )
             found[name] = Answers(sampled, greedy, verified=verified)
@@ -154,6 +148,11 @@ def results(
         along={name: edge_name("along", name) for name in named(models, "along")},
         **how,
     )
+
+
+def is_verified(rows: Sequence[Problem], verifier_pool: VerifierPool) -> bool:
+    """Whether the domain of these problems has a verifier."""
+    return rows[0]["domain"] not in verifier_pool.unverified
 
 
 def is_single(settings: Evaluate, models: Mapping[str, Path], all_verified: bool) -> bool:
@@ -265,14 +264,14 @@ def answers_to(
     problems: list[Problem],
     settings: Evaluate | Best,
     sampler: Sampler,
-    verifier_pool: VerifierPool | None,
+    verifier_pool: VerifierPool,
     *,
     number: int,
     samples: int,
 ) -> Batch:
-    """One model's answers to the problems of domain `number`, verified unless there is no verifier:
-    so many `samples` of each at temperature 1, or with 0 one greedy response."""
-    batch = rollout(
+    """One model's verified answers to the problems of domain `number`: so many `samples` of each at
+    temperature 1, or with 0 one greedy response."""
+    return rollout(
         sampler,
         problems,
         verifier_pool,
@@ -282,9 +281,6 @@ def answers_to(
         # Every model gets the same random numbers on the same problem: a paired comparison.
         seed=step_seed(settings.seed, number),
     )
-    if verifier_pool is None:
-        batch.texts.extend(map(sampler.chat.decode, batch.responses()))
-    return batch
 
 
 def best_constant(
@@ -319,6 +315,8 @@ def run_best(settings: Best, ctx: Context) -> dict[str, Any]:
     problems = {
         name: in_modes(ctx.problems(name, "validation")[: settings.num_problems], settings.modes)
         for name in ctx.domains
+        # Without a verifier a judge alone can say what a response is worth.
+        if settings.judge is not None or name not in verifier_pool.unverified
     }
     names = list(named(ctx.inputs, "candidates"))
     answers: dict[str, list[Batch]] = {}
@@ -331,8 +329,10 @@ def run_best(settings: Best, ctx: Context) -> dict[str, Any]:
             for position, rows in enumerate(problems.values())
         ]
         tokens = sum(batch.num_tokens for batch in answers[name])
-        rewards = [float(batch["reward_B"].mean()) for batch in answers[name]]
-        ctx.log(number + 1, len(names), tokens=tokens, reward=float(np.mean(rewards)))
+        found = (verified_mean(batch["reward_B"]) for batch in answers[name])
+        rewards = [reward for reward in found if reward is not None]
+        about = {"reward": float(np.mean(rewards))} if rewards else {}
+        ctx.log(number + 1, len(names), tokens=tokens, **about)
     worths = {name: [b["reward_B"].double() for b in of_it] for name, of_it in answers.items()}
     if settings.judge is not None:
         worths = judge_scores(settings.judge, settings, ctx, answers)
@@ -384,10 +384,11 @@ def measured(
         count = int(batch["group_B"].max()) + 1
         means.append(net_B.reshape(count, -1).mean(dim=1).numpy())
     interval = mean_interval(means, resamples=settings.bootstrap, seed=settings.seed)
-    rewards = [float(batch["reward_B"].double().mean()) for batch in answers]
+    means_B = (verified_mean(batch["reward_B"].double()) for batch in answers)
+    rewards = {n: r for n, r in zip(domains, means_B, strict=True) if r is not None}
     length = sum(batch.num_tokens for batch in answers) / sum(map(len, answers))
-    about = {"reward": float(np.mean(rewards)), "response_length": length}
-    return interval | about | {"rewards": dict(zip(domains, rewards, strict=True))}
+    reward = {"reward": float(np.mean(list(rewards.values())))} if rewards else {}
+    return interval | reward | {"response_length": length, "rewards": rewards}
 
 
 def take_over(source: Path, out: Path) -> None:
