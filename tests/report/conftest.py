@@ -14,7 +14,7 @@ import pytest
 from posttrain.engine.graph import Graph, Node
 from posttrain.engine.record import Artifact
 from posttrain.engine.store import Store
-from posttrain.rl.statistics import Scores, evaluation
+from posttrain.rl.statistics import Scores, candidates, evaluation
 
 DOMAINS = ("add", "letters", "reverse", "spiral")
 HOSTILE = "<script>alert('prompt')</script> & \"quotes\""
@@ -85,6 +85,63 @@ def make_evaluation(
         resamples=300,
         seed=0,
     ) | {"split": "heldout", "samples": 2}
+
+
+def make_candidates(
+    *, init: bool = True, verified: bool = True, routed: bool = True, one: bool = False
+) -> dict[str, Any]:
+    """An evaluation.json of three students (or `one`) and a model along the way, with a domain
+    that nobody verifies and a judge who scores it."""
+    means = {
+        "init": (0.21, 0.33, 0.17, 0.26),
+        "along.round1": (0.5, 0.61, 0.55, 0.4),
+        "students.mopd": (0.74, 0.81, 0.88, 0.66),
+        "students.merged": (0.54, 0.61, 0.68, 0.36),
+        "students.traces": (0.73, 0.80, 0.89, 0.60),
+        "teachers.add_teacher": (0.78, 0.20, 0.05, 0.11),
+        "teachers.letters_teacher": (0.02, 0.86, 0.03, 0.08),
+    }
+    if one:
+        means = {"student": means["students.mopd"]} | {
+            model: row for model, row in means.items() if not model.startswith(("stu", "along"))
+        }
+    dropped = ("init",) * (not init) + ("teachers",) * (not routed)
+    scores = {
+        model: by_domain if verified else {}
+        for model, by_domain in scores_of(means, seed=3, problems=200).items()
+        if not model.startswith(dropped or ("-",))
+    }
+    students = {n.partition(".")[2] or n: n for n in scores if n.startswith("student")}
+    domains = DOMAINS if verified else ()
+    result = candidates(
+        scores,
+        students=students,
+        along={"round1": "along.round1"} if "along.round1" in scores else {},
+        routes={n: f"{n}_teacher" for n in domains[:2]} if routed else {},
+        constants={name: {"value": 0.04, "response": "4-1=3"} for name in domains},
+        resamples=300,
+        seed=0,
+    )
+    rows: dict[str, Any] = {}
+    judged: dict[str, Any] = {}
+    for number, model in enumerate(scores):
+        value = {"value": 0.1 * number, "low": 0.1 * number - 0.05, "high": 0.1 * number + 0.05}
+        plain = model != "init" and init
+        rows[model] = {
+            "length": {"value": 30.0 + number, "low": 28.0, "high": 33.5},
+            "truncated": 0.02 * number,
+            "kl_init": value if plain else None,
+            "kl_teacher": None,
+        }
+        win = {"value": 0.55, "low": 0.48, "high": 0.61} if plain else None
+        score = {"value": -1.2 + number, "low": -1.5 + number, "high": -0.9 + number}
+        judged[model] = {"score": score, "win": win, "greedy": {"score": score, "win": win}}
+    result["unverified"] = {"chat": {"num_problems": 60, "teacher": None, "models": rows}}
+    result["judged"] = {
+        "chat": {"num_problems": 60, "judge": ["scalar.rm"], "compares": False, "unit": False}
+        | {"models": judged}
+    }
+    return result | {"split": "heldout", "samples": 2}
 
 
 def make_transcripts() -> dict[str, list[dict[str, Any]]]:
@@ -251,6 +308,12 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 def scores() -> Callable[..., dict[str, Any]]:
     """`make_evaluation`."""
     return make_evaluation
+
+
+@pytest.fixture
+def candidate_scores() -> Callable[..., dict[str, Any]]:
+    """`make_candidates`."""
+    return make_candidates
 
 
 @pytest.fixture(scope="session")
