@@ -6,9 +6,8 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import typer
 from rich.console import Console
 from rich.text import Text
 
@@ -58,20 +57,12 @@ def run(
     settings: io.Settings = None,
     suite: io.SuiteName = None,
     store: io.StorePath = io.DEFAULT_STORE,
-    jobs: Annotated[
-        int | None,
-        typer.Option("--jobs", min=1, help="Stages at once. Default: number of cores; 1 on CUDA."),
-    ] = None,
-    device: Annotated[
-        Literal["auto", "cpu", "cuda"],
-        typer.Option("--device", help="Where models compute. auto: CUDA where torch sees one."),
-    ] = "auto",
-    compile: Annotated[
-        bool, typer.Option("--compile", help="Compile the model that learns; on CUDA only.")
-    ] = False,
+    jobs: io.Jobs = None,
+    device: io.Device = "auto",
+    compile: io.Compile = False,
     seed: io.Seed = None,
     report: io.ReportPath = io.DEFAULT_REPORT,
-    no_report: Annotated[bool, typer.Option("--no-report", help="Write no report.")] = False,
+    no_report: io.NoReport = False,
     as_json: io.Json = False,
 ) -> None:
     """Make what a recipe asks for. What the store has already is not made again."""
@@ -89,13 +80,13 @@ def run(
     failure = None
     try:
         how = choose(rows, loaded, jobs=jobs, device=device, compile=compile)
-        _make(loaded, place, view, how)
+        make(loaded, place, view, how)
     except PosttrainError as error:
         # With --json the outcome is printed even of a run in which a stage failed.
         if not as_json or isinstance(error, Interrupted):
             raise
         failure = error
-    stages = _stages(rows, view)
+    stages = stages_of(rows, view)
     statuses = [stage["status"] for stage in stages]
     target = None if failure else place.find(loaded.graph.fingerprints()[loaded.graph.target])
     evaluation = target and read_json(target, EVALUATION)
@@ -115,7 +106,7 @@ def run(
         state = "" if written else " (unchanged)"
         out.print(Text(f"report: {report.absolute()}{state}"), soft_wrap=True)
     seconds = time.monotonic() - began
-    out.print(Text(f"{loaded.name}: {_count(statuses)} in {duration(seconds)}", "bold"))
+    out.print(Text(f"{loaded.name}: {count(statuses)} in {duration(seconds)}", "bold"))
     if as_json:
         result = {"recipe": loaded.name, "seed": loaded.seed, "seconds": round(seconds, 3)}
         result["stages"] = stages
@@ -126,7 +117,7 @@ def run(
         raise failure
 
 
-def _stages(rows: Sequence[PlanRow], view: LiveView) -> list[dict[str, Any]]:
+def stages_of(rows: Sequence[PlanRow], view: LiveView) -> list[dict[str, Any]]:
     """What became of every stage, one object each."""
     found = []
     for row in rows:
@@ -188,7 +179,7 @@ def choose(
     return How(jobs=jobs or default, environment=environment, facts=facts)
 
 
-def _make(loaded: Loaded, store: Store, view: LiveView, how: How) -> None:
+def make(loaded: Loaded, store: Store, view: LiveView, how: How) -> None:
     """Run the graph and show it."""
     from posttrain.stages import worker
 
@@ -262,7 +253,8 @@ def _summary(out: Console, loaded: Loaded, rows: Sequence[PlanRow], store: Store
     )
 
 
-def _count(statuses: Sequence[str]) -> str:
+def count(statuses: Sequence[str]) -> str:
+    """What became of all stages, in words: "3 ran, 5 cached"."""
     if set(statuses) == {"cached"}:
         return f"all {len(statuses)} stages cached"
     found = ("ran", "cached", "failed", "needs input", "blocked")

@@ -34,6 +34,7 @@ class Builder:
         *,
         seed: int = 0,
         overrides: Mapping[str, Any] | None = None,
+        of_kinds: Mapping[str, Mapping[str, Any]] | None = None,
         store: Store | None = None,
     ) -> None:
         self.suite = suite
@@ -45,7 +46,7 @@ class Builder:
         self.settings: dict[str, Any] = {}
         """Stage to its checked settings."""
         self.external: dict[str, CheckpointSource] = {}
-        self._overrides = Overrides(overrides or {})
+        self._overrides = Overrides(overrides or {}, of_kinds)
 
     @property
     def domains(self) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from posttrain.engine import ancestry
 from posttrain.engine.graph import named
-from posttrain.engine.record import Artifact, Recorded
+from posttrain.engine.record import Artifact, Recorded, label_of
 from posttrain.engine.store import Store
 from posttrain.engine.work import METRICS
 from posttrain.stages.kinds import Kind, shown_kind
@@ -65,6 +65,12 @@ def gather(store: Store, artifact: Artifact) -> list[StageFacts]:
         )
         for ancestor in ancestry.lineage(store, artifact)
     ]
+
+
+def facts_of(artifact: Artifact) -> StageFacts:
+    """One stage by itself."""
+    edges = {edge: label_of(source) for edge, source in artifact.inputs.items()}
+    return StageFacts(record=artifact.record, edges=edges, lines=_lines(artifact))
 
 
 def _lines(artifact: Artifact) -> list[dict[str, float]]:
