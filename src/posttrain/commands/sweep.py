@@ -116,8 +116,8 @@ def sweep(
     seconds = time.monotonic() - began
     _show(out, found, made)
     if not no_report:
-        commands = _commands(recipe, found, settings or (), suite, split)
-        _write_page(report, variants, found, made, place, commands, seconds)
+        commands = _commands(recipe, variants, found, settings or (), suite)
+        _write_page(report, variants, found, made, place, commands)
         out.print(Text(f"report: {report.absolute()}"), soft_wrap=True)
     statuses = [stage["status"] for stage in stages]
     out.print(Text(f"{loaded.name}: {count(statuses)} in {duration(seconds)}", "bold"))
@@ -265,21 +265,28 @@ def _show(out: Console, found: Sweep, made: Outcome) -> None:
     out.print()
     out.print(table)
     for note in made.notes:
-        out.print(Text(f"  {note}", "dim"), soft_wrap=True)
+        out.print(Text(note, "dim"), soft_wrap=True)
+    for warning in made.warnings:
+        out.print(Text(warning, "yellow"), soft_wrap=True)
 
 
 def _commands(
-    recipe: str,
-    found: Sweep,
-    settings: Sequence[str],
-    suite: str | None,
-    split: str | None,
+    recipe: str, variants: Variants, found: Sweep, settings: Sequence[str], suite: str | None
 ) -> list[str]:
     """For each setting the command that makes it by itself, but for the seed."""
+    nodes = variants.loaded.graph.nodes
+    splits = {
+        name: f"{name}.split={nodes[key].config['split']}"
+        for variant in variants.variants
+        for name, key in variant.keys.items()
+        if "scores" in shown_kind(nodes[key].kind).makes and "split" in nodes[key].config
+    }
+    given = {text.partition("=")[0].strip() for text in settings}
+    asked = [text for name, text in splits.items() if f"{name}.split" not in given]
     made = []
     for setting in found.settings:
         words = ["posttrain", "run", recipe]
-        for text in (*settings, *(f"{key}={value}" for key, value in setting.items())):
+        for text in (*settings, *(f"{key}={value}" for key, value in setting.items()), *asked):
             words += ["--set", text]
         words += ["--suite", suite] if suite else []
         made.append(shlex.join(words))
@@ -297,6 +304,7 @@ def _json(variants: Variants, found: Sweep, made: Outcome) -> dict[str, Any]:
         "best": None if made.best is None else dict(found.settings[made.best.setting]),
         "settings": settings_json(found, made),
         "notes": list(made.notes),
+        "warnings": list(made.warnings),
         "wanted": sum(len(variant.keys) for variant in variants.variants),
     }
 
@@ -308,9 +316,8 @@ def _write_page(
     made: Outcome,
     store: Store,
     commands: Sequence[str],
-    seconds: float,
 ) -> None:
-    from posttrain.report.sweep_page import Shared, Variant, write_sweep_page
+    from posttrain.report.sweep_page import Shared, Stage, write_sweep_page
 
     graph = variants.loaded.graph
     prints = graph.fingerprints()
@@ -319,21 +326,25 @@ def _write_page(
         for name, key in variant.keys.items():
             names.setdefault(name, []).append(key)
     shared = [
-        Shared(name=name, kind=graph.nodes[keys[0]].kind, made=len(set(keys)), wanted=len(keys))
+        Shared(
+            name=name,
+            kind=graph.nodes[keys[0]].kind,
+            different=len(set(keys)),
+            wanted=len(keys),
+        )
         for name, keys in names.items()
     ]
-    changed = []
+    # A stage that several variants share is that of the first.
+    stages: dict[str, Stage] = {}
     for variant in variants.variants:
         for name, key in variant.keys.items():
-            artifact = store.find(prints[key]) if len(set(names[name])) > 1 else None
+            artifact = None if key in stages else store.find(prints[key])
             if artifact is not None:
-                changed.append(
-                    Variant(
-                        name=name,
-                        setting=variant.setting,
-                        seed=variant.seed,
-                        facts=facts_of(artifact),
-                    )
+                stages[key] = Stage(
+                    name=name,
+                    setting=variant.setting,
+                    seed=variant.seed,
+                    facts=facts_of(artifact),
                 )
     with guarded(path.absolute().parent, "writing the report"):
         write_sweep_page(
@@ -341,8 +352,7 @@ def _write_page(
             sweep=found,
             made=made,
             shared=shared,
-            variants=changed,
+            stages=list(stages.values()),
             commands=commands,
-            seconds=seconds,
             source=variants.loaded.path.read_text(encoding="utf-8"),
         )

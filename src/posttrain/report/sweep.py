@@ -134,7 +134,9 @@ class Outcome:
     """All measures, the metric first, and how each is written."""
     rows: Sequence[Row]
     notes: Sequence[str]
-    """What has to be known to read it right, a sentence each."""
+    """What the numbers are, a sentence each."""
+    warnings: Sequence[str]
+    """What keeps them from meaning more, a sentence each."""
     scores: bool
     """Whether the measures are those of evaluations, hence shares of problems."""
 
@@ -214,8 +216,12 @@ def outcome(sweep: Sweep) -> Outcome:
     artifacts = [run.artifact for run in sweep.runs if run.artifact]
     scores = any("scores" in shown_kind(artifact.kind).makes for artifact in artifacts)
     rows = _with_best(rows, metric, units)
-    made = Outcome(metric=metric, units=units, rows=rows, notes=[], scores=scores)
-    return replace(made, notes=_notes(sweep, made, found))
+    made = Outcome(metric=metric, units=units, rows=rows, notes=[], warnings=[], scores=scores)
+    return replace(
+        made,
+        notes=_notes(sweep, made),
+        warnings=_warnings(sweep, made, list(found.values())),
+    )
 
 
 def _metric(found: Sequence[Mapping[str, Measure]]) -> str | None:
@@ -275,37 +281,66 @@ def _with_best(rows: Sequence[Row], metric: str | None, units: Mapping[str, Unit
     better = BETTER.get(metric) if units[metric] == "number" else "higher"
     if better is None:
         return list(rows)
-    sign = 1 if better == "higher" else -1
-    top = max(whole, key=lambda row: sign * row.measures[metric].mean)
-    return [replace(row, best=row is top) for row in rows]
+    means = [row.measures[metric].mean for row in whole]
+    top = max(means) if better == "higher" else min(means)
+    # Where several share the best mean none is the best.
+    alone = means.count(top) == 1
+    return [
+        replace(row, best=alone and row in whole and row.measures[metric].mean == top)
+        for row in rows
+    ]
 
 
 # -- in words --------------------------------------------------------------------------------------
 
 
-def _notes(
-    sweep: Sweep, made: Outcome, found: Mapping[tuple[int, int], Mapping[str, Measure]]
-) -> list[str]:
-    notes = [_about(sweep, made), _about_spread(sweep)]
+def _notes(sweep: Sweep, made: Outcome) -> list[str]:
+    """What the numbers are."""
+    notes = [_about(sweep, made)]
+    if len(sweep.seeds) > 1:
+        notes.append(
+            f"Mean ± standard deviation over {len(sweep.seeds)} seeds. A difference is to the "
+            "first row, the same seed paired with the same seed; its 95 % interval is a t-interval "
+            "over the seeds."
+        )
     if made.best is not None:
         notes.append(_about_best(sweep, made, made.best))
-    if made.scores and made.metric != NORM and any(NORM in values for values in found.values()):
-        having = sum(NORM in values for values in found.values())
-        notes.append(
-            f"Only {having} of {len(found)} runs have a Norm, hence settings are compared by "
-            "accuracy."
+    return notes
+
+
+def _warnings(sweep: Sweep, made: Outcome, found: Sequence[Mapping[str, Measure]]) -> list[str]:
+    """What keeps the numbers from meaning more."""
+    said = []
+    if made.scores and sweep.split != "validation":
+        said.append(
+            f"Settings are compared on {SPLIT_NAMES.get(sweep.split or '', sweep.split)} problems: "
+            "the best one is selected on the very problems that its number is from, so that number "
+            "flatters it."
         )
-    if made.metric == NORM and _yardsticks_differ(sweep):
-        notes.append(
+    if len(sweep.seeds) == 1:
+        said.append(
+            f"One seed ({sweep.seeds[0]}): no spread and no interval over seeds is known, and a "
+            "difference may be the noise of one run."
+        )
+    if made.best is None and _shared_top(made):
+        said.append(f"Several settings share the best mean {made.metric}, hence none is marked.")
+    norms = sum(any(key.endswith(NORM) for key in values) for values in found)
+    if made.metric is not None and not made.metric.endswith(NORM) and norms:
+        said.append(
+            f"Only {norms} of {len(found)} runs have a Norm, hence settings are compared by "
+            f"{made.metric}."
+        )
+    if made.metric is not None and made.metric.endswith(NORM) and _yardsticks_differ(sweep):
+        said.append(
             "The axes change the init or the teachers as well, against which Norm is measured: "
             "compare the accuracies rather than Norm."
         )
-    notes += _same(sweep)
+    said += _same(sweep)
     for row in made.rows:
         for run in row.missing:
             what = f"{sweep.words(row.setting)}, seed {run.seed}".removeprefix(", ")
-            notes.append(f"{what}: {run.status}" + (f", {run.why}" if run.why else "") + ".")
-    return notes
+            said.append(f"{what}: {run.status}" + (f"; {run.why}" if run.why else "") + ".")
+    return said
 
 
 def _about(sweep: Sweep, made: Outcome) -> str:
@@ -315,28 +350,17 @@ def _about(sweep: Sweep, made: Outcome) -> str:
             "The target is no evaluation: the number is the summary metric of the stage itself, "
             "which may be of its own training batches."
         )
-    what = "Accuracies are of the student at temperature 1"
-    if sweep.split == "validation":
-        return f"{what} on validation problems; the held-out problems were not looked at."
-    if sweep.split == "heldout":
-        return (
-            f"{what} on held-out problems. The best setting is selected on the very problems that "
-            "its number is from, so that number flatters it."
-        )
-    return f"{what} on {sweep.split} problems."
+    problems = f"{SPLIT_NAMES.get(sweep.split or '', sweep.split)} problems"
+    unseen = "; the held-out problems were not looked at" if sweep.split == "validation" else ""
+    return f"Accuracies are of the student at temperature 1 on {problems}{unseen}."
 
 
-def _about_spread(sweep: Sweep) -> str:
-    count = len(sweep.seeds)
-    if count == 1:
-        return (
-            f"One seed ({sweep.seeds[0]}): no spread and no interval over seeds is known, and a "
-            "difference may be the noise of one run."
-        )
-    return (
-        f"Mean ± standard deviation over {count} seeds. A difference is to the first row, the same "
-        "seed paired with the same seed; its 95 % interval is a t-interval over the seeds."
-    )
+def _shared_top(made: Outcome) -> bool:
+    """Whether a direction is known and yet no setting is the best."""
+    if made.metric is None:
+        return False
+    whole = [row for row in made.rows if made.metric in row.measures and not row.missing]
+    return len(whole) > 1 and (made.units[made.metric] != "number" or made.metric in BETTER)
 
 
 def _about_best(sweep: Sweep, made: Outcome, best: Row) -> str:

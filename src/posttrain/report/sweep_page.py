@@ -27,20 +27,21 @@ class Shared:
 
     name: str
     kind: str
-    made: int
-    """How many different ones there are."""
+    different: int
+    """How many there are of it."""
     wanted: int
     """In how many of the runs it occurs."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Variant:
-    """One of several stages of a name, with what it logged."""
+class Stage:
+    """One stage of the sweep, with what it logged."""
 
     name: str
     """As the recipe calls it."""
     setting: int
     seed: int
+    """Of the first run that needs it, as is `setting`."""
     facts: StageFacts
 
 
@@ -52,6 +53,7 @@ class Chart:
     axis: str
     log: bool
     svg: Markup
+    lines: Sequence[Dots]
 
 
 def write_sweep_page(
@@ -60,9 +62,8 @@ def write_sweep_page(
     sweep: Sweep,
     made: Outcome,
     shared: Sequence[Shared],
-    variants: Sequence[Variant],
+    stages: Sequence[Stage],
     commands: Sequence[str],
-    seconds: float,
     source: str,
 ) -> None:
     """Write the page to `path`; it appears whole or not at all.
@@ -76,13 +77,13 @@ def write_sweep_page(
         sweep=sweep,
         made=made,
         charts=charts(sweep, made),
-        curves=curves(sweep, variants),
+        curves=curves(sweep, stages),
         colours=[colour_of(number) for number in range(len(sweep.settings))],
         shared=shared,
-        num_made=sum(stage.made for stage in shared),
+        num_stages=sum(stage.different for stage in shared),
         num_wanted=sum(stage.wanted for stage in shared),
         commands=commands,
-        seconds=seconds,
+        seconds=sum(stage.facts.seconds for stage in stages),
         source=source,
     )
     write_whole(path, text.encode("utf-8"))
@@ -112,7 +113,8 @@ def charts(sweep: Sweep, made: Outcome) -> list[Chart]:
                 title=made.title(made.metric),
                 axis=axis,
                 log=values is not None and plots.is_log(values),
-                svg=Markup(svg + _legend(lines)),
+                svg=Markup(svg),
+                lines=lines,
             )
         )
     return found
@@ -133,24 +135,13 @@ def _lines(sweep: Sweep, made: Outcome, axis: str, metric: str) -> list[Dots]:
     ]
 
 
-def _legend(lines: Sequence[Dots]) -> str:
-    if len(lines) < 2:
-        return ""
-    item = Markup(
-        '<li><svg viewBox="0 0 14 14" aria-hidden="true"><circle cx="7" cy="7" r="4" '
-        'style="fill:var(--c{})"/></svg>{}</li>'
-    )
-    entries = Markup("").join(item.format(line.colour, line.label) for line in lines)
-    return Markup('<ul class="legend">{}</ul>').format(entries)
-
-
-def curves(sweep: Sweep, variants: Sequence[Variant]) -> Mapping[str, list[Panel]]:
+def curves(sweep: Sweep, stages: Sequence[Stage]) -> Mapping[str, list[Panel]]:
     """The learning curves of every stage that the axes or the seeds change: colour means setting,
-    the pattern of a line means seed."""
-    groups: dict[str, dict[str, Variant]] = {}
-    for variant in variants:
-        if len(variant.facts.lines) > 1 and variant.facts.kind_row.panels:
-            groups.setdefault(variant.name, {})[variant.facts.fingerprint] = variant
+    of several that share a stage the first, and the pattern of a line means seed."""
+    groups: dict[str, list[Stage]] = {}
+    for stage in stages:
+        if stage.facts.kind_row.panels:
+            groups.setdefault(stage.name, []).append(stage)
     found = {}
     for name, group in groups.items():
         if not 1 < len(group) <= MOST_LINES:
@@ -158,12 +149,12 @@ def curves(sweep: Sweep, variants: Sequence[Variant]) -> Mapping[str, list[Panel
         panels = overlaid(
             [
                 (
-                    f"{sweep.words(v.setting)}, seed {v.seed}".removeprefix(", "),
-                    colour_of(v.setting),
-                    list(sweep.seeds).index(v.seed),
-                    v.facts,
+                    f"{sweep.words(stage.setting)}, seed {stage.seed}".removeprefix(", "),
+                    colour_of(stage.setting),
+                    list(sweep.seeds).index(stage.seed),
+                    stage.facts,
                 )
-                for v in group.values()
+                for stage in group
             ]
         )
         if panels:
