@@ -16,8 +16,8 @@ from posttrain.report.scores import Evaluation
 
 UNPAIRED = (
     "Evaluations keep no score per problem, hence the differences are unpaired: each interval is "
-    "made of both 95 % bootstrap intervals as if they were independent, and is usually wider than a "
-    "paired one."
+    "made of both 95 % bootstrap intervals as if they were independent, and is usually wider "
+    "than a paired one."
 )
 Value = Mapping[str, float]
 
@@ -95,14 +95,8 @@ def sides_of_models(store: Store, models: Sequence[Artifact]) -> list[Side]:
             evaluation, edge = found["evaluation"], found["model"]
             key = problems_of(artifact)
             splits[key] = str(evaluation["split"])
-            view = next(
-                (
-                    v
-                    for name, v in students(evaluation).items()
-                    if edge in (name, f"students.{name}")
-                ),
-                None,
-            )
+            # A teacher or an init has means and no intervals.
+            view = students(evaluation).get(edge.removeprefix("students."))
             groups.setdefault(key, {})[model.label] = Column(
                 artifact=model.label,
                 domains={
