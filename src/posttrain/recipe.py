@@ -23,8 +23,9 @@ from posttrain.engine.store import Store
 from posttrain.judges import Judge
 from posttrain.language import checks, inputs
 from posttrain.language.builder import Builder
+from posttrain.language.calls import checked_calls
 from posttrain.language.data_verbs import DataVerbs
-from posttrain.language.handles import Demos, Prompts, Stage, check_modes
+from posttrain.language.handles import Demos, Prompts, Stage, Warned, check_modes
 from posttrain.language.inputs import Aux
 from posttrain.language.routes import Teachers, route
 from posttrain.stages.kinds import KINDS, Kind
@@ -44,6 +45,7 @@ TINY: dict[str, dict[str, Any]] = {
 """Size to the settings of its pretraining: about 0.2 and 0.1 million parameters."""
 
 
+@checked_calls
 class Recipe(DataVerbs):
     """The builder that a recipe function is given: a verb makes a stage and returns its handle."""
 
@@ -101,6 +103,11 @@ class Recipe(DataVerbs):
 
     def model(self, source: str | Path, *, name: str = "base") -> Stage:
         """A checkpoint from outside: a directory, an adopted name or a Hub id."""
+        if not isinstance(source, str | Path):
+            raise ConfigError(
+                f"model {name!r}: its source is {source!r}; it takes a checkpoint directory, an "
+                "adopted name or a Hub id, as a text"
+            )
         adopted = self._build.adopted(str(source))
         external = adopted or find_checkpoint(source, self._build.hash_file)
         self._build.external[name] = external
@@ -353,7 +360,14 @@ class Recipe(DataVerbs):
         """The finished graph. Raises ConfigError for a setting that matched no stage, and for
         stages that do not fit together."""
         checks.recipe(self._build.nodes)
-        return self._build.graph(target)
+        graph = self._build.graph(target)
+        checks.needed(self._build, graph)
+        return graph
+
+    @property
+    def warnings(self) -> tuple[Warned, ...]:
+        """What is to be told about the recipe so far, though it can be run."""
+        return tuple(self._build.warnings)
 
     def _trained(
         self,

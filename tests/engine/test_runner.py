@@ -17,7 +17,7 @@ from posttrain.engine.planner import plan
 from posttrain.engine.provenance import Provenance
 from posttrain.engine.runner import Event, run
 from posttrain.engine.store import Store
-from posttrain.engine.work import write_step
+from posttrain.engine.work import read_warnings, write_step
 
 MakeGraph = Callable[..., Graph]
 RunAll = Callable[..., list[Event]]
@@ -129,6 +129,44 @@ def test_progress_passes_through(store: Store, make_graph: MakeGraph, run_all: R
     artifact = store.resolve("count")
     lines = artifact.file("metrics.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == progress
+
+
+WARNED = ["nothing is kept", "half is cut off"]
+
+
+def test_warnings_are_told_as_they_come_and_kept(
+    store: Store, make_graph: MakeGraph, run_all: RunAll
+) -> None:
+    graph = make_graph(Node(name="w", kind="warn", config={"steps": 1}))
+    kinds = [(event.kind, event.payload.get("text")) for event in run_all(graph)]
+    told = [("warning", text) for text in WARNED]
+    assert kinds[0] == ("started", None) and kinds[-1] == ("finished", None)
+    assert [one for one in kinds if one[0] == "warning"] == told
+    artifact = store.resolve("w")
+    assert artifact.warnings == artifact.record["warnings"] == WARNED
+    assert ancestry.verify(store, artifact) == []
+    cached = [(event.kind, event.payload.get("text")) for event in run_all(graph)]
+    assert cached == [("cached", None), *told]
+
+
+def test_warnings_outlive_a_stop_and_are_told_of_a_stage_that_fails(
+    store: Store, make_graph: MakeGraph, toys: str
+) -> None:
+    graph = make_graph(Node(name="w", kind="warn", config={"steps": 2, "by": 0}))
+    for reason in ("new", "resumes at step 2"):
+        events, _, _ = collect(graph, store, toys)
+        assert events[0].payload["reason"] == reason
+        assert [e.payload["text"] for e in events if e.kind == "warning"] == WARNED
+        work = store.work_path(graph.fingerprints()["w"])
+        assert read_warnings(work) == WARNED
+
+
+def test_a_record_without_warnings_does_not_name_them(
+    store: Store, chain: Graph, run_all: RunAll
+) -> None:
+    run_all(chain)
+    artifact = store.resolve("third")
+    assert "warnings" not in artifact.record and artifact.warnings == []
 
 
 def test_a_stage_resumes_at_its_checkpoint(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from posttrain.engine.errors import ConfigError, Waiting
 from posttrain.engine.process import Job
-from posttrain.engine.work import read_step, write_step
+from posttrain.engine.work import add_warning, read_step, write_step
 
 
 def execute(job: Job) -> dict[str, float]:
@@ -146,7 +146,16 @@ def wait(job: Job) -> dict[str, float]:
     return {"value": float(text)}
 
 
+def warn(job: Job) -> dict[str, float]:
+    """Two warnings, one of them twice, before the steps of `steps`; then fail if told so."""
+    for text in ("nothing is kept", "half is cut off", "nothing is kept"):
+        add_warning(Path(job.work), text)
+    steps(job)
+    return crash(job) if job.config.get("by") == 0 else {}
+
+
 KINDS = {
+    "warn": warn,
     "wait": wait,
     "babble": babble,
     "add": add,

@@ -73,7 +73,9 @@ def test_it_holds_verbs_and_no_machine_learning(name: str) -> None:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_it_plans_to_an_evaluation(name: str, tmp_path: Path) -> None:
-    graph = load_recipe(name, store=Store(tmp_path / "store")).graph
+    loaded = load_recipe(name, store=Store(tmp_path / "store"))
+    graph = loaded.graph
+    assert loaded.warnings == ()
     assert graph.nodes[graph.target].kind == "evaluate"
     assert sum(node.kind == "domain" for node in graph.nodes.values()) == 4
 

@@ -56,6 +56,11 @@ def test_a_reward_model_is_no_text_generator():
     assert "generate(" not in card
 
 
+def test_warnings_stand_above_how_it_was_made():
+    card = model_card(new_record(kind="sft", warnings=["no row of <b> and [x](y) is kept"]))
+    assert "## Warnings\n\n- no row of &lt;b> and \\[x\\](y) is kept\n\n## How it was made" in card
+
+
 def test_names_that_mean_something_in_yaml_are_quoted():
     source = {"name": "no", "kind": "domain", "fingerprint": "1" * 64}
     card = model_card(new_record(kind="rl", inputs={"domains.no": source}))

@@ -16,6 +16,7 @@ from posttrain.engine import ancestry
 from posttrain.engine.graph import Graph, Node
 from posttrain.engine.record import Artifact
 from posttrain.engine.store import Store
+from posttrain.engine.work import add_warning
 from posttrain.report import html
 from posttrain.report.html import report_is_current, write_report
 
@@ -246,6 +247,26 @@ def test_page_about_a_model(store: Store, finished: Artifact, tmp_path: Path):
     found = values(page, "id", "section")
     assert found == ["training", "lineage", "settings", "provenance"]
     assert "#results" not in values(page, "href")
+
+
+def test_warnings_of_recipe_and_stages_come_first(store: Store, tmp_path: Path):
+    place = Store(tmp_path / "store")
+    node = Node(name="kept", kind="select")
+    graph = Graph(nodes={"kept": node}, target="kept")
+    work = place.begin(graph.fingerprints()["kept"])
+    add_warning(work.path, "no row of <b> is kept")
+    made = place.commit(node, work, inputs={}, metrics={}, provenance={"resumed_at_step": None})
+    path = write_report(
+        tmp_path / "r.html",
+        store=place,
+        artifact=made,
+        recipe="r",
+        seed=0,
+        warnings=[{"stage": None, "text": "stage left is not made"}],
+    )
+    page = Page(path.read_text(encoding="utf-8"))
+    assert values(page, "id", "section")[0] == "warnings"
+    assert "recipe stage left is not made kept no row of <b> is kept" in page.words
 
 
 def test_page_about_a_domain(store: Store, finished: Artifact, tmp_path: Path):

@@ -251,6 +251,27 @@ def test_plain_output_of_failures_and_other_runs(view: MakeView):
     ]
 
 
+def test_warnings_are_printed_as_they_come_and_those_of_cached_stages_are_not(view: MakeView):
+    told = event("warning", "base", 1.0, text="no row is kept of 12")
+    cached = event("warning", "add", text="the verifier says 0 of everything")
+    shown = view([event("cached", "add", path="a"), cached, RUN[2], told, told])
+    assert printed(shown)[1:] == [
+        "started     base (pretrain): new",
+        *["warning     base: no row is kept of 12"] * 2,
+    ]
+    assert shown.stages["base"].warnings == ["no row is kept of 12"]
+    assert shown.stages["add"].warnings == ["the verifier says 0 of everything"]
+
+
+def test_a_warning_stays_above_the_live_table(view: MakeView):
+    shown = view(force_terminal=True)
+    with shown:
+        shown.update(RUN[2])
+        shown.update(event("warning", "base", 1.0, text="no row is kept of 12"))
+    lines = [line for line in printed(shown) if "no row is kept of 12" in line]
+    assert lines and "warning" in lines[0]
+
+
 def test_terminal_output_prints_no_plain_lines(view: MakeView):
     shown = view(force_terminal=True)
     with shown:

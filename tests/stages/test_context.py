@@ -17,7 +17,7 @@ from torch import Tensor
 from posttrain import schedules
 from posttrain.algorithms import AdamW
 from posttrain.engine.errors import ConfigError
-from posttrain.engine.work import read_step
+from posttrain.engine.work import read_step, read_warnings
 from posttrain.stages import context
 from posttrain.stages.context import Context
 from posttrain.stages.settings.offline import Sft
@@ -144,6 +144,15 @@ def test_seconds_go_on_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     now = 502.0
     again.log(2, 3, tokens=1)
     assert [line["seconds"] for line in lines(tmp_path)] == [7.0, 9.0]
+
+
+def test_a_warning_is_told_once_and_outlives_a_stop(tmp_path: Path) -> None:
+    for _ in range(2):
+        ctx = new(tmp_path)
+        ctx.warn("no row is kept")
+        ctx.warn("no row is kept")
+    ctx.warn("another one")
+    assert read_warnings(tmp_path) == ["no row is kept", "another one"]
 
 
 def test_lines_after_the_checkpoint_are_written_again(tmp_path: Path) -> None:

@@ -88,6 +88,7 @@ def show(
         "data": found.payload["data"],
         "settings": found.config,
         "metrics": {key: number(value) for key, value in found.metrics.items()},
+        "warnings": {str(place): text for place, text in enumerate(found.warnings, start=1)},
         "files": {file: human_bytes(entry["bytes"]) for file, entry in found.files.items()},
         "provenance": {key: _fact(key, value) for key, value in found.provenance.items()},
         "history": {r["name"]: f"{r['kind']}, {r['created'][:16]}" for r in found.history},

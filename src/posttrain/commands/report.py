@@ -107,11 +107,12 @@ def write_report_of(
     if not anew and report_is_current(path, artifact.fingerprint):
         return False
     if loaded is None:
-        recipe, source = artifact.name, ""
+        recipe, source, warnings = artifact.name, "", []
         seed = int(artifact.config.get("seed", 0))
     else:
         recipe, seed = loaded.name, loaded.seed
         source = loaded.path.read_text(encoding="utf-8")
+        warnings = [{"stage": w.stage, "text": w.text} for w in loaded.warnings]
     with guarded(path.absolute().parent, "writing the report"):
         write_report(
             path,
@@ -121,6 +122,7 @@ def write_report_of(
             seed=seed,
             seconds=seconds,
             source=source,
+            warnings=warnings,
         )
     return True
 

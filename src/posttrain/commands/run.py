@@ -23,7 +23,7 @@ from posttrain.engine.runner import usable_cores
 from posttrain.engine.store import Store
 from posttrain.report.gather import EVALUATION, read_json
 from posttrain.report.live import LiveView
-from posttrain.report.terminal import evaluation_table
+from posttrain.report.terminal import evaluation_table, warnings_list
 from posttrain.report.wording import duration
 
 if TYPE_CHECKING:  # it imports pydantic
@@ -82,14 +82,18 @@ def run(
         how = choose(rows, loaded, jobs=jobs, device=device, compile=compile)
         make(loaded, place, view, how)
     except PosttrainError as error:
+        warn(out, warnings_of(loaded, rows, view))
         # With --json the outcome is printed even of a run in which a stage failed.
         if not as_json or isinstance(error, Interrupted):
             raise
         failure = error
     stages = stages_of(rows, view)
+    warnings = warnings_of(loaded, rows, view)
     statuses = [stage["status"] for stage in stages]
     target = None if failure else place.find(loaded.graph.fingerprints()[loaded.graph.target])
     evaluation = target and read_json(target, EVALUATION)
+    if failure is None:
+        warn(out, warnings)
     if evaluation:
         out.print()
         out.print(evaluation_table(evaluation))
@@ -109,7 +113,7 @@ def run(
     out.print(Text(f"{loaded.name}: {count(statuses)} in {duration(seconds)}", "bold"))
     if as_json:
         result = {"recipe": loaded.name, "seed": loaded.seed, "seconds": round(seconds, 3)}
-        result["stages"] = stages
+        result |= {"stages": stages, "warnings": warnings}
         if evaluation:
             result["evaluation"] = {key: evaluation[key] for key in SUMMARY if key in evaluation}
         emit(result)
@@ -229,7 +233,8 @@ def plan(
             }
             for row in rows
         ]
-        emit({"recipe": loaded.name, "seed": loaded.seed, "stages": stages})
+        told = {"recipe": loaded.name, "seed": loaded.seed, "stages": stages}
+        emit(told | {"warnings": warnings_of(loaded, rows)})
         return
     _summary(out, loaded, rows, place)
     table = plain_table("stage", "kind", "", "reason")
@@ -238,6 +243,27 @@ def plan(
         cells = (row.name, row.kind, row.action, row.reason)
         table.add_row(*(Text(cell, style) for cell in cells))
     out.print(table)
+    warn(out, warnings_of(loaded, rows))
+
+
+def warnings_of(
+    loaded: Loaded, rows: Sequence[PlanRow], view: LiveView | None = None
+) -> list[dict[str, Any]]:
+    """What is to be told about the recipe, then about its stages: those in the store and, with the
+    `view` of a run, those that ran."""
+    found: list[dict[str, Any]] = [{"stage": w.stage, "text": w.text} for w in loaded.warnings]
+    for row in rows:
+        cached = row.artifact.warnings if row.artifact else ()
+        texts = view.stages[row.name].warnings if view else cached
+        found += [{"stage": row.name, "text": text} for text in texts]
+    return found
+
+
+def warn(out: Console, warnings: Sequence[Mapping[str, Any]]) -> None:
+    """Show warnings, if there are any."""
+    if warnings:
+        out.print()
+        out.print(warnings_list(warnings))
 
 
 def _summary(out: Console, loaded: Loaded, rows: Sequence[PlanRow], store: Store) -> None:

@@ -17,7 +17,7 @@ from rich.text import Text
 from posttrain.commands import io
 from posttrain.commands.io import console, emit, plain_table
 from posttrain.commands.report import check_report_path
-from posttrain.commands.run import ACTION_STYLES, choose, count, make, stages_of
+from posttrain.commands.run import ACTION_STYLES, choose, count, make, stages_of, warn, warnings_of
 from posttrain.commands.variants import Axis, Variants, build_variants, read_axes, read_seeds
 from posttrain.engine.atomic import guarded
 from posttrain.engine.errors import ConfigError, StageError, Waiting
@@ -111,18 +111,27 @@ def sweep(
         # What else could be made is there; the table says what is not.
         failure = error
     stages = stages_of(rows, view)
+    warnings = warnings_of(loaded, rows, view)
+    warn(out, warnings)
     found = _collect(variants, axes, seed_list, place, view, stages)
     made = outcome(found)
     seconds = time.monotonic() - began
     _show(out, found, made)
     if not no_report:
         commands = _commands(recipe, variants, found, settings or (), suite)
-        _write_page(report, variants, found, made, place, commands)
+        _write_page(report, variants, found, made, place, commands, warnings)
         out.print(Text(f"report: {report.absolute()}"), soft_wrap=True)
     statuses = [stage["status"] for stage in stages]
     out.print(Text(f"{loaded.name}: {count(statuses)} in {duration(seconds)}", "bold"))
     if as_json:
-        emit(_json(variants, found, made) | {"seconds": round(seconds, 3), "stages": stages})
+        emit(
+            _json(variants, found, made)
+            | {
+                "seconds": round(seconds, 3),
+                "stages": stages,
+                "warnings": warnings,
+            }
+        )
     if failure is not None:
         raise failure
 
@@ -232,6 +241,7 @@ def _show_plan(out: Console, variants: Variants, rows: Sequence[PlanRow], *, as_
                     }
                     for row in rows
                 ],
+                "warnings": warnings_of(variants.loaded, rows),
             }
         )
         return
@@ -242,6 +252,7 @@ def _show_plan(out: Console, variants: Variants, rows: Sequence[PlanRow], *, as_
         cells = (row.name, row.kind, str(needed[row.name]), row.action, row.reason)
         table.add_row(*(Text(cell, style) for cell in cells))
     out.print(table)
+    warn(out, warnings_of(variants.loaded, rows))
 
 
 def _show(out: Console, found: Sweep, made: Outcome) -> None:
@@ -266,8 +277,8 @@ def _show(out: Console, found: Sweep, made: Outcome) -> None:
     out.print(table)
     for note in made.notes:
         out.print(Text(note, "dim"), soft_wrap=True)
-    for warning in made.warnings:
-        out.print(Text(warning, "yellow"), soft_wrap=True)
+    for caution in made.cautions:
+        out.print(Text(caution, "yellow"), soft_wrap=True)
 
 
 def _commands(
@@ -304,7 +315,7 @@ def _json(variants: Variants, found: Sweep, made: Outcome) -> dict[str, Any]:
         "best": None if made.best is None else dict(found.settings[made.best.setting]),
         "settings": settings_json(found, made),
         "notes": list(made.notes),
-        "warnings": list(made.warnings),
+        "cautions": list(made.cautions),
         "wanted": sum(len(variant.keys) for variant in variants.variants),
     }
 
@@ -316,6 +327,7 @@ def _write_page(
     made: Outcome,
     store: Store,
     commands: Sequence[str],
+    warnings: Sequence[Mapping[str, Any]],
 ) -> None:
     from posttrain.report.sweep_page import Shared, Stage, write_sweep_page
 
@@ -354,5 +366,6 @@ def _write_page(
             shared=shared,
             stages=list(stages.values()),
             commands=commands,
+            warnings=warnings,
             source=variants.loaded.path.read_text(encoding="utf-8"),
         )

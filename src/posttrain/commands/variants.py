@@ -176,8 +176,12 @@ def build_variants(
         for (number, seed), keys, loaded in zip(places, joined.keys, built, strict=True)
     ]
     sources = tuple(dict.fromkeys(path for loaded in built for path in loaded.sources))
+    warnings = {(warned.stage, warned.text): warned for one in built for warned in one.warnings}
+    loaded = replace(
+        built[0], graph=joined.graph, sources=sources, warnings=tuple(warnings.values())
+    )
     return Variants(
-        loaded=replace(built[0], graph=joined.graph, sources=sources),
+        loaded=loaded,
         settings=tuple(combinations),
         variants=tuple(variants),
     )

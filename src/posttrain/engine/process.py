@@ -39,7 +39,7 @@ from typing import Any, Final
 from posttrain.engine.atomic import disk_full, free_space, is_disk_full, write_whole
 from posttrain.engine.errors import ConfigError, PosttrainError, Waiting
 from posttrain.engine.fingerprint import plain
-from posttrain.engine.work import METRICS, RESULT, Work, file_state, read_step
+from posttrain.engine.work import METRICS, RESULT, Work, file_state, read_step, read_warnings
 
 LOG: Final = "log.txt"
 DISK_FULL_STATUS: Final = errno.ENOSPC
@@ -242,6 +242,8 @@ class Running:
     """Bytes of metrics.jsonl read so far."""
     looked: float = 0.0
     """When they were read, on the monotonic clock."""
+    warned: int = 0
+    """How many of the stage's warnings were read so far."""
 
     @property
     def seconds(self) -> float:
@@ -264,6 +266,12 @@ class Running:
                     break  # still being written
                 self.offset += len(line)
                 yield _parse(line)
+
+    def new_warnings(self) -> list[str]:
+        """The warnings that the stage has added, those of earlier attempts first."""
+        found = read_warnings(self.work.path)[self.warned :]
+        self.warned += len(found)
+        return found
 
     def outcome(self) -> Mapping[str, Any] | Failure | Wait:
         """Metrics of a stage that ended well, how it failed, or what it waits for. The process has

@@ -24,7 +24,7 @@ SHORT: Final = 12
 
 Record: TypeAlias = dict[str, Any]
 """A parsed record: format, name, kind, version, fingerprint, payload, config, inputs, files,
-metrics, provenance, history, created (UTC, ISO 8601), digest."""
+metrics, provenance, history, created (UTC, ISO 8601), digest; warnings where there are some."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +90,12 @@ class Recorded:
         resumed_at_step."""
         provenance: Mapping[str, Any] = self.record["provenance"]
         return provenance
+
+    @property
+    def warnings(self) -> Sequence[str]:
+        """What the stage had to tell the user, one sentence each."""
+        warnings: Sequence[str] = self.record.get("warnings", [])
+        return warnings
 
     @property
     def history(self) -> Sequence[Record]:

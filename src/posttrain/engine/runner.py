@@ -33,7 +33,7 @@ _POLL_SECONDS: Final = 0.05
 _PROGRESS_SECONDS: Final = 0.2
 
 EventKind: TypeAlias = Literal[
-    "started", "progress", "finished", "cached", "failed", "blocked", "needs input"
+    "started", "progress", "warning", "finished", "cached", "failed", "blocked", "needs input"
 ]
 
 
@@ -42,7 +42,8 @@ class Event:
     """Something that happened to a stage.
 
     Payload by kind: started {"reason", "threads", "log"}; progress: one line of metrics.jsonl as it
-    is, or {"waiting": why} while another run works on that stage; finished {"metrics", "path"};
+    is, or {"waiting": why} while another run works on that stage; warning {"text"}: before the
+    stage ends, or after it was cached; finished {"metrics", "path"};
     cached {"path", "reason"}; failed {"error", "log"}; blocked {"reason"};
     needs input {"reason"}: it ended, and goes on in a later run when a file has been filled in.
     """
@@ -137,7 +138,7 @@ class _Run:
                 self.left.append(name)
             else:
                 self.artifacts[name] = row.artifact
-                yield _cached(name, row.artifact, "")
+                yield from _cached(name, row.artifact, "")
         if not self.left:
             return
         with self.store.in_use():
@@ -171,7 +172,7 @@ class _Run:
             if twin is not None and twin in self.artifacts:
                 self.left.remove(name)
                 self.artifacts[name] = self.artifacts[twin]
-                yield _cached(name, self.artifacts[twin], f"same as {twin}")
+                yield from _cached(name, self.artifacts[twin], f"same as {twin}")
             elif twin is None and len(self.running) < self.jobs:
                 yield from self._start(name)
 
@@ -209,7 +210,7 @@ class _Run:
         if present is not None:
             work.discard()
             self.artifacts[name] = present
-            yield _cached(name, present, "made by another run")
+            yield from _cached(name, present, "made by another run")
             return
         job = self._job(name, work)
         running = prepare(job, self.execute, work, self.preload)
@@ -255,6 +256,8 @@ class _Run:
     def _news(self, name: str, running: Running) -> Iterator[Event]:
         for payload in running.new_metrics():
             yield Event(kind="progress", name=name, seconds=running.seconds, payload=payload)
+        for text in running.new_warnings():
+            yield Event(kind="warning", name=name, seconds=running.seconds, payload={"text": text})
 
     def _collect(self) -> Iterator[Event]:
         for name, running in list(self.running.items()):
@@ -307,8 +310,10 @@ class _Run:
             return Failure(error=str(error), exit_code=error.exit_code, log=None)
 
 
-def _cached(name: str, artifact: Artifact, reason: str) -> Event:
-    return Event(kind="cached", name=name, payload={"path": str(artifact.path), "reason": reason})
+def _cached(name: str, artifact: Artifact, reason: str) -> Iterator[Event]:
+    yield Event(kind="cached", name=name, payload={"path": str(artifact.path), "reason": reason})
+    for text in artifact.warnings:
+        yield Event(kind="warning", name=name, payload={"text": text})
 
 
 # -- what a run says when it ends without its target -----------------------------------------------

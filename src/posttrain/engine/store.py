@@ -39,7 +39,7 @@ from posttrain.engine.record import (
     record_bytes,
     seal,
 )
-from posttrain.engine.work import CODE_DIFF, METRICS, Work, open_work
+from posttrain.engine.work import CODE_DIFF, METRICS, Work, open_work, read_warnings
 
 
 class Store:
@@ -178,6 +178,7 @@ class Store:
             )
         with guarded(self.root, f"committing {node.name}"):
             _add_reports(work, diff)
+            warnings = read_warnings(work.path)
             record = seal(
                 {
                     "name": node.name,
@@ -192,6 +193,7 @@ class Store:
                     "provenance": provenance,
                     "history": history,
                     "created": datetime.now(UTC).isoformat(timespec="microseconds"),
+                    **({"warnings": warnings} if warnings else {}),
                 }
             )
             target = self.root / "artifacts" / node.kind / label_of(record)

@@ -2,6 +2,7 @@
 
 work/<fp[:12]>/out/            files of the artifact to be
 work/<fp[:12]>/metrics.jsonl   one JSON object per line, written by the stage as it goes
+work/<fp[:12]>/warnings.jsonl  {"text": ...} per line: what the stage has to tell the user
 work/<fp[:12]>/step.json       {"step": n, ...}: the newest step checkpoint the stage can go on from
 work/<fp[:12]>/result.json     how the newest attempt ended, see `process`
 work/<fp[:12]>/log.txt         what the stage printed, over all attempts
@@ -24,6 +25,7 @@ CODE_DIFF = "code.diff"
 METRICS = "metrics.jsonl"
 STEP = "step.json"
 RESULT = "result.json"
+WARNINGS = "warnings.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +113,27 @@ def write_step(path: Path, step: int, **facts: Any) -> None:
     write_whole(path / STEP, json.dumps({"step": step} | facts).encode("ascii"))
 
 
+def read_warnings(path: Path) -> list[str]:
+    """What the stage of a work directory has warned of so far, oldest first."""
+    try:
+        lines = (path / WARNINGS).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return []
+    return [str(json.loads(line)["text"]) for line in lines]
+
+
+def add_warning(path: Path, text: str) -> None:
+    """Add a text to the warnings of the stage of a work directory, where it is not among them yet.
+
+    For stages. The record of what the stage makes has them, and so has whoever runs it.
+    """
+    texts = read_warnings(path)
+    if text not in texts:
+        lines = [json.dumps({"text": one}) + "\n" for one in (*texts, text)]
+        # Whole, so that a reader and a kill find no half of a line.
+        write_whole(path / WARNINGS, "".join(lines).encode("ascii"))
+
+
 def file_state(path: Path | None) -> list[Any] | None:
     """[absolute path, size, time of change in ns] of a file, [path, None, None] where it is not
     there: it tells whether somebody has written it since. None without a path."""
@@ -148,6 +171,7 @@ def _prepare(path: Path) -> None:
     if step is None:
         shutil.rmtree(out, ignore_errors=True)
         (path / METRICS).unlink(missing_ok=True)
+        (path / WARNINGS).unlink(missing_ok=True)
     else:
         # Left by a commit that was cut short; the next commit writes its own.
         for name in (RECORD, CODE_DIFF, METRICS):

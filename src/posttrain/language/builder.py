@@ -11,7 +11,7 @@ from posttrain.engine.errors import ConfigError, GraphError, choices_text
 from posttrain.engine.fingerprint import file_digest
 from posttrain.engine.graph import Graph, Node, edge_name, named, with_role
 from posttrain.engine.store import Store
-from posttrain.language.handles import Demos, Prompts, Stage
+from posttrain.language.handles import Demos, Prompts, Stage, Warned
 from posttrain.language.overrides import Overrides
 from posttrain.stages.config import build_config
 from posttrain.stages.kinds import KINDS, Product, kind_of, kinds_making
@@ -46,6 +46,7 @@ class Builder:
         self.settings: dict[str, Any] = {}
         """Stage to its checked settings."""
         self.external: dict[str, CheckpointSource] = {}
+        self.warnings: list[Warned] = []
         self._overrides = Overrides(overrides or {}, of_kinds)
 
     @property
@@ -73,6 +74,8 @@ class Builder:
 
         `routes` and the `derived` settings follow from what the recipe passes; nobody sets them.
         """
+        if not isinstance(name, str):
+            raise ConfigError(f"name = {name!r} of a stage ({kind}) is no text; write name='...'")
         values = dict(settings)
         fields = kind_of(kind).settings_class().model_fields
         if "seed" in fields:
@@ -100,6 +103,12 @@ class Builder:
         )
         self._check_shares(stage)
         return stage
+
+    def warn(self, text: str, stage: str | None = None) -> None:
+        """Tell the user something that is no error; the same text once for each stage."""
+        warned = Warned(text, stage)
+        if warned not in self.warnings:
+            self.warnings.append(warned)
 
     def _code(self, name: str) -> dict[str, dict[str, str]]:
         """For a kind of another module: the digest of its loop, and where the module is found."""
@@ -161,7 +170,13 @@ class Builder:
 
     def known(self, domains: str | Iterable[str]) -> tuple[str, ...]:
         """The names of these domains. Raises ConfigError for one that the suite does not have."""
-        names = (domains,) if isinstance(domains, str) else tuple(domains)
+        one = isinstance(domains, str)
+        if not one and (isinstance(domains, Mapping) or not isinstance(domains, Iterable)):
+            raise ConfigError(
+                f"domains = {domains!r}; it takes the name of a domain or several in a list, such "
+                f"as r.domains; choices: {', '.join(self.domains)}"
+            )
+        names = (str(domains),) if one else tuple(domains)
         if not names:
             raise ConfigError(
                 f"no domain is given where one is needed; choices: {', '.join(self.domains)}"

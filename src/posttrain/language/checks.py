@@ -11,7 +11,7 @@ from typing import Any
 
 from posttrain.algorithms import InTurn, StrongAgainstWeak
 from posttrain.engine.errors import ConfigError
-from posttrain.engine.graph import Node, named, with_role
+from posttrain.engine.graph import Graph, Node, named, with_role
 from posttrain.language.builder import Builder, root_of
 from posttrain.rewards.judge_base import ByDomain, Judge
 from posttrain.rewards.judge_kinds import Llm, parse_judge
@@ -20,6 +20,20 @@ from posttrain.suites.domain import Suite, Table
 
 MODELS = ("start", "model", "models", "candidates", "student", "init")
 """Roles of the models that a stage asks in its modes."""
+
+
+def needed(build: Builder, graph: Graph) -> None:
+    """Warn of stages that the target does not need, which are therefore not made."""
+    order = set(graph.order())
+    left = [n.name for n in build.nodes.values() if n.name not in order and n.kind != "domain"]
+    if left:
+        names = ", ".join(left)
+        are = f"stage {names} is" if len(left) == 1 else f"stages {names} are"
+        build.warn(
+            f"{are} not made: {graph.target!r}, which recipe() returns, is not made from "
+            f"{'it' if len(left) == 1 else 'them'}; leave out what is not needed, or hand it to a "
+            "stage that is"
+        )
 
 
 def aux_losses(build: Builder, stage: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -35,6 +36,7 @@ def model_card(record: Mapping[str, Any], scores: Sequence[Mapping[str, Any]] | 
         f"Made by posttrain: {shown_kind(kind).card or kind}. "
         f"Fingerprint `{record['fingerprint']}`.",
         *(["## Scores", *_scores(scores)] if scores else []),
+        *_titled("## Warnings", "\n".join(f"- {_plain(w)}" for w in record.get("warnings", ()))),
         "## How it was made",
         _table(
             ("edge", "stage", "kind", "fingerprint"),
@@ -150,6 +152,12 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         return ""
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines)
+
+
+def _plain(text: str) -> str:
+    """A text of a user or a model as Markdown shows it, on one line: no tag, no link, no table."""
+    text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
+    return re.sub(r"([\\`*_\[\]|#~])", r"\\\1", text)
 
 
 def _cell(text: str) -> str:

@@ -45,12 +45,14 @@ def write_report(
     seed: int,
     seconds: float | None = None,
     source: str = "",
+    warnings: Sequence[Mapping[str, Any]] = (),
 ) -> Path:
     """Write the page about `artifact` to `path` (its folder is made if missing); returns `path`.
 
     `recipe` and `seed` are what was run, `seconds` how long that took if it is known (the sum over
-    the stages is shown otherwise), `source` the text of the recipe. The file appears whole or not
-    at all. Raises StoreError when a record of the lineage is damaged.
+    the stages is shown otherwise), `source` the text of the recipe, `warnings` what is to be told
+    about it, {"stage", "text"} each; those of the stages are in their records. The file appears
+    whole or not at all. Raises StoreError when a record of the lineage is damaged.
     """
     stages = gather(store, artifact)
     templates = environment()
@@ -66,6 +68,7 @@ def write_report(
         seconds=sum(stage.seconds for stage in stages) if seconds is None else seconds,
         wall=seconds is not None,
         source=source,
+        warnings=[*warnings, *_warnings(stages)],
         **_content(stages, artifact),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -87,6 +90,10 @@ def environment() -> Environment:
 def style() -> Markup:
     """The style sheet of every page."""
     return Markup((_HERE / "report.css").read_text(encoding="utf-8"))
+
+
+def _warnings(stages: Sequence[StageFacts]) -> list[dict[str, str]]:
+    return [{"stage": stage.name, "text": text} for stage in stages for text in stage.warnings]
 
 
 def report_is_current(path: Path, fingerprint: str) -> bool:

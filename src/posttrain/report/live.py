@@ -93,6 +93,14 @@ class LiveView:
         """Take in one event."""
         stage = self.stages[event.name]
         stage.update(event)
+        if event.kind == "warning":
+            # Above the live table, where it stays. Those of cached stages stand in the summary.
+            if stage.state == "running":
+                text = Text.assemble(
+                    ("warning", "yellow"), f"     {stage.name}: ", event.payload["text"]
+                )
+                self.console.print(text, soft_wrap=self._live is None)
+            return
         if self._live is None and (line := self._plain(event, stage)):
             self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 

@@ -46,13 +46,17 @@ class Progress:
     """On the monotonic clock, while it runs."""
     path: str | None = None
     """Directory of its artifact, once there is one."""
+    warnings: list[str] = field(default_factory=list)
+    """What it has to tell the user, each text once."""
     window: deque[Mapping[str, Any]] = field(default_factory=deque)
     """Lines of metrics of the last `WINDOW_SECONDS`."""
 
     def update(self, event: Event) -> None:
         """Take in one event of this stage."""
         payload = event.payload
-        if event.kind != "progress":
+        if event.kind == "warning":
+            self.warnings += [payload["text"]] if payload["text"] not in self.warnings else []
+        elif event.kind != "progress":
             self.state, self.seconds = STATES[event.kind], event.seconds
             self.reason = str(payload.get("reason", payload.get("error", "")))
             self.began = time.monotonic() if event.kind == "started" else None

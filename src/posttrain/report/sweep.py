@@ -135,7 +135,7 @@ class Outcome:
     rows: Sequence[Row]
     notes: Sequence[str]
     """What the numbers are, a sentence each."""
-    warnings: Sequence[str]
+    cautions: Sequence[str]
     """What keeps them from meaning more, a sentence each."""
     scores: bool
     """Whether the measures are those of evaluations, hence shares of problems."""
@@ -216,11 +216,11 @@ def outcome(sweep: Sweep) -> Outcome:
     artifacts = [run.artifact for run in sweep.runs if run.artifact]
     scores = any("scores" in shown_kind(artifact.kind).makes for artifact in artifacts)
     rows = _with_best(rows, metric, units)
-    made = Outcome(metric=metric, units=units, rows=rows, notes=[], warnings=[], scores=scores)
+    made = Outcome(metric=metric, units=units, rows=rows, notes=[], cautions=[], scores=scores)
     return replace(
         made,
         notes=_notes(sweep, made),
-        warnings=_warnings(sweep, made, list(found.values())),
+        cautions=_cautions(sweep, made, list(found.values())),
     )
 
 
@@ -308,7 +308,7 @@ def _notes(sweep: Sweep, made: Outcome) -> list[str]:
     return notes
 
 
-def _warnings(sweep: Sweep, made: Outcome, found: Sequence[Mapping[str, Measure]]) -> list[str]:
+def _cautions(sweep: Sweep, made: Outcome, found: Sequence[Mapping[str, Measure]]) -> list[str]:
     """What keeps the numbers from meaning more."""
     said = []
     if made.scores and sweep.split != "validation":

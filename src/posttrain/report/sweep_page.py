@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from markupsafe import Markup
 
@@ -64,6 +65,7 @@ def write_sweep_page(
     shared: Sequence[Shared],
     stages: Sequence[Stage],
     commands: Sequence[str],
+    warnings: Sequence[Mapping[str, Any]],
     source: str,
 ) -> None:
     """Write the page to `path`; it appears whole or not at all.
@@ -83,6 +85,7 @@ def write_sweep_page(
         num_stages=sum(stage.different for stage in shared),
         num_wanted=sum(stage.wanted for stage in shared),
         commands=commands,
+        warnings=warnings,
         seconds=sum(stage.facts.seconds for stage in stages),
         source=source,
     )

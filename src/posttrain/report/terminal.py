@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from rich import box
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
@@ -50,6 +51,15 @@ class FirstFit:
                 yield choice
                 return
         yield self.choices[-1]
+
+
+def warnings_list(warnings: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """Warnings, {"stage": name or None, "text": sentence} each, one under the other."""
+    title = "1 warning" if len(warnings) == 1 else f"{len(warnings)} warnings"
+    table = Table.grid(padding=(0, 2, 0, 0))
+    for warning in warnings:
+        table.add_row(Text(warning["stage"] or "recipe", "yellow"), Text(warning["text"]))
+    return Group(Text(title, "bold yellow"), table)
 
 
 def evaluation_table(evaluation: Evaluation) -> RenderableType:

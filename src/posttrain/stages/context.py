@@ -32,7 +32,7 @@ from posttrain.engine.atomic import fsync
 from posttrain.engine.errors import ConfigError, StageError
 from posttrain.engine.graph import named
 from posttrain.engine.jsonl import read_jsonl
-from posttrain.engine.work import METRICS, STEP, write_step
+from posttrain.engine.work import METRICS, STEP, add_warning, write_step
 from posttrain.schedules import History
 from posttrain.stages.settings.base import Training
 from posttrain.values import Settings
@@ -257,6 +257,14 @@ class Context:
         self._remember(self.metrics)
         with self._metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+
+    def warn(self, text: str) -> None:
+        """Tell the user something that is no error, in one sentence with its numbers and the fix.
+
+        It stays: it is shown while the stage runs and whenever its result is used. The same text
+        is told once, also where the stage goes on after a stop.
+        """
+        add_warning(self.work, text)
 
     def history(self, metric: str) -> list[float]:
         """The logged values of a metric so far, oldest first; those before a resume are there."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from posttrain.engine.process import Job
 from posttrain.engine.record import read_record
+from posttrain.engine.work import read_warnings
 from posttrain.report.card import model_card
 from posttrain.stages.config import build_config
 from posttrain.stages.kinds import KINDS, kind_of
@@ -83,7 +84,7 @@ def run_job(job: Job) -> dict[str, Any]:
         metrics = run_stage(job, ctx)
         ctx.finish()
     if kind_of(job.kind).is_model():
-        write_card(job, ctx.out, metrics)
+        write_card(job, ctx.out, metrics, read_warnings(ctx.work))
     return dict(metrics)
 
 
@@ -105,10 +106,12 @@ def run_stage(job: Job, ctx: Context) -> dict[str, Any]:
     return metrics
 
 
-def write_card(job: Job, out: Path, metrics: Mapping[str, Any]) -> None:
+def write_card(
+    job: Job, out: Path, metrics: Mapping[str, Any], warnings: Sequence[str] = ()
+) -> None:
     """README.md beside the weights. Scores are not in it: they come after; an export has them."""
     inputs = {edge: read_record(Path(path)) for edge, path in job.inputs.items()}
-    card = model_card({**vars(job), "inputs": inputs, "metrics": metrics})
+    card = model_card({**vars(job), "inputs": inputs, "metrics": metrics, "warnings": warnings})
     path = out / "README.md"
     # It may be a link to a file of somebody else.
     path.unlink(missing_ok=True)
