@@ -221,7 +221,8 @@ def _naming_axes(values: Mapping[str, str]) -> Iterator[None]:
             text = re.sub(rf"--set {re.escape(key)}(?![\w.])", f"--axis {key}", text)
         error.args = (text, *error.args[1:])
         if values:
-            error.add_note(f"with {', '.join(f'{key}={value}' for key, value in values.items())}")
+            given = " ".join(f"--axis {key}={value}" for key, value in values.items())
+            error.add_note(f"with {given}")
         raise
 
 

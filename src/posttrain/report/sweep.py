@@ -339,7 +339,7 @@ def _cautions(sweep: Sweep, made: Outcome, found: Sequence[Mapping[str, Measure]
     for row in made.rows:
         for run in row.missing:
             what = f"{sweep.words(row.setting)}, seed {run.seed}".removeprefix(", ")
-            said.append(f"{what}: {run.status}" + (f"; {run.why}" if run.why else "") + ".")
+            said.append(f"{what}: {run.status}" + (f"; {run.why}" if run.why else ""))
     return said
 
 
@@ -459,6 +459,7 @@ def settings_json(sweep: Sweep, made: Outcome) -> list[dict[str, Any]]:
                     "seed": run.seed,
                     "stage": run.stage,
                     "status": run.status,
+                    "why": run.why or None,
                     "fingerprint": run.fingerprint,
                     "artifact": None if run.artifact is None else str(run.artifact.path),
                 }
