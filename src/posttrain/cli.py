@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from posttrain.commands import chat, inspect, report, run, store
+from posttrain.commands import chat, compare, inspect, report, run, store, sweep
 from posttrain.engine.errors import PosttrainError, Waiting
 
 app = typer.Typer(
@@ -82,10 +82,10 @@ def start(
 
 
 COMMANDS = {
-    "Make": (run.run, run.plan, report.recipes),
+    "Make": (run.run, run.plan, sweep.sweep, report.recipes),
     "Look": (
         *(inspect.ls, inspect.show, inspect.lineage, inspect.diff),
-        *(store.verify, report.report, chat.chat),
+        *(compare.compare, store.verify, report.report, chat.chat),
     ),
     "Keep": (store.adopt, store.export, store.gc),
 }

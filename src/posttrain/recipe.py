@@ -56,9 +56,17 @@ class Recipe(DataVerbs):
         *,
         seed: int = 0,
         overrides: Mapping[str, Any] | None = None,
+        of_kinds: Mapping[str, Mapping[str, Any]] | None = None,
         store: Store | None = None,
     ) -> None:
-        self._build = Builder(suite, suite_directory, seed=seed, overrides=overrides, store=store)
+        self._build = Builder(
+            suite,
+            suite_directory,
+            seed=seed,
+            overrides=overrides,
+            of_kinds=of_kinds,
+            store=store,
+        )
 
     @property
     def domains(self) -> tuple[str, ...]:

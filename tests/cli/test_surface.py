@@ -20,11 +20,14 @@ RECIPE = {"RECIPE", "--set", "--suite", "--store", "--seed"}
 SURFACE = {
     "run": RECIPE | {"--jobs", "--device", "--compile", "--report", "--no-report", "--json"},
     "plan": RECIPE | {"--json"},
+    "sweep": {"RECIPE", "--axis", "--seeds", "--set", "--suite", "--store", "--split", "--plan"}
+    | {"--jobs", "--device", "--compile", "--report", "--no-report", "--json"},
     "recipes": {"--json"},
     "ls": {"--store", "--json"},
     "show": {"ARTIFACT", "--store", "--json"},
     "lineage": {"ARTIFACT", "--store", "--json"},
     "diff": {"ARTIFACT", "--store", "--json"},
+    "compare": {"ARTIFACT...", "--store", "--json"},
     "verify": {"ARTIFACT", "--all", "--store", "--json"},
     "report": {"[RECIPE|ARTIFACT]", "--set", "--suite", "--store", "--seed", "--report"},
     "chat": {
@@ -86,6 +89,7 @@ def modules_after(place: Path, *arguments: str) -> set[str]:
         ("plan", "mopd"),
         ("plan", "mopd", "--json"),
         ("plan", "mini.py", "--suite", "pairs.toml"),
+        ("sweep", "mini.py", "--suite", "pairs.toml", "--axis", "steps=1,2", "--plan"),
         ("recipes",),
         ("ls",),
         ("verify",),

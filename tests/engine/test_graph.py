@@ -30,6 +30,19 @@ def test_the_order_has_inputs_first_and_only_what_the_target_needs() -> None:
     assert Graph(nodes=nodes, target="top").order() == ["base", "right", "left", "top"]
 
 
+def test_several_targets_are_wanted_with_all_they_need() -> None:
+    graph = Graph(nodes=diamond().nodes, target="left", also=("unused", "left"))
+    assert graph.targets == ("left", "unused")
+    assert graph.order() == ["base", "left", "right", "top", "unused"]
+    assert Graph(nodes=diamond().nodes, target="left", also=("right",)).order() == [
+        "base",
+        "left",
+        "right",
+    ]
+    with pytest.raises(GraphError, match=r"unknown target 'topp'; did you mean 'top'\?"):
+        Graph(nodes=diamond().nodes, target="top", also=("topp",)).order()
+
+
 def test_a_fingerprint_is_the_digest_of_the_payload() -> None:
     prints = diamond().fingerprints()
     assert prints["left"] == digest(

@@ -207,8 +207,7 @@ def diff(
     """Show in which settings, data and ancestors two artifacts differ, and their metrics."""
     place = Store(store)
     old, new = place.resolve(a), place.resolve(b)
-    known_old, known_new = _records(place, old), _records(place, new)
-    found = list(_compare(known_old, known_new, old.record, new.record, "", set()))
+    found = differences(place, old, new)
     keys = dict.fromkeys([*old.metrics, *new.metrics])
     metrics = {key: {"a": old.metrics.get(key), "b": new.metrics.get(key)} for key in keys}
     if as_json:
@@ -231,6 +230,11 @@ def diff(
     if metrics:
         out.print(Text("\nmetrics", "bold"))
         out.print(table)
+
+
+def differences(store: Store, a: Artifact, b: Artifact) -> list[dict[str, Any]]:
+    """Where two artifacts and their ancestries differ, as JSON has it: see `_compare`."""
+    return list(_compare(_records(store, a), _records(store, b), a.record, b.record, "", set()))
 
 
 def _records(store: Store, artifact: Artifact) -> dict[str, Mapping[str, Any]]:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -43,6 +43,18 @@ StorePath = Annotated[
 Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Seed of every stage. Default: 0.")]
 ReportPath = Annotated[
     Path, typer.Option("--report", metavar="PATH", help="Where the report goes.")
+]
+NoReport = Annotated[bool, typer.Option("--no-report", help="Write no report.")]
+Jobs = Annotated[
+    int | None,
+    typer.Option("--jobs", min=1, help="Stages at once. Default: number of cores; 1 on CUDA."),
+]
+Device = Annotated[
+    Literal["auto", "cpu", "cuda"],
+    typer.Option("--device", help="Where models compute. auto: CUDA where torch sees one."),
+]
+Compile = Annotated[
+    bool, typer.Option("--compile", help="Compile the model that learns; on CUDA only.")
 ]
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object; text for people goes to stderr.")

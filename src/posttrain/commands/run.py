@@ -6,9 +6,8 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import typer
 from rich.console import Console
 from rich.text import Text
 
@@ -60,20 +59,12 @@ def run(
     settings: io.Settings = None,
     suite: io.SuiteName = None,
     store: io.StorePath = io.DEFAULT_STORE,
-    jobs: Annotated[
-        int | None,
-        typer.Option("--jobs", min=1, help="Stages at once. Default: number of cores; 1 on CUDA."),
-    ] = None,
-    device: Annotated[
-        Literal["auto", "cpu", "cuda"],
-        typer.Option("--device", help="Where models compute. auto: CUDA where torch sees one."),
-    ] = "auto",
-    compile: Annotated[
-        bool, typer.Option("--compile", help="Compile the model that learns; on CUDA only.")
-    ] = False,
+    jobs: io.Jobs = None,
+    device: io.Device = "auto",
+    compile: io.Compile = False,
     seed: io.Seed = None,
     report: io.ReportPath = io.DEFAULT_REPORT,
-    no_report: Annotated[bool, typer.Option("--no-report", help="Write no report.")] = False,
+    no_report: io.NoReport = False,
     as_json: io.Json = False,
 ) -> None:
     """Make what a recipe asks for. What the store has already is not made again."""
@@ -91,20 +82,20 @@ def run(
     failure = None
     try:
         how = choose(rows, loaded, jobs=jobs, device=device, compile=compile)
-        _make(loaded, place, view, how)
+        make(loaded, place, view, how)
     except PosttrainError as error:
-        _warn(out, _warnings(loaded, rows, view))
+        warn(out, warnings_of(loaded, rows, view))
         # With --json the outcome is printed even of a run in which a stage failed.
         if not as_json or isinstance(error, Interrupted):
             raise
         failure = error
-    stages = _stages(rows, view)
-    warnings = _warnings(loaded, rows, view)
+    stages = stages_of(rows, view)
+    warnings = warnings_of(loaded, rows, view)
     statuses = [stage["status"] for stage in stages]
     target = None if failure else place.find(loaded.graph.fingerprints()[loaded.graph.target])
     evaluation = target and read_json(target, EVALUATION)
     if failure is None:
-        _warn(out, warnings)
+        warn(out, warnings)
     if evaluation:
         out.print()
         names = loaded.graph.nodes[loaded.graph.target].inputs
@@ -122,7 +113,7 @@ def run(
         state = "" if written else " (unchanged)"
         out.print(Text(f"report: {report.absolute()}{state}"), soft_wrap=True)
     seconds = time.monotonic() - began
-    out.print(Text(f"{loaded.name}: {_count(statuses)} in {duration(seconds)}", "bold"))
+    out.print(Text(f"{loaded.name}: {count(statuses)} in {duration(seconds)}", "bold"))
     if as_json:
         result = {"recipe": loaded.name, "seed": loaded.seed, "seconds": round(seconds, 3)}
         result |= {"stages": stages, "warnings": warnings}
@@ -133,7 +124,7 @@ def run(
         raise failure
 
 
-def _stages(rows: Sequence[PlanRow], view: LiveView) -> list[dict[str, Any]]:
+def stages_of(rows: Sequence[PlanRow], view: LiveView) -> list[dict[str, Any]]:
     """What became of every stage, one object each."""
     found = []
     for row in rows:
@@ -195,7 +186,7 @@ def choose(
     return How(jobs=jobs or default, environment=environment, facts=facts)
 
 
-def _make(loaded: Loaded, store: Store, view: LiveView, how: How) -> None:
+def make(loaded: Loaded, store: Store, view: LiveView, how: How) -> None:
     """Run the graph and show it."""
     from posttrain.stages import worker
 
@@ -246,7 +237,7 @@ def plan(
             for row in rows
         ]
         told = {"recipe": loaded.name, "seed": loaded.seed, "stages": stages}
-        emit(told | {"warnings": _warnings(loaded, rows)})
+        emit(told | {"warnings": warnings_of(loaded, rows)})
         return
     _summary(out, loaded, rows, place)
     table = plain_table("stage", "kind", "", "reason")
@@ -255,10 +246,10 @@ def plan(
         cells = (row.name, row.kind, row.action, row.reason)
         table.add_row(*(Text(cell, style) for cell in cells))
     out.print(table)
-    _warn(out, _warnings(loaded, rows))
+    warn(out, warnings_of(loaded, rows))
 
 
-def _warnings(
+def warnings_of(
     loaded: Loaded, rows: Sequence[PlanRow], view: LiveView | None = None
 ) -> list[dict[str, Any]]:
     """What is to be told about the recipe, then about its stages: those in the store and, with the
@@ -271,7 +262,8 @@ def _warnings(
     return found
 
 
-def _warn(out: Console, warnings: Sequence[Mapping[str, Any]]) -> None:
+def warn(out: Console, warnings: Sequence[Mapping[str, Any]]) -> None:
+    """Show warnings, if there are any."""
     if warnings:
         out.print()
         out.print(warnings_list(warnings))
@@ -290,7 +282,8 @@ def _summary(out: Console, loaded: Loaded, rows: Sequence[PlanRow], store: Store
     )
 
 
-def _count(statuses: Sequence[str]) -> str:
+def count(statuses: Sequence[str]) -> str:
+    """What became of all stages, in words: "3 ran, 5 cached"."""
     if set(statuses) == {"cached"}:
         return f"all {len(statuses)} stages cached"
     found = ("ran", "cached", "failed", "needs input", "blocked")

@@ -73,17 +73,27 @@ def payload(node: Node, input_fingerprints: Mapping[str, str]) -> dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Graph:
-    """All nodes by name, and the one that is wanted.
+    """All nodes by name, and those that are wanted.
+
+    A node's key is what the graph, its plan and its events call it. It is `Node.name` but where
+    several nodes of that name stand in one graph (see `joining.py`); records keep `Node.name`.
 
     Raises GraphError (from every method) for a cycle, and an unknown input or target.
     """
 
     nodes: Mapping[str, Node]
     target: str
+    also: tuple[str, ...] = ()
+    """More nodes that are wanted beside `target`."""
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Everything that is wanted, each once."""
+        return tuple(dict.fromkeys((self.target, *self.also)))
 
     def order(self) -> list[str]:
-        """Names of the nodes `target` depends on, inputs first, otherwise as they stand in
-        `nodes`."""
+        """Names of the nodes that the targets depend on and of the targets, inputs first, otherwise
+        as they stand in `nodes`."""
         return list(self._order)
 
     def ancestors(self, name: str) -> frozenset[str]:
@@ -152,10 +162,11 @@ class Graph:
         return found
 
     def _needed(self) -> set[str]:
-        if self.target not in self.nodes:
-            known = choices_text(self.target, self.nodes, label="known stages")
-            raise GraphError(f"unknown target {self.target!r}; {known}")
-        needed, frontier = {self.target}, [self.target]
+        for target in self.targets:
+            if target not in self.nodes:
+                known = choices_text(target, self.nodes, label="known stages")
+                raise GraphError(f"unknown target {target!r}; {known}")
+        needed, frontier = set(self.targets), list(self.targets)
         while frontier:
             node = self.nodes[frontier.pop()]
             for edge, source in node.inputs.items():

@@ -95,7 +95,7 @@ def _decide(
     step = read_step(store.work_path(fingerprint))
     if step is not None:
         return "run", f"resumes at step {step}"
-    earlier = store.named(node.kind, name)
+    earlier = store.named(node.kind, node.name)
     if not earlier:
         return "run", "new"
     found = [

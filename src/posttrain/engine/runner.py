@@ -66,7 +66,7 @@ def run(
     environment: Mapping[str, str] | None = None,
     cores: int | None = None,
 ) -> Generator[Event, None, None]:
-    """Make `graph.target` and all it depends on; what is in the store already is not made again.
+    """Make the targets of `graph` and all they depend on, but for what is in the store already.
 
     `execute` names the function that a stage process calls with its Job, "package.module:function"
     or "path/to/file.py:function"; it fills `job.out` and returns a dict of metrics. Up to `jobs`
@@ -86,7 +86,8 @@ def run(
     blocked = [row for row in rows if row.action == "blocked"]
     if blocked:
         lines = "\n".join(f"  {row.name}: {row.reason}" for row in blocked)
-        raise ConfigError(f"{graph.target} cannot be made; blocked:\n{lines}")
+        wanted = ", ".join(graph.targets)
+        raise ConfigError(f"{wanted} cannot be made; blocked:\n{lines}")
     return _Run(
         graph=graph,
         store=store,
@@ -223,7 +224,7 @@ class _Run:
     def _job(self, name: str, work: Work) -> Job:
         node = self.graph.nodes[name]
         return Job(
-            name=name,
+            name=node.name,
             kind=node.kind,
             version=node.version,
             fingerprint=self.rows[name].fingerprint,

@@ -34,6 +34,7 @@ class Builder:
         *,
         seed: int = 0,
         overrides: Mapping[str, Any] | None = None,
+        of_kinds: Mapping[str, Mapping[str, Any]] | None = None,
         store: Store | None = None,
     ) -> None:
         self.suite = suite
@@ -46,7 +47,7 @@ class Builder:
         """Stage to its checked settings."""
         self.external: dict[str, CheckpointSource] = {}
         self.warnings: list[Warned] = []
-        self._overrides = Overrides(overrides or {})
+        self._overrides = Overrides(overrides or {}, of_kinds)
 
     @property
     def domains(self) -> tuple[str, ...]:

@@ -72,12 +72,14 @@ def load_recipe(
     settings: Sequence[str] = (),
     suite: str | None = None,
     seed: int | None = None,
+    of_kinds: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Loaded:
     """The graph of a recipe: a shipped name, or a path to a .py file with `recipe(r, ...)`.
 
     `settings` are texts `key=value`, a later one overrides an earlier one. The value is JSON, or
     else a string. A key with a dot is `stage.field` (the stage may be a glob), another one is a
-    parameter of the recipe function, `suite` or `seed`.
+    parameter of the recipe function, `suite` or `seed`. `of_kinds` has settings of all stages of a
+    kind, which go before what the recipe says and after what `settings` say.
 
     Raises:
         ConfigError: no such recipe, a mistake in its file, an unknown or ill-typed setting.
@@ -96,7 +98,9 @@ def load_recipe(
         texts = {key: text for key, text in given.items() if "." not in key}
         parameters = _parameters(function, name, texts)
         described, directory = load_suite(suite)
-        recipe = Recipe(described, directory, seed=seed, overrides=overrides, store=store)
+        recipe = Recipe(
+            described, directory, seed=seed, overrides=overrides, of_kinds=of_kinds, store=store
+        )
         with _blamed(path):
             target = function(recipe, **parameters)
     if not isinstance(target, Stage):

@@ -21,11 +21,15 @@ from posttrain.values import Settings, by_kind, default_of
 class Overrides:
     """The settings of --set, each a key `STAGE.FIELD` or `STAGE.FIELD.PATH` with its value.
 
-    STAGE is a name, or a glob for those of its stages that have the setting.
+    STAGE is a name, or a glob for those of its stages that have the setting. `of_kinds` has
+    settings of all stages of a kind, which --set may change again.
     """
 
-    def __init__(self, given: Mapping[str, Any]) -> None:
+    def __init__(
+        self, given: Mapping[str, Any], of_kinds: Mapping[str, Mapping[str, Any]] | None = None
+    ) -> None:
         self._given = dict(given)
+        self._of_kinds = of_kinds or {}
         self._used: set[str] = set()
 
     def apply(self, kind: str, stage: str, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -34,7 +38,7 @@ class Overrides:
         Raises ConfigError for a path into a setting that has no parts.
         """
         fields = kind_of(kind).settings_class().model_fields
-        found = dict(settings)
+        found = {**settings, **self._of_kinds.get(kind, {})}
         matched = [(key, _split(key, stage, fields)) for key in self._given]
         paths = [(key, path) for key, path in matched if path]
         # The whole before its parts, and which choice it is before the settings of that choice.

@@ -266,6 +266,36 @@ def _thin(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[floa
     return x, y
 
 
+def overlaid(stages: Sequence[tuple[str, int, int, StageFacts]]) -> list[Panel]:
+    """The panels of one stage of a sweep, a line for each of its variants.
+
+    `stages` are variants of one kind as (label, colour, dash, facts). A metric that is the same
+    everywhere has no panel.
+    """
+    found = []
+    kind = stages[0][3].kind_row
+    for key in kind.panels:
+        lines = []
+        for label, colour, dash, stage in stages:
+            if points := _points(stage, (key,)):
+                x, y = _thin(points)
+                lines.append(Line(label=label, colour=colour, dash=dash, x=x, y=y))
+        values = {y for line in lines for y in line.y}
+        if len(values) < 2 or all(len(line.x) < 2 for line in lines):
+            continue
+        metric = METRICS.get(key, Metric(title=key))
+        found.append(
+            Panel(
+                key=key,
+                title=kind.titles.get(key, metric.title),
+                hint=kind.hints.get(key, metric.hint),
+                lines=lines,
+                log=metric.log and 0 < LOG_SPAN * min(values) < max(values),
+            )
+        )
+    return found
+
+
 def _legend(panels: Iterable[Panel]) -> list[Line]:
     """Every line that occurs, once; empty where there is only one."""
     found = {(line.label, line.colour, line.dash): line for panel in panels for line in panel.lines}

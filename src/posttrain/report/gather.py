@@ -89,6 +89,12 @@ def _edges(ancestor: ancestry.Ancestor, names: Mapping[str, str]) -> dict[str, s
     return {edge: edges.get(edge, label) for edge, label in ancestor.edges.items()}
 
 
+def facts_of(artifact: Artifact) -> StageFacts:
+    """One stage by itself."""
+    edges = {edge: label_of(source) for edge, source in artifact.inputs.items()}
+    return StageFacts(record=artifact.record, edges=edges, lines=_lines(artifact))
+
+
 def _lines(artifact: Artifact) -> list[dict[str, float]]:
     if METRICS not in artifact.files:
         return []

@@ -59,19 +59,13 @@ def write_report(
     StoreError when a record of the lineage is damaged.
     """
     stages = gather(store, artifact, names)
-    environment = Environment(
-        loader=FileSystemLoader(_HERE),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.globals |= {"wording": wording, "scores": scores, "plots": plots}
-    environment.globals |= {"candidates": candidates}
+    templates = environment()
+    templates.globals |= {"wording": wording, "scores": scores, "plots": plots}
+    templates.globals |= {"candidates": candidates}
     helpers = (coded, human_bytes, in_sentence, mark, moment, runs_of, speakers_of)
-    environment.globals |= {helper.__name__: helper for helper in helpers}
-    page = environment.get_template("report.html").render(
-        style=Markup((_HERE / "report.css").read_text(encoding="utf-8")),
+    templates.globals |= {helper.__name__: helper for helper in helpers}
+    page = templates.get_template("report.html").render(
+        style=style(),
         tag=_tag(artifact.fingerprint, names),
         artifact=artifact,
         recipe=recipe,
@@ -85,6 +79,22 @@ def write_report(
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, page.encode("utf-8"))
     return path
+
+
+def environment() -> Environment:
+    """What fills in the templates of this package; it escapes all text."""
+    return Environment(
+        loader=FileSystemLoader(_HERE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def style() -> Markup:
+    """The style sheet of every page."""
+    return Markup((_HERE / "report.css").read_text(encoding="utf-8"))
 
 
 def _warnings(stages: Sequence[StageFacts]) -> list[dict[str, str]]:

@@ -7,12 +7,12 @@ Colours and fonts are left to the page's style sheet, hence a plot follows dark 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
 from posttrain.report.candidates import accuracy, columns, first_view
-from posttrain.report.curves import Line, Panel
+from posttrain.report.curves import LOG_SPAN, Line, Panel
 from posttrain.report.scores import DECODING_NAMES, MODELS, Evaluation, decoded
 from posttrain.report.wording import number
 
@@ -165,6 +165,97 @@ def ladder_plot(evaluation: Evaluation, domain: str) -> str:
     if len(rungs) > 1:
         parts.append(f'<polyline class="ladder" points="{" ".join(rungs)}"/>')
     return _svg(width, height, f"Accuracy of all models in {domain}", parts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dots:
+    """One line over an axis of settings: through the means, with a dot for every value."""
+
+    label: str
+    colour: int
+    values: Mapping[int, Sequence[float]]
+    """Place on the axis -> the values there."""
+
+
+def setting_plot(
+    title: str, places: Sequence[str], lines: Sequence[Dots], *, scale: float = 1
+) -> str:
+    """A measure over the values of one setting as an <svg> element.
+
+    `places` are the values as they were written: where all are numbers they stand at their place,
+    on a logarithmic axis where they span a factor of `LOG_SPAN`; else side by side. `scale` is what
+    the ticks of the measure are multiplied with.
+    """
+    width, height, left, right = 360, 220, 46, 350
+    across, at = _places(places, left + 22, right - 22)
+    found = [value for line in lines for values in line.values.values() for value in values]
+    edge = 0.08 * (max(found) - min(found)) or 0.05 * abs(max(found)) or 0.05
+    upwards = Axis(low=min(found) - edge, high=max(found) + edge, start=height - BOTTOM, end=8)
+    parts = [_line(left, y, right, y, "grid") for y in map(upwards.at, upwards.ticks(5))]
+    parts += [
+        _text(left - 6, upwards.at(y) + 4, number(scale * y), "end") for y in upwards.ticks(5)
+    ]
+    parts.append(_line(left, height - BOTTOM, right, height - BOTTOM, "axis"))
+    parts += _place_names(places, at, height - BOTTOM, (right - left) / max(len(places), 1))
+    for line in lines:
+        colour = f"var(--c{line.colour})"
+        means = {place: sum(v) / len(v) for place, v in line.values.items() if v}
+        points = " ".join(
+            f"{at[place]:.1f},{upwards.at(means[place]):.1f}"
+            for place in sorted(means, key=at.__getitem__)
+        )
+        parts.append(f'<polyline class="curve" style="stroke:{colour}" points="{points}"/>')
+        parts += [
+            f'<circle style="fill:{colour}" cx="{at[place]:.1f}" cy="{upwards.at(value):.1f}" '
+            'r="3" opacity=".65"/>'
+            for place, values in line.values.items()
+            for value in values
+        ]
+    scale_name = ", logarithmic" if across else ""
+    return _svg(width, height, f"{title}{scale_name}", parts)
+
+
+def _places(places: Sequence[str], start: float, end: float) -> tuple[bool, dict[int, float]]:
+    """Whether the axis is logarithmic, and the pixel of each of its values."""
+    values = as_numbers(places)
+    if values is None or len(set(values)) < 2:
+        step = (end - start) / max(len(places) - 1, 1)
+        return False, {n: start + n * step for n in range(len(places))}
+    log = is_log(values)
+    axis = Axis(low=min(values), high=max(values), start=start, end=end, log=log)
+    return log, {n: axis.at(value) for n, value in enumerate(values)}
+
+
+def as_numbers(texts: Sequence[str]) -> list[float] | None:
+    """The texts as finite numbers, None where one is none."""
+    try:
+        found = [float(text) for text in texts]
+    except ValueError:
+        return None
+    return found if all(map(math.isfinite, found)) else None
+
+
+def is_log(values: Sequence[float]) -> bool:
+    """Whether numbers are better seen on a logarithmic axis."""
+    return min(values) > 0 and max(values) >= LOG_SPAN * min(values)
+
+
+def _place_names(
+    places: Sequence[str], at: Mapping[int, float], y: float, room: float
+) -> list[str]:
+    """Ticks at the places, named as far as their names do not run into each other."""
+    parts: list[str] = []
+    free = -math.inf
+    for place in sorted(at, key=at.__getitem__):
+        name = places[place]
+        most = max(3, int(room / 6.2))
+        name = name if len(name) <= most else f"{name[: most - 1]}…"
+        parts.append(_line(at[place], y, at[place], y + 3, "axis"))
+        half = 3.1 * len(name)
+        if at[place] - half > free:
+            parts.append(_text(at[place], y + 16, name, "middle"))
+            free = at[place] + half + 4
+    return parts
 
 
 def _floor(

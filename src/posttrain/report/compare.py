@@ -1,0 +1,127 @@
+"""Evaluations side by side: the accuracies of several models on the same problems."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from posttrain.engine.graph import with_role
+from posttrain.engine.record import Artifact
+from posttrain.engine.store import Store
+from posttrain.report.gather import EVALUATION, read_json, scores_of
+from posttrain.report.scores import Evaluation
+
+UNPAIRED = (
+    "Evaluations keep no score per problem, hence the differences are unpaired: each interval is "
+    "made of both 95 % bootstrap intervals as if they were independent, and is usually wider "
+    "than a paired one."
+)
+Value = Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """One model's accuracies at temperature 1, per domain."""
+
+    artifact: str
+    """Label of what is compared."""
+    domains: Mapping[str, Value]
+    """{"value"}, with {"low", "high"} where an interval is known."""
+    evaluation: str
+    """Label of the evaluation that has them."""
+    student: str | None = None
+    """Which of its students, where there are several."""
+    norm: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """Columns that are over the same problems."""
+
+    split: str
+    columns: Sequence[Column]
+
+    @property
+    def domains(self) -> list[str]:
+        """All domains that one of the columns has."""
+        return list(dict.fromkeys(name for column in self.columns for name in column.domains))
+
+
+def problems_of(evaluation: Artifact) -> str:
+    """What decides which problems an evaluation asked, as a text that is equal where they are."""
+    config = evaluation.config
+    domains = {
+        edge: source["fingerprint"]
+        for edge, source in with_role(evaluation.inputs, "domains").items()
+    }
+    asked = {key: config.get(key) for key in ("split", "num_problems", "modes")}
+    return json.dumps([domains, asked], sort_keys=True)
+
+
+def sides_of_evaluations(evaluations: Sequence[Artifact]) -> list[Side]:
+    """The students of some evaluations, those over the same problems side by side."""
+    groups: dict[str, list[Column]] = {}
+    splits: dict[str, str] = {}
+    for artifact in evaluations:
+        found = read_json(artifact, EVALUATION)
+        views = students(found)
+        key = problems_of(artifact)
+        splits[key] = str(found["split"])
+        for name, view in views.items():
+            groups.setdefault(key, []).append(
+                Column(
+                    artifact=artifact.label,
+                    domains={domain: row["student"] for domain, row in view["domains"].items()},
+                    evaluation=artifact.label,
+                    student=name if len(views) > 1 else None,
+                    norm=view["norm"],
+                )
+            )
+    return [Side(split=splits[key], columns=columns) for key, columns in groups.items()]
+
+
+def sides_of_models(store: Store, models: Sequence[Artifact]) -> list[Side]:
+    """What the evaluations in the store say of some models, those over the same problems side by
+    side; of several about the same model the newest."""
+    groups: dict[str, dict[str, Column]] = {}
+    splits: dict[str, str] = {}
+    for model in models:
+        for found in scores_of(store, model):
+            artifact = store.find(found["fingerprint"])
+            assert artifact is not None
+            evaluation, edge = found["evaluation"], found["model"]
+            key = problems_of(artifact)
+            splits[key] = str(evaluation["split"])
+            # A teacher or an init has means and no intervals.
+            view = students(evaluation).get(edge.removeprefix("students."))
+            groups.setdefault(key, {})[model.label] = Column(
+                artifact=model.label,
+                domains={
+                    domain: (
+                        view["domains"][domain]["student"] if view else {"value": row["sampled"]}
+                    )
+                    for domain, row in evaluation["models"][edge].items()
+                },
+                norm=view["norm"] if view else None,
+                evaluation=artifact.label,
+            )
+    return [Side(split=splits[key], columns=list(group.values())) for key, group in groups.items()]
+
+
+def students(evaluation: Evaluation) -> Mapping[str, Any]:
+    """What an evaluation says of each of its students, by name."""
+    several: Mapping[str, Any] | None = evaluation.get("students")
+    return {"student": evaluation} if several is None else several
+
+
+def unpaired(first: Value, other: Value) -> dict[str, float]:
+    """`other` - `first`, with an interval where both have one: its half width is the root of the
+    sum of the squares of theirs."""
+    value = other["value"] - first["value"]
+    if not ("low" in first and "low" in other):
+        return {"value": value}
+    half = math.hypot(*((one["high"] - one["low"]) / 2 for one in (first, other)))
+    return {"value": value, "low": value - half, "high": value + half}
