@@ -32,6 +32,7 @@ from posttrain.stages.data import DomainShares
 from posttrain.stages.rollout_log import RolloutLog
 from posttrain.stages.rows import pick
 from posttrain.stages.settings.rl import Rl
+from posttrain.stages.signs import RlWatch
 
 PROBLEMS_PER_CALL = 64
 """Problems that are profiled at a time."""
@@ -49,7 +50,7 @@ class ProblemSampler:
     def __init__(self, settings: Rl, ctx: Context, log: RolloutLog) -> None:
         """Reads the problems, and the profile where there is one. Raises ConfigError where that has
         no rate for any problem of a domain."""
-        self.out, self.log = ctx.out, log
+        self.out, self.log, self.watch = ctx.out, log, RlWatch(ctx)
         self.queues = {
             name: DomainQueue(
                 ctx.problems(name, "train", settings.modes), position=position, seed=settings.seed
@@ -151,6 +152,7 @@ class ProblemSampler:
 
     def observe(self, s: Rl, rows: Sequence[Row]) -> dict[str, float]:
         """Take in the rollouts of a step, as the log has them; returns metrics."""
+        self.watch.observe(s, rows)
         # One per response -> one per problem.
         rates = _means([row["reward"] for row in rows], s.group_size)
         for row, rate in zip(rows[:: s.group_size], rates, strict=True):
