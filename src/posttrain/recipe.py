@@ -110,6 +110,7 @@ class Recipe(DataVerbs):
             )
         adopted = self._build.adopted(str(source))
         external = adopted or find_checkpoint(source, self._build.hash_file)
+        checks.speaks(self._build, name, external)
         self._build.external[name] = external
         node = Node(
             name=name,

@@ -64,7 +64,11 @@ def test_the_store_may_be_named_by_the_environment(
 def test_show(store: Store, cli: Callable[..., Any]) -> None:
     student = store.resolve("student")
     for name in ("student", student.label, student.fingerprint[:8], str(student.path)):
-        assert cli("show", name, "--json").json == {"path": str(student.path), **student.record}
+        assert cli("show", name, "--json").json == {
+            "path": str(student.path),
+            "names": ["student"],
+            **student.record,
+        }
     text = cli("show", "student").out
     words = ("inputs", "settings", "metrics", "files", "provenance", "model.safetensors", "torch")
     assert all(word in text for word in words)

@@ -68,3 +68,21 @@ def test_of_a_stage_that_fails_too(cli: Callable[..., Any]) -> None:
 
 def test_every_stage_of_a_recipe_without_leftovers_is_needed(cli: Callable[..., Any]) -> None:
     assert cli("plan", "mini.py", "--suite", "pairs.toml", "--json").json["warnings"] == []
+
+
+@pytest.mark.parametrize("where", [None, "chat_template.jinja", "tokenizer_config.json"])
+def test_of_a_start_without_chat_template(
+    cli: Callable[..., Any], place: Path, where: str | None
+) -> None:
+    outside = place / "outside"
+    outside.mkdir()
+    (outside / "config.json").write_text("{}")
+    (outside / "model.safetensors").write_bytes(b"weights")
+    texts = {"chat_template.jinja": "{{ 1 }}", "tokenizer_config.json": '{"chat_template": "x"}'}
+    if where is not None:
+        (outside / where).write_text(texts[where])
+    found = cli("plan", "mini.py", "--suite", "pairs.toml", "--set", "base=outside", "--json")
+    told = [w for w in found.json["warnings"] if w["stage"] == "base"]
+    assert len(told) == (where is None)
+    if told:
+        assert told[0]["text"].startswith(f"{outside} has no chat template: prompts are plain text")

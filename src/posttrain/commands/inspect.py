@@ -26,7 +26,7 @@ from posttrain.stages.kinds import shown_kind
 def ls(store: io.StorePath = io.DEFAULT_STORE, as_json: io.Json = False) -> None:
     """List all artifacts, newest first."""
     place = Store(store)
-    artifacts = place.list()[::-1]
+    artifacts = [place.names.current(artifact) for artifact in place.list()[::-1]]
     if as_json:
         listed = [
             {
@@ -74,13 +74,18 @@ def show(
     as_json: io.Json = False,
 ) -> None:
     """Show the record of an artifact: inputs, settings, metrics, files, provenance."""
-    found = Store(store).resolve(artifact)
+    place = Store(store)
+    recorded = place.resolve(artifact)
+    names = place.names.all_of(recorded.fingerprint, recorded.name)
     if as_json:
-        emit({"path": str(found.path), **found.record})
+        emit({"path": str(recorded.path), "names": names, **recorded.record})
         return
+    found = place.names.current(recorded)
     out = console()
     version = found.record["version"]
     out.print(Text.assemble((found.name, "bold"), f"  {found.kind}, stage version {version}"))
+    if names[:-1]:
+        out.print(Text(f"called {', '.join(names[:-1])} before", "dim"))
     out.print(Text(found.fingerprint, "dim"))
     out.print(Text(str(found.path), "dim"), soft_wrap=True)
     sections: dict[str, Mapping[str, Any]] = {
@@ -132,7 +137,7 @@ def lineage(
 ) -> None:
     """Show what an artifact descends from."""
     place = Store(store)
-    ancestors = ancestry.lineage(place, place.resolve(artifact))
+    ancestors = ancestry.renamed(place, ancestry.lineage(place, place.resolve(artifact)))
     last = ancestors[-1]
     if as_json:
         emit({"target": last.label, **_network(ancestors)})
@@ -206,7 +211,7 @@ def diff(
 ) -> None:
     """Show in which settings, data and ancestors two artifacts differ, and their metrics."""
     place = Store(store)
-    old, new = place.resolve(a), place.resolve(b)
+    old, new = (place.names.current(place.resolve(text)) for text in (a, b))
     found = differences(place, old, new)
     keys = dict.fromkeys([*old.metrics, *new.metrics])
     metrics = {key: {"a": old.metrics.get(key), "b": new.metrics.get(key)} for key in keys}
@@ -238,7 +243,8 @@ def differences(store: Store, a: Artifact, b: Artifact) -> list[dict[str, Any]]:
 
 
 def _records(store: Store, artifact: Artifact) -> dict[str, Mapping[str, Any]]:
-    return {a.record["fingerprint"]: a.record for a in ancestry.lineage(store, artifact)}
+    ancestors = ancestry.renamed(store, ancestry.lineage(store, artifact))
+    return {a.record["fingerprint"]: a.record for a in ancestors}
 
 
 def _compare(

@@ -78,6 +78,7 @@ def run(
     loaded = load_recipe(recipe, store=place, settings=settings or (), suite=suite, seed=seed)
     rows = plan_graph(loaded.graph, place)
     _summary(out, loaded, rows, place)
+    _remember_names(place, rows)
     view = LiveView(rows, loaded.graph, out)
     failure = None
     try:
@@ -142,6 +143,16 @@ def stages_of(rows: Sequence[PlanRow], view: LiveView) -> list[dict[str, Any]]:
             }
         )
     return found
+
+
+def _remember_names(store: Store, rows: Sequence[PlanRow]) -> None:
+    """Leave in the store what this recipe calls the artifacts that are there."""
+    store.names.remember(
+        (row.fingerprint, row.artifact.name, row.name)
+        for row in rows
+        # What was adopted keeps the name that it was given there.
+        if row.artifact is not None and "source" not in row.artifact.provenance
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -253,7 +253,9 @@ def _roots(store: Store) -> set[str]:
     """Every evaluation and outside model, and the newest artifact of each name."""
     artifacts = store.list()
     newest = {(a.kind, a.name): a.fingerprint for a in artifacts}
-    return {a.fingerprint for a in artifacts if _stays(a.kind)} | set(newest.values())
+    # What a later run used under another name is not old, whenever it was made.
+    used = {a.fingerprint for a in artifacts if a.name != store.names.now(a.fingerprint, a.name)}
+    return {a.fingerprint for a in artifacts if _stays(a.kind)} | set(newest.values()) | used
 
 
 def _stays(name: str) -> bool:

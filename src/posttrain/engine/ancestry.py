@@ -4,7 +4,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any, Final
@@ -77,6 +77,19 @@ def lineage(store: Store, artifact: Artifact) -> list[Ancestor]:
             missing=[edge for edge in current.inputs if edge not in sources],
         )
     return list(found.values())
+
+
+def renamed(store: Store, ancestors: Sequence[Ancestor]) -> list[Ancestor]:
+    """A lineage to be shown: with the names that the newest run has for its artifacts."""
+    found = []
+    for ancestor in ancestors:
+        shown = store.names.current(ancestor)
+        edges = {edge: label_of(source) for edge, source in shown.inputs.items()}
+        if ADOPTED in ancestor.edges:
+            edges[ADOPTED] = label_of(shown.history[-1])
+        artifact = shown.artifact and store.names.current(shown.artifact)
+        found.append(replace(shown, artifact=artifact, edges=edges))
+    return found
 
 
 def _from_history(history: Sequence[Record], *, known: Mapping[str, Any]) -> dict[str, Ancestor]:
@@ -208,6 +221,7 @@ def gc(store: Store, keep: Collection[str], *, dry_run: bool = False) -> list[Re
                 trash.parent.mkdir(exist_ok=True)
                 os.rename(item.path, trash)
                 shutil.rmtree(trash)
+            store.names.keep(store.index().keys())
     finally:
         os.close(handle)
     return removed

@@ -2,6 +2,7 @@
 
     store.json                                  {"format": 1}; also the lock between runs and gc
     hashes.json                                 hashes of large files from outside (hashes.py)
+    names.json                                  what later runs call artifacts (names.py)
     artifacts/<kind>/<name>-<fp[:12]>/          record.json and files; committed, never changed
     work/<fp[:12]>/                             out/ being filled, step checkpoints, log.txt, ...
     work/<fp[:12]>.lock                         held by whoever works on it
@@ -27,6 +28,7 @@ from posttrain.engine.errors import StoreError, choices_text
 from posttrain.engine.fingerprint import digest, file_digest, plain
 from posttrain.engine.graph import Node, payload
 from posttrain.engine.hashes import HASHES, FileHashes
+from posttrain.engine.names import NAMES, Names
 from posttrain.engine.record import (
     FORMAT,
     RECORD,
@@ -52,6 +54,7 @@ class Store:
     def __init__(self, root: Path) -> None:
         self.root = Path(root).absolute()
         self.hashes = FileHashes(self.root / HASHES)
+        self.names = Names(self.root / NAMES)
         self._check()
 
     # -- reading ---------------------------------------------------------------------------------
@@ -95,17 +98,23 @@ class Store:
         """The one artifact meant by a name, by the start of `name-fingerprint`, or of a fingerprint
         (4 digits or more), or by the path of its directory.
 
+        A name is what the newest run calls it, or else one that it had before.
+
         Raises StoreError: nothing fits (nearest names), or more than one does (the choices).
         """
         directory = Path(text).absolute()
         if directory.parent.parent == self.root / "artifacts":
             text = directory.name
         paths = {path.name: path for path in self._directories()}
-        names = {label: label[: -SHORT - 1] for label in paths}
-        by_name = [label for label in paths if names[label] == text]
+        names = {label: self.names.all_of(label[-SHORT:], label[: -SHORT - 1]) for label in paths}
+        by_name = [label for label in paths if names[label][-1] == text]
+        by_name = by_name or [label for label in paths if text in names[label]]
         # Longer than the name, or the start of any name would do.
         by_label = [
-            label for label in paths if label.startswith(text) and len(text) > len(names[label])
+            label
+            for label in paths
+            for name in names[label]
+            if f"{name}-{label[-SHORT:]}".startswith(text) and len(text) > len(name)
         ]
         by_fingerprint = [
             label for label in paths if len(text) >= 4 and label[-SHORT:].startswith(text[:SHORT])
@@ -118,9 +127,10 @@ class Store:
             return found[0]
         if found:
             found.sort(key=lambda artifact: artifact.created)
-            choices = "\n".join(f"  {a.label}  ({a.kind}, {a.created[:16]})" for a in found)
+            shown = map(self.names.current, found)
+            choices = "\n".join(f"  {a.label}  ({a.kind}, {a.created[:16]})" for a in shown)
             raise StoreError(f"{text!r} could be {len(found)} artifacts; give one of:\n{choices}")
-        known = choices_text(text, names.values(), label="it has")
+        known = choices_text(text, [n[-1] for n in names.values()], label="it has")
         raise StoreError(f"no artifact {text!r} in {self.root}; {known}")
 
     # -- writing ---------------------------------------------------------------------------------

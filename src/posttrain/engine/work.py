@@ -2,7 +2,7 @@
 
 work/<fp[:12]>/out/            files of the artifact to be
 work/<fp[:12]>/metrics.jsonl   one JSON object per line, written by the stage as it goes
-work/<fp[:12]>/warnings.jsonl  {"text": ...} per line: what the stage has to tell the user
+work/<fp[:12]>/warnings.jsonl  what the stage has to tell the user, {"text", "about"} per line
 work/<fp[:12]>/step.json       {"step": n, ...}: the newest step checkpoint the stage can go on from
 work/<fp[:12]>/result.json     how the newest attempt ended, see `process`
 work/<fp[:12]>/log.txt         what the stage printed, over all attempts
@@ -115,23 +115,30 @@ def write_step(path: Path, step: int, **facts: Any) -> None:
 
 def read_warnings(path: Path) -> list[str]:
     """What the stage of a work directory has warned of so far, oldest first."""
-    try:
-        lines = (path / WARNINGS).read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return []
-    return [str(json.loads(line)["text"]) for line in lines]
+    return [line["text"] for line in _warning_lines(path)]
 
 
-def add_warning(path: Path, text: str) -> None:
-    """Add a text to the warnings of the stage of a work directory, where it is not among them yet.
+def add_warning(path: Path, text: str, about: str | None = None) -> None:
+    """Add a text to the warnings of the stage of a work directory, where none is `about` the same
+    (the text itself) yet.
 
     For stages. The record of what the stage makes has them, and so has whoever runs it.
     """
-    texts = read_warnings(path)
-    if text not in texts:
-        lines = [json.dumps({"text": one}) + "\n" for one in (*texts, text)]
+    lines = _warning_lines(path)
+    subject = text if about is None else about
+    if all(line["about"] != subject for line in lines):
+        lines.append({"text": text, "about": subject})
         # Whole, so that a reader and a kill find no half of a line.
-        write_whole(path / WARNINGS, "".join(lines).encode("ascii"))
+        content = "".join(json.dumps(line) + "\n" for line in lines)
+        write_whole(path / WARNINGS, content.encode("ascii"))
+
+
+def _warning_lines(path: Path) -> list[dict[str, str]]:
+    try:
+        text = (path / WARNINGS).read_text(encoding="ascii")
+    except FileNotFoundError:
+        return []
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def file_state(path: Path | None) -> list[Any] | None:

@@ -264,13 +264,14 @@ class Context:
         with self._metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
-    def warn(self, text: str) -> None:
+    def warn(self, text: str, *, about: str | None = None) -> None:
         """Tell the user something that is no error, in one sentence with its numbers and the fix.
 
-        It stays: it is shown while the stage runs and whenever its result is used. The same text
-        is told once, also where the stage goes on after a stop.
+        It stays: it is shown while the stage runs and whenever its result is used. The same text,
+        or the first of several texts `about` one thing, is told once, also where the stage goes on
+        after a stop.
         """
-        add_warning(self.work, text)
+        add_warning(self.work, text, about)
 
     def history(self, metric: str) -> list[float]:
         """The logged values of a metric so far, oldest first; those before a resume are there."""

@@ -23,6 +23,7 @@ from posttrain.stages.context import Context
 from posttrain.stages.data import Pool
 from posttrain.stages.rows import Key, Row, edges, key_of, pick
 from posttrain.stages.settings.data import Dedup, Filter, Mix, Part
+from posttrain.stages.signs import few_kept
 from posttrain.stages.supervised import demonstrated
 
 Rates = Mapping[Key, float]
@@ -61,6 +62,8 @@ def run_filter(settings: Filter, ctx: Context) -> dict[str, float]:
                 f"their pass rates are {min(rates[key_of(p)] for p in profiled):.3g} to "
                 f"{max(rates[key_of(p)] for p in profiled):.3g}; widen the band, or give at_least"
             )
+        fix = "widen the band, or give at_least"
+        few_kept(ctx, len(chosen_here), len(profiled), f"prompts of domain {name!r}", fix)
         chosen += chosen_here
         known, total = known + len(profiled), total + len(problems)
     write_jsonl(ctx.out / "prompts.jsonl", chosen)
@@ -154,6 +157,10 @@ def run_mix(settings: Mix, ctx: Context) -> dict[str, float]:
     ]
     order = np.random.default_rng([settings.seed, len(parts)]).permutation(len(mixed))
     write_jsonl(ctx.out / "data.jsonl", (mixed[int(i)] | {"pool": POOL} for i in order))
+    if settings.rows is None:
+        available = sum(map(len, parts))
+        fix = "the smallest source for its weight decides; give it less weight, or give rows"
+        few_kept(ctx, len(mixed), available, "rows of its sources", fix)
     repeats = max(number / len(rows) for number, rows in zip(counts, parts, strict=True))
     used = sum(number / len(rows) >= 1 for number, rows in zip(counts, parts, strict=True))
     return {"rows": len(mixed), "most_passes": repeats, "parts_used_up": used}
@@ -209,6 +216,8 @@ def run_dedup(settings: Dedup, ctx: Context) -> dict[str, float]:
     """Write data.jsonl: of rows that count as the same the first one, in their order."""
     paths = [path / "data.jsonl" for path in edges(ctx, "data")]
     rows = learned_rows(row for path in paths for row in read_jsonl(path))
+    if not rows:
+        raise ConfigError(f"stage {ctx.name!r} (dedup): its data has no rows")
     texts = ["\n".join(compared(row, field) for field in FIELDS[settings.of]) for row in rows]
     # The answer to one prompt in two modes is two things to learn.
     marks = ["" if settings.of == "prompt" else str(row.get("mode")) for row in rows]
@@ -222,6 +231,7 @@ def run_dedup(settings: Dedup, ctx: Context) -> dict[str, float]:
             for positions in by_mark.values()
             for i in first_of_similar([texts[p] for p in positions], settings.near)
         )
+    few_kept(ctx, len(first), len(rows), "rows", f"check what repeats (of = {settings.of!r})")
     write_jsonl(ctx.out / "data.jsonl", (rows[i] for i in first))
     return {"rows": len(first), "kept_share": len(first) / len(rows)}
 

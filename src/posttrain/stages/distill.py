@@ -51,6 +51,7 @@ from posttrain.stages.data import Batches
 from posttrain.stages.lengths import Reader, fit_prompts
 from posttrain.stages.rollout import rollout, verified_mean, verifiers
 from posttrain.stages.settings.distill import Distill
+from posttrain.stages.signs import cut_responses
 from posttrain.stages.teachers import Teachers
 
 
@@ -121,6 +122,7 @@ def run(settings: Distill, ctx: Context) -> dict[str, float]:
         for number, name in enumerate(teachers.names):
             metrics[f"rows/{name}"] = float((batch["teacher_B"] == number).sum())
         ctx.log(step + 1, settings.steps, tokens=batch.num_tokens, **s.scheduled(), **metrics)
+        cut_responses(ctx, ctx.history("finished_share"), settings.steps, s.max_new_tokens)
     policy.finish()
     policy.save(ctx.out)
     return {"kl": ctx.metrics["kl"], "tokens": ctx.tokens}

@@ -31,6 +31,7 @@ from posttrain.stages.rows import (
     read_rollouts,
 )
 from posttrain.stages.settings.data import Comparisons, Pairs
+from posttrain.stages.signs import few_kept
 
 
 def run(settings: Pairs, ctx: Context) -> dict[str, float]:
@@ -56,6 +57,9 @@ def run(settings: Pairs, ctx: Context) -> dict[str, float]:
             f"stage {ctx.name!r}: how = {how.kind!r} finds no pair among the responses to "
             f"{len(ours)} problems; {advice(settings, ours, theirs)}"
         )
+    few_kept(
+        ctx, sum(map(bool, found.values())), len(found), "problems", advice(settings, ours, theirs)
+    )
     rows = [row_of(settings, *pair) for pair in pairs]
     write_jsonl(ctx.out / "pairs.jsonl", rows)
     verified = [pair for pair in pairs if all(row["reward"] is not None for row in pair)]

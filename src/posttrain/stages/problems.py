@@ -32,6 +32,7 @@ from posttrain.stages.data import DomainShares
 from posttrain.stages.rollout_log import RolloutLog
 from posttrain.stages.rows import pick
 from posttrain.stages.settings.rl import Rl
+from posttrain.stages.signs import RlWatch
 
 PROBLEMS_PER_CALL = 64
 """Problems that are profiled at a time."""
@@ -55,7 +56,7 @@ class ProblemSampler:
     ) -> None:
         """Of these `problems` by domain. Reads the profile where there is one; raises ConfigError
         where that has no rate for any problem of a domain."""
-        self.out, self.log = ctx.out, log
+        self.out, self.log, self.watch = ctx.out, log, RlWatch(ctx)
         self.queues = {
             name: DomainQueue(rows, position=position, seed=settings.seed)
             for position, (name, rows) in enumerate(problems.items())
@@ -155,6 +156,7 @@ class ProblemSampler:
 
     def observe(self, s: Rl, rows: Sequence[Row]) -> dict[str, float]:
         """Take in the rollouts of a step, as the log has them; returns metrics."""
+        self.watch.observe(s, rows)
         # One per response -> one per problem.
         # What a judge says, where there is no verifier.
         found = [row["score"] if row["reward"] is None else row["reward"] for row in rows]

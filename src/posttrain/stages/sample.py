@@ -18,6 +18,7 @@ from posttrain.stages.lengths import Reader, fit_prompts
 from posttrain.stages.rollout import rollout, rollout_rows, verifiers
 from posttrain.stages.rows import pick
 from posttrain.stages.settings.data import Profile, Sample
+from posttrain.stages.signs import Responses
 
 PROMPTS_PER_CALL = 64
 
@@ -26,6 +27,7 @@ def run(settings: Sample, ctx: Context) -> dict[str, float]:
     """Write rollouts.jsonl: problem, response, reward (null in a domain without a verifier),
     finished, num_tokens, model, temperature."""
     verifier_pool = verifiers(ctx)
+    seen = Responses()
     domains = list(ctx.domains)
     rows: list[dict[str, Any]] = []
     done, total = 0, sum(len(settings.routes[name]) for name in domains)
@@ -48,9 +50,11 @@ def run(settings: Sample, ctx: Context) -> dict[str, float]:
                 prefix=settings.prefix,
             ):
                 tokens += batch.num_tokens
+                seen.add(batch)
                 rows += rollout_rows(batch, model=model, temperature=settings.temperature)
             done += 1
             ctx.log(done, total, tokens=tokens, **mean_reward(rows))
+    seen.tell(ctx, settings.max_new_tokens)
     write_jsonl(ctx.out / "rollouts.jsonl", rows)
     return {"rows": len(rows), **mean_reward(rows)}
 
@@ -58,6 +62,7 @@ def run(settings: Sample, ctx: Context) -> dict[str, float]:
 def run_profile(settings: Profile, ctx: Context) -> dict[str, float]:
     """Write profile.jsonl: id, domain, rate (mean reward) and samples (how many) per problem."""
     verifier_pool = verifiers(ctx)
+    seen = Responses()
     rows: list[dict[str, Any]] = []
     problems_of = fitting_problems(settings, ctx, {"": "model"})
     for number, name in enumerate(ctx.domains):
@@ -72,12 +77,14 @@ def run_profile(settings: Profile, ctx: Context) -> dict[str, float]:
             number=number,
         ):
             tokens += batch.num_tokens
+            seen.add(batch)
             rates = batch["reward_B"].double().reshape(-1, settings.n).mean(dim=1).tolist()
             rows += [
                 pick(problem, "id", "domain", "mode") | {"rate": rate, "samples": settings.n}
                 for problem, rate in zip(batch.problems[:: settings.n], rates, strict=True)
             ]
         ctx.log(number + 1, len(ctx.domains), tokens=tokens, reward=mean(rows, "rate"))
+    seen.tell(ctx, settings.max_new_tokens)
     write_jsonl(ctx.out / "profile.jsonl", rows)
     return {
         "rows": len(rows),

@@ -20,6 +20,7 @@ from posttrain.stages.rows import (
     without_thought,
 )
 from posttrain.stages.settings.data import Select
+from posttrain.stages.signs import few_kept
 
 
 def run(settings: Select, ctx: Context) -> dict[str, float]:
@@ -37,6 +38,10 @@ def run(settings: Select, ctx: Context) -> dict[str, float]:
             "rollouts; sample from a better model, raise k, loosen the conditions, or use how = "
             "'best' where the verifier gives part scores"
         )
+    if not isinstance(settings.how, TopShare):  # which was told how many to keep
+        kept = len({key_of(row) for row in chosen})
+        fix = "sample from a better model, raise k, or loosen the conditions"
+        few_kept(ctx, kept, len({key_of(row) for row in rollouts}), "problems", fix)
     if settings.strip_thought:
         chosen = [without_thought(row) for row in chosen]
     fields = ("id", "domain", "prompt", "reward", "mode", "messages")
