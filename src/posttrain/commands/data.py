@@ -15,7 +15,7 @@ from posttrain.engine.errors import PosttrainError
 from posttrain.engine.fingerprint import digest, file_digest
 from posttrain.engine.graph import Graph, Node
 from posttrain.engine.store import Store
-from posttrain.suites.checked import CACHE, memory_of, recall, remember, tables_of
+from posttrain.suites.checked import memory_of, recall, remember, tables_of
 
 if TYPE_CHECKING:  # a wheel of some size, needed for tables alone
     from tokenizers import Tokenizer
@@ -58,19 +58,19 @@ def all_read(lines: Sequence[Mapping[str, Any]]) -> bool:
 
 def table_of_data(lines: Sequence[Mapping[str, Any]]) -> Table:
     """The same as a table for people."""
-    unit = next((line["unit"] for line in lines if line["rows"] is not None), "characters")
     table = plain_table(
-        *("data", "rows", "repeats", "further demos", "train", "validation", "heldout"),
-        *(f"{unit}, median", "longest", "to tell"),
+        *("data", "rows", "repeats", "more demos", "train", "validation", "heldout"),
+        *("median", "longest", "to tell"),
     )
     for line in lines:
         if line["rows"] is None:
             table.add_row(line["domain"], Text("read from the Hub when it is built", "dim"))
             continue
-        notes = ", ".join(f"{line[key]} {words}" for key, words in TOLD.items() if line[key])
-        names = ("rows", "duplicates", "further_demos", "train", "validation", "heldout")
-        cells = [f"{line[key]:,}" for key in (*names, "median", "longest")]
-        table.add_row(line["domain"], *cells, Text(notes, "yellow" if notes else ""))
+        notes = ", ".join(f"{line[key]:,} {words}" for key, words in TOLD.items() if line[key])
+        names = ("rows", "duplicates", "further_demos", "train", "validation", "heldout", "median")
+        cells = [f"{line[key]:,}" for key in names]
+        longest = f"{line['longest']:,} {line['unit']}"
+        table.add_row(line["domain"], *cells, longest, Text(notes, "yellow" if notes else ""))
     return table
 
 
@@ -98,11 +98,11 @@ def _tokens(node: Node, tokenizer: Path, store: Store) -> dict[str, int] | None:
     """
     tables = memory_of(node.config["source"], node.config["verifier"]["name"], node.data)
     name = f"tokens-{digest([tables, file_digest(tokenizer)])[:32]}"
-    known = recall(store.root / CACHE, name)
+    known = recall(store.cache, name)
     if known is None and all(split in node.data for split in node.runtime["files"]):
         known = _counted(node, tokenizer)
         if known is not None:
-            remember(store.root / CACHE, name, known)
+            remember(store.cache, name, known)
     return known
 
 
