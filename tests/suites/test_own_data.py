@@ -109,6 +109,17 @@ def test_whole_conversations_hold_their_prompt(tmp_path: Path) -> None:
     assert named == rows[:1]
 
 
+def test_transcripts_hold_their_prompt(tmp_path: Path) -> None:
+    """HH-RLHF's form; what looks like it within a turn, or beside a prompt column, is text."""
+    before = "\n\nHuman: One?\n\nAssistant: 1\nHuman: no\n\nHuman: Two?\n\nAssistant:"
+    rows, _ = made(tmp_path, [{"chosen": before + " 2", "rejected": before + " 3\n\nor 4"}])
+    said = [("user", "One?"), ("assistant", "1\nHuman: no"), ("user", "Two?")]
+    assert [(m["role"], m["content"]) for m in rows[0]["messages"]] == said
+    assert (rows[0]["chosen"], rows[0]["rejected"]) == ("2", "3\n\nor 4")
+    row = {"prompt": "Write a talk.", "chosen": before, "rejected": "no"}
+    assert made(tmp_path, [row])[0][0]["chosen"] == before
+
+
 def test_messages_in_a_prompt_column_and_responses_as_messages(tmp_path: Path) -> None:
     prompt = [user("One?"), assistant("1"), user("Two?")]
     row = {"prompt": prompt, "chosen": [assistant("2")], "rejected": [assistant("3")]}
@@ -133,6 +144,9 @@ def test_rankings_become_all_pairs_with_a_strict_preference(tmp_path: Path) -> N
     tied = row | {"points": [3, 1, 3]}
     rows, _ = made(tmp_path, [tied], responses="all", scores="points")
     assert [(one["chosen"], one["rejected"]) for one in rows] == [("a", "b"), ("c", "b")]
+    equal = row | {"points": [1, 1, 1]}
+    rows, facts = made(tmp_path, [tied, equal], responses="all", scores="points")
+    assert (len(rows), facts["read"], facts["left_out"]) == (2, 2, 1)
     rows, facts = made(tmp_path, [row], responses="all")
     assert [(one["chosen"], one["rejected"]) for one in rows] == [
         *(("a", "b"), ("a", "c"), ("b", "c"))
@@ -167,7 +181,8 @@ TALK = [user("Hello?"), assistant("Hi!")]
         (PAIR | {"rejected": None}, {}, "column 'rejected' holds no value"),
         (PAIR | {"rejected": float("nan")}, {}, "column 'rejected' holds no value"),
         (PAIR | {"rejected": {"a": 1}}, {}, "column 'rejected' holds .*has to be a text"),
-        ({"prompt": "p", "chosne": "a"}, {}, "'chosen' is missing; did you mean 'chosne'"),
+        ({"prompt": "p", "chosne": "a"}, {}, "'chosen' is missing; columns there: prompt, chosne"),
+        ({"prompt": "p"}, {"chosen": "good"}, "'good' is missing; .*the right one with chosen"),
         ({"chosen": "a", "rejected": "b"}, {}, "column 'prompt' is missing.*prompt = "),
         (PAIR | {"m": -1}, MARGIN, "'m' is -1; a margin says how much better"),
         (PAIR | {"m": "wide"}, MARGIN, "'m' holds 'wide'; it has to be a number"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -190,6 +191,21 @@ def text(value: Any, place: str) -> str:
     if not found.strip():
         raise ConfigError(f"{place} is empty; fill it, or leave the row out")
     return found
+
+
+TURN = re.compile(r"(?:^|\n)\n(Human|Assistant):[ \t]*")
+"""What begins a turn of a transcript."""
+
+
+def transcript(value: Any) -> Any:
+    """The messages of a transcript as HH-RLHF writes them (arXiv 2204.05862), whose first turn is
+    Human's; anything else as it is."""
+    if not isinstance(value, str) or not re.match(r"\s*Human:", value):
+        return value
+    _, *parts = TURN.split("\n\n" + value.lstrip())
+    roles = {"Human": "user", "Assistant": "assistant"}
+    pairs = zip(parts[::2], parts[1::2], strict=True)
+    return [{"role": roles[who], "content": said.strip()} for who, said in pairs]
 
 
 def response(value: Any, place: str) -> tuple[list[Message], str]:

@@ -6,7 +6,8 @@ desirable or not. Makes pairs.jsonl, for `dpo` and `reward_model`.
     single    prompt, response, label
 
 Prompts are texts or lists of messages. So are responses: a text, the assistant's message, or the
-whole conversation; the common beginning of two conversations is then the prompt.
+whole conversation; the common beginning of two conversations is then the prompt. Without a prompt
+column a conversation may be a text as in HH-RLHF, "\n\nHuman: ...\n\nAssistant: ...".
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from posttrain.suites.own_data import (
     lengths,
     number,
     response,
+    transcript,
 )
 
 SIDES = ("chosen", "rejected")
@@ -143,9 +145,19 @@ def _rows(config: Config, record: Mapping[str, Any]) -> list[Row]:
 def _pair(config: Config, record: Mapping[str, Any]) -> list[Row]:
     before: dict[str, list[Message]] = {}
     texts: dict[str, str] = {}
+    alone = "prompt" not in config and "prompt" not in record
     for side in SIDES:
         column = config.get(side, side)
-        before[side], texts[side] = response(cell(record, side, column), f"column {column!r}")
+        if column not in record and "chosen" not in config and "rejected" not in config:
+            raise ConfigError(
+                f"column {column!r} is missing; columns there: {', '.join(record) or 'none'}; name "
+                'those of pairs with chosen = "..." and rejected = "...", those of rankings with '
+                'responses = "...", those of single responses with response = "..." and label = '
+                '"..."'
+            )
+        value = cell(record, side, column)
+        value = transcript(value) if alone else value
+        before[side], texts[side] = response(value, f"column {column!r}")
     _check_alike(before["chosen"], before["rejected"])
     row = _asked(config, record, before["chosen"])
     if texts["chosen"] == texts["rejected"]:
