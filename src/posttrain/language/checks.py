@@ -116,8 +116,8 @@ def given_rows(build: Builder, stage: str) -> None:
         if "data" in node.inputs and node.config.get(field):
             raise ConfigError(
                 f"stage {stage!r} ({node.kind}), field {field!r}: {node.config[field]} is not "
-                "read, because the rows of a data stage are as they are; leave it out, or learn from "
-                "r.demos(...)"
+                "read, because the rows of a data stage are as they are; leave it out, or learn "
+                "from r.demos(...)"
             )
 
 
