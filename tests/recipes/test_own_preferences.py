@@ -102,7 +102,7 @@ def test_a_recipe_on_own_data_runs_to_its_end(
     assert 0 < found["ranks"].metrics["loss"] < 2
     assert found["helpful"].metrics == {
         **{"rows": 20, "read": 20, "duplicates": 0, "prompts": 20, "contradictions": 0},
-        **{"median_characters": 2, "longest_characters": 2},
+        **{"median": 6, "longest": 7},
     }
     assert found["helpful"].inputs == {} and found["helpful"].kind == "preferences"
     assert found["dpo"].inputs["data"]["fingerprint"] == found["helpful"].fingerprint

@@ -63,7 +63,8 @@ PAIR = {"prompt": "Hello?", "chosen": "Hi!", "rejected": "What?"}
 
 
 def test_pairs_of_texts(tmp_path: Path) -> None:
-    """One exact repeat, one contradiction, two prompts; 3, 5, 5, 3, 1 and 2 characters."""
+    """One exact repeat, one contradiction, two prompts. Prompt, line end and response have 10, 12,
+    12, 10, 5 and 6 characters."""
     other = {"prompt": "Bye", "chosen": "x", "rejected": "yz"}
     back = PAIR | {"chosen": "What?", "rejected": "Hi!"}
     rows, facts = made(tmp_path, [PAIR | {"note": 1}, PAIR | {"note": 2}, back, other])
@@ -72,7 +73,7 @@ def test_pairs_of_texts(tmp_path: Path) -> None:
     assert rows[0]["id"].startswith("mine-")
     assert facts == {
         **{"rows": 3, "read": 4, "duplicates": 1, "prompts": 2, "contradictions": 1},
-        **{"median_characters": 3, "longest_characters": 5},
+        **{"median": 10, "longest": 12},
     }
 
 
@@ -146,7 +147,7 @@ def test_rankings_become_all_pairs_with_a_strict_preference(tmp_path: Path) -> N
     assert [(one["chosen"], one["rejected"]) for one in rows] == [("a", "b"), ("c", "b")]
     equal = row | {"points": [1, 1, 1]}
     rows, facts = made(tmp_path, [tied, equal], responses="all", scores="points")
-    assert (len(rows), facts["read"], facts["left_out"]) == (2, 2, 1)
+    assert (len(rows), facts["read"], facts["tied"]) == (2, 2, 1)
     rows, facts = made(tmp_path, [row], responses="all")
     assert [(one["chosen"], one["rejected"]) for one in rows] == [
         *(("a", "b"), ("a", "c"), ("b", "c"))
@@ -257,7 +258,7 @@ def test_a_table_of_prompts_and_demonstrations(tmp_path: Path) -> None:
     assert found[0]["id"] == found[1]["id"]
     assert facts == {
         **{"rows": 2, "read": 3, "duplicates": 1, "prompts": 1},
-        **{"median_characters": 2, "longest_characters": 3},
+        **{"median": 3, "longest": 5},
     }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from posttrain.engine.errors import ConfigError
 from posttrain.suites.cells import loaded_json
-from posttrain.suites.own_data import Config, Facts, Kind, Row, asked_for, cell, lengths, response
+from posttrain.suites.own_data import Config, Kind, Row, asked_for, cell, response
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,10 +37,6 @@ class DataTable:
                     f"table {self.data}: messages holds whole conversations, so that {column} is "
                     "not read; name one of them"
                 )
-
-
-def _facts(config: Config, rows: list[Row]) -> Facts:
-    return lengths(row["demo"] for row in rows)
 
 
 def _rows(config: Config, record: Mapping[str, Any]) -> list[Row]:
@@ -70,4 +66,4 @@ def _rows(config: Config, record: Mapping[str, Any]) -> list[Row]:
     return [row | {"demo": demo}]
 
 
-TABLE = Kind(name="table", file="data.jsonl", rows=_rows, facts=_facts)
+TABLE = Kind(name="table", file="data.jsonl", rows=_rows)

@@ -28,7 +28,6 @@ from posttrain.suites.own_data import (
     as_number,
     asked_for,
     cell,
-    lengths,
     number,
     response,
     transcript,
@@ -125,15 +124,14 @@ def has_margins(config: Mapping[str, Any]) -> bool:
 
 def _facts(config: Config, rows: list[Row]) -> Facts:
     """contradictions (pairs of responses that are preferred both ways, or responses with both
-    labels), desirable (single responses), and characters of the responses."""
+    labels), and desirable (single responses)."""
     if form_of(config) == "single":
         said = {(row["id"], row["response"], row["desirable"]) for row in rows}
         both = sum(good and (id_, text, False) in said for id_, text, good in said)
-        facts = {"contradictions": both, "desirable": sum(row["desirable"] for row in rows)}
-        return facts | lengths(row["response"] for row in rows)
+        return {"contradictions": both, "desirable": sum(row["desirable"] for row in rows)}
     pairs = {(row["id"], row["chosen"], row["rejected"]) for row in rows}
     both = sum((id_, other, one) in pairs for id_, one, other in pairs) // 2
-    return {"contradictions": both} | lengths(row[side] for row in rows for side in SIDES)
+    return {"contradictions": both}
 
 
 def _rows(config: Config, record: Mapping[str, Any]) -> list[Row]:
