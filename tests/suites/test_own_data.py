@@ -11,8 +11,9 @@ import pytest
 
 from posttrain.engine.errors import ConfigError
 from posttrain.suites.data_table import TABLE, DataTable
+from posttrain.suites.domain import Suite
 from posttrain.suites.load import load_suite
-from posttrain.suites.own_data import Kind
+from posttrain.suites.own_data import TableKind
 from posttrain.suites.preferences import PREFERENCES, Preferences
 
 Rows = list[dict[str, Any]]
@@ -33,7 +34,7 @@ def tabled(folder: Path, rows: Rows, **columns: str) -> tuple[Rows, Mapping[str,
 
 
 def _made(
-    folder: Path, kind: Kind, source: type[Any], rows: Rows, columns: Mapping[str, str]
+    folder: Path, kind: TableKind, source: type[Any], rows: Rows, columns: Mapping[str, str]
 ) -> tuple[Rows, Mapping[str, Any]]:
     declared = source(data=write(folder / "rows.jsonl", rows), **columns)
     node = kind.node(declared, "mine", folder)
@@ -249,6 +250,13 @@ def test_columns_of_two_forms_are_refused(columns: dict[str, str], message: str)
         Preferences(data="x.jsonl", **columns)
 
 
+def test_a_declaration_in_python_is_checked() -> None:
+    with pytest.raises(ConfigError, match="preferences of x: margin = 3; it has to be a text"):
+        Preferences(data="x", margin=3)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"preferences\['x'\] is 'pairs.jsonl', no Preferences"):
+        Suite(name="mine", preferences={"x": "pairs.jsonl"})  # type: ignore[dict-item]
+
+
 def test_a_table_of_prompts_and_demonstrations(tmp_path: Path) -> None:
     """Two answers to one prompt are two rows; white space is text like any other here."""
     rows = [{"prompt": "p", "demo": "a"}, {"prompt": "p", "demo": "bcd"}]
@@ -350,6 +358,10 @@ def test_a_suite_has_preferences_and_tables(tmp_path: Path) -> None:
         (('data = "pairs', 'dta = "pairs'), "preferences.helpful: unknown key 'dta'; did you mean"),
         (('data = "pairs.jsonl"\n', ""), "preferences.helpful: data is missing; write data ="),
         (('"gap"', "3"), "preferences.helpful.margin is 3; it has to be a text"),
+        (
+            ('margin = "gap"', 'label = "a"\nscores = "b"'),
+            "helpful: preferences of pairs",
+        ),
         (("[tables.", "[table."), "unknown key 'table'; did you mean 'tables'"),
         (("tables.chat", "tables.helpful"), "'helpful' is a name in preferences and in tables"),
         (("helpful", "Helpful"), "may only hold the characters a-z, 0-9 and _"),

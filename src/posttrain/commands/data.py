@@ -17,7 +17,7 @@ from posttrain.engine.graph import Graph, Node
 from posttrain.engine.store import Store
 from posttrain.suites.checked import CACHE, memory_of, recall, remember, tables_of
 from posttrain.suites.data_table import TABLE
-from posttrain.suites.own_data import Kind
+from posttrain.suites.own_data import TableKind
 from posttrain.suites.preferences import PREFERENCES
 
 if TYPE_CHECKING:  # a wheel of some size, needed for tables alone
@@ -26,8 +26,10 @@ if TYPE_CHECKING:  # a wheel of some size, needed for tables alone
 TOKENIZER = "tokenizer.json"
 TOGETHER = 1000
 """Rows that are counted at a time."""
-OWN: Mapping[str, Kind] = {kind.name: kind for kind in (PREFERENCES, TABLE)}
+OWN: Mapping[str, TableKind] = {kind.name: kind for kind in (PREFERENCES, TABLE)}
 """Kinds of tables that are no domain."""
+NOT_OWN = ("further_demos", "validation", "heldout")
+"""What these have none of."""
 TOLD = {
     "no_demo": "without demonstration",
     "contradicting": "prompts with several answers",
@@ -74,16 +76,17 @@ def table_of_data(lines: Sequence[Mapping[str, Any]]) -> Table:
         *("data", "rows", "repeats", "further demos", "train", "validation", "heldout"),
         *(f"{unit}, median", "longest", "to tell"),
     )
+    names = ("rows", "duplicates", "further_demos", "train", "validation", "heldout")
     for line in lines:
-        own = "" if line["kind"] == "domain" else f" ({line['kind']})"
-        name = f"{line['domain']}{own}"
         if line["rows"] is None:
-            table.add_row(name, Text("read from the Hub when it is built", "dim"))
+            table.add_row(line["domain"], Text("read from the Hub when it is built", "dim"))
             continue
         notes = ", ".join(f"{line[key]:,} {words}" for key, words in TOLD.items() if line.get(key))
-        names = ("rows", "duplicates", "further_demos", "train", "validation", "heldout")
-        cells = [f"{line[key]:,}" for key in (*names, "median", "longest")]
-        table.add_row(name, *cells, Text(notes, "yellow" if notes else ""))
+        without = NOT_OWN if line["kind"] in OWN else ()
+        cells = [
+            "" if key in without else f"{line[key]:,}" for key in (*names, "median", "longest")
+        ]
+        table.add_row(line["domain"], *cells, Text(notes, "yellow" if notes else ""))
     return table
 
 
@@ -94,7 +97,7 @@ def _own(node: Node, store: Store, fingerprint: str) -> dict[str, Any]:
     if not facts:
         return {}
     rest = {key: value for key, value in facts.items() if key not in ("rows", "read")}
-    nothing = dict.fromkeys(("further_demos", "validation", "heldout"), 0)
+    nothing = dict.fromkeys(NOT_OWN, 0)
     return {"rows": facts["read"], "train": facts["rows"]} | nothing | rest
 
 

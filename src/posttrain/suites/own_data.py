@@ -46,7 +46,7 @@ Config = Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kind:
+class TableKind:
     """What is done with one kind of such tables."""
 
     name: str
@@ -147,6 +147,14 @@ class Kind:
         a table that is gone or wrong."""
         location = parse_location(file, Path(), where=f"{self.name} {config['name']}")
         return [text for row in self._read(config, location)[0] for text in texts(row)]
+
+
+def check_texts(source: Any, where: str) -> None:
+    """Raise ConfigError for a declaration with a field that is no text."""
+    for field in fields(source):
+        value = getattr(source, field.name)
+        if not isinstance(value, str | None) or (value is None and field.name == "data"):
+            raise ConfigError(f"{where}: {field.name} = {value!r}; it has to be a text")
 
 
 def named_columns(source: Any) -> dict[str, str]:

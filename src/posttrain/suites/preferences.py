@@ -23,11 +23,12 @@ from posttrain.suites.messages import Message, looks_like_messages, message_list
 from posttrain.suites.own_data import (
     Config,
     Facts,
-    Kind,
     Row,
+    TableKind,
     as_number,
     asked_for,
     cell,
+    check_texts,
     number,
     response,
     transcript,
@@ -82,12 +83,15 @@ class Preferences:
     thumb; `response` and `label` if one of them is given. For `dpo` with the loss `kto`."""
 
     def __post_init__(self) -> None:
+        where = f"preferences of {self.data}"
+        check_texts(self, where)
         given = {
             form: [column for column in columns if getattr(self, column) is not None]
             for form, columns in FORMS.items()
         }
         found = [form for form, columns in given.items() if columns]
-        where = f"preferences in {self.data}"
+        where = f"preferences of {self.data}"
+        check_texts(self, where)
         if len(found) > 1:
             one, other = found[:2]
             raise ConfigError(
@@ -301,4 +305,4 @@ def _check_alike(one: list[Message], other: list[Message]) -> None:
     )
 
 
-PREFERENCES = Kind(name="preferences", file="pairs.jsonl", rows=_rows, facts=_facts)
+PREFERENCES = TableKind(name="preferences", file="pairs.jsonl", rows=_rows, facts=_facts)
