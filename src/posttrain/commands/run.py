@@ -245,8 +245,8 @@ def plan(
             for row in rows
         ]
         told = {"recipe": loaded.name, "seed": loaded.seed, "stages": stages}
-        told["data"] = _data(loaded, rows, place)
-        emit(told | {"warnings": _warnings(loaded, rows)})
+        told["warnings"] = _warnings(loaded, rows)
+        emit(told | {"data": _data(loaded, rows, place)})
         return
     _summary(out, loaded, rows, place)
     _show_data(out, loaded, rows, place)
