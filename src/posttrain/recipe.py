@@ -141,11 +141,16 @@ class Recipe(DataVerbs):
         return self._build.handle(name)
 
     def pretrain(
-        self, *, data: Demos, aux: Aux | None = None, name: str = "base", **settings: Any
+        self, *, data: Demos | Stage, aux: Aux | None = None, name: str = "base", **settings: Any
     ) -> Stage:
-        """A tiny model trained from nothing on the documents of some domains; `aux` as in `sft`."""
-        edges = self._build.data(name, data, (Demos,))
-        return self._trained("pretrain", name, data.settings() | settings, edges, aux)
+        """A tiny model trained from nothing on the documents of some domains or of a table.
+
+        `aux` as in `sft`.
+        """
+        edges = self._build.data(name, data, (Demos, Stage))
+        stage = self._trained("pretrain", name, data.settings() | settings, edges, aux)
+        checks.given_rows(self._build, name)
+        return stage
 
     def sft(
         self,
@@ -163,7 +168,7 @@ class Recipe(DataVerbs):
         edges = {"start": self._build.model(name, "start", start)}
         edges |= self._build.data(name, data, (Demos, Stage))
         stage = self._trained("sft", name, data.settings() | settings, edges, aux)
-        checks.sft(self._build, name)
+        checks.given_rows(self._build, name)
         return stage
 
     def dpo(

@@ -102,7 +102,7 @@ def test_a_recipe_on_own_data_runs_to_its_end(
     assert 0 < found["ranks"].metrics["loss"] < 2
     assert found["helpful"].metrics == {
         **{"rows": 20, "read": 20, "duplicates": 0, "prompts": 20, "contradictions": 0},
-        **{"median_characters": 2, "longest_characters": 2},
+        **{"median": 6, "longest": 7},
     }
     assert found["helpful"].inputs == {} and found["helpful"].kind == "preferences"
     assert found["dpo"].inputs["data"]["fingerprint"] == found["helpful"].fingerprint
@@ -112,6 +112,41 @@ def test_a_recipe_on_own_data_runs_to_its_end(
     rows = [json.loads(line) for line in (found["mix"].path / "data.jsonl").open()]
     assert {row["domain"] for row in rows} == {"chat", "numbers"}
     assert all(("messages" in row) == (row["domain"] == "chat") for row in rows)
+
+
+def test_what_teaches_nothing_is_told(
+    new: Callable[..., Recipe], execute: Callable[[Recipe, Stage], dict[str, Artifact]]
+) -> None:
+    both = [{"prompt": "p", "chosen": a, "rejected": b} for a, b in ("xy", "yx", "xz")]
+    write(Path("both.jsonl"), both)
+    good = [{"prompt": "p", "response": a, "label": 1} for a in "xy"]
+    write(Path("good.jsonl"), good)
+    for file, text in {
+        "both": "contradictions, pairs of responses that are preferred both ways: 1;",
+        "good": "all 2 responses are desirable",
+    }.items():
+        r = new()
+        columns = {"label": "label"} if file == "good" else {}
+        stage = r.preferences(f"{file}.jsonl", **columns)
+        (told,) = execute(r, stage)[file].record["warnings"]
+        assert told.startswith(f"{file}: {text}")
+
+
+@pytest.mark.slow
+def test_a_base_from_a_table(
+    new: Callable[..., Recipe], execute: Callable[[Recipe, Stage], dict[str, Artifact]]
+) -> None:
+    """With every character of its conversations, and their roles."""
+    talks = [talk(f"é {i}", "ü", "ö", "ß") for i in range(9)]
+    write(Path("talks.jsonl"), [{"messages": messages} for messages in talks])
+    r = new()
+    size = {"hidden_size": 32, "num_layers": 1, "intermediate_size": 64}
+    table = r.table("talks.jsonl", messages="messages")
+    base = execute(r, r.pretrain(data=table, steps=2, batch_size=4, **size))["base"]
+    tokens = (base.path / "tokenizer.json").read_text(encoding="utf-8")
+    assert all(f'"{letter}"' in tokens for letter in "éüöß")
+    with pytest.raises(ConfigError, match=r"\(pretrain\), field 'demo_noise': 0.5 is not read"):
+        r.pretrain(data=table, steps=2, demo_noise=0.5, name="noisy")
 
 
 def test_a_name_or_a_place(new: Callable[..., Recipe]) -> None:

@@ -9,8 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from posttrain.algorithms import Kto
+from posttrain.backends.base import LearnerSettings, TokenLoss
+from posttrain.backends.checkpoint import load
+from posttrain.backends.local import LocalLearner
 from posttrain.engine.errors import ConfigError
+from posttrain.rl.batch import Batch
+from posttrain.stages.dpo import single_loss
 
 RunStage = Callable[..., Any]
 BASE: dict[str, Any] = {"steps": 4, "batch_size": 24, "lr": 0.003, "warmup_steps": 1}
@@ -120,6 +127,27 @@ def test_a_stopped_stage_ends_with_the_same_bits(
         lambda work: learn(singles(pairs()), batch_size=5, work=work), saved=2, killed=3
     )
     assert calm.metrics == resumed.metrics
+
+
+def test_micro_batches_change_only_rounding(models: Mapping[str, str]) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def tokens(length: int) -> list[int]:
+        return torch.randint(5, 90, (length,), generator=generator).tolist()
+
+    prompts = [tokens(n) for n in (3, 9, 2, 5, 7)]
+    batch = Batch.from_tokens(prompts, [tokens(n) for n in (2, 8, 4, 1, 6)], pad_id=0)
+    batch["counted_N"] = torch.ones(batch.num_tokens, dtype=torch.bool)
+    batch["ref_logp_B"] = -4 * torch.rand(5, generator=generator)
+    batch["baseline_B"] = torch.full((5,), 0.3)
+    batch["desirable_B"] = torch.tensor([True, False, False, True, False])
+    made_with = LearnerSettings(betas=(0.9, 0.98), weight_decay=0.0, max_grad_norm=1.0)
+    results = []
+    for max_tokens in (8192, 16):
+        learner = LocalLearner(load(models["start"]), made_with, max_tokens=max_tokens)
+        loss = TokenLoss(single_loss, Kto(beta=0.2))
+        results.append(learner.update(batch, loss, count=5, lr=0.0, group_rows=1))
+    assert results[0] == pytest.approx(results[1], rel=1e-4)
 
 
 @pytest.mark.parametrize("loss", ["dpo", "dpo_norm", "simpo", "ipo"])

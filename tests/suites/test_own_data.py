@@ -11,8 +11,9 @@ import pytest
 
 from posttrain.engine.errors import ConfigError
 from posttrain.suites.data_table import TABLE, DataTable
+from posttrain.suites.domain import Suite
 from posttrain.suites.load import load_suite
-from posttrain.suites.own_data import Kind
+from posttrain.suites.own_data import TableKind
 from posttrain.suites.preferences import PREFERENCES, Preferences
 
 Rows = list[dict[str, Any]]
@@ -33,7 +34,7 @@ def tabled(folder: Path, rows: Rows, **columns: str) -> tuple[Rows, Mapping[str,
 
 
 def _made(
-    folder: Path, kind: Kind, source: type[Any], rows: Rows, columns: Mapping[str, str]
+    folder: Path, kind: TableKind, source: type[Any], rows: Rows, columns: Mapping[str, str]
 ) -> tuple[Rows, Mapping[str, Any]]:
     declared = source(data=write(folder / "rows.jsonl", rows), **columns)
     node = kind.node(declared, "mine", folder)
@@ -63,7 +64,8 @@ PAIR = {"prompt": "Hello?", "chosen": "Hi!", "rejected": "What?"}
 
 
 def test_pairs_of_texts(tmp_path: Path) -> None:
-    """One exact repeat, one contradiction, two prompts; 3, 5, 5, 3, 1 and 2 characters."""
+    """One exact repeat, one contradiction, two prompts. Prompt, line end and response have 10, 12,
+    12, 10, 5 and 6 characters."""
     other = {"prompt": "Bye", "chosen": "x", "rejected": "yz"}
     back = PAIR | {"chosen": "What?", "rejected": "Hi!"}
     rows, facts = made(tmp_path, [PAIR | {"note": 1}, PAIR | {"note": 2}, back, other])
@@ -72,7 +74,7 @@ def test_pairs_of_texts(tmp_path: Path) -> None:
     assert rows[0]["id"].startswith("mine-")
     assert facts == {
         **{"rows": 3, "read": 4, "duplicates": 1, "prompts": 2, "contradictions": 1},
-        **{"median_characters": 3, "longest_characters": 5},
+        **{"median": 10, "longest": 12},
     }
 
 
@@ -109,6 +111,17 @@ def test_whole_conversations_hold_their_prompt(tmp_path: Path) -> None:
     assert named == rows[:1]
 
 
+def test_transcripts_hold_their_prompt(tmp_path: Path) -> None:
+    """HH-RLHF's form; what looks like it within a turn, or beside a prompt column, is text."""
+    before = "\n\nHuman: One?\n\nAssistant: 1\nHuman: no\n\nHuman: Two?\n\nAssistant:"
+    rows, _ = made(tmp_path, [{"chosen": before + " 2", "rejected": before + " 3\n\nor 4"}])
+    said = [("user", "One?"), ("assistant", "1\nHuman: no"), ("user", "Two?")]
+    assert [(m["role"], m["content"]) for m in rows[0]["messages"]] == said
+    assert (rows[0]["chosen"], rows[0]["rejected"]) == ("2", "3\n\nor 4")
+    row = {"prompt": "Write a talk.", "chosen": before, "rejected": "no"}
+    assert made(tmp_path, [row])[0][0]["chosen"] == before
+
+
 def test_messages_in_a_prompt_column_and_responses_as_messages(tmp_path: Path) -> None:
     prompt = [user("One?"), assistant("1"), user("Two?")]
     row = {"prompt": prompt, "chosen": [assistant("2")], "rejected": [assistant("3")]}
@@ -133,6 +146,9 @@ def test_rankings_become_all_pairs_with_a_strict_preference(tmp_path: Path) -> N
     tied = row | {"points": [3, 1, 3]}
     rows, _ = made(tmp_path, [tied], responses="all", scores="points")
     assert [(one["chosen"], one["rejected"]) for one in rows] == [("a", "b"), ("c", "b")]
+    equal = row | {"points": [1, 1, 1]}
+    rows, facts = made(tmp_path, [tied, equal], responses="all", scores="points")
+    assert (len(rows), facts["read"], facts["tied"]) == (2, 2, 1)
     rows, facts = made(tmp_path, [row], responses="all")
     assert [(one["chosen"], one["rejected"]) for one in rows] == [
         *(("a", "b"), ("a", "c"), ("b", "c"))
@@ -167,7 +183,8 @@ TALK = [user("Hello?"), assistant("Hi!")]
         (PAIR | {"rejected": None}, {}, "column 'rejected' holds no value"),
         (PAIR | {"rejected": float("nan")}, {}, "column 'rejected' holds no value"),
         (PAIR | {"rejected": {"a": 1}}, {}, "column 'rejected' holds .*has to be a text"),
-        ({"prompt": "p", "chosne": "a"}, {}, "'chosen' is missing; did you mean 'chosne'"),
+        ({"prompt": "p", "chosne": "a"}, {}, "'chosen' is missing; columns there: prompt, chosne"),
+        ({"prompt": "p"}, {"chosen": "good"}, "'good' is missing; .*the right one with chosen"),
         ({"chosen": "a", "rejected": "b"}, {}, "column 'prompt' is missing.*prompt = "),
         (PAIR | {"m": -1}, MARGIN, "'m' is -1; a margin says how much better"),
         (PAIR | {"m": "wide"}, MARGIN, "'m' holds 'wide'; it has to be a number"),
@@ -233,6 +250,13 @@ def test_columns_of_two_forms_are_refused(columns: dict[str, str], message: str)
         Preferences(data="x.jsonl", **columns)
 
 
+def test_a_declaration_in_python_is_checked() -> None:
+    with pytest.raises(ConfigError, match="preferences of x: margin = 3; it has to be a text"):
+        Preferences(data="x", margin=3)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"preferences\['x'\] is 'pairs.jsonl', no Preferences"):
+        Suite(name="mine", preferences={"x": "pairs.jsonl"})  # type: ignore[dict-item]
+
+
 def test_a_table_of_prompts_and_demonstrations(tmp_path: Path) -> None:
     """Two answers to one prompt are two rows; white space is text like any other here."""
     rows = [{"prompt": "p", "demo": "a"}, {"prompt": "p", "demo": "bcd"}]
@@ -242,7 +266,7 @@ def test_a_table_of_prompts_and_demonstrations(tmp_path: Path) -> None:
     assert found[0]["id"] == found[1]["id"]
     assert facts == {
         **{"rows": 2, "read": 3, "duplicates": 1, "prompts": 1},
-        **{"median_characters": 2, "longest_characters": 3},
+        **{"median": 3, "longest": 5},
     }
 
 
@@ -334,6 +358,10 @@ def test_a_suite_has_preferences_and_tables(tmp_path: Path) -> None:
         (('data = "pairs', 'dta = "pairs'), "preferences.helpful: unknown key 'dta'; did you mean"),
         (('data = "pairs.jsonl"\n', ""), "preferences.helpful: data is missing; write data ="),
         (('"gap"', "3"), "preferences.helpful.margin is 3; it has to be a text"),
+        (
+            ('margin = "gap"', 'label = "a"\nscores = "b"'),
+            "helpful: preferences of pairs",
+        ),
         (("[tables.", "[table."), "unknown key 'table'; did you mean 'tables'"),
         (("tables.chat", "tables.helpful"), "'helpful' is a name in preferences and in tables"),
         (("helpful", "Helpful"), "may only hold the characters a-z, 0-9 and _"),

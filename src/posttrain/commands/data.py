@@ -16,6 +16,9 @@ from posttrain.engine.fingerprint import digest, file_digest
 from posttrain.engine.graph import Graph, Node
 from posttrain.engine.store import Store
 from posttrain.suites.checked import memory_of, recall, remember, tables_of
+from posttrain.suites.data_table import TABLE
+from posttrain.suites.own_data import TableKind
+from posttrain.suites.preferences import PREFERENCES
 
 if TYPE_CHECKING:  # a wheel of some size, needed for tables alone
     from tokenizers import Tokenizer
@@ -23,29 +26,39 @@ if TYPE_CHECKING:  # a wheel of some size, needed for tables alone
 TOKENIZER = "tokenizer.json"
 TOGETHER = 1000
 """Rows that are counted at a time."""
+OWN: Mapping[str, TableKind] = {kind.name: kind for kind in (PREFERENCES, TABLE)}
+"""Kinds of tables that are no domain."""
+NOT_OWN = ("further_demos", "validation", "heldout")
+"""What these have none of."""
 TOLD = {
     "no_demo": "without demonstration",
     "contradicting": "prompts with several answers",
     "left_out": "values of other columns left out",
+    "tied": "rankings without a preference",
+    "contradictions": "contradictions",
 }
 """What there may be to tell of rows, and its words."""
 
 
 def told(graph: Graph, names: Sequence[str], store: Store) -> list[dict[str, Any]]:
-    """What there is to tell of each domain among these stages that comes from tables: `domain`,
-    the facts of `posttrain.suites.checked`, and the `unit` of its lengths.
+    """What there is to tell of the tables among these stages: what their rows call their `domain`,
+    the `kind` of stage, the facts of `posttrain.suites.checked`, and the `unit` of its lengths.
 
-    Those of a table on the Hub are known once the domain is built; before, `rows` is None.
+    Of a table that is no domain all rows are in `train`: pairs, where it holds preferences. What
+    there is to tell of a table on the Hub is known once it was read; before, `rows` is None.
     """
     tokenizer = _tokenizer(graph, names)
     fingerprints = graph.fingerprints()
     found = []
     for name in names:
         node = graph.nodes[name]
-        if node.kind != "domain" or node.config["source"]["kind"] != "table":
+        if node.kind in OWN:
+            facts = _own(node, store, fingerprints[name])
+        elif node.kind == "domain" and node.config["source"]["kind"] == "table":
+            facts = dict(node.runtime["facts"]) or _built(store, fingerprints[name])
+        else:
             continue
-        facts = dict(node.runtime["facts"]) or _built(store, fingerprints[name])
-        line = {"domain": name, "rows": None, "unit": "characters"} | facts
+        line = {"domain": name, "kind": node.kind, "rows": None, "unit": "characters"} | facts
         counted = None if tokenizer is None or not facts else _tokens(node, tokenizer, store)
         found.append(line if counted is None else line | counted | {"unit": "tokens"})
     return found
@@ -62,16 +75,28 @@ def table_of_data(lines: Sequence[Mapping[str, Any]]) -> Table:
         *("data", "rows", "repeats", "more demos", "train", "validation", "heldout"),
         *("median", "longest", "to tell"),
     )
+    names = ("rows", "duplicates", "further_demos", "train", "validation", "heldout")
     for line in lines:
         if line["rows"] is None:
             table.add_row(line["domain"], Text("read from the Hub when it is built", "dim"))
             continue
-        notes = ", ".join(f"{line[key]:,} {words}" for key, words in TOLD.items() if line[key])
-        names = ("rows", "duplicates", "further_demos", "train", "validation", "heldout", "median")
-        cells = [f"{line[key]:,}" for key in names]
+        notes = ", ".join(f"{line[key]:,} {words}" for key, words in TOLD.items() if line.get(key))
+        without = NOT_OWN if line["kind"] in OWN else ()
+        cells = ["" if key in without else f"{line[key]:,}" for key in (*names, "median")]
         longest = f"{line['longest']:,} {line['unit']}"
         table.add_row(line["domain"], *cells, longest, Text(notes, "yellow" if notes else ""))
     return table
+
+
+def _own(node: Node, store: Store, fingerprint: str) -> dict[str, Any]:
+    """The facts of a table that is no domain; {} where it was not read yet."""
+    artifact = store.find(fingerprint)
+    facts = node.runtime.get("facts") or ({} if artifact is None else artifact.record["metrics"])
+    if not facts:
+        return {}
+    rest = {key: value for key, value in facts.items() if key not in ("rows", "read")}
+    nothing = dict.fromkeys(NOT_OWN, 0)
+    return {"rows": facts["read"], "train": facts["rows"]} | nothing | rest
 
 
 def _built(store: Store, fingerprint: str) -> dict[str, Any]:
@@ -96,10 +121,14 @@ def _tokens(node: Node, tokenizer: Path, store: Store) -> dict[str, int] | None:
 
     None where the tokenizer or a table cannot be read here: whoever needs it says so.
     """
-    tables = memory_of(node.config["source"], node.config["verifier"]["name"], node.data)
+    if node.kind in OWN:
+        tables = digest([node.config, node.data])
+    else:
+        tables = memory_of(node.config["source"], node.config["verifier"]["name"], node.data)
     name = f"tokens-{digest([tables, file_digest(tokenizer)])[:32]}"
     known = recall(store.cache, name)
-    if known is None and all(split in node.data for split in node.runtime["files"]):
+    here = all(table in node.data for table in node.runtime.get("files", ("table",)))
+    if known is None and here:
         known = _counted(node, tokenizer)
         if known is not None:
             remember(store.cache, name, known)
@@ -115,8 +144,12 @@ def _counted(node: Node, file: Path) -> dict[str, int] | None:
     except Exception:
         return None
     try:
-        rows = tables_of(node.config, node.runtime["files"]).new_rows()
-        lengths = sorted(_lengths(reader, (row.text for row in rows)))
+        if node.kind in OWN:
+            texts = iter(OWN[node.kind].texts(node.config, node.runtime["file"]))
+        else:
+            rows = tables_of(node.config, node.runtime["files"]).new_rows()
+            texts = (row.text for row in rows)
+        lengths = sorted(_lengths(reader, texts))
     except PosttrainError:
         return None
     return {"longest": lengths[-1], "median": lengths[(len(lengths) - 1) // 2]}

@@ -121,15 +121,15 @@ def demos(suite: Suite, domains: Sequence[str], modes: Sequence[str]) -> None:
             )
 
 
-def sft(build: Builder, stage: str) -> None:
+def given_rows(build: Builder, stage: str) -> None:
     """Refuse settings of demonstrations where the data is a stage's rows."""
     node = build.nodes[stage]
     for field in ("modes", "demo_noise", "hint"):
-        if "data" in node.inputs and node.config[field]:
+        if "data" in node.inputs and node.config.get(field):
             raise ConfigError(
-                f"stage {stage!r} (sft), field {field!r}: {node.config[field]} is not read, "
-                "because the rows of a data stage are as they are; leave it out, or learn from "
-                "r.demos(...)"
+                f"stage {stage!r} ({node.kind}), field {field!r}: {node.config[field]} is not "
+                "read, because the rows of a data stage are as they are; leave it out, or learn "
+                "from r.demos(...)"
             )
 
 

@@ -20,14 +20,14 @@ from posttrain.stages.kinds import KINDS
 from posttrain.suites import data_table, preferences
 from posttrain.suites.checked import CACHE
 from posttrain.suites.domain import domain_name
-from posttrain.suites.own_data import Kind
+from posttrain.suites.own_data import TableKind
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verb:
     """What `r.preferences` and `r.table` have of their own."""
 
-    kind: Kind
+    kind: TableKind
     plural: str
     """As a suite calls its part."""
     source: type[Any]

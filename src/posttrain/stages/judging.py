@@ -103,7 +103,7 @@ def judge_readers(judge: Judge | None, ctx: Context) -> list[Reader]:
     edges = {part.model for part in judge.walk() if isinstance(part, Scalar)} if judge else ()
     return [
         # A response that was cut off gets a stop token, which is one more.
-        Reader(name=f"the reward model {edge!r}", chat=ctx.chat(edge), more=1)
+        Reader(name=f"the reward model {edge.partition('.')[2]!r}", chat=ctx.chat(edge), more=1)
         for edge in sorted(edges)
     ]
 

@@ -11,11 +11,15 @@ from posttrain.suites.preferences import PREFERENCES
 def run_preferences(job: Job, ctx: Context) -> dict[str, int]:
     """Write pairs.jsonl; returns what was counted."""
     facts = PREFERENCES.build(job.config, job.runtime, ctx.out, job.data)
-    what = "responses have both labels" if "desirable" in facts else "pairs are preferred both ways"
     if facts["contradictions"]:
+        what = (
+            "responses that have both labels"
+            if "desirable" in facts
+            else "pairs of responses that are preferred both ways"
+        )
         ctx.warn(
-            f"{job.name}: {facts['contradictions']} {what}, so that they teach nothing; decide for "
-            "one, or leave them out"
+            f"{job.name}: contradictions, {what}: {facts['contradictions']}; they teach nothing, "
+            "so decide for one side, or leave both out"
         )
     if facts.get("desirable") in (0, facts["rows"]):
         kind = "desirable" if facts["desirable"] else "undesirable"

@@ -10,7 +10,15 @@ from typing import Any
 
 from posttrain.engine.errors import ConfigError
 from posttrain.suites.cells import loaded_json
-from posttrain.suites.own_data import Config, Facts, Kind, Row, asked_for, cell, lengths, response
+from posttrain.suites.own_data import (
+    Config,
+    Row,
+    TableKind,
+    asked_for,
+    cell,
+    check_texts,
+    response,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,16 +39,13 @@ class DataTable:
     """Column of each row's own; an empty cell means none."""
 
     def __post_init__(self) -> None:
+        check_texts(self, f"table of {self.data}")
         for column in ("prompt", "demo"):
             if self.messages is not None and getattr(self, column) is not None:
                 raise ConfigError(
-                    f"table {self.data}: messages holds whole conversations, so that {column} is "
-                    "not read; name one of them"
+                    f"table of {self.data}: messages holds whole conversations, so that {column} "
+                    "is not read; name one of them"
                 )
-
-
-def _facts(config: Config, rows: list[Row]) -> Facts:
-    return lengths(row["demo"] for row in rows)
 
 
 def _rows(config: Config, record: Mapping[str, Any]) -> list[Row]:
@@ -70,4 +75,4 @@ def _rows(config: Config, record: Mapping[str, Any]) -> list[Row]:
     return [row | {"demo": demo}]
 
 
-TABLE = Kind(name="table", file="data.jsonl", rows=_rows, facts=_facts)
+TABLE = TableKind(name="table", file="data.jsonl", rows=_rows)

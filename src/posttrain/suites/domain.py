@@ -176,6 +176,12 @@ class Suite:
                         f"suite {self.name}: {name!r} is a name in {known[name]} and in {part}; "
                         "rows are told apart by it, so give each its own"
                     )
+        for part, kind in {"preferences": Preferences, "tables": DataTable}.items():
+            for name, found in parts[part].items():
+                if not isinstance(found, kind):
+                    raise ConfigError(
+                        f"suite {self.name}: {part}[{name!r}] is {found!r}, no {kind.__name__}"
+                    )
         for key, domain in self.domains.items():
             if not isinstance(domain, Domain):
                 raise ConfigError(f"suite {self.name}: domains[{key!r}] is {domain!r}, no Domain")

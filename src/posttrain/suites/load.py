@@ -186,7 +186,10 @@ def _own_data(
             f'{where}: data is missing; write data = "pairs.jsonl", or where else the table lies'
             f"{_instead(table, 'data')}"
         )
-    return source_type(**table)
+    try:
+        return source_type(**table)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
 
 
 _PARTS: Mapping[str, Callable[[str, dict[str, Any], str], Any]] = {

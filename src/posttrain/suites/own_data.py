@@ -10,10 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from posttrain.engine.errors import ConfigError, choices_text
@@ -32,9 +32,13 @@ from posttrain.suites.messages import (
     message_list,
     read_messages,
     readable,
+    said,
     with_system,
 )
 from posttrain.suites.records import read_records
+
+RESPONSES = ("demo", "chosen", "rejected", "response")
+"""Fields of a row that have a response, as far as it has them."""
 
 Row = dict[str, Any]
 Facts = dict[str, int]
@@ -42,7 +46,7 @@ Config = Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kind:
+class TableKind:
     """What is done with one kind of such tables."""
 
     name: str
@@ -50,7 +54,7 @@ class Kind:
     """What its artifact holds."""
     rows: Callable[[Config, Mapping[str, Any]], list[Row]]
     """What becomes of one row of the table."""
-    facts: Callable[[Config, list[Row]], Facts]
+    facts: Callable[[Config, list[Row]], Facts] = lambda config, rows: {}
     """What there is to tell of all that was made, beside what every table has."""
     version: int = 1
     """Raised when rows are read in another way: what was remembered of tables then counts for
@@ -99,8 +103,9 @@ class Kind:
         """Write the rows into the directory `out`; the others are the parts of `node`.
 
         Returns rows, read (rows of the table), duplicates (those that repeat others), prompts,
-        left_out (those that say nothing, such as a ranking of equals; where there are any), and
-        what `facts` adds. Raises ConfigError for a table that is wrong or has changed since.
+        tied (rankings in which nothing is preferred, where there are any), median and longest
+        (characters of prompt and response), and what `facts` adds. Raises ConfigError for a table
+        that is wrong or has changed since.
         """
         where = f"{self.name} {config['name']}"
         location = parse_location(runtime["file"], Path(), where=where)
@@ -117,14 +122,14 @@ class Kind:
         start = f"{self.name} {config['name']}: {location.text}"
         faults = Faults(start)
         found: dict[str, Row] = {}
-        num_read = duplicates = left_out = 0
+        num_read = duplicates = tied = 0
         for record in read_records(location, faults):
             num_read += 1
             with faults.at(record.place):
                 made = self.rows(config, record.values)
                 keys = [json.dumps(row, sort_keys=True) for row in made]
                 fresh = {k: row for k, row in zip(keys, made, strict=True) if k not in found}
-                left_out += not made
+                tied += not made
                 duplicates += bool(made) and not fresh
                 found |= fresh
         faults.check()
@@ -133,9 +138,23 @@ class Kind:
         rows = list(found.values())
         facts = {"rows": len(rows), "read": num_read, "duplicates": duplicates}
         facts["prompts"] = len({row["id"] for row in rows})
-        if left_out:
-            facts["left_out"] = left_out
-        return rows, facts | self.facts(config, rows)
+        if tied:
+            facts["tied"] = tied
+        return rows, facts | lengths(rows) | self.facts(config, rows)
+
+    def texts(self, config: Config, file: str) -> list[str]:
+        """What a model will read of the rows of a table that lies at `file`. Raises ConfigError for
+        a table that is gone or wrong."""
+        location = parse_location(file, Path(), where=f"{self.name} {config['name']}")
+        return [text for row in self._read(config, location)[0] for text in texts(row)]
+
+
+def check_texts(source: Any, where: str) -> None:
+    """Raise ConfigError for a declaration with a field that is no text."""
+    for field in fields(source):
+        value = getattr(source, field.name)
+        if not isinstance(value, str | None) or (value is None and field.name == "data"):
+            raise ConfigError(f"{where}: {field.name} = {value!r}; it has to be a text")
 
 
 def named_columns(source: Any) -> dict[str, str]:
@@ -144,10 +163,16 @@ def named_columns(source: Any) -> dict[str, str]:
     return {name: column for name, column in named.items() if column is not None and name != "data"}
 
 
-def lengths(texts: Iterable[str]) -> Facts:
-    """Median and longest characters of texts."""
-    sizes = [len(text) for text in texts]
-    return {"median_characters": int(median(sizes)), "longest_characters": max(sizes)}
+def texts(row: Row) -> list[str]:
+    """All that a model reads of a row: its prompt and a response, once for each response."""
+    shown = [said(message) for message in row["messages"]] if "messages" in row else [row["prompt"]]
+    return ["\n".join([*shown, row[field]]) for field in RESPONSES if field in row]
+
+
+def lengths(rows: Iterable[Row]) -> Facts:
+    """Characters of the median and the longest text."""
+    sizes = sorted(len(text) for row in rows for text in texts(row))
+    return {"median": sizes[(len(sizes) - 1) // 2], "longest": sizes[-1]}
 
 
 # -- one row; every ConfigError is told with the row's place ---------------------------------------
@@ -190,6 +215,21 @@ def text(value: Any, place: str) -> str:
     if not found.strip():
         raise ConfigError(f"{place} is empty; fill it, or leave the row out")
     return found
+
+
+TURN = re.compile(r"(?:^|\n)\n(Human|Assistant):[ \t]*")
+"""What begins a turn of a transcript."""
+
+
+def transcript(value: Any) -> Any:
+    """The messages of a transcript as HH-RLHF writes them (arXiv 2204.05862), whose first turn is
+    Human's; anything else as it is."""
+    if not isinstance(value, str) or not re.match(r"\s*Human:", value):
+        return value
+    _, *parts = TURN.split("\n\n" + value.lstrip())
+    roles = {"Human": "user", "Assistant": "assistant"}
+    pairs = zip(parts[::2], parts[1::2], strict=True)
+    return [{"role": roles[who], "content": said.strip()} for who, said in pairs]
 
 
 def response(value: Any, place: str) -> tuple[list[Message], str]:

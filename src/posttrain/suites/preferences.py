@@ -6,7 +6,8 @@ desirable or not. Makes pairs.jsonl, for `dpo` and `reward_model`.
     single    prompt, response, label
 
 Prompts are texts or lists of messages. So are responses: a text, the assistant's message, or the
-whole conversation; the common beginning of two conversations is then the prompt.
+whole conversation; the common beginning of two conversations is then the prompt. Without a prompt
+column a conversation may be a text as in HH-RLHF, "\n\nHuman: ...\n\nAssistant: ...".
 """
 
 from __future__ import annotations
@@ -22,14 +23,15 @@ from posttrain.suites.messages import Message, looks_like_messages, message_list
 from posttrain.suites.own_data import (
     Config,
     Facts,
-    Kind,
     Row,
+    TableKind,
     as_number,
     asked_for,
     cell,
-    lengths,
+    check_texts,
     number,
     response,
+    transcript,
 )
 
 SIDES = ("chosen", "rejected")
@@ -81,12 +83,15 @@ class Preferences:
     thumb; `response` and `label` if one of them is given. For `dpo` with the loss `kto`."""
 
     def __post_init__(self) -> None:
+        where = f"preferences of {self.data}"
+        check_texts(self, where)
         given = {
             form: [column for column in columns if getattr(self, column) is not None]
             for form, columns in FORMS.items()
         }
         found = [form for form, columns in given.items() if columns]
-        where = f"preferences in {self.data}"
+        where = f"preferences of {self.data}"
+        check_texts(self, where)
         if len(found) > 1:
             one, other = found[:2]
             raise ConfigError(
@@ -123,15 +128,14 @@ def has_margins(config: Mapping[str, Any]) -> bool:
 
 def _facts(config: Config, rows: list[Row]) -> Facts:
     """contradictions (pairs of responses that are preferred both ways, or responses with both
-    labels), desirable (single responses), and characters of the responses."""
+    labels), and desirable (single responses)."""
     if form_of(config) == "single":
         said = {(row["id"], row["response"], row["desirable"]) for row in rows}
         both = sum(good and (id_, text, False) in said for id_, text, good in said)
-        facts = {"contradictions": both, "desirable": sum(row["desirable"] for row in rows)}
-        return facts | lengths(row["response"] for row in rows)
+        return {"contradictions": both, "desirable": sum(row["desirable"] for row in rows)}
     pairs = {(row["id"], row["chosen"], row["rejected"]) for row in rows}
     both = sum((id_, other, one) in pairs for id_, one, other in pairs) // 2
-    return {"contradictions": both} | lengths(row[side] for row in rows for side in SIDES)
+    return {"contradictions": both}
 
 
 def _rows(config: Config, record: Mapping[str, Any]) -> list[Row]:
@@ -143,9 +147,19 @@ def _rows(config: Config, record: Mapping[str, Any]) -> list[Row]:
 def _pair(config: Config, record: Mapping[str, Any]) -> list[Row]:
     before: dict[str, list[Message]] = {}
     texts: dict[str, str] = {}
+    alone = "prompt" not in config and "prompt" not in record
     for side in SIDES:
         column = config.get(side, side)
-        before[side], texts[side] = response(cell(record, side, column), f"column {column!r}")
+        if column not in record and "chosen" not in config and "rejected" not in config:
+            raise ConfigError(
+                f"column {column!r} is missing; columns there: {', '.join(record) or 'none'}; name "
+                'those of pairs with chosen = "..." and rejected = "...", those of rankings with '
+                'responses = "...", those of single responses with response = "..." and label = '
+                '"..."'
+            )
+        value = cell(record, side, column)
+        value = transcript(value) if alone else value
+        before[side], texts[side] = response(value, f"column {column!r}")
     _check_alike(before["chosen"], before["rejected"])
     row = _asked(config, record, before["chosen"])
     if texts["chosen"] == texts["rejected"]:
@@ -291,4 +305,4 @@ def _check_alike(one: list[Message], other: list[Message]) -> None:
     )
 
 
-PREFERENCES = Kind(name="preferences", file="pairs.jsonl", rows=_rows, facts=_facts)
+PREFERENCES = TableKind(name="preferences", file="pairs.jsonl", rows=_rows, facts=_facts)
