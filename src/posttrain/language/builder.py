@@ -15,6 +15,7 @@ from posttrain.language.handles import Demos, Prompts, Stage, Warned
 from posttrain.language.overrides import Overrides
 from posttrain.stages.config import build_config
 from posttrain.stages.kinds import KINDS, Product, kind_of, kinds_making
+from posttrain.suites.checked import CACHE
 from posttrain.suites.domain import Suite, domain_node, shares_problem
 
 DERIVED = {
@@ -220,7 +221,10 @@ class Builder:
                     f"{stage!r} needs; give it another name="
                 )
             if node is None:
-                pieces = domain_node(self.suite.domains[name], self.directory, self.hash_file)
+                cache = None if self.store is None else self.store.root / CACHE
+                pieces = domain_node(
+                    self.suite.domains[name], self.directory, self.hash_file, cache
+                )
                 self.nodes[name] = Node(
                     name=name,
                     kind="domain",
