@@ -303,12 +303,12 @@ class Recipe(DataVerbs):
         students, by name or as a list, are compared in pairs. `along` are models on the way to
         them, in their order. `judges` maps domains to judges of their responses.
         """
-        if domains is None:
-            domains = lacking.evaluated(self._build, name, settings.get("split", "heldout"))
-        known = self._build.known(domains)
         edges = inputs.students(self._build, name, student, along)
         if init is not None:
             edges["init"] = self._build.model(name, "init", init)
+        if domains is None:
+            domains = lacking.evaluated(self._build, name, settings.get("split", "heldout"))
+        known = self._build.known(domains)
         edges |= self._build.data(name, Prompts(known), (Prompts,))
         modes = settings.get("modes", ())
         start = self._build.handle(next(iter(edges.values()))) if init is None else init
@@ -318,8 +318,8 @@ class Recipe(DataVerbs):
         given = inputs.judges(self._build, name, judges)
         settings = {"judges": dict(judges)} | settings if judges else settings
         stage = self._build.stage("evaluate", name, settings, edges | asked | given, routes)
-        checks.evaluate(self._build, name, known)
         lacking.split(self._build, name, self._build.settings[name].split, known)
+        checks.evaluate(self._build, name, known)
         return stage
 
     def best(

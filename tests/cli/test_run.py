@@ -54,7 +54,8 @@ def test_a_run_tells_in_json_what_became_of_each_stage(cli: Callable[..., Any]) 
     result = cli("run", *MINI, "--jobs", "2", "--json")
     found = result.json
     assert list(found) == ["recipe", "seed", "seconds", "stages", "warnings", "data", "evaluation"]
-    assert found["warnings"] == []
+    # Four tokens are too few for a model of two steps to end its response.
+    assert [warning["stage"] for warning in found["warnings"]] == ["evaluation"] * 2
     assert (found["recipe"], found["seed"]) == ("mini", 0)
     assert {stage["name"]: stage["kind"] for stage in found["stages"]} == STAGES
     for stage in found["stages"]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -87,7 +89,8 @@ def make_evaluation(
     ) | {"split": "heldout", "samples": 2}
 
 
-def make_candidates(
+@functools.cache
+def _candidates(
     *, init: bool = True, verified: bool = True, routed: bool = True, one: bool = False
 ) -> dict[str, Any]:
     """An evaluation.json of three students (or `one`) and a model along the way, with a domain
@@ -142,6 +145,11 @@ def make_candidates(
         | {"models": judged}
     }
     return result | {"split": "heldout", "samples": 2}
+
+
+def make_candidates(**shape: bool) -> dict[str, Any]:
+    """`_candidates`, to change at will."""
+    return copy.deepcopy(_candidates(**shape))
 
 
 def make_transcripts() -> dict[str, list[dict[str, Any]]]:
@@ -278,7 +286,7 @@ def commit_graph(
                 metrics[summary[node.kind]] = lines[-1][summary[node.kind]]
                 (work.out / "model.safetensors").write_text(name)
         if node.kind == "evaluate":
-            metrics = {"norm": scores["norm"]}
+            metrics = {"norm": scores["norm"]} if "norm" in scores else {}
             (work.out / "evaluation.json").write_text(json.dumps(scores))
             (work.out / "transcripts.json").write_text(json.dumps(transcripts))
         else:
@@ -334,3 +342,64 @@ def graph() -> Graph:
 def commit() -> Callable[..., Artifact]:
     """`commit_graph`."""
     return commit_graph
+
+
+def commit_candidates(
+    store: Store, scores: dict[str, Any], *, renamed: str = "", held: bool = True
+) -> tuple[Artifact, Graph]:
+    """Commit what leads to `make_candidates()`; `renamed` is put before the name of every stage.
+
+    `mopd` holds the domain `chat` by its own start where it is `held`.
+    """
+
+    def node(name: str, kind: str, config: dict[str, Any], **inputs: str) -> Node:
+        edges = {edge.replace("__", "."): renamed + source for edge, source in inputs.items()}
+        return Node(name=renamed + name, kind=kind, config=config, inputs=edges)
+
+    steps = {"steps": 3}
+    routes = {"add": "add_teacher"} | ({"chat": "self"} if held else {})
+    data = {"domains__add": "add", "domains__chat": "chat"}
+    made = [
+        *(node(name, "domain", {"domain": name}) for name in ("add", "chat")),
+        node("base", "model", {"steps": 1}),
+        node("sft", "sft", steps, start="base"),
+        node("add_teacher", "model", {"steps": 2}),
+        node("letters_teacher", "rl", steps, start="sft"),
+        node("m1", "distill", steps | {"routes": {"add": "add_teacher"}}, start="sft", **data),
+        node("student", "distill", steps | {"routes": routes}, start="sft", **data),
+        node("ties", "merge", steps, models__a="add_teacher", models__b="letters_teacher"),
+        node("traces", "sft", steps | {"seed": 2}, start="m1"),
+    ]
+    students = {"mopd": "student", "merged": "ties", "traces": "traces"}
+    edges = {f"students__{name}": model for name, model in students.items()}
+    known = {
+        "init": "sft",
+        "along__round1": "m1",
+        "student": "student",
+        **edges,
+        "teachers__add_teacher": "add_teacher",
+        "teachers__letters_teacher": "letters_teacher",
+    }
+    used = {e: s for e, s in known.items() if e.replace("__", ".") in scores["models"]}
+    made.append(node("evaluation", "evaluate", {"samples": 2}, **used))
+    graph = Graph(nodes={n.name: n for n in made}, target=renamed + "evaluation")
+    transcripts = {
+        "chat": [
+            {
+                "prompt": "say <b>hi</b>",
+                "answer": None,
+                "responses": {
+                    model: {"sampled": f"hi {model}", "greedy": "hi"}
+                    | {"sampled_score": None, "greedy_score": None, "sampled_judged": 1.25}
+                    for model in scores["models"]
+                },
+            }
+        ]
+    }
+    return commit_graph(store, graph, scores=scores, transcripts=transcripts), graph
+
+
+@pytest.fixture
+def commit_several() -> Callable[..., tuple[Artifact, Graph]]:
+    """`commit_candidates`."""
+    return commit_candidates

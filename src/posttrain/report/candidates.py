@@ -7,6 +7,7 @@ adds: `unverified` and `judged`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -210,6 +211,18 @@ def forgetting(evaluation: Evaluation) -> Forgetting | None:
 def any_of(rows: Mapping[str, Any], key: str) -> bool:
     """Whether a model has this in one of the domains."""
     return any(cells[key] for row in rows.values() for cells in row["models"].values())
+
+
+def decimals(rows: Mapping[str, Any], key: str) -> int:
+    """So many that the models' values of `key` in these domains can be told apart."""
+    cells = [c for row in rows.values() for m in row["models"].values() for c in (m, *_more(m))]
+    values = [cell[key]["value"] for cell in cells if cell.get(key)]
+    spread = max(values, default=0.0) - min(values, default=0.0)
+    return 2 if spread == 0 else min(6, max(0, 1 - math.floor(math.log10(spread))))
+
+
+def _more(cells: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [cells["greedy"]] if "greedy" in cells else []
 
 
 def mean_accuracy(view: Evaluation) -> float:

@@ -157,11 +157,13 @@ def ladder_plot(evaluation: Evaluation, domain: str) -> str:
         low, value, high = (across.at(sampled[key]) for key in ("low", "value", "high"))
         if model.role in ("init", "along"):
             rungs.append(f"{value:.1f},{y:.1f}")
-        parts.append(_line(low, y, high, y, f"interval {model.role}"))
+        # Hollow dots are greedy; init is drawn as the models along the way.
+        style = "along" if model.role == "init" else model.role
+        parts.append(_line(low, y, high, y, f"interval {style}"))
         parts.append(
             f'<circle class="init" cx="{across.at(greedy["value"]):.1f}" cy="{y:.1f}" r="3"/>'
         )
-        parts.append(f'<circle class="{model.role}" cx="{value:.1f}" cy="{y:.1f}" r="3.5"/>')
+        parts.append(f'<circle class="{style}" cx="{value:.1f}" cy="{y:.1f}" r="3.5"/>')
     if len(rungs) > 1:
         parts.append(f'<polyline class="ladder" points="{" ".join(rungs)}"/>')
     return _svg(width, height, f"Accuracy of all models in {domain}", parts)

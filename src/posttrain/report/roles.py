@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from posttrain.engine.graph import named
+from posttrain.engine.graph import edge_name
 from posttrain.report.gather import StageFacts
 from posttrain.report.scores import Evaluation
 
@@ -28,7 +28,11 @@ def explained(
     if not edges:
         return []
     alone = "student" in edges
-    students = {"student": edges["student"]} if alone else named(edges, "students")
+    # A record has its inputs by the alphabet, an evaluation its students in their order.
+    students = {
+        name: edges["student" if alone else edge_name("students", name)]
+        for name in evaluation.get("students", ["student"])
+    }
     found = []
     if alone:
         found.append(f"The student is `{_name(students['student'], shown)}`.")
@@ -37,7 +41,7 @@ def explained(
     if "init" in edges:
         relation = _relation(edges["init"], students, shown)
         found.append(f"Init is `{_name(edges['init'], shown)}`{relation}.")
-    along = named(edges, "along")
+    along = {name: edges[edge_name("along", name)] for name in evaluation.get("along", ())}
     if along:
         found.append(f"Along the way: {_listed(_called(n, s, shown) for n, s in along.items())}.")
     if "students" in evaluation:
@@ -46,12 +50,13 @@ def explained(
     else:
         domains = list(evaluation["domains"])
     found += _teachers(evaluation, edges, shown, domains)
-    for name, student in students.items():
-        held = _held(shown.get(student), domains)
+    for name, model in (along | students).items():
+        held = _held(shown.get(model), domains)
         if held:
-            start = _start(student, shown)
-            whose = "the student's own start" if alone else f"the start of {name}"
-            where = "" if alone else f"In {name}, "
+            start = _start(model, shown)
+            only = alone and not along
+            whose = "the student's own start" if only else "its own start"
+            where = "" if only else f"In {name}, "
             verb = "is" if len(held) == 1 else "are"
             text = f"{where}{_listed(held)} {verb} held by self, {whose}"
             found.append(f"{text} `{_name(start, shown)}`." if start else f"{text}.")
@@ -125,7 +130,9 @@ def _teachers(
             f"`{_name(teacher, shown)}` for {_listed(taught)}{' (from outside)' if outside else ''}"
         )
     word = "Teacher" if len(parts) == 1 else "Teachers"
-    return [f"{word}: {', '.join(parts)}."]
+    untaught = [domain for domain in domains if domain not in routes]
+    alone = [f"No teacher is compared with in {_listed(untaught)}."] if untaught else []
+    return [f"{word}: {', '.join(parts)}.", *alone]
 
 
 def _held(student: StageFacts | None, domains: Sequence[str]) -> list[str]:

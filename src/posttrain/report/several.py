@@ -240,6 +240,7 @@ def _judged(evaluation: Evaluation, digits: int) -> Table:
         table.add_column(name, overflow="fold", min_width=9)
     for domain, row in rows.items():
         table.add_row(Text.assemble((domain, "bold"), f" by {candidates.judge_name(row)}"))
+        places = candidates.decimals({domain: row}, "score")
         for column in candidates.models(evaluation):
             for decoding in DECODINGS:
                 found: Any = decoded(row["models"][column.edge], decoding)
@@ -247,7 +248,7 @@ def _judged(evaluation: Evaluation, digits: int) -> Table:
                 cells = [
                     accuracy(found[key], digits)
                     if key == "win" or row["unit"]
-                    else _number(found[key], digits, 1)
+                    else _number(found[key], places, 0)
                     for key in shown.values()
                 ]
                 table.add_row(Text(name, "" if decoding == DECODINGS[0] else "dim"), *cells)

@@ -85,6 +85,7 @@ def all_answers(
     """Each model's answers to all problems; a model that has several roles is asked once."""
     answers: dict[Path, dict[str, Answers]] = {}
     behaviour = Behaviour(settings, ctx, models)
+    truncated: list[str] = []
     for edge, path in models.items():
         if path in answers:
             continue
@@ -101,7 +102,17 @@ def all_answers(
                 found[name].behaviour = behaviour.of(path, name, sampler.chat, sampled)
         tokens = sum(answer.num_tokens for answer in found.values())
         ctx.log(len(answers), len(set(models.values())), tokens=tokens)
-        warn_of_truncation(settings, ctx, edge, found)
+        own = own_answers(settings, edge, problems, found)
+        ended = [e for answer in own.values() for e in answer.responses["sampled"].finished]
+        if 2 * ended.count(False) > len(ended):
+            share = 100 * ended.count(False) / len(ended)
+            truncated.append(f"{share:.0f} % of {edge.partition('.')[2] or edge}")
+    if truncated:
+        ctx.warn(
+            f"more than half of a model's responses at temperature 1 were cut at max_new_tokens = "
+            f"{settings.max_new_tokens} ({', '.join(truncated)}), and verifiers give a cut "
+            "response 0; raise max_new_tokens, or look whether the model ends its responses"
+        )
     return answers
 
 
@@ -133,14 +144,16 @@ def results(
         "resamples": settings.bootstrap,
         "seed": settings.seed,
     }
+    told_nothing = []
     for name in problems:
         values = [getattr(scores[edge][name], d) for edge in models for d in ("sampled", "greedy")]
         if len(np.unique(np.concatenate(values))) == 1:
-            ctx.warn(
-                f"domain {name!r}: every response of every model scores {values[0][0]:g} on all "
-                f"{len(values[0])} problems, so nothing can be told from it; look at the "
-                "transcripts and at the domain's verifier"
-            )
+            told_nothing.append(f"{name}: {values[0][0]:g} on all {len(values[0])} problems")
+    if told_nothing:
+        ctx.warn(
+            f"every response of every model has the same score ({'; '.join(told_nothing)}), so "
+            "nothing can be told from it; look at the transcripts and at the domain's verifier"
+        )
     if single:
         return evaluation(scores, **how)
     students = {name: edge_name("students", name) for name in named(models, "students")}
@@ -185,18 +198,18 @@ def summary_of(result: Mapping[str, Any]) -> dict[str, float]:
     return summary
 
 
-def warn_of_truncation(
-    settings: Evaluate, ctx: Context, edge: str, answers: Mapping[str, Answers]
-) -> None:
-    """Tell where more than half of a model's responses at temperature 1 were cut."""
-    ended = [e for answer in answers.values() for e in answer.responses["sampled"].finished]
-    cut, count = ended.count(False), len(ended)
-    if 2 * cut > count:
-        ctx.warn(
-            f"{edge.partition('.')[2] or edge}: {100 * cut / count:.0f} % of its {count} responses "
-            f"were cut at max_new_tokens = {settings.max_new_tokens}, and verifiers give a cut "
-            "response 0; raise max_new_tokens, or look whether the model ends its responses"
-        )
+def own_answers(
+    settings: Evaluate,
+    edge: str,
+    problems: Mapping[str, list[Problem]],
+    answers: Mapping[str, Answers],
+) -> Mapping[str, Answers]:
+    """Those that a model is there to give: of a teacher in the domains that it teaches, of another
+    model all."""
+    if role_of(edge) != "teachers":
+        return answers
+    routes = routes_of(settings, problems)
+    return {n: a for n, a in answers.items() if edge_name("teachers", routes.get(n, "")) == edge}
 
 
 def shown(problems: Sequence[Problem], answers: Mapping[str, Answers]) -> list[dict[str, Any]]:
@@ -298,7 +311,7 @@ def answers_to(
 
 
 def best_constant(
-    problems: list[Problem], texts: dict[str, list[str]], verifier_pool: VerifierPool
+    problems: list[Problem], texts: Mapping[str, Sequence[str]], verifier_pool: VerifierPool
 ) -> dict[str, Any]:
     """The one response that scores best when given to every problem.
 

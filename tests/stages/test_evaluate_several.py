@@ -4,6 +4,7 @@ with judges."""
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -210,10 +211,18 @@ def test_what_cannot_be_told_is_warned_about(
         {"student": models["one"], "domains.short": str(folder)}, max_new_tokens=1, samples=4
     )
     told = read_warnings(result["ran"].out.parent)
-    assert any("student: " in text and "cut at max_new_tokens = 1" in text for text in told)
-    assert any("domain 'short': every response of every model scores 0" in text for text in told)
+    cut, same = told
+    assert re.search(r"cut at max_new_tokens = 1 \(\d+ % of student\)", cut)
+    assert "the same score (short: 0 on all 8 problems)" in same
     calm = evaluate({"student": models["one"], **domains}, max_new_tokens=50)
     assert not any("every response" in t for t in read_warnings(calm["ran"].out.parent))
+    # A teacher is looked at in the domains that it teaches.
+    inputs = {"student": models["one"], "teachers.t": models["two"], **domains}
+    taught = evaluate(inputs, max_new_tokens=1, routes={"words": "t"})
+    (cut, *_) = read_warnings(taught["ran"].out.parent)
+    assert " of student, " in cut and " of t)" in cut
+    nothing = evaluate(inputs, max_new_tokens=1)
+    assert " of t)" not in read_warnings(nothing["ran"].out.parent)[0]
 
 
 def test_judges_that_an_evaluation_cannot_ask_are_refused() -> None:
