@@ -20,7 +20,7 @@ from posttrain.commands.report import check_report_path
 from posttrain.commands.run import ACTION_STYLES, choose, count, make, stages_of, warn, warnings_of
 from posttrain.commands.variants import Axis, Variants, build_variants, read_axes, read_seeds
 from posttrain.engine.atomic import guarded
-from posttrain.engine.errors import ConfigError, StageError, Waiting
+from posttrain.engine.errors import StageError, Waiting
 from posttrain.engine.graph import Graph
 from posttrain.engine.planner import PlanRow
 from posttrain.engine.planner import plan as plan_graph
@@ -40,17 +40,19 @@ from posttrain.report.sweep import (
 from posttrain.report.wording import duration
 from posttrain.stages.kinds import shown_kind
 
+AxisOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--axis",
+        metavar="KEY=VALUE,VALUE",
+        help="A setting, or a parameter of the recipe, with its values; repeatable.",
+    ),
+]
+
 
 def sweep(
     recipe: io.RecipeName,
-    axis: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--axis",
-            metavar="KEY=VALUE,VALUE",
-            help="A setting, or a parameter of the recipe, with its values; repeatable.",
-        ),
-    ] = None,
+    axis: AxisOption = None,
     seeds: Annotated[
         str, typer.Option("--seeds", metavar="N,N", help="Seeds of every combination.")
     ] = "0",
@@ -79,23 +81,10 @@ def sweep(
     out = console(as_json=as_json)
     if not no_report and not only_plan:
         check_report_path(report)
-    axes = read_axes(axis or (), settings or ())
-    seed_list = read_seeds(seeds)
-    if not axes and len(seed_list) == 1:
-        raise ConfigError(
-            "a sweep needs something that varies: --axis KEY=VALUE,VALUE or several --seeds; "
-            "`posttrain run` makes a single one"
-        )
+    axes, seed_list = read_axes(axis or (), settings or ()), read_seeds(seeds)
     place = Store(store)
-    variants = build_variants(
-        recipe,
-        store=place,
-        axes=axes,
-        seeds=seed_list,
-        settings=settings or (),
-        suite=suite,
-        split=split,
-    )
+    given: dict[str, Any] = {"settings": settings or (), "suite": suite, "split": split}
+    variants = build_variants(recipe, store=place, axes=axes, seeds=seed_list, **given)
     rows = plan_graph(variants.loaded.graph, place)
     _summary(out, variants, rows, place)
     if only_plan:
@@ -103,37 +92,46 @@ def sweep(
         return
     loaded = variants.loaded
     view = LiveView(rows, loaded.graph, out)
-    how = choose(rows, loaded, jobs=jobs, device=device, compile=compile)
-    failure = None
-    try:
-        make(loaded, place, view, how)
-    except (StageError, Waiting) as error:
-        # What else could be made is there; the table says what is not.
-        failure = error
+    failure = _make(variants, rows, place, view, jobs=jobs, device=device, compile=compile)
     stages = stages_of(rows, view)
+    statuses = {stage["name"]: stage["status"] for stage in stages}
     warnings = warnings_of(loaded, rows, view)
     warn(out, warnings)
-    found = _collect(variants, axes, seed_list, place, view, stages)
+    found = _collect(variants, axes, seed_list, place, view, statuses)
     made = outcome(found)
-    seconds = time.monotonic() - began
     _show(out, found, made)
     if not no_report:
         commands = _commands(recipe, variants, found, settings or (), suite)
         _write_page(report, variants, found, made, place, commands, warnings)
         out.print(Text(f"report: {report.absolute()}"), soft_wrap=True)
-    statuses = [stage["status"] for stage in stages]
-    out.print(Text(f"{loaded.name}: {count(statuses)} in {duration(seconds)}", "bold"))
+    seconds = time.monotonic() - began
+    told = count(list(statuses.values()))
+    out.print(Text(f"{loaded.name}: {told} in {duration(seconds)}", "bold"))
     if as_json:
-        emit(
-            _json(variants, found, made)
-            | {
-                "seconds": round(seconds, 3),
-                "stages": stages,
-                "warnings": warnings,
-            }
-        )
+        end = {"seconds": round(seconds, 3), "stages": stages, "warnings": warnings}
+        emit(_json(variants, found, made) | end)
     if failure is not None:
         raise failure
+
+
+def _make(
+    variants: Variants,
+    rows: Sequence[PlanRow],
+    store: Store,
+    view: LiveView,
+    *,
+    jobs: int | None,
+    device: Literal["auto", "cpu", "cuda"],
+    compile: bool,
+) -> StageError | Waiting | None:
+    """Run the graph and show it; returns what kept a part of it from being made."""
+    how = choose(rows, variants.loaded, jobs=jobs, device=device, compile=compile)
+    try:
+        make(variants.loaded, store, view, how)
+    except (StageError, Waiting) as error:
+        # What else could be made is there; the table says what is not.
+        return error
+    return None
 
 
 def _collect(
@@ -142,12 +140,11 @@ def _collect(
     seeds: Sequence[int],
     store: Store,
     view: LiveView,
-    stages: Sequence[Mapping[str, Any]],
+    statuses: Mapping[str, str],
 ) -> Sweep:
-    """What became of every variant."""
+    """What became of every variant; `statuses` says what became of every stage."""
     graph = variants.loaded.graph
     prints = graph.fingerprints()
-    statuses = {stage["name"]: stage["status"] for stage in stages}
     runs = []
     for variant in variants.variants:
         artifact = store.find(prints[variant.target])
