@@ -281,26 +281,37 @@ class Recipe(DataVerbs):
 
     def evaluate(
         self,
-        student: Stage,
+        student: Stage | Mapping[str, Stage] | Sequence[Stage],
         *,
-        init: Stage,
+        init: Stage | None = None,
         teachers: Teachers | None = None,
+        along: Mapping[str, Stage] | Sequence[Stage] | None = None,
+        judges: Mapping[str, Judge] | None = None,
         domains: Iterable[str] | None = None,
         name: str = "evaluation",
         **settings: Any,
     ) -> Stage:
-        """Score student, init and teachers on held-out problems; say what was recovered."""
-        edges = {
-            "student": self._build.model(name, "student", student),
-            "init": self._build.model(name, "init", init),
-        }
+        """Score one student or several, init and teachers on held-out problems.
+
+        Says what was gained on `init` and what of the teachers' gain was recovered. Several
+        students, by name or as a list, are compared in pairs. `along` are models on the way to
+        them, in their order. `judges` maps domains to judges of their responses.
+        """
         known = self._build.known(self.domains if domains is None else domains)
+        edges = inputs.students(self._build, name, student, along)
+        if init is not None:
+            edges["init"] = self._build.model(name, "init", init)
         edges |= self._build.data(name, Prompts(known), (Prompts,))
         modes = settings.get("modes", ())
+        start = self._build.handle(next(iter(edges.values()))) if init is None else init
         routes, asked = route(
-            self._build, name, known, teachers or {}, init, modes=modes, strict=False
+            self._build, name, known, teachers or {}, start, modes=modes, strict=False
         )
-        return self._build.stage("evaluate", name, settings, edges | asked, routes)
+        given = inputs.judges(self._build, name, judges)
+        settings = {"judges": dict(judges)} | settings if judges else settings
+        stage = self._build.stage("evaluate", name, settings, edges | asked | given, routes)
+        checks.evaluate(self._build, name, known)
+        return stage
 
     def best(
         self,

@@ -268,3 +268,80 @@ def test_a_mistake_names_the_stage_and_the_fix(
     with pytest.raises(ConfigError, match=r"^stage '") as caught:
         mistake(r, start(r))
     assert message in str(caught.value)
+
+
+def test_what_an_evaluation_cannot_compare_is_refused(make_recipe: Callable[..., Recipe]) -> None:
+    r = make_recipe()
+    base = start(r)
+    other = r.sft(start=base, data=r.demos("add"), steps=2, name="other")
+    cases: list[tuple[object, dict[str, Any], str]] = [
+        (3, {}, r"students are 3; it takes a model, a dict of names to models"),
+        ("other", {}, r"did you mean r.stage\('other'\)\?"),
+        ({}, {}, "it has no students; name a model"),
+        ({"a b": base}, {}, "the name 'a b'; it takes letters, digits, _ and -"),
+        ({"init": base}, {}, "the name 'init', which means something else"),
+        ({"a": base, "b": base}, {}, "'a' and 'b' of its students are the same stage 'base'"),
+        ([base, base], {}, "'base' is in its students twice"),
+        ({"a": r.prompts("add")}, {}, r"students\['a'\] = .* is not a model; it takes a stage"),
+        (base, {"along": {}}, "it has no along; leave along= out"),
+        ({"a": base}, {"along": {"a": other}}, "'a' is the name of a student and of a model"),
+        (base, {"init": "other"}, "init = 'other' is not a model"),
+        (base, {"judges": judges.verifier()}, "it takes a dict of domain to judge"),
+        (base, {"judges": {"add": other}}, r"judges\['add'\] = .* is no judge"),
+        (
+            base,
+            {"judges": {"ad": judges.format("x")}},
+            "'ad' is not one of its domains; did you mean 'add'",
+        ),
+        (
+            base,
+            {"judges": {"turn": judges.format("x")}, "domains": ["add"]},
+            "'turn' is not one of its domains",
+        ),
+        (base, {"judges": {"add": judges.compare(other)}}, "there is no init to compare with"),
+        (
+            base,
+            {"judges": {"add": judges.whitened(judges.format("x"))}},
+            "the score of judge whitened depends on what other responses",
+        ),
+        (base, {"judges": {"add": judges.human()}}, "judges.human"),
+    ]
+    for student, how, message in cases:
+        with pytest.raises(ConfigError, match=message):
+            r.evaluate(student, name=f"e{len(r._build.nodes)}", **how)  # type: ignore[arg-type]
+
+
+def test_the_edges_of_an_evaluation(make_recipe: Callable[..., Recipe]) -> None:
+    r = make_recipe()
+    base = start(r)
+    a, b, m = (r.sft(start=base, data=r.demos("add"), steps=n, name=f"s{n}") for n in (2, 3, 4))
+    scorer = r.reward_model(
+        start=base, data=r.pairs(r.sample(base, prompts=r.prompts("add"))), steps=1, name="rm"
+    )
+    r.evaluate(
+        {"mopd": a, "merged": b},
+        init=base,
+        teachers={"add": a, "sort": "self"},
+        along={"round1": m},
+        judges={"sort": judges.scalar(scorer)},
+        domains=["add", "sort"],
+    )
+    node = r._build.nodes["evaluation"]
+    assert node.inputs == {
+        "students.mopd": "s2",
+        "students.merged": "s3",
+        "along.round1": "s4",
+        "init": "base",
+        "domains.add": "add",
+        "domains.sort": "sort",
+        "teachers.s2": "s2",
+        "judges.rm": "rm",
+    }
+    assert node.identity is not None and set(node.identity) == {"judges", "routes"}
+    r.evaluate(a, name="alone")
+    assert list(r._build.nodes["alone"].inputs)[:1] == ["student"]
+    assert r._build.nodes["alone"].identity == {}
+    plain = r.evaluate(a, init=base, teachers={"add": b}, name="plain")
+    assert list(r._build.nodes[plain.name].inputs) == [
+        *("student", "init", "domains.add", "domains.sort", "domains.turn", "teachers.s3")
+    ]

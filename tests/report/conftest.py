@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -14,7 +16,7 @@ import pytest
 from posttrain.engine.graph import Graph, Node
 from posttrain.engine.record import Artifact
 from posttrain.engine.store import Store
-from posttrain.rl.statistics import Scores, evaluation
+from posttrain.rl.statistics import Scores, candidates, evaluation
 
 DOMAINS = ("add", "letters", "reverse", "spiral")
 HOSTILE = "<script>alert('prompt')</script> & \"quotes\""
@@ -85,6 +87,69 @@ def make_evaluation(
         resamples=300,
         seed=0,
     ) | {"split": "heldout", "samples": 2}
+
+
+@functools.cache
+def _candidates(
+    *, init: bool = True, verified: bool = True, routed: bool = True, one: bool = False
+) -> dict[str, Any]:
+    """An evaluation.json of three students (or `one`) and a model along the way, with a domain
+    that nobody verifies and a judge who scores it."""
+    means = {
+        "init": (0.21, 0.33, 0.17, 0.26),
+        "along.round1": (0.5, 0.61, 0.55, 0.4),
+        "students.mopd": (0.74, 0.81, 0.88, 0.66),
+        "students.merged": (0.54, 0.61, 0.68, 0.36),
+        "students.traces": (0.73, 0.80, 0.89, 0.60),
+        "teachers.add_teacher": (0.78, 0.20, 0.05, 0.11),
+        "teachers.letters_teacher": (0.02, 0.86, 0.03, 0.08),
+    }
+    if one:
+        means = {"student": means["students.mopd"]} | {
+            model: row for model, row in means.items() if not model.startswith(("stu", "along"))
+        }
+    dropped = ("init",) * (not init) + ("teachers",) * (not routed)
+    scores = {
+        model: by_domain if verified else {}
+        for model, by_domain in scores_of(means, seed=3, problems=200).items()
+        if not model.startswith(dropped or ("-",))
+    }
+    students = {n.partition(".")[2] or n: n for n in scores if n.startswith("student")}
+    domains = DOMAINS if verified else ()
+    result = candidates(
+        scores,
+        students=students,
+        along={"round1": "along.round1"} if "along.round1" in scores else {},
+        routes={n: f"{n}_teacher" for n in domains[:2]} if routed else {},
+        constants={name: {"value": 0.04, "response": "4-1=3"} for name in domains},
+        resamples=300,
+        seed=0,
+    )
+    rows: dict[str, Any] = {}
+    judged: dict[str, Any] = {}
+    for number, model in enumerate(scores):
+        value = {"value": 0.1 * number, "low": 0.1 * number - 0.05, "high": 0.1 * number + 0.05}
+        plain = model != "init" and init
+        rows[model] = {
+            "length": {"value": 30.0 + number, "low": 28.0, "high": 33.5},
+            "truncated": 0.02 * number,
+            "kl_init": value if plain else None,
+            "kl_teacher": None,
+        }
+        win = {"value": 0.55, "low": 0.48, "high": 0.61} if plain else None
+        score = {"value": -1.2 + number, "low": -1.5 + number, "high": -0.9 + number}
+        judged[model] = {"score": score, "win": win, "greedy": {"score": score, "win": win}}
+    result["unverified"] = {"chat": {"num_problems": 60, "teacher": None, "models": rows}}
+    result["judged"] = {
+        "chat": {"num_problems": 60, "judge": ["scalar.rm"], "compares": False, "unit": False}
+        | {"models": judged}
+    }
+    return result | {"split": "heldout", "samples": 2}
+
+
+def make_candidates(**shape: bool) -> dict[str, Any]:
+    """`_candidates`, to change at will."""
+    return copy.deepcopy(_candidates(**shape))
 
 
 def make_transcripts() -> dict[str, list[dict[str, Any]]]:
@@ -221,7 +286,7 @@ def commit_graph(
                 metrics[summary[node.kind]] = lines[-1][summary[node.kind]]
                 (work.out / "model.safetensors").write_text(name)
         if node.kind == "evaluate":
-            metrics = {"norm": scores["norm"]}
+            metrics = {"norm": scores["norm"]} if "norm" in scores else {}
             (work.out / "evaluation.json").write_text(json.dumps(scores))
             (work.out / "transcripts.json").write_text(json.dumps(transcripts))
         else:
@@ -253,6 +318,12 @@ def scores() -> Callable[..., dict[str, Any]]:
     return make_evaluation
 
 
+@pytest.fixture
+def candidate_scores() -> Callable[..., dict[str, Any]]:
+    """`make_candidates`."""
+    return make_candidates
+
+
 @pytest.fixture(scope="session")
 def finished(store: Store) -> Artifact:
     """The evaluation at the end of a whole made-up run."""
@@ -271,3 +342,64 @@ def graph() -> Graph:
 def commit() -> Callable[..., Artifact]:
     """`commit_graph`."""
     return commit_graph
+
+
+def commit_candidates(
+    store: Store, scores: dict[str, Any], *, renamed: str = "", held: bool = True
+) -> tuple[Artifact, Graph]:
+    """Commit what leads to `make_candidates()`; `renamed` is put before the name of every stage.
+
+    `mopd` holds the domain `chat` by its own start where it is `held`.
+    """
+
+    def node(name: str, kind: str, config: dict[str, Any], **inputs: str) -> Node:
+        edges = {edge.replace("__", "."): renamed + source for edge, source in inputs.items()}
+        return Node(name=renamed + name, kind=kind, config=config, inputs=edges)
+
+    steps = {"steps": 3}
+    routes = {"add": "add_teacher"} | ({"chat": "self"} if held else {})
+    data = {"domains__add": "add", "domains__chat": "chat"}
+    made = [
+        *(node(name, "domain", {"domain": name}) for name in ("add", "chat")),
+        node("base", "model", {"steps": 1}),
+        node("sft", "sft", steps, start="base"),
+        node("add_teacher", "model", {"steps": 2}),
+        node("letters_teacher", "rl", steps, start="sft"),
+        node("m1", "distill", steps | {"routes": {"add": "add_teacher"}}, start="sft", **data),
+        node("student", "distill", steps | {"routes": routes}, start="sft", **data),
+        node("ties", "merge", steps, models__a="add_teacher", models__b="letters_teacher"),
+        node("traces", "sft", steps | {"seed": 2}, start="m1"),
+    ]
+    students = {"mopd": "student", "merged": "ties", "traces": "traces"}
+    edges = {f"students__{name}": model for name, model in students.items()}
+    known = {
+        "init": "sft",
+        "along__round1": "m1",
+        "student": "student",
+        **edges,
+        "teachers__add_teacher": "add_teacher",
+        "teachers__letters_teacher": "letters_teacher",
+    }
+    used = {e: s for e, s in known.items() if e.replace("__", ".") in scores["models"]}
+    made.append(node("evaluation", "evaluate", {"samples": 2}, **used))
+    graph = Graph(nodes={n.name: n for n in made}, target=renamed + "evaluation")
+    transcripts = {
+        "chat": [
+            {
+                "prompt": "say <b>hi</b>",
+                "answer": None,
+                "responses": {
+                    model: {"sampled": f"hi {model}", "greedy": "hi"}
+                    | {"sampled_score": None, "greedy_score": None, "sampled_judged": 1.25}
+                    for model in scores["models"]
+                },
+            }
+        ]
+    }
+    return commit_graph(store, graph, scores=scores, transcripts=transcripts), graph
+
+
+@pytest.fixture
+def commit_several() -> Callable[..., tuple[Artifact, Graph]]:
+    """`commit_candidates`."""
+    return commit_candidates

@@ -104,7 +104,8 @@ def write_report_of(
     # Templates and plots take a while to import, and most commands do without.
     from posttrain.report.html import report_is_current, write_report
 
-    if not anew and report_is_current(path, artifact.fingerprint):
+    names = {} if loaded is None else names_of(loaded)
+    if not anew and report_is_current(path, artifact.fingerprint, names):
         return False
     if loaded is None:
         recipe, source, warnings = artifact.name, "", []
@@ -123,8 +124,17 @@ def write_report_of(
             seconds=seconds,
             source=source,
             warnings=warnings,
+            names=names,
         )
     return True
+
+
+def names_of(loaded: Loaded) -> dict[str, str]:
+    """Fingerprint to what the recipe calls the stage; of two equal stages the first."""
+    found: dict[str, str] = {}
+    for name, fingerprint in loaded.graph.fingerprints().items():
+        found.setdefault(fingerprint, name)
+    return found
 
 
 def recipes(as_json: io.Json = False) -> None:

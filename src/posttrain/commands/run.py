@@ -47,9 +47,11 @@ STATUS = {"done": "ran", "pending": "blocked"}
 SUMMARY = (
     *("domains", "norm", "norm_low", "norm_high", "norm_domains"),
     *("min_recovery", "gain", "greedy"),
+    *("students", "along", "pairs", "unverified", "judged"),
 )
-"""What `run --json` tells about an evaluation; `norm_domains` and `gain` are not there where it was
-made before they were kept."""
+"""What `run --json` tells about an evaluation, where it has that: of one student with its init, or
+of several models. `norm_domains` and `gain` are not there where it was made before they were
+kept."""
 
 
 def run(
@@ -96,7 +98,8 @@ def run(
         warn(out, warnings)
     if evaluation:
         out.print()
-        out.print(evaluation_table(evaluation))
+        names = loaded.graph.nodes[loaded.graph.target].inputs
+        out.print(evaluation_table(evaluation, names))
     if target is not None and not no_report:
         ran = "ran" in statuses
         written = write_report_of(

@@ -28,6 +28,8 @@ from posttrain.engine.store import Store
 from posttrain.report.gather import facts_of
 from posttrain.report.live import LiveView
 from posttrain.report.sweep import (
+    ACCURACY,
+    NORM,
     SPLIT_NAMES,
     Outcome,
     Run,
@@ -40,6 +42,8 @@ from posttrain.report.sweep import (
 from posttrain.report.wording import duration
 from posttrain.stages.kinds import shown_kind
 
+MOST_COLUMNS = 8
+"""Measures shown in a terminal; of more, those of single domains are left to the report."""
 AxisOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -256,7 +260,11 @@ def _show(out: Console, found: Sweep, made: Outcome) -> None:
     """The table, and what has to be known to read it."""
     metric = made.metric
     table = plain_table("setting")
-    for measure in made.units:
+    shown = made.units
+    if len(shown) > MOST_COLUMNS:
+        shown = {key: unit for key, unit in shown.items() if key.endswith((NORM, ACCURACY))}
+        shown = {metric: made.units[metric]} | shown if metric else shown
+    for measure in shown:
         table.add_column(made.title(measure), justify="right", overflow="fold")
         if measure == metric and len(made.rows) > 1:
             table.add_column("Δ to the first", justify="right", overflow="fold")
@@ -264,7 +272,7 @@ def _show(out: Console, found: Sweep, made: Outcome) -> None:
         style = "bold green" if row.best else ""
         name = (found.words(row.setting) or "all seeds") + ("  best mean" if row.best else "")
         cells = [Text(name, style)]
-        for measure, unit in made.units.items():
+        for measure, unit in shown.items():
             cells.append(Text(spread_text(row.measures.get(measure), unit), style))
             if measure == metric and len(made.rows) > 1:
                 value, interval = difference_text(row.difference, unit)
@@ -272,6 +280,8 @@ def _show(out: Console, found: Sweep, made: Outcome) -> None:
         table.add_row(*cells)
     out.print()
     out.print(table)
+    if len(shown) < len(made.units):
+        out.print(Text(f"{len(made.units) - len(shown)} more columns in the report", "dim"))
     for note in made.notes:
         out.print(Text(note, "dim"), soft_wrap=True)
     for caution in made.cautions:

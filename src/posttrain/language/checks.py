@@ -10,15 +10,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from posttrain.algorithms import InTurn, StrongAgainstWeak
-from posttrain.engine.errors import ConfigError
+from posttrain.engine.errors import ConfigError, choices_text
 from posttrain.engine.graph import Graph, Node, named, with_role
 from posttrain.language.builder import Builder, root_of
-from posttrain.rewards.judge_base import ByDomain, Judge
-from posttrain.rewards.judge_kinds import Llm, parse_judge
+from posttrain.rewards.judge_base import ByDomain, Judge, Lexicographic, Normalised, Whitened
+from posttrain.rewards.judge_kinds import Compare, CompareEndpoint, Length, Llm, parse_judge
 from posttrain.stages.kinds import KINDS
 from posttrain.suites.domain import Suite, Table
 
-MODELS = ("start", "model", "models", "candidates", "student", "init")
+MODELS = ("start", "model", "models", "candidates", "student", "students", "along", "init")
 """Roles of the models that a stage asks in its modes."""
 
 
@@ -241,6 +241,44 @@ def _judge(build: Builder, stage: str, field: str, domains: Sequence[str]) -> No
             f"{where}, field {field!r}: it asks {missing[0]!r}, which is no input of the stage; "
             f"inputs: {', '.join(choices) or 'none'}; name the judge in the recipe"
         )
+
+
+def evaluate(build: Builder, stage: str, domains: Sequence[str]) -> None:
+    """Refuse judges of domains that are not evaluated, and those whose scores say nothing about a
+    response by itself."""
+    node = build.nodes[stage]
+    for domain, judge in build.settings[stage].judges.items():
+        where = f"stage {stage!r} (evaluate), field 'judges.{domain}'"
+        if domain not in domains:
+            raise ConfigError(
+                f"stage {stage!r} (evaluate), field 'judges': {domain!r} is not one of its "
+                f"domains; {choices_text(domain, domains)}"
+            )
+        problems_of_judge(build, judge, [domain], where=where)
+        missing = [part.edge for part in judge.walk() if part.edge not in (None, *node.inputs)]
+        if missing:
+            raise ConfigError(
+                f"{where}: it asks {missing[0]!r}, which is no input of the stage; name the judge "
+                "in the recipe"
+            )
+        compares = isinstance(judge, Compare | CompareEndpoint)
+        if compares and "init" not in node.inputs:
+            raise ConfigError(
+                f"{where}: judges.compare says which of two responses is better, and there is no "
+                "init to compare with; give init=, or a judge that scores one response"
+            )
+        for part in judge.walk():
+            alone = part is judge and compares
+            length = isinstance(part, Length) and part.shape in ("group_relative", "pass_rate")
+            if length or (isinstance(part, _RELATIVE) and not alone):
+                raise ConfigError(
+                    f"{where}: the score of judge {part.judge} depends on what other responses it "
+                    "is asked about, so it means nothing as a mean; take a judge that scores each "
+                    "response by itself, or judges.compare alone"
+                )
+
+
+_RELATIVE = (Compare, CompareEndpoint, Normalised, Whitened, Lexicographic)
 
 
 def problems_of_judge(build: Builder, judge: Judge, domains: Sequence[str], *, where: str) -> None:

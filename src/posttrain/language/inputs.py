@@ -125,6 +125,94 @@ def candidates(
     }
 
 
+NOT_STUDENTS = (
+    *("init", "teacher", "teachers", "student", "students", "along", "self", "constant"),
+    *("recovery", "norm", "minimum", "greedy", "domain", "domains", "judges", "all"),
+)
+"""Names that mean something else in a table of scores."""
+
+
+def students(
+    build: Builder,
+    stage: str,
+    student: Stage | Mapping[str, Stage] | Sequence[Stage],
+    along: Mapping[str, Stage] | Sequence[Stage] | None,
+) -> dict[str, str]:
+    """The edge `student` of one model, or `students.NAME` of several, and `along.NAME`."""
+    if isinstance(student, Stage):
+        edges = {"student": build.model(stage, "student", student)}
+        taken: dict[str, str] = {}
+    else:
+        taken = _by_name(build, stage, "students", student)
+        edges = {edge_name("students", name): model for name, model in taken.items()}
+    for name, model in {} if along is None else _by_name(build, stage, "along", along).items():
+        if name in taken:
+            raise ConfigError(
+                f"stage {stage!r} (evaluate): {name!r} is the name of a student and of a model in "
+                "along; give one of them another name"
+            )
+        edges[edge_name("along", name)] = model
+    return edges
+
+
+def _by_name(build: Builder, stage: str, role: str, given: object) -> dict[str, str]:
+    """Name to the name of the stage, of the models that an evaluation has in one role."""
+    where = f"stage {stage!r} (evaluate)"
+    if isinstance(given, Sequence) and not isinstance(given, str):
+        names = [getattr(model, "name", str(model)) for model in given]
+        twice = [name for name in names if names.count(name) > 1]
+        if twice:
+            raise ConfigError(f"{where}: {twice[0]!r} is in its {role} twice; name it once")
+        given = dict(zip(names, given, strict=True))
+    if not isinstance(given, Mapping):
+        hint = f"; did you mean r.stage({given!r})?" if given in build.nodes else ""
+        one = "a model, " if role == "students" else ""
+        raise ConfigError(
+            f"{where}: its {role} are {given!r}; it takes {one}a dict of names to models, or a "
+            f"list of models{hint}"
+        )
+    if not given:
+        raise ConfigError(
+            f"{where}: it has no {role}; "
+            + ("name a model, or several by name" if role == "students" else "leave along= out")
+        )
+    found: dict[str, str] = {}
+    for name, model in given.items():
+        if not isinstance(name, str) or not NAME.fullmatch(name):
+            raise ConfigError(
+                f"{where}: {role} has the name {name!r}; it takes letters, digits, _ and -"
+            )
+        if name in NOT_STUDENTS:
+            raise ConfigError(
+                f"{where}: {role} has the name {name!r}, which means something else in its "
+                "tables; give the model another name"
+            )
+        source = build.model(stage, f"{role}[{name!r}]", model)
+        for other, before in found.items():
+            if before == source:
+                raise ConfigError(
+                    f"{where}: {other!r} and {name!r} of its {role} are the same stage "
+                    f"{source!r}; name it once"
+                )
+        found[name] = source
+    return found
+
+
+def judges(build: Builder, stage: str, judges: object) -> dict[str, str]:
+    """The edges of the stages that an evaluation's judges ask."""
+    if judges is None:
+        return {}
+    if not isinstance(judges, Mapping):
+        raise ConfigError(
+            f"stage {stage!r} (evaluate): judges = {judges!r}; it takes a dict of domain to judge, "
+            'such as judges={"chat": judges.scalar(reward_model)}'
+        )
+    found: dict[str, str] = {}
+    for domain, judge in judges.items():
+        found |= judge_edges(build, stage, f"judges[{domain!r}]", judge)
+    return found
+
+
 def merged(
     build: Builder, stage: str, models: Mapping[str, Stage] | Iterable[Stage], base: Stage | None
 ) -> dict[str, str]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from posttrain.engine.graph import edge_name
 from posttrain.engine.record import SHORT
+from posttrain.report.candidates import view_of
 from posttrain.report.scores import norm_coverage, split_name
 from posttrain.report.wording import DASH, fixed, flat, number, percent, percent_range
 from posttrain.stages.kinds import shown_kind
@@ -105,7 +106,7 @@ def _head(kind: str, domains: Iterable[str], *, writes_text: bool) -> str:
 def _scores(scores: Sequence[Mapping[str, Any]]) -> list[str]:
     found = []
     for item in scores:
-        evaluation, model = item["evaluation"], item["model"]
+        evaluation, model = view_of(item["evaluation"], item["model"])
         rows = [
             (
                 domain,
@@ -115,15 +116,19 @@ def _scores(scores: Sequence[Mapping[str, Any]]) -> list[str]:
             )
             for domain, row in evaluation["domains"].items()
         ]
+        if not rows:
+            # Nothing but domains without a verifier.
+            continue
         columns = ("domain", "temperature 1", "greedy", "recovery")
-        width = 4 if model == "student" and evaluation["routes"] else 3
+        gained = model == "student" and any(r["init"] for r in evaluation["domains"].values())
+        width = 4 if gained and evaluation["routes"] else 3
         norm = evaluation["norm"] if model == "student" else None
         coverage = norm_coverage(evaluation, "sampled")
         over = f" over {coverage} domains" if coverage else ""
         label = f"{item['name']}-{item['fingerprint'][:SHORT]}"
         found += [
             f"Accuracy in per cent on {split_name(evaluation)} problems, with 95 % bootstrap "
-            f"intervals where they were computed (`{label}`, as {model}).",
+            f"intervals where they were computed (`{label}`, as {item['model']}).",
             _table(columns[:width], [row[:width] for row in rows]),
             *([] if norm is None else [f"Norm (mean recovery{over}): {fixed(norm, 2)}."]),
         ]

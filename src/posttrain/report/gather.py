@@ -52,15 +52,18 @@ class StageFacts(Recorded):
         return next(iter(self.domains)) if len(self.domains) == 1 else None
 
 
-def gather(store: Store, artifact: Artifact) -> list[StageFacts]:
+def gather(
+    store: Store, artifact: Artifact, names: Mapping[str, str] | None = None
+) -> list[StageFacts]:
     """The lineage of `artifact`, ancestors first, itself last.
 
-    Raises StoreError when the record of an ancestor is damaged.
+    `names` are those that stages have now, by fingerprint: an artifact may have been made under
+    another one. Raises StoreError when the record of an ancestor is damaged.
     """
     return [
         StageFacts(
-            record=ancestor.record,
-            edges=ancestor.edges,
+            record=_renamed(ancestor.record, names or {}),
+            edges=_edges(ancestor, names or {}),
             lines=[] if ancestor.artifact is None else _lines(ancestor.artifact),
         )
         for ancestor in ancestry.lineage(store, artifact)
@@ -71,6 +74,25 @@ def facts_of(artifact: Artifact) -> StageFacts:
     """One stage by itself."""
     edges = {edge: label_of(source) for edge, source in artifact.inputs.items()}
     return StageFacts(record=artifact.record, edges=edges, lines=_lines(artifact))
+
+
+def _renamed(record: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """A record with the present names of the stage and its inputs."""
+    return {
+        **record,
+        "name": names.get(record["fingerprint"], record["name"]),
+        "inputs": {
+            edge: {**source, "name": names.get(source["fingerprint"], source["name"])}
+            for edge, source in record["inputs"].items()
+        },
+    }
+
+
+def _edges(ancestor: ancestry.Ancestor, names: Mapping[str, str]) -> dict[str, str]:
+    inputs = _renamed(ancestor.record, names)["inputs"]
+    edges = {edge: label_of(source) for edge, source in inputs.items()}
+    # The edge to an adopted history is no input, and keeps the label it has.
+    return {edge: edges.get(edge, label) for edge, label in ancestor.edges.items()}
 
 
 def _lines(artifact: Artifact) -> list[dict[str, float]]:

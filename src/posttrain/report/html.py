@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from posttrain.engine.atomic import human_bytes, write_whole
-from posttrain.engine.record import Artifact
+from posttrain.engine.fingerprint import digest
+from posttrain.engine.record import SHORT, Artifact
 from posttrain.engine.store import Store
-from posttrain.report import plots, scores, wording
+from posttrain.report import candidates, plots, scores, wording
 from posttrain.report.curves import in_sentence, sections
 from posttrain.report.gather import (
     EVALUATION,
@@ -28,8 +29,9 @@ from posttrain.report.gather import (
     read_json,
 )
 from posttrain.report.lineage import lineage_svg
+from posttrain.report.roles import explained
 
-LAYOUT = 3
+LAYOUT = 4
 """Raised by hand when the page changes, so that older pages are written again."""
 _HERE = Path(__file__).parent
 _HEAD_BYTES = 2000
@@ -46,22 +48,25 @@ def write_report(
     seconds: float | None = None,
     source: str = "",
     warnings: Sequence[Mapping[str, Any]] = (),
+    names: Mapping[str, str] | None = None,
 ) -> Path:
     """Write the page about `artifact` to `path` (its folder is made if missing); returns `path`.
 
     `recipe` and `seed` are what was run, `seconds` how long that took if it is known (the sum over
     the stages is shown otherwise), `source` the text of the recipe, `warnings` what is to be told
-    about it, {"stage", "text"} each; those of the stages are in their records. The file appears
-    whole or not at all. Raises StoreError when a record of the lineage is damaged.
+    about it, {"stage", "text"} each; those of the stages are in their records. `names` are what
+    the recipe calls its stages, by fingerprint. The file appears whole or not at all. Raises
+    StoreError when a record of the lineage is damaged.
     """
-    stages = gather(store, artifact)
+    stages = gather(store, artifact, names)
     templates = environment()
     templates.globals |= {"wording": wording, "scores": scores, "plots": plots}
-    helpers = (human_bytes, in_sentence, mark, moment, runs_of, speakers_of)
+    templates.globals |= {"candidates": candidates}
+    helpers = (coded, human_bytes, in_sentence, mark, moment, runs_of, speakers_of)
     templates.globals |= {helper.__name__: helper for helper in helpers}
     page = templates.get_template("report.html").render(
         style=style(),
-        tag=_tag(artifact.fingerprint),
+        tag=_tag(artifact.fingerprint, names),
         artifact=artifact,
         recipe=recipe,
         seed=seed,
@@ -96,20 +101,21 @@ def _warnings(stages: Sequence[StageFacts]) -> list[dict[str, str]]:
     return [{"stage": stage.name, "text": text} for stage in stages for text in stage.warnings]
 
 
-def report_is_current(path: Path, fingerprint: str) -> bool:
-    """Whether `path` is a page of this layout about the artifact with that fingerprint."""
+def report_is_current(path: Path, fingerprint: str, names: Mapping[str, str] | None = None) -> bool:
+    """Whether `path` is a page of this layout about the artifact with that fingerprint, with these
+    names of stages."""
     try:
         with path.open("rb") as file:
             head = file.read(_HEAD_BYTES)
     except OSError:
         return False
-    return _tag(fingerprint).encode() in head
+    return _tag(fingerprint, names).encode() in head
 
 
-def _tag(fingerprint: str) -> Markup:
-    return Markup('<meta name="posttrain-artifact" content="{}" data-layout="{}">').format(
-        fingerprint, LAYOUT
-    )
+def _tag(fingerprint: str, names: Mapping[str, str] | None) -> Markup:
+    called = digest(dict(names or {}))[:SHORT]
+    text = '<meta name="posttrain-artifact" content="{}" data-layout="{}" data-names="{}">'
+    return Markup(text).format(fingerprint, LAYOUT, called)
 
 
 def _content(stages: Sequence[StageFacts], artifact: Artifact) -> dict[str, Any]:
@@ -117,12 +123,16 @@ def _content(stages: Sequence[StageFacts], artifact: Artifact) -> dict[str, Any]
     colours = domain_colours(stages)
     evaluation = read_json(artifact, EVALUATION)
     texts = read_json(artifact, TRANSCRIPTS) if evaluation else None
+    several = bool(evaluation) and candidates.has_several(evaluation)
+    forgetting = candidates.forgetting if several else scores.forgetting
     return {
         "stages": stages,
         "colours": colours,
         "evaluation": evaluation,
-        "names": {edge: source["name"] for edge, source in artifact.inputs.items()},
-        "matrix": evaluation and scores.forgetting(evaluation),
+        "several": several,
+        "names": {edge: source["name"] for edge, source in stages[-1].inputs.items()},
+        "explained": explained(evaluation, {}, stages) if evaluation else [],
+        "matrix": evaluation and forgetting(evaluation),
         "curves": sections(stages, colours),
         "lineage": Markup(lineage_svg(stages, colours)),
         "transcripts": {domain: rows for domain, rows in (texts or {}).items() if rows},
@@ -132,13 +142,29 @@ def _content(stages: Sequence[StageFacts], artifact: Artifact) -> dict[str, Any]
 # -- what the templates call -----------------------------------------------------------------------
 
 
-def speakers_of(domain: str, routes: Mapping[str, str]) -> dict[str, str]:
-    """The models whose answers in a domain are shown: edge of the evaluation -> role.
+def speakers_of(domain: str, evaluation: Mapping[str, Any]) -> dict[str, str]:
+    """The models whose answers in a domain are shown: edge of the evaluation -> what it is called.
 
-    `routes` maps a domain to its teacher's name; other domains' teachers are left out.
+    Other domains' teachers are left out.
     """
+    routes = dict(evaluation["routes"])
+    for name, row in evaluation.get("unverified", {}).items():
+        routes |= {} if row["teacher"] is None else {name: row["teacher"]}
     teacher = {f"teachers.{routes[domain]}": "teacher"} if domain in routes else {}
-    return {"init": "init", **teacher, "student": "student"}
+    if not candidates.has_several(evaluation):
+        return {"init": "init", **teacher, "student": "student"}
+    found = {c.edge: c.title for c in candidates.columns(evaluation) if c.role != "teacher"}
+    last = {edge: title for edge, title in found.items() if edge.startswith("student")}
+    return {edge: title for edge, title in found.items() if edge not in last} | teacher | last
+
+
+def coded(text: str) -> Markup:
+    """A sentence whose names, in backticks, become code."""
+    parts = text.split("`")
+    return Markup("").join(
+        Markup("<code>{}</code>").format(part) if place % 2 else escape(part)
+        for place, part in enumerate(parts)
+    )
 
 
 def mark(score: float) -> Literal["right", "partly right", "wrong"]:

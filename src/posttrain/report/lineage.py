@@ -64,7 +64,9 @@ def _spine(shown: Mapping[str, StageFacts]) -> list[str]:
     path = [list(shown)[-1]] if shown else []
     while path:
         edges = shown[path[-1]].edges
-        found = [edges[edge] for edge in SPINE if edges.get(edge) in shown]
+        # Of several students the first.
+        wanted = (*SPINE, *(edge for edge in edges if role_of(edge) == "students"))
+        found = [edges[edge] for edge in wanted if edges.get(edge) in shown]
         if not found:
             break
         path.append(found[0])

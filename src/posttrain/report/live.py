@@ -25,7 +25,7 @@ from posttrain.engine.graph import Graph
 from posttrain.engine.planner import PlanRow
 from posttrain.engine.runner import Event
 from posttrain.report.progress import Progress, tree
-from posttrain.report.terminal import FirstFit
+from posttrain.report.tables import FirstFit
 from posttrain.report.wording import clock, number
 
 PLAIN_SECONDS = 20.0

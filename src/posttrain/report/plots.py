@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
+from posttrain.report.candidates import accuracy, columns, first_view
 from posttrain.report.curves import LOG_SPAN, Line, Panel
 from posttrain.report.scores import DECODING_NAMES, MODELS, Evaluation, decoded
 from posttrain.report.wording import number
@@ -212,6 +213,51 @@ def _place_names(
             parts.append(_text(at[place], y + 16, name, "middle"))
             free = at[place] + half + 4
     return parts
+
+
+def ladder_plot(evaluation: Evaluation, domain: str) -> str:
+    """One domain's accuracies of all models, one under the other, as an <svg> element.
+
+    From init over the models along the way to the students; the first ones are joined by a line. A
+    dashed line says what the best constant answer scores.
+    """
+    models = columns(evaluation)
+    longest = max(len(model.title) for model in models)
+    # Names that leave no room beside the dots stand above them.
+    above = longest > 22
+    step, width = 38 if above else 24, 360
+    height = BOTTOM + 8 + step * len(models)
+    left = 14 if above else 20 + 6.6 * longest
+    across = Axis(low=-0.01, high=1.01, start=left, end=width - 10)
+    floor, ticks = height - BOTTOM, [0, 0.25, 0.5, 0.75, 1]
+    parts = [_line(x, 4, x, floor, "grid") for x in map(across.at, ticks)]
+    parts += _floor(across, height, left, width - 10, ticks, scale=100)
+    row = first_view(evaluation)["domains"][domain]
+    constant = across.at(row["constant"]["value"])
+    parts.append(_line(constant, 4, constant, floor, "constant"))
+    rungs: list[str] = []
+    for place, model in enumerate(models):
+        y = 4 + step * (place + (0.72 if above else 0.5))
+        if above:
+            parts.append(_text(left, y - 10, model.title, "start", "name"))
+        else:
+            parts.append(_text(left - 6, y + 4, model.title, "end", "name"))
+        sampled, greedy = (accuracy(evaluation, model, domain, d) for d in DECODING_NAMES)
+        if sampled is None or greedy is None:
+            continue
+        low, value, high = (across.at(sampled[key]) for key in ("low", "value", "high"))
+        if model.role in ("init", "along"):
+            rungs.append(f"{value:.1f},{y:.1f}")
+        # Hollow dots are greedy; init is drawn as the models along the way.
+        style = "along" if model.role == "init" else model.role
+        parts.append(_line(low, y, high, y, f"interval {style}"))
+        parts.append(
+            f'<circle class="init" cx="{across.at(greedy["value"]):.1f}" cy="{y:.1f}" r="3"/>'
+        )
+        parts.append(f'<circle class="{style}" cx="{value:.1f}" cy="{y:.1f}" r="3.5"/>')
+    if len(rungs) > 1:
+        parts.append(f'<polyline class="ladder" points="{" ".join(rungs)}"/>')
+    return _svg(width, height, f"Accuracy of all models in {domain}", parts)
 
 
 def _floor(

@@ -64,6 +64,9 @@ def notes(evaluation: Evaluation) -> list[str]:
     if not has_teachers(evaluation):
         return found
     for name, row in evaluation["domains"].items():
+        if row["init"] is None:
+            # There is no recovery anywhere, and nobody expects one.
+            continue
         reasons = {decoding: decoded(row, decoding)["note"] for decoding in DECODINGS}
         if reasons["sampled"] == reasons["greedy"]:
             reasons.pop("greedy")
@@ -85,22 +88,24 @@ def notes(evaluation: Evaluation) -> list[str]:
     return found
 
 
-def verdict(evaluation: Evaluation) -> str:
-    """Whether the student beats the init, said plainly; empty for an evaluation from before
-    `gain` was kept."""
-    if "gain" not in evaluation:
+def verdict(
+    evaluation: Evaluation, who: str = "The student", everywhere: str = "over all domains"
+) -> str:
+    """Whether the student beats the init, said plainly; empty without an init, and for an
+    evaluation from before `gain` was kept. `everywhere` is what several domains are called."""
+    if evaluation.get("gain") is None:
         return ""
     gain = evaluation["gain"]
     points = f"{signed(gain['value'])} points, {signed(gain['low'])} to {signed(gain['high'])}"
-    over = "over all domains" if len(evaluation["domains"]) > 1 else "in its domain"
+    over = everywhere if len(evaluation["domains"]) > 1 else "in its domain"
     worse = [n for n, row in evaluation["domains"].items() if row["gain"]["high"] < 0]
     but = f"; it is worse in {', '.join(worse)}" if worse else ""
     if gain["low"] > 0:
-        return f"The student beats the init at temperature 1: {points} {over}{but}."
+        return f"{who} beats the init at temperature 1: {points} {over}{but}."
     if gain["high"] < 0:
-        return f"The student does NOT beat the init at temperature 1, it is worse: {points} {over}."
+        return f"{who} does NOT beat the init at temperature 1, it is worse: {points} {over}."
     return (
-        "The student does NOT beat the init at temperature 1, the two cannot be told apart: "
+        f"{who} does NOT beat the init at temperature 1, the two cannot be told apart: "
         f"{points} {over}{but}."
     )
 
@@ -137,31 +142,40 @@ class Forgetting:
 
     domains: list[str]
     rows: dict[str, list[Cell]]
-    """Model, as people call it, to one cell per domain: init, the teachers, student."""
+    """Model, as people call it, to one cell per domain: init, the teachers, students."""
     roles: dict[str, str]
-    """Model, as people call it, to "init", "teacher" or "student"."""
+    """Model, as people call it, to "init", "along", "teacher" or "student"."""
 
 
 def forgetting(evaluation: Evaluation, decoding: str = "sampled") -> Forgetting | None:
     """The matrix of all models and domains; None without teachers."""
-    models, routes = evaluation["models"], evaluation["routes"]
-    domains = list(evaluation["domains"])
+    routes = evaluation["routes"]
     # In the order of their domains, so that what they gained stands on the diagonal.
-    teachers = list(dict.fromkeys(routes[name] for name in domains if name in routes))
+    teachers = list(dict.fromkeys(routes[n] for n in evaluation["domains"] if n in routes))
     if not teachers:
         return None
-    edges = {"init": "init"} | {name: f"teachers.{name}" for name in teachers}
-    edges["student"] = "student"
-    roles = dict.fromkeys(teachers, "teacher") | {"init": "init", "student": "student"}
+    models = {"init": ("init", "init")}
+    models |= {name: (f"teachers.{name}", "teacher") for name in teachers}
+    return matrix(evaluation, models | {"student": ("student", "student")}, decoding)
+
+
+def matrix(
+    evaluation: Evaluation, models: Mapping[str, tuple[str, str]], decoding: str = "sampled"
+) -> Forgetting:
+    """The matrix of these models: what people call them -> edge and role."""
+    means, routes = evaluation["models"], evaluation["routes"]
+    domains = list(evaluation["domains"])
     rows = {
         name: [
             Cell(
-                value=models[edge][domain][decoding],
-                change=models[edge][domain][decoding] - models["init"][domain][decoding],
+                value=means[edge][domain][decoding],
+                change=means[edge][domain][decoding]
+                - means.get("init", means[edge])[domain][decoding],
                 own=edge == f"teachers.{routes.get(domain)}",
             )
             for domain in domains
         ]
-        for name, edge in edges.items()
+        for name, (edge, _) in models.items()
     }
+    roles = {name: role for name, (_, role) in models.items()}
     return Forgetting(domains=domains, rows=rows, roles=roles)

@@ -39,6 +39,12 @@ def percent_range(value: Mapping[str, float], digits: int = 1) -> str:
     return f"{percent(value['low'], digits)}{RANGE}{percent(value['high'], digits)}"
 
 
+def between(value: Mapping[str, float], digits: int, scale: float = 1) -> str:
+    """An interval of any numbers, times `scale`: "0.4-5.9" with a long dash, "-0.4 to 5.9"."""
+    ends = [fixed(scale * value[end], digits) for end in ("low", "high")]
+    return (" to " if any(end.startswith(MINUS) for end in ends) else RANGE).join(ends)
+
+
 def ratio_range(low: float, high: float) -> str:
     """The interval of a recovery."""
     return f"{fixed(low, 2)}{RANGE}{fixed(high, 2)}"

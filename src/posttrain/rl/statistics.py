@@ -5,6 +5,7 @@ arXiv 2606.30406, section on metrics). Intervals are 95 % percentile bootstraps 
 models are resampled on the same problems, since they answered the same ones (paired). Where the
 interval of teacher - init holds 0 the two cannot be told apart, and where it lies below 0 the
 teacher is worse: either way recovery is not given, and Norm is the mean over the other domains.
+Several students are compared in pairs, by the difference of their scores on the same problems.
 
 Legend: S resamples, P problems, M models.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -43,25 +45,29 @@ def evaluation(
     """Everything that is reported, as plain data.
 
     `scores[model][domain]`, models being "student", "init" and "teachers.<name>"; `routes` maps a
-    domain to its teacher's name. Domains without a route have no teacher and no recovery.
+    domain to its teacher's name. Domains without a route have no teacher and no recovery. Without
+    an init there is no gain and no recovery.
     """
     domains: dict[str, dict[str, Any]] = {}
     recovery_DS: dict[str, list[Array]] = {"sampled": [], "greedy": []}
     gain_DS: dict[str, list[Array]] = {"sampled": [], "greedy": []}
     for number, name in enumerate(scores["student"]):
         teacher = f"teachers.{routes[name]}" if name in routes else None
-        columns = {"init": scores["init"][name], "student": scores["student"][name]}
+        columns = {model: scores[model][name] for model in ("init", "student") if model in scores}
         if teacher:
             columns["teacher"] = scores[teacher][name]
-        weight_SP = _resample(len(columns["init"].sampled), resamples, [seed, number])
+        weight_SP = _resample(len(columns["student"].sampled), resamples, [seed, number])
         row: dict[str, Any] = {"num_problems": int(weight_SP.shape[1])}
         for decoding, kept in recovery_DS.items():
             values = {model: getattr(column, decoding) for model, column in columns.items()}
             table, recovered_S = _domain(values, weight_SP)
-            # [S, P] @ [P] -> [S].
-            gain_S = weight_SP @ (values["student"] - values["init"])
-            table["gain"] = _interval(float(np.mean(values["student"] - values["init"])), gain_S)
-            gain_DS[decoding].append(gain_S)
+            table["gain"] = None
+            if "init" in values:
+                # [S, P] @ [P] -> [S].
+                gain_S = weight_SP @ (values["student"] - values["init"])
+                gain = float(np.mean(values["student"] - values["init"]))
+                table["gain"] = _interval(gain, gain_S)
+                gain_DS[decoding].append(gain_S)
             if recovered_S is not None:
                 kept.append(recovered_S)
             row |= table if decoding == "sampled" else {"greedy": table}
@@ -73,7 +79,47 @@ def evaluation(
     result["greedy"] = _norm(greedy, recovery_DS["greedy"])
     result["gain"] = _mean_gain(sampled, gain_DS["sampled"])
     result["greedy"]["gain"] = _mean_gain(greedy, gain_DS["greedy"])
-    result["models"] = {
+    result["models"] = _means(scores)
+    return result
+
+
+def candidates(
+    scores: Mapping[str, Mapping[str, Scores]],
+    *,
+    students: Mapping[str, str],
+    along: Mapping[str, str],
+    routes: Mapping[str, str],
+    constants: Mapping[str, Mapping[str, Any]],
+    resamples: int,
+    seed: int,
+) -> dict[str, Any]:
+    """What is reported about several students, as plain data.
+
+    `students` and `along` (models on the way to them) map names to keys of `scores`, which are
+    else as in `evaluation`. Of each student there is what `evaluation` says of it alone, to the
+    same bits; of each pair of students the difference, first minus second.
+    """
+    shared = {m: s for m, s in scores.items() if m == "init" or m.startswith("teachers.")}
+    how: dict[str, Any] = {"resamples": resamples, "seed": seed}
+    views: dict[str, dict[str, Any]] = {}
+    for name, model in students.items():
+        only = {"student": scores[model], **shared}
+        view = evaluation(only, routes=routes, constants=constants, **how)
+        views[name] = {key: view[key] for key in view if key not in ("models", "routes")}
+    return {
+        "students": views,
+        "along": {name: _intervals(scores[model], **how) for name, model in along.items()},
+        "pairs": [
+            {"first": a, "second": b} | _difference(scores[students[a]], scores[students[b]], **how)
+            for a, b in combinations(students, 2)
+        ],
+        "routes": dict(routes),
+        "models": _means(scores),
+    }
+
+
+def _means(scores: Mapping[str, Mapping[str, Scores]]) -> dict[str, Any]:
+    return {
         model: {
             name: {
                 "sampled": float(column.sampled.mean()),
@@ -83,7 +129,53 @@ def evaluation(
         }
         for model, by_domain in scores.items()
     }
-    return result
+
+
+def _intervals(
+    by_domain: Mapping[str, Scores], *, resamples: int, seed: int
+) -> dict[str, dict[str, Value]]:
+    """Both accuracies of one model in every domain, on the resamples of `evaluation`."""
+    found = {}
+    for number, (name, column) in enumerate(by_domain.items()):
+        weight_SP = _resample(len(column.sampled), resamples, [seed, number])
+        found[name] = {
+            decoding: _interval(float(score_P.mean()), weight_SP @ score_P)
+            for decoding, score_P in vars(column).items()
+        }
+    return found
+
+
+def _difference(
+    first: Mapping[str, Scores], second: Mapping[str, Scores], *, resamples: int, seed: int
+) -> dict[str, Any]:
+    """First minus second on the same problems: in every domain, and `all`, the mean over domains
+    (None without a domain); each with `greedy` beside it."""
+    difference_D = {
+        name: {
+            decoding: getattr(first[name], decoding) - getattr(second[name], decoding)
+            for decoding in ("sampled", "greedy")
+        }
+        for name in first
+    }
+    domains: dict[str, Any] = {}
+    total_DS: dict[str, list[Array]] = {"sampled": [], "greedy": []}
+    for number, (name, of_domain) in enumerate(difference_D.items()):
+        weight_SP = _resample(len(of_domain["sampled"]), resamples, [seed, number])
+        found = {}
+        for decoding, difference_P in of_domain.items():
+            total_DS[decoding].append(weight_SP @ difference_P)
+            found[decoding] = _interval(float(difference_P.mean()), total_DS[decoding][-1])
+        domains[name] = found["sampled"] | {"greedy": found["greedy"]}
+    if not domains:
+        return {"domains": domains, "all": None}
+    means = {
+        decoding: _interval(
+            float(np.mean([of_domain[decoding].mean() for of_domain in difference_D.values()])),
+            np.mean(of_DS, axis=0),
+        )
+        for decoding, of_DS in total_DS.items()
+    }
+    return {"domains": domains, "all": means["sampled"] | {"greedy": means["greedy"]}}
 
 
 def mean_interval(scores: Sequence[Array], *, resamples: int, seed: int) -> dict[str, float]:
@@ -97,6 +189,19 @@ def mean_interval(scores: Sequence[Array], *, resamples: int, seed: int) -> dict
     return _interval(float(np.mean([score_P.mean() for score_P in scores])), value_S)
 
 
+def ratio_interval(total_P: Array, count_P: Array, *, resamples: int, seed: int) -> Value:
+    """Sum over sum, such as of log-ratios over tokens, with the interval over problems."""
+    weight_SP = _resample(len(total_P), resamples, [seed, 0])
+    value = float(total_P.sum() / count_P.sum())
+    return _interval(value, (weight_SP @ total_P) / (weight_SP @ count_P))
+
+
+def wins(score_P: Array, other_P: Array) -> Array:
+    """1 where the first score of a problem is higher than the second, 0 where it is lower, 0.5
+    for equal ones."""
+    return (np.sign(score_P - other_P) + 1) / 2
+
+
 def _domain(columns: Mapping[str, Array], weight_SP: Array) -> tuple[dict[str, Any], Array | None]:
     """One domain under one decoding, and the resampled recoveries where there is a recovery."""
     mean_S = {model: weight_SP @ column for model, column in columns.items()}
@@ -104,8 +209,9 @@ def _domain(columns: Mapping[str, Array], weight_SP: Array) -> tuple[dict[str, A
         model: _interval(float(column.mean()), mean_S[model]) for model, column in columns.items()
     }
     table |= {"teacher": table.get("teacher"), "recovery": None, "note": None}
-    if "teacher" not in columns:
-        table["note"] = "no teacher"
+    if "init" not in columns or "teacher" not in columns:
+        table |= {"init": table.get("init")}
+        table["note"] = "no teacher" if "init" in columns else "no init"
         return table, None
     gain = float(columns["teacher"].mean() - columns["init"].mean())
     gain_S = mean_S["teacher"] - mean_S["init"]
@@ -143,8 +249,11 @@ def _norm(rows: Sequence[Mapping[str, Any]], ratio_DS: list[Array]) -> dict[str,
     }
 
 
-def _mean_gain(rows: Sequence[Mapping[str, Any]], gain_DS: list[Array]) -> Value:
-    """What the student gained on the init, mean over domains."""
+def _mean_gain(rows: Sequence[Mapping[str, Any]], gain_DS: list[Array]) -> Value | None:
+    """What the student gained on the init, mean over domains; None where there is nothing to
+    compare."""
+    if not gain_DS:
+        return None
     return _interval(
         float(np.mean([row["gain"]["value"] for row in rows])), np.mean(gain_DS, axis=0)
     )

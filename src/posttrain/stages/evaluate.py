@@ -2,7 +2,8 @@
 
 All models answer the same problems, which no training stage can draw from. `evaluate` has them
 answered at temperature 1 and greedily, and its report is `evaluation.json`; `rl/statistics.py` has
-the arithmetic. The checkpoint of the best one becomes the stage `best`'s own.
+the arithmetic, and `stages/unverified.py` what is said about domains without a verifier and by
+judges. The checkpoint of the best one becomes the stage `best`'s own.
 
 Legend: B rows (responses).
 """
@@ -13,6 +14,8 @@ import json
 import os
 import shutil
 from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -29,56 +32,181 @@ from posttrain.rewards.judge_base import Judge
 from posttrain.rewards.pool import VerifierPool
 from posttrain.rl.batch import Batch, concatenate
 from posttrain.rl.seeds import step_seed
-from posttrain.rl.statistics import Scores, evaluation, mean_interval
+from posttrain.rl.statistics import Scores, candidates, evaluation, mean_interval
 from posttrain.stages.context import Context
 from posttrain.stages.judging import make_reward, responses_of
-from posttrain.stages.rollout import rollout, submit, verifiers
+from posttrain.stages.rollout import rollout, submit, verified_mean, verifiers
 from posttrain.stages.settings.models import Best, Evaluate
+from posttrain.stages.unverified import Behaviour, behaviours, judge_all, routes_of
+
+SINGLE = {"student", "init", "teachers"}
+"""Roles of the models of an evaluation of one student, whose file has a simpler form."""
 
 
 def run(settings: Evaluate, ctx: Context) -> dict[str, float]:
-    """Score student, init and teachers on every domain, in every mode; write evaluation.json and
+    """Score every model on every domain, in every mode; write evaluation.json and
     transcripts.json."""
     verifier_pool = verifiers(ctx)
     problems = problems_by_name(settings, ctx)
-    models = [edge for edge in ctx.inputs if role_of(edge) != "domains"]
-    scores: dict[str, dict[str, Scores]] = {}
-    said: dict[str, dict[str, list[str]]] = {}
-    transcripts: dict[str, list[dict[str, Any]]] = {
-        name: [{"prompt": p["prompt"], "answer": p["answer"], "responses": {}} for p in rows]
-        for name, rows in ((n, r[: settings.transcripts]) for n, r in problems.items())
+    models = {
+        edge: path
+        for edge, path in ctx.inputs.items()
+        if role_of(edge) not in ("domains", "judges")
     }
-    for number, edge in enumerate(models):
-        sampler = ctx.sampler(edge, precision=settings.precision)
-        answers = answer_all(settings, sampler, problems, verifier_pool)
-        scores[edge] = {name: answer.scores for name, answer in answers.items()}
-        for name, answer in answers.items():
-            said.setdefault(name, {})[edge] = answer.texts
-            for shown, row in zip(transcripts[name], answer.shown, strict=False):
-                shown["responses"][edge] = row
-        ctx.log(number + 1, len(models), tokens=sum(a.num_tokens for a in answers.values()))
-    constants = {
-        name: best_constant(rows, said[name], verifier_pool) for name, rows in problems.items()
-    }
-    result = evaluation(
-        scores,
-        routes={
-            name: settings.routes[key]
-            for name, rows in problems.items()
-            for key in (name, rows[0]["domain"])
-            if key in settings.routes
-        },
-        constants=constants,
-        resamples=settings.bootstrap,
-        seed=settings.seed,
-    )
+    answers = all_answers(settings, ctx, models, problems, verifier_pool)
+    scored = {name: rows for name, rows in problems.items() if is_verified(rows, verifier_pool)}
+    single = is_single(settings, models, len(scored) == len(problems))
+    result = results(settings, ctx, models, scored, answers, verifier_pool, single=single)
+    if not single:
+        silent = {name: rows for name, rows in problems.items() if name not in scored}
+        result["unverified"] = behaviours(settings, models, silent, answers)
+        result["judged"] = judge_all(settings, ctx, models, problems, answers)
     result |= {"split": settings.split, "samples": settings.samples}
+    transcripts = {
+        name: shown(rows[: settings.transcripts], {e: answers[p][name] for e, p in models.items()})
+        for name, rows in problems.items()
+    }
     (ctx.out / "evaluation.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
     (ctx.out / "transcripts.json").write_text(
         json.dumps(transcripts, ensure_ascii=False, indent=1), encoding="utf-8"
     )
-    summary = {f"student/{n}": row["student"]["value"] for n, row in result["domains"].items()}
-    return summary if result["norm"] is None else summary | {"norm": result["norm"]}
+    return summary_of(result)
+
+
+def all_answers(
+    settings: Evaluate,
+    ctx: Context,
+    models: Mapping[str, Path],
+    problems: Mapping[str, list[Problem]],
+    verifier_pool: VerifierPool,
+) -> dict[Path, dict[str, Answers]]:
+    """Each model's answers to all problems; a model that has several roles is asked once."""
+    answers: dict[Path, dict[str, Answers]] = {}
+    behaviour = Behaviour(settings, ctx, models)
+    for edge, path in models.items():
+        if path in answers:
+            continue
+        sampler = ctx.sampler(edge, precision=settings.precision)
+        found = answers[path] = {}
+        for number, (name, rows) in enumerate(problems.items()):
+            verified = is_verified(rows, verifier_pool)
+            sampled, greedy = (
+                answers_to(rows, settings, sampler, verifier_pool, number=number, samples=samples)
+                for samples in (settings.samples, 0)
+            )
+            found[name] = Answers(sampled, greedy, verified=verified)
+            if not verified:
+                found[name].behaviour = behaviour.of(path, name, sampler.chat, sampled)
+        tokens = sum(answer.num_tokens for answer in found.values())
+        ctx.log(len(answers), len(set(models.values())), tokens=tokens)
+        warn_of_truncation(settings, ctx, edge, found)
+    return answers
+
+
+def results(
+    settings: Evaluate,
+    ctx: Context,
+    models: Mapping[str, Path],
+    problems: Mapping[str, list[Problem]],
+    answers: Mapping[Path, Mapping[str, Answers]],
+    verifier_pool: VerifierPool,
+    *,
+    single: bool,
+) -> dict[str, Any]:
+    """What is said about the verified domains, `problems`: of a `single` student with an init what
+    `statistics.evaluation` says, else what `statistics.candidates` says."""
+    scores: dict[str, dict[str, Scores]] = {}
+    for edge, path in models.items():
+        of_model = {name: answers[path][name].scores for name in problems}
+        scores[edge] = {name: found for name, found in of_model.items() if found is not None}
+    constants = {
+        name: best_constant(
+            rows, {edge: answers[path][name].texts for edge, path in models.items()}, verifier_pool
+        )
+        for name, rows in problems.items()
+    }
+    how: dict[str, Any] = {
+        "routes": routes_of(settings, problems),
+        "constants": constants,
+        "resamples": settings.bootstrap,
+        "seed": settings.seed,
+    }
+    for name in problems:
+        values = [getattr(scores[edge][name], d) for edge in models for d in ("sampled", "greedy")]
+        if len(np.unique(np.concatenate(values))) == 1:
+            ctx.warn(
+                f"domain {name!r}: every response of every model scores {values[0][0]:g} on all "
+                f"{len(values[0])} problems, so nothing can be told from it; look at the "
+                "transcripts and at the domain's verifier"
+            )
+    if single:
+        return evaluation(scores, **how)
+    students = {name: edge_name("students", name) for name in named(models, "students")}
+    return candidates(
+        scores,
+        students=students or {"student": "student"},
+        along={name: edge_name("along", name) for name in named(models, "along")},
+        **how,
+    )
+
+
+def is_verified(rows: Sequence[Problem], verifier_pool: VerifierPool) -> bool:
+    """Whether the domain of these problems has a verifier."""
+    return rows[0]["domain"] not in verifier_pool.unverified
+
+
+def is_single(settings: Evaluate, models: Mapping[str, Path], all_verified: bool) -> bool:
+    """Whether it is about one student with its init, in verified domains, and nothing else."""
+    roles = {role_of(edge) for edge in models}
+    return all_verified and not settings.judges and {"student", "init"} <= roles <= SINGLE
+
+
+def summary_of(result: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers for the record: accuracies at temperature 1, Norm, judges' scores, KL."""
+    if "students" not in result:
+        summary = {f"student/{n}": row["student"]["value"] for n, row in result["domains"].items()}
+        return summary if result["norm"] is None else summary | {"norm": result["norm"]}
+    summary = {}
+    for student, view in result["students"].items():
+        edge = student if student in result["models"] else edge_name("students", student)
+        for name, row in view["domains"].items():
+            summary[f"{student}/{name}"] = row["student"]["value"]
+        if view["norm"] is not None:
+            summary[f"norm/{student}"] = view["norm"]
+        for name, row in result["judged"].items():
+            for key in ("score", "win"):
+                if row["models"][edge][key] is not None:
+                    summary[f"{key}/{student}/{name}"] = row["models"][edge][key]["value"]
+        for name, row in result["unverified"].items():
+            if row["models"][edge]["kl_init"] is not None:
+                summary[f"kl_init/{student}/{name}"] = row["models"][edge]["kl_init"]["value"]
+    return summary
+
+
+def warn_of_truncation(
+    settings: Evaluate, ctx: Context, edge: str, answers: Mapping[str, Answers]
+) -> None:
+    """Tell where more than half of a model's responses at temperature 1 were cut."""
+    ended = [e for answer in answers.values() for e in answer.responses["sampled"].finished]
+    cut, count = ended.count(False), len(ended)
+    if 2 * cut > count:
+        ctx.warn(
+            f"{edge.partition('.')[2] or edge}: {100 * cut / count:.0f} % of its {count} responses "
+            f"were cut at max_new_tokens = {settings.max_new_tokens}, and verifiers give a cut "
+            "response 0; raise max_new_tokens, or look whether the model ends its responses"
+        )
+
+
+def shown(problems: Sequence[Problem], answers: Mapping[str, Answers]) -> list[dict[str, Any]]:
+    """The first problems with what each model, by edge, said and what that scored."""
+    return [
+        {
+            "prompt": problem["prompt"],
+            "answer": problem["answer"],
+            "responses": {edge: answer.shown(number) for edge, answer in answers.items()},
+        }
+        for number, problem in enumerate(problems)
+    ]
 
 
 def problems_by_name(settings: Evaluate, ctx: Context) -> dict[str, list[Problem]]:
@@ -96,43 +224,40 @@ def problems_by_name(settings: Evaluate, ctx: Context) -> dict[str, list[Problem
 class Answers:
     """One model's answers to one domain."""
 
-    def __init__(self, sampled: Batch, greedy: Batch, num_shown: int) -> None:
-        count = len(greedy)
-        # One per response -> [problems, samples]; samples of a problem are neighbours.
-        by_problem = sampled["reward_B"].reshape(count, -1)
-        self.scores = Scores(
-            sampled=by_problem.mean(dim=1).double().numpy(),
-            greedy=greedy["reward_B"].double().numpy(),
-        )
-        self.texts = greedy.texts
+    def __init__(self, sampled: Batch, greedy: Batch, *, verified: bool) -> None:
+        self.count = len(greedy)
         self.num_tokens = sampled.num_tokens + greedy.num_tokens
-        per_problem = by_problem.shape[1]
-        self.shown = [
-            {
-                "sampled": sampled.texts[i * per_problem],
-                "sampled_score": float(by_problem[i, 0]),
-                "greedy": greedy.texts[i],
-                "greedy_score": float(greedy["reward_B"][i]),
-            }
-            for i in range(min(num_shown, count))
-        ]
+        self.responses = {"sampled": responses_of(sampled), "greedy": responses_of(greedy)}
+        self.scores: Scores | None = None
+        self.behaviour: dict[str, Any] | None = None
+        """Where nothing is verified: KL, lengths, share of truncated responses."""
+        self.judged: dict[str, Sequence[float]] = {}
+        """Decoding to a judge's score of each response, where there is a judge."""
+        if verified:
+            # One per response -> [problems, samples]; samples of a problem are neighbours.
+            by_problem = sampled["reward_B"].reshape(self.count, -1)
+            self.scores = Scores(
+                sampled=by_problem.mean(dim=1).double().numpy(),
+                greedy=greedy["reward_B"].double().numpy(),
+            )
+        else:
+            self.responses = {d: replace(r, verdicts=None) for d, r in self.responses.items()}
 
+    @property
+    def texts(self) -> Sequence[str]:
+        """The greedy responses."""
+        return self.responses["greedy"].texts
 
-def answer_all(
-    settings: Evaluate,
-    sampler: Sampler,
-    problems: dict[str, list[Problem]],
-    verifier_pool: VerifierPool,
-) -> dict[str, Answers]:
-    """One model's sampled and greedy answers to all domains."""
-    answers = {}
-    for number, (name, rows) in enumerate(problems.items()):
-        sampled, greedy = (
-            answers_to(rows, settings, sampler, verifier_pool, number=number, samples=samples)
-            for samples in (settings.samples, 0)
-        )
-        answers[name] = Answers(sampled, greedy, settings.transcripts)
-    return answers
+    def shown(self, problem: int) -> dict[str, Any]:
+        """The first sampled response to a problem and the greedy one, with scores."""
+        found: dict[str, Any] = {}
+        for decoding, responses in self.responses.items():
+            row = problem * (len(responses) // self.count)
+            score = None if responses.verdicts is None else responses.verdicts[row]
+            found |= {decoding: responses.texts[row], f"{decoding}_score": score}
+            if decoding in self.judged:
+                found[f"{decoding}_judged"] = self.judged[decoding][row]
+        return found
 
 
 def answers_to(
@@ -190,6 +315,8 @@ def run_best(settings: Best, ctx: Context) -> dict[str, Any]:
     problems = {
         name: in_modes(ctx.problems(name, "validation")[: settings.num_problems], settings.modes)
         for name in ctx.domains
+        # Without a verifier a judge alone can say what a response is worth.
+        if settings.judge is not None or name not in verifier_pool.unverified
     }
     names = list(named(ctx.inputs, "candidates"))
     answers: dict[str, list[Batch]] = {}
@@ -202,8 +329,10 @@ def run_best(settings: Best, ctx: Context) -> dict[str, Any]:
             for position, rows in enumerate(problems.values())
         ]
         tokens = sum(batch.num_tokens for batch in answers[name])
-        rewards = [float(batch["reward_B"].mean()) for batch in answers[name]]
-        ctx.log(number + 1, len(names), tokens=tokens, reward=float(np.mean(rewards)))
+        found = (verified_mean(batch["reward_B"]) for batch in answers[name])
+        rewards = [reward for reward in found if reward is not None]
+        about = {"reward": float(np.mean(rewards))} if rewards else {}
+        ctx.log(number + 1, len(names), tokens=tokens, **about)
     worths = {name: [b["reward_B"].double() for b in of_it] for name, of_it in answers.items()}
     if settings.judge is not None:
         worths = judge_scores(settings.judge, settings, ctx, answers)
@@ -255,10 +384,11 @@ def measured(
         count = int(batch["group_B"].max()) + 1
         means.append(net_B.reshape(count, -1).mean(dim=1).numpy())
     interval = mean_interval(means, resamples=settings.bootstrap, seed=settings.seed)
-    rewards = [float(batch["reward_B"].double().mean()) for batch in answers]
+    means_B = (verified_mean(batch["reward_B"].double()) for batch in answers)
+    rewards = {n: r for n, r in zip(domains, means_B, strict=True) if r is not None}
     length = sum(batch.num_tokens for batch in answers) / sum(map(len, answers))
-    about = {"reward": float(np.mean(rewards)), "response_length": length}
-    return interval | about | {"rewards": dict(zip(domains, rewards, strict=True))}
+    reward = {"reward": float(np.mean(list(rewards.values())))} if rewards else {}
+    return interval | reward | {"response_length": length, "rewards": rewards}
 
 
 def take_over(source: Path, out: Path) -> None:

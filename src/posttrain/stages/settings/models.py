@@ -27,6 +27,8 @@ class Evaluate(Settings, Computing):
     """Resamples of the problems behind each 95 % interval."""
     transcripts: int = Field(6, ge=0)
     """Problems per domain whose responses are kept for the report."""
+    judges: dict[str, Annotated[JudgeSetting, asked_by("evaluate")]] = Field(default_factory=dict)
+    """Domain to the judge of its responses; comes from the recipe's `judges`."""
     routes: dict[str, str] = Field(default_factory=dict)
     """Domain to teacher; filled in by the recipe."""
 
