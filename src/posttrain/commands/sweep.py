@@ -42,7 +42,7 @@ from posttrain.report.sweep import (
 from posttrain.report.wording import duration
 from posttrain.stages.kinds import shown_kind
 
-MOST_COLUMNS = 8
+MOST_COLUMNS = 6
 """Measures shown in a terminal; of more, those of single domains are left to the report."""
 AxisOption = Annotated[
     list[str] | None,
@@ -259,10 +259,13 @@ def _show_plan(out: Console, variants: Variants, rows: Sequence[PlanRow], *, as_
 def _show(out: Console, found: Sweep, made: Outcome) -> None:
     """The table, and what has to be known to read it."""
     metric = made.metric
+    names = [found.words(row.setting) or "all seeds" for row in made.rows]
     table = plain_table("setting")
+    # So that long values are not folded into a column of letters.
+    table.columns[0].min_width = min(max(map(len, names)), 36)
     shown = made.units
     if len(shown) > MOST_COLUMNS:
-        shown = {key: unit for key, unit in shown.items() if key.endswith((NORM, ACCURACY))}
+        shown = {key: unit for key, unit in shown.items() if NORM in key or ACCURACY in key}
         shown = {metric: made.units[metric]} | shown if metric else shown
     for measure in shown:
         table.add_column(made.title(measure), justify="right", overflow="fold")
@@ -270,8 +273,7 @@ def _show(out: Console, found: Sweep, made: Outcome) -> None:
             table.add_column("Δ to the first", justify="right", overflow="fold")
     for row in made.rows:
         style = "bold green" if row.best else ""
-        name = (found.words(row.setting) or "all seeds") + ("  best mean" if row.best else "")
-        cells = [Text(name, style)]
+        cells = [Text(names[row.setting] + ("  best mean" if row.best else ""), style)]
         for measure, unit in shown.items():
             cells.append(Text(spread_text(row.measures.get(measure), unit), style))
             if measure == metric and len(made.rows) > 1:

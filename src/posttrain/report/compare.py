@@ -48,6 +48,14 @@ class Side:
         """All domains that one of the columns has."""
         return list(dict.fromkeys(name for column in self.columns for name in column.domains))
 
+    def reference(self, column: Column) -> Column | None:
+        """What a column is compared with: that of the first artifact, of the same student if it has
+        it. None for the columns of the first artifact itself."""
+        first = [one for one in self.columns if one.artifact == self.columns[0].artifact]
+        if column in first:
+            return None
+        return next((one for one in first if one.student == column.student), first[0])
+
 
 def problems_of(evaluation: Artifact) -> str:
     """What decides which problems an evaluation asked, as a text that is equal where they are."""

@@ -21,6 +21,7 @@ SPLIT_NAMES = {"heldout": "held-out"}
 """Splits that people call otherwise than the setting does."""
 NORM = "Norm"
 ACCURACY = "accuracy"
+ALL_STUDENTS = "accuracy of all students"
 BETTER: Mapping[str, Literal["higher", "lower"]] = {
     "reward": "higher",
     "heldout_accuracy": "higher",
@@ -183,7 +184,7 @@ def _of_evaluation(metrics: Mapping[str, Any]) -> dict[str, Measure]:
     found: dict[str, Measure] = {}
     if len(domains) > 1:
         every = [fmean(a.value for a in accuracies.values()) for accuracies in domains.values()]
-        found[f"all students: {ACCURACY}"] = Measure(fmean(every), "percent")
+        found[ALL_STUDENTS] = Measure(fmean(every), "percent")
     for student, accuracies in domains.items():
         # One student needs no name.
         before = f"{student}: " if len(domains) > 1 else ""
@@ -359,7 +360,7 @@ def _about(sweep: Sweep, made: Outcome) -> str:
         )
     problems = f"{SPLIT_NAMES.get(sweep.split or '', sweep.split)} problems"
     unseen = "; the held-out problems were not looked at" if sweep.split == "validation" else ""
-    if made.metric is not None and made.metric.startswith("all students"):
+    if made.metric == ALL_STUDENTS:
         who = "each student; settings are compared by the mean over all of them"
         return f"Accuracies at temperature 1 on {problems}, of {who}{unseen}."
     return f"Accuracies are of the student at temperature 1 on {problems}{unseen}."
