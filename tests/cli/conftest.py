@@ -101,3 +101,19 @@ def done(finished: Path, place: Path) -> Path:
     shutil.copytree(finished / "posttrain-store", place / "posttrain-store")
     shutil.copy2(finished / "report.html", place / "report.html")
     return place
+
+
+@pytest.fixture(scope="session")
+def swept_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with the store, the page and the JSON (out.json) of a sweep of the tiny recipe:
+    two learning rates of the student by two seeds."""
+    folder = tmp_path_factory.mktemp("swept")
+    shutil.copy(MINI, folder / "mini.py")
+    write_suite(folder)
+    options = ("--axis", "student.lr=1e-4,0.02", "--seeds", "0,1", "--jobs", "2", "--json")
+    with pytest.MonkeyPatch.context() as patch, (folder / "out.json").open("w") as file:
+        patch.chdir(folder)
+        patch.setattr("sys.stdout", file)
+        code = main(["sweep", "mini.py", "--suite", "pairs.toml", *options])
+    assert code == 0
+    return folder

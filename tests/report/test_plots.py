@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 import pytest
 
 from posttrain.report.curves import Line, Panel
-from posttrain.report.plots import Axis, curve_plot, line_style, score_plot
+from posttrain.report.plots import Axis, Dots, curve_plot, line_style, score_plot, setting_plot
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -122,3 +122,38 @@ def test_score_plot_places_models_by_their_accuracy():
 def test_names_are_escaped():
     svg = curve_plot(panel([1.0, 2.0], label='a<b "c" & d'))
     assert ElementTree.fromstring(svg).get("aria-label") == 'Loss over steps: a<b "c" & d'
+
+
+def dots(places: list[str], *lines: Dots) -> tuple[list[float], list[str]]:
+    """Where the dots of a plot over a setting are across, and the names below the axis."""
+    svg = setting_plot("accuracy over lr", places, lines, scale=100)
+    return [float(dot.get("cx", "")) for dot in elements(svg, "circle")], ticks(svg, upright=False)
+
+
+def line(*values: float) -> Dots:
+    return Dots(label="", colour=1, values={n: [v, v] for n, v in enumerate(values)})
+
+
+def test_values_of_a_setting_stand_on_a_logarithmic_axis_where_they_span_decades() -> None:
+    across, names = dots(["1e-4", "1e-3", "1e-2"], line(0.1, 0.2, 0.3))
+    assert across[2] - across[0] == pytest.approx(across[4] - across[2])
+    assert names == ["1e-4", "1e-3", "1e-2"]
+    across, _ = dots(["1", "2", "5"], line(0.1, 0.2, 0.3))
+    assert across[4] - across[2] == pytest.approx(3 * (across[2] - across[0]))
+
+
+def test_texts_of_a_setting_stand_side_by_side_within_the_plot() -> None:
+    across, names = dots(["adam", "1", "a text that is far too long for its place"], line(1, 2, 3))
+    assert across[4] - across[2] == pytest.approx(across[2] - across[0])
+    assert names[:2] == ["adam", "1"] and names[2].endswith("…") and len(names[2]) < 20
+
+
+def test_names_that_would_run_into_each_other_are_left_out() -> None:
+    across, names = dots(["1000", "1001", "2000"], line(1, 2, 3))
+    assert len(set(across)) == 3
+    assert names == ["1000", "2000"]
+
+
+def test_a_measure_that_is_the_same_everywhere_is_drawn() -> None:
+    across, _ = dots(["1", "2"], line(0.0, 0.0))
+    assert len(across) == 4

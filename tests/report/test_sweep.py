@@ -193,6 +193,7 @@ def test_other_targets_have_their_summary_metric(
 def test_several_students_have_columns_of_their_own() -> None:
     found = measures(artifact(**{"a/add": 0.2, "a/rev": 0.4, "b/add": 0.6, "norm/a": 0.5}))
     assert {key: one.value for key, one in found.items()} == {
+        "accuracy of all students": pytest.approx(0.45),
         "a: Norm": 0.5,
         "a: accuracy": pytest.approx(0.3),
         "a: add": 0.2,

@@ -164,16 +164,16 @@ def _show_side(out: Console, side: Side, letters: Mapping[str, str]) -> None:
     table = plain_table("domain", *titles)
     compared = False
     for domain in side.domains:
-        values = [column.domains.get(domain) for column in side.columns]
         cells = []
-        for place, value in enumerate(values):
+        for column in side.columns:
+            value, reference = column.domains.get(domain), side.reference(column)
             if value is None:
                 cells.append(Text(DASH))
                 continue
             text = percent(value["value"])
             text += f"  {percent_range(value)}" if "low" in value else ""
-            if place and values[0] is not None:
-                delta = unpaired(values[0], value)
+            if reference is not None and domain in reference.domains:
+                delta = unpaired(reference.domains[domain], value)
                 text += f"\nΔ {signed(delta['value'])}"
                 if "low" in delta:
                     text += f"  {signed(delta['low'])} to {signed(delta['high'])}"
@@ -185,15 +185,16 @@ def _show_side(out: Console, side: Side, letters: Mapping[str, str]) -> None:
         table.add_row(Text("Norm", "bold"), *norms)
     out.print(table)
     if compared:
-        out.print(Text(f"Δ: difference to the first. {UNPAIRED}", "dim"), soft_wrap=True)
+        first = letters[side.columns[0].artifact]
+        out.print(Text(f"Δ: difference to {first}. {UNPAIRED}", "dim"), soft_wrap=True)
 
 
 def _side_json(side: Side) -> dict[str, Any]:
-    first = side.columns[0]
-    return {
-        "split": side.split,
-        "paired": False,
-        "columns": [
+    columns = []
+    for column in side.columns:
+        reference = side.reference(column)
+        known = {} if reference is None else reference.domains
+        columns.append(
             {
                 "artifact": column.artifact,
                 "student": column.student,
@@ -201,11 +202,10 @@ def _side_json(side: Side) -> dict[str, Any]:
                 "norm": column.norm,
                 "domains": dict(column.domains),
                 "differences": {
-                    domain: unpaired(first.domains[domain], value)
+                    domain: unpaired(known[domain], value)
                     for domain, value in column.domains.items()
-                    if domain in first.domains and column is not first
+                    if domain in known
                 },
             }
-            for column in side.columns
-        ],
-    }
+        )
+    return {"split": side.split, "paired": False, "columns": columns}

@@ -20,7 +20,7 @@ from posttrain.commands.report import check_report_path
 from posttrain.commands.run import ACTION_STYLES, choose, count, make, stages_of, warn, warnings_of
 from posttrain.commands.variants import Axis, Variants, build_variants, read_axes, read_seeds
 from posttrain.engine.atomic import guarded
-from posttrain.engine.errors import ConfigError, StageError, Waiting
+from posttrain.engine.errors import StageError, Waiting
 from posttrain.engine.graph import Graph
 from posttrain.engine.planner import PlanRow
 from posttrain.engine.planner import plan as plan_graph
@@ -28,6 +28,8 @@ from posttrain.engine.store import Store
 from posttrain.report.gather import facts_of
 from posttrain.report.live import LiveView
 from posttrain.report.sweep import (
+    ACCURACY,
+    NORM,
     SPLIT_NAMES,
     Outcome,
     Run,
@@ -40,17 +42,21 @@ from posttrain.report.sweep import (
 from posttrain.report.wording import duration
 from posttrain.stages.kinds import shown_kind
 
+MOST_COLUMNS = 6
+"""Measures shown in a terminal; of more, those of single domains are left to the report."""
+AxisOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--axis",
+        metavar="KEY=VALUE,VALUE",
+        help="A setting, or a parameter of the recipe, with its values; repeatable.",
+    ),
+]
+
 
 def sweep(
     recipe: io.RecipeName,
-    axis: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--axis",
-            metavar="KEY=VALUE,VALUE",
-            help="A setting, or a parameter of the recipe, with its values; repeatable.",
-        ),
-    ] = None,
+    axis: AxisOption = None,
     seeds: Annotated[
         str, typer.Option("--seeds", metavar="N,N", help="Seeds of every combination.")
     ] = "0",
@@ -79,23 +85,10 @@ def sweep(
     out = console(as_json=as_json)
     if not no_report and not only_plan:
         check_report_path(report)
-    axes = read_axes(axis or (), settings or ())
-    seed_list = read_seeds(seeds)
-    if not axes and len(seed_list) == 1:
-        raise ConfigError(
-            "a sweep needs something that varies: --axis KEY=VALUE,VALUE or several --seeds; "
-            "`posttrain run` makes a single one"
-        )
+    axes, seed_list = read_axes(axis or (), settings or ()), read_seeds(seeds)
     place = Store(store)
-    variants = build_variants(
-        recipe,
-        store=place,
-        axes=axes,
-        seeds=seed_list,
-        settings=settings or (),
-        suite=suite,
-        split=split,
-    )
+    given: dict[str, Any] = {"settings": settings or (), "suite": suite, "split": split}
+    variants = build_variants(recipe, store=place, axes=axes, seeds=seed_list, **given)
     rows = plan_graph(variants.loaded.graph, place)
     _summary(out, variants, rows, place)
     if only_plan:
@@ -103,37 +96,46 @@ def sweep(
         return
     loaded = variants.loaded
     view = LiveView(rows, loaded.graph, out)
-    how = choose(rows, loaded, jobs=jobs, device=device, compile=compile)
-    failure = None
-    try:
-        make(loaded, place, view, how)
-    except (StageError, Waiting) as error:
-        # What else could be made is there; the table says what is not.
-        failure = error
+    failure = _make(variants, rows, place, view, jobs=jobs, device=device, compile=compile)
     stages = stages_of(rows, view)
+    statuses = {stage["name"]: stage["status"] for stage in stages}
     warnings = warnings_of(loaded, rows, view)
     warn(out, warnings)
-    found = _collect(variants, axes, seed_list, place, view, stages)
+    found = _collect(variants, axes, seed_list, place, view, statuses)
     made = outcome(found)
-    seconds = time.monotonic() - began
     _show(out, found, made)
     if not no_report:
         commands = _commands(recipe, variants, found, settings or (), suite)
         _write_page(report, variants, found, made, place, commands, warnings)
         out.print(Text(f"report: {report.absolute()}"), soft_wrap=True)
-    statuses = [stage["status"] for stage in stages]
-    out.print(Text(f"{loaded.name}: {count(statuses)} in {duration(seconds)}", "bold"))
+    seconds = time.monotonic() - began
+    told = count(list(statuses.values()))
+    out.print(Text(f"{loaded.name}: {told} in {duration(seconds)}", "bold"))
     if as_json:
-        emit(
-            _json(variants, found, made)
-            | {
-                "seconds": round(seconds, 3),
-                "stages": stages,
-                "warnings": warnings,
-            }
-        )
+        end = {"seconds": round(seconds, 3), "stages": stages, "warnings": warnings}
+        emit(_json(variants, found, made) | end)
     if failure is not None:
         raise failure
+
+
+def _make(
+    variants: Variants,
+    rows: Sequence[PlanRow],
+    store: Store,
+    view: LiveView,
+    *,
+    jobs: int | None,
+    device: Literal["auto", "cpu", "cuda"],
+    compile: bool,
+) -> StageError | Waiting | None:
+    """Run the graph and show it; returns what kept a part of it from being made."""
+    how = choose(rows, variants.loaded, jobs=jobs, device=device, compile=compile)
+    try:
+        make(variants.loaded, store, view, how)
+    except (StageError, Waiting) as error:
+        # What else could be made is there; the table says what is not.
+        return error
+    return None
 
 
 def _collect(
@@ -142,12 +144,11 @@ def _collect(
     seeds: Sequence[int],
     store: Store,
     view: LiveView,
-    stages: Sequence[Mapping[str, Any]],
+    statuses: Mapping[str, str],
 ) -> Sweep:
-    """What became of every variant."""
+    """What became of every variant; `statuses` says what became of every stage."""
     graph = variants.loaded.graph
     prints = graph.fingerprints()
-    statuses = {stage["name"]: stage["status"] for stage in stages}
     runs = []
     for variant in variants.variants:
         artifact = store.find(prints[variant.target])
@@ -258,16 +259,22 @@ def _show_plan(out: Console, variants: Variants, rows: Sequence[PlanRow], *, as_
 def _show(out: Console, found: Sweep, made: Outcome) -> None:
     """The table, and what has to be known to read it."""
     metric = made.metric
+    names = [found.words(row.setting) or "all seeds" for row in made.rows]
     table = plain_table("setting")
-    for measure in made.units:
+    # So that long values are not folded into a column of letters.
+    table.columns[0].min_width = min(max(map(len, names)), 36)
+    shown = made.units
+    if len(shown) > MOST_COLUMNS:
+        shown = {key: unit for key, unit in shown.items() if NORM in key or ACCURACY in key}
+        shown = {metric: made.units[metric]} | shown if metric else shown
+    for measure in shown:
         table.add_column(made.title(measure), justify="right", overflow="fold")
         if measure == metric and len(made.rows) > 1:
             table.add_column("Δ to the first", justify="right", overflow="fold")
     for row in made.rows:
         style = "bold green" if row.best else ""
-        name = (found.words(row.setting) or "all seeds") + ("  best mean" if row.best else "")
-        cells = [Text(name, style)]
-        for measure, unit in made.units.items():
+        cells = [Text(names[row.setting] + ("  best mean" if row.best else ""), style)]
+        for measure, unit in shown.items():
             cells.append(Text(spread_text(row.measures.get(measure), unit), style))
             if measure == metric and len(made.rows) > 1:
                 value, interval = difference_text(row.difference, unit)
@@ -275,6 +282,8 @@ def _show(out: Console, found: Sweep, made: Outcome) -> None:
         table.add_row(*cells)
     out.print()
     out.print(table)
+    if len(shown) < len(made.units):
+        out.print(Text(f"{len(made.units) - len(shown)} more columns in the report", "dim"))
     for note in made.notes:
         out.print(Text(note, "dim"), soft_wrap=True)
     for caution in made.cautions:

@@ -141,12 +141,17 @@ def build_variants(
     look at held-out problems. What `settings` say of a stage goes before that.
 
     Raises:
-        ConfigError: what `load_recipe` raises, naming the axis; an axis or a seed that changes
-            nothing; a `split` that `settings` contradict.
+        ConfigError: what `load_recipe` raises, naming the axis; nothing varies; an axis or a seed
+            that changes nothing; a `split` that `settings` contradict.
         GraphError: as `load_recipe`.
     """
     from posttrain.language.loader import load_recipe
 
+    if not axes and len(seeds) == 1:
+        raise ConfigError(
+            "a sweep needs something that varies: --axis KEY=VALUE,VALUE or several --seeds; "
+            "`posttrain run` makes a single one"
+        )
     scoring = {
         name: {"split": split or SPLITS[0]}
         for name, kind in KINDS.items()

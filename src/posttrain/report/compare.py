@@ -6,13 +6,12 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from posttrain.engine.graph import with_role
 from posttrain.engine.record import Artifact
 from posttrain.engine.store import Store
+from posttrain.report.candidates import view_of, views
 from posttrain.report.gather import EVALUATION, read_json, scores_of
-from posttrain.report.scores import Evaluation
 
 UNPAIRED = (
     "Evaluations keep no score per problem, hence the differences are unpaired: each interval is "
@@ -49,6 +48,14 @@ class Side:
         """All domains that one of the columns has."""
         return list(dict.fromkeys(name for column in self.columns for name in column.domains))
 
+    def reference(self, column: Column) -> Column | None:
+        """What a column is compared with: that of the first artifact, of the same student if it has
+        it. None for the columns of the first artifact itself."""
+        first = [one for one in self.columns if one.artifact == self.columns[0].artifact]
+        if column in first:
+            return None
+        return next((one for one in first if one.student == column.student), first[0])
+
 
 def problems_of(evaluation: Artifact) -> str:
     """What decides which problems an evaluation asked, as a text that is equal where they are."""
@@ -67,16 +74,16 @@ def sides_of_evaluations(evaluations: Sequence[Artifact]) -> list[Side]:
     splits: dict[str, str] = {}
     for artifact in evaluations:
         found = read_json(artifact, EVALUATION)
-        views = students(found)
+        of_students = views(found)
         key = problems_of(artifact)
         splits[key] = str(found["split"])
-        for name, view in views.items():
+        for name, view in of_students.items():
             groups.setdefault(key, []).append(
                 Column(
                     artifact=artifact.label,
                     domains={domain: row["student"] for domain, row in view["domains"].items()},
                     evaluation=artifact.label,
-                    student=name if len(views) > 1 else None,
+                    student=name if len(of_students) > 1 else None,
                     norm=view["norm"],
                 )
             )
@@ -95,26 +102,18 @@ def sides_of_models(store: Store, models: Sequence[Artifact]) -> list[Side]:
             evaluation, edge = found["evaluation"], found["model"]
             key = problems_of(artifact)
             splits[key] = str(evaluation["split"])
-            # A teacher or an init has means and no intervals.
-            view = students(evaluation).get(edge.removeprefix("students."))
+            view, own = view_of(evaluation, edge)
             groups.setdefault(key, {})[model.label] = Column(
                 artifact=model.label,
+                # Of a teacher there are means and no intervals.
                 domains={
-                    domain: (
-                        view["domains"][domain]["student"] if view else {"value": row["sampled"]}
-                    )
+                    domain: view["domains"][domain].get(own) or {"value": row["sampled"]}
                     for domain, row in evaluation["models"][edge].items()
                 },
-                norm=view["norm"] if view else None,
+                norm=view["norm"] if own == "student" else None,
                 evaluation=artifact.label,
             )
     return [Side(split=splits[key], columns=list(group.values())) for key, group in groups.items()]
-
-
-def students(evaluation: Evaluation) -> Mapping[str, Any]:
-    """What an evaluation says of each of its students, by name."""
-    several: Mapping[str, Any] | None = evaluation.get("students")
-    return {"student": evaluation} if several is None else several
 
 
 def unpaired(first: Value, other: Value) -> dict[str, float]:

@@ -189,7 +189,7 @@ def setting_plot(
     the ticks of the measure are multiplied with.
     """
     width, height, left, right = 360, 220, 46, 350
-    across, at = _places(places, left + 22, right - 22)
+    log, at = _places(places, left, right)
     found = [value for line in lines for values in line.values.values() for value in values]
     edge = 0.08 * (max(found) - min(found)) or 0.05 * abs(max(found)) or 0.05
     upwards = Axis(low=min(found) - edge, high=max(found) + edge, start=height - BOTTOM, end=8)
@@ -198,7 +198,7 @@ def setting_plot(
         _text(left - 6, upwards.at(y) + 4, number(scale * y), "end") for y in upwards.ticks(5)
     ]
     parts.append(_line(left, height - BOTTOM, right, height - BOTTOM, "axis"))
-    parts += _place_names(places, at, height - BOTTOM, (right - left) / max(len(places), 1))
+    parts += _place_names(places, at, height - BOTTOM, (right - left) / len(places))
     for line in lines:
         colour = f"var(--c{line.colour})"
         means = {place: sum(v) / len(v) for place, v in line.values.items() if v}
@@ -213,7 +213,7 @@ def setting_plot(
             for place, values in line.values.items()
             for value in values
         ]
-    scale_name = ", logarithmic" if across else ""
+    scale_name = ", logarithmic" if log else ""
     return _svg(width, height, f"{title}{scale_name}", parts)
 
 
@@ -221,10 +221,10 @@ def _places(places: Sequence[str], start: float, end: float) -> tuple[bool, dict
     """Whether the axis is logarithmic, and the pixel of each of its values."""
     values = as_numbers(places)
     if values is None or len(set(values)) < 2:
-        step = (end - start) / max(len(places) - 1, 1)
-        return False, {n: start + n * step for n in range(len(places))}
+        band = (end - start) / len(places)
+        return False, {n: start + (n + 0.5) * band for n in range(len(places))}
     log = is_log(values)
-    axis = Axis(low=min(values), high=max(values), start=start, end=end, log=log)
+    axis = Axis(low=min(values), high=max(values), start=start + 22, end=end - 22, log=log)
     return log, {n: axis.at(value) for n, value in enumerate(values)}
 
 
@@ -250,7 +250,7 @@ def _place_names(
     free = -math.inf
     for place in sorted(at, key=at.__getitem__):
         name = places[place]
-        most = max(3, int(room / 6.2))
+        most = max(3, int(room / 6.4))
         name = name if len(name) <= most else f"{name[: most - 1]}…"
         parts.append(_line(at[place], y, at[place], y + 3, "axis"))
         half = 3.1 * len(name)

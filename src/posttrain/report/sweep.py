@@ -21,6 +21,7 @@ SPLIT_NAMES = {"heldout": "held-out"}
 """Splits that people call otherwise than the setting does."""
 NORM = "Norm"
 ACCURACY = "accuracy"
+ALL_STUDENTS = "accuracy of all students"
 BETTER: Mapping[str, Literal["higher", "lower"]] = {
     "reward": "higher",
     "heldout_accuracy": "higher",
@@ -151,8 +152,12 @@ class Outcome:
 
 
 def measures(artifact: Artifact) -> dict[str, Measure]:
-    """The numbers of a target: of an evaluation, for each student, Norm where there is one, the
-    accuracy at temperature 1 as the mean over domains and per domain; else its summary metric."""
+    """The numbers of a target, the one to compare by first.
+
+    Of an evaluation, for each student, Norm where there is one, the accuracy at temperature 1 as
+    the mean over domains and per domain; before them, of several students, the mean over them. Of
+    another target its summary metric.
+    """
     kind, metrics = shown_kind(artifact.kind), artifact.metrics
     if "scores" in kind.makes:
         return _of_evaluation(metrics)
@@ -177,6 +182,9 @@ def _of_evaluation(metrics: Mapping[str, Any]) -> dict[str, Measure]:
         elif rest:
             domains.setdefault(head, {})[rest] = Measure(float(value), "percent")
     found: dict[str, Measure] = {}
+    if len(domains) > 1:
+        every = [fmean(a.value for a in accuracies.values()) for accuracies in domains.values()]
+        found[ALL_STUDENTS] = Measure(fmean(every), "percent")
     for student, accuracies in domains.items():
         # One student needs no name.
         before = f"{student}: " if len(domains) > 1 else ""
@@ -324,13 +332,13 @@ def _cautions(sweep: Sweep, made: Outcome, found: Sequence[Mapping[str, Measure]
         )
     if made.best is None and _shared_top(made):
         said.append(f"Several settings share the best mean {made.metric}, hence none is marked.")
-    norms = sum(any(key.endswith(NORM) for key in values) for values in found)
-    if made.metric is not None and not made.metric.endswith(NORM) and norms:
+    norms = sum(NORM in values for values in found)
+    if made.metric == ACCURACY and norms:
         said.append(
             f"Only {norms} of {len(found)} runs have a Norm, hence settings are compared by "
             f"{made.metric}."
         )
-    if made.metric is not None and made.metric.endswith(NORM) and _yardsticks_differ(sweep):
+    if made.metric == NORM and _yardsticks_differ(sweep):
         said.append(
             "The axes change the init or the teachers as well, against which Norm is measured: "
             "compare the accuracies rather than Norm."
@@ -352,6 +360,9 @@ def _about(sweep: Sweep, made: Outcome) -> str:
         )
     problems = f"{SPLIT_NAMES.get(sweep.split or '', sweep.split)} problems"
     unseen = "; the held-out problems were not looked at" if sweep.split == "validation" else ""
+    if made.metric == ALL_STUDENTS:
+        who = "each student; settings are compared by the mean over all of them"
+        return f"Accuracies at temperature 1 on {problems}, of {who}{unseen}."
     return f"Accuracies are of the student at temperature 1 on {problems}{unseen}."
 
 
