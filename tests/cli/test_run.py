@@ -54,7 +54,7 @@ def test_a_run_tells_in_json_what_became_of_each_stage(cli: Callable[..., Any]) 
     result = cli("run", *MINI, "--jobs", "2", "--json")
     found = result.json
     assert list(found) == ["recipe", "seed", "seconds", "stages", "warnings", "evaluation"]
-    assert found["warnings"] == []
+    assert {w["stage"] for w in found["warnings"]} <= {"sums_teacher", "copies_teacher", "student"}
     assert (found["recipe"], found["seed"]) == ("mini", 0)
     assert {stage["name"]: stage["kind"] for stage in found["stages"]} == STAGES
     for stage in found["stages"]:
@@ -207,7 +207,10 @@ def test_a_stage_that_finds_a_mistake_ends_with_its_exit_code(
     assert "max_new_tokens = 400" in result.err
 
 
-def test_ctrl_c(place: Path, cli: Callable[..., Any]) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_and_sigterm(
+    place: Path, cli: Callable[..., Any], number: signal.Signals, code: int
+) -> None:
     command = ["run", *MINI, "--no-report", "--jobs", "1", "--set", "base.steps=1000000"]
     process = subprocess.Popen(
         [sys.executable, "-m", "posttrain", *command],
@@ -221,9 +224,9 @@ def test_ctrl_c(place: Path, cli: Callable[..., Any]) -> None:
     while not list(work.glob("*/metrics.jsonl")):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, err = process.communicate(timeout=30)
-    assert process.returncode == 130
+    assert process.returncode == code
     assert err.startswith("error: stopped.")
     assert "Not finished: base" in err
     assert "run the same command again" in err
