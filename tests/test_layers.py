@@ -70,7 +70,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "algorithms": {"pydantic"},
     "report": {"jinja2", "markupsafe", "rich"},
     "backends.checkpoint_source": {"huggingface_hub"},
-    "backends": {"torch", "transformers", "tokenizers", "safetensors"},
+    "backends": {"torch", "transformers", "tokenizers", "safetensors", "jinja2"},
     "stages.settings": {"pydantic"},
     "stages.config": {"pydantic", "pydantic_core"},
     "stages.kinds": set(),

@@ -23,6 +23,7 @@ from posttrain.engine.store import Store
 from posttrain.judges import Judge
 from posttrain.language import checks, inputs
 from posttrain.language.builder import Builder
+from posttrain.language.calls import checked_calls
 from posttrain.language.data_verbs import DataVerbs
 from posttrain.language.handles import Demos, Prompts, Stage, Warned, check_modes
 from posttrain.language.inputs import Aux
@@ -44,6 +45,7 @@ TINY: dict[str, dict[str, Any]] = {
 """Size to the settings of its pretraining: about 0.2 and 0.1 million parameters."""
 
 
+@checked_calls
 class Recipe(DataVerbs):
     """The builder that a recipe function is given: a verb makes a stage and returns its handle."""
 
@@ -93,6 +95,11 @@ class Recipe(DataVerbs):
 
     def model(self, source: str | Path, *, name: str = "base") -> Stage:
         """A checkpoint from outside: a directory, an adopted name or a Hub id."""
+        if not isinstance(source, str | Path):
+            raise ConfigError(
+                f"model {name!r}: its source is {source!r}; it takes a checkpoint directory, an "
+                "adopted name or a Hub id, as a text"
+            )
         adopted = self._build.adopted(str(source))
         external = adopted or find_checkpoint(source, self._build.hash_file)
         checks.speaks(self._build, name, external)

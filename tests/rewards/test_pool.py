@@ -172,7 +172,9 @@ def test_what_the_users_code_raises_is_told_as_ever(python_pool: Made) -> None:
 
 def test_code_that_leaves_is_an_error_not_an_end(python_pool: Made) -> None:
     pool = python_pool("import sys\ndef score(response, problem):\n    sys.exit(3)\n")
-    assert "verifier raised SystemExit: 3 on problem p0; response was 'a'" in failure(pool, "a")
+    assert "score() on problem p0 raised SystemExit: 3 (line 3); response was 'a'" in failure(
+        pool, "a"
+    )
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
-from posttrain.backends.prompting import CLOSE, OPEN, check_mode
+from jinja2 import TemplateError
+
+from posttrain.backends.prompting import CLOSE, OPEN, Asked, Message, check_mode
 from posttrain.engine.errors import ConfigError
 
 SWITCH = "enable_thinking"
@@ -40,8 +43,8 @@ class Chat:
         this. May be more than the tokenizer has."""
         self.max_positions = max_positions
         """The longest row, prompt and response, that the model reads; None without a limit."""
-        self._prompts: dict[tuple[str, str | None], list[int]] = {}
-        self._responses: dict[tuple[str, str, str | None], list[int]] = {}
+        self._prompts: dict[tuple[Any, str | None], list[int]] = {}
+        self._responses: dict[tuple[Any, str, str | None], list[int]] = {}
         # Some tokenizers mark these as special, and a verifier has to see where the answer begins.
         special, added = set(self.tokenizer.all_special_ids), self.tokenizer.get_added_vocab()
         tags = {added[tag] for tag in (OPEN, CLOSE) if tag in added}
@@ -57,28 +60,30 @@ class Chat:
             max_positions=self.max_positions,
         )
 
-    def prompt(self, text: str, mode: str | None = None) -> list[int]:
-        """Token ids of a user message up to where the assistant starts to speak.
+    def prompt(self, asked: Asked, mode: str | None = None) -> list[int]:
+        """Token ids of a user message, or of a conversation, up to where the assistant starts to
+        speak.
 
-        Raises ConfigError for a mode where the template knows none.
+        Raises ConfigError for a mode where the template knows none, and for a conversation where
+        there is no template or it refuses the messages.
         """
-        key = (text, mode)
+        key = (_key(asked), mode)
         if key not in self._prompts:
-            ids = self._encode(self._render(text, None, mode))
+            ids = self._encode(self._render(asked, None, mode))
             # A template writes the BOS token itself.
             if self.tokenizer.chat_template is None:
                 ids = self._opening() + ids
             self._prompts[key] = ids
         return self._prompts[key]
 
-    def response(self, prompt: str, text: str, mode: str | None = None) -> list[int]:
+    def response(self, asked: Asked, text: str, mode: str | None = None) -> list[int]:
         """Token ids of an assistant message, its stop token included.
 
         In the mode think, `text` is `<think>steps</think>answer`. Raises as `prompt`.
         """
-        key = (prompt, text, mode)
+        key = (_key(asked), text, mode)
         if key not in self._responses:
-            self._responses[key] = self._response(prompt, text, mode)
+            self._responses[key] = self._response(asked, text, mode)
         return self._responses[key]
 
     def begin(self, text: str) -> list[int]:
@@ -95,8 +100,8 @@ class Chat:
             return str(self.tokenizer.decode(ids, skip_special_tokens=False))
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
-    def _response(self, prompt: str, text: str, mode: str | None) -> list[int]:
-        head, whole = self._render(prompt, None, mode), self._render(prompt, text, mode)
+    def _response(self, asked: Asked, text: str, mode: str | None) -> list[int]:
+        head, whole = self._render(asked, None, mode), self._render(asked, text, mode)
         # Some templates render a finished turn differently from an open one (they drop a thinking
         # block, say); then the message itself is the best response text there is.
         body = whole[len(head) :] if whole.startswith(head) else text
@@ -113,17 +118,41 @@ class Chat:
                 return ids[: position + 1]
         return [*ids, self.stop_ids[0]]
 
-    def _render(self, prompt: str, response: str | None, mode: str | None) -> str:
+    def _render(self, asked: Asked, response: str | None, mode: str | None) -> str:
         switch = {} if mode is None else self._switch(mode)
         if self.tokenizer.chat_template is None:
+            prompt = self._plain(asked)
             return prompt if response is None else prompt + response
-        messages = [{"role": "user", "content": prompt}]
+        messages = [{"role": "user", "content": asked}] if isinstance(asked, str) else list(asked)
         if response is not None:
             messages.append({"role": "assistant", "content": response})
-        return str(
-            self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=response is None, **switch
+        return self._templated(messages, add_generation_prompt=response is None, **switch)
+
+    def _templated(self, messages: Sequence[Message], **variables: bool) -> str:
+        """The text of a conversation. Raises ConfigError where the template refuses it."""
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(list(messages), tokenize=False, **variables)
             )
+        except (TemplateError, TypeError) as error:
+            roles = ", ".join(str(message.get("role")) for message in messages)
+            raise ConfigError(
+                f"the model's chat template does not take a conversation of {roles}: {error}; give "
+                "it the messages that the template knows, or use a checkpoint whose template "
+                "takes these"
+            ) from None
+
+    def _plain(self, asked: Asked) -> str:
+        """What is asked as a text. Raises ConfigError for a conversation."""
+        if isinstance(asked, str):
+            return asked
+        if len(asked) == 1 and asked[0].get("role") == "user":
+            return str(asked[0]["content"])
+        roles = ", ".join(str(message.get("role")) for message in asked)
+        raise ConfigError(
+            f"the tokenizer has no chat template, which says how a conversation ({roles}) is laid "
+            "out; use a checkpoint with one (an instruct model, or set chat_template in its "
+            "tokenizer_config.json), or data of one user message per row without `system`"
         )
 
     def _switch(self, mode: str) -> dict[str, bool]:
@@ -148,6 +177,12 @@ class Chat:
 
     def _encode(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _key(asked: Asked) -> Any:
+    """What is asked as a key: the text, or the messages in a form that can be hashed."""
+    # A tuple, so that no text is taken for a conversation.
+    return asked if isinstance(asked, str) else (json.dumps(asked, sort_keys=True, default=str),)
 
 
 def check_same_tokens(student: Chat, teacher: Chat, name: str, *, role: str = "teacher") -> None:

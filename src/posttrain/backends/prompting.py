@@ -1,4 +1,8 @@
-"""How a problem is asked and what its response looks like: in a mode, and with a hint.
+"""How a problem is asked and what its response looks like: by messages, in a mode, with a hint.
+
+A problem row is asked by its "prompt", one user message, unless it has "messages": a conversation
+up to the response, which the model is shown instead (`asked`). Its "prompt" is then what people,
+judges and verifiers read.
 
 A problem row may have a "mode": "think" asks for `<think>steps</think>answer`, "no_think" for the
 answer alone. Without one, the response is whatever the demonstrations say (see `demo`).
@@ -24,6 +28,61 @@ OPEN, CLOSE = "<think>", "</think>"
 HINT = 'a hint is a template of the prompt, such as "{prompt} Hint: {answer}"'
 
 Problem = dict[str, Any]
+Message = Mapping[str, Any]
+"""`{"role": ..., "content": ...}`, and what else a chat template reads of it."""
+Asked = str | Sequence[Message]
+"""What a model is shown: the text of one user message, or a conversation up to its response."""
+
+
+def asked(row: Mapping[str, Any]) -> Asked:
+    """What a model is shown of a row: its messages where it has them, else its prompt."""
+    messages: Sequence[Message] | None = row.get("messages")
+    return row["prompt"] if messages is None else messages
+
+
+def last_user_text(row: Mapping[str, Any]) -> str:
+    """What the user said last; of a conversation without a user, the prompt."""
+    said = [m["content"] for m in row.get("messages") or () if m["role"] == "user"]
+    return str(said[-1]) if said and said[-1] is not None else str(row["prompt"])
+
+
+def with_user_text(row: Mapping[str, Any], text: str) -> Problem:
+    """The row with another last user message; without any, one comes after all others."""
+    messages = row.get("messages")
+    if messages is None:
+        return dict(row) | {"prompt": text}
+    places = [i for i, message in enumerate(messages) if message["role"] == "user"]
+    changed = list(messages)
+    if places:
+        changed[places[-1]] = dict(changed[places[-1]]) | {"content": text}
+    else:
+        changed.append({"role": "user", "content": text})
+    return dict(row) | {"messages": changed, "prompt": readable(changed)}
+
+
+def readable(messages: Sequence[Message]) -> str:
+    """The text of a conversation for people: that of its only message, or paragraphs that say who
+    speaks. The system message is left out."""
+    said = [message for message in messages if message["role"] != "system"]
+    if len(said) == 1:
+        return str(said[0]["content"])
+    return "\n\n".join(f"{message['role']}: {message.get('content') or ''}" for message in said)
+
+
+def demonstrated(rows: Iterable[Problem]) -> list[Problem]:
+    """Every demonstration as a row of its own: `demo`, and each of the further ones in `demos`.
+
+    The rows of one problem follow each other and keep its id.
+    """
+    found: list[Problem] = []
+    for row in rows:
+        demos = row.get("demos")
+        if demos is None:
+            found.append(row)
+            continue
+        one = {name: value for name, value in row.items() if name != "demos"}
+        found += [one, *(one | {"demo": demo} for demo in demos)]
+    return found
 
 
 def check_mode(mode: object, *, where: str) -> Mode:
@@ -72,16 +131,22 @@ def demonstration(problem: Mapping[str, Any], mode: str | None = None) -> str | 
 def in_modes(problems: Sequence[Problem], modes: Iterable[str]) -> list[Problem]:
     """Every problem once in each mode, with its demonstration in that mode; no mode: as they are.
 
-    The rows of one problem follow each other and keep its id.
+    The rows of one problem follow each other and keep its id. Further demonstrations (`demos`) are
+    such of a mode only where `demo` itself is: not with a column for the thought or for the answer
+    alone.
     """
     modes = tuple(modes)
     if not modes:
         return list(problems)
-    return [
-        problem | {"mode": mode, "demo": demonstration(problem, mode)}
-        for problem in problems
-        for mode in modes
-    ]
+    return [_in_mode(problem, mode) for problem in problems for mode in modes]
+
+
+def _in_mode(problem: Problem, mode: str) -> Problem:
+    demo = demonstration(problem, mode)
+    found = problem | {"mode": mode, "demo": demo}
+    if demo is None or demo != problem.get("demo"):
+        found.pop("demos", None)
+    return found
 
 
 def check_hint(template: str) -> str:
@@ -101,8 +166,10 @@ def check_hint(template: str) -> str:
     return template
 
 
-def hinted(problem: Mapping[str, Any], template: str, *, where: str) -> str:
-    """The prompt with the hint. Raises ConfigError for a field that the row does not have."""
+def hinted(problem: Mapping[str, Any], template: str, *, where: str) -> Problem:
+    """The row with the hinted text in place of its prompt, or of the last user message of its
+    messages, which is what {prompt} means. Raises ConfigError for a field that the row does not
+    have."""
     for _, field, _, _ in string.Formatter().parse(template):
         if field is not None and problem.get(field) is None:
             choices = ", ".join(name for name, value in problem.items() if value is not None)
@@ -111,7 +178,8 @@ def hinted(problem: Mapping[str, Any], template: str, *, where: str) -> str:
                 f"{problem.get('id')!r} of domain {problem.get('domain')!r} does not have; its "
                 f"fields: {choices}"
             )
-    return template.format_map(problem)
+    text = template.format_map(dict(problem) | {"prompt": last_user_text(problem)})
+    return with_user_text(problem, text)
 
 
 def also_hinted(
@@ -122,10 +190,6 @@ def also_hinted(
     def both(rows: Iterable[Problem]) -> list[Problem]:
         if template is None:
             return list(rows)
-        return [
-            row | {"prompt": prompt}
-            for row in rows
-            for prompt in (row["prompt"], hinted(row, template, where=where))
-        ]
+        return [shown for row in rows for shown in (row, hinted(row, template, where=where))]
 
     return {name: both(rows) for name, rows in problems.items()}

@@ -73,6 +73,8 @@ class Builder:
 
         `routes` and the `derived` settings follow from what the recipe passes; nobody sets them.
         """
+        if not isinstance(name, str):
+            raise ConfigError(f"name = {name!r} of a stage ({kind}) is no text; write name='...'")
         values = dict(settings)
         fields = kind_of(kind).settings_class().model_fields
         if "seed" in fields:
@@ -167,7 +169,13 @@ class Builder:
 
     def known(self, domains: str | Iterable[str]) -> tuple[str, ...]:
         """The names of these domains. Raises ConfigError for one that the suite does not have."""
-        names = (domains,) if isinstance(domains, str) else tuple(domains)
+        one = isinstance(domains, str)
+        if not one and (isinstance(domains, Mapping) or not isinstance(domains, Iterable)):
+            raise ConfigError(
+                f"domains = {domains!r}; it takes the name of a domain or several in a list, such "
+                f"as r.domains; choices: {', '.join(self.domains)}"
+            )
+        names = (str(domains),) if one else tuple(domains)
         if not names:
             raise ConfigError(
                 f"no domain is given where one is needed; choices: {', '.join(self.domains)}"

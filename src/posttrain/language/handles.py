@@ -10,7 +10,7 @@ from posttrain.backends.prompting import Mode, check_mode
 from posttrain.stages.kinds import Product, kind_of
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Stage:
     """A handle on a stage of the recipe: what it makes is not there yet."""
 
@@ -19,6 +19,9 @@ class Stage:
     """Empty for one that is defined further down."""
     domains: tuple[str, ...] = ()
     """Those of its prompts or its data; empty while they are not known."""
+
+    def __repr__(self) -> str:
+        return f"stage {self.name!r}" + (f" ({self.kind})" if self.kind else "")
 
     def may_make(self, *products: Product) -> bool:
         """Whether it makes one of these, as far as it is known."""
@@ -29,19 +32,22 @@ class Stage:
         return {}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Prompts:
     """The training prompts of some domains, each in each of the modes."""
 
     domains: tuple[str, ...]
     modes: tuple[str, ...] = ()
 
+    def __repr__(self) -> str:
+        return f"r.prompts({', '.join(map(repr, self.domains))})"
+
     def settings(self) -> dict[str, Any]:
         """What the handle asks of the stage that draws from it."""
         return {"modes": self.modes} if self.modes else {}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Demos:
     """The training prompts of some domains with demonstrations of good responses.
 
@@ -53,6 +59,9 @@ class Demos:
     modes: tuple[str, ...] = ()
     noise: float = 0.0
     hint: str | None = None
+
+    def __repr__(self) -> str:
+        return f"r.demos({', '.join(map(repr, self.domains))})"
 
     def settings(self) -> dict[str, Any]:
         """What the handle asks of the stage that learns from it."""

@@ -103,6 +103,11 @@ def candidates(
     build: Builder, stage: str, candidates: Mapping[str, Stage] | Sequence[Stage]
 ) -> dict[str, str]:
     """The edges `candidates.NAME` of two models or more."""
+    if isinstance(candidates, Stage | str) or not isinstance(candidates, Mapping | Sequence):
+        raise ConfigError(
+            f"stage {stage!r} (best): its candidates are {candidates!r}; it takes a list of "
+            "models, or a dict of names to models"
+        )
     if not isinstance(candidates, Mapping):
         names = [getattr(model, "name", str(model)) for model in candidates]
         twice = [name for name in names if names.count(name) > 1]
@@ -168,6 +173,11 @@ def aux_losses(
     of a data stage, `aux.NAME.DOMAIN` of demonstrations."""
     losses: dict[str, dict[str, Any]] = {}
     edges: dict[str, str] = {}
+    if aux is not None and not isinstance(aux, Mapping):
+        raise ConfigError(
+            f"stage {stage!r}: aux = {aux!r} is no dict of name to data and weight, as in "
+            "aux={'pretraining': (r.demos(...), 0.5)}"
+        )
     for name, given in (aux or {}).items():
         if not NAME.fullmatch(name):
             raise ConfigError(

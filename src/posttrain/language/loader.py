@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import inspect
 import json
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -183,7 +184,32 @@ def _blamed(path: Path) -> Iterator[None]:
         raise
     except (Exception, SystemExit) as error:
         where = f"{path}, {_line(path, error)}"
+        if said := _misspelt(error):
+            raise ConfigError(f"{where}: {said}") from None
         raise ConfigError(f"{where}: {type(error).__name__}: {error}") from error
+
+
+def _misspelt(error: BaseException) -> str:
+    """What a name that this package does not have is told: the nearest one; "" for other errors."""
+    if isinstance(error, AttributeError):
+        owner, name = error.obj, error.name
+    elif isinstance(error, ImportError) and error.name in sys.modules:
+        owner = sys.modules[error.name]
+        found = re.search(r"cannot import name '(\w+)'", str(error))
+        name = found and found[1]
+    else:
+        return ""
+    module = owner.__name__ if isinstance(owner, ModuleType) else type(owner).__module__
+    if name is None or module.partition(".")[0] != "posttrain":
+        return ""
+    what = repr(owner) if isinstance(owner, Stage) else module
+    what = "r" if isinstance(owner, Recipe) else what
+    shown = [n for n in dir(owner) if n[0] != "_"]
+    if isinstance(owner, ModuleType):
+        # It shows what it imported as well, and typing's names are of no use to a recipe.
+        made = {n: str(getattr(getattr(owner, n), "__module__", "")) for n in shown}
+        shown = [n for n in shown if made[n].startswith("posttrain")]
+    return f"there is no {what}.{name}; {choices_text(name, shown)}"
 
 
 def _line(path: Path, error: BaseException) -> str:
@@ -224,7 +250,7 @@ def _split(text: str) -> tuple[str, str]:
 def _parse(text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
 
 

@@ -64,7 +64,7 @@ def route(
         for teacher in several:
             if teacher == SELF and not strict:
                 continue
-            if isinstance(teacher, str) and teacher != SELF:
+            if teacher != SELF and not isinstance(teacher, Stage):
                 raise ConfigError(
                     f'stage {stage!r}: {where} = {teacher!r}; it takes a stage or "{SELF}"'
                 )
@@ -88,10 +88,9 @@ def _each(
 ) -> Iterator[tuple[str, str, list[Teacher]]]:
     """Key of the route, what the recipe calls it, and the teachers there."""
     for domain in domains:
-        given = teachers.get(domain)
-        if given is None:
+        if domain not in teachers:
             continue
-        where = f"teachers[{domain!r}]"
+        given, where = teachers[domain], f"teachers[{domain!r}]"
         if not isinstance(given, Mapping):
             yield domain, where, _listed(stage, where, given)
             continue

@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -61,6 +62,25 @@ def _rubric(value: Any) -> Any:
     raise ValueError("it has to be a text, or true to read each row's rubric")
 
 
+def _url(value: str) -> str:
+    """A url that can be asked, without a password in it. Raises ValueError."""
+    if not value.startswith(("http://", "https://")):
+        raise ValueError("it has to be a url that begins with http:// or https://")
+    try:
+        parts = urlsplit(value)
+        named = bool(parts.hostname) and parts.port != 0
+    except ValueError as error:
+        raise ValueError(f"it is no url that can be asked: {error}") from None
+    if not named:
+        raise ValueError("it has to name a host, as in http://localhost:8000/v1")
+    if parts.username is not None or parts.password is not None:
+        raise ValueError(
+            "it holds a user or a password, which would stand in every record; put the key into an "
+            "environment variable and name that in key"
+        )
+    return value
+
+
 def _begins(*starts: str, what: str) -> AfterValidator:
     def check(value: str) -> str:
         if not value.startswith(starts):
@@ -89,9 +109,7 @@ Positive = Annotated[Number, Field(gt=0)]
 Count = Annotated[StrictInt, Field(gt=0)]
 Weight = Annotated[int | float | AnySchedule, BeforeValidator(_weight)]
 Text = Annotated[str, Field(min_length=1)]
-Url = Annotated[
-    str, _begins("http://", "https://", what="a url that begins with http:// or https://")
-]
+Url = Annotated[str, AfterValidator(_url)]
 Edge = Annotated[
     str, _begins(EDGE, what=f"the edge of a stage, {EDGE}NAME; pass the stage in the recipe")
 ]

@@ -33,6 +33,7 @@ from posttrain.rewards.verifiers import (
     domain_config,
     load_verifier,
     make_verifier,
+    own_file,
     verifier_name,
 )
 
@@ -96,7 +97,9 @@ def load_quality(domain_dir: Path) -> Verifier:
     config = domain_config(domain_dir)
     if "oracle" in config:
         function = config["oracle"].partition(":")[2]
-        return AnswerVerifier(verifier=python_verifier(domain_dir / "oracle.py", function))
+        shown = own_file(domain_dir, "oracle")
+        file = domain_dir / "oracle.py"
+        return AnswerVerifier(verifier=python_verifier(file, function, shown=shown))
     verifier = config["verifier"]
     if verifier["name"].startswith("reasoning_gym:"):
         verifier = verifier | {"options": verifier["options"] | {"partial": True}}

@@ -21,12 +21,13 @@ from posttrain.engine.errors import ConfigError, StageError, choices_text
 from posttrain.engine.fingerprint import file_digest
 
 
-def check_file(path: Path, function: str, *, where: str) -> None:
+def check_file(path: Path, function: str, *, where: str, arguments: int = 0) -> None:
     """Checks a file with a function of the user's own without running it.
 
     Raises:
-        ConfigError: the file is missing, does not parse, does not define `function` at top level or
-            imports a file that lies beside it.
+        ConfigError: the file is missing, does not parse, does not define `function` at top level,
+            imports a file that lies beside it, or its function does not take so many `arguments`
+            by position (0: not looked at).
     """
     if not path.is_file():
         raise ConfigError(
@@ -36,11 +37,16 @@ def check_file(path: Path, function: str, *, where: str) -> None:
         tree = ast.parse(path.read_bytes(), filename=str(path))
     except SyntaxError as error:
         raise ConfigError(f"{where}: {path}, line {error.lineno}: {error.msg}") from error
-    functions = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
+    functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
     if function not in functions:
         raise ConfigError(
             f"{where}: {path} defines no function {function!r}; "
             f"{choices_text(function, functions, label='functions there')}"
+        )
+    if arguments and not _takes(functions[function].args, arguments):
+        raise ConfigError(
+            f"{where}: {path}, line {functions[function].lineno}: {function}() has to take "
+            f"{arguments} values; it is called as {function}(response, problem)"
         )
     for node in ast.walk(tree):
         for name in _imported(node):
@@ -58,6 +64,14 @@ def check_file(path: Path, function: str, *, where: str) -> None:
                 )
 
 
+def _takes(found: ast.arguments, count: int) -> bool:
+    """Whether a function can be called with so many values by position, and nothing else."""
+    placed = len(found.posonlyargs) + len(found.args)
+    needed = placed - len(found.defaults)
+    named = any(default is None for default in found.kw_defaults)
+    return needed <= count and (count <= placed or found.vararg is not None) and not named
+
+
 def _imported(node: ast.AST) -> list[str]:
     """Top-level names that an import statement asks for; "" for a relative import."""
     if isinstance(node, ast.Import):
@@ -72,6 +86,9 @@ class PythonVerifier:
     """Calls the user's function; build it with `python_verifier`."""
 
     file: str
+    """The file that is run: a copy, where it stands in a domain's artifact."""
+    shown: str
+    """What messages call it: the user's own file."""
     function_name: str
     function: Callable[[str, dict[str, Any]], Any]
 
@@ -82,10 +99,10 @@ class PythonVerifier:
             StageError: the function raises or returns anything else; it names the file, the
                 function and the problem.
         """
-        subject = f"{self.file}: {self.function_name}() on problem {problem['id']}"
+        subject = f"{self.shown}: {self.function_name}() on problem {problem['id']}"
         try:
             value = self.function(response, dict(problem))
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             line = line_in(error, self.file)
             raise StageError(
                 f"{subject} raised {type(error).__name__}: {error}{line}; response was "
@@ -113,7 +130,7 @@ def _as_number(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def line_in(error: Exception, file: str) -> str:
+def line_in(error: BaseException, file: str) -> str:
     """` (line 12)`: the deepest frame of the traceback that lies in the user's file."""
     line, frame = 0, error.__traceback__
     while frame is not None:
@@ -123,8 +140,10 @@ def line_in(error: Exception, file: str) -> str:
     return f" (line {line})" if line else ""
 
 
-def load_file(path: Path, *, name: str, what: str) -> ModuleType:
-    """Runs a user's file as a module called `name`; `what` says in a message what it is.
+def load_file(path: Path, *, name: str, what: str, shown: str | None = None) -> ModuleType:
+    """Runs a user's file as a module called `name`.
+
+    In messages it is the `what` (suite, verifier) of the file that is called `shown` there.
 
     Raises:
         ConfigError: the file fails while it is being loaded, or raises one itself.
@@ -136,25 +155,29 @@ def load_file(path: Path, *, name: str, what: str) -> ModuleType:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(
-            f"{path}: loading the {what} failed: {type(error).__name__}: {error}"
+            f"{shown or path}: loading the {what} failed: {type(error).__name__}: {error}"
             f"{line_in(error, str(path))}"
         ) from error
     return module
 
 
-def python_verifier(path: Path, function: str) -> PythonVerifier:
-    """Loads the file and takes `function` from it.
+def python_verifier(path: Path, function: str, *, shown: str | None = None) -> PythonVerifier:
+    """Loads the file and takes `function` from it; `shown` is what messages call the file.
 
     Raises:
         ConfigError: as `check_file`, or the file fails while it is being loaded.
     """
-    check_file(path, function, where=f"verifier python:{path.name}:{function}")
-    module = load_file(path, name=f"posttrain_verifier_{file_digest(path)[:16]}", what="verifier")
+    check_file(path, function, where=f"verifier python:{path.name}:{function}", arguments=2)
+    name = f"posttrain_verifier_{file_digest(path)[:16]}"
+    module = load_file(path, name=name, what="verifier", shown=shown)
     return PythonVerifier(
-        file=str(path), function_name=function, function=getattr(module, function)
+        file=str(path),
+        shown=shown or str(path),
+        function_name=function,
+        function=getattr(module, function),
     )

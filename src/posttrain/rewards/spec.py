@@ -154,7 +154,7 @@ def resolve_verifier(spec: VerifierSpec, base_dir: Path, *, where: str = "verifi
         return NodeParts(config=config, data={}, runtime={})
     file, function = split_python(spec, where=where)
     path = (base_dir / file).absolute()
-    check_file(path, function, where=where)
+    check_file(path, function, where=where, arguments=2)
     return NodeParts(
         config={"name": f"python:{function}", "options": {}},
         data={"verifier": file_digest(path)},

@@ -242,7 +242,9 @@ def make_verifier(config: Mapping[str, Any], runtime: Mapping[str, Any] | None =
                 partial=options.get("partial", False),
             )
         case "python":
-            return python_verifier(Path((runtime or {})["verifier_file"]), spec.argument)
+            given = runtime or {}
+            file, shown = Path(given["verifier_file"]), given.get("verifier_shown")
+            return python_verifier(file, spec.argument, shown=shown)
     raise ConfigError(f"unknown verifier {spec.name!r}; {choices_text(spec.kind, OPTIONS)}")
 
 
@@ -251,6 +253,14 @@ def domain_config(domain_dir: Path) -> dict[str, Any]:
     record = json.loads((domain_dir / "domain.json").read_text(encoding="utf-8"))
     config: dict[str, Any] = record["config"]
     return config
+
+
+def own_file(domain_dir: Path, part: str) -> str | None:
+    """What the user calls the file behind "verifier" or "oracle", of which an artifact has a copy;
+    None where an older artifact does not say."""
+    record = json.loads((domain_dir / "domain.json").read_text(encoding="utf-8"))
+    found: str | None = record.get("files", {}).get(part)
+    return found
 
 
 def verifier_name(domain_dir: Path) -> str:
@@ -264,5 +274,8 @@ def load_verifier(domain_dir: Path) -> Verifier:
     It sees what `posttrain.backends.prompting.visible` leaves of a response.
     """
     config = domain_config(domain_dir)["verifier"]
-    runtime = {"verifier_file": str(domain_dir / "verifier.py")}
+    runtime = {
+        "verifier_file": str(domain_dir / "verifier.py"),
+        "verifier_shown": own_file(domain_dir, "verifier"),
+    }
     return AnswerVerifier(verifier=make_verifier(config, runtime))

@@ -15,6 +15,31 @@ from posttrain.engine.errors import ConfigError, choices_text
 from posttrain.stages.kinds import kind_of
 from posttrain.values import Settings
 
+OTHER_NAMES = {
+    "learning_rate": "lr",
+    "max_steps": "steps",
+    "num_steps": "steps",
+    "total_steps": "steps",
+    "num_train_epochs": "epochs",
+    "num_epochs": "epochs",
+    "train_batch_size": "batch_size",
+    "per_device_train_batch_size": "batch_size",
+    "global_batch_size": "batch_size",
+    "num_generations": "group_size",
+    "rollouts_per_prompt": "group_size",
+    "n_samples_per_prompt": "group_size",
+    "max_completion_length": "max_new_tokens",
+    "max_response_length": "max_new_tokens",
+    "max_tokens": "max_new_tokens",
+    "num_warmup_steps": "warmup_steps",
+    "lr_scheduler_type": "lr_decay",
+    "loss_type": "loss",
+    "dtype": "precision",
+    "torch_dtype": "precision",
+    "assistant_only_loss": "loss_on",
+}
+"""What other projects call a setting of ours."""
+
 
 def build_config(kind: str, stage: str, values: Mapping[str, Any]) -> Settings:
     """The checked settings of a stage; ConfigError names stage, field, value and choices."""
@@ -58,6 +83,8 @@ def _explain(problem: ErrorDetails, config: type[BaseModel]) -> str:
             if any(name in model.model_fields for model in _models(outer.annotation))
         ]
         hint = f"it is a setting of a choice, {' or '.join(within)}; " if within else ""
+        if OTHER_NAMES.get(name) in owner.model_fields:
+            hint = f"here it is called {OTHER_NAMES[name]!r}; "
         return f"{where}: unknown option; {hint}{choices_text(name, owner.model_fields)}"
     if problem["type"] == "missing":
         return f"{where}: a value is needed, for example {field}=100"
@@ -69,7 +96,13 @@ def _explain(problem: ErrorDetails, config: type[BaseModel]) -> str:
     if problem["type"] == "union_tag_not_found":
         kinds = [kind for model in models for kind in _kinds(model)]
         return f"{where}: {problem['input']!r} does not say its kind; choices: {', '.join(kinds)}"
-    return f"{where}: {problem['input']!r} is not allowed: {problem['msg']}"
+    return f"{where}: {_short(problem['input'])} is not allowed: {problem['msg']}"
+
+
+def _short(value: Any) -> str:
+    """A value as code, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _place(

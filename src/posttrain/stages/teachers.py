@@ -27,7 +27,7 @@ from torch import Tensor
 from posttrain.algorithms import SampledToken, TopK
 from posttrain.backends.base import Head, Sampling, Scorer
 from posttrain.backends.chat import Chat, check_same_tokens
-from posttrain.backends.prompting import Problem, hinted
+from posttrain.backends.prompting import Problem, asked, hinted
 from posttrain.engine.graph import edge_name
 from posttrain.rl.batch import Batch, ragged_index
 from posttrain.stages.context import Context
@@ -81,7 +81,8 @@ class Teachers:
         hint = step_settings.hints.get(problem["domain"])
         if hint is None:
             return None
-        return self.chat.prompt(hinted(problem, hint, where=self.where), problem.get("mode"))
+        shown = hinted(problem, hint, where=self.where)
+        return self.chat.prompt(asked(shown), problem.get("mode"))
 
 
 class TeacherScoring:
@@ -149,8 +150,8 @@ class TeacherScoring:
             # The teacher's rows as places in `rows`, and as places in the whole batch.
             member_B = (self.teacher_B[row_B] == number).nonzero()[:, 0]
             own_B = row_B[member_B]
-            asked = self._after_hints(own_B, rows.select(member_B))
-            work = (self.step_settings, self.teachers.scorers[number], asked)
+            to_read = self._after_hints(own_B, rows.select(member_B))
+            work = (self.step_settings, self.teachers.scorers[number], to_read)
             workers = self.teachers.workers
             said: Future[Columns] | Columns
             if workers is None:

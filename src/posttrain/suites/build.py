@@ -62,10 +62,13 @@ def build_domain(
         splits, duplicates = _procedural(config, where)
     else:
         splits, duplicates = _table(config, runtime, data, where)
+    # A message about a copy is to name the file that the user can mend.
+    own_files: dict[str, str] = {}
     for part in ("verifier", "oracle"):
         file = runtime.get(f"{part}_file")
         if file is None:
             continue
+        own_files[part] = Path(file).name
         if file_digest(Path(file)) != data[part]:
             raise ConfigError(f"{where}: {part}: {file} {_CHANGED}")
         shutil.copyfile(file, out / f"{part}.py")
@@ -78,7 +81,7 @@ def build_domain(
         "config": config,
         "data": dict(data),
         "counts": counts,
-    }
+    } | ({"files": own_files} if own_files else {})
     (out / "domain.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     # In a process of its own where the verifier is slow, as stages will ask it.
     with VerifierPool({name: out}, num_workers=1) as pool:

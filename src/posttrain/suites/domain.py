@@ -138,6 +138,8 @@ class Suite:
         if not self.domains:
             raise ConfigError(f"suite {self.name}: it has no domain; a suite needs at least one")
         for key, domain in self.domains.items():
+            if not isinstance(domain, Domain):
+                raise ConfigError(f"suite {self.name}: domains[{key!r}] is {domain!r}, no Domain")
             if key != domain.name:
                 raise ConfigError(
                     f"suite {self.name}: the domain {domain.name!r} stands under the key {key!r}; "

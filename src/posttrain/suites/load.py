@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.engine.errors import ConfigError, choices_text
-from posttrain.rewards.python_file import load_file
+from posttrain.rewards.python_file import line_in, load_file
 from posttrain.rewards.spec import OPTIONS, VerifierSpec, parse_verifier
 from posttrain.suites.domain import Domain, Procedural, Suite, Table, domain_name
 
@@ -64,7 +64,16 @@ def _from_python(path: Path) -> Suite:
     module = load_file(path, name=f"posttrain_suite_{path.stem}", what="suite")
     if not callable(getattr(module, "suite", None)):
         raise ConfigError(f"{path}: it defines no function suite() that returns a Suite")
-    suite = module.suite()
+    try:
+        suite = module.suite()
+    except ConfigError as error:
+        # What a Suite, a Domain or a Table says of its values.
+        raise ConfigError(f"{path}: {error}") from None
+    except (Exception, SystemExit) as error:
+        line = line_in(error, str(path))
+        raise ConfigError(
+            f"{path}: suite() raised {type(error).__name__}: {error}{line}"
+        ) from error
     if not isinstance(suite, Suite):
         raise ConfigError(
             f"{path}: suite() returned a {type(suite).__name__}; it has to return a "
@@ -76,7 +85,7 @@ def _from_python(path: Path) -> Suite:
 def _from_toml(path: Path) -> Suite:
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path}: not a TOML file: {error}") from error
     for key in content:
         if key not in ("name", "domains"):
