@@ -94,7 +94,11 @@ class Recipe(DataVerbs):
         return Demos(known, modes, noise, hint)
 
     def model(self, source: str | Path, *, name: str = "base") -> Stage:
-        """A checkpoint from outside: a directory, an adopted name or a Hub id."""
+        """A checkpoint from outside: a directory, an adopted name or a Hub id.
+
+        Or the newest step checkpoint of a stage of this store that was stopped or failed,
+        "student@step"; "student@step-120" where it must be that of step 120.
+        """
         if not isinstance(source, str | Path):
             raise ConfigError(
                 f"model {name!r}: its source is {source!r}; it takes a checkpoint directory, an "

@@ -40,7 +40,7 @@ from posttrain.engine.atomic import disk_full, free_space, is_disk_full, write_w
 from posttrain.engine.errors import ConfigError, PosttrainError, Waiting
 from posttrain.engine.fingerprint import plain
 from posttrain.engine.logs import bound, keep_bounded
-from posttrain.engine.work import METRICS, RESULT, Work, file_state, read_step, read_warnings
+from posttrain.engine.work import METRICS, RESULT, STAGE, Work, file_state, read_step, read_warnings
 
 LOG: Final = "log.txt"
 DISK_FULL_STATUS: Final = errno.ENOSPC
@@ -74,6 +74,13 @@ class Job:
     """File in which the store remembers hashes of files from outside, for `FileHashes`."""
     environment: Mapping[str, str] = field(default_factory=dict)
     """Set in the process before the stage code is imported; the fork server has the older one."""
+
+
+def note_stage(job: Job, path: Path) -> None:
+    """Write into a work directory which stage it is of, for `unfinished`."""
+    names = ("name", "kind", "version", "fingerprint", "config", "data", "inputs")
+    stage = {name: getattr(job, name) for name in names}
+    write_whole(path / STAGE, json.dumps(stage).encode("ascii"))
 
 
 class SharedLock:

@@ -18,12 +18,23 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias
 
+from posttrain.engine.atomic import guarded
 from posttrain.engine.errors import ConfigError, Interrupted, PosttrainError, StageError, Waiting
 from posttrain.engine.fingerprint import plain
 from posttrain.engine.graph import Graph
 from posttrain.engine.hashes import HASHES
 from posttrain.engine.planner import PlanRow, plan
-from posttrain.engine.process import LOG, Failure, Job, Running, Wait, prepare, start, stop
+from posttrain.engine.process import (
+    LOG,
+    Failure,
+    Job,
+    Running,
+    Wait,
+    note_stage,
+    prepare,
+    start,
+    stop,
+)
 from posttrain.engine.provenance import Provenance
 from posttrain.engine.record import Artifact
 from posttrain.engine.store import Store
@@ -214,6 +225,8 @@ class _Run:
             yield from _cached(name, present, "made by another run")
             return
         job = self._job(name, work)
+        with guarded(self.store.root, "starting work"):
+            note_stage(job, work.path)
         running = prepare(job, self.execute, work, self.preload)
         # Known before it lives, so that an interrupt at any moment finds it.
         self.running[name] = running
