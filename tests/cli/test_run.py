@@ -167,7 +167,12 @@ def test_plan_tells_what_a_setting_changes(done: Path, cli: Callable[..., Any]) 
     assert "lr: 1e-05 -> 0.5" in found["sums_teacher"]
     table = cli("plan", *MINI, "--set", "sums_teacher.steps=3").out
     assert "5 cached, 3 to run" in " ".join(table.replace("3 to run, 5 cached", "").split())
-    assert "steps: 2 -> 3" in table
+    assert (
+        "steps: 2 -> 3, from its start; to go on from what is there leave steps at 2 and add "
+        "r.extend(sums_teacher, steps=1)"
+    ) in " ".join(table.split())
+    shorter = cli("plan", *MINI, "--set", "sums_teacher.steps=1").out
+    assert "steps: 2 -> 1" in shorter and "r.extend" not in shorter
 
 
 def test_another_seed_is_another_run(done: Path, cli: Callable[..., Any]) -> None:
