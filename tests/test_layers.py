@@ -41,10 +41,14 @@ ALLOWED: dict[str, set[str]] = {
         "algorithms", "values", "stages.settings", "backends.prompting",
         "backends.checkpoint_source",
     },
+    "stages.step_checkpoint": {
+        "engine", "stages", "stages.config", "stages.kinds", "stages.worker",
+    },
     "stages.worker": {"engine", "report", "backends", "stages", "stages.config", "stages.kinds"},
     "language": {
         "engine", "rewards", "suites", "schedules", "judges", "values", "algorithms",
-        "stages.config", "stages.kinds", "backends.prompting", "backends.checkpoint_source",
+        "stages.config", "stages.kinds", "stages.step_checkpoint", "backends.prompting",
+        "backends.checkpoint_source",
     },
     "recipe": {
         "engine", "suites", "language", "judges", "stages.kinds", "backends.checkpoint_source",
@@ -53,7 +57,8 @@ ALLOWED: dict[str, set[str]] = {
     "recipes": {"package", "judges", "schedules", "algorithms"},
     "language.loader": {"engine", "recipe", "language", "suites"},
     "commands": {
-        "engine", "report", "backends", "stages", "stages.kinds", "stages.worker", "recipe",
+        "engine", "report", "backends", "stages", "stages.kinds", "stages.step_checkpoint",
+        "stages.worker", "recipe",
         "language", "language.loader", "backends.checkpoint_source", "suites",
     },
     "cli": {"engine", "commands", "package"},
@@ -84,6 +89,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "package": set(),
     "recipes": set(),
     "language.loader": {"pydantic"},
+    "stages.step_checkpoint": {"safetensors"},
     "stages.worker": {"torch"},
     "commands": {"typer", "rich", "safetensors", "transformers", "torch", "tokenizers"},
     "cli": {"typer", "rich"},

@@ -6,8 +6,12 @@ import is imported there at once, so that `posttrain --help` is quick.
 
 from __future__ import annotations
 
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -15,7 +19,7 @@ from rich.console import Console
 from rich.text import Text
 
 from posttrain.commands import chat, compare, inspect, report, run, store, sweep
-from posttrain.engine.errors import PosttrainError, Waiting
+from posttrain.engine.errors import PosttrainError, Terminated, Waiting
 
 app = typer.Typer(
     name="posttrain",
@@ -30,15 +34,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit code.
 
     0 done, 1 work failed, 2 a mistake in what was asked, 3 a file is to be filled in, 130 stopped
-    by the user.
+    by the user, 143 stopped by SIGTERM.
     """
     command = typer.main.get_command(app)
     try:
-        result = command.main(
-            args=None if arguments is None else list(arguments),
-            prog_name="posttrain",
-            standalone_mode=False,
-        )
+        with _heeding_sigterm():
+            result = command.main(
+                args=None if arguments is None else list(arguments),
+                prog_name="posttrain",
+                standalone_mode=False,
+            )
     except Waiting as error:
         _complain(str(error), label="waiting: ", style="bold yellow")
         return error.exit_code
@@ -50,15 +55,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
         path = context.command_path if context else "posttrain"
         _complain(error.format_message(), f"`{path} --help` lists what it takes")
         return error.exit_code
-    except (KeyboardInterrupt, typer.Abort):
-        result = 130
+    except (KeyboardInterrupt, typer.Abort) as error:
+        result = getattr(error, "exit_code", 130)
     except BrokenPipeError:
         # Who read our output has gone; there is nobody to tell.
         sys.stderr.close()
         return 1
-    if result == 130:
+    if result in (130, Terminated.exit_code):
         _complain("stopped; to go on, run the same command again")
     return result if isinstance(result, int) else 0
+
+
+@contextmanager
+def _heeding_sigterm() -> Iterator[None]:
+    """Let SIGTERM, which batch systems and containers send, stop what Ctrl-C stops."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        # A second one must not disturb the end that the first one has begun.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _complain(message: str, *notes: str, label: str = "error: ", style: str = "bold red") -> None:

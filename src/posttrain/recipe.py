@@ -25,6 +25,7 @@ from posttrain.language import checks, inputs, lacking
 from posttrain.language.builder import Builder
 from posttrain.language.calls import checked_calls
 from posttrain.language.data_verbs import DataVerbs
+from posttrain.language.extending import extended
 from posttrain.language.handles import Demos, Prompts, Stage, Warned, check_modes
 from posttrain.language.inputs import Aux
 from posttrain.language.routes import Teachers, route
@@ -102,7 +103,11 @@ class Recipe(DataVerbs):
         return Demos(known, modes, noise, hint)
 
     def model(self, source: str | Path, *, name: str = "base") -> Stage:
-        """A checkpoint from outside: a directory, an adopted name or a Hub id."""
+        """A checkpoint from outside: a directory, an adopted name or a Hub id.
+
+        Or the newest step checkpoint of a stage of this store that was stopped or failed,
+        "student@step"; "student@step-120" where it must be that of step 120.
+        """
         if not isinstance(source, str | Path):
             raise ConfigError(
                 f"model {name!r}: its source is {source!r}; it takes a checkpoint directory, an "
@@ -266,6 +271,20 @@ class Recipe(DataVerbs):
         stage = self._trained("distill", name, settings, edges | asked, aux, routes)
         checks.named_domains(self._build, name, prompts.domains, "hints")
         return stage
+
+    def extend(
+        self, stage: Stage, *, steps: int, name: str | None = None, **settings: Any
+    ) -> Stage:
+        """More training of a stage, `steps` more, from where it ended: a stage of the same kind,
+        settings and inputs that starts from it.
+
+        Any of its settings may be given anew, such as `lr`. The seed is another one, so data is
+        drawn in another order; the optimiser begins afresh, and so do warm-up, decay, schedules and
+        a critic. What rl takes the start for, the reference of its KL, is then `stage`; the
+        reference of dpo and a teacher "self" stay what they were. Raises ConfigError for a stage
+        that does not train from a start.
+        """
+        return extended(self._build, stage, name, {"steps": steps} | settings)
 
     def merge(
         self,

@@ -54,8 +54,10 @@ def test_a_run_tells_in_json_what_became_of_each_stage(cli: Callable[..., Any]) 
     result = cli("run", *MINI, "--jobs", "2", "--json")
     found = result.json
     assert list(found) == ["recipe", "seed", "seconds", "stages", "warnings", "data", "evaluation"]
+    warned = {warning["stage"] for warning in found["warnings"]}
     # Four tokens are too few for a model of two steps to end its response.
-    assert [warning["stage"] for warning in found["warnings"]] == ["evaluation"] * 2
+    assert "evaluation" in warned
+    assert warned <= {"sums_teacher", "copies_teacher", "student", "evaluation"}
     assert (found["recipe"], found["seed"]) == ("mini", 0)
     assert {stage["name"]: stage["kind"] for stage in found["stages"]} == STAGES
     for stage in found["stages"]:
@@ -168,7 +170,12 @@ def test_plan_tells_what_a_setting_changes(done: Path, cli: Callable[..., Any]) 
     assert "lr: 1e-05 -> 0.5" in found["sums_teacher"]
     table = cli("plan", *MINI, "--set", "sums_teacher.steps=3").out
     assert "5 cached, 3 to run" in " ".join(table.replace("3 to run, 5 cached", "").split())
-    assert "steps: 2 -> 3" in table
+    assert (
+        "steps: 2 -> 3, from its start; to go on from what is there leave steps at 2 and add "
+        "r.extend(sums_teacher, steps=1)"
+    ) in " ".join(table.split())
+    shorter = cli("plan", *MINI, "--set", "sums_teacher.steps=1").out
+    assert "steps: 2 -> 1" in shorter and "r.extend" not in shorter
 
 
 def test_another_seed_is_another_run(done: Path, cli: Callable[..., Any]) -> None:
@@ -208,7 +215,10 @@ def test_a_stage_that_finds_a_mistake_ends_with_its_exit_code(
     assert "max_new_tokens = 400" in result.err
 
 
-def test_ctrl_c(place: Path, cli: Callable[..., Any]) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_and_sigterm(
+    place: Path, cli: Callable[..., Any], number: signal.Signals, code: int
+) -> None:
     command = ["run", *MINI, "--no-report", "--jobs", "1", "--set", "base.steps=1000000"]
     process = subprocess.Popen(
         [sys.executable, "-m", "posttrain", *command],
@@ -222,9 +232,9 @@ def test_ctrl_c(place: Path, cli: Callable[..., Any]) -> None:
     while not list(work.glob("*/metrics.jsonl")):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, err = process.communicate(timeout=30)
-    assert process.returncode == 130
+    assert process.returncode == code
     assert err.startswith("error: stopped.")
     assert "Not finished: base" in err
     assert "run the same command again" in err

@@ -154,7 +154,18 @@ def warn(job: Job) -> dict[str, float]:
     return crash(job) if job.config.get("by") == 0 else {}
 
 
+def chatter(job: Job) -> dict[str, float]:
+    """Print 60 MB of lines that count up, then fail."""
+    line, count = "x" * 990, 0
+    for _ in range(60):
+        for _ in range(1000):
+            count += 1
+            os.write(1, f"{count:8} {line}\n".encode())
+    raise RuntimeError("the end")
+
+
 KINDS = {
+    "chatter": chatter,
     "warn": warn,
     "wait": wait,
     "babble": babble,

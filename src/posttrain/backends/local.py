@@ -398,8 +398,10 @@ class LocalLearner:
         if not bool(torch.isfinite(norm)):
             raise StageError(
                 f"training diverged: the gradient norm is {float(norm)} at lr {lr:g}; lower lr or "
-                "max_grad_norm, or lengthen warmup_steps (the run resumes from its last step "
-                "checkpoint only with unchanged settings)"
+                "max_grad_norm, or lengthen warmup_steps. With other settings the stage begins "
+                "anew; to go on from its last step checkpoint instead, start a stage from "
+                'r.model("NAME@step"), or split it: r.extend(stage, steps=..., lr=...) goes on '
+                "from a finished one"
             )
         for group in self.optimizer.param_groups:
             group["lr"] = lr

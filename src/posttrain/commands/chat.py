@@ -13,7 +13,9 @@ from posttrain.commands import io
 from posttrain.commands.io import console
 from posttrain.engine.errors import ConfigError
 from posttrain.engine.store import Store
+from posttrain.engine.unfinished import is_place
 from posttrain.stages.kinds import kinds_making, shown_kind
+from posttrain.stages.step_checkpoint import step_model
 
 if TYPE_CHECKING:  # it imports torch
     from posttrain.backends.base import Sampler
@@ -92,7 +94,8 @@ def find_model(root: Path, text: str) -> Path:
     path = Path(text).expanduser()
     if (path / "config.json").is_file():
         return path
-    artifact = Store(root).resolve(text)
+    store = Store(root)
+    artifact = step_model(store, text) if is_place(text) else store.resolve(text)
     if "model" not in shown_kind(artifact.kind).makes:
         raise ConfigError(
             f"{artifact.label} is of kind {artifact.kind}, not a model; kinds that are: "

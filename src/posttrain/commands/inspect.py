@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
@@ -17,6 +19,7 @@ from posttrain.engine.atomic import human_bytes
 from posttrain.engine.fingerprint import ABSENT, diff_payloads
 from posttrain.engine.record import SHORT, Artifact, label_of
 from posttrain.engine.store import Store
+from posttrain.engine.unfinished import Unfinished, find_unfinished, is_place, unfinished
 from posttrain.report.gather import EVALUATION, read_json
 from posttrain.report.terminal import evaluation_table
 from posttrain.report.wording import duration, headline, number
@@ -40,9 +43,16 @@ def ls(store: io.StorePath = io.DEFAULT_STORE, as_json: io.Json = False) -> None
             }
             for artifact in artifacts
         ]
-        emit({"store": str(place.root), "artifacts": listed})
+        stopped = [
+            {"name": one.name, "kind": one.kind, "fingerprint": one.fingerprint, "step": one.step}
+            for one in unfinished(place)
+        ]
+        emit({"store": str(place.root), "artifacts": listed, "unfinished": stopped})
         return
     out = console()
+    for one in unfinished(place):
+        where = "no step checkpoint" if one.step is None else f"{one.name}@step-{one.step}"
+        out.print(Text(f"unfinished: {one.name} ({one.kind}), {where}", "yellow"), soft_wrap=True)
     if not artifacts:
         out.print(Text(f"no artifacts in {place.root}"), soft_wrap=True)
         return
@@ -75,6 +85,9 @@ def show(
 ) -> None:
     """Show the record of an artifact: inputs, settings, metrics, files, provenance."""
     place = Store(store)
+    if is_place(artifact):
+        _show_unfinished(find_unfinished(place, artifact), as_json=as_json)
+        return
     recorded = place.resolve(artifact)
     names = place.names.all_of(recorded.fingerprint, recorded.name)
     if as_json:
@@ -98,15 +111,42 @@ def show(
         "provenance": {key: _fact(key, value) for key, value in found.provenance.items()},
         "history": {r["name"]: f"{r['kind']}, {r['created'][:16]}" for r in found.history},
     }
+    out.print(_sections(sections))
+    evaluation = read_json(found, EVALUATION)
+    if evaluation is not None:
+        out.print(evaluation_table(evaluation))
+
+
+def _show_unfinished(found: Unfinished, *, as_json: bool) -> None:
+    """A stage that was stopped or failed, and its newest step checkpoint."""
+    state = found.checkpoint()
+    if as_json:
+        told = {"path": str(found.path), "step": found.step, "tokens": state.get("tokens")}
+        told |= {"metrics": state.get("metrics", {}), "warnings": found.warnings}
+        emit({**found.stage, **told})
+        return
+    out = console()
+    out.print(Text.assemble((found.name, "bold"), f"  {found.kind}, unfinished, step {found.step}"))
+    out.print(Text(found.fingerprint, "dim"))
+    out.print(Text(str(found.path), "dim"), soft_wrap=True)
+    metrics = {key: number(value) for key, value in state.get("metrics", {}).items()}
+    inputs = {edge: Path(path).name for edge, path in found.stage["inputs"].items()}
+    sections: dict[str, Mapping[str, Any]] = {
+        "inputs": inputs,
+        "settings": found.stage["config"],
+        f"step {found.step}": metrics | {"tokens": number(state.get("tokens"))},
+        "warnings": {str(place): text for place, text in enumerate(found.warnings, start=1)},
+    }
+    out.print(_sections(sections))
+
+
+def _sections(sections: Mapping[str, Mapping[str, Any]]) -> Table:
     table = plain_table("section", "key", "value", show_header=False)
     table.columns[0].style = "bold"
     for section, rows in sections.items():
         for row, (key, value) in enumerate(rows.items()):
             table.add_row("" if row else section, Text(key, "dim"), Text(_text(value)))
-    out.print(table)
-    evaluation = read_json(found, EVALUATION)
-    if evaluation is not None:
-        out.print(evaluation_table(evaluation))
+    return table
 
 
 def _text(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
@@ -25,6 +26,7 @@ from posttrain.report.gather import EVALUATION, read_json
 from posttrain.report.live import LiveView
 from posttrain.report.terminal import evaluation_table, warnings_list
 from posttrain.report.wording import duration
+from posttrain.stages.kinds import shown_kind
 
 if TYPE_CHECKING:  # it imports pydantic
     from posttrain.language.loader import Loaded
@@ -41,6 +43,8 @@ PACKAGES = (
 )
 """Distributions whose versions go into every record."""
 
+LONGER = re.compile(r"steps: (\d+) -> (\d+)")
+"""The reason of a stage of which nothing changed but its length."""
 ACTION_STYLES = {"cached": "dim", "run": "green", "needs input": "yellow", "blocked": "yellow"}
 STATUS = {"done": "ran", "pending": "blocked"}
 """What became of a stage, in words other than its state; one that was never reached is blocked."""
@@ -258,10 +262,24 @@ def plan(
     table = plain_table("stage", "kind", "", "reason")
     for row in rows:
         style = ACTION_STYLES[row.action]
-        cells = (row.name, row.kind, row.action, row.reason)
+        cells = (row.name, row.kind, row.action, _reason(row, loaded))
         table.add_row(*(Text(cell, style) for cell in cells))
     out.print(table)
     warn(out, warnings_of(loaded, rows))
+
+
+def _reason(row: PlanRow, loaded: Loaded) -> str:
+    """Why a stage runs; where a finished one is only to be longer, also how to go on from it."""
+    longer = LONGER.fullmatch(row.reason)
+    if longer is None or "start" not in loaded.graph.nodes[row.name].inputs:
+        return row.reason
+    more = int(longer[2]) - int(longer[1])
+    if more <= 0 or "model" not in shown_kind(row.kind).makes:
+        return row.reason
+    return (
+        f"{row.reason}, from its start; to go on from what is there leave steps at {longer[1]} and "
+        f"add r.extend({row.name}, steps={more})"
+    )
 
 
 def warnings_of(

@@ -24,9 +24,11 @@ from posttrain.engine.provenance import capture
 from posttrain.engine.record import Artifact, label_of
 from posttrain.engine.store import Store
 from posttrain.engine.transfer import read_history
+from posttrain.engine.unfinished import is_place
 from posttrain.report.card import model_card
 from posttrain.report.gather import scores_of
 from posttrain.stages.kinds import KINDS, shown_kind
+from posttrain.stages.step_checkpoint import step_model
 
 
 def adopt(
@@ -116,7 +118,7 @@ def export(
 ) -> None:
     """Copy an artifact out of the store: a checkpoint that stands alone, with its history."""
     place = Store(store)
-    found = place.resolve(artifact)
+    found = step_model(place, artifact) if is_place(artifact) else place.resolve(artifact)
     path = transfer.export(place, found, target)
     scores = []
     if shown_kind(found.kind).is_model():

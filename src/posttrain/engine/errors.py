@@ -55,9 +55,22 @@ class Waiting(PosttrainError):
 
 
 class Interrupted(PosttrainError):
-    """The user stopped the run (Ctrl-C). What was finished is kept."""
+    """The run was stopped. What was finished is kept.
+
+    `exit_code` is 130 where the user did (Ctrl-C), 143 where SIGTERM came (`Terminated`).
+    """
 
     exit_code = 130
+
+    def __init__(self, message: str, exit_code: int = 130) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came: a program raises it in its handler to stop a run as Ctrl-C does."""
+
+    exit_code = 143
 
 
 def choices_text(value: str, choices: Iterable[str], *, label: str = "choices") -> str:

@@ -39,7 +39,8 @@ from typing import Any, Final
 from posttrain.engine.atomic import disk_full, free_space, is_disk_full, write_whole
 from posttrain.engine.errors import ConfigError, PosttrainError, Waiting
 from posttrain.engine.fingerprint import plain
-from posttrain.engine.work import METRICS, RESULT, Work, file_state, read_step, read_warnings
+from posttrain.engine.logs import bound, keep_bounded
+from posttrain.engine.work import METRICS, RESULT, STAGE, Work, file_state, read_step, read_warnings
 
 LOG: Final = "log.txt"
 DISK_FULL_STATUS: Final = errno.ENOSPC
@@ -73,6 +74,13 @@ class Job:
     """File in which the store remembers hashes of files from outside, for `FileHashes`."""
     environment: Mapping[str, str] = field(default_factory=dict)
     """Set in the process before the stage code is imported; the fork server has the older one."""
+
+
+def note_stage(job: Job, path: Path) -> None:
+    """Write into a work directory which stage it is of, for `unfinished`."""
+    names = ("name", "kind", "version", "fingerprint", "config", "data", "inputs")
+    stage = {name: getattr(job, name) for name in names}
+    write_whole(path / STAGE, json.dumps(stage).encode("ascii"))
 
 
 class SharedLock:
@@ -161,7 +169,7 @@ def _load_file(path: Path) -> ModuleType:
 
 
 def _print_into(log: Path) -> None:
-    """Send what Python and native code print to the log, line by line."""
+    """Send what Python and native code print to the log, line by line; it stays small."""
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
@@ -170,6 +178,7 @@ def _print_into(log: Path) -> None:
     sys.stderr = open(2, "w", buffering=1, encoding="utf-8", closefd=False)  # noqa: SIM115
     # Only now, so that it writes into the log.
     faulthandler.enable()
+    keep_bounded(log)
     print(f"--- {datetime.now(UTC).isoformat(timespec='seconds')} process {os.getpid()}")
 
 
@@ -281,6 +290,8 @@ class Running:
         _signal_group(self.process, signal.SIGKILL)
         code = self.process.exitcode
         log = self.work.path / LOG
+        if log.exists():
+            bound(log)
         path = self.work.path / RESULT
         result = json.loads(path.read_bytes()) if path.exists() else {}
         if code == 0 and "metrics" in result:

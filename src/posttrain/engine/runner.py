@@ -18,12 +18,23 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias
 
+from posttrain.engine.atomic import guarded
 from posttrain.engine.errors import ConfigError, Interrupted, PosttrainError, StageError, Waiting
 from posttrain.engine.fingerprint import plain
 from posttrain.engine.graph import Graph
 from posttrain.engine.hashes import HASHES
 from posttrain.engine.planner import PlanRow, plan
-from posttrain.engine.process import LOG, Failure, Job, Running, Wait, prepare, start, stop
+from posttrain.engine.process import (
+    LOG,
+    Failure,
+    Job,
+    Running,
+    Wait,
+    note_stage,
+    prepare,
+    start,
+    stop,
+)
 from posttrain.engine.provenance import Provenance
 from posttrain.engine.record import Artifact
 from posttrain.engine.store import Store
@@ -77,8 +88,9 @@ def run(
     Raises at once: GraphError, ConfigError (a stage is blocked from the start, `jobs` < 1),
     StoreError. Raises from the generator, after all that could finish has: StageError where a stage
     failed, else Waiting where one needs a file that is to be filled in; at any time: Interrupted
-    on Ctrl-C, when the stage processes are gone; StoreError when there is no space to start a
-    stage. Closing the generator stops the stages as well.
+    on Ctrl-C (or another KeyboardInterrupt, such as Terminated), when the stage processes are gone;
+    StoreError when there is no space to start a stage. Closing the generator stops the stages
+    as well.
     """
     if jobs < 1:
         raise ConfigError(f"jobs: {jobs} is less than 1; give the number of stages to run at once")
@@ -148,8 +160,9 @@ class _Run:
                     self._pause()
                     yield from self._progress()
                     yield from self._collect()
-            except KeyboardInterrupt:
-                raise _interrupted(self.store.root, self.running.values()) from None
+            except KeyboardInterrupt as stop_signal:
+                code = getattr(stop_signal, "exit_code", Interrupted.exit_code)
+                raise _interrupted(self.store.root, self.running.values(), code) from None
             finally:
                 stop(self.running.values())
         if self.failures or self.waits:
@@ -213,6 +226,8 @@ class _Run:
             yield from _cached(name, present, "made by another run")
             return
         job = self._job(name, work)
+        with guarded(self.store.root, "starting work"):
+            note_stage(job, work.path)
         running = prepare(job, self.execute, work, self.preload)
         # Known before it lives, so that an interrupt at any moment finds it.
         self.running[name] = running
@@ -319,8 +334,8 @@ def _cached(name: str, artifact: Artifact, reason: str) -> Iterator[Event]:
 # -- what a run says when it ends without its target -----------------------------------------------
 
 
-def _interrupted(root: Path, running: Iterable[Running]) -> Interrupted:
-    """Stopped by the user; `running` are the stages that were at work, `root` is the store."""
+def _interrupted(root: Path, running: Iterable[Running], exit_code: int) -> Interrupted:
+    """Stopped by a signal; `running` are the stages that were at work, `root` is the store."""
     steps = ((stage.job.name, read_step(stage.work.path)) for stage in running)
     where = ", ".join(
         name if step is None else f"{name} (resumes at step {step})" for name, step in steps
@@ -328,7 +343,8 @@ def _interrupted(root: Path, running: Iterable[Running]) -> Interrupted:
     unfinished = f" Not finished: {where}." if where else ""
     return Interrupted(
         f"stopped. What was finished is kept in {root}.{unfinished} "
-        f"To go on, run the same command again."
+        f"To go on, run the same command again.",
+        exit_code,
     )
 
 

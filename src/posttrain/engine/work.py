@@ -1,6 +1,7 @@
 """The work directory of one stage in progress: its lock, its step checkpoint, what survives a kill.
 
 work/<fp[:12]>/out/            files of the artifact to be
+work/<fp[:12]>/stage.json      which stage it is, see `unfinished`
 work/<fp[:12]>/metrics.jsonl   one JSON object per line, written by the stage as it goes
 work/<fp[:12]>/warnings.jsonl  what the stage has to tell the user, {"text", "about"} per line
 work/<fp[:12]>/step.json       {"step": n, ...}: the newest step checkpoint the stage can go on from
@@ -26,6 +27,7 @@ METRICS = "metrics.jsonl"
 STEP = "step.json"
 RESULT = "result.json"
 WARNINGS = "warnings.jsonl"
+STAGE = "stage.json"
 
 
 @dataclass(frozen=True, kw_only=True)

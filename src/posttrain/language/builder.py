@@ -11,10 +11,12 @@ from posttrain.engine.errors import ConfigError, GraphError, choices_text
 from posttrain.engine.fingerprint import file_digest
 from posttrain.engine.graph import Graph, Node, edge_name, named, with_role
 from posttrain.engine.store import Store
+from posttrain.engine.unfinished import is_place
 from posttrain.language.handles import Demos, Prompts, Stage, Warned
 from posttrain.language.overrides import Overrides
 from posttrain.stages.config import build_config
 from posttrain.stages.kinds import KINDS, Product, kind_of, kinds_making
+from posttrain.stages.step_checkpoint import step_model
 from posttrain.suites.domain import Suite, domain_node, shares_problem
 
 DERIVED = {
@@ -299,9 +301,12 @@ class Builder:
             )
 
     def adopted(self, source: str) -> CheckpointSource | None:
-        """An adopted checkpoint of that name, None if there is none."""
+        """An adopted checkpoint of that name, or the model of a step checkpoint such as
+        "student@step"; None if it is neither."""
         if self.store is None or Path(source).is_dir():
             return None
+        if is_place(source):
+            return find_checkpoint(step_model(self.store, source).path, self.hash_file)
         found = self.store.named("model", source)
         # Not what its record says: linked files may have changed since they were adopted.
         return find_checkpoint(found[0].path, self.hash_file) if found else None

@@ -1,0 +1,117 @@
+"""The model that a step checkpoint of an unfinished stage holds, as an artifact of the store.
+
+A step checkpoint has the tensors of the learner alone. To make a checkpoint of them, the learner is
+made as the stage makes it, takes the tensors back, and saves its model, the moving average where
+there is one. That is done once: the artifact is a model like one that was adopted, with the
+identity of its files, and stays when the stage goes on.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from posttrain.engine import transfer
+from posttrain.engine.errors import ConfigError, StoreError
+from posttrain.engine.record import Artifact
+from posttrain.engine.store import Store
+from posttrain.engine.unfinished import Unfinished, find_unfinished, split_place, unfinished
+from posttrain.stages.kinds import KINDS, kind_of
+
+PART = "policy/"
+"""The part of a stage's state that is its model."""
+
+
+def step_model(store: Store, text: str) -> Artifact:
+    """The model of `NAME@step` or `NAME@step-120`. Needs torch where it was not asked for before.
+
+    Raises StoreError as `find_unfinished`, and ConfigError for a stage that trains no model.
+    """
+    name, step = split_place(text)
+    if step is not None:
+        # Taken out before, whatever has become of the stage since.
+        kept = [a for a in store.named("model", name_of(name, step)) if "stage" in a.provenance]
+        newer = any(one.name == name and one.step == step for one in unfinished(store))
+        if kept and not newer:
+            return kept[-1]
+    stage = find_unfinished(store, text)
+    assert stage.step is not None, "find_unfinished finds those that have one"
+    for artifact in store.named("model", name_of(stage.name, stage.step)):
+        if artifact.provenance.get("stage", {}).get("fingerprint") == stage.fingerprint:
+            return artifact
+    return _take_out(store, stage, stage.step)
+
+
+def name_of(stage: str, step: int) -> str:
+    """What the model of a step checkpoint is called in the store."""
+    return f"{stage}.step-{step}"
+
+
+def _take_out(store: Store, stage: Unfinished, step: int) -> Artifact:
+    kind = kind_of(stage.kind)
+    if not kind.is_model() or "optimizer" not in kind.settings_class().model_fields:
+        raise ConfigError(
+            f"{stage.name}@step: a stage of kind {stage.kind} trains no model, so its step "
+            "checkpoint holds none"
+        )
+    with tempfile.TemporaryDirectory(prefix="posttrain-") as scratch:
+        out = Path(scratch) / "model"
+        save_model(stage, Path(scratch), out)
+        files = sorted(path.name for path in out.iterdir())
+        return transfer.adopt(
+            store,
+            out,
+            name=name_of(stage.name, step),
+            kind="model",
+            files=files,
+            link=False,
+            metrics={"step": step},
+            provenance={
+                "source": f"{stage.name}@step-{step}",
+                "stage": {key: stage.stage[key] for key in ("name", "kind", "fingerprint")},
+            },
+            version=KINDS["model"].version,
+        )
+
+
+def save_model(stage: Unfinished, scratch: Path, out: Path) -> None:
+    """Write the model of a stage's newest step checkpoint to `out`."""
+    # Not at the top: a plan can do without torch where the model was taken out before.
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    from posttrain.stages.config import build_config
+    from posttrain.stages.context import Context
+    from posttrain.stages.worker import new_backend
+
+    config: dict[str, Any] = dict(stage.stage["config"])
+    if "precision" in config:
+        # The weights that learn are in float32 whatever computes.
+        config["precision"] = "float32"
+    settings: Any = build_config(stage.kind, stage.name, config)
+    ctx = Context(
+        name=stage.name,
+        work=scratch / "work",
+        inputs=stage.stage["inputs"],
+        threads=1,
+        backend=new_backend(os.environ),
+    )
+    # A stage without a start has the model that it began with in its work directory.
+    source = "start" if "start" in ctx.inputs else stage.path / "fresh"
+    scalar = "reward_model" in kind_of(stage.kind).makes
+    try:
+        state = load_file(stage.path / stage.checkpoint()["directory"] / "state.safetensors")
+    except (OSError, KeyError, SafetensorError) as error:
+        raise StoreError(
+            f"{stage.name}@step: its step checkpoint cannot be read ({error}); a run that goes on "
+            "with the stage replaces it, ask again"
+        ) from error
+    learner = ctx.learner(settings, source, scalar=scalar)
+    learner.restore(
+        {name.removeprefix(PART): t for name, t in state.items() if name.startswith(PART)}
+    )
+    learner.finish()
+    learner.save(out)
+    ctx.close()
