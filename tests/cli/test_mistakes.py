@@ -129,7 +129,7 @@ CALLS: dict[str, tuple[str, list[str]]] = {
     "a number for domains": ("r.evaluate(b, init=b, domains=3)", ["domains = 3", "sums, copies"]),
     "a text for a model that is evaluated": (
         "r.evaluate('base', init=b)",
-        ["'evaluation'", "'base'", "is not a model"],
+        ["'evaluation'", "'base'", "it takes a model"],
     ),
     "no model at all": ("r.evaluate({})", ["'evaluation'", "no student"]),
     "a checkpoint that is no text": ("r.model(3)", ["model 'base'", "3", "directory"]),
