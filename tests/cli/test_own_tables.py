@@ -64,7 +64,7 @@ def test_plan_has_a_line_for_each_table(
     }
     shown = cli("plan", *options).out
     (line,) = [line.split() for line in shown.splitlines() if "rankings" in line]
-    assert " ".join(line) == "ranked 2 0 2 3 4 1 rankings without a preference"
+    assert " ".join(line) == "ranked 2 0 2 3 4 characters 1 rankings without a preference"
     assert "1 contradictions" in shown
     # A mistake in a row is a message, and no plan.
     write(tmp_path / "more.jsonl", [{"prompt": "p", "chosen": "a", "rejected": "a"}])

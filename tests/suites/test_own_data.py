@@ -329,6 +329,16 @@ def test_a_checked_table_is_not_read_again(tmp_path: Path, monkeypatch: pytest.M
         PREFERENCES.node(source, "other", tmp_path, cache=cache)
 
 
+def test_a_built_table_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = Preferences(data=write(tmp_path / "a.jsonl", [PAIR]))
+    cache = tmp_path / "store" / "cache"
+    first = PREFERENCES.node(source, "mine", tmp_path, cache=cache)
+    cache.parent.mkdir()
+    PREFERENCES.build(first.config, first.runtime, tmp_path, first.data, cache)
+    monkeypatch.setattr("posttrain.suites.own_data.read_records", None)
+    assert PREFERENCES.node(source, "mine", tmp_path, cache=cache) == first
+
+
 SUITE = """
 name = "mine"
 [preferences.helpful]

@@ -15,7 +15,7 @@ from posttrain.engine.errors import PosttrainError
 from posttrain.engine.fingerprint import digest, file_digest
 from posttrain.engine.graph import Graph, Node
 from posttrain.engine.store import Store
-from posttrain.suites.checked import CACHE, memory_of, recall, remember, tables_of
+from posttrain.suites.checked import memory_of, recall, remember, tables_of
 from posttrain.suites.data_table import TABLE
 from posttrain.suites.own_data import TableKind
 from posttrain.suites.preferences import PREFERENCES
@@ -71,10 +71,9 @@ def all_read(lines: Sequence[Mapping[str, Any]]) -> bool:
 
 def table_of_data(lines: Sequence[Mapping[str, Any]]) -> Table:
     """The same as a table for people."""
-    unit = next((line["unit"] for line in lines if line["rows"] is not None), "characters")
     table = plain_table(
-        *("data", "rows", "repeats", "further demos", "train", "validation", "heldout"),
-        *(f"{unit}, median", "longest", "to tell"),
+        *("data", "rows", "repeats", "more demos", "train", "validation", "heldout"),
+        *("median", "longest", "to tell"),
     )
     names = ("rows", "duplicates", "further_demos", "train", "validation", "heldout")
     for line in lines:
@@ -83,10 +82,9 @@ def table_of_data(lines: Sequence[Mapping[str, Any]]) -> Table:
             continue
         notes = ", ".join(f"{line[key]:,} {words}" for key, words in TOLD.items() if line.get(key))
         without = NOT_OWN if line["kind"] in OWN else ()
-        cells = [
-            "" if key in without else f"{line[key]:,}" for key in (*names, "median", "longest")
-        ]
-        table.add_row(line["domain"], *cells, Text(notes, "yellow" if notes else ""))
+        cells = ["" if key in without else f"{line[key]:,}" for key in (*names, "median")]
+        longest = f"{line['longest']:,} {line['unit']}"
+        table.add_row(line["domain"], *cells, longest, Text(notes, "yellow" if notes else ""))
     return table
 
 
@@ -128,12 +126,12 @@ def _tokens(node: Node, tokenizer: Path, store: Store) -> dict[str, int] | None:
     else:
         tables = memory_of(node.config["source"], node.config["verifier"]["name"], node.data)
     name = f"tokens-{digest([tables, file_digest(tokenizer)])[:32]}"
-    known = recall(store.root / CACHE, name)
+    known = recall(store.cache, name)
     here = all(table in node.data for table in node.runtime.get("files", ("table",)))
     if known is None and here:
         known = _counted(node, tokenizer)
         if known is not None:
-            remember(store.root / CACHE, name, known)
+            remember(store.cache, name, known)
     return known
 
 

@@ -18,7 +18,6 @@ from posttrain.language.builder import Builder
 from posttrain.language.handles import Stage
 from posttrain.stages.kinds import KINDS
 from posttrain.suites import data_table, preferences
-from posttrain.suites.checked import CACHE
 from posttrain.suites.domain import domain_name
 from posttrain.suites.own_data import TableKind
 
@@ -82,7 +81,7 @@ def taken_in(
             f"{where}: {label!r} is a domain of suite {build.suite.name!r}, and rows are told "
             "apart by such names; give it another name="
         )
-    cache = None if build.store is None else build.store.root / CACHE
+    cache = None if build.store is None else build.store.cache
     pieces = verb.kind.node(declared, label, directory, build.hash_file, cache)
     node = Node(
         name=label,
