@@ -17,8 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-NAMES = ("Ada", "Bo", "Cy", "Dee", "Eli", "Fay", "Gus", "Hal", "Ivy", "Jo", "Kit", "Lee", "Mia", "Ned")
-COLOURS = ("red", "blue", "green", "grey", "pink")
+COLOURS = ("red", "blue", "green", "grey", "pink", "white", "black", "brown")
 SYSTEM = "Be kind."
 TEMPLATE = (
     "{% for message in messages %}"
@@ -59,7 +58,9 @@ def order(random: random.Random) -> tuple[str, str]:
 
 def small_talk(random: random.Random) -> list[Message]:
     """Two or three turns; the last answer needs what was said before."""
-    name, colour = random.choice(NAMES), random.choice(COLOURS)
+    name = random.choice("BDKLMNRST") + random.choice("aeiou") + random.choice("klmnrst")
+    name += random.choice(("", "a", "i", "o"))
+    colour = random.choice(COLOURS)
     talk = [user(f"I am {name}."), assistant(f"Hello {name}!")]
     if random.random() < 0.5:
         talk += [user(f"I like {colour}."), assistant(f"{colour.capitalize()} is nice.")]

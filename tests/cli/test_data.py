@@ -85,8 +85,8 @@ def test_plan_tells_rows_repeats_splits_and_lengths(
     assert not (place / "posttrain-store").exists()
     said = cli("plan", *mine).out
     assert f"{CHAT['longest']} characters" in said
-    assert "1 without demonstration" in said
-    assert "1 prompts with several answers" in said
+    assert "chat: 1 row without a demonstration\n" in said
+    assert "sums: 1 prompt with several answers\n" in said
 
 
 def test_run_tells_the_same_and_the_artifact_keeps_it(

@@ -232,6 +232,14 @@ def test_moving_a_file_or_naming_defaults_changes_no_fingerprint(
             r"its data is 'helpful' \(preferences\); it needs r.demos\(...\) or a stage of kind ta",
         ),
         (
+            lambda r, b: r.dedup("more.jsonl"),
+            r"its data is 'more.jsonl'; .*r.table\('more.jsonl'\)",
+        ),
+        (
+            lambda r, b: r.mix({"more.jsonl": 1.0}),
+            r"its data is 'more.jsonl'; .*r.table\('more.jsonl'\)",
+        ),
+        (
             lambda r, b: r.rl(start=b, prompts=r.table("chat"), **STEPS),
             r"its prompts are 'chat' \(table\)",
         ),

@@ -15,6 +15,7 @@ from posttrain.suites.domain import Suite
 from posttrain.suites.load import load_suite
 from posttrain.suites.own_data import TableKind
 from posttrain.suites.preferences import PREFERENCES, Preferences
+from posttrain.suites.records import Record
 
 Rows = list[dict[str, Any]]
 
@@ -318,6 +319,36 @@ def test_identity_is_bytes_and_columns(tmp_path: Path) -> None:
         PREFERENCES.build(node.config, node.runtime, tmp_path, node.data)
 
 
+def test_other_formats(tmp_path: Path) -> None:
+    """CSV, whose cells are texts, and Parquet, whose messages all have the keys that one has."""
+    (tmp_path / "a.csv").write_text("prompt,response,label\np,yes,1\nq,no,0\n")
+    node = PREFERENCES.node(Preferences(data="a.csv", label="label"), "mine", tmp_path)
+    assert node.runtime["facts"]["desirable"] == 1
+    arrow, parquet = (pytest.importorskip(f"pyarrow{name}") for name in ("", ".parquet"))
+    talks = [TALK, [user("Hello?"), assistant("What?") | {"name": "bot"}]]
+    columns = {"chosen": [talks[0]], "rejected": [talks[1]], "prompt": ["Hello?"]}
+    parquet.write_table(arrow.table(columns), tmp_path / "a.parquet")
+    source = Preferences(data="a.parquet", prompt="prompt")
+    node = PREFERENCES.node(source, "mine", tmp_path)
+    PREFERENCES.build(node.config, node.runtime, tmp_path, node.data)
+    (row,) = [json.loads(line) for line in (tmp_path / "pairs.jsonl").open()]
+    assert row == {"id": row["id"], "domain": "mine", **PAIR}
+
+
+def test_a_table_of_the_hub_is_read_when_it_is_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = f"hub:owner/name@{'0' * 40}#train"
+    node = PREFERENCES.node(Preferences(data=place), "mine", tmp_path)
+    assert node.config["table"] == place and node.data == {} and "facts" not in node.runtime
+    records = [Record(place="row 1", values=PAIR)]
+    monkeypatch.setattr("posttrain.suites.own_data.read_records", lambda *_: iter(records))
+    facts = PREFERENCES.build(node.config, node.runtime, tmp_path, node.data)
+    assert facts["rows"] == 1
+    with pytest.raises(ConfigError, match="the revision is missing"):
+        PREFERENCES.node(Preferences(data="hub:owner/name#train"), "mine", tmp_path)
+
+
 def test_a_checked_table_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = Preferences(data=write(tmp_path / "a.jsonl", [PAIR]))
     cache = tmp_path / "store" / "cache"
@@ -327,6 +358,16 @@ def test_a_checked_table_is_not_read_again(tmp_path: Path, monkeypatch: pytest.M
     assert PREFERENCES.node(source, "mine", tmp_path, cache=cache) == first
     with pytest.raises(TypeError):
         PREFERENCES.node(source, "other", tmp_path, cache=cache)
+
+
+def test_a_built_table_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = Preferences(data=write(tmp_path / "a.jsonl", [PAIR]))
+    cache = tmp_path / "store" / "cache"
+    first = PREFERENCES.node(source, "mine", tmp_path, cache=cache)
+    cache.parent.mkdir()
+    PREFERENCES.build(first.config, first.runtime, tmp_path, first.data, cache)
+    monkeypatch.setattr("posttrain.suites.own_data.read_records", None)
+    assert PREFERENCES.node(source, "mine", tmp_path, cache=cache) == first
 
 
 SUITE = """

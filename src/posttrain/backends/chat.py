@@ -45,11 +45,15 @@ class Chat:
         """The longest row, prompt and response, that the model reads; None without a limit."""
         self._prompts: dict[tuple[Any, str | None], list[int]] = {}
         self._responses: dict[tuple[Any, str, str | None], list[int]] = {}
+        self._head: tuple[Any, str] = ((), "")
+        """The last text up to where the assistant speaks, and what it was made of."""
         self._spans: dict[tuple[Any, str, str | None], list[Span] | None] = {}
         # Some tokenizers mark these as special, and a verifier has to see where the answer begins.
         special, added = set(self.tokenizer.all_special_ids), self.tokenizer.get_added_vocab()
         tags = {added[tag] for tag in (OPEN, CLOSE) if tag in added}
         self._dropped = special - tags if special & tags else None
+        # Texts that are one token wherever they stand: nothing beside them changes that.
+        self._stops = {text: added[text] for text in added if added[text] in self.stop_ids}
 
     def fresh(self) -> Chat:
         """The same without the encodings that it remembers, for texts that come only once."""
@@ -70,7 +74,7 @@ class Chat:
         """
         key = (asked_key(asked), mode)
         if key not in self._prompts:
-            ids = self._encode(self._render(asked, None, mode))
+            ids = self._encode(self._opened(asked, mode))
             # A template writes the BOS token itself.
             if self.tokenizer.chat_template is None:
                 ids = self._opening() + ids
@@ -124,7 +128,7 @@ class Chat:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
     def _response(self, asked: Asked, text: str, mode: str | None) -> list[int]:
-        head, whole = self._render(asked, None, mode), self._render(asked, text, mode)
+        head, whole = self._opened(asked, mode), self._render(asked, text, mode)
         # Some templates render a finished turn differently from an open one (they drop a thinking
         # block, say); then the message itself is the best response text there is.
         body = whole[len(head) :] if whole.startswith(head) else text
@@ -141,6 +145,14 @@ class Chat:
                 return ids[: position + 1]
         return [*ids, self.stop_ids[0]]
 
+    def _opened(self, asked: Asked, mode: str | None) -> str:
+        """The text of what is asked up to where the assistant speaks, made once for those that ask
+        for the same one after another."""
+        key = (asked_key(asked), mode)
+        if self._head[0] != key:
+            self._head = (key, self._render(asked, None, mode))
+        return self._head[1]
+
     def _render(self, asked: Asked, response: str | None, mode: str | None) -> str:
         switch = {} if mode is None else self._switch(mode)
         if self.tokenizer.chat_template is None:
@@ -153,7 +165,7 @@ class Chat:
 
     def _head_spans(self, messages: Sequence[Message], mode: str | None) -> list[Span] | None:
         """The spans of a conversation up to where the assistant speaks next."""
-        head = self._render(messages, None, mode)
+        head = self._opened(messages, mode)
         places = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         turns = [self._turn(messages, place, head, mode) for place in places]
         starts = [turn[0] for turn in turns if turn is not None] + [len(head)]
@@ -163,6 +175,12 @@ class Chat:
         for number, place in enumerate(places):
             start, end = turns[number] or (0, 0)
             after = head[end : starts[number + 1]]
+            stop = next((text for text in self._stops if after.startswith(text)), None)
+            if stop is not None:
+                said = self._encode(head[start:end])
+                rest = self._encode(after.removeprefix(stop))
+                spans += [([*said, self._stops[stop]], True), (rest, False)]
+                continue
             length = self._turn_length(messages, place, head, (start, end), after, mode)
             ids = self._encode(head[start:end] + after)
             if length is None:
@@ -187,11 +205,9 @@ class Chat:
         start, end = turn
         # A stop token in the message itself is not its end.
         within = sum(token in self.stop_ids for token in self._encode(head[start:end]))
-        first = self._encode(after)[:1]
-        if not first or first[0] not in self.stop_ids:
-            following, _ = self._content(messages, place + 1, head, mode)
-            if following is not None:
-                after = head[end:following]
+        following, _ = self._content(messages, place + 1, head, mode)
+        if following is not None:
+            after = head[end:following]
         ids = self._encode(head[start:end] + after)
         stops = [position for position, token in enumerate(ids) if token in self.stop_ids]
         return stops[within] + 1 if len(stops) > within else None

@@ -7,7 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
+from rich.console import Group
 from rich.text import Text
 
 from posttrain.commands.io import plain_table
@@ -31,13 +31,13 @@ OWN: Mapping[str, TableKind] = {kind.name: kind for kind in (PREFERENCES, TABLE)
 NOT_OWN = ("further_demos", "validation", "heldout")
 """What these have none of."""
 TOLD = {
-    "no_demo": "without demonstration",
-    "contradicting": "prompts with several answers",
-    "left_out": "values of other columns left out",
-    "tied": "rankings without a preference",
-    "contradictions": "contradictions",
+    "no_demo": ("row without a demonstration", "rows without a demonstration"),
+    "contradicting": ("prompt with several answers", "prompts with several answers"),
+    "left_out": ("value of other columns left out", "values of other columns left out"),
+    "tied": ("ranking without a preference", "rankings without a preference"),
+    "contradictions": ("contradiction", "contradictions"),
 }
-"""What there may be to tell of rows, and its words."""
+"""What there may be to tell of rows, and its words for one and for more."""
 
 
 def told(graph: Graph, names: Sequence[str], store: Store) -> list[dict[str, Any]]:
@@ -69,23 +69,35 @@ def all_read(lines: Sequence[Mapping[str, Any]]) -> bool:
     return all(line["rows"] is not None for line in lines)
 
 
-def table_of_data(lines: Sequence[Mapping[str, Any]]) -> Table:
-    """The same as a table for people."""
+def shown(lines: Sequence[Mapping[str, Any]]) -> Group:
+    """The same for people: a table, and a line for each domain with something to tell."""
     table = plain_table(
         *("data", "rows", "repeats", "more demos", "train", "validation", "heldout"),
-        *("median", "longest", "to tell"),
+        *("median", "longest"),
     )
-    names = ("rows", "duplicates", "further_demos", "train", "validation", "heldout")
+    more: list[Text] = []
+    names = ("rows", "duplicates", "further_demos", "train", "validation", "heldout", "median")
     for line in lines:
         if line["rows"] is None:
             table.add_row(line["domain"], Text("read from the Hub when it is built", "dim"))
             continue
+<<<<<<< HEAD
         notes = ", ".join(f"{line[key]:,} {words}" for key, words in TOLD.items() if line.get(key))
         without = NOT_OWN if line["kind"] in OWN else ()
         cells = ["" if key in without else f"{line[key]:,}" for key in (*names, "median")]
         longest = f"{line['longest']:,} {line['unit']}"
         table.add_row(line["domain"], *cells, longest, Text(notes, "yellow" if notes else ""))
     return table
+=======
+        notes = [f"{line[k]:,} {words[line[k] > 1]}" for k, words in TOLD.items() if line.get(k)]
+        if notes:
+            more.append(Text(f"{line['domain']}: {', '.join(notes)}", "yellow"))
+        without = NOT_OWN if line["kind"] in OWN else ()
+        cells = ["" if key in without else f"{line[key]:,}" for key in names]
+        longest = f"{line['longest']:,} {line['unit']}"
+        table.add_row(line["domain"], *cells, longest)
+    return Group(table, *more)
+>>>>>>> prefs
 
 
 def _own(node: Node, store: Store, fingerprint: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from posttrain.algorithms import Aux as AuxSettings
@@ -332,7 +333,7 @@ def judged(build: Builder, stage: str, judge: object, domains: Sequence[str]) ->
 
 def several_data(build: Builder, stage: str, data: Stage | Sequence[Stage]) -> dict[str, str]:
     """The edge `data` of one data stage, or `data.N` of several."""
-    if isinstance(data, Stage):
+    if isinstance(data, Stage | Demos | str | Path):
         return build.data(stage, data, (Stage,))
     if not data:
         raise ConfigError(f"stage {stage!r} (dedup): it is given no data; name one stage")

@@ -170,7 +170,7 @@ class _Fitting:
         self.readers = list(readers)
         self.new_tokens, self.begun, self.loss_on, self.fields = new_tokens, begun, loss_on, fields
         self._seen: set[tuple[Any, ...]] = set()
-        self._overheads = [len(_rendered(reader.chat).encode()) for reader in self.readers]
+        self._overheads = [_overhead(reader.chat) for reader in self.readers]
 
     def fit(self, rows: Rows) -> dict[str, list[Problem]]:
         """The rows that are left, by domain."""
@@ -220,22 +220,21 @@ class _Fitting:
         return worst
 
     def _surely_fits(self, row: Problem, reader: Reader, overhead: int) -> bool:
-        """Whether a row is so short that it need not be encoded: no token has less than a byte,
-        and twice that leaves room for what a tokenizer may add."""
+        """Whether a row is so short that it need not be encoded: no token has less than a byte."""
         shown = reader.shown(row)
         if isinstance(shown, str):
-            size, count = len(shown.encode()), 1
+            size, count = _most_tokens(shown), 1
         else:
             # One of each sequence of roles is encoded, to see that the template takes it.
             roles = (reader.name, *(message.get("role") for message in shown))
             if roles not in self._seen:
                 self._seen.add(roles)
                 return False
-            size, count = len(json.dumps(shown, ensure_ascii=False).encode()), len(shown)
+            size, count = _most_tokens(json.dumps(shown, ensure_ascii=False)), len(shown)
         texts = [row[name] for name in ("demo", *self.fields) if row.get(name) is not None]
-        size += sum(len(text.encode()) for text in (*texts, self.begun))
+        size += sum(map(_most_tokens, (*texts, self.begun)))
         limit = math.inf if reader.limit is None else reader.limit
-        return 2 * (size + (count + 1) * overhead) + (self.new_tokens or 0) <= limit
+        return size + (count + 1) * overhead + (self.new_tokens or 0) <= limit
 
     def _tokens(self, row: Problem, reader: Reader) -> int:
         """The tokens of a row as a reader reads it, its longest response included."""
@@ -388,6 +387,12 @@ def _without_beginning(chat: Chat, shown: Asked, excess: int) -> list[dict[str, 
     return [dict(message) for message in messages]
 
 
-def _rendered(chat: Chat) -> str:
-    """What a template writes around one short message and its response."""
-    return chat.text([*chat.prompt("a"), *chat.response("a", "a")])
+def _most_tokens(text: str) -> int:
+    """More tokens than a tokenizer can make of a text. Some write characters such as ligatures out
+    first, which makes several of one."""
+    return len(text) if text.isascii() else 12 * len(text.encode())
+
+
+def _overhead(chat: Chat) -> int:
+    """More tokens than a template writes around one message."""
+    return len(chat.prompt("a")) + len(chat.response("a", "a"))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from posttrain.engine.process import Job
+from posttrain.engine.store import CACHE
 from posttrain.stages.context import Context
 from posttrain.suites.data_table import TABLE
 from posttrain.suites.preferences import PREFERENCES
@@ -10,7 +13,7 @@ from posttrain.suites.preferences import PREFERENCES
 
 def run_preferences(job: Job, ctx: Context) -> dict[str, int]:
     """Write pairs.jsonl; returns what was counted."""
-    facts = PREFERENCES.build(job.config, job.runtime, ctx.out, job.data)
+    facts = PREFERENCES.build(job.config, job.runtime, ctx.out, job.data, cache_of(job))
     if facts["contradictions"]:
         what = (
             "responses that have both labels"
@@ -32,4 +35,9 @@ def run_preferences(job: Job, ctx: Context) -> dict[str, int]:
 
 def run_table(job: Job, ctx: Context) -> dict[str, int]:
     """Write data.jsonl; returns what was counted."""
-    return TABLE.build(job.config, job.runtime, ctx.out, job.data)
+    return TABLE.build(job.config, job.runtime, ctx.out, job.data, cache_of(job))
+
+
+def cache_of(job: Job) -> Path:
+    """Where the store remembers which tables were found good."""
+    return Path(job.hashes).parent / CACHE

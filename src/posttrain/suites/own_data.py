@@ -89,16 +89,21 @@ class TableKind:
         runtime: dict[str, Any] = {"file": location.text}
         if location.path is not None:
             data["table"] = location.digest(hash_file)
-            key = digest({"config": config, "data": data, "read": [self.name, self.version]})
-            known = recall(cache, f"rows-{key[:32]}")
+            memory = self._memory(config, data)
+            known = recall(cache, memory)
             if known is None:
                 _, known = self._read(config, location)
-                remember(cache, f"rows-{key[:32]}", known)
+                remember(cache, memory, known)
             runtime["facts"] = known
         return NodeParts(config=plain(config, at=where), data=data, runtime=runtime)
 
     def build(
-        self, config: Config, runtime: Mapping[str, Any], out: Path, data: Mapping[str, str]
+        self,
+        config: Config,
+        runtime: Mapping[str, Any],
+        out: Path,
+        data: Mapping[str, str],
+        cache: Path | None = None,
     ) -> Facts:
         """Write the rows into the directory `out`; the others are the parts of `node`.
 
@@ -116,7 +121,15 @@ class TableKind:
             )
         rows, facts = self._read(config, location)
         write_jsonl(out / self.file, rows)
+        if data:
+            # The plan before may have had no store yet.
+            remember(cache, self._memory(config, data), facts)
         return facts
+
+    def _memory(self, config: Config, data: Mapping[str, str]) -> str:
+        """The name under which the facts of a table are remembered."""
+        read = {"config": dict(config), "data": dict(data), "read": [self.name, self.version]}
+        return f"rows-{digest(read)[:32]}"
 
     def _read(self, config: Config, location: Location) -> tuple[list[Row], Facts]:
         start = f"{self.name} {config['name']}: {location.text}"

@@ -166,7 +166,7 @@ def _instead(name: str, column: str, record: Mapping[str, Any]) -> str:
 
 def _row(record: Record, columns: Columns, place: str) -> Row:
     notes: Counter[str] = Counter()
-    meta = {}
+    meta: dict[str, Any] = {}
     if columns.keep_rest:
         used = columns.named.values()
         rest = {key: value for key, value in record.values.items() if key not in used}
