@@ -1,4 +1,4 @@
-"""What a colleague did with the same base: a specialist for `order`, made in a store of their own."""
+"""What a colleague made of the same general model, in a store of their own: a specialist."""
 
 from posttrain import Recipe, Stage
 

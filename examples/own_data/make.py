@@ -42,7 +42,7 @@ def system(text: str) -> Message:
 
 
 def add(random: random.Random) -> tuple[str, str]:
-    numbers = [random.randint(1, 30) for _ in range(random.choice((2, 3)))]
+    numbers = [random.randint(1, 60) for _ in range(random.choice((2, 3)))]
     return "+".join(map(str, numbers)) + "=", str(sum(numbers))
 
 

@@ -81,14 +81,6 @@ def shown(lines: Sequence[Mapping[str, Any]]) -> Group:
         if line["rows"] is None:
             table.add_row(line["domain"], Text("read from the Hub when it is built", "dim"))
             continue
-<<<<<<< HEAD
-        notes = ", ".join(f"{line[key]:,} {words}" for key, words in TOLD.items() if line.get(key))
-        without = NOT_OWN if line["kind"] in OWN else ()
-        cells = ["" if key in without else f"{line[key]:,}" for key in (*names, "median")]
-        longest = f"{line['longest']:,} {line['unit']}"
-        table.add_row(line["domain"], *cells, longest, Text(notes, "yellow" if notes else ""))
-    return table
-=======
         notes = [f"{line[k]:,} {words[line[k] > 1]}" for k, words in TOLD.items() if line.get(k)]
         if notes:
             more.append(Text(f"{line['domain']}: {', '.join(notes)}", "yellow"))
@@ -97,7 +89,6 @@ def shown(lines: Sequence[Mapping[str, Any]]) -> Group:
         longest = f"{line['longest']:,} {line['unit']}"
         table.add_row(line["domain"], *cells, longest)
     return Group(table, *more)
->>>>>>> prefs
 
 
 def _own(node: Node, store: Store, fingerprint: str) -> dict[str, Any]:
