@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -152,3 +153,22 @@ def test_best_by_a_judge_reports_rewards_of_verified_domains_alone(
     result = json.loads((ran.out / "best.json").read_text())
     assert all(set(found["rewards"]) == {"short"} for found in result["candidates"].values())
     assert all(math.isfinite(line["reward"]) for line in ran.lines)
+
+
+def test_problems_without_a_demonstration_are_left_out_and_told(
+    run_stage: Callable[..., Any], models: Mapping[str, str], talk: str, tmp_path: Path
+) -> None:
+    bare = tmp_path / "talk"
+    shutil.copytree(talk, bare)
+    rows = rows_of(bare / "train.jsonl")
+    for row in rows[:7]:
+        row["demo"] = None
+    (bare / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    inputs = {"start": models["start"], "domains.talk": str(bare)}
+    ran = run_stage("sft", {"epochs": 1, "batch_size": 10}, inputs)
+    # As many steps as the other problems fill.
+    assert len(ran.lines) == math.ceil((len(rows) - 7) / 10)
+    (warnings,) = ran.out.parent.glob("warnings*")
+    assert (
+        f"7 of {len(rows)} problems of domain 'talk' have no demonstration" in warnings.read_text()
+    )

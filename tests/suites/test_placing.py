@@ -160,5 +160,11 @@ def test_a_domain_without_a_verifier_is_built_without_answers(tmp_path):
     facts, found = build(table("none", train="t.jsonl", demo="demo"), tmp_path)
     assert all(row["answer"] is None for rows in found.values() for row in rows)
     assert facts["rows"] == 60
+    # A column of that name that is no answer is one that nobody asked for.
+    write(
+        tmp_path / "t.jsonl", [{"prompt": f"p{n}", "answer": [n], "demo": "?"} for n in range(60)]
+    )
+    assert build(table("none", train="t.jsonl", demo="demo"), tmp_path)[0]["left_out"] == 60
+    write(tmp_path / "t.jsonl", [{"prompt": f"p{n}", "demo": "?"} for n in range(60)])
     with pytest.raises(ConfigError, match="column 'answer' is missing"):
         domain_node(table("exact", train="t.jsonl", demo="demo"), tmp_path)

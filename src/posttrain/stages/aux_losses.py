@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -140,8 +140,7 @@ def _rows_of(ctx: Context, name: str, modes: Sequence[str]) -> dict[str, list[Pr
             f"stage {ctx.name!r}: aux = {name!r} has a weight and no data; give both in the "
             f"recipe: aux={{{name!r}: (r.demos(...), weight)}}"
         )
-    check_demonstrated(demos, ctx.name)
-    return {domain: learned_rows(rows) for domain, rows in demos.items()}
+    return with_demonstrations(demos, ctx)
 
 
 def rows_by_domain(path: Path, stage: str) -> dict[str, list[Problem]]:
@@ -157,16 +156,32 @@ def rows_by_domain(path: Path, stage: str) -> dict[str, list[Problem]]:
     return dict(sorted(rows.items()))
 
 
-def check_demonstrated(demos: Mapping[str, Sequence[Mapping[str, Any]]], stage: str) -> None:
-    """Raise ConfigError for a domain with a problem that has no demonstration."""
+def with_demonstrations(
+    demos: Mapping[str, Sequence[Problem]], ctx: Context
+) -> dict[str, list[Problem]]:
+    """Every demonstration of these problems as a row of its own, by domain.
+
+    Problems without one are left out, which is told. Raises ConfigError for a domain that has no
+    demonstration at all.
+    """
+    found: dict[str, list[Problem]] = {}
     for name, problems in demos.items():
-        missing = next((p for p in problems if learned_part(p) is None), None)
-        if missing is not None:
+        shown = [problem for problem in problems if learned_part(problem) is not None]
+        missing = next((problem for problem in problems if learned_part(problem) is None), None)
+        if missing is not None and shown:
+            ctx.warn(
+                f"{len(problems) - len(shown)} of {len(problems)} problems of domain {name!r} have "
+                f"no demonstration and are not learned, the first of them {missing['id']}; add "
+                "their demonstrations to the table"
+            )
+        elif missing is not None:
             thinks = missing.get("mode") == "think"
             raise ConfigError(
-                f"stage {stage!r}: domain {name!r} has no "
+                f"stage {ctx.name!r}: domain {name!r} has no "
                 + ("thinking demonstration" if thinks else "demonstration")
                 + f" for problem {missing['id']}; name its column with "
                 + ("`thought = ...`" if thinks else "`demo = ...`")
                 + " in the suite, or leave the domain out of `data`"
             )
+        found[name] = learned_rows(shown)
+    return found

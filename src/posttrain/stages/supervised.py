@@ -20,7 +20,6 @@ from posttrain.backends.prompting import (
     Problem,
     also_hinted,
     learned_part,
-    learned_rows,
     shown_text,
 )
 from posttrain.backends.tiny import character_tokenizer, new_model
@@ -30,11 +29,11 @@ from posttrain.schedules import learning_rate
 from posttrain.stages.aux_losses import (
     AuxData,
     aux_rows,
-    check_demonstrated,
     demo_batch,
     pop_metrics,
     rows_by_domain,
     token_cross_entropy,
+    with_demonstrations,
 )
 from posttrain.stages.context import Context
 from posttrain.stages.data import Batches
@@ -183,11 +182,10 @@ def demonstrated(
     """The demonstrations of these domains in each of the modes, each a row of its own, a share
     `noise` of them wrong.
 
-    Raises ConfigError for a problem that has none.
+    Problems without one are left out. Raises ConfigError for a domain that has none.
     """
     demos = {name: ctx.problems(name, "train", modes) for name in domains}
-    check_demonstrated(demos, ctx.name)
-    demos = {name: learned_rows(rows) for name, rows in demos.items()}
+    demos = with_demonstrations(demos, ctx)
     return corrupt_demos(ctx, demos, noise=noise, seed=seed) if noise else demos
 
 

@@ -155,11 +155,6 @@ def is_plain(messages: Sequence[Message]) -> bool:
     return len(messages) == 1 and set(messages[0]) == {"role", "content"}
 
 
-def first_user(messages: Sequence[Message]) -> str:
-    """The text of the first message of the user."""
-    return next(str(m["content"] or "") for m in messages if m["role"] == "user")
-
-
 def readable(messages: Sequence[Message]) -> str:
     """The conversation as a text for people: of a single message of the user its text, of several
     paragraphs `role: content`. The system message is left out."""

@@ -16,6 +16,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 from posttrain.engine.errors import ConfigError
@@ -48,15 +49,19 @@ def normalised(text: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", folded).split())
 
 
-def _digest(*parts: Any) -> str:
-    text = json.dumps(parts, ensure_ascii=True, sort_keys=True)
-    return hashlib.sha256(text.encode("ascii")).hexdigest()
+def _digest(*parts: str | None) -> str:
+    """sha256 of some texts, 64 hex digits; None is not an empty one."""
+    # With their lengths, so that no two lists of texts read the same.
+    whole = "".join("-" if part is None else f"{len(part)}:{part}" for part in parts)
+    return hashlib.sha256(whole.encode("utf-8")).hexdigest()
 
 
-def _alike(message: Message) -> Message:
-    """The message with its text normalised."""
-    content = message.get("content")
-    return message | {"content": None if content is None else normalised(content)}
+def _alike(message: Message) -> tuple[str, str, str | None]:
+    """Role, text and the rest of a message, the text normalised."""
+    rest = None
+    if len(message) > 2:
+        rest = json.dumps(message | {"content": None}, sort_keys=True)
+    return message["role"], normalised(message["content"] or ""), rest
 
 
 @dataclass(kw_only=True)
@@ -120,7 +125,10 @@ class Placement:
         self.counts["rows"] += 1
         asked = [_alike(message) for message in row.asked]
         # Whoever speaks for the system: it is the same question.
-        question = _digest([message for message in asked if message["role"] not in FIRST])
+        question = _digest(*chain.from_iterable(m for m in asked if m[0] not in FIRST))
+        whole = question
+        if asked[0][0] in FIRST:
+            whole = _digest(*chain.from_iterable(asked))
         other, place = self._asked.setdefault(question, (label, row.place))
         if other != label:
             raise ConfigError(
@@ -129,15 +137,16 @@ class Placement:
                 f"{row.prompt[:80]!r}"
             )
         answer = normalised(row.problem["answer"] or "") if self.judged else ""
-        key = pair = _digest(asked, answer)
+        key = pair = _digest(whole, answer)
         if "thought" in row.problem or "direct" in row.problem:
             # What a row thinks belongs to its own demonstration: it stays a row.
-            key = _digest(asked, answer, _demo_digest(row.problem))
+            key = _digest(whole, answer, _demo_digest(row.problem))
         problem = self._problems.get(key)
         if problem is None:
-            problem = self._problems[key] = self._first(label, row, key)
+            opening = next(text for role, text, _ in asked if role == "user")
+            problem = self._problems[key] = self._first(label, row, key, opening)
             self.counts["further_demos"] += pair in self._pairs
-            self._answers[_digest(asked)] += pair not in self._pairs
+            self._answers[whole] += pair not in self._pairs
             self._pairs.add(pair)
         elif not self._further(problem, row):
             self.counts["duplicates"] += 1
@@ -146,13 +155,13 @@ class Placement:
         self.lengths.append(len(row.text))
         return True
 
-    def _first(self, label: str, row: Row, key: str) -> _Problem:
+    def _first(self, label: str, row: Row, key: str, opening: str) -> _Problem:
         if row.id is not None and self._ids.setdefault(row.id, row.place) != row.place:
             raise ConfigError(
                 f"{row.place}: the id {row.id!r} already stands at {self._ids[row.id]}; ids have "
                 "to be unique in a domain, or leave the id column out"
             )
-        split = split_of(normalised(row.opening)) if label == "train" else label
+        split = split_of(opening) if label == "train" else label
         problem = _Problem(
             label=label, place=row.place, split=label if split in self.fixed else split
         )

@@ -15,7 +15,6 @@ from posttrain.suites.location import TEXT_KINDS, Location
 from posttrain.suites.messages import (
     Message,
     conversation,
-    first_user,
     is_plain,
     looks_like_messages,
     read_messages,
@@ -97,11 +96,6 @@ class Row:
         return found
 
     @property
-    def opening(self) -> str:
-        """The first message of the user, which decides its split."""
-        return first_user(self.asked)
-
-    @property
     def text(self) -> str:
         """All that a model reads of it, the demonstration included."""
         return "\n".join([*map(said, self.asked), self.problem["demo"] or ""])
@@ -157,7 +151,7 @@ def _instead(name: str, column: str, record: Mapping[str, Any]) -> str:
             f"its columns {', '.join(found)} are those of preferences, which are data of "
             'r.preferences("...") and no domain'
         )
-    talks = next((key for key, value in record.items() if looks_like_messages(value)), None)
+    talks = next((key for key, value in record.items() if _holds_messages(value)), None)
     if name == "prompt" and talks is not None:
         return f'the column {talks!r} holds conversations; write messages = "{talks}"'
     known = choices_text(column, found, label="columns there")
@@ -175,7 +169,15 @@ def _row(record: Record, columns: Columns, place: str) -> Row:
     values = {
         name: _value(name, record.values.get(column), column, columns)
         for name, column in columns.named.items()
+        if name not in columns.optional
     }
+    for name in columns.optional:
+        value = record.values.get(columns.named[name])
+        try:
+            values[name] = None if is_missing(value) else text_of(value)
+        except ConfigError:
+            # Nobody asked for it.
+            notes[LEFT_OUT] += 1
     own_id, demo = values.pop("id", None), values.pop("demo", None)
     asked, last = _asked(values, columns)
     if last is not None and demo is not None:
@@ -184,7 +186,9 @@ def _row(record: Record, columns: Columns, place: str) -> Row:
             "with one of its own; leave one of them out"
         )
     demo = last if demo is None else demo
-    notes[NO_DEMO] = int(columns.demonstrated and demo is None)
+    # Of a conversation that ends with the user the earlier turns can be learned.
+    said_before = any(message["role"] == "assistant" and message["content"] for message in asked)
+    notes[NO_DEMO] = int(columns.demonstrated and demo is None and not said_before)
     first = {"prompt": readable(asked), "answer": values.get("answer"), "demo": demo, "meta": meta}
     # Of the later fields only those that the row has.
     later = {
@@ -228,7 +232,7 @@ def _checked(name: str, value: Any, columns: Columns) -> Any:
         return _prompt(value, columns)
     if name in ("demo", "direct"):
         return _demonstration(value)
-    if is_missing(value) and (name in columns.optional or name in ("thought", "system_column")):
+    if is_missing(value) and name in ("thought", "system_column"):
         return None
     text = text_of(value)
     return None if name == "system_column" and not text.strip() else text
@@ -239,16 +243,21 @@ def _prompt(value: Any, columns: Columns) -> str | list[Message]:
     if isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
         return read_messages(value)
     text = text_of(value)
-    if columns.cells and text.lstrip().startswith("[{"):
-        try:
-            talks = looks_like_messages(loaded_json(text, hint=""))
-        except ConfigError:
-            talks = False
-        if talks:
-            return read_messages(text)
+    if columns.cells and _holds_messages(text):
+        return read_messages(text)
     if not text.strip():
         raise ConfigError("is empty; a problem needs a prompt")
     return text
+
+
+def _holds_messages(value: Any) -> bool:
+    """Whether a value is a list of messages, or the JSON text of one."""
+    if isinstance(value, str) and value.lstrip().startswith("[{"):
+        try:
+            value = loaded_json(value, hint="")
+        except ConfigError:
+            return False
+    return looks_like_messages(value)
 
 
 def _demonstration(value: Any) -> str | None:
