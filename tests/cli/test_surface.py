@@ -33,6 +33,7 @@ SURFACE = {
     "chat": {
         "ARTIFACT|DIR",
         "--prompt",
+        "--system",
         "--temperature",
         "--max-new-tokens",
         "--seed",

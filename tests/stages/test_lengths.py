@@ -154,7 +154,7 @@ def test_a_domain_that_would_lose_all_rows_is_refused(
 ) -> None:
     inputs = {"start": small(14), **domains}
     settings = {"steps": 1, "on_long": "drop"}
-    with pytest.raises(ConfigError, match=r"89 of 89 rows.*would leave no row of domain 'short'"):
+    with pytest.raises(ConfigError, match=r"89 of 89 rows.*would leave no row of 'short'"):
         run_stage("sft", settings, inputs)
 
 
@@ -344,6 +344,14 @@ def test_score_looks_at_the_rollouts(
     assert kept == fitting
     cut = run_stage("score", settings | {"on_long": "truncate"}, inputs)
     assert len(rows_of(cut.out / "rollouts.jsonl")) == 32
+    # Prompts alone are too long here: 11 tokens, and one of the response.
+    inputs["judges.rm"] = small(10, scalar=True)
+    shorter = run_stage("score", settings | {"on_long": "truncate"}, inputs)
+    for one in rows_of(shorter.out / "rollouts.jsonl"):
+        (message,) = one["messages"]
+        assert one["prompt"].endswith(message["content"]) and len(message["content"]) < 9
+    with pytest.raises(ConfigError, match="positions of the reward model 'rm'"):
+        run_stage("pairs", settings | {"how": "all"}, inputs)
 
 
 def test_auxiliary_rows_count_as_well(

@@ -195,7 +195,7 @@ class _Fitting:
                 mine = [one for one in found[empty] if one is not None]
                 raise ConfigError(
                     self._refusal(mine, len(rows[empty]))
-                    + f'; on_long = "drop" would leave no row of domain {empty!r}'
+                    + f'; on_long = "drop" would leave no row of {empty!r}'
                 )
         else:
             kept = {
