@@ -7,7 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
+from rich.console import Group
 from rich.text import Text
 
 from posttrain.commands.io import plain_table
@@ -15,7 +15,7 @@ from posttrain.engine.errors import PosttrainError
 from posttrain.engine.fingerprint import digest, file_digest
 from posttrain.engine.graph import Graph, Node
 from posttrain.engine.store import Store
-from posttrain.suites.checked import CACHE, memory_of, recall, remember, tables_of
+from posttrain.suites.checked import memory_of, recall, remember, tables_of
 
 if TYPE_CHECKING:  # a wheel of some size, needed for tables alone
     from tokenizers import Tokenizer
@@ -24,11 +24,11 @@ TOKENIZER = "tokenizer.json"
 TOGETHER = 1000
 """Rows that are counted at a time."""
 TOLD = {
-    "no_demo": "without demonstration",
-    "contradicting": "prompts with several answers",
-    "left_out": "values of other columns left out",
+    "no_demo": ("row without a demonstration", "rows without a demonstration"),
+    "contradicting": ("prompt with several answers", "prompts with several answers"),
+    "left_out": ("value of other columns left out", "values of other columns left out"),
 }
-"""What there may be to tell of rows, and its words."""
+"""What there may be to tell of rows, and its words for one and for more."""
 
 
 def told(graph: Graph, names: Sequence[str], store: Store) -> list[dict[str, Any]]:
@@ -56,22 +56,25 @@ def all_read(lines: Sequence[Mapping[str, Any]]) -> bool:
     return all(line["rows"] is not None for line in lines)
 
 
-def table_of_data(lines: Sequence[Mapping[str, Any]]) -> Table:
-    """The same as a table for people."""
-    unit = next((line["unit"] for line in lines if line["rows"] is not None), "characters")
+def shown(lines: Sequence[Mapping[str, Any]]) -> Group:
+    """The same for people: a table, and a line for each domain with something to tell."""
     table = plain_table(
-        *("data", "rows", "repeats", "further demos", "train", "validation", "heldout"),
-        *(f"{unit}, median", "longest", "to tell"),
+        *("data", "rows", "repeats", "more demos", "train", "validation", "heldout"),
+        *("median", "longest"),
     )
+    more: list[Text] = []
     for line in lines:
         if line["rows"] is None:
             table.add_row(line["domain"], Text("read from the Hub when it is built", "dim"))
             continue
-        notes = ", ".join(f"{line[key]} {words}" for key, words in TOLD.items() if line[key])
-        names = ("rows", "duplicates", "further_demos", "train", "validation", "heldout")
-        cells = [f"{line[key]:,}" for key in (*names, "median", "longest")]
-        table.add_row(line["domain"], *cells, Text(notes, "yellow" if notes else ""))
-    return table
+        notes = [f"{line[k]:,} {words[line[k] > 1]}" for k, words in TOLD.items() if line[k]]
+        if notes:
+            more.append(Text(f"{line['domain']}: {', '.join(notes)}", "yellow"))
+        names = ("rows", "duplicates", "further_demos", "train", "validation", "heldout", "median")
+        cells = [f"{line[key]:,}" for key in names]
+        longest = f"{line['longest']:,} {line['unit']}"
+        table.add_row(line["domain"], *cells, longest)
+    return Group(table, *more)
 
 
 def _built(store: Store, fingerprint: str) -> dict[str, Any]:
@@ -98,11 +101,11 @@ def _tokens(node: Node, tokenizer: Path, store: Store) -> dict[str, int] | None:
     """
     tables = memory_of(node.config["source"], node.config["verifier"]["name"], node.data)
     name = f"tokens-{digest([tables, file_digest(tokenizer)])[:32]}"
-    known = recall(store.root / CACHE, name)
+    known = recall(store.cache, name)
     if known is None and all(split in node.data for split in node.runtime["files"]):
         known = _counted(node, tokenizer)
         if known is not None:
-            remember(store.root / CACHE, name, known)
+            remember(store.cache, name, known)
     return known
 
 

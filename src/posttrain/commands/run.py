@@ -303,7 +303,7 @@ def _show_data(
 ) -> list[dict[str, Any]]:
     found = _data(loaded, rows, store)
     if found:
-        out.print(data.table_of_data(found))
+        out.print(data.shown(found))
     return found
 
 

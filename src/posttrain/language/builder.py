@@ -15,7 +15,6 @@ from posttrain.language.handles import Demos, Prompts, Stage, Warned
 from posttrain.language.overrides import Overrides
 from posttrain.stages.config import build_config
 from posttrain.stages.kinds import KINDS, Product, kind_of, kinds_making
-from posttrain.suites.checked import CACHE
 from posttrain.suites.domain import Suite, domain_node, shares_problem
 
 DERIVED = {
@@ -221,7 +220,7 @@ class Builder:
                     f"{stage!r} needs; give it another name="
                 )
             if node is None:
-                cache = None if self.store is None else self.store.root / CACHE
+                cache = None if self.store is None else self.store.cache
                 pieces = domain_node(
                     self.suite.domains[name], self.directory, self.hash_file, cache
                 )

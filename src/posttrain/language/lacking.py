@@ -103,7 +103,7 @@ def selection(build: Builder, stage: str, domains: Sequence[str]) -> None:
         isinstance(how, Correct | ShortestCorrect) or getattr(how, "success", None) is not None
     )
     if by_reward or success:
-        fix = SCORE.replace("by='score'", "how=BestResponses(by='score')")
+        fix = f"{SCORE}how=BestResponses(by='score')"
         verifier(build, stage, domains, reads=f"how = {how.kind} goes by", fix=fix)
 
 

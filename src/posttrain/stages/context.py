@@ -27,6 +27,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from posttrain.backends.base import Backend, Learner, LearnerSettings, Sampler, Scorer
+from posttrain.backends.chat import Chat
+from posttrain.backends.checkpoint import read_chat
 from posttrain.backends.prompting import in_modes
 from posttrain.engine.atomic import fsync
 from posttrain.engine.errors import ConfigError, StageError
@@ -169,6 +171,10 @@ class Context:
         """A frozen model of an edge or a directory, or what a learner's model is at each call."""
         dtype = getattr(torch, precision)
         return self.backend.scorer(self._directory(source), dtype=dtype, scalar=scalar)
+
+    def chat(self, edge: str) -> Chat:
+        """Text to tokens of the model of an edge, and back, without loading its weights."""
+        return read_chat(self.inputs[edge])
 
     def _directory(self, source: Any) -> Any:
         return self.inputs[source] if isinstance(source, str) else source

@@ -48,6 +48,7 @@ from posttrain.schedules import learning_rate
 from posttrain.stages.aux_losses import AuxData, pop_metrics
 from posttrain.stages.context import Context
 from posttrain.stages.data import Batches
+from posttrain.stages.lengths import Reader, fit_prompts
 from posttrain.stages.rollout import rollout, verified_mean, verifiers
 from posttrain.stages.settings.distill import Distill
 from posttrain.stages.teachers import Teachers
@@ -61,6 +62,13 @@ def run(settings: Distill, ctx: Context) -> dict[str, float]:
     teachers = Teachers(settings, ctx, policy.chat)
     domains = tuple(ctx.domains)
     problems_of = {name: ctx.problems(name, "train", settings.modes) for name in domains}
+    problems_of = fit_prompts(
+        problems_of,
+        settings,
+        ctx,
+        [Reader(name="the student", chat=policy.chat), *teachers.readers(settings)],
+        new_tokens=max(settings.possible("max_new_tokens")),
+    )
     batches = Batches(problems_of, settings, size="prompts_per_step", stage=ctx.name)
     aux = AuxData(settings, ctx, policy.chat)
     for step, s in ctx.steps(settings, settings.steps, replayed=[batches], policy=policy):

@@ -34,7 +34,8 @@ from posttrain.rl.batch import Batch, concatenate
 from posttrain.rl.seeds import step_seed
 from posttrain.rl.statistics import Scores, candidates, evaluation, mean_interval
 from posttrain.stages.context import Context
-from posttrain.stages.judging import make_reward, responses_of
+from posttrain.stages.judging import judge_readers, make_reward, responses_of
+from posttrain.stages.lengths import Reader, fit_prompts
 from posttrain.stages.rollout import rollout, submit, verified_mean, verifiers
 from posttrain.stages.settings.models import Best, Evaluate
 from posttrain.stages.unverified import Behaviour, behaviours, judge_all, routes_of
@@ -53,6 +54,7 @@ def run(settings: Evaluate, ctx: Context) -> dict[str, float]:
         for edge, path in ctx.inputs.items()
         if role_of(edge) not in ("domains", "judges")
     }
+    problems = fitting(settings, ctx, list(models), problems)
     answers = all_answers(settings, ctx, models, problems, verifier_pool)
     scored = {name: rows for name, rows in problems.items() if is_verified(rows, verifier_pool)}
     single = is_single(settings, models, len(scored) == len(problems))
@@ -222,6 +224,23 @@ def shown(problems: Sequence[Problem], answers: Mapping[str, Answers]) -> list[d
     ]
 
 
+def fitting(
+    settings: Evaluate | Best,
+    ctx: Context,
+    edges: Sequence[str],
+    problems: dict[str, list[Problem]],
+) -> dict[str, list[Problem]]:
+    """The problems whose responses fit into the positions of the models of these edges."""
+    readers = [Reader(name=f"model {edge!r}", chat=ctx.chat(edge)) for edge in edges]
+    if isinstance(settings, Best):
+        readers += judge_readers(settings.judge, ctx)
+    else:
+        for domain, judge in settings.judges.items():
+            own = frozenset({domain})
+            readers += [replace(reader, domains=own) for reader in judge_readers(judge, ctx)]
+    return fit_prompts(problems, settings, ctx, readers, new_tokens=settings.max_new_tokens)
+
+
 def problems_by_name(settings: Evaluate, ctx: Context) -> dict[str, list[Problem]]:
     """The problems by what is reported: the domain, or with modes `domain/mode`."""
     found: dict[str, list[Problem]] = {}
@@ -332,6 +351,7 @@ def run_best(settings: Best, ctx: Context) -> dict[str, Any]:
         if settings.judge is not None or name not in verifier_pool.unverified
     }
     names = list(named(ctx.inputs, "candidates"))
+    problems = fitting(settings, ctx, [edge_name("candidates", n) for n in names], problems)
     answers: dict[str, list[Batch]] = {}
     for number, name in enumerate(names):
         sampler = ctx.sampler(edge_name("candidates", name), precision=settings.precision)
@@ -375,7 +395,8 @@ def judge_scores(
     group_B = torch.cat([batch["group_B"] for batch in of_candidates])
     together = concatenate(of_candidates)
     together["group_B"] = group_B
-    reward = make_reward(judge, ctx, precision=settings.precision, seed=settings.seed)
+    cut = settings.on_long == "truncate"
+    reward = make_reward(judge, ctx, precision=settings.precision, seed=settings.seed, cut=cut)
     scores, _ = reward.score(responses_of(together))
     score_B = torch.tensor(scores, dtype=torch.float64)
     split = iter(score_B.split([len(b) for batches in answers.values() for b in batches]))

@@ -28,10 +28,11 @@ from posttrain.engine.fingerprint import file_digest, files_digest
 from posttrain.engine.graph import named
 from posttrain.engine.hashes import FileHashes, HashFile
 from posttrain.engine.process import Job
+from posttrain.engine.store import CACHE
 from posttrain.stages.context import Context
 from posttrain.stages.settings.models import Merge
 from posttrain.suites.build import build_domain
-from posttrain.suites.checked import CACHE, remember_built
+from posttrain.suites.checked import remember_built
 
 FREE = frozenset(
     {

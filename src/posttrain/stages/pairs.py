@@ -71,7 +71,7 @@ def run(settings: Pairs, ctx: Context) -> dict[str, float]:
 
 def row_of(settings: Pairs, chosen: Row, rejected: Row) -> Row:
     """The row of pairs.jsonl."""
-    row = pick(chosen, "id", "domain", "prompt", "mode")
+    row = pick(chosen, "id", "domain", "prompt", "mode", "messages")
     row |= {"chosen": chosen["response"], "rejected": rejected["response"]}
     if chosen["reward"] is not None:
         row["rewards"] = [chosen["reward"], rejected["reward"]]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from posttrain.backends.base import Sampler, Sampling
-from posttrain.backends.prompting import Problem
+from posttrain.backends.prompting import Problem, asked
 from posttrain.rewards.pool import VerifierPool
 from posttrain.rl.batch import Batch
 from posttrain.stages.context import Context
@@ -70,7 +70,7 @@ def rollout(
     chat = sampler.chat
     begun = chat.begin(prefix)
     sampling = sampler.stream(
-        [[*chat.prompt(problem["prompt"], problem.get("mode")), *begun] for problem in problems],
+        [[*chat.prompt(asked(problem), problem.get("mode")), *begun] for problem in problems],
         group_size=group_size,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -152,7 +152,7 @@ def rollout_rows(batch: Batch, *, model: str, temperature: float) -> list[dict[s
         batch.sampled_len_B.tolist(),
         strict=True,
     )
-    kept = ("id", "domain", "prompt", "answer", "mode")
+    kept = ("id", "domain", "prompt", "answer", "mode", "messages")
     return [
         {key: problem[key] for key in kept if key in problem}
         | {

@@ -51,14 +51,19 @@ def read_rollouts(ctx: Context, edge: str = "rollouts") -> list[Row]:
 
 
 def read_pairs(ctx: Context) -> dict[str, list[Pair]]:
-    """The pairs of the `data` artifact by domain; `row` is their number over all domains."""
+    """The pairs of the `data` artifact by domain."""
     found: dict[str, list[Pair]] = {}
     for pair in read_jsonl(ctx.inputs["data"] / "pairs.jsonl"):
         found.setdefault(pair["domain"], []).append(pair)
-    found = dict(sorted(found.items()))
-    for number, pair in enumerate(chain.from_iterable(found.values())):
+    return dict(sorted(found.items()))
+
+
+def numbered(by_domain: Mapping[str, Iterable[Pair]]) -> list[Pair]:
+    """The pairs of all domains; `row` becomes the number of each among them."""
+    pairs = list(chain.from_iterable(by_domain.values()))
+    for number, pair in enumerate(pairs):
         pair["row"] = number
-    return found
+    return pairs
 
 
 def problems_of(ctx: Context, rows: Iterable[Row]) -> list[Row]:

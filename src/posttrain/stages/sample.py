@@ -3,7 +3,8 @@ how often a model is right, which is what difficulty filters and curricula go by
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 from posttrain.backends.prompting import Problem, in_modes
@@ -13,6 +14,7 @@ from posttrain.rewards.pool import VerifierPool
 from posttrain.rl.batch import Batch
 from posttrain.rl.seeds import step_seed
 from posttrain.stages.context import Context
+from posttrain.stages.lengths import Reader, fit_prompts
 from posttrain.stages.rollout import rollout, rollout_rows, verifiers
 from posttrain.stages.rows import pick
 from posttrain.stages.settings.data import Profile, Sample
@@ -27,8 +29,12 @@ def run(settings: Sample, ctx: Context) -> dict[str, float]:
     domains = list(ctx.domains)
     rows: list[dict[str, Any]] = []
     done, total = 0, sum(len(settings.routes[name]) for name in domains)
+    models = {
+        name: edge_name("models", name) for name in sorted(set(chain(*settings.routes.values())))
+    }
+    problems_of = fitting_problems(settings, ctx, models, begun=settings.prefix)
     for number, name in enumerate(domains):
-        problems = chosen_problems(settings, ctx, name)
+        problems = problems_of[name]
         for place, model in enumerate(settings.routes[name]):
             tokens = 0
             for batch in responses(
@@ -53,13 +59,14 @@ def run_profile(settings: Profile, ctx: Context) -> dict[str, float]:
     """Write profile.jsonl: id, domain, rate (mean reward) and samples (how many) per problem."""
     verifier_pool = verifiers(ctx)
     rows: list[dict[str, Any]] = []
+    problems_of = fitting_problems(settings, ctx, {"": "model"})
     for number, name in enumerate(ctx.domains):
         tokens = 0
         for batch in responses(
             settings,
             ctx,
             "model",
-            chosen_problems(settings, ctx, name),
+            problems_of[name],
             verifier_pool,
             group_size=settings.n,
             number=number,
@@ -100,6 +107,25 @@ def chosen_problems(settings: Sample | Profile, ctx: Context, domain: str) -> li
     count = min(settings.num_prompts, len(problems))
     chosen = [problems[(settings.first_prompt + i) % len(problems)] for i in range(count)]
     return in_modes(chosen, settings.modes)
+
+
+def fitting_problems(
+    settings: Sample | Profile, ctx: Context, models: Mapping[str, str], begun: str = ""
+) -> dict[str, list[Problem]]:
+    """By domain the chosen problems whose responses fit into the positions of its models, which
+    have the edges `models`; a response begins with the text `begun`."""
+    routes = settings.routes if isinstance(settings, Sample) else dict.fromkeys(ctx.domains, ("",))
+    readers = [
+        Reader(
+            name=f"model {name!r}" if name else "the model",
+            chat=ctx.chat(edge),
+            domains=frozenset(domain for domain, names in routes.items() if name in names),
+        )
+        for name, edge in models.items()
+    ]
+    problems = {name: chosen_problems(settings, ctx, name) for name in ctx.domains}
+    new_tokens = settings.max_new_tokens
+    return fit_prompts(problems, settings, ctx, readers, new_tokens=new_tokens, begun=begun)
 
 
 def responses(

@@ -39,7 +39,7 @@ def run(settings: Select, ctx: Context) -> dict[str, float]:
         )
     if settings.strip_thought:
         chosen = [without_thought(row) for row in chosen]
-    fields = ("id", "domain", "prompt", "reward", "mode")
+    fields = ("id", "domain", "prompt", "reward", "mode", "messages")
     demos = (pick(row, *fields) | {"demo": row["response"]} for row in chosen)
     write_jsonl(ctx.out / "data.jsonl", demos)
     return {"rows": len(chosen), "kept_share": len(chosen) / len(rollouts)}

@@ -25,8 +25,6 @@ ROWS = 2
 """How rows are read and placed; raised when that changes, it makes other domains of tables."""
 ORDER = ("heldout", "validation", "train")
 """In which tables are read: those that nobody trains on first."""
-CACHE = "cache"
-"""The directory of a store that remembers which tables were checked."""
 
 
 @dataclass(frozen=True, kw_only=True)

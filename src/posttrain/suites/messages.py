@@ -101,7 +101,7 @@ def _message(item: Any, number: int) -> Message:
     plain, unreadable = plain_value(rest)
     if unreadable:
         raise ConfigError(f"{', '.join(rest)}: a value has no JSON form")
-    return {"role": role, "content": content} | plain
+    return {"role": role, "content": content, **plain}
 
 
 def _content(value: Any, key: str, calls: bool) -> str | None:

@@ -68,8 +68,9 @@ def _open(location: Location, start: str) -> Iterator[IO[bytes]]:
     """The bytes of a text file. Raises ConfigError for a damaged gzip file."""
     assert location.path is not None, location
     try:
-        with gzip.open(location.path) if location.gz else location.path.open("rb") as stream:
-            yield stream
+        with location.path.open("rb") as file:
+            unpacked: Any = gzip.GzipFile(fileobj=file) if location.gz else file
+            yield unpacked
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ConfigError(f"{start} is no whole gzip file: {error}") from error
 

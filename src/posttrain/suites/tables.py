@@ -166,7 +166,7 @@ def _instead(name: str, column: str, record: Mapping[str, Any]) -> str:
 
 def _row(record: Record, columns: Columns, place: str) -> Row:
     notes: Counter[str] = Counter()
-    meta = {}
+    meta: dict[str, Any] = {}
     if columns.keep_rest:
         used = columns.named.values()
         rest = {key: value for key, value in record.values.items() if key not in used}
@@ -184,7 +184,9 @@ def _row(record: Record, columns: Columns, place: str) -> Row:
             "with one of its own; leave one of them out"
         )
     demo = last if demo is None else demo
-    notes[NO_DEMO] = int(columns.demonstrated and demo is None)
+    # Of a conversation that ends with the user the earlier turns can be learned.
+    said_before = any(message["role"] == "assistant" and message["content"] for message in asked)
+    notes[NO_DEMO] = int(columns.demonstrated and demo is None and not said_before)
     first = {"prompt": readable(asked), "answer": values.get("answer"), "demo": demo, "meta": meta}
     # Of the later fields only those that the row has.
     later = {
