@@ -232,7 +232,12 @@ def fitting(
 ) -> dict[str, list[Problem]]:
     """The problems whose responses fit into the positions of the models of these edges."""
     readers = [Reader(name=f"model {edge!r}", chat=ctx.chat(edge)) for edge in edges]
-    readers += judge_readers(getattr(settings, "judge", None), ctx)
+    if isinstance(settings, Best):
+        readers += judge_readers(settings.judge, ctx)
+    else:
+        for domain, judge in settings.judges.items():
+            own = frozenset({domain})
+            readers += [replace(reader, domains=own) for reader in judge_readers(judge, ctx)]
     return fit_prompts(problems, settings, ctx, readers, new_tokens=settings.max_new_tokens)
 
 
