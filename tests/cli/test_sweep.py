@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from posttrain.commands.variants import build_variants, read_axis
 from posttrain.engine.store import Store
 
 MINI = ("mini.py", "--suite", "pairs.toml")
@@ -287,3 +288,25 @@ def test_compare_wants_two_different_artifacts(swept: Path, cli: Callable[..., A
     ):
         result = cli("compare", *arguments)
         assert result.code == 2 and all(word in result.err for word in words)
+
+
+def test_domains_without_the_split_that_is_asked_are_left_out(place: Path) -> None:
+    suite = place / "pairs.toml"
+    suite.write_text(suite.read_text() + "validation = 0\n")
+
+    def asked(split: str | None, *settings: str) -> set[str]:
+        loaded = build_variants(
+            "mini.py",
+            store=Store(place / "posttrain-store"),
+            axes=[read_axis(AXIS[1])],
+            seeds=[0],
+            settings=settings,
+            suite="pairs.toml",
+            split=split,
+        ).loaded
+        inputs = loaded.graph.nodes[loaded.graph.target].inputs
+        return {name for name in ("sums", "copies") if f"domains.{name}" in inputs}
+
+    assert asked(None) == {"sums"}
+    assert asked("heldout") == {"sums", "copies"}
+    assert asked(None, "evaluation.split=heldout") == {"sums", "copies"}

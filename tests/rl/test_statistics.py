@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 
 from posttrain.report.scores import verdict
-from posttrain.rl.statistics import Scores, _resample, evaluation
+from posttrain.rl.statistics import (
+    Scores,
+    _resample,
+    candidates,
+    evaluation,
+    ratio_interval,
+    wins,
+)
 
 
 def same(values: Any) -> Scores:
@@ -213,3 +220,76 @@ def test_a_domain_that_got_worse_is_named():
         }
     )
     assert verdict(result).endswith("over all domains; it is worse in b.")
+
+
+def two_students(first: Any, second: Any, **others: Any) -> dict[str, Any]:
+    scores = {"students.a": {"d": same(first)}, "students.b": {"d": same(second)}, **others}
+    return candidates(
+        scores,
+        students={"a": "students.a", "b": "students.b"},
+        along={},
+        routes={},
+        constants={"d": {"value": 0.0, "response": ""}},
+        resamples=4000,
+        seed=0,
+    )
+
+
+def test_paired_difference_by_hand():
+    """Both are right on the same half of 100 problems, and the first on ten more.
+
+    The difference of a resample is the share of these ten in it: a binomial of 100 tries at 1/10,
+    whose 2.5 % and 97.5 % quantiles are 4.5 and 16, however often the shared half is drawn. The
+    two accuracies, unpaired, would differ by .1 plus or minus .14.
+    """
+    half = [1.0] * 50 + [0.0] * 50
+    more = [1.0] * 60 + [0.0] * 40
+    (pair,) = two_students(more, half)["pairs"]
+    assert (pair["first"], pair["second"]) == ("a", "b")
+    found = pair["domains"]["d"]
+    assert found["value"] == pytest.approx(0.1)
+    assert found["low"] == pytest.approx(0.045, abs=0.011)
+    assert found["high"] == pytest.approx(0.16, abs=0.011)
+    assert found["greedy"] == {key: found[key] for key in ("value", "low", "high")}
+    assert pair["all"] == found
+
+
+def test_the_difference_over_all_domains_is_the_mean_of_theirs():
+    """+1 on 10 problems and -.5 on 40: every resample has these, so their mean .25 is certain."""
+    scores = {
+        "students.a": {"x": same([1] * 10), "y": same([0.0] * 40)},
+        "students.b": {"x": same([0] * 10), "y": same([0.5] * 40)},
+    }
+    (pair,) = candidates(
+        scores,
+        students={"a": "students.a", "b": "students.b"},
+        along={},
+        routes={},
+        constants={name: {"value": 0.0, "response": ""} for name in "xy"},
+        resamples=100,
+        seed=0,
+    )["pairs"]
+    for value in (pair["all"], pair["all"]["greedy"]):
+        assert [value[end] for end in ("low", "value", "high")] == pytest.approx([0.25] * 3)
+
+
+def test_without_an_init_there_is_no_gain_and_no_recovery():
+    result = two_students([1, 0], [0, 0], **{"teachers.t": {"d": same([1, 1])}})
+    view = result["students"]["a"]
+    assert view["gain"] is None and view["norm"] is None and view["greedy"]["gain"] is None
+    assert view["domains"]["d"]["init"] is None
+    assert view["domains"]["d"]["note"] == "no init"
+    assert verdict(view) == ""
+    assert "init" not in result["models"]
+
+
+def test_a_ratio_of_sums_weighs_problems_by_their_counts():
+    """Log-ratios 3 on 3 tokens and 0 on 1: 3 / 4. A resample of two problems has 1 (both times the
+    first), 0 (both times the second) or 3/4: the 2.5 % and 97.5 % quantiles are 0 and 1."""
+    value = ratio_interval(np.array([3.0, 0.0]), np.array([3.0, 1.0]), resamples=2000, seed=0)
+    assert value == pytest.approx({"value": 0.75, "low": 0.0, "high": 1.0})
+
+
+def test_wins_count_ties_half():
+    found = wins(np.array([2.0, -1.0, 0.5, -3.0]), np.array([1.0, -1.0, 0.7, -4.0]))
+    assert found.tolist() == [1.0, 0.5, 0.0, 1.0]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from rich.console import Console
 from rich.text import Text
 
-from posttrain.commands import io
+from posttrain.commands import data, io
 from posttrain.commands.io import console, emit, plain_table
 from posttrain.commands.report import check_report_path, write_report_of
 from posttrain.engine.errors import Interrupted, PosttrainError
@@ -78,6 +78,7 @@ def run(
     loaded = load_recipe(recipe, store=place, settings=settings or (), suite=suite, seed=seed)
     rows = plan_graph(loaded.graph, place)
     _summary(out, loaded, rows, place)
+    tables = show_data(out, loaded, rows, place)
     view = LiveView(rows, loaded.graph, out)
     failure = None
     try:
@@ -117,6 +118,7 @@ def run(
     if as_json:
         result = {"recipe": loaded.name, "seed": loaded.seed, "seconds": round(seconds, 3)}
         result |= {"stages": stages, "warnings": warnings}
+        result["data"] = tables if data.all_read(tables) else data_of(loaded, rows, place)
         if evaluation:
             result["evaluation"] = {key: evaluation[key] for key in SUMMARY if key in evaluation}
         emit(result)
@@ -237,9 +239,11 @@ def plan(
             for row in rows
         ]
         told = {"recipe": loaded.name, "seed": loaded.seed, "stages": stages}
-        emit(told | {"warnings": warnings_of(loaded, rows)})
+        told["warnings"] = warnings_of(loaded, rows)
+        emit(told | {"data": data_of(loaded, rows, place)})
         return
     _summary(out, loaded, rows, place)
+    show_data(out, loaded, rows, place)
     table = plain_table("stage", "kind", "", "reason")
     for row in rows:
         style = ACTION_STYLES[row.action]
@@ -280,6 +284,21 @@ def _summary(out: Console, loaded: Loaded, rows: Sequence[PlanRow], store: Store
         ),
         soft_wrap=True,
     )
+
+
+def data_of(loaded: Loaded, rows: Sequence[PlanRow], store: Store) -> list[dict[str, Any]]:
+    """What there is to tell of the tables that the stages read."""
+    return data.told(loaded.graph, [row.name for row in rows], store)
+
+
+def show_data(
+    out: Console, loaded: Loaded, rows: Sequence[PlanRow], store: Store
+) -> list[dict[str, Any]]:
+    """Show what there is to tell of the tables; returns it."""
+    found = data_of(loaded, rows, store)
+    if found:
+        out.print(data.table_of_data(found))
+    return found
 
 
 def count(statuses: Sequence[str]) -> str:

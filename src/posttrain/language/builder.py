@@ -15,6 +15,7 @@ from posttrain.language.handles import Demos, Prompts, Stage, Warned
 from posttrain.language.overrides import Overrides
 from posttrain.stages.config import build_config
 from posttrain.stages.kinds import KINDS, Product, kind_of, kinds_making
+from posttrain.suites.checked import CACHE
 from posttrain.suites.domain import Suite, domain_node, shares_problem
 
 DERIVED = {
@@ -136,6 +137,10 @@ class Builder:
                     f"stage {stage.name!r} ({stage.kind}), field 'domain_shares': {problem}"
                 )
 
+    def told(self, kind: str, name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """The settings of a stage that is not there yet, overrides included, unchecked."""
+        return self._overrides.apply(kind, name, settings)
+
     def values(self, stage: str, field: str) -> list[Any]:
         """The value of a setting, or all at the ends of its schedule. `kl.domains` is a setting of
         a choice; [] where nothing was chosen, or where the stage has no such setting."""
@@ -221,7 +226,10 @@ class Builder:
                     f"{stage!r} needs; give it another name="
                 )
             if node is None:
-                pieces = domain_node(self.suite.domains[name], self.directory, self.hash_file)
+                cache = None if self.store is None else self.store.root / CACHE
+                pieces = domain_node(
+                    self.suite.domains[name], self.directory, self.hash_file, cache
+                )
                 self.nodes[name] = Node(
                     name=name,
                     kind="domain",

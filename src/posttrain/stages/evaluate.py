@@ -284,7 +284,7 @@ def answers_to(
 
 
 def best_constant(
-    problems: list[Problem], texts: dict[str, list[str]], verifier_pool: VerifierPool
+    problems: list[Problem], texts: Mapping[str, Sequence[str]], verifier_pool: VerifierPool
 ) -> dict[str, Any]:
     """The one response that scores best when given to every problem.
 

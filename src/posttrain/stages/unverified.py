@@ -230,4 +230,5 @@ def _side_by_side(ours: Responses, theirs: Responses) -> Responses:
 
 def _by_problem(scores: Sequence[float], count: int) -> Array:
     """One per response -> the mean of each problem's, [P]."""
-    return np.asarray(scores, dtype=np.float64).reshape(count, -1).mean(axis=1)
+    found: Array = np.asarray(scores, dtype=np.float64).reshape(count, -1).mean(axis=1)
+    return found

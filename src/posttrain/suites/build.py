@@ -25,8 +25,7 @@ from posttrain.rewards.formats import find_format
 from posttrain.rewards.gym import FULL_SCORE, create_gym
 from posttrain.rewards.pool import VerifierPool
 from posttrain.rewards.spec import is_verified
-from posttrain.suites.checked import Tables
-from posttrain.suites.location import parse_location
+from posttrain.suites.checked import tables_of
 from posttrain.suites.split import SPLITS, prompt_digest, split_of
 
 CHUNK = 20_000
@@ -175,19 +174,10 @@ def _table(
     config: Mapping[str, Any], runtime: Mapping[str, Any], data: Mapping[str, str], where: str
 ) -> tuple[dict[str, list[Problem]], dict[str, int]]:
     """Reads the user's tables. Returns the problems by split and what there is to tell of them."""
-    places = {}
-    for split, text in runtime["files"].items():
-        at = f"{where}: {split}"
-        location = parse_location(text, Path(), where=at)
-        if location.path is not None and location.digest() != data[split]:
-            raise ConfigError(f"{at}: {location.text} {_CHANGED}")
-        places[split] = location
-    tables = Tables(
-        domain=config["domain"],
-        source=config["source"],
-        verifier=config["verifier"]["name"],
-        places=places,
-    )
+    tables = tables_of(config, runtime["files"])
+    for split, place in tables.places.items():
+        if place.path is not None and place.digest() != data[split]:
+            raise ConfigError(f"{where}: {split}: {place.text} {_CHANGED}")
     placement = tables.placed(keep=True)
     return placement.splits(), placement.facts()
 

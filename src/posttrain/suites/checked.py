@@ -17,7 +17,7 @@ from typing import Any
 from posttrain.engine.atomic import write_whole
 from posttrain.engine.fingerprint import digest
 from posttrain.rewards.spec import UNVERIFIED
-from posttrain.suites.location import Location
+from posttrain.suites.location import Location, parse_location
 from posttrain.suites.split import Placement, require_all_splits
 from posttrain.suites.tables import Columns, Row, columns_of, read_rows
 
@@ -69,17 +69,40 @@ class Tables:
 
         Raises ConfigError for rows that cannot be used, and for a split without a problem.
         """
-        placement = Placement(
+        placement = self._placement(keep)
+        for split, row in self.rows():
+            placement.take(split, row)
+        require_all_splits(placement.facts(), self.where, without=self.without)
+        return placement
+
+    def new_rows(self) -> Iterator[Row]:
+        """The rows that are no repeats of earlier ones. Raises ConfigError as `placed` does."""
+        placement = self._placement(keep=False)
+        return (row for split, row in self.rows() if placement.take(split, row))
+
+    def _placement(self, keep: bool) -> Placement:
+        return Placement(
             self.domain,
             tables=self.places,
             without=self.without,
             judged=self.verifier != UNVERIFIED,
             keep=keep,
         )
-        for split, row in self.rows():
-            placement.take(split, row)
-        require_all_splits(placement.facts(), self.where, without=self.without)
-        return placement
+
+
+def tables_of(config: Mapping[str, Any], files: Mapping[str, str]) -> Tables:
+    """The tables of a domain by its config and where they lie. Raises ConfigError for one that is
+    gone."""
+    places = {
+        split: parse_location(text, Path(), where=f"domain {config['domain']}: {split}")
+        for split, text in files.items()
+    }
+    return Tables(
+        domain=config["domain"],
+        source=config["source"],
+        verifier=config["verifier"]["name"],
+        places=places,
+    )
 
 
 def checked_facts(
@@ -97,12 +120,26 @@ def checked_facts(
                 for _ in read_rows(place, tables.columns, where=f"{tables.where}: {split}"):
                     pass
         return {}
-    key = digest({"source": tables.source, "verifier": tables.verifier, "data": data})
-    known = recall(cache, f"rows-{key[:32]}")
+    name = memory_of(tables.source, tables.verifier, data)
+    known = recall(cache, name)
     if known is None:
         known = tables.placed(keep=False).facts()
-        remember(cache, f"rows-{key[:32]}", known)
+        remember(cache, name, known)
     return known
+
+
+def memory_of(source: Mapping[str, Any], verifier: str, data: Mapping[str, str]) -> str:
+    """The name under which the facts of these tables are remembered."""
+    tables = {split: data[split] for split in source["tables"] if split in data}
+    return f"rows-{digest({'source': source, 'verifier': verifier, 'data': tables})[:32]}"
+
+
+def remember_built(
+    cache: Path, config: Mapping[str, Any], data: Mapping[str, str], facts: Any
+) -> None:
+    """Keeps the facts of a domain that was built: the plan before may have had no store yet."""
+    if facts and config["source"]["kind"] == "table":
+        remember(cache, memory_of(config["source"], config["verifier"]["name"], data), facts)
 
 
 def recall(cache: Path | None, name: str) -> dict[str, int] | None:

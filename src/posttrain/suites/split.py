@@ -110,8 +110,9 @@ class Placement:
         """What is asked, to how many answers it has."""
         self._ids: dict[str, str] = {}
 
-    def take(self, label: str, row: Row) -> None:
+    def take(self, label: str, row: Row) -> bool:
         """The next row of the table of a split; those of heldout and validation come before train.
+        Returns whether it says anything new.
 
         Raises:
             ConfigError: a problem stands in two tables, or an id occurs twice.
@@ -140,9 +141,10 @@ class Placement:
             self._pairs.add(pair)
         elif not self._further(problem, row):
             self.counts["duplicates"] += 1
-            return
+            return False
         self.counts.update(row.notes)
         self.lengths.append(len(row.text))
+        return True
 
     def _first(self, label: str, row: Row, key: str) -> _Problem:
         if row.id is not None and self._ids.setdefault(row.id, row.place) != row.place:
