@@ -108,13 +108,18 @@ def test_the_page_says_what_was_made(swept_once: Path) -> None:
 
 
 def test_the_second_time_all_is_cached_and_people_see_a_table(
-    swept: Path, cli: Callable[..., Any]
+    swept_once: Path, swept: Path, cli: Callable[..., Any]
 ) -> None:
     result = cli("sweep", *TWO)
     assert result.code == 0 and result.err == ""
     words = ("4 runs in one plan, 18 stages instead of 32", "Δ to the first", "student.lr=0.02")
     assert all(word in result.out for word in words), result.out
     assert "all 18 stages cached" in result.out
+    best = json.loads((swept_once / "out.json").read_text())["best"]
+    command = "posttrain run mini.py --set student.lr={} --set evaluation.split=heldout"
+    told = best is not None and command.format(best["student.lr"])
+    assert ("the best on held-out problems: " in result.out) == bool(told)
+    assert not told or told in result.out
     assert (swept / "sweep.html").is_file()
     found = cli("sweep", *TWO, "--no-report", "--json", "--report", "other.html").json
     assert {stage["status"] for stage in found["stages"]} == {"cached"}

@@ -115,8 +115,11 @@ def sweep(
     found = _collect(variants, axes, seed_list, place, view, statuses)
     made = outcome(found)
     _show(out, found, made)
+    commands = _commands(recipe, variants, found, settings or (), suite)
+    if made.best is not None and found.split == "validation":
+        command = commands[made.best.setting].replace(".split=validation", ".split=heldout")
+        out.print(Text(f"the best on held-out problems: {command}"), soft_wrap=True)
     if not no_report:
-        commands = _commands(recipe, variants, found, settings or (), suite)
         _write_page(report, variants, found, made, place, commands, warnings)
         out.print(Text(f"report: {report.absolute()}"), soft_wrap=True)
     seconds = time.monotonic() - began
