@@ -326,7 +326,8 @@ class Recipe(DataVerbs):
         if init is not None:
             edges["init"] = self._build.model(name, "init", init)
         if domains is None:
-            domains = lacking.evaluated(self._build, name, settings.get("split", "heldout"))
+            split = self._build.told("evaluate", name, settings).get("split", "heldout")
+            domains = lacking.evaluated(self._build, name, split)
         known = self._build.known(domains)
         edges |= self._build.data(name, Prompts(known), (Prompts,))
         modes = settings.get("modes", ())

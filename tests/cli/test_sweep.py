@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from posttrain.commands.variants import build_variants, read_axis
 from posttrain.engine.store import Store
 
 MINI = ("mini.py", "--suite", "pairs.toml")
@@ -107,13 +108,18 @@ def test_the_page_says_what_was_made(swept_once: Path) -> None:
 
 
 def test_the_second_time_all_is_cached_and_people_see_a_table(
-    swept: Path, cli: Callable[..., Any]
+    swept_once: Path, swept: Path, cli: Callable[..., Any]
 ) -> None:
     result = cli("sweep", *TWO)
     assert result.code == 0 and result.err == ""
     words = ("4 runs in one plan, 18 stages instead of 32", "Δ to the first", "student.lr=0.02")
     assert all(word in result.out for word in words), result.out
     assert "all 18 stages cached" in result.out
+    best = json.loads((swept_once / "out.json").read_text())["best"]
+    command = "posttrain run mini.py --set student.lr={} --set evaluation.split=heldout"
+    told = best is not None and command.format(best["student.lr"])
+    assert ("the best on held-out problems: " in result.out) == bool(told)
+    assert not told or told in result.out
     assert (swept / "sweep.html").is_file()
     found = cli("sweep", *TWO, "--no-report", "--json", "--report", "other.html").json
     assert {stage["status"] for stage in found["stages"]} == {"cached"}
@@ -287,3 +293,25 @@ def test_compare_wants_two_different_artifacts(swept: Path, cli: Callable[..., A
     ):
         result = cli("compare", *arguments)
         assert result.code == 2 and all(word in result.err for word in words)
+
+
+def test_domains_without_the_split_that_is_asked_are_left_out(place: Path) -> None:
+    suite = place / "pairs.toml"
+    suite.write_text(suite.read_text() + "validation = 0\n")
+
+    def asked(split: str | None, *settings: str) -> set[str]:
+        loaded = build_variants(
+            "mini.py",
+            store=Store(place / "posttrain-store"),
+            axes=[read_axis(AXIS[1])],
+            seeds=[0],
+            settings=settings,
+            suite="pairs.toml",
+            split=split,
+        ).loaded
+        inputs = loaded.graph.nodes[loaded.graph.target].inputs
+        return {name for name in ("sums", "copies") if f"domains.{name}" in inputs}
+
+    assert asked(None) == {"sums"}
+    assert asked("heldout") == {"sums", "copies"}
+    assert asked(None, "evaluation.split=heldout") == {"sums", "copies"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,14 @@ from posttrain.report.sweep import (
 )
 
 
-def artifact(kind: str = "evaluate", init: str = "i", **metrics: Any) -> Artifact:
+def artifact(metrics: dict[str, Any], kind: str = "evaluate", init: str = "i") -> Artifact:
     inputs = {"student": {"fingerprint": "s"}, "init": {"fingerprint": init}}
     record = {"name": "end", "kind": kind, "metrics": metrics, "inputs": inputs}
     return Artifact(path=Path("/store/artifacts/x"), record=record)
 
 
 def sweep(
-    *values: dict[int, Artifact | None], split: str | None = "validation", why: str = ""
+    *values: Mapping[int, Artifact | None], split: str | None = "validation", why: str = ""
 ) -> Sweep:
     """One axis `lr`; per value of it the target by seed."""
     settings = [{"student.lr": str(number)} for number in range(len(values))]
@@ -59,8 +60,8 @@ def sweep(
     )
 
 
-def scored(add: float, rev: float, **others: Any) -> Artifact:
-    return artifact(**{"student/add": add, "student/rev": rev}, **others)
+def scored(add: float, rev: float, init: str = "i", **others: float) -> Artifact:
+    return artifact({"student/add": add, "student/rev": rev, **others}, init=init)
 
 
 def test_quantiles_of_students_distribution() -> None:
@@ -184,14 +185,14 @@ def test_settings_that_are_the_same_stages_are_told() -> None:
 def test_other_targets_have_their_summary_metric(
     kind: str, metrics: tuple[dict[str, float], ...], best: int | None
 ) -> None:
-    made = outcome(sweep(*({0: artifact(kind, **m)} for m in metrics), split=None))
+    made = outcome(sweep(*({0: artifact(m, kind)} for m in metrics), split=None))
     assert made.metric == next(iter(metrics[0]))
     assert [n for n, row in enumerate(made.rows) if row.best] == ([] if best is None else [best])
     assert any("no evaluation" in note for note in made.notes)
 
 
 def test_several_students_have_columns_of_their_own() -> None:
-    found = measures(artifact(**{"a/add": 0.2, "a/rev": 0.4, "b/add": 0.6, "norm/a": 0.5}))
+    found = measures(artifact({"a/add": 0.2, "a/rev": 0.4, "b/add": 0.6, "norm/a": 0.5}))
     assert {key: one.value for key, one in found.items()} == {
         "accuracy of all students": pytest.approx(0.45),
         "a: Norm": 0.5,

@@ -83,7 +83,7 @@ def run(
     rows = plan_graph(loaded.graph, place)
     _summary(out, loaded, rows, place)
     _remember_names(place, rows)
-    tables = _show_data(out, loaded, rows, place)
+    tables = show_data(out, loaded, rows, place)
     view = LiveView(rows, loaded.graph, out)
     failure = None
     try:
@@ -123,7 +123,7 @@ def run(
     if as_json:
         result = {"recipe": loaded.name, "seed": loaded.seed, "seconds": round(seconds, 3)}
         result |= {"stages": stages, "warnings": warnings}
-        result["data"] = tables if data.all_read(tables) else _data(loaded, rows, place)
+        result["data"] = tables if data.all_read(tables) else data_of(loaded, rows, place)
         if evaluation:
             result["evaluation"] = {key: evaluation[key] for key in SUMMARY if key in evaluation}
         emit(result)
@@ -255,10 +255,10 @@ def plan(
         ]
         told = {"recipe": loaded.name, "seed": loaded.seed, "stages": stages}
         told["warnings"] = warnings_of(loaded, rows)
-        emit(told | {"data": _data(loaded, rows, place)})
+        emit(told | {"data": data_of(loaded, rows, place)})
         return
     _summary(out, loaded, rows, place)
-    _show_data(out, loaded, rows, place)
+    show_data(out, loaded, rows, place)
     table = plain_table("stage", "kind", "", "reason")
     for row in rows:
         style = ACTION_STYLES[row.action]
@@ -315,14 +315,16 @@ def _summary(out: Console, loaded: Loaded, rows: Sequence[PlanRow], store: Store
     )
 
 
-def _data(loaded: Loaded, rows: Sequence[PlanRow], store: Store) -> list[dict[str, Any]]:
+def data_of(loaded: Loaded, rows: Sequence[PlanRow], store: Store) -> list[dict[str, Any]]:
+    """What there is to tell of the tables that the stages read."""
     return data.told(loaded.graph, [row.name for row in rows], store)
 
 
-def _show_data(
+def show_data(
     out: Console, loaded: Loaded, rows: Sequence[PlanRow], store: Store
 ) -> list[dict[str, Any]]:
-    found = _data(loaded, rows, store)
+    """Show what there is to tell of the tables; returns it."""
+    found = data_of(loaded, rows, store)
     if found:
         out.print(data.shown(found))
     return found

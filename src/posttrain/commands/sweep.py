@@ -17,7 +17,17 @@ from rich.text import Text
 from posttrain.commands import io
 from posttrain.commands.io import console, emit, plain_table
 from posttrain.commands.report import check_report_path
-from posttrain.commands.run import ACTION_STYLES, choose, count, make, stages_of, warn, warnings_of
+from posttrain.commands.run import (
+    ACTION_STYLES,
+    choose,
+    count,
+    data_of,
+    make,
+    show_data,
+    stages_of,
+    warn,
+    warnings_of,
+)
 from posttrain.commands.variants import Axis, Variants, build_variants, read_axes, read_seeds
 from posttrain.engine.atomic import guarded
 from posttrain.engine.errors import StageError, Waiting
@@ -91,8 +101,9 @@ def sweep(
     variants = build_variants(recipe, store=place, axes=axes, seeds=seed_list, **given)
     rows = plan_graph(variants.loaded.graph, place)
     _summary(out, variants, rows, place)
+    tables = show_data(out, variants.loaded, rows, place)
     if only_plan:
-        _show_plan(out, variants, rows, as_json=as_json)
+        _show_plan(out, variants, rows, tables, as_json=as_json)
         return
     loaded = variants.loaded
     view = LiveView(rows, loaded.graph, out)
@@ -104,8 +115,11 @@ def sweep(
     found = _collect(variants, axes, seed_list, place, view, statuses)
     made = outcome(found)
     _show(out, found, made)
+    commands = _commands(recipe, variants, found, settings or (), suite)
+    if made.best is not None and found.split == "validation":
+        command = commands[made.best.setting].replace(".split=validation", ".split=heldout")
+        out.print(Text(f"the best on held-out problems: {command}"), soft_wrap=True)
     if not no_report:
-        commands = _commands(recipe, variants, found, settings or (), suite)
         _write_page(report, variants, found, made, place, commands, warnings)
         out.print(Text(f"report: {report.absolute()}"), soft_wrap=True)
     seconds = time.monotonic() - began
@@ -113,6 +127,7 @@ def sweep(
     out.print(Text(f"{loaded.name}: {told} in {duration(seconds)}", "bold"))
     if as_json:
         end = {"seconds": round(seconds, 3), "stages": stages, "warnings": warnings}
+        end["data"] = data_of(loaded, rows, place)
         emit(_json(variants, found, made) | end)
     if failure is not None:
         raise failure
@@ -217,7 +232,14 @@ def _summary(out: Console, variants: Variants, rows: Sequence[PlanRow], store: S
     )
 
 
-def _show_plan(out: Console, variants: Variants, rows: Sequence[PlanRow], *, as_json: bool) -> None:
+def _show_plan(
+    out: Console,
+    variants: Variants,
+    rows: Sequence[PlanRow],
+    tables: Sequence[Mapping[str, Any]],
+    *,
+    as_json: bool,
+) -> None:
     if as_json:
         emit(
             {
@@ -243,6 +265,7 @@ def _show_plan(out: Console, variants: Variants, rows: Sequence[PlanRow], *, as_
                     for row in rows
                 ],
                 "warnings": warnings_of(variants.loaded, rows),
+                "data": tables,
             }
         )
         return

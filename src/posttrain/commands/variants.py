@@ -282,7 +282,7 @@ def _labels(
         for end, axis in zip(ends, axes, strict=True)
     ]
     values = [dict(zip(axis.values, _short(axis.values), strict=True)) for axis in axes]
-    found = []
+    found: list[Mapping[str, str]] = []
     for number, seed in places:
         label = {
             name: value[combinations[number][axis.key]]

@@ -140,6 +140,10 @@ class Builder:
                     f"stage {stage.name!r} ({stage.kind}), field 'domain_shares': {problem}"
                 )
 
+    def told(self, kind: str, name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """The settings of a stage that is not there yet, overrides included, unchecked."""
+        return self._overrides.apply(kind, name, settings)
+
     def values(self, stage: str, field: str) -> list[Any]:
         """The value of a setting, or all at the ends of its schedule. `kl.domains` is a setting of
         a choice; [] where nothing was chosen, or where the stage has no such setting."""

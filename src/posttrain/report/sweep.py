@@ -203,7 +203,7 @@ def outcome(sweep: Sweep) -> Outcome:
     units = {key: one.unit for values in found.values() for key, one in values.items()}
     if metric is not None:
         units = {metric: units[metric]} | units
-    rows = []
+    rows: list[Row] = []
     for setting in range(len(sweep.settings)):
         own = {run.seed: found[setting, run.seed] for run in sweep.of(setting) if run.artifact}
         by_measure = {
