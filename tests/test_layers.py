@@ -58,8 +58,8 @@ ALLOWED: dict[str, set[str]] = {
     "language.loader": {"engine", "recipe", "language", "suites"},
     "commands": {
         "engine", "report", "backends", "stages", "stages.kinds", "stages.step_checkpoint",
-        "stages.worker", "recipe",
-        "language", "language.loader", "backends.checkpoint_source",
+        "stages.worker", "recipe", "language", "language.loader",
+        "backends.checkpoint_source", "suites",
     },
     "cli": {"engine", "commands", "package"},
     "__main__": {"cli"},
@@ -91,7 +91,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "language.loader": {"pydantic"},
     "stages.step_checkpoint": {"safetensors"},
     "stages.worker": {"torch"},
-    "commands": {"typer", "rich", "safetensors", "transformers", "torch"},
+    "commands": {"typer", "rich", "safetensors", "transformers", "torch", "tokenizers"},
     "cli": {"typer", "rich"},
     "__main__": set(),
 }

@@ -184,7 +184,8 @@ def test_groups_with_unequal_rewards_come_first_and_domains_keep_their_share(
     tmp_path: Path, domains: Mapping[str, str]
 ) -> None:
     ctx = Context(name="rl", work=tmp_path, inputs=domains, threads=1)
-    problems = ProblemSampler(Rl(steps=1), ctx, RolloutLog(ctx.out))
+    rows = {name: ctx.problems(name, "train") for name in ctx.domains}
+    problems = ProblemSampler(Rl(steps=1), ctx, RolloutLog(ctx.out), rows)
     s = Rl(steps=1, group_size=2, prompts_per_step=2, draw=InTurn(dynamic_sampling=1))
     assert len(problems.draw(s, 0, [])) == 2
     first = drawn(FIRST)

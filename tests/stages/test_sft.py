@@ -187,7 +187,9 @@ def test_pretraining_begins_with_the_weights_that_were_drawn(
 
 
 def test_documents_longer_than_the_model_are_refused(pretrain: Callable[..., Any]) -> None:
-    with pytest.raises(ConfigError, match=r"a row of \d+ tokens.* 12 positions"):
+    with pytest.raises(
+        ConfigError, match=r"172 of 172 rows do not fit the 12 positions.*\d+ tokens.*on_long"
+    ):
         pretrain(max_positions=12)
 
 

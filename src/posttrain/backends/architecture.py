@@ -231,3 +231,9 @@ def _close(one: Tensor, other: Tensor) -> bool:
     tolerance = 1e-3 if one.dtype in (torch.float32, torch.float64) else 5e-2
     scale = max(1.0, float(other.abs().max()))
     return bool((one - other).abs().max() <= tolerance * scale)
+
+
+def positions_of(config: Any) -> int | None:
+    """How many tokens a model reads at once, by its config; None without a limit."""
+    positions: int | None = getattr(config, "max_position_embeddings", None)
+    return positions

@@ -10,14 +10,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from posttrain.backends.architecture import check_plain, path_of
+from posttrain.backends.architecture import check_plain, path_of, positions_of
 from posttrain.backends.base import Head
 from posttrain.backends.chat import Chat
 from posttrain.engine.errors import ConfigError
@@ -181,7 +182,31 @@ def chat_of(language_model: LanguageModel) -> Chat:
         stop_ids=language_model.stop_ids,
         pad_id=language_model.pad_id,
         num_ids=int(layer.weight.shape[0]),
-        max_positions=getattr(model.config, "max_position_embeddings", None),
+        max_positions=positions_of(model.config),
+    )
+
+
+def read_chat(path: str | Path) -> Chat:
+    """Text to tokens of a checkpoint, and back, without its weights. Raises ConfigError for files
+    that cannot be read, and without a stop token."""
+    path, what = Path(path), "a language model"
+    config = read_config(path, what=what)
+    with _readable(path, what):
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    generation = (
+        GenerationConfig.from_pretrained(path)
+        if (path / "generation_config.json").exists()
+        else GenerationConfig.from_model_config(config)
+    )
+    # As much of a model as a language model without weights has.
+    model = SimpleNamespace(generation_config=generation, config=config)
+    speaking = LanguageModel(model=model, tokenizer=tokenizer)
+    return Chat(
+        tokenizer,
+        stop_ids=speaking.stop_ids,
+        pad_id=speaking.pad_id,
+        num_ids=int(getattr(config, "vocab_size", len(tokenizer))),
+        max_positions=positions_of(config),
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from posttrain.backends.architecture import path_of
+from posttrain.backends.architecture import path_of, positions_of
 from posttrain.backends.base import Head
 from posttrain.backends.cpu.flat import FlatPass
 from posttrain.backends.cpu.fused import is_fusable
@@ -47,7 +47,7 @@ def forward_passes(
     if not len(batch):
         return
     longest = int(batch.length_B.max())
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = positions_of(model.config)
     if limit is not None and longest > limit:
         raise ConfigError(
             f"a row of {longest} tokens, prompt and response, does not fit the {limit} positions "

@@ -15,6 +15,7 @@ on-policy context distillation).
 
 from __future__ import annotations
 
+import json
 import string
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
@@ -38,6 +39,12 @@ def asked(row: Mapping[str, Any]) -> Asked:
     """What a model is shown of a row: its messages where it has them, else its prompt."""
     messages: Sequence[Message] | None = row.get("messages")
     return row["prompt"] if messages is None else messages
+
+
+def asked_key(shown: Asked) -> Any:
+    """What is asked as a key of a dict: the text, or the messages in a form that can be hashed."""
+    # A tuple, so that no text is taken for a conversation.
+    return shown if isinstance(shown, str) else (json.dumps(shown, sort_keys=True, default=str),)
 
 
 def last_user_text(row: Mapping[str, Any]) -> str:
@@ -69,7 +76,35 @@ def readable(messages: Sequence[Message]) -> str:
     return "\n\n".join(f"{message['role']}: {message.get('content') or ''}" for message in said)
 
 
-def demonstrated(rows: Iterable[Problem]) -> list[Problem]:
+def shown_text(row: Mapping[str, Any]) -> str:
+    """All that a model is shown of a row as one text, to be compared with that of other rows."""
+    shown = asked(row)
+    if isinstance(shown, str):
+        return shown
+    parts = []
+    for message in shown:
+        rest = {key: value for key, value in message.items() if key not in ("role", "content")}
+        more = f" {json.dumps(rest, sort_keys=True, ensure_ascii=False)}" if rest else ""
+        parts.append(f"{message['role']}: {message.get('content') or ''}{more}")
+    return "\n\n".join(parts)
+
+
+def learned_part(row: Mapping[str, Any]) -> tuple[Asked, str] | None:
+    """What a model is shown, and the response that it learns after it: the demonstration. Of a
+    conversation that ends with somebody else, what the assistant said last. None without either.
+    """
+    if row.get("demo") is not None:
+        return asked(row), row["demo"]
+    # In a mode the demonstration is one of that mode, which an earlier turn need not be.
+    messages = (row.get("messages") or ()) if row.get("mode") is None else ()
+    for place in range(len(messages) - 1, 0, -1):
+        content = messages[place].get("content")
+        if messages[place]["role"] == "assistant" and isinstance(content, str) and content:
+            return messages[:place], content
+    return None
+
+
+def learned_rows(rows: Iterable[Problem]) -> list[Problem]:
     """Every demonstration as a row of its own: `demo`, and each of the further ones in `demos`.
 
     The rows of one problem follow each other and keep its id.

@@ -1,4 +1,4 @@
-"""`chat`: talk to a checkpoint, one message at a time."""
+"""`chat`: talk to a checkpoint."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:  # it imports torch
 
 MAX_NEW_TOKENS = 256
 """Length of a response unless the model has fewer positions left."""
+RESET = "/reset"
+"""What starts a conversation anew."""
 
 
 def chat(
@@ -38,9 +40,13 @@ def chat(
         int | None, typer.Option("--max-new-tokens", min=1, help="Longest response.")
     ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the sampling.")] = 0,
+    system: Annotated[
+        str | None, typer.Option("--system", metavar="TEXT", help="System message before all.")
+    ] = None,
     store: io.StorePath = io.DEFAULT_STORE,
 ) -> None:
-    """Talk to a model, one message at a time."""
+    """Talk to a model. It answers in the light of what was said before; `/reset` starts anew and an
+    empty line ends."""
     import torch
     import transformers
 
@@ -50,15 +56,17 @@ def chat(
     messages: Any = transformers.utils.logging
     messages.disable_progress_bar()
     sampler = new_backend(os.environ).sampler(directory, dtype=torch.float32)
-
-    def answer(message: str, seed: int) -> str:
-        return _answer(sampler, message, temperature=temperature, limit=max_new_tokens, seed=seed)
-
+    talk = Conversation(sampler, system=system, temperature=temperature, limit=max_new_tokens)
     if prompt is not None:
-        print(answer(prompt, seed))
+        print(talk.answer(prompt, seed))
         return
     out = console()
-    out.print(Text(f"{model}: each message is answered by itself; an empty line ends", "dim"))
+    how = (
+        f"{RESET} starts anew"
+        if talk.remembers
+        else "the model's tokenizer has no chat template, so each message is answered by itself"
+    )
+    out.print(Text(f"{model}: {how}; an empty line ends", "dim"))
     while True:
         try:
             message = input("> ").strip()
@@ -67,7 +75,14 @@ def chat(
             return
         if not message:
             return
-        out.print(Text(answer(message, seed), "green"))
+        if message == RESET:
+            talk.reset()
+            out.print(Text("a new conversation", "dim"))
+            continue
+        reply = talk.answer(message, seed)
+        if talk.dropped:
+            out.print(Text(talk.dropped, "dim"))
+        out.print(Text(reply, "green"))
         seed += 1
 
 
@@ -89,19 +104,66 @@ def find_model(root: Path, text: str) -> Path:
     return artifact.path
 
 
-def _answer(
-    sampler: Sampler, message: str, *, temperature: float, limit: int | None, seed: int
-) -> str:
-    """One response to one message, without what was said before, as in training; greedy at
-    temperature 0."""
-    chat = sampler.chat
-    ids = chat.prompt(message)
-    room = MAX_NEW_TOKENS if chat.max_positions is None else chat.max_positions - len(ids)
-    batch = sampler.sample(
-        [ids],
-        group_size=1,
-        max_new_tokens=limit or max(1, min(MAX_NEW_TOKENS, room)),
-        temperature=temperature,
-        seed=seed,
-    )
-    return chat.decode(batch.responses()[0])
+class Conversation:
+    """What was said to a model and what it answered."""
+
+    def __init__(
+        self, sampler: Sampler, *, system: str | None, temperature: float, limit: int | None
+    ) -> None:
+        """`limit` is the length of a response; without one it is `MAX_NEW_TOKENS`, or what the
+        positions leave. Raises ConfigError for a system message where there is no chat template."""
+        self.sampler, self.temperature, self.limit = sampler, temperature, limit
+        self.remembers = sampler.chat.tokenizer.chat_template is not None
+        """Whether a message is answered in the light of those before it."""
+        if system is not None and not self.remembers:
+            raise ConfigError(
+                "--system: the model's tokenizer has no chat template, which says where a system "
+                "message stands; leave --system out, or talk to a checkpoint with a template"
+            )
+        self.system = [] if system is None else [{"role": "system", "content": system}]
+        self.said: list[dict[str, str]] = []
+        self.dropped = ""
+        """Which messages the last answer no longer read, in words; empty where it read all."""
+
+    def reset(self) -> None:
+        """Forget what was said; the system message stays."""
+        self.said = []
+
+    def answer(self, message: str, seed: int) -> str:
+        """The model's answer; greedy at temperature 0. The oldest turns are forgotten where all do
+        not fit its positions. Raises ConfigError for a message that is too long by itself."""
+        chat, asked = self.sampler.chat, {"role": "user", "content": message}
+        if not self.remembers:
+            self.said = []
+        ids = chat.prompt([*self.system, *self.said, asked])
+        count = 0
+        while self.said and self._room(ids) < self._wanted():
+            # A turn is what the user said and what was answered.
+            self.said, count = self.said[2:], count + 2
+            ids = chat.prompt([*self.system, *self.said, asked])
+        self.dropped = (
+            f"the model has {chat.max_positions} positions: the oldest {count} messages are "
+            f"forgotten ({RESET} starts anew)"
+            if count
+            else ""
+        )
+        batch = self.sampler.sample(
+            [ids],
+            group_size=1,
+            max_new_tokens=self.limit or max(1, min(MAX_NEW_TOKENS, self._room(ids))),
+            temperature=self.temperature,
+            seed=seed,
+        )
+        reply = chat.decode(batch.responses()[0])
+        self.said += [asked, {"role": "assistant", "content": reply}]
+        return reply
+
+    def _room(self, ids: list[int]) -> int:
+        """Tokens that are left for a response."""
+        positions = self.sampler.chat.max_positions
+        return MAX_NEW_TOKENS if positions is None else positions - len(ids)
+
+    def _wanted(self) -> int:
+        """The room that a response is to have: as asked for, else a quarter of the positions."""
+        positions = self.sampler.chat.max_positions or MAX_NEW_TOKENS
+        return self.limit or min(MAX_NEW_TOKENS, max(1, positions // 4))

@@ -3,6 +3,7 @@
     store.json                                  {"format": 1}; also the lock between runs and gc
     hashes.json                                 hashes of large files from outside (hashes.py)
     names.json                                  what later runs call artifacts (names.py)
+    cache/                                      what was found in tables from outside, by content
     artifacts/<kind>/<name>-<fp[:12]>/          record.json and files; committed, never changed
     work/<fp[:12]>/                             out/ being filled, step checkpoints, log.txt, ...
     work/<fp[:12]>.lock                         held by whoever works on it
@@ -43,6 +44,9 @@ from posttrain.engine.record import (
 )
 from posttrain.engine.work import CODE_DIFF, METRICS, Work, open_work, read_warnings
 
+CACHE = "cache"
+"""The directory with what can be had again at the cost of some time."""
+
 
 class Store:
     """A store at `root`. Making one writes nothing; the directory appears with the first work
@@ -56,6 +60,11 @@ class Store:
         self.hashes = FileHashes(self.root / HASHES)
         self.names = Names(self.root / NAMES)
         self._check()
+
+    @property
+    def cache(self) -> Path | None:
+        """Where what can be had again is remembered; None before the store is there."""
+        return self.root / CACHE if (self.root / "store.json").is_file() else None
 
     # -- reading ---------------------------------------------------------------------------------
 

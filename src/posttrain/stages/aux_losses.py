@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from torch import Tensor
 from posttrain.algorithms import Aux
 from posttrain.backends.base import AuxLoss, Metrics, TokenLoss
 from posttrain.backends.chat import Chat
-from posttrain.backends.prompting import Problem, in_modes
+from posttrain.backends.prompting import Problem, in_modes, learned_part, learned_rows
 from posttrain.engine.errors import ConfigError
 from posttrain.engine.graph import edge_name, named
 from posttrain.engine.jsonl import read_jsonl
@@ -29,6 +29,7 @@ from posttrain.rl.batch import Batch
 from posttrain.rl.seeds import named_seed
 from posttrain.stages.context import Context
 from posttrain.stages.data import Pool
+from posttrain.stages.lengths import Reader, cut_spans, cut_to, demo_spans, fit_demos
 
 EDGE = "aux"
 """First part of the names of the edges with auxiliary data, and of the metrics."""
@@ -40,6 +41,8 @@ class AuxSettings(Protocol):
     @property
     def seed(self) -> int: ...
     @property
+    def on_long(self) -> str: ...
+    @property
     def aux(self) -> Mapping[str, Aux]: ...
 
 
@@ -48,12 +51,18 @@ class AuxData:
 
     def __init__(self, settings: AuxSettings, ctx: Context, chat: Chat) -> None:
         """Reads the edges `aux.NAME` (an artifact with data.jsonl) and `aux.NAME.DOMAIN` (the
-        demonstrations of a domain). Raises ConfigError for a name of `settings.aux` without data.
+        demonstrations of a domain). Raises ConfigError for a name of `settings.aux` without data,
+        and for rows that are too long.
         """
         self.chat = chat
+        reader = Reader(name="the model that learns", chat=chat)
+        self.limit = cut_to(settings, [reader])
         # Not the stage's seed: the rows must not come in the order in which its own come.
         self.pools = {
-            name: Pool(rows, seed=named_seed(EDGE, settings.seed, name))
+            name: Pool(
+                fit_demos(rows, settings, ctx, [reader]),
+                seed=named_seed(EDGE, settings.seed, name),
+            )
             for name, rows in aux_rows(settings, ctx).items()
         }
 
@@ -65,7 +74,7 @@ class AuxData:
         found = []
         for name, pool in self.pools.items():
             aux = step_settings.aux[name]
-            batch = demo_batch(pool.draw(update, aux.batch_size), self.chat)
+            batch = demo_batch(pool.draw(update, aux.batch_size), self.chat, limit=self.limit)
             count = batch.num_tokens
             found.append(
                 AuxLoss(
@@ -95,19 +104,25 @@ def token_cross_entropy(
     return total, {"loss": total.detach() / divisor}
 
 
-def demo_batch(rows: Sequence[Problem], chat: Chat) -> Batch:
-    """Prompts with their demonstrations, whose tokens are those to learn."""
-    return Batch.from_tokens(
-        [chat.prompt(row["prompt"], row.get("mode")) for row in rows],
-        [chat.response(row["prompt"], row["demo"], row.get("mode")) for row in rows],
-        pad_id=chat.pad_id,
-    )
+def demo_batch(
+    rows: Sequence[Problem], chat: Chat, *, loss_on: str = "all", limit: int | None = None
+) -> Batch:
+    """Prompts with their demonstrations, whose tokens are those to learn; one row each.
+
+    Of a conversation also what the assistant said before is learned, unless `loss_on` is "last".
+    Rows longer than `limit` lose their end.
+    """
+    spans = [demo_spans(row, chat, loss_on=loss_on) for row in rows]
+    if limit is not None:
+        spans = [cut_spans(row, limit) for row in spans]
+    return Batch.from_spans(spans, pad_id=chat.pad_id)
 
 
 def aux_rows(settings: AuxSettings, ctx: Context) -> dict[str, dict[str, list[Problem]]]:
     """Name of each auxiliary loss to its rows with prompt and demo, by domain.
 
-    Demonstrations of domains are in each of the loss's `modes`, as in `in_modes`.
+    Demonstrations of domains are in each of the loss's `modes`, as in `in_modes`, each a row of its
+    own.
     """
     return {name: _rows_of(ctx, name, aux.modes) for name, aux in sorted(settings.aux.items())}
 
@@ -125,8 +140,7 @@ def _rows_of(ctx: Context, name: str, modes: Sequence[str]) -> dict[str, list[Pr
             f"stage {ctx.name!r}: aux = {name!r} has a weight and no data; give both in the "
             f"recipe: aux={{{name!r}: (r.demos(...), weight)}}"
         )
-    check_demonstrated(demos, ctx.name)
-    return demos
+    return with_demonstrations(demos, ctx)
 
 
 def rows_by_domain(path: Path, stage: str) -> dict[str, list[Problem]]:
@@ -135,23 +149,39 @@ def rows_by_domain(path: Path, stage: str) -> dict[str, list[Problem]]:
     The rows of a mix stand in one group, whatever their domains: its shares are to stay.
     """
     rows: dict[str, list[Problem]] = {}
-    for row in read_jsonl(path):
-        rows.setdefault(row.get("pool", row["domain"]), []).append(row)
+    for row in learned_rows(read_jsonl(path)):
+        rows.setdefault(str(row.get("pool", row["domain"])), []).append(row)
     if not rows:
         raise ConfigError(f"stage {stage!r}: its data has no rows; loosen the selection")
     return dict(sorted(rows.items()))
 
 
-def check_demonstrated(demos: Mapping[str, Sequence[Mapping[str, Any]]], stage: str) -> None:
-    """Raise ConfigError for a domain with a problem that has no demonstration."""
+def with_demonstrations(
+    demos: Mapping[str, Sequence[Problem]], ctx: Context
+) -> dict[str, list[Problem]]:
+    """Every demonstration of these problems as a row of its own, by domain.
+
+    Problems without one are left out, which is told. Raises ConfigError for a domain that has no
+    demonstration at all.
+    """
+    found: dict[str, list[Problem]] = {}
     for name, problems in demos.items():
-        missing = next((p for p in problems if p["demo"] is None), None)
-        if missing is not None:
+        shown = [problem for problem in problems if learned_part(problem) is not None]
+        missing = next((problem for problem in problems if learned_part(problem) is None), None)
+        if missing is not None and shown:
+            ctx.warn(
+                f"{len(problems) - len(shown)} of {len(problems)} problems of domain {name!r} have "
+                f"no demonstration and are not learned, the first of them {missing['id']}; add "
+                "their demonstrations to the table"
+            )
+        elif missing is not None:
             thinks = missing.get("mode") == "think"
             raise ConfigError(
-                f"stage {stage!r}: domain {name!r} has no "
+                f"stage {ctx.name!r}: domain {name!r} has no "
                 + ("thinking demonstration" if thinks else "demonstration")
                 + f" for problem {missing['id']}; name its column with "
                 + ("`thought = ...`" if thinks else "`demo = ...`")
                 + " in the suite, or leave the domain out of `data`"
             )
+        found[name] = learned_rows(shown)
+    return found

@@ -27,6 +27,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from posttrain.backends.base import Backend, Learner, LearnerSettings, Sampler, Scorer
+from posttrain.backends.chat import Chat
+from posttrain.backends.checkpoint import read_chat
 from posttrain.backends.prompting import in_modes
 from posttrain.engine.atomic import fsync
 from posttrain.engine.errors import ConfigError, StageError
@@ -170,6 +172,10 @@ class Context:
         dtype = getattr(torch, precision)
         return self.backend.scorer(self._directory(source), dtype=dtype, scalar=scalar)
 
+    def chat(self, edge: str) -> Chat:
+        """Text to tokens of the model of an edge, and back, without loading its weights."""
+        return read_chat(self.inputs[edge])
+
     def _directory(self, source: Any) -> Any:
         return self.inputs[source] if isinstance(source, str) else source
 
@@ -240,7 +246,8 @@ class Context:
         if chosen:
             rows = [row for row in rows if row["domain"] == domain]
         if not rows:
-            raise ConfigError(f"domain {domain!r}: its {split} split has no problems")
+            fix = "" if split == "train" else f"; leave {split} = 0 out of the suite, or the domain"
+            raise ConfigError(f"domain {domain!r}: its {split} split has no problems{fix}")
         return in_modes(rows, modes)
 
     def log(self, step: int, total: int, *, tokens: int, **metrics: float) -> None:

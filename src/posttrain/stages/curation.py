@@ -16,7 +16,7 @@ import numpy as np
 from transformers import AutoTokenizer
 
 from posttrain.algorithms import Near
-from posttrain.backends.prompting import Problem
+from posttrain.backends.prompting import Problem, learned_rows, shown_text
 from posttrain.engine.errors import ConfigError
 from posttrain.engine.jsonl import read_jsonl, write_jsonl
 from posttrain.stages.context import Context
@@ -169,12 +169,12 @@ def run_mix(settings: Mix, ctx: Context) -> dict[str, float]:
 def part_rows(part: Part, ctx: Context, seed: int) -> list[Row]:
     """All rows of a source. Raises ConfigError where it has none, or no demonstrations."""
     if part.edge is not None:
-        rows = list(read_jsonl(ctx.inputs[part.edge] / "data.jsonl"))
+        rows = learned_rows(read_jsonl(ctx.inputs[part.edge] / "data.jsonl"))
         if not rows:
             raise ConfigError(f"stage {ctx.name!r}: its source {part.edge} has no rows")
         return rows
     found = demonstrated(ctx, part.domains, modes=part.modes, noise=part.demo_noise, seed=seed)
-    fields = ("id", "domain", "prompt", "demo", "mode")
+    fields = ("id", "domain", "prompt", "demo", "mode", "messages")
     return [pick(problem, *fields) for problems in found.values() for problem in problems]
 
 
@@ -214,10 +214,11 @@ def row_counts(
 
 def run_dedup(settings: Dedup, ctx: Context) -> dict[str, float]:
     """Write data.jsonl: of rows that count as the same the first one, in their order."""
-    rows = [row for path in edges(ctx, "data") for row in read_jsonl(path / "data.jsonl")]
+    paths = [path / "data.jsonl" for path in edges(ctx, "data")]
+    rows = learned_rows(row for path in paths for row in read_jsonl(path))
     if not rows:
         raise ConfigError(f"stage {ctx.name!r} (dedup): its data has no rows")
-    texts = ["\n".join(row[field] for field in FIELDS[settings.of]) for row in rows]
+    texts = ["\n".join(compared(row, field) for field in FIELDS[settings.of]) for row in rows]
     # The answer to one prompt in two modes is two things to learn.
     marks = ["" if settings.of == "prompt" else str(row.get("mode")) for row in rows]
     first = first_of_each(list(zip(marks, texts, strict=True)))
@@ -233,6 +234,11 @@ def run_dedup(settings: Dedup, ctx: Context) -> dict[str, float]:
     few_kept(ctx, len(first), len(rows), "rows", f"check what repeats (of = {settings.of!r})")
     write_jsonl(ctx.out / "data.jsonl", (rows[i] for i in first))
     return {"rows": len(first), "kept_share": len(first) / len(rows)}
+
+
+def compared(row: Row, field: str) -> str:
+    """What `dedup` reads of a row; a prompt is all that the model is shown."""
+    return shown_text(row) if field == "prompt" else str(row[field] or "")
 
 
 def first_of_each(keys: list[tuple[str, str]]) -> list[int]:

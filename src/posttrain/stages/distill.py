@@ -48,7 +48,8 @@ from posttrain.schedules import learning_rate
 from posttrain.stages.aux_losses import AuxData, pop_metrics
 from posttrain.stages.context import Context
 from posttrain.stages.data import Batches
-from posttrain.stages.rollout import rollout, verifiers
+from posttrain.stages.lengths import Reader, fit_prompts
+from posttrain.stages.rollout import rollout, verified_mean, verifiers
 from posttrain.stages.settings.distill import Distill
 from posttrain.stages.signs import cut_responses
 from posttrain.stages.teachers import Teachers
@@ -62,6 +63,13 @@ def run(settings: Distill, ctx: Context) -> dict[str, float]:
     teachers = Teachers(settings, ctx, policy.chat)
     domains = tuple(ctx.domains)
     problems_of = {name: ctx.problems(name, "train", settings.modes) for name in domains}
+    problems_of = fit_prompts(
+        problems_of,
+        settings,
+        ctx,
+        [Reader(name="the student", chat=policy.chat), *teachers.readers(settings)],
+        new_tokens=max(settings.possible("max_new_tokens")),
+    )
     batches = Batches(problems_of, settings, size="prompts_per_step", stage=ctx.name)
     aux = AuxData(settings, ctx, policy.chat)
     for step, s in ctx.steps(settings, settings.steps, replayed=[batches], policy=policy):
@@ -83,7 +91,9 @@ def run(settings: Distill, ctx: Context) -> dict[str, float]:
         # What each row counts, and what its reward is worth.
         batch["domain_B"] = torch.tensor([domains.index(p["domain"]) for p in batch.problems])
         batch["loss_weight_B"] = loss_weights(s, domains, batch)
-        batch["advantage_B"] = advantages(batch["reward_B"], batch["group_B"], mode="group_mean")
+        # Where nobody verifies the reward is the same for all, and its advantage 0.
+        reward_B = batch["reward_B"].nan_to_num(nan=0.0)
+        batch["advantage_B"] = advantages(reward_B, batch["group_B"], mode="group_mean")
         # Update: one optimiser step on each share of the rows.
         no_states = isinstance(s.estimator, SampledToken | TopK)
         heads = () if no_states else teachers.heads
@@ -106,8 +116,9 @@ def run(settings: Distill, ctx: Context) -> dict[str, float]:
         metrics |= per_domain_metrics(sums, domains, batch.num_tokens)
         metrics["response_length"] = float(batch.sampled_len_B.float().mean())
         metrics["finished_share"] = float(batch["finished_B"].float().mean())
-        if settings.rewarded:
-            metrics["reward"] = float(batch["reward_B"].mean())
+        reward = verified_mean(batch["reward_B"]) if settings.rewarded else None
+        if reward is not None:
+            metrics["reward"] = reward
         for number, name in enumerate(teachers.names):
             metrics[f"rows/{name}"] = float((batch["teacher_B"] == number).sum())
         ctx.log(step + 1, settings.steps, tokens=batch.num_tokens, **s.scheduled(), **metrics)

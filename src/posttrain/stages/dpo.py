@@ -4,14 +4,16 @@ The reference never changes, so its log-probabilities are computed once before t
 response only their sum is kept: that is all a loss reads of it. The chosen and the rejected
 responses of a step go through the model together.
 
-Legend: B rows (two per pair, chosen first), P pairs, N sampled tokens (those of the responses), V
-vocabulary.
+KTO needs no pairs: it also learns from single responses that are called desirable or undesirable
+(`r.preferences(..., label=...)`), each of which is a row by itself.
+
+Legend: B rows (two per pair, chosen first; one per single response), P pairs, N sampled tokens
+(those of the responses), V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import chain
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -19,6 +21,7 @@ from torch import Tensor
 from posttrain.algorithms import Dpo, DpoNorm, Ipo, Kto, Preference, SimPO
 from posttrain.backends.base import Learner, Metrics, Scorer, TokenLoss
 from posttrain.backends.chat import Chat, check_same_tokens
+from posttrain.backends.prompting import asked
 from posttrain.engine.errors import ConfigError
 from posttrain.losses.ops import row_sums
 from posttrain.losses.preference import (
@@ -35,9 +38,12 @@ from posttrain.schedules import learning_rate
 from posttrain.stages.aux_losses import AuxData, pop_metrics
 from posttrain.stages.context import Context
 from posttrain.stages.data import Batches
-from posttrain.stages.rows import SIDES, Pair, read_pairs
+from posttrain.stages.lengths import Reader, cut, cut_to, fit_responses, smallest
+from posttrain.stages.rows import SIDES, Pair, numbered, read_pairs
 from posttrain.stages.settings.offline import DpoStage
 
+RESPONSES = (*SIDES, "response")
+"""Fields of a row that have a response, as far as it has them."""
 PAIRS_PER_CALL = 512
 """Pairs that the reference reads at once."""
 
@@ -46,33 +52,48 @@ def run(settings: DpoStage, ctx: Context) -> dict[str, float]:
     """Train `start` on the pairs of its data."""
     policy = ctx.learner(settings)
     chat = policy.chat
-    by_domain = read_pairs(ctx)
-    pairs = list(chain.from_iterable(by_domain.values()))
-    counted_V = counted_tokens(chat, mask_formatting=settings.mask_formatting)
-    aux = AuxData(settings, ctx, chat)
     # The start is its own reference: read here, before a step or a checkpoint changes its weights.
     reference = None if isinstance(settings.loss, SimPO) else reference_model(settings, ctx, policy)
+    readers = [Reader(name="the model that learns", chat=chat)]
+    if reference is not None:
+        # It has the policy's tokens, so its rows need not be encoded again.
+        positions = reference.chat.max_positions
+        readers += [Reader(name="the reference", chat=chat, positions=positions)]
+    by_domain = fit_responses(read_pairs(ctx), settings, ctx, readers, fields=RESPONSES)
+    pairs = numbered(by_domain)
+    single = check_form(pairs, settings.loss)
+    limit, crossed_limit = cut_to(settings, readers), smallest(readers)
+    rows_each = 1 if single else len(SIDES)
+    counted_V = counted_tokens(chat, mask_formatting=settings.mask_formatting)
+    aux = AuxData(settings, ctx, chat)
     others = mismatched(pairs) if isinstance(settings.loss, Kto) else None
     if reference is not None:
-        ref_logp_B = response_sums(reference, pairs, chat, counted_V)
+        ref_logp_B = response_sums(reference, pairs, chat, counted_V, limit=limit)
     if reference is not None and others is not None:
-        other_ref_logp_B = response_sums(reference, pairs, chat, counted_V, others)
+        other_ref_logp_B = response_sums(
+            reference, pairs, chat, counted_V, others, limit=crossed_limit
+        )
     # A model of its own is not to stay in memory through the steps.
     del reference
     batches = Batches(by_domain, settings, size="batch_size", stage=ctx.name)
     steps = settings.num_steps(len(pairs), settings.batch_size)
     for step, s in ctx.steps(settings, steps, replayed=[batches], policy=policy):
         drawn = batches.draw(s)
-        batch = pair_batch(drawn, chat)
+        batch = pair_batch(drawn, chat, limit=limit)
         # One per token id -> one per sampled token.
         batch["counted_N"] = counted_V[batch.targets_N]
-        # From pairs to rows: pair r of all has the rows 2 r and 2 r + 1 of the reference's sums.
-        drawn_B = torch.tensor([2 * pair["row"] + side for pair in drawn for side in (0, 1)])
+        # From pairs to rows: pair r of all has the rows 2 r and 2 r + 1 of the reference's sums,
+        # and single response r has row r.
+        drawn_B = torch.tensor(
+            [rows_each * pair["row"] + side for pair in drawn for side in range(rows_each)]
+        )
         if not isinstance(s.loss, SimPO):
             batch["ref_logp_B"] = ref_logp_B[drawn_B]
         metrics = {}
         if others is not None:
-            crossed = pair_batch(drawn, chat, [others[pair["row"]] for pair in drawn])
+            crossed = pair_batch(
+                drawn, chat, [others[pair["row"]] for pair in drawn], limit=crossed_limit
+            )
             logp_B = counted_sums(crossed, policy.logprobs(crossed), counted_V)
             # KTO's z_0 (arXiv 2402.01306, section 4.1), over the whole step before it is split.
             baseline = kto_baseline(logp_B - other_ref_logp_B[drawn_B])
@@ -84,32 +105,65 @@ def run(settings: DpoStage, ctx: Context) -> dict[str, float]:
         lr = learning_rate(s, step, steps)
         sums = policy.update(
             batch,
-            TokenLoss(preference_loss, s.loss),
+            TokenLoss(single_loss if single else preference_loss, s.loss),
             count=count,
             lr=lr,
             # A pair reaches the loss whole, however the batch is split into forward passes.
-            group_rows=2,
+            group_rows=rows_each,
             aux=aux.losses(step, s),
         )
         rates = {"grad_norm": sums.pop("grad_norm"), "lr": lr}
         losses = {"loss": sums.pop("loss") / count} | pop_metrics(sums)
-        metrics |= losses | {name: value / len(drawn) for name, value in sums.items()} | rates
+        means = (
+            single_means(sums, batch)
+            if single
+            else {name: value / len(drawn) for name, value in sums.items()}
+        )
+        metrics |= losses | means | rates
         ctx.log(step + 1, steps, tokens=batch.num_tokens, **metrics, **s.scheduled())
     policy.finish()
     policy.save(ctx.out)
-    summary = {name: ctx.metrics[name] for name in ("loss", "accuracy", "margin")}
+    # A last step may have had single responses of one kind only, and so no margin.
+    said = {name: ctx.history(name) for name in ("loss", "accuracy", "margin")}
+    summary = {name: values[-1] for name, values in said.items() if values}
     return summary | {"tokens": ctx.tokens}
 
 
-def pair_batch(pairs: Sequence[Pair], chat: Chat, answers: Sequence[Pair] | None = None) -> Batch:
-    """Two rows for each pair, chosen first. `answers` are pairs whose responses stand in place of
-    the pairs' own."""
-    prompts, responses = [], []
+def check_form(pairs: Sequence[Pair], loss: Preference) -> bool:
+    """Whether these are single responses and no pairs. Raises ConfigError for a loss that cannot
+    learn from them."""
+    single = bool(pairs) and "response" in pairs[0]
+    if single and not isinstance(loss, Kto):
+        raise ConfigError(
+            f"loss = {loss.kind!r} learns from pairs, and the data are single responses, desirable "
+            "or not; use loss = 'kto'"
+        )
+    return single
+
+
+def pair_batch(
+    pairs: Sequence[Pair],
+    chat: Chat,
+    answers: Sequence[Pair] | None = None,
+    *,
+    limit: int | None = None,
+) -> Batch:
+    """Two rows for each pair, chosen first, or one for each single response, with `desirable_B`.
+
+    `answers` are pairs whose responses stand in place of the pairs' own. Rows of more than `limit`
+    tokens lose their end.
+    """
+    prompts: list[Sequence[int]] = []
+    responses: list[Sequence[int]] = []
     for pair, answer in zip(pairs, pairs if answers is None else answers, strict=True):
-        for side in SIDES:
-            prompts.append(chat.prompt(pair["prompt"], pair.get("mode")))
-            responses.append(chat.response(answer["prompt"], answer[side], answer.get("mode")))
-    return Batch.from_tokens(prompts, responses, pad_id=chat.pad_id)
+        for side in ("response",) if "response" in answer else SIDES:
+            prompts.append(chat.prompt(asked(pair), pair.get("mode")))
+            response = chat.response(asked(answer), answer[side], answer.get("mode"))
+            responses.append(cut(response, prompts[-1], limit))
+    batch = Batch.from_tokens(prompts, responses, pad_id=chat.pad_id)
+    if pairs and "response" in pairs[0]:
+        batch["desirable_B"] = torch.tensor([pair["desirable"] for pair in pairs])
+    return batch
 
 
 def mismatched(pairs: Sequence[Pair]) -> list[Pair]:
@@ -164,6 +218,54 @@ def preference_loss(
     return total, metrics | nll_metrics | logps | {"loss": total.detach()}
 
 
+def single_loss(
+    loss: Kto, logp_N: Tensor, entropy_N: Tensor, batch: Batch
+) -> tuple[Tensor, Metrics]:
+    """A `TokenLoss` of single responses, each desirable or not: KTO.
+
+    Columns: those of `preference_loss`, and `desirable_B` (bool). Metrics are sums over the rows
+    that `single_means` divides by.
+    """
+    row_N, num_rows, good_B = batch.row_N, len(batch), batch["desirable_B"]
+    score_B = response_scores(
+        logp_N, batch["counted_N"], row_N, num_rows=num_rows, ref_logp_B=batch["ref_logp_B"]
+    )
+    baseline = batch["baseline_B"][0]
+    total, metrics = kto(
+        score_B[good_B],
+        score_B[~good_B],
+        baseline,
+        beta=loss.beta,
+        desirable_weight=loss.desirable_weight,
+        undesirable_weight=loss.undesirable_weight,
+    )
+    above_B = score_B.detach() > baseline
+    logp_B = row_sums(logp_N, row_N, num_rows).detach()
+    metrics |= {
+        # On its side of the baseline: a desirable response above it, another one not.
+        "accuracy": (above_B == good_B).to(logp_B.dtype).sum(),
+        "logp_chosen": logp_B[good_B].sum(),
+        "logp_rejected": logp_B[~good_B].sum(),
+    }
+    return total, metrics | {"loss": total.detach()}
+
+
+def single_means(sums: Mapping[str, float], batch: Batch) -> dict[str, float]:
+    """The metrics of a step of single responses: of the desirable ones (chosen), of the others
+    (rejected), and `margin`, by how much the mean rewards differ. Those of a kind of response that
+    the step did not draw are left out."""
+    good = int(batch["desirable_B"].sum())
+    counts = {"chosen": good, "rejected": len(batch) - good}
+    means = {"accuracy": sums["accuracy"] / len(batch)}
+    for kind in [kind for kind, count in counts.items() if count]:
+        means |= {
+            f"{what}_{kind}": sums[f"{what}_{kind}"] / counts[kind] for what in ("reward", "logp")
+        }
+    if all(counts.values()):
+        means["margin"] = means["reward_chosen"] - means["reward_rejected"]
+    return means
+
+
 def _of_scores(
     loss: Preference, chosen_P: Tensor, rejected_P: Tensor, batch: Batch
 ) -> tuple[Tensor, Metrics]:
@@ -213,12 +315,15 @@ def response_sums(
     chat: Chat,
     counted_V: Tensor,
     answers: Sequence[Pair] | None = None,
+    *,
+    limit: int | None = None,
 ) -> Tensor:
     """`logp_B` of the rows of all pairs: sums over the counted response tokens."""
     parts = []
     for first in range(0, len(pairs), PAIRS_PER_CALL):
         here = slice(first, first + PAIRS_PER_CALL)
-        batch = pair_batch(pairs[here], chat, None if answers is None else answers[here])
+        replies = None if answers is None else answers[here]
+        batch = pair_batch(pairs[here], chat, replies, limit=limit)
         parts.append(counted_sums(batch, reference.logprobs(batch), counted_V))
     return torch.cat(parts)
 

@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 from collections import Counter
+from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,9 @@ from posttrain.rl.batch import Batch, concatenate
 from posttrain.rl.seeds import step_seed
 from posttrain.rl.statistics import Scores, evaluation, mean_interval
 from posttrain.stages.context import Context
-from posttrain.stages.judging import make_reward, responses_of
-from posttrain.stages.rollout import rollout, submit, verifiers
+from posttrain.stages.judging import judge_readers, make_reward, responses_of
+from posttrain.stages.lengths import Reader, fit_prompts
+from posttrain.stages.rollout import rollout, submit, verified_mean, verifiers
 from posttrain.stages.settings.models import Best, Evaluate
 
 
@@ -42,6 +44,7 @@ def run(settings: Evaluate, ctx: Context) -> dict[str, float]:
     verifier_pool = verifiers(ctx)
     problems = problems_by_name(settings, ctx)
     models = [edge for edge in ctx.inputs if role_of(edge) != "domains"]
+    problems = fitting(settings, ctx, models, problems)
     scores: dict[str, dict[str, Scores]] = {}
     said: dict[str, dict[str, list[str]]] = {}
     transcripts: dict[str, list[dict[str, Any]]] = {
@@ -79,6 +82,18 @@ def run(settings: Evaluate, ctx: Context) -> dict[str, float]:
     )
     summary = {f"student/{n}": row["student"]["value"] for n, row in result["domains"].items()}
     return summary if result["norm"] is None else summary | {"norm": result["norm"]}
+
+
+def fitting(
+    settings: Evaluate | Best,
+    ctx: Context,
+    edges: Sequence[str],
+    problems: dict[str, list[Problem]],
+) -> dict[str, list[Problem]]:
+    """The problems whose responses fit into the positions of the models of these edges."""
+    readers = [Reader(name=f"model {edge!r}", chat=ctx.chat(edge)) for edge in edges]
+    readers += judge_readers(getattr(settings, "judge", None), ctx)
+    return fit_prompts(problems, settings, ctx, readers, new_tokens=settings.max_new_tokens)
 
 
 def problems_by_name(settings: Evaluate, ctx: Context) -> dict[str, list[Problem]]:
@@ -192,6 +207,7 @@ def run_best(settings: Best, ctx: Context) -> dict[str, Any]:
         for name in ctx.domains
     }
     names = list(named(ctx.inputs, "candidates"))
+    problems = fitting(settings, ctx, [edge_name("candidates", n) for n in names], problems)
     answers: dict[str, list[Batch]] = {}
     for number, name in enumerate(names):
         sampler = ctx.sampler(edge_name("candidates", name), precision=settings.precision)
@@ -202,8 +218,10 @@ def run_best(settings: Best, ctx: Context) -> dict[str, Any]:
             for position, rows in enumerate(problems.values())
         ]
         tokens = sum(batch.num_tokens for batch in answers[name])
-        rewards = [float(batch["reward_B"].mean()) for batch in answers[name]]
-        ctx.log(number + 1, len(names), tokens=tokens, reward=float(np.mean(rewards)))
+        found = (verified_mean(batch["reward_B"]) for batch in answers[name])
+        rewards = [reward for reward in found if reward is not None]
+        about = {"reward": float(np.mean(rewards))} if rewards else {}
+        ctx.log(number + 1, len(names), tokens=tokens, **about)
     worths = {name: [b["reward_B"].double() for b in of_it] for name, of_it in answers.items()}
     if settings.judge is not None:
         worths = judge_scores(settings.judge, settings, ctx, answers)
@@ -233,7 +251,8 @@ def judge_scores(
     group_B = torch.cat([batch["group_B"] for batch in of_candidates])
     together = concatenate(of_candidates)
     together["group_B"] = group_B
-    reward = make_reward(judge, ctx, precision=settings.precision, seed=settings.seed)
+    cut = settings.on_long == "truncate"
+    reward = make_reward(judge, ctx, precision=settings.precision, seed=settings.seed, cut=cut)
     scores, _ = reward.score(responses_of(together))
     score_B = torch.tensor(scores, dtype=torch.float64)
     split = iter(score_B.split([len(b) for batches in answers.values() for b in batches]))
@@ -255,10 +274,11 @@ def measured(
         count = int(batch["group_B"].max()) + 1
         means.append(net_B.reshape(count, -1).mean(dim=1).numpy())
     interval = mean_interval(means, resamples=settings.bootstrap, seed=settings.seed)
-    rewards = [float(batch["reward_B"].double().mean()) for batch in answers]
+    means_B = (verified_mean(batch["reward_B"].double()) for batch in answers)
+    rewards = {n: r for n, r in zip(domains, means_B, strict=True) if r is not None}
     length = sum(batch.num_tokens for batch in answers) / sum(map(len, answers))
-    about = {"reward": float(np.mean(rewards)), "response_length": length}
-    return interval | about | {"rewards": dict(zip(domains, rewards, strict=True))}
+    reward = {"reward": float(np.mean(list(rewards.values())))} if rewards else {}
+    return interval | reward | {"response_length": length, "rewards": rewards}
 
 
 def take_over(source: Path, out: Path) -> None:

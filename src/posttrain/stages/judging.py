@@ -21,6 +21,7 @@ from torch import Tensor
 
 from posttrain.backends.base import Learner, Scorer
 from posttrain.backends.chat import Chat
+from posttrain.backends.prompting import asked
 from posttrain.backends.scalar import rewards_B
 from posttrain.engine.errors import ConfigError
 from posttrain.engine.jsonl import write_jsonl
@@ -35,7 +36,8 @@ from posttrain.rewards.people import Pair, Preference
 from posttrain.rewards.pool import VerifierPool
 from posttrain.rl.batch import Batch
 from posttrain.stages.context import Context
-from posttrain.stages.rollout import MAX_WORKERS
+from posttrain.stages.lengths import Reader, cut, fit_responses
+from posttrain.stages.rollout import MAX_WORKERS, NAN
 from posttrain.stages.rows import Row, key_of, problems_of, read_rollouts
 from posttrain.stages.settings.data import Score
 
@@ -57,6 +59,8 @@ class StageTools:
     """Type in which models compute."""
     seed: int = 0
     """The oracle's."""
+    cut: bool = False
+    """Whether responses that a model has too few positions for lose their end."""
 
     @cached_property
     def _replies(self) -> ReplyCache:
@@ -81,16 +85,27 @@ def make_reward(
     policy: Learner | None = None,
     precision: str = "float32",
     seed: int = 0,
+    cut: bool = False,
 ) -> RewardFunction:
     """A judge ready to be asked; models are loaded once, from `ctx.inputs`.
 
     The arguments are those of `StageTools`. Raises ConfigError where a judge needs what is not
     given, and what loading a model raises.
     """
-    tools = StageTools(ctx=ctx, policy=policy, precision=precision, seed=seed)
+    tools = StageTools(ctx=ctx, policy=policy, precision=precision, seed=seed, cut=cut)
     # By identity: a judge that occurs twice is made once, and its model loaded once.
     asked = {part.identity: part for part in judge.walk() if part.SCORER}
     return RewardFunction(judge, {name: part.scorer(tools) for name, part in asked.items()})
+
+
+def judge_readers(judge: Judge | None, ctx: Context) -> list[Reader]:
+    """The models inside of a judge that read whole responses, and cut none."""
+    edges = {part.model for part in judge.walk() if isinstance(part, Scalar)} if judge else ()
+    return [
+        # A response that was cut off gets a stop token, which is one more.
+        Reader(name=f"the reward model {edge.partition('.')[2]!r}", chat=ctx.chat(edge), more=1)
+        for edge in sorted(edges)
+    ]
 
 
 def responses_of(batch: Batch) -> Responses:
@@ -108,7 +123,16 @@ def responses_of(batch: Batch) -> Responses:
 def run_score(settings: Score, ctx: Context) -> dict[str, float]:
     """Write rollouts.jsonl: the rollouts of one stage or several, with `score`."""
     rows = read_rollouts(ctx)
-    reward = make_reward(settings.judge, ctx, precision=settings.precision, seed=settings.seed)
+    reward = make_reward(
+        settings.judge,
+        ctx,
+        precision=settings.precision,
+        seed=settings.seed,
+        cut=settings.on_long == "truncate",
+    )
+    # In one group: rollouts keep the order that they come in.
+    readers = judge_readers(settings.judge, ctx)
+    rows = fit_responses({"": rows}, settings, ctx, readers, fields=["response"])[""]
     scores = judge_rows(ctx, reward, rows)
     scored = [row | {"score": score} for row, score in zip(rows, scores, strict=True)]
     write_jsonl(ctx.out / "rollouts.jsonl", scored)
@@ -140,7 +164,7 @@ def responses_of_rows(ctx: Context, rows: list[Row]) -> Responses:
         group=[number[key_of(row)] for row in rows],
         finished=[row["finished"] for row in rows],
         num_tokens=[row["num_tokens"] for row in rows],
-        verdicts=[row["reward"] for row in rows],
+        verdicts=[NAN if row["reward"] is None else row["reward"] for row in rows],
     )
 
 
@@ -180,17 +204,17 @@ class ScalarJudge:
     def __init__(self, judge: Scalar, tools: StageTools) -> None:
         self.scorer = tools.ctx.scorer(judge.model, precision=tools.precision, scalar=True)
         self.squash = judge.squash
+        self.limit = self.scorer.chat.max_positions if tools.cut else None
 
     def score(self, responses: Responses) -> list[float]:
         """Real numbers, in (0, 1) where squashed. Raises ConfigError for a row that is too long."""
         # Not kept: what a policy samples comes once, and the encodings would pile up.
         chat = self.scorer.chat.fresh()
         rows = list(zip(responses.problems, responses.texts, strict=True))
-        batch = Batch.from_tokens(
-            [chat.prompt(p["prompt"], p.get("mode")) for p, _ in rows],
-            [chat.response(p["prompt"], text, p.get("mode")) for p, text in rows],
-            pad_id=chat.pad_id,
-        )
+        prompts = [chat.prompt(asked(p), p.get("mode")) for p, _ in rows]
+        said = [chat.response(asked(p), text, p.get("mode")) for p, text in rows]
+        kept = [cut(ids, prompt, self.limit) for ids, prompt in zip(said, prompts, strict=True)]
+        batch = Batch.from_tokens(prompts, kept, pad_id=chat.pad_id)
         reward_B = rewards_B(self.scorer, batch)
         scores: list[float] = (reward_B.sigmoid() if self.squash else reward_B).tolist()
         return scores

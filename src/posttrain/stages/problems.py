@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from posttrain.algorithms import Band, Gaussian, InTurn, Reprofile
-from posttrain.backends.prompting import Problem
+from posttrain.backends.prompting import Problem, asked, asked_key
 from posttrain.engine.atomic import write_whole
 from posttrain.engine.errors import ConfigError
 from posttrain.engine.jsonl import read_jsonl
@@ -47,15 +47,19 @@ Row = Mapping[str, Any]
 class ProblemSampler:
     """The problems of an rl stage and what it has learnt about them so far."""
 
-    def __init__(self, settings: Rl, ctx: Context, log: RolloutLog) -> None:
-        """Reads the problems, and the profile where there is one. Raises ConfigError where that has
-        no rate for any problem of a domain."""
+    def __init__(
+        self,
+        settings: Rl,
+        ctx: Context,
+        log: RolloutLog,
+        problems: Mapping[str, Sequence[Problem]],
+    ) -> None:
+        """Of these `problems` by domain. Reads the profile where there is one; raises ConfigError
+        where that has no rate for any problem of a domain."""
         self.out, self.log, self.watch = ctx.out, log, RlWatch(ctx)
         self.queues = {
-            name: DomainQueue(
-                ctx.problems(name, "train", settings.modes), position=position, seed=settings.seed
-            )
-            for position, name in enumerate(ctx.domains)
+            name: DomainQueue(rows, position=position, seed=settings.seed)
+            for position, (name, rows) in enumerate(problems.items())
         }
         self.shares = DomainShares(list(self.queues))
         self.wanted: dict[str, int] = {}
@@ -154,7 +158,9 @@ class ProblemSampler:
         """Take in the rollouts of a step, as the log has them; returns metrics."""
         self.watch.observe(s, rows)
         # One per response -> one per problem.
-        rates = _means([row["reward"] for row in rows], s.group_size)
+        # What a judge says, where there is no verifier.
+        found = [row["score"] if row["reward"] is None else row["reward"] for row in rows]
+        rates = _means(found, s.group_size)
         for row, rate in zip(rows[:: s.group_size], rates, strict=True):
             queue = self.queues[row["domain"]]
             if not isinstance(s.draw, InTurn) and s.draw.update_rates:
@@ -384,7 +390,7 @@ def _means(values: Sequence[float], size: int) -> list[float]:
     return [sum(values[i : i + size]) / size for i in range(0, len(values), size)]
 
 
-def _whole(row: Row) -> tuple[str, str, str | None]:
+def _whole(row: Row) -> tuple[str, Any, str | None]:
     """What tells a problem from all others, in a problem's row and in a rollout's; ids of a user's
     table may repeat."""
-    return row["id"], row["prompt"], row.get("mode")
+    return row["id"], asked_key(asked(row)), row.get("mode")

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor
 from posttrain.algorithms import BradleyTerry, Pointwise, RewardLoss
 from posttrain.backends.base import Head, HeadLoss, Metrics, Scorer
 from posttrain.backends.chat import Chat
+from posttrain.backends.prompting import asked, asked_key
 from posttrain.backends.scalar import rewards_B, scores_N
 from posttrain.engine.errors import ConfigError
 from posttrain.losses.reward import bradley_terry, pointwise, prompt_weights
@@ -31,6 +33,7 @@ from posttrain.rl.batch import Batch
 from posttrain.schedules import learning_rate
 from posttrain.stages.context import Context
 from posttrain.stages.data import Batches
+from posttrain.stages.lengths import Reader, cut, cut_to, fit_responses
 from posttrain.stages.rows import SIDES, Pair, read_pairs
 from posttrain.stages.settings.offline import RewardModel
 
@@ -48,7 +51,9 @@ of Llama 2 (arXiv 2307.09288, table 27)."""
 def run(settings: RewardModel, ctx: Context) -> dict[str, float]:
     """Train `start` to score responses, on the pairs of its data."""
     policy = ctx.learner(settings, scalar=True)
-    by_domain = read_pairs(ctx)
+    readers = [Reader(name="the model that learns", chat=policy.chat)]
+    by_domain = fit_responses(read_pairs(ctx), settings, ctx, readers, fields=SIDES)
+    limit = cut_to(settings, readers)
     if isinstance(settings.loss, BradleyTerry) and settings.loss.margins == "strength":
         check_strengths(by_domain)
     kept, held = hold_out(by_domain, settings.holdout, seed=settings.seed)
@@ -58,7 +63,7 @@ def run(settings: RewardModel, ctx: Context) -> dict[str, float]:
     steps = settings.num_steps(num_draws, settings.batch_size)
     for step, s in ctx.steps(settings, steps, replayed=[batches], policy=policy):
         drawn = batches.draw(s)
-        batch, group_rows = draw_batch(drawn, policy.chat)
+        batch, group_rows = draw_batch(drawn, policy.chat, limit=limit)
         lr = learning_rate(s, step, steps)
         # Every draw counts as one: a pair, or a prompt whatever the number of its pairs.
         sums = policy.update(
@@ -75,7 +80,7 @@ def run(settings: RewardModel, ctx: Context) -> dict[str, float]:
     policy.save(ctx.out)
     summary = {name: ctx.metrics[name] for name in ("loss", "accuracy", "margin")}
     # From the file: in float32, whatever the type in which the policy computes.
-    summary |= heldout_metrics(ctx.scorer(ctx.out, scalar=True), held)
+    summary |= heldout_metrics(ctx.scorer(ctx.out, scalar=True), held, limit=limit)
     return summary | {"tokens": ctx.tokens}
 
 
@@ -122,7 +127,9 @@ def step_metrics(sums: Mapping[str, float], batch: Batch, *, num_draws: int) -> 
     return metrics | {"grad_norm": sums["grad_norm"]}
 
 
-def heldout_metrics(scorer: Scorer, held: Mapping[str, Sequence[Pair]]) -> dict[str, float]:
+def heldout_metrics(
+    scorer: Scorer, held: Mapping[str, Sequence[Pair]], *, limit: int | None = None
+) -> dict[str, float]:
     """How often, and by how much, the chosen response of a held-out pair has the higher reward.
 
     Over all pairs, and by domain where there are several. Empty without held-out pairs.
@@ -130,7 +137,7 @@ def heldout_metrics(scorer: Scorer, held: Mapping[str, Sequence[Pair]]) -> dict[
     by_domain: dict[str, Tensor] = {}
     for domain, draws in draws_of(held, per_prompt=True).items():
         parts = [
-            margins(scorer, draws[first : first + DRAWS_PER_CALL])
+            margins(scorer, draws[first : first + DRAWS_PER_CALL], limit=limit)
             for first in range(0, len(draws), DRAWS_PER_CALL)
         ]
         by_domain[domain] = torch.cat(parts)
@@ -150,9 +157,9 @@ def heldout_metrics(scorer: Scorer, held: Mapping[str, Sequence[Pair]]) -> dict[
     return found
 
 
-def margins(scorer: Scorer, draws: Sequence[Draw]) -> Tensor:
+def margins(scorer: Scorer, draws: Sequence[Draw], *, limit: int | None = None) -> Tensor:
     """`margin_P`: reward of the chosen response less that of the rejected one, of each pair."""
-    batch, _ = draw_batch(draws, scorer.chat)
+    batch, _ = draw_batch(draws, scorer.chat, limit=limit)
     reward_B = rewards_B(scorer, batch)
     chosen_P, rejected_P, _ = pairs_of(batch)
     return reward_B[chosen_P] - reward_B[rejected_P]
@@ -169,8 +176,9 @@ def draws_of(by_domain: Mapping[str, Sequence[Pair]], *, per_prompt: bool) -> di
     return found
 
 
-def draw_batch(draws: Sequence[Draw], chat: Chat) -> tuple[Batch, int]:
-    """The responses of some draws, and how many adjacent rows make up one draw.
+def draw_batch(draws: Sequence[Draw], chat: Chat, *, limit: int | None = None) -> tuple[Batch, int]:
+    """The responses of some draws, and how many adjacent rows make up one draw. Rows of more than
+    `limit` tokens lose their end.
 
     Columns by row:
 
@@ -187,16 +195,17 @@ def draw_batch(draws: Sequence[Draw], chat: Chat) -> tuple[Batch, int]:
     found = [_responses(draw) for draw in draws]
     group_rows = max(map(len, found))
     prompts: list[list[int]] = []
-    responses: list[list[int]] = []
+    responses: list[Sequence[int]] = []
     filled: list[bool] = []
     wins: list[list[tuple[int, int, float]]] = []
     pairs: list[tuple[int, int, int]] = []
     for number, (draw, texts) in enumerate(zip(draws, found, strict=True)):
         # Draws are made equally long: the learner splits a batch between blocks of `group_rows`.
         first, missing = len(prompts), group_rows - len(texts)
-        _, prompt, mode = _prompt(draw["pairs"][0])
+        prompt, mode = asked(draw["pairs"][0]), draw["pairs"][0].get("mode")
         prompts += [chat.prompt(prompt, mode)] * group_rows
-        responses += [chat.response(prompt, text, mode) for text in texts] + [[]] * missing
+        own = [cut(chat.response(prompt, text, mode), prompts[-1], limit) for text in texts]
+        responses += own + [[]] * missing
         filled += [True] * len(texts) + [False] * missing
         wins += [[] for _ in range(group_rows)]
         for pair in draw["pairs"]:
@@ -292,6 +301,6 @@ def _responses(draw: Draw) -> list[str]:
     return list(dict.fromkeys(pair[side] for pair in draw["pairs"] for side in SIDES))
 
 
-def _prompt(pair: Pair) -> tuple[str, str, str | None]:
-    """What makes two pairs those of one prompt: id, text and mode."""
-    return pair["id"], pair["prompt"], pair.get("mode")
+def _prompt(pair: Pair) -> tuple[str, Any, str | None]:
+    """What makes two pairs those of one prompt: id, what is asked, and mode."""
+    return pair["id"], asked_key(asked(pair)), pair.get("mode")

@@ -24,6 +24,7 @@ from posttrain.algorithms import (
     correction_arguments,
 )
 from posttrain.backends.base import Learner, Metrics, Sampler, Scorer, TokenLoss
+from posttrain.backends.prompting import Problem
 from posttrain.losses.ops import (
     aggregation_weights,
     kl_estimate,
@@ -41,10 +42,11 @@ from posttrain.stages import critique
 from posttrain.stages.aux_losses import AuxData, pop_metrics
 from posttrain.stages.context import Context
 from posttrain.stages.critic import Critic
-from posttrain.stages.judging import make_reward, responses_of
+from posttrain.stages.judging import judge_readers, make_reward, responses_of
+from posttrain.stages.lengths import Reader, fit_prompts
 from posttrain.stages.own_function import checked_sum, checked_values, named
 from posttrain.stages.problems import ProblemSampler, reprofile_of
-from posttrain.stages.rollout import rollout, verifiers
+from posttrain.stages.rollout import rollout, verified_mean, verifiers
 from posttrain.stages.rollout_log import RolloutLog
 from posttrain.stages.settings.rl import Rl
 
@@ -62,7 +64,7 @@ def run(settings: Rl, ctx: Context) -> dict[str, float]:
     aux = AuxData(settings, ctx, policy.chat)
     verdicts = critique.CritiqueLoss(settings, policy.chat)
     log = RolloutLog(ctx.out)
-    problems = ProblemSampler(settings, ctx, log)
+    problems = ProblemSampler(settings, ctx, log, fitting(settings, ctx, policy, critic))
     # What a step checkpoint holds; a reference that never moves is read from the start again.
     every = None if settings.kl is None else settings.kl.reference_every
     parts = {"policy": policy, "reference": reference if every else None, "critic": critic}
@@ -131,6 +133,22 @@ def run(settings: Rl, ctx: Context) -> dict[str, float]:
     return {"reward": ctx.metrics["reward"], "tokens": ctx.tokens}
 
 
+def fitting(
+    settings: Rl, ctx: Context, policy: Learner, critic: Critic | None
+) -> dict[str, list[Problem]]:
+    """The problems of all domains that policy, critic and judges can read with their responses.
+    The reference is the policy's start, and as long."""
+    readers = [Reader(name="the policy", chat=policy.chat)]
+    if critic is not None:
+        # It has the policy's tokens, so that nothing is encoded twice.
+        positions = critic.learner.chat.max_positions
+        readers.append(Reader(name="the critic", chat=policy.chat, positions=positions))
+    readers += judge_readers(settings.reward, ctx)
+    problems = {name: ctx.problems(name, "train", settings.modes) for name in ctx.domains}
+    new_tokens = max(settings.possible("max_new_tokens"))
+    return fit_prompts(problems, settings, ctx, readers, new_tokens=new_tokens)
+
+
 def _critic_only(s: Rl, step: int) -> bool:
     return isinstance(s.advantage, Gae) and step < s.advantage.warmup_steps
 
@@ -186,6 +204,7 @@ def reward_function(settings: Rl, ctx: Context, policy: Learner) -> RewardFuncti
         policy=policy,
         precision=settings.precision,
         seed=settings.seed,
+        cut=settings.on_long == "truncate",
     )
 
 
@@ -405,7 +424,8 @@ def constant_of(s: Rl) -> int:
 def batch_metrics(batch: Batch, *, judged: bool) -> dict[str, float]:
     """Reward, response length and finished share of a batch; reward by domain where several.
 
-    Where other judges than the verifier were asked (`judged`), its mean score too."""
+    Where other judges than the verifier were asked (`judged`), its mean score too, over the rows
+    that it was asked about."""
     metrics = {
         "reward": float(batch["reward_B"].mean()),
         "response_length": float(batch.sampled_len_B.float().mean()),
@@ -413,8 +433,9 @@ def batch_metrics(batch: Batch, *, judged: bool) -> dict[str, float]:
     }
     if "nucleus_count_N" in batch:
         metrics["nucleus_size"] = float(batch["nucleus_count_N"].float().mean())
-    if judged:
-        metrics["accuracy"] = float(batch["verified_B"].mean())
+    accuracy = verified_mean(batch["verified_B"]) if judged else None
+    if accuracy is not None:
+        metrics["accuracy"] = accuracy
     by_domain: dict[str, list[float]] = {}
     for problem, reward in zip(batch.problems, batch["reward_B"].tolist(), strict=True):
         by_domain.setdefault(problem["domain"], []).append(reward)

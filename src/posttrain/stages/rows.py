@@ -51,14 +51,19 @@ def read_rollouts(ctx: Context, edge: str = "rollouts") -> list[Row]:
 
 
 def read_pairs(ctx: Context) -> dict[str, list[Pair]]:
-    """The pairs of the `data` artifact by domain; `row` is their number over all domains."""
+    """The pairs of the `data` artifact by domain."""
     found: dict[str, list[Pair]] = {}
     for pair in read_jsonl(ctx.inputs["data"] / "pairs.jsonl"):
         found.setdefault(pair["domain"], []).append(pair)
-    found = dict(sorted(found.items()))
-    for number, pair in enumerate(chain.from_iterable(found.values())):
+    return dict(sorted(found.items()))
+
+
+def numbered(by_domain: Mapping[str, Iterable[Pair]]) -> list[Pair]:
+    """The pairs of all domains; `row` becomes the number of each among them."""
+    pairs = list(chain.from_iterable(by_domain.values()))
+    for number, pair in enumerate(pairs):
         pair["row"] = number
-    return found
+    return pairs
 
 
 def problems_of(ctx: Context, rows: Iterable[Row]) -> list[Row]:
@@ -100,10 +105,13 @@ def by_problem(rows: Iterable[Row]) -> dict[Key, list[Row]]:
 def check_values(rows: Iterable[Row], by: str, stage: str) -> None:
     """Raise ConfigError for a response without the value `by`, the reward or the score."""
     for row in rows:
-        if by not in row:
+        if row.get(by) is None:
+            fix = (
+                "set by = 'score'" if "score" in row else "put r.score(rollouts, judge=...) between"
+            )
             raise ConfigError(
                 f"stage {stage!r}: by = {by!r}, but the rollouts of problem {row['id']} in domain "
-                f"{row['domain']!r} have no {by}; put r.score(rollouts, judge=...) between them"
+                f"{row['domain']!r} have no {by}; {fix}"
             )
 
 

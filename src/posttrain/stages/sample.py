@@ -3,7 +3,8 @@ how often a model is right, which is what difficulty filters and curricula go by
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 from posttrain.backends.prompting import Problem, in_modes
@@ -13,6 +14,7 @@ from posttrain.rewards.pool import VerifierPool
 from posttrain.rl.batch import Batch
 from posttrain.rl.seeds import step_seed
 from posttrain.stages.context import Context
+from posttrain.stages.lengths import Reader, fit_prompts
 from posttrain.stages.rollout import rollout, rollout_rows, verifiers
 from posttrain.stages.rows import pick
 from posttrain.stages.settings.data import Profile, Sample
@@ -22,14 +24,19 @@ PROMPTS_PER_CALL = 64
 
 
 def run(settings: Sample, ctx: Context) -> dict[str, float]:
-    """Write rollouts.jsonl: problem, response, reward, finished, num_tokens, model, temperature."""
+    """Write rollouts.jsonl: problem, response, reward (null in a domain without a verifier),
+    finished, num_tokens, model, temperature."""
     verifier_pool = verifiers(ctx)
     seen = Responses()
     domains = list(ctx.domains)
     rows: list[dict[str, Any]] = []
     done, total = 0, sum(len(settings.routes[name]) for name in domains)
+    models = {
+        name: edge_name("models", name) for name in sorted(set(chain(*settings.routes.values())))
+    }
+    problems_of = fitting_problems(settings, ctx, models, begun=settings.prefix)
     for number, name in enumerate(domains):
-        problems = chosen_problems(settings, ctx, name)
+        problems = problems_of[name]
         for place, model in enumerate(settings.routes[name]):
             tokens = 0
             for batch in responses(
@@ -46,10 +53,10 @@ def run(settings: Sample, ctx: Context) -> dict[str, float]:
                 seen.add(batch)
                 rows += rollout_rows(batch, model=model, temperature=settings.temperature)
             done += 1
-            ctx.log(done, total, tokens=tokens, reward=mean(rows, "reward"))
+            ctx.log(done, total, tokens=tokens, **mean_reward(rows))
     seen.tell(ctx, settings.max_new_tokens)
     write_jsonl(ctx.out / "rollouts.jsonl", rows)
-    return {"rows": len(rows), "reward": mean(rows, "reward")}
+    return {"rows": len(rows), **mean_reward(rows)}
 
 
 def run_profile(settings: Profile, ctx: Context) -> dict[str, float]:
@@ -57,13 +64,14 @@ def run_profile(settings: Profile, ctx: Context) -> dict[str, float]:
     verifier_pool = verifiers(ctx)
     seen = Responses()
     rows: list[dict[str, Any]] = []
+    problems_of = fitting_problems(settings, ctx, {"": "model"})
     for number, name in enumerate(ctx.domains):
         tokens = 0
         for batch in responses(
             settings,
             ctx,
             "model",
-            chosen_problems(settings, ctx, name),
+            problems_of[name],
             verifier_pool,
             group_size=settings.n,
             number=number,
@@ -86,6 +94,12 @@ def run_profile(settings: Profile, ctx: Context) -> dict[str, float]:
     }
 
 
+def mean_reward(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """`reward`, the mean over the verified responses; nothing where there is none."""
+    verified = [row for row in rows if row["reward"] is not None]
+    return {"reward": mean(verified, "reward")} if verified else {}
+
+
 def mean(rows: list[dict[str, Any]], field: str) -> float:
     """The mean of a field over all rows."""
     return float(sum(row[field] for row in rows) / len(rows))
@@ -100,6 +114,25 @@ def chosen_problems(settings: Sample | Profile, ctx: Context, domain: str) -> li
     count = min(settings.num_prompts, len(problems))
     chosen = [problems[(settings.first_prompt + i) % len(problems)] for i in range(count)]
     return in_modes(chosen, settings.modes)
+
+
+def fitting_problems(
+    settings: Sample | Profile, ctx: Context, models: Mapping[str, str], begun: str = ""
+) -> dict[str, list[Problem]]:
+    """By domain the chosen problems whose responses fit into the positions of its models, which
+    have the edges `models`; a response begins with the text `begun`."""
+    routes = settings.routes if isinstance(settings, Sample) else dict.fromkeys(ctx.domains, ("",))
+    readers = [
+        Reader(
+            name=f"model {name!r}" if name else "the model",
+            chat=ctx.chat(edge),
+            domains=frozenset(domain for domain, names in routes.items() if name in names),
+        )
+        for name, edge in models.items()
+    ]
+    problems = {name: chosen_problems(settings, ctx, name) for name in ctx.domains}
+    new_tokens = settings.max_new_tokens
+    return fit_prompts(problems, settings, ctx, readers, new_tokens=new_tokens, begun=begun)
 
 
 def responses(

@@ -9,12 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from posttrain.backends.base import Learner, TokenLoss
+from posttrain.backends.chat import Chat
 from posttrain.backends.checkpoint import save
-from posttrain.backends.prompting import Problem, also_hinted
+from posttrain.backends.prompting import (
+    Problem,
+    also_hinted,
+    learned_part,
+    shown_text,
+)
 from posttrain.backends.tiny import character_tokenizer, new_model
 from posttrain.rewards.oracle import demonstrate
 from posttrain.rl.batch import Batch, between
@@ -22,17 +29,20 @@ from posttrain.schedules import learning_rate
 from posttrain.stages.aux_losses import (
     AuxData,
     aux_rows,
-    check_demonstrated,
     demo_batch,
     pop_metrics,
     rows_by_domain,
     token_cross_entropy,
+    with_demonstrations,
 )
 from posttrain.stages.context import Context
 from posttrain.stages.data import Batches
+from posttrain.stages.lengths import Reader, cut_to, fit_demos
 from posttrain.stages.rollout import verifiers
 from posttrain.stages.settings.offline import Pretrain, Sft
 
+NAME = "the model that learns"
+"""In messages about lengths."""
 TEXTS = ("prompt", "demo", "thought", "direct")
 """Fields of a row whose characters the tokenizer of a new model must have."""
 
@@ -41,6 +51,7 @@ def pretrain(settings: Pretrain, ctx: Context) -> dict[str, float]:
     """Train a new model on documents."""
     demos = demonstrations(settings, ctx)
     policy = ctx.learner(settings, fresh_model(settings, ctx, demos))
+    demos = fitting(settings, ctx, policy.chat, demos)
     imitate(settings, ctx, policy, demos, settings.steps)
     return {
         "loss": ctx.metrics["loss"],
@@ -53,6 +64,7 @@ def sft(settings: Sft, ctx: Context) -> dict[str, float]:
     """Train from `start` on demonstrations, or on the rows of a `data` artifact."""
     policy = ctx.learner(settings)
     demos = also_hinted(demonstrations(settings, ctx), settings.hint, where=f"stage {ctx.name!r}")
+    demos = fitting(settings, ctx, policy.chat, demos)
     num_rows = sum(map(len, demos.values()))
     steps = settings.num_steps(num_rows, settings.batch_size)
     imitate(settings, ctx, policy, demos, steps)
@@ -70,8 +82,11 @@ def imitate(
     tokens, and save the model."""
     batches = Batches(demos, settings, size="batch_size", stage=ctx.name)
     aux = AuxData(settings, ctx, policy.chat)
+    limit = cut_to(settings, [Reader(name=NAME, chat=policy.chat)])
     for step, s in ctx.steps(settings, steps, replayed=[batches], policy=policy):
-        batch = demo_batch(batches.draw(s), policy.chat)
+        batch = demo_batch(
+            batches.draw(s), policy.chat, loss_on=learned_turns(settings), limit=limit
+        )
         if isinstance(settings, Pretrain) and settings.loss_on == "all":
             batch = whole_documents(batch)
         count, lr = batch.num_tokens, learning_rate(s, step, steps)
@@ -84,6 +99,31 @@ def imitate(
         ctx.log(step + 1, steps, tokens=count, **metrics)
     policy.finish()
     policy.save(ctx.out)
+
+
+def learned_turns(settings: Pretrain | Sft) -> str:
+    """Which turns of a conversation are learned: all, or the last."""
+    return settings.loss_on if isinstance(settings, Sft) else "all"
+
+
+def fitting(
+    settings: Pretrain | Sft, ctx: Context, chat: Chat, demos: Mapping[str, Sequence[Problem]]
+) -> dict[str, list[Problem]]:
+    """The demonstrations that the model can read. Tells of conversations of which it learns only
+    the last turn because the others cannot be found in what its template writes."""
+    loss_on = learned_turns(settings)
+    demos = fit_demos(demos, settings, ctx, [Reader(name=NAME, chat=chat)], loss_on=loss_on)
+    if loss_on == "all":
+        rows = [row for of_domain in demos.values() for row in of_domain if "messages" in row]
+        parts = [(learned_part(row), row.get("mode")) for row in rows]
+        missed = sum(part is not None and chat.spans(*part, mode) is None for part, mode in parts)
+        if missed:
+            ctx.warn(
+                f"{missed} of {len(rows)} conversations are learned in their last turn only: the "
+                "model's chat template does not show their earlier turns so that they can be found "
+                'in its text; loss_on = "last" asks for this.'
+            )
+    return dict(demos)
 
 
 def whole_documents(batch: Batch) -> Batch:
@@ -100,7 +140,11 @@ def fresh_model(settings: Pretrain, ctx: Context, demos: Mapping[str, Sequence[P
     every = [demos, *aux_rows(settings, ctx).values()]
     rows = [row for by_domain in every for rows in by_domain.values() for row in rows]
     tokenizer = character_tokenizer(
-        (row[field] for row in rows for field in fields if field in row),
+        chain(
+            (row[field] or "" for row in rows for field in fields if field in row),
+            # All that a conversation shows, the names of its roles among it.
+            (shown_text(row) for row in rows if "messages" in row),
+        ),
         thinking=settings.thinks,
     )
     directory = ctx.work / "fresh"
@@ -135,12 +179,13 @@ def demonstrations(settings: Pretrain | Sft, ctx: Context) -> dict[str, list[Pro
 def demonstrated(
     ctx: Context, domains: Iterable[str], *, modes: Sequence[str], noise: float, seed: int
 ) -> dict[str, list[Problem]]:
-    """The demonstrations of these domains in each of the modes, a share `noise` of them wrong.
+    """The demonstrations of these domains in each of the modes, each a row of its own, a share
+    `noise` of them wrong.
 
-    Raises ConfigError for a problem that has none.
+    Problems without one are left out. Raises ConfigError for a domain that has none.
     """
     demos = {name: ctx.problems(name, "train", modes) for name in domains}
-    check_demonstrated(demos, ctx.name)
+    demos = with_demonstrations(demos, ctx)
     return corrupt_demos(ctx, demos, noise=noise, seed=seed) if noise else demos
 
 
@@ -155,10 +200,13 @@ def corrupt_demos(
 
     def noisy(rows: list[Problem]) -> list[Problem]:
         by_mode: dict[str | None, list[Problem]] = {}
-        for row in rows:
+        # A conversation that ends with the user has no demonstration to be wrong.
+        for row in (row for row in rows if row["demo"] is not None):
             by_mode.setdefault(row.get("mode"), []).append(row)
         return [
             row
+            if row["demo"] is None
+            else row
             | {"demo": demonstrate(row, by_mode[row.get("mode")], score, noise=noise, seed=seed)}
             for row in rows
         ]

@@ -31,6 +31,7 @@ from posttrain.backends.prompting import Problem, asked, hinted
 from posttrain.engine.graph import edge_name
 from posttrain.rl.batch import Batch, ragged_index
 from posttrain.stages.context import Context
+from posttrain.stages.lengths import Reader
 from posttrain.stages.settings.distill import Distill
 
 READ_TOKENS = 1024
@@ -63,6 +64,24 @@ class Teachers:
     def heads(self) -> tuple[Head, ...]:
         """The output layer of each teacher, in the order of `names`."""
         return tuple(scorer.head for scorer in self.scorers)
+
+    def readers(self, settings: Distill) -> list[Reader]:
+        """The teachers as readers of the prompts of their domains, with their hints."""
+        domains: dict[str, set[str]] = {name: set() for name in self.names}
+        for route, names in settings.routes.items():
+            for name in (names,) if isinstance(names, str) else names:
+                domains[name].add(route.partition("/")[0])
+        # They have the student's tokens, so that nothing is encoded twice.
+        return [
+            Reader(
+                name=f"teacher {name!r}",
+                chat=self.chat,
+                positions=scorer.chat.max_positions,
+                hints=settings.hints,
+                domains=frozenset(domains[name]),
+            )
+            for name, scorer in zip(self.names, self.scorers, strict=True)
+        ]
 
     def scoring(self, step_settings: Distill, problems: Sequence[Problem]) -> TeacherScoring:
         """Begin to score the responses to these problems, one group each.

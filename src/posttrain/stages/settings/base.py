@@ -56,6 +56,15 @@ class Training(BaseModel):
         return self
 
 
+class LongRows(BaseModel):
+    """What every stage that reads rows has."""
+
+    on_long: Literal["error", "drop", "truncate"] = "error"
+    """Rows with more tokens than the models have positions are refused before the first step, left
+    out, or shortened: a demonstration or response at its end, a prompt at the beginning of its
+    longest message."""
+
+
 class Rollouts(BaseModel):
     """What the stages have that sample, and learn from that."""
 

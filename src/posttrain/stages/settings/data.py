@@ -19,7 +19,7 @@ from posttrain.algorithms import (
 )
 from posttrain.backends.prompting import Mode
 from posttrain.rewards.judge_kinds import Judge, JudgeSetting, check_use
-from posttrain.stages.settings.base import Computing, Modes
+from posttrain.stages.settings.base import Computing, LongRows, Modes
 from posttrain.values import Settings
 
 
@@ -77,7 +77,7 @@ class Answering(BaseModel):
     """Tokens are drawn from the likeliest ones that have this probability together."""
 
 
-class Sample(Settings, Computing, Answering):
+class Sample(Settings, Computing, LongRows, Answering):
     """Responses of one or more models, scored by the domain's verifier."""
 
     k: int = Field(4, gt=0)
@@ -88,14 +88,14 @@ class Sample(Settings, Computing, Answering):
     """Domain to the models that sample it; filled in by the recipe."""
 
 
-class Score(Settings, Computing):
+class Score(Settings, Computing, LongRows):
     """Rollouts with what a judge says of them: `r.score(rollouts, judge=...)`."""
 
     judge: Annotated[JudgeSetting, asked_by("score")]
     """Comes from the recipe's `judge`."""
 
 
-class Profile(Settings, Computing, Answering):
+class Profile(Settings, Computing, LongRows, Answering):
     """How often a model solves each problem: `r.profile(model, prompts=...)`."""
 
     n: int = Field(8, gt=0)

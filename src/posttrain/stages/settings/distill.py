@@ -19,6 +19,7 @@ from posttrain.algorithms import (
 from posttrain.stages.settings.base import (
     AuxLosses,
     Computing,
+    LongRows,
     Modes,
     Rollouts,
     Template,
@@ -38,7 +39,7 @@ def _no_k1_loss(value: Any) -> Any:
     return value
 
 
-class Distill(Settings, Computing, Training, Rollouts):
+class Distill(Settings, Computing, LongRows, Training, Rollouts):
     """On-policy distillation from one teacher per domain: `r.distill(start=..., teachers=...)`."""
 
     steps: int = Field(gt=0)

@@ -8,12 +8,12 @@ from pydantic import Field, model_validator
 
 from posttrain.algorithms import Average, DareLinear, MergeHow, TaskArithmetic
 from posttrain.rewards.judge_kinds import JudgeSetting
-from posttrain.stages.settings.base import Computing, Modes
+from posttrain.stages.settings.base import Computing, LongRows, Modes
 from posttrain.stages.settings.data import asked_by
 from posttrain.values import Settings
 
 
-class Evaluate(Settings, Computing):
+class Evaluate(Settings, Computing, LongRows):
     """Accuracy of several models on problems that no training stage can draw from."""
 
     modes: Modes = ()
@@ -53,7 +53,7 @@ class Merge(Settings):
         return self
 
 
-class Best(Settings, Computing):
+class Best(Settings, Computing, LongRows):
     """The best of several models, by problems that no training stage can draw from."""
 
     modes: Modes = ()

@@ -8,11 +8,19 @@ from typing import Literal
 from pydantic import Field
 
 from posttrain.algorithms import BradleyTerry, Dpo, Preference, RewardLoss
-from posttrain.stages.settings.base import AuxLosses, Computing, Lengths, Modes, Template, Training
+from posttrain.stages.settings.base import (
+    AuxLosses,
+    Computing,
+    Lengths,
+    LongRows,
+    Modes,
+    Template,
+    Training,
+)
 from posttrain.values import Settings, changing
 
 
-class Pretrain(Settings, Computing, Training):
+class Pretrain(Settings, Computing, LongRows, Training):
     """A tiny model from nothing: `r.pretrain(data=...)`."""
 
     steps: int = Field(gt=0)
@@ -41,12 +49,14 @@ class Pretrain(Settings, Computing, Training):
         return self.thinking or bool(self.modes)
 
 
-class Sft(Lengths, Settings, Computing, Training):
+class Sft(Lengths, Settings, Computing, LongRows, Training):
     """Supervised fine-tuning on demonstrations: `r.sft(start=..., data=...)`."""
 
     batch_size: int = changing(64, gt=0)
     modes: Modes = ()
     aux: AuxLosses = Field(default_factory=dict)
+    loss_on: Literal["all", "last"] = "all"
+    """Of a conversation learn all that the assistant says, or only its last message."""
     demo_noise: float = Field(0.0, ge=0, le=1)
     """Share of the demonstrations that are wrong, as a careless annotator writes them
     (`rewards/oracle.py`). Comes from the recipe's `noise`."""
@@ -55,7 +65,7 @@ class Sft(Lengths, Settings, Computing, Training):
     `hint`."""
 
 
-class DpoStage(Lengths, Settings, Computing, Training):
+class DpoStage(Lengths, Settings, Computing, LongRows, Training):
     """Learning from preferences: `r.dpo(start=..., data=r.pairs(...))`."""
 
     batch_size: int = changing(32, gt=0)
@@ -67,7 +77,7 @@ class DpoStage(Lengths, Settings, Computing, Training):
     aux: AuxLosses = Field(default_factory=dict)
 
 
-class RewardModel(Lengths, Settings, Computing, Training):
+class RewardModel(Lengths, Settings, Computing, LongRows, Training):
     """A reward model from preference pairs: `r.reward_model(start=..., data=r.pairs(...))`."""
 
     batch_size: int = changing(32, gt=0)
