@@ -122,7 +122,11 @@ class Recipe(DataVerbs):
             kind="model",
             version=KINDS["model"].version,
             data={"files": external.sha256},
-            runtime={"directory": str(external.directory), "files": list(external.files)},
+            runtime={
+                "directory": str(external.directory),
+                "files": list(external.files),
+                "origin": dict(external.origin),
+            },
         )
         return self._build.add(node)
 

@@ -134,3 +134,23 @@ def test_binary_json_is_broken_json(make: Make) -> None:
     (found.directory / "config.json").write_bytes(b'{"a": "\xff"}')
     with pytest.raises(ConfigError, match=r"config\.json: not JSON .*position 7"):
         find_checkpoint(found.directory)
+
+
+def test_a_hub_checkpoint_knows_its_id_commit_and_licence(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = "c0ffee" * 6 + "c0ff"
+    head = "---\nlicense: apache-2.0\ntags:\n  license: no\n---\n# Model\nlicense: no\n"
+    make(commit, {"README.md": head})
+    found = find_checkpoint(tmp_path / commit)
+    assert found.origin == {"path": str(tmp_path / commit), "license": "apache-2.0"}
+    assert "README.md" not in found.files, "its text is no part of what the model is"
+    module = "posttrain.backends.checkpoint_source._download"
+    monkeypatch.setattr(module, lambda source: tmp_path / commit)
+    found = find_checkpoint("owner/name@main")
+    assert found.origin == {
+        "hub": "owner/name",
+        "commit": commit,
+        "revision": "main",
+        "license": "apache-2.0",
+    }

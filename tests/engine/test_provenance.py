@@ -88,3 +88,16 @@ def test_other_facts() -> None:
     facts = capture([], packages=["pytest", "no-such-distribution"]).facts
     assert facts["packages"] == {"pytest": pytest.__version__}
     assert {"started", "host", "platform", "python", "cpu_count", "argv", "git"} < facts.keys()
+
+
+def test_texts_of_files_are_kept_without_logins_and_up_to_a_size(tmp_path: Path) -> None:
+    short, long = tmp_path / "short.py", tmp_path / "long.py"
+    short.write_text('url = "https://me:secret@host/v1?x=a@b"\n')
+    long.write_text("x" * 200_001)
+    gone = tmp_path / "gone.py"
+    facts = capture([], texts={"short": short, "long": long, "gone": gone}).facts["texts"]
+    assert facts["short"]["text"] == 'url = "https://host/v1?x=a@b"\n'
+    assert facts["short"]["path"] == str(short) and len(facts["short"]["sha256"]) == 64
+    assert facts["long"]["text"] is None and len(facts["long"]["sha256"]) == 64
+    assert facts["gone"]["text"] is None
+    assert "texts" not in capture([]).facts

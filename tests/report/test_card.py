@@ -128,3 +128,83 @@ def test_scores_of_finds_the_edge(store: Store, finished: Artifact, name: str):
     assert [(item["name"], item["model"]) for item in found] == [
         ("evaluation", {"sft": "init"}.get(name, name))
     ]
+
+
+def outside(name: str, **origin: str) -> dict[str, Any]:
+    return new_record(
+        name=name, kind="model", fingerprint=name[0] * 64, provenance={"origin": origin}
+    )
+
+
+def linked(record: dict[str, Any], **edges: dict[str, Any]) -> dict[str, Any]:
+    inputs = {
+        edge.replace("__", "."): {k: one[k] for k in ("name", "kind", "fingerprint")}
+        for edge, one in edges.items()
+    }
+    return record | {"inputs": inputs}
+
+
+def loaded(card: str) -> Any:
+    """The head as the Hub's own library reads it."""
+    from huggingface_hub import ModelCard
+
+    return ModelCard(card).data
+
+
+def test_head_names_the_base_its_licence_and_the_data_of_the_hub():
+    base = outside("qwen", hub="Qwen/Qwen3-0.6B", commit="a" * 40, license="apache-2.0")
+    config = {"source": {"tables": {"train": "hub:openai/gsm8k:main@abc#train"}}}
+    domain = new_record(name="math", kind="domain", fingerprint="d" * 64, config=config)
+    sft = linked(
+        new_record(name="sft", kind="sft", fingerprint="5" * 64), start=base, domains__math=domain
+    )
+    teacher = outside("teacher", hub="other/teacher", license="mit")
+    student = linked(
+        new_record(name="student", kind="distill", fingerprint="6" * 64),
+        start=sft,
+        teachers__t=teacher,
+    )
+    found = loaded(model_card(student, ancestors=[base, domain, sft, teacher]))
+    # The teacher has given no weights.
+    assert found.base_model == "Qwen/Qwen3-0.6B"
+    assert found.to_dict()["base_model_relation"] == "finetune"
+    assert found.license == "apache-2.0"
+    assert found.datasets == ["openai/gsm8k"]
+
+
+def test_a_merge_names_all_bases_and_a_licence_that_they_share():
+    one = outside("one", path="/models/one", license="mit")
+    two = outside("two", hub="me/two", license="mit")
+    merged = linked(
+        new_record(name="m", kind="merge", fingerprint="9" * 64), models__a=one, models__b=two
+    )
+    found = loaded(model_card(merged, ancestors=[one, two]))
+    assert found.base_model == ["one", "me/two"]
+    assert (found.license, found.to_dict()["base_model_relation"]) == ("mit", "merge")
+    other = two | {"provenance": {"origin": {"hub": "me/two", "license": "other"}}}
+    assert loaded(model_card(merged, ancestors=[one, other])).license is None
+
+
+def test_a_model_from_outside_is_its_own_base_and_one_from_nothing_has_none():
+    found = loaded(model_card(outside("qwen", hub="Qwen/Qwen3-0.6B"))).to_dict()
+    assert found["base_model"] == "Qwen/Qwen3-0.6B" and "base_model_relation" not in found
+    found = loaded(model_card(new_record(kind="pretrain"))).to_dict()
+    assert not {"base_model", "license", "datasets", "model-index"} & found.keys()
+
+
+def test_scores_are_in_the_index_of_the_hub(store: Store, finished: Artifact):
+    results = loaded(card_of(store, "student")).eval_results
+    evaluation = scores_of(store, store.resolve("student"))[0]["evaluation"]
+    found = {(r.dataset_type, r.metric_name): r.metric_value for r in results}
+    for domain, values in evaluation["models"]["student"].items():
+        sampled = round(100 * values["sampled"], 2)
+        assert found[domain, "temperature 1"] == pytest.approx(sampled)
+    assert {r.metric_type for r in results} == {"accuracy"}
+    assert len(found) == 2 * len(evaluation["domains"])
+
+
+def test_settings_cannot_write_html_or_links():
+    config = {"judge": "<script>alert(1)</script>", "note": "[x](javascript:y) a|b `c` under_score"}
+    card = model_card(new_record(kind="sft", config=config))
+    assert "<script>" not in card
+    assert "\\[x\\](javascript:y) a\\|b \\`c\\` under_score" in card

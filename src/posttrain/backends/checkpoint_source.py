@@ -57,6 +57,9 @@ class CheckpointSource:
     """Token to id; None where tokenizer.json is missing or of another form."""
     chat_template: tuple[str, str] | None
     """The file it stands in, and its text; None where there is none."""
+    origin: Mapping[str, str]
+    """Where it is from: `path`, or `hub` (the id), `commit` and the `revision` asked for; and the
+    `license`, `license_name` and `license_link` that its README.md has."""
 
 
 def find_checkpoint(source: str | Path, hash_file: HashFile = file_digest) -> CheckpointSource:
@@ -68,6 +71,7 @@ def find_checkpoint(source: str | Path, hash_file: HashFile = file_digest) -> Ch
     its JSON files is broken.
     """
     directory = Path(source).expanduser()
+    origin: dict[str, str] = {}
     if not directory.is_dir():
         if not _HUB_ID.fullmatch(str(source)) or str(source).startswith("."):
             raise ConfigError(
@@ -76,7 +80,12 @@ def find_checkpoint(source: str | Path, hash_file: HashFile = file_digest) -> Ch
                 "Qwen/Qwen3-0.6B"
             )
         directory = _download(str(source))
+        name, _, revision = str(source).partition("@")
+        # The cache has a directory for each commit.
+        origin = {"hub": name, "commit": directory.name}
+        origin |= {"revision": revision} if revision else {}
     directory = directory.resolve()
+    origin = (origin or {"path": str(directory)}) | _license(directory)
     files = sorted(
         path.name
         for path in directory.iterdir()
@@ -102,6 +111,7 @@ def find_checkpoint(source: str | Path, hash_file: HashFile = file_digest) -> Ch
         generation_config=_read_json(directory / "generation_config.json"),
         vocabulary=_vocabulary(_read_json(directory / "tokenizer.json")),
         chat_template=_chat_template(directory),
+        origin=origin,
         sha256=files_digest(directory, files, hash_file),
     )
 
@@ -182,6 +192,20 @@ def _chat_template(directory: Path) -> tuple[str, str] | None:
     return ("tokenizer_config.json", template) if isinstance(template, str) else None
 
 
+def _license(directory: Path) -> dict[str, str]:
+    """What the head of README.md says of the licence; {} where it says nothing."""
+    try:
+        text = (directory / "README.md").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return {}
+    head = re.match(r"---\r?\n(.*?)^---", text, re.DOTALL | re.MULTILINE)
+    # Plain texts on one line are what the Hub has there.
+    lines = re.findall(
+        r"^(license(?:_name|_link)?):[ \t]*(\S.*?)\s*$", head[1] if head else "", re.M
+    )
+    return {name: value.strip("'\"") for name, value in lines if value[0] not in "[{|>&*"}
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; {} where there is no such file."""
     if not path.is_file():
@@ -212,7 +236,11 @@ def _download(source: str) -> Path:
     name, _, revision = source.partition("@")
     try:
         return Path(
-            snapshot_download(name, revision=revision or None, allow_patterns=list(MODEL_FILES))
+            snapshot_download(
+                name,
+                revision=revision or None,
+                allow_patterns=[*MODEL_FILES, "README.md"],
+            )
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ConfigError(

@@ -167,6 +167,18 @@ def _fact(key: str, value: Any) -> str:
         return " ".join(value)
     if key == "seconds":
         return duration(value)
+    if key.startswith("peak_memory"):
+        return human_bytes(value)
+    if key == "tokens":
+        return number(value)
+    if key == "origin":
+        return ", ".join(f"{name} {text}" for name, text in value.items())
+    if key == "texts":
+        return "; ".join(
+            f"{name} {text['path']}"
+            + (" (too long to keep)" if text["text"] is None else " (its text: --json)")
+            for name, text in value.items()
+        )
     return _text(value)
 
 

@@ -209,7 +209,9 @@ def make(loaded: Loaded, store: Store, view: LiveView, how: How) -> None:
 
     provenance = Provenance()
     if how.facts:
-        captured = capture(loaded.sources, packages=PACKAGES, exclude=[store.root])
+        captured = capture(
+            loaded.sources, packages=PACKAGES, exclude=[store.root], texts=loaded.files
+        )
         provenance = replace(captured, facts={**captured.facts, **how.facts})
     events = run_graph(
         loaded.graph,

@@ -67,7 +67,8 @@ def adopt(
         files=external.files,
         link=not (copy or inside),
         metrics={"parameters": count_parameters(external.directory)},
-        provenance=dict(capture([], packages=PACKAGES).facts) | {"source": str(external.directory)},
+        provenance=dict(capture([], packages=PACKAGES).facts)
+        | {"source": str(external.directory), "origin": dict(external.origin)},
         data={"files": external.sha256},
         history=read_history(external.directory),
         version=KINDS["model"].version,
@@ -124,7 +125,7 @@ def export(
     if shown_kind(found.kind).is_model():
         # The card that came with the files does not know what was scored since.
         scores = scores_of(place, found)
-        card = model_card(found.record, scores)
+        card = model_card(found.record, scores, [a.record for a in ancestry.lineage(place, found)])
         with guarded(path, "writing the model card"):
             write_whole(path / "README.md", card.encode())
     evaluations = [label_of(score) for score in scores]

@@ -8,6 +8,7 @@ be found out is left out.
 import hashlib
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +23,9 @@ from posttrain.engine.fingerprint import file_digest
 _HASHED_BYTES: Final = 10_000_000
 """Untracked files above this size are listed with their size instead of their hash."""
 
+_TEXT_BYTES: Final = 200_000
+"""Of a longer file the text is not kept: it would be in the record of every stage."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Provenance:
@@ -32,30 +36,54 @@ class Provenance:
 
 
 def capture(
-    paths: Sequence[Path], *, packages: Sequence[str] = (), exclude: Sequence[Path] = ()
+    paths: Sequence[Path],
+    *,
+    packages: Sequence[str] = (),
+    exclude: Sequence[Path] = (),
+    texts: Mapping[str, Path] | None = None,
 ) -> Provenance:
     """Facts about this process, and about the git repositories that hold `paths`.
+
+    Of the files in `texts` the text is kept, under the name that each has there.
 
     `packages` are names of distributions whose versions matter; those not installed are left out.
     Untracked files below `exclude` (the store, say) are not looked at.
     """
     repositories = []
-    texts = []
+    changes = []
     for root in dict.fromkeys(filter(None, map(_root_of, paths))):
         facts, text = _describe(root, [path.resolve() for path in exclude])
         repositories.append(facts)
-        texts.append(text)
+        changes.append(text)
     facts = {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "host": platform.node(),
         "platform": platform.platform(),
         "python": platform.python_version(),
         "cpu_count": os.cpu_count(),
-        "argv": list(sys.argv),
+        "argv": [without_logins(argument) for argument in sys.argv],
         "packages": dict(_versions(packages)),
         "git": repositories,
+        **({"texts": {name: _text(path) for name, path in texts.items()}} if texts else {}),
     }
-    return Provenance(facts=facts, diff="".join(texts))
+    return Provenance(facts=facts, diff="".join(changes))
+
+
+def without_logins(text: str) -> str:
+    """The text without the `user:password@` of its URLs."""
+    return re.sub(r"(?<=://)[^\s/@]+@", "", text)
+
+
+def _text(path: Path) -> dict[str, Any]:
+    """Path and text of a file, None in its place above `_TEXT_BYTES`."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return {"path": str(path), "text": None}
+    found = {"path": str(path), "sha256": hashlib.sha256(content).hexdigest(), "text": None}
+    if len(content) <= _TEXT_BYTES:
+        found["text"] = without_logins(content.decode("utf-8", "replace"))
+    return found
 
 
 def _versions(packages: Sequence[str]) -> Iterator[tuple[str, str]]:

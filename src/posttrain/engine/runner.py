@@ -38,7 +38,7 @@ from posttrain.engine.process import (
 from posttrain.engine.provenance import Provenance
 from posttrain.engine.record import Artifact
 from posttrain.engine.store import Store
-from posttrain.engine.work import Work, read_step
+from posttrain.engine.work import Work, read_facts, read_step
 
 _POLL_SECONDS: Final = 0.05
 _PROGRESS_SECONDS: Final = 0.2
@@ -311,7 +311,10 @@ class _Run:
             "seconds": round(seconds, 3),
             "threads": running.job.threads,
             "resumed_at_step": running.resumed,
+            **read_facts(running.work.path),
         }
+        if "origin" in node.runtime:
+            facts["origin"] = node.runtime["origin"]
         try:
             return self.store.commit(
                 node,

@@ -5,6 +5,7 @@ work/<fp[:12]>/stage.json      which stage it is, see `unfinished`
 work/<fp[:12]>/metrics.jsonl   one JSON object per line, written by the stage as it goes
 work/<fp[:12]>/warnings.jsonl  what the stage has to tell the user, {"text", "about"} per line
 work/<fp[:12]>/step.json       {"step": n, ...}: the newest step checkpoint the stage can go on from
+work/<fp[:12]>/facts.json      what the stage adds to the provenance of its artifact
 work/<fp[:12]>/result.json     how the newest attempt ended, see `process`
 work/<fp[:12]>/log.txt         what the stage printed, over all attempts
 work/<fp[:12]>/...             the checkpoints themselves, as the stage likes
@@ -28,6 +29,7 @@ STEP = "step.json"
 RESULT = "result.json"
 WARNINGS = "warnings.jsonl"
 STAGE = "stage.json"
+FACTS = "facts.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +143,20 @@ def _warning_lines(path: Path) -> list[dict[str, str]]:
     except FileNotFoundError:
         return []
     return [json.loads(line) for line in text.splitlines()]
+
+
+def write_facts(path: Path, **facts: Any) -> None:
+    """Have these facts (JSON) in the provenance of what a stage makes. For stages, once."""
+    write_whole(path / FACTS, json.dumps(facts).encode("ascii"))
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """What the stage of a work directory adds to the provenance; {} where it adds nothing."""
+    try:
+        facts: dict[str, Any] = json.loads((path / FACTS).read_bytes())
+    except FileNotFoundError:
+        return {}
+    return facts
 
 
 def file_state(path: Path | None) -> list[Any] | None:

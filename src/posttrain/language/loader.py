@@ -15,7 +15,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -27,7 +27,7 @@ from posttrain.engine.graph import Graph
 from posttrain.engine.store import Store
 from posttrain.language.handles import Stage, Warned
 from posttrain.recipe import Recipe
-from posttrain.suites.load import load_suite
+from posttrain.suites.load import load_suite, suite_file
 
 PACKAGE = Path(__file__).parents[1]
 
@@ -51,6 +51,8 @@ class Loaded:
     """What --set said: parameters of the recipe and `stage.field` alike."""
     sources: tuple[Path, ...]
     """Directories of the code and the data description that made it, for the provenance."""
+    files: Mapping[str, Path] = field(default_factory=dict)
+    """The file of the recipe and that of the suite, for the same."""
     warnings: tuple[Warned, ...] = ()
     """What is to be told about the recipe, though it can be run."""
 
@@ -116,6 +118,7 @@ def load_recipe(
         suite=suite,
         seed=seed,
         settings=parameters | overrides,
+        files={"recipe": path, "suite": suite_file(suite)},
         sources=tuple(dict.fromkeys((path.parent, directory, PACKAGE))),
         warnings=recipe.warnings,
     )

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from posttrain.engine.graph import edge_name
+from posttrain.engine.ancestry import ADOPTED
+from posttrain.engine.graph import edge_name, role_of
 from posttrain.engine.record import SHORT
 from posttrain.report.candidates import view_of
-from posttrain.report.scores import norm_coverage, split_name
+from posttrain.report.scores import DECODING_NAMES, norm_coverage, split_name
 from posttrain.report.wording import DASH, fixed, flat, number, percent, percent_range
 from posttrain.stages.kinds import shown_kind
 
 
-def model_card(record: Mapping[str, Any], scores: Sequence[Mapping[str, Any]] | None = None) -> str:
+def model_card(
+    record: Mapping[str, Any],
+    scores: Sequence[Mapping[str, Any]] | None = None,
+    ancestors: Iterable[Mapping[str, Any]] = (),
+) -> str:
     """README.md of a checkpoint, with the YAML head that the Hugging Face Hub reads.
 
     `record` has its name, kind, fingerprint, config, inputs (edges to name, kind and fingerprint)
     and metrics; `scores` holds the evaluations that include this model, as `gather.scores_of` gives
-    them.
+    them. `ancestors` are the records of what it descends from, as far as they are known: the head
+    names the models from outside and the Hub's data sets among them.
     """
     kind = record["kind"]
     parents: dict[str, Mapping[str, str]] = {}
@@ -35,7 +41,9 @@ def model_card(record: Mapping[str, Any], scores: Sequence[Mapping[str, Any]] | 
             parents[edge] = source
     writes_text = "reward_model" not in shown_kind(kind).makes
     parts = [
-        _head(kind, data, writes_text=writes_text),
+        _head(
+            kind, data, {**origins(record, ancestors), **results(record, scores or ())}, writes_text
+        ),
         f"# {record['name']}",
         f"Made by posttrain: {shown_kind(kind).card or kind}. "
         f"Fingerprint `{record['fingerprint']}`.",
@@ -98,12 +106,86 @@ print(float(model(torch.tensor([ids[:last]])).logits))
 ```"""
 
 
-def _head(kind: str, domains: Iterable[str], *, writes_text: bool) -> str:
+def _head(kind: str, domains: Iterable[str], metadata: Mapping[str, Any], writes_text: bool) -> str:
     task = "text-generation" if writes_text else "text-classification"
     lines = ["---", "library_name: transformers", f"pipeline_tag: {task}"]
     # A JSON string is a YAML string, whatever is in it.
-    lines += ["tags:", *(f"- {json.dumps(tag)}" for tag in ("posttrain", kind, *domains)), "---"]
+    lines += ["tags:", *(f"- {json.dumps(tag)}" for tag in ("posttrain", kind, *domains))]
+    # And JSON is YAML.
+    lines += [f"{key}: {json.dumps(value)}" for key, value in metadata.items()]
+    lines.append("---")
     return "\n".join(lines)
+
+
+WEIGHTS = ("start", "models", "candidates", "base", ADOPTED)
+"""Roles of the edges along which weights are handed on."""
+HUB = re.compile(r"hub:([\w.-]+(?:/[\w.-]+)?)")
+
+
+def origins(
+    record: Mapping[str, Any], ancestors: Iterable[Mapping[str, Any]]
+) -> dict[str, str | list[str]]:
+    """`base_model`, its relation, `license` and `datasets`, each where it was read somewhere: the
+    Hub ids, or names of the directories, of the models from outside whose weights went into this
+    one; their licence where all have the same; the Hub ids of tables."""
+    known = {one["fingerprint"]: one for one in (*ancestors, record)}
+    bases = list(_bases(record, known, set()))
+    found: dict[str, str | list[str]] = {}
+    names = list(dict.fromkeys(filter(None, map(_base_name, bases))))
+    if names:
+        found["base_model"] = names[0] if len(names) == 1 else names
+        if record not in bases:
+            found["base_model_relation"] = "merge" if len(names) > 1 else "finetune"
+    for key in ("license", "license_name", "license_link"):
+        values = {base.get("provenance", {}).get("origin", {}).get(key) for base in bases}
+        value = values.pop() if len(values) == 1 else None
+        if value:
+            found[key] = value
+    # Of the model's own stages and of their data alike; the bases' data is not known.
+    texts = json.dumps([one.get("config", {}) for one in known.values()])
+    data = sorted(set(HUB.findall(texts)))
+    return found | ({"datasets": data} if data else {})
+
+
+def _bases(
+    record: Mapping[str, Any], known: Mapping[str, Mapping[str, Any]], seen: set[str]
+) -> Iterator[Mapping[str, Any]]:
+    """The records of the models from outside that the weights of one come from."""
+    if record["fingerprint"] in seen:
+        return
+    seen.add(record["fingerprint"])
+    kind = shown_kind(record["kind"])
+    if kind.from_outside and kind.is_model():
+        yield record
+    for edge, source in record.get("inputs", {}).items():
+        if role_of(edge) in WEIGHTS and source["fingerprint"] in known:
+            yield from _bases(known[source["fingerprint"]], known, seen)
+
+
+def _base_name(record: Mapping[str, Any]) -> str | None:
+    origin = record.get("provenance", {}).get("origin", {})
+    path = origin.get("path")
+    return origin.get("hub") or (path and path.rstrip("/").rpartition("/")[2])
+
+
+def results(
+    record: Mapping[str, Any], scores: Iterable[Mapping[str, Any]]
+) -> dict[str, list[dict[str, Any]]]:
+    """`model-index`, as the Hub reads it: the accuracies of this model, in per cent."""
+    found = []
+    for item in scores:
+        evaluation, model = item["evaluation"], item["model"]
+        for domain, values in evaluation["models"][model].items():
+            metrics = [
+                {"type": "accuracy", "name": name, "value": round(100 * values[decoding], 2)}
+                for decoding, name in DECODING_NAMES.items()
+                if values.get(decoding) is not None
+            ]
+            dataset = {"type": domain, "name": f"{domain} ({split_name(evaluation)})"}
+            found.append(
+                {"task": {"type": "text-generation"}, "dataset": dataset, "metrics": metrics}
+            )
+    return {"model-index": [{"name": record["name"], "results": found}]} if found else {}
 
 
 def _scores(scores: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -165,8 +247,10 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _plain(text: str) -> str:
     """A text of a user or a model as Markdown shows it, on one line: no tag, no link, no table."""
     text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
-    return re.sub(r"([\\`*_\[\]|#~])", r"\\\1", text)
+    # An underscore within a word means nothing.
+    return re.sub(r"([\\`*\[\]|#~]|(?<!\w)_|_(?!\w))", r"\\\1", text)
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+    # Fingerprints come as code.
+    return text if text.startswith("`") else _plain(text)

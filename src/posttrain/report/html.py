@@ -33,6 +33,11 @@ from posttrain.report.roles import explained
 
 LAYOUT = 4
 """Raised by hand when the page changes, so that older pages are written again."""
+OF_A_STAGE = (
+    *("seconds", "threads", "resumed_at_step", "tokens", "origin"),
+    *("peak_memory", "peak_memory_of_a_child", "peak_memory_of_device"),
+)
+"""Facts of the provenance that differ between the stages of one run."""
 _HERE = Path(__file__).parent
 _HEAD_BYTES = 2000
 """The meta tags stand within them."""
@@ -179,11 +184,7 @@ def runs_of(stages: Sequence[StageFacts]) -> list[dict[str, Any]]:
     """
     found: dict[str, dict[str, Any]] = {}
     for stage in stages:
-        facts = {
-            key: value
-            for key, value in stage.provenance.items()
-            if key not in ("seconds", "threads", "resumed_at_step")
-        }
+        facts = {key: value for key, value in stage.provenance.items() if key not in OF_A_STAGE}
         key = json.dumps(facts, sort_keys=True)
         run = found.setdefault(key, facts | {"stages": [], "when": moment(facts.get("started"))})
         run["stages"].append(stage.name)

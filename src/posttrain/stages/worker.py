@@ -7,6 +7,7 @@ here.
 from __future__ import annotations
 
 import os
+import resource
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,13 +17,15 @@ from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 from posttrain.engine.process import Job
-from posttrain.engine.record import read_record
-from posttrain.engine.work import read_warnings
+from posttrain.engine.record import RECORD, Record, label_of, read_record
+from posttrain.engine.work import read_warnings, write_facts
 from posttrain.report.card import model_card
 from posttrain.stages.config import build_config
 from posttrain.stages.kinds import KINDS, kind_of
 
 if TYPE_CHECKING:  # they import torch
+    import torch
+
     from posttrain.backends.base import Backend
     from posttrain.stages.context import Context
 
@@ -83,9 +86,27 @@ def run_job(job: Job) -> dict[str, Any]:
         stack.enter_context(closing(ctx))
         metrics = run_stage(job, ctx)
         ctx.finish()
+    write_facts(ctx.work, **used(ctx.tokens, device))
     if kind_of(job.kind).is_model():
         write_card(job, ctx.out, metrics, read_warnings(ctx.work))
     return dict(metrics)
+
+
+def used(tokens: int, device: torch.device) -> dict[str, int]:
+    """What this stage used up: tokens that it processed, if it says, and the most bytes of memory
+    that it had at once, its largest child process and a CUDA device by themselves."""
+    import torch
+
+    own, children = (
+        resource.getrusage(who).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    )
+    found = {"peak_memory": own}
+    if children:
+        found["peak_memory_of_a_child"] = children
+    if device.type == "cuda":
+        found["peak_memory_of_device"] = torch.cuda.max_memory_allocated(device)
+    return found | ({"tokens": tokens} if tokens else {})
 
 
 def new_backend(
@@ -111,11 +132,31 @@ def write_card(
 ) -> None:
     """README.md beside the weights. Scores are not in it: they come after; an export has them."""
     inputs = {edge: read_record(Path(path)) for edge, path in job.inputs.items()}
-    card = model_card({**vars(job), "inputs": inputs, "metrics": metrics, "warnings": warnings})
+    made = {**vars(job), "inputs": inputs, "metrics": metrics, "warnings": warnings}
+    made["provenance"] = {"origin": job.runtime["origin"]} if "origin" in job.runtime else {}
+    card = model_card(made, ancestors=_ancestors(job.inputs))
     path = out / "README.md"
     # It may be a link to a file of somebody else.
     path.unlink(missing_ok=True)
     path.write_text(card, encoding="utf-8")
+
+
+def _ancestors(inputs: Mapping[str, str]) -> list[Record]:
+    """The records of all that the inputs descend from, as far as they lie beside them in the
+    store."""
+    found: dict[str, Record] = {}
+    frontier = [Path(path) for path in inputs.values()]
+    while frontier:
+        path = frontier.pop()
+        record = read_record(path)
+        if record["fingerprint"] in found:
+            continue
+        found[record["fingerprint"]] = record
+        beside = (
+            path.parents[1] / s["kind"] / label_of(s) for s in record.get("inputs", {}).values()
+        )
+        frontier += [place for place in beside if (place / RECORD).is_file()]
+    return list(found.values())
 
 
 def useful_threads(job: Job) -> int:

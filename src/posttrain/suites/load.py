@@ -50,6 +50,11 @@ _TYPES = {"params": dict, "seed": int}
 _TYPES |= {f"num_{split}": int for split in ("train", "validation", "heldout")}
 
 
+def suite_file(spec: str, base: Path | None = None) -> Path:
+    """The file that a suite called `spec` would be in, see `load_suite`."""
+    return SHIPPED.get(spec) or (base or Path()).joinpath(spec).absolute()
+
+
 def load_suite(spec: str, base: Path | None = None) -> tuple[Suite, Path]:
     """The suite called `spec` and the directory that its relative paths start from.
 
@@ -58,7 +63,7 @@ def load_suite(spec: str, base: Path | None = None) -> tuple[Suite, Path]:
     Raises:
         ConfigError: unknown name, missing file, or anything wrong in it; names file and field.
     """
-    path = SHIPPED.get(spec) or (base or Path()).joinpath(spec).absolute()
+    path = suite_file(spec, base)
     if path.suffix not in (".toml", ".py"):
         raise ConfigError(
             f"suite: unknown suite {spec!r}; {choices_text(spec, SHIPPED)}, "
