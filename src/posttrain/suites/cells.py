@@ -11,9 +11,6 @@ from typing import Any
 
 from posttrain.engine.errors import ConfigError
 
-NONE = object()
-"""Stands for a value that has no JSON form."""
-
 
 def is_missing(value: Any) -> bool:
     """None and NaN, which is how tables say that there is no value."""
