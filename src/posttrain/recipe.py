@@ -274,6 +274,9 @@ class Recipe(DataVerbs):
         settings = prompts.settings() | settings
         stage = self._trained("distill", name, settings, edges | asked, aux, routes)
         checks.named_domains(self._build, name, prompts.domains, "hints")
+        if any(self._build.values(name, "reward_weight")):
+            fix = "leave reward_weight out"
+            lacking.all_of(self._build, name, prompts.domains, reads="reward_weight is of", fix=fix)
         return stage
 
     def extend(

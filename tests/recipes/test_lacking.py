@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from posttrain import judges
-from posttrain.algorithms import BestAgainstWorst, BestResponses, RandomPairs
+from posttrain.algorithms import BestAgainstWorst, BestResponses, Critique, RandomPairs
 from posttrain.engine.errors import ConfigError
 from posttrain.engine.graph import named
 from posttrain.language.handles import Stage
@@ -92,6 +92,25 @@ REFUSED: dict[str, Callable[[Recipe, Stage, Stage], Stage]] = {
     r"\(best\): it reads the validation split, and domain 'letters' has none \(validation = 0": (
         lambda r, b, s: r.best({"a": b, "b": b}, judge=JUDGE, prompts=r.prompts(r.domains))
     ),
+    r"reward_weight is of what the verifier says, and none of its domains chat, letters has one": (
+        lambda r, b, s: r.distill(
+            start=b,
+            teachers={"chat": "self", "letters": b},
+            prompts=r.prompts(["chat", "letters"]),
+            reward_weight=0.5,
+            samples_per_prompt=2,
+            **STEPS,
+        )
+    ),
+    r"critique learns what the verifier says, and none of its domains chat has one": (
+        lambda r, b, s: r.rl(
+            start=b,
+            prompts=r.prompts("chat"),
+            reward=judges.itself(),
+            critique=Critique(0.1),
+            **STEPS,
+        )
+    ),
     r"\(evaluate\): it reads the heldout split, and domain 'chat' has none \(heldout = 0": (
         lambda r, b, s: r.evaluate(b, init=b, domains=["chat"])
     ),
@@ -110,6 +129,15 @@ def test_what_needs_none_is_taken(r: Recipe, base: Stage) -> None:
     by_domain = judges.by_domain({"sums": judges.verifier(), "chat": JUDGE, "letters": JUDGE})
     r.rl(start=base, prompts=every, reward=by_domain, **STEPS)
     r.distill(start=base, teachers=dict.fromkeys(r.domains, "self"), prompts=every, **STEPS)
+    r.distill(
+        start=base,
+        teachers=dict.fromkeys(r.domains, base),
+        prompts=every,
+        reward_weight=0.5,
+        samples_per_prompt=2,
+        name="rewarded",
+        **STEPS,
+    )
     rollouts = r.sample(base, prompts=every)
     r.select(rollouts, how="all")
     scored = r.score(rollouts, judge=JUDGE)

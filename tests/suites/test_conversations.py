@@ -55,6 +55,19 @@ def test_a_conversation_that_ends_with_the_user_has_no_demonstration(tmp_path):
     assert (row["prompt"], row["demo"]) == ("2 + 2?", None)
 
 
+def test_a_last_word_that_cannot_be_learned_is_told(tmp_path):
+    calls = [{"type": "function", "function": {"name": "clock", "arguments": "{}"}}]
+    ends = [REPLY, {"role": "assistant", "content": ""}, {**REPLY, "tool_calls": calls}]
+    more = {"role": "user", "content": "And 3 + 3?"}
+    talks = [[USER, REPLY, more, end] for end in ends] + [[USER, REPLY, more]]
+    for number, talk in enumerate(talks):
+        talk[0] = {"role": "user", "content": f"question {number}"}
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"m": talk}) + "\n" for talk in talks))
+    facts = domain_node(domain(messages="m"), tmp_path).runtime["facts"]
+    # Of the one that ends with the user the first turn is learned.
+    assert (facts["rows"], facts["no_demo"]) == (4, 2)
+
+
 def test_sharegpt_and_tools_are_read(tmp_path):
     talk = [
         {"from": "human", "value": "time?"},

@@ -148,6 +148,9 @@ def rl(build: Builder, stage: str, domains: Sequence[str]) -> None:
     settings, inputs = build.settings[stage], build.nodes[stage].inputs
     _judge(build, stage, "reward", domains)
     named_domains(build, stage, domains, "kl.domains", "critique.domains")
+    if settings.critique is not None:
+        asked = settings.critique.domains or domains
+        lacking.all_of(build, stage, asked, reads="critique learns", fix="leave critique out")
     if "critic" in inputs and not settings.uses_critic:
         raise ConfigError(
             f"stage {stage!r} (rl): critic = {inputs['critic']!r} is read with advantage = gae "

@@ -78,6 +78,15 @@ def verifier(
             )
 
 
+def all_of(build: Builder, stage: str, domains: Sequence[str], *, reads: str, fix: str) -> None:
+    """Refuse what goes by verifiers alone where none of the domains has one."""
+    if domains and not verified(build, domains):
+        raise ConfigError(
+            f"stage {stage!r} ({build.nodes[stage].kind}): {reads} what the verifier says, and "
+            f'none of its domains {", ".join(domains)} has one (verifier = "none"); {fix}'
+        )
+
+
 def judge(build: Builder, judge: Judge, domains: Sequence[str], *, where: str) -> None:
     """Refuse a judge that asks the verifier of a domain without one."""
     for name in domains:

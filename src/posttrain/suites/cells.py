@@ -11,9 +11,6 @@ from typing import Any
 
 from posttrain.engine.errors import ConfigError
 
-NONE = object()
-"""Stands for a value that has no JSON form."""
-
 
 def is_missing(value: Any) -> bool:
     """None and NaN, which is how tables say that there is no value."""
@@ -26,7 +23,8 @@ def text_of(value: Any) -> str:
     Raises ConfigError for anything else, for infinities, and where the value is missing.
     """
     if is_missing(value):
-        raise ConfigError(f"holds no value ({value}); it has to be a text or a number")
+        what = "no value" if value is None else "no value (NaN)"
+        raise ConfigError(f"holds {what}; it has to be a text or a number")
     if isinstance(value, str):
         return _checked(value)
     if isinstance(value, int | float | Decimal) and not isinstance(value, bool):

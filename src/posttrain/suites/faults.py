@@ -26,9 +26,14 @@ class Faults:
         try:
             yield
         except ConfigError as error:
-            self.count += 1
-            if len(self._first) < SHOWN:
-                self._first.append(f"{place}: {error}")
+            self._add(f"{place}: {error}")
+        except RecursionError:
+            self._add(f"{place}: values of too many levels inside each other")
+
+    def _add(self, fault: str) -> None:
+        self.count += 1
+        if len(self._first) < SHOWN:
+            self._first.append(fault)
 
     def check(self) -> None:
         """Raises ConfigError where there was a fault."""

@@ -179,7 +179,7 @@ def _row(record: Record, columns: Columns, place: str) -> Row:
             # Nobody asked for it.
             notes[LEFT_OUT] += 1
     own_id, demo = values.pop("id", None), values.pop("demo", None)
-    asked, last = _asked(values, columns)
+    asked, last, silent = _asked(values, columns)
     if last is not None and demo is not None:
         raise ConfigError(
             f"column {columns.named['demo']!r} holds a demonstration, and the conversation ends "
@@ -188,7 +188,8 @@ def _row(record: Record, columns: Columns, place: str) -> Row:
     demo = last if demo is None else demo
     # Of a conversation that ends with the user the earlier turns can be learned.
     said_before = any(message["role"] == "assistant" and message["content"] for message in asked)
-    notes[NO_DEMO] = int(columns.demonstrated and demo is None and not said_before)
+    promised = columns.demonstrated and demo is None
+    notes[NO_DEMO] = int(promised and (silent or not said_before))
     first = {"prompt": readable(asked), "answer": values.get("answer"), "demo": demo, "meta": meta}
     # Of the later fields only those that the row has.
     later = {
@@ -201,8 +202,9 @@ def _row(record: Record, columns: Columns, place: str) -> Row:
     return Row(place=place, id=own_id, problem=first | later, notes=+notes)
 
 
-def _asked(values: Mapping[str, Any], columns: Columns) -> tuple[list[Message], str | None]:
-    """What the model is shown, and the text of the assistant's last message."""
+def _asked(values: Mapping[str, Any], columns: Columns) -> tuple[list[Message], str | None, bool]:
+    """What the model is shown, the text of the assistant's last message, and whether there is such
+    a message that says nothing or calls a tool."""
     given = values["messages"] if "messages" in values else values["prompt"]
     if isinstance(given, str):
         given = [{"role": "user", "content": given}]
@@ -210,7 +212,8 @@ def _asked(values: Mapping[str, Any], columns: Columns) -> tuple[list[Message], 
     system = columns.system
     if "system_column" in columns.named:
         system = values["system_column"]
-    return with_system(parted.asked, system), parted.demo
+    silent = parted.demo is None and not parted.ends_with_user
+    return with_system(parted.asked, system), parted.demo, silent
 
 
 def _value(name: str, value: Any, column: str, columns: Columns) -> Any:
