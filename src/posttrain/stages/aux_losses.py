@@ -132,7 +132,7 @@ def _rows_of(ctx: Context, name: str, modes: Sequence[str]) -> dict[str, list[Pr
     if edge in ctx.inputs:
         return rows_by_domain(ctx.inputs[edge] / "data.jsonl", ctx.name)
     demos = {
-        domain: in_modes(list(read_jsonl(path / "train.jsonl")), modes)
+        domain: every_demonstration(list(read_jsonl(path / "train.jsonl")), modes, domain, ctx)
         for domain, path in sorted(named(ctx.inputs, edge).items())
     }
     if not demos:
@@ -141,7 +141,26 @@ def _rows_of(ctx: Context, name: str, modes: Sequence[str]) -> dict[str, list[Pr
             f"recipe: aux={{{name!r}: (r.demos(...), weight)}}"
         )
     check_demonstrated(demos, ctx.name)
-    return {domain: learned_rows(rows) for domain, rows in demos.items()}
+    return demos
+
+
+def every_demonstration(
+    problems: Sequence[Problem], modes: Sequence[str], domain: str, ctx: Context
+) -> list[Problem]:
+    """Every demonstration of the problems in each of the modes, each a row of its own.
+
+    Tells of further demonstrations of a problem that are none of a mode.
+    """
+    shown = in_modes(problems, modes)
+    further = [sum(len(row.get("demos", ())) for row in rows) for rows in (problems, shown)]
+    left_out = further[0] * max(1, len(modes)) - further[1]
+    if left_out:
+        ctx.warn(
+            f"{left_out} further demonstrations of domain {domain!r} are not learned: in the modes "
+            f"{', '.join(modes)} the columns for the thought and for the answer alone belong to "
+            "the first demonstration of a problem; give such rows prompts that differ."
+        )
+    return learned_rows(shown)
 
 
 def rows_by_domain(path: Path, stage: str) -> dict[str, list[Problem]]:

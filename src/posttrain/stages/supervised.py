@@ -20,7 +20,6 @@ from posttrain.backends.prompting import (
     Problem,
     also_hinted,
     learned_part,
-    learned_rows,
     shown_text,
 )
 from posttrain.backends.tiny import character_tokenizer, new_model
@@ -32,6 +31,7 @@ from posttrain.stages.aux_losses import (
     aux_rows,
     check_demonstrated,
     demo_batch,
+    every_demonstration,
     pop_metrics,
     rows_by_domain,
     token_cross_entropy,
@@ -185,9 +185,10 @@ def demonstrated(
 
     Raises ConfigError for a problem that has none.
     """
-    demos = {name: ctx.problems(name, "train", modes) for name in domains}
+    demos = {
+        name: every_demonstration(ctx.problems(name, "train"), modes, name, ctx) for name in domains
+    }
     check_demonstrated(demos, ctx.name)
-    demos = {name: learned_rows(rows) for name, rows in demos.items()}
     return corrupt_demos(ctx, demos, noise=noise, seed=seed) if noise else demos
 
 
