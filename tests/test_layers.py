@@ -54,7 +54,7 @@ ALLOWED: dict[str, set[str]] = {
     "language.loader": {"engine", "recipe", "language", "suites"},
     "commands": {
         "engine", "report", "backends", "stages", "stages.kinds", "stages.worker", "recipe",
-        "language", "language.loader", "backends.checkpoint_source",
+        "language", "language.loader", "backends.checkpoint_source", "suites",
     },
     "cli": {"engine", "commands", "package"},
     "__main__": {"cli"},
@@ -85,7 +85,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "recipes": set(),
     "language.loader": {"pydantic"},
     "stages.worker": {"torch"},
-    "commands": {"typer", "rich", "safetensors", "transformers", "torch"},
+    "commands": {"typer", "rich", "safetensors", "transformers", "torch", "tokenizers"},
     "cli": {"typer", "rich"},
     "__main__": set(),
 }

@@ -21,7 +21,7 @@ from posttrain.engine.errors import ConfigError
 from posttrain.engine.graph import Graph, Node
 from posttrain.engine.store import Store
 from posttrain.judges import Judge
-from posttrain.language import checks, inputs
+from posttrain.language import checks, inputs, lacking
 from posttrain.language.builder import Builder
 from posttrain.language.calls import checked_calls
 from posttrain.language.data_verbs import DataVerbs
@@ -251,6 +251,9 @@ class Recipe(DataVerbs):
         settings = prompts.settings() | settings
         stage = self._trained("distill", name, settings, edges | asked, aux, routes)
         checks.named_domains(self._build, name, prompts.domains, "hints")
+        if any(self._build.values(name, "reward_weight")):
+            fix = "leave reward_weight out"
+            lacking.all_of(self._build, name, prompts.domains, reads="reward_weight is of", fix=fix)
         return stage
 
     def merge(
@@ -286,13 +289,17 @@ class Recipe(DataVerbs):
             "student": self._build.model(name, "student", student),
             "init": self._build.model(name, "init", init),
         }
-        known = self._build.known(self.domains if domains is None else domains)
+        if domains is None:
+            domains = lacking.evaluated(self._build, name, settings.get("split", "heldout"))
+        known = self._build.known(domains)
         edges |= self._build.data(name, Prompts(known), (Prompts,))
         modes = settings.get("modes", ())
         routes, asked = route(
             self._build, name, known, teachers or {}, init, modes=modes, strict=False
         )
-        return self._build.stage("evaluate", name, settings, edges | asked, routes)
+        stage = self._build.stage("evaluate", name, settings, edges | asked, routes)
+        lacking.split(self._build, name, self._build.settings[name].split, known)
+        return stage
 
     def best(
         self,
@@ -305,11 +312,13 @@ class Recipe(DataVerbs):
     ) -> Stage:
         """The best of several models on the validation problems of all domains or of `prompts`.
 
-        Of equally good ones it is the first. With a `judge` its score decides; a judge that
-        compares responses compares the candidates'.
+        All are those with validation problems and, without a `judge`, a verifier. Of equally good
+        ones it is the first. With a `judge` its score decides; a judge that compares responses
+        compares the candidates'.
         """
         edges = inputs.candidates(self._build, name, candidates)
-        prompts = Prompts(self.domains) if prompts is None else prompts
+        if prompts is None:
+            prompts = lacking.candidates_answer(self._build, name, judge or settings.get("judge"))
         if not isinstance(prompts, Prompts):
             raise ConfigError(
                 f"stage {name!r} (best): its prompts are {prompts!r}; the candidates answer "
@@ -319,7 +328,12 @@ class Recipe(DataVerbs):
         if judge is not None:
             edges |= inputs.judged(self._build, name, judge, prompts.domains)
             settings = {"judge": judge} | settings
-        return self._build.stage("best", name, prompts.settings() | settings, edges)
+        stage = self._build.stage("best", name, prompts.settings() | settings, edges)
+        lacking.split(self._build, name, "validation", prompts.domains)
+        if self._build.settings[name].judge is None:
+            fix = "give judge=... to score the answers"
+            lacking.verifier(self._build, name, prompts.domains, reads="it compares", fix=fix)
+        return stage
 
     def stage_of_kind(
         self,
@@ -374,4 +388,5 @@ class Recipe(DataVerbs):
         losses, data = inputs.aux_losses(self._build, name, aux)
         stage = self._build.stage(kind, name, {**settings, **losses}, {**edges, **data}, routes)
         checks.aux_losses(self._build, name)
+        lacking.noise(self._build, name, stage.domains)
         return stage

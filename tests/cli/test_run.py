@@ -53,7 +53,7 @@ def first(cli: Callable[..., Any], done: Path) -> Any:
 def test_a_run_tells_in_json_what_became_of_each_stage(cli: Callable[..., Any]) -> None:
     result = cli("run", *MINI, "--jobs", "2", "--json")
     found = result.json
-    assert list(found) == ["recipe", "seed", "seconds", "stages", "warnings", "evaluation"]
+    assert list(found) == ["recipe", "seed", "seconds", "stages", "warnings", "data", "evaluation"]
     assert found["warnings"] == []
     assert (found["recipe"], found["seed"]) == ("mini", 0)
     assert {stage["name"]: stage["kind"] for stage in found["stages"]} == STAGES
@@ -134,7 +134,7 @@ def test_people_see_a_table_and_no_json(done: Path, cli: Callable[..., Any]) -> 
 
 def test_plan_of_an_empty_store(cli: Callable[..., Any], place: Path) -> None:
     found = cli("plan", *MINI, "--json").json
-    assert list(found) == ["recipe", "seed", "stages", "warnings"]
+    assert list(found) == ["recipe", "seed", "stages", "warnings", "data"]
     assert {stage["name"]: stage["kind"] for stage in found["stages"]} == STAGES
     assert {(s["action"], s["reason"], s["artifact"]) for s in found["stages"]} == {
         ("run", "new", None)

@@ -269,7 +269,7 @@ def test_a_file_that_changes_between_plan_and_run_is_an_error(tmp_path):
             r"t\.jsonl, line 2: column 'answer' is missing",
         ),
         ('{"prompt": "a", "answer": "b"}\n', {"demo": "steps"}, r"demo = "),
-        ('{"prompt": "a", "answer": null}\n', {}, r"line 1: column 'answer' holds 'None'"),
+        ('{"prompt": "a", "answer": null}\n', {}, r"line 1: column 'answer' holds no value"),
         ('{"prompt": [1], "answer": "b"}\n', {}, r"line 1: column 'prompt' .*\(list\)"),
         ('{"prompt": " ", "answer": "b"}\n', {}, r"line 1: column 'prompt' is empty"),
         (
@@ -292,7 +292,7 @@ def test_bad_tables_are_refused_at_plan_time(content, fields, message, tmp_path)
     ("location", "message"),
     [
         ("tabel.jsonl", r"tabel\.jsonl does not exist; did you mean 'table\.jsonl'"),
-        ("table.csv", r"'table\.csv' is not a table that can be read; give a \.jsonl or"),
+        ("table.xls", r"'table\.xls' is not a table that can be read; give a \.jsonl, "),
         ("folder", r"not written by datasets' save_to_disk"),
         ("hub:me/data#train", "the revision is missing.*identity has to be fixed"),
         ("hub:me/data@main#train", "revision 'main' can move.*identity has to be fixed"),

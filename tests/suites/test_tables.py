@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from posttrain.engine.errors import ConfigError
-from posttrain.suites.tables import Columns, Location, read_rows
+from posttrain.suites.location import Location
+from posttrain.suites.tables import Columns, read_rows
 
 
 @pytest.mark.parametrize(

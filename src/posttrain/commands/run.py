@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from posttrain.commands import io
+from posttrain.commands import data, io
 from posttrain.commands.io import console, emit, plain_table
 from posttrain.commands.report import check_report_path, write_report_of
 from posttrain.engine.errors import Interrupted, PosttrainError
@@ -85,6 +85,7 @@ def run(
     loaded = load_recipe(recipe, store=place, settings=settings or (), suite=suite, seed=seed)
     rows = plan_graph(loaded.graph, place)
     _summary(out, loaded, rows, place)
+    tables = _show_data(out, loaded, rows, place)
     view = LiveView(rows, loaded.graph, out)
     failure = None
     try:
@@ -123,6 +124,7 @@ def run(
     if as_json:
         result = {"recipe": loaded.name, "seed": loaded.seed, "seconds": round(seconds, 3)}
         result |= {"stages": stages, "warnings": warnings}
+        result["data"] = tables if data.all_read(tables) else _data(loaded, rows, place)
         if evaluation:
             result["evaluation"] = {key: evaluation[key] for key in SUMMARY if key in evaluation}
         emit(result)
@@ -243,9 +245,11 @@ def plan(
             for row in rows
         ]
         told = {"recipe": loaded.name, "seed": loaded.seed, "stages": stages}
-        emit(told | {"warnings": _warnings(loaded, rows)})
+        told["warnings"] = _warnings(loaded, rows)
+        emit(told | {"data": _data(loaded, rows, place)})
         return
     _summary(out, loaded, rows, place)
+    _show_data(out, loaded, rows, place)
     table = plain_table("stage", "kind", "", "reason")
     for row in rows:
         style = ACTION_STYLES[row.action]
@@ -285,6 +289,19 @@ def _summary(out: Console, loaded: Loaded, rows: Sequence[PlanRow], store: Store
         ),
         soft_wrap=True,
     )
+
+
+def _data(loaded: Loaded, rows: Sequence[PlanRow], store: Store) -> list[dict[str, Any]]:
+    return data.told(loaded.graph, [row.name for row in rows], store)
+
+
+def _show_data(
+    out: Console, loaded: Loaded, rows: Sequence[PlanRow], store: Store
+) -> list[dict[str, Any]]:
+    found = _data(loaded, rows, store)
+    if found:
+        out.print(data.shown(found))
+    return found
 
 
 def _count(statuses: Sequence[str]) -> str:

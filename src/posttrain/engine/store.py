@@ -2,6 +2,7 @@
 
     store.json                                  {"format": 1}; also the lock between runs and gc
     hashes.json                                 hashes of large files from outside (hashes.py)
+    cache/                                      what was found in tables from outside, by content
     artifacts/<kind>/<name>-<fp[:12]>/          record.json and files; committed, never changed
     work/<fp[:12]>/                             out/ being filled, step checkpoints, log.txt, ...
     work/<fp[:12]>.lock                         held by whoever works on it
@@ -41,6 +42,9 @@ from posttrain.engine.record import (
 )
 from posttrain.engine.work import CODE_DIFF, METRICS, Work, open_work, read_warnings
 
+CACHE = "cache"
+"""The directory with what can be had again at the cost of some time."""
+
 
 class Store:
     """A store at `root`. Making one writes nothing; the directory appears with the first work
@@ -53,6 +57,11 @@ class Store:
         self.root = Path(root).absolute()
         self.hashes = FileHashes(self.root / HASHES)
         self._check()
+
+    @property
+    def cache(self) -> Path | None:
+        """Where what can be had again is remembered; None before the store is there."""
+        return self.root / CACHE if (self.root / "store.json").is_file() else None
 
     # -- reading ---------------------------------------------------------------------------------
 

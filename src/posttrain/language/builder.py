@@ -220,7 +220,10 @@ class Builder:
                     f"{stage!r} needs; give it another name="
                 )
             if node is None:
-                pieces = domain_node(self.suite.domains[name], self.directory, self.hash_file)
+                cache = None if self.store is None else self.store.cache
+                pieces = domain_node(
+                    self.suite.domains[name], self.directory, self.hash_file, cache
+                )
                 self.nodes[name] = Node(
                     name=name,
                     kind="domain",

@@ -12,6 +12,7 @@ from typing import Any
 from posttrain.algorithms import InTurn, StrongAgainstWeak
 from posttrain.engine.errors import ConfigError
 from posttrain.engine.graph import Graph, Node, named, with_role
+from posttrain.language import lacking
 from posttrain.language.builder import Builder, root_of
 from posttrain.rewards.judge_base import ByDomain, Judge
 from posttrain.rewards.judge_kinds import Llm, parse_judge
@@ -86,10 +87,11 @@ def demos(suite: Suite, domains: Sequence[str], modes: Sequence[str]) -> None:
     for name in domains:
         source, where = suite.domains[name].source, f"domain {name!r} of suite {suite.name!r}"
         table = isinstance(source, Table)
-        if isinstance(source, Table) and source.demo is None:
+        if isinstance(source, Table) and not source.demonstrated:
             raise ConfigError(
                 f"{where} has no demonstrations: name their column with demo = ... in the suite, "
-                "or leave the domain out of r.demos(...)"
+                "or that of conversations with messages = ..., or leave the domain out of "
+                "r.demos(...)"
             )
         thinks = (
             source.thought is not None if isinstance(source, Table) else (source.format != "plain")
@@ -133,6 +135,9 @@ def rl(build: Builder, stage: str, domains: Sequence[str]) -> None:
     settings, inputs = build.settings[stage], build.nodes[stage].inputs
     _judge(build, stage, "reward", domains)
     named_domains(build, stage, domains, "kl.domains", "critique.domains")
+    if settings.critique is not None:
+        asked = settings.critique.domains or domains
+        lacking.all_of(build, stage, asked, reads="critique learns", fix="leave critique out")
     if "critic" in inputs and not settings.uses_critic:
         raise ConfigError(
             f"stage {stage!r} (rl): critic = {inputs['critic']!r} is read with advantage = gae "
@@ -174,6 +179,7 @@ def select(build: Builder, stage: str) -> None:
                     "out, or select from r.rl(...)"
                 )
     _scored(build, stage, getattr(build.settings[stage].how, "by", "reward"))
+    lacking.selection(build, stage, build.handle(stage).domains)
 
 
 def pairs(build: Builder, stage: str) -> None:
@@ -190,6 +196,7 @@ def pairs(build: Builder, stage: str) -> None:
         )
     if node.config["judge"] is None:
         _scored(build, stage, build.settings[stage].by)
+    lacking.preference(build, stage, build.handle(stage).domains)
 
 
 def _scored(build: Builder, stage: str, by: str) -> None:
@@ -249,6 +256,7 @@ def problems_of_judge(build: Builder, judge: Judge, domains: Sequence[str], *, w
     for part in judge.walk():
         if isinstance(part, ByDomain):
             part.check(domains, where=where)
+    lacking.judge(build, judge, domains, where=where)
     for domain in domains:
         source = build.suite.domains[domain].source
         asked = judge.walk(domain)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from posttrain.judges import Judge
-from posttrain.language import checks, inputs
+from posttrain.language import checks, inputs, lacking
 from posttrain.language.builder import Builder
 from posttrain.language.handles import Demos, Prompts, Stage
 from posttrain.language.routes import samplers
@@ -61,7 +61,9 @@ class DataVerbs:
     ) -> Stage:
         """Which of two responses is better, as data that teaches a model to judge."""
         edges = inputs.rollouts("comparisons", name, rollouts)
-        return self._build.stage("comparisons", name, settings, edges)
+        stage = self._build.stage("comparisons", name, settings, edges)
+        lacking.verifier(self._build, name, stage.domains, reads="it compares")
+        return stage
 
     def pairs(
         self,
@@ -95,7 +97,9 @@ class DataVerbs:
         """How often `model` solves each of the prompts: for `r.filter`, and for curricula."""
         edges = {"model": self._build.model(name, "model", model)}
         edges |= self._build.data(name, prompts, (Prompts,))
-        return self._build.stage("profile", name, prompts.settings() | settings, edges)
+        stage = self._build.stage("profile", name, prompts.settings() | settings, edges)
+        lacking.verifier(self._build, name, prompts.domains, reads="a pass rate is")
+        return stage
 
     def filter(
         self,
@@ -116,6 +120,7 @@ class DataVerbs:
                 edges[edge] = inputs.profile("filter", name, edge, source, prompts.domains)
         stage = self._build.stage("filter", name, prompts.settings() | settings, edges)
         checks.filter(self._build, name)
+        lacking.verifier(self._build, name, prompts.domains, reads="it goes by")
         return stage
 
     def mix(

@@ -33,7 +33,7 @@ def fill(template: str, values: Mapping[str, str]) -> str:
 
 def question(template: str | None, problem: Mapping[str, Any], a: str, b: str) -> str:
     """The text of one comparison; None is `QUESTION`."""
-    values = {"prompt": problem["prompt"], "answer": str(problem["answer"]), "a": a, "b": b}
+    values = {"prompt": problem["prompt"], "answer": problem["answer"] or "", "a": a, "b": b}
     return fill(QUESTION if template is None else template, values)
 
 
@@ -94,6 +94,8 @@ def compared(
     """
     found = []
     for (domain, problem_id, _), rows in by_problem.items():
+        # Where nobody verified there is no better response.
+        rows = [row for row in rows if row["reward"] is not None]
         best = sorted(rows, key=lambda row: -row["reward"])[:max_per_prompt]
         worst = sorted(rows, key=lambda row: row["reward"])
         for good, bad in zip(best, worst, strict=False):

@@ -84,7 +84,7 @@ class Grader:
     def _question(self, problem: Row, text: str, rubric: Sequence[Row]) -> str:
         judge, lines = self.judge, _numbered(rubric)
         guide = lines or (judge.rubric or "")
-        values = {"prompt": problem["prompt"], "response": text, "answer": str(problem["answer"])}
+        values = {"prompt": problem["prompt"], "response": text, "answer": problem["answer"] or ""}
         values |= {"rubric": guide, "criteria": lines, "best": f"{judge.best:g}"}
         if judge.template is not None:
             return fill(judge.template, values)

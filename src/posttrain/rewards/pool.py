@@ -7,7 +7,8 @@
 
 exact, regex, choice and most of reasoning-gym judge an answer in less time than it takes to send it
 somewhere, so these are called at once, where they are. The others go to the workers: math, python
-and the reasoning-gym datasets in `gym.SLOW`. The scores are the same either way.
+and the reasoning-gym datasets in `gym.SLOW`. The scores are the same either way. Responses of a
+domain without a verifier have the score NaN: nobody knows.
 
 A response over which math or reasoning-gym takes too long, or dies, is wrong: it is an expression
 that cannot be evaluated, such as 9**9**9**9. A python verifier should know its own limits: there
@@ -22,6 +23,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 import os
 import queue
 import signal
@@ -40,6 +42,7 @@ import posttrain
 from posttrain.engine.errors import PosttrainError, StageError
 from posttrain.rewards.gym import SLOW
 from posttrain.rewards.oracle import load_quality, quality_name
+from posttrain.rewards.spec import UNVERIFIED
 from posttrain.rewards.verifiers import Verifier, load_verifier, verifier_name
 
 Problem: TypeAlias = Mapping[str, Any]
@@ -72,7 +75,10 @@ class VerifierPool:
         names = {domain: name_of(path) for domain, path in domains.items()}
         slow = {domain: name for domain, name in names.items() if is_slow(name)}
         self.domains = tuple(domains)
-        self._inline = {d: load(path) for d, path in domains.items() if d not in slow}
+        self.unverified = frozenset(d for d, name in names.items() if name == UNVERIFIED)
+        """Domains that have no verifier."""
+        fast = [d for d in domains if d not in slow and d not in self.unverified]
+        self._inline = {d: load(domains[d]) for d in fast}
         limits = {d: python_seconds if _is_python(n) else runaway_seconds for d, n in slow.items()}
         paths = json.dumps({domain: str(domains[domain]) for domain in slow})
         arguments = [paths, "oracle" if oracle else "verifier"]
@@ -99,9 +105,12 @@ class VerifierPool:
         StageError where a problem, the user's code or its process is broken.
         """
         rows = list(zip(texts, problems, strict=True))
+        done: Future[list[float]] = Future()
+        if domain in self.unverified:
+            done.set_result([math.nan] * len(rows))
+            return done
         if domain not in self._inline:
             return self._threads.submit(self._ask_worker, domain, rows)
-        done: Future[list[float]] = Future()
         try:
             done.set_result([self._inline[domain].score(t, p) for t, p in rows])
         except Exception as error:
@@ -119,6 +128,8 @@ class VerifierPool:
 
     def check(self, domain: str, problems: Sequence[Problem]) -> None:
         """Raises StageError for the first problem whose answer the verifier cannot judge by."""
+        if domain in self.unverified:
+            return
         if domain not in self._inline:
             self._ask_worker(domain, [(None, problem) for problem in problems])
             return

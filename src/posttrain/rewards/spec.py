@@ -23,8 +23,12 @@ OPTIONS: Mapping[str, Mapping[str, type]] = {
     "choice": {},
     "reasoning_gym": {"partial": bool, "format": str, "params": dict},
     "python": {},
+    "none": {},
 }
 """Verifier kind -> its options and their types."""
+
+UNVERIFIED = "none"
+"""The verifier of a domain whose responses nobody can check: it has no rewards of its own."""
 
 SPELLINGS: Mapping[str, str] = {kind: kind for kind in OPTIONS} | {
     "reasoning_gym": "reasoning_gym:<name>",
@@ -38,7 +42,7 @@ class VerifierSpec:
     """A verifier as the user writes it."""
 
     name: str
-    """math, exact, regex, choice, reasoning_gym:<name> or python:<file.py>:<function>."""
+    """math, exact, regex, choice, reasoning_gym:<name>, python:<file.py>:<function> or none."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Options of that verifier; `OPTIONS` lists them."""
 
@@ -160,6 +164,13 @@ def resolve_verifier(spec: VerifierSpec, base_dir: Path, *, where: str = "verifi
         data={"verifier": file_digest(path)},
         runtime={"verifier_file": str(path)},
     )
+
+
+def is_verified(config: Mapping[str, Any]) -> bool:
+    """Whether the domain of this config has a verifier; `config` is the one in domain.json, or its
+    part {"name", "options"}."""
+    part = config.get("verifier", config)
+    return bool(part["name"] != UNVERIFIED)
 
 
 RUBRIC_FORM = '{"criterion": text, "weight": number above 0}'

@@ -6,6 +6,7 @@
     choice                        the letter A to J that the response settles on
     reasoning_gym:<name>          reasoning-gym's own score_answer
     python:<file.py>:<function>   a user's function (response, problem) -> float
+    none                          there is no verifier: `VerifierPool` says NaN
 
 A problem is one row of a domain: {"id", "domain", "prompt", "answer", "demo", "meta"}. Where it has
 a "mode", the verifier of a domain's artifact sees the answer alone

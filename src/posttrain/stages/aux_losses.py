@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -132,7 +132,7 @@ def _rows_of(ctx: Context, name: str, modes: Sequence[str]) -> dict[str, list[Pr
     if edge in ctx.inputs:
         return rows_by_domain(ctx.inputs[edge] / "data.jsonl", ctx.name)
     demos = {
-        domain: every_demonstration(list(read_jsonl(path / "train.jsonl")), modes, domain, ctx)
+        domain: in_told_modes(list(read_jsonl(path / "train.jsonl")), modes, domain, ctx)
         for domain, path in sorted(named(ctx.inputs, edge).items())
     }
     if not demos:
@@ -140,17 +140,14 @@ def _rows_of(ctx: Context, name: str, modes: Sequence[str]) -> dict[str, list[Pr
             f"stage {ctx.name!r}: aux = {name!r} has a weight and no data; give both in the "
             f"recipe: aux={{{name!r}: (r.demos(...), weight)}}"
         )
-    check_demonstrated(demos, ctx.name)
-    return demos
+    return with_demonstrations(demos, ctx)
 
 
-def every_demonstration(
+def in_told_modes(
     problems: Sequence[Problem], modes: Sequence[str], domain: str, ctx: Context
 ) -> list[Problem]:
-    """Every demonstration of the problems in each of the modes, each a row of its own.
-
-    Tells of further demonstrations of a problem that are none of a mode.
-    """
+    """The problems of a domain in each of the modes. Tells of further demonstrations of a problem
+    that are none of a mode."""
     shown = in_modes(problems, modes)
     further = [sum(len(row.get("demos", ())) for row in rows) for rows in (problems, shown)]
     left_out = further[0] * max(1, len(modes)) - further[1]
@@ -160,7 +157,7 @@ def every_demonstration(
             f"{', '.join(modes)} the columns for the thought and for the answer alone belong to "
             "the first demonstration of a problem; give such rows prompts that differ."
         )
-    return learned_rows(shown)
+    return shown
 
 
 def rows_by_domain(path: Path, stage: str) -> dict[str, list[Problem]]:
@@ -176,16 +173,32 @@ def rows_by_domain(path: Path, stage: str) -> dict[str, list[Problem]]:
     return dict(sorted(rows.items()))
 
 
-def check_demonstrated(demos: Mapping[str, Sequence[Mapping[str, Any]]], stage: str) -> None:
-    """Raise ConfigError for a domain with a problem that has no demonstration."""
+def with_demonstrations(
+    demos: Mapping[str, Sequence[Problem]], ctx: Context
+) -> dict[str, list[Problem]]:
+    """Every demonstration of these problems as a row of its own, by domain.
+
+    Problems without one are left out, which is told. Raises ConfigError for a domain that has no
+    demonstration at all.
+    """
+    found: dict[str, list[Problem]] = {}
     for name, problems in demos.items():
-        missing = next((p for p in problems if learned_part(p) is None), None)
-        if missing is not None:
+        shown = [problem for problem in problems if learned_part(problem) is not None]
+        missing = next((problem for problem in problems if learned_part(problem) is None), None)
+        if missing is not None and shown:
+            ctx.warn(
+                f"{len(problems) - len(shown)} of {len(problems)} problems of domain {name!r} have "
+                f"no demonstration and are not learned, the first of them {missing['id']}; add "
+                "their demonstrations to the table"
+            )
+        elif missing is not None:
             thinks = missing.get("mode") == "think"
             raise ConfigError(
-                f"stage {stage!r}: domain {name!r} has no "
+                f"stage {ctx.name!r}: domain {name!r} has no "
                 + ("thinking demonstration" if thinks else "demonstration")
                 + f" for problem {missing['id']}; name its column with "
                 + ("`thought = ...`" if thinks else "`demo = ...`")
                 + " in the suite, or leave the domain out of `data`"
             )
+        found[name] = learned_rows(shown)
+    return found

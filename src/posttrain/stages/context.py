@@ -250,7 +250,8 @@ class Context:
         if chosen:
             rows = [row for row in rows if row["domain"] == domain]
         if not rows:
-            raise ConfigError(f"domain {domain!r}: its {split} split has no problems")
+            fix = "" if split == "train" else f"; leave {split} = 0 out of the suite, or the domain"
+            raise ConfigError(f"domain {domain!r}: its {split} split has no problems{fix}")
         return in_modes(rows, modes)
 
     def log(self, step: int, total: int, *, tokens: int, **metrics: float) -> None:

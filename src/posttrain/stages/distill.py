@@ -49,7 +49,7 @@ from posttrain.stages.aux_losses import AuxData, pop_metrics
 from posttrain.stages.context import Context
 from posttrain.stages.data import Batches
 from posttrain.stages.lengths import Reader, fit_prompts
-from posttrain.stages.rollout import rollout, verifiers
+from posttrain.stages.rollout import rollout, verified_mean, verifiers
 from posttrain.stages.settings.distill import Distill
 from posttrain.stages.teachers import Teachers
 
@@ -90,7 +90,9 @@ def run(settings: Distill, ctx: Context) -> dict[str, float]:
         # What each row counts, and what its reward is worth.
         batch["domain_B"] = torch.tensor([domains.index(p["domain"]) for p in batch.problems])
         batch["loss_weight_B"] = loss_weights(s, domains, batch)
-        batch["advantage_B"] = advantages(batch["reward_B"], batch["group_B"], mode="group_mean")
+        # Where nobody verifies the reward is the same for all, and its advantage 0.
+        reward_B = batch["reward_B"].nan_to_num(nan=0.0)
+        batch["advantage_B"] = advantages(reward_B, batch["group_B"], mode="group_mean")
         # Update: one optimiser step on each share of the rows.
         no_states = isinstance(s.estimator, SampledToken | TopK)
         heads = () if no_states else teachers.heads
@@ -113,8 +115,9 @@ def run(settings: Distill, ctx: Context) -> dict[str, float]:
         metrics |= per_domain_metrics(sums, domains, batch.num_tokens)
         metrics["response_length"] = float(batch.sampled_len_B.float().mean())
         metrics["finished_share"] = float(batch["finished_B"].float().mean())
-        if settings.rewarded:
-            metrics["reward"] = float(batch["reward_B"].mean())
+        reward = verified_mean(batch["reward_B"]) if settings.rewarded else None
+        if reward is not None:
+            metrics["reward"] = reward
         for number, name in enumerate(teachers.names):
             metrics[f"rows/{name}"] = float((batch["teacher_B"] == number).sum())
         ctx.log(step + 1, settings.steps, tokens=batch.num_tokens, **s.scheduled(), **metrics)

@@ -34,7 +34,7 @@ from posttrain.rl.statistics import Scores, evaluation, mean_interval
 from posttrain.stages.context import Context
 from posttrain.stages.judging import judge_readers, make_reward, responses_of
 from posttrain.stages.lengths import Reader, fit_prompts
-from posttrain.stages.rollout import rollout, submit, verifiers
+from posttrain.stages.rollout import rollout, submit, verified_mean, verifiers
 from posttrain.stages.settings.models import Best, Evaluate
 
 
@@ -218,8 +218,10 @@ def run_best(settings: Best, ctx: Context) -> dict[str, Any]:
             for position, rows in enumerate(problems.values())
         ]
         tokens = sum(batch.num_tokens for batch in answers[name])
-        rewards = [float(batch["reward_B"].mean()) for batch in answers[name]]
-        ctx.log(number + 1, len(names), tokens=tokens, reward=float(np.mean(rewards)))
+        found = (verified_mean(batch["reward_B"]) for batch in answers[name])
+        rewards = [reward for reward in found if reward is not None]
+        about = {"reward": float(np.mean(rewards))} if rewards else {}
+        ctx.log(number + 1, len(names), tokens=tokens, **about)
     worths = {name: [b["reward_B"].double() for b in of_it] for name, of_it in answers.items()}
     if settings.judge is not None:
         worths = judge_scores(settings.judge, settings, ctx, answers)
@@ -272,10 +274,11 @@ def measured(
         count = int(batch["group_B"].max()) + 1
         means.append(net_B.reshape(count, -1).mean(dim=1).numpy())
     interval = mean_interval(means, resamples=settings.bootstrap, seed=settings.seed)
-    rewards = [float(batch["reward_B"].double().mean()) for batch in answers]
+    means_B = (verified_mean(batch["reward_B"].double()) for batch in answers)
+    rewards = {n: r for n, r in zip(domains, means_B, strict=True) if r is not None}
     length = sum(batch.num_tokens for batch in answers) / sum(map(len, answers))
-    about = {"reward": float(np.mean(rewards)), "response_length": length}
-    return interval | about | {"rewards": dict(zip(domains, rewards, strict=True))}
+    reward = {"reward": float(np.mean(list(rewards.values())))} if rewards else {}
+    return interval | reward | {"response_length": length, "rewards": rewards}
 
 
 def take_over(source: Path, out: Path) -> None:

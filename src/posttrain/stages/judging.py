@@ -37,7 +37,7 @@ from posttrain.rewards.pool import VerifierPool
 from posttrain.rl.batch import Batch
 from posttrain.stages.context import Context
 from posttrain.stages.lengths import Reader, cut, fit_responses
-from posttrain.stages.rollout import MAX_WORKERS
+from posttrain.stages.rollout import MAX_WORKERS, NAN
 from posttrain.stages.rows import Row, key_of, pick, problems_of, read_rollouts
 from posttrain.stages.settings.data import Score
 
@@ -169,7 +169,7 @@ def responses_of_rows(ctx: Context, rows: list[Row]) -> Responses:
         group=[number[key_of(row)] for row in rows],
         finished=[row["finished"] for row in rows],
         num_tokens=[row["num_tokens"] for row in rows],
-        verdicts=[row["reward"] for row in rows],
+        verdicts=[NAN if row["reward"] is None else row["reward"] for row in rows],
     )
 
 

@@ -28,9 +28,11 @@ from posttrain.engine.fingerprint import file_digest, files_digest
 from posttrain.engine.graph import named
 from posttrain.engine.hashes import FileHashes, HashFile
 from posttrain.engine.process import Job
+from posttrain.engine.store import CACHE
 from posttrain.stages.context import Context
 from posttrain.stages.settings.models import Merge
 from posttrain.suites.build import build_domain
+from posttrain.suites.checked import remember_built
 
 FREE = frozenset(
     {
@@ -44,7 +46,10 @@ compared as such."""
 
 def run_domain(job: Job, ctx: Context) -> dict[str, Any]:
     """Write the problems of a domain; returns what `build_domain` counts."""
-    return build_domain(job.config, job.runtime, ctx.out, job.data)
+    counted = build_domain(job.config, job.runtime, ctx.out, job.data)
+    cache = Path(job.hashes).parent / CACHE
+    remember_built(cache, job.config, job.data, job.runtime.get("facts"))
+    return counted
 
 
 def run_model(job: Job, ctx: Context) -> dict[str, Any]:

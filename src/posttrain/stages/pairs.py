@@ -36,11 +36,14 @@ from posttrain.stages.settings.data import Comparisons, Pairs
 
 
 def run(settings: Pairs, ctx: Context) -> dict[str, float]:
-    """Write pairs.jsonl: id, domain, prompt, chosen, rejected, rewards (of both, in this order)."""
+    """Write pairs.jsonl: id, domain, prompt, chosen, rejected, and where there is a verifier
+    rewards (of both, in this order)."""
     judge, how = settings.judge, settings.how
     first, second = read_rollouts(ctx), read_rollouts(ctx, "against")
     if judge is None and settings.compares_values:
         check_values(first + second, settings.by, ctx.name)
+    if settings.min_chosen_reward is not None:
+        check_values(first, "reward", ctx.name)
     ours = by_problem(first)
     if judge is not None and (not settings.pairwise or isinstance(how, BestAgainstWorst)):
         ours = with_scores(judge, settings, ctx, ours)
@@ -57,10 +60,13 @@ def run(settings: Pairs, ctx: Context) -> dict[str, float]:
         )
     rows = [row_of(settings, *pair) for pair in pairs]
     write_jsonl(ctx.out / "pairs.jsonl", rows)
+    verified = [pair for pair in pairs if all(row["reward"] is not None for row in pair)]
+    margin = sum(c["reward"] - r["reward"] for c, r in verified) / max(1, len(verified))
     return {
         "rows": len(rows),
         "kept_share": sum(map(bool, found.values())) / len(found),
-        "reward_margin": sum(c["reward"] - r["reward"] for c, r in pairs) / len(rows),
+        # Nothing is known of responses that nobody verifies.
+        **({"reward_margin": margin} if verified else {}),
         "length_gap": sum(len(row["chosen"]) - len(row["rejected"]) for row in rows) / len(rows),
     }
 
@@ -69,7 +75,8 @@ def row_of(settings: Pairs, chosen: Row, rejected: Row) -> Row:
     """The row of pairs.jsonl."""
     row = pick(chosen, "id", "domain", "prompt", "mode", "messages")
     row |= {"chosen": chosen["response"], "rejected": rejected["response"]}
-    row |= {"rewards": [chosen["reward"], rejected["reward"]]}
+    if chosen["reward"] is not None:
+        row["rewards"] = [chosen["reward"], rejected["reward"]]
     if settings.pairwise:
         # None where people did not say.
         return row | ({} if chosen["strength"] is None else {"strength": chosen["strength"]})

@@ -156,7 +156,9 @@ class ProblemSampler:
     def observe(self, s: Rl, rows: Sequence[Row]) -> dict[str, float]:
         """Take in the rollouts of a step, as the log has them; returns metrics."""
         # One per response -> one per problem.
-        rates = _means([row["reward"] for row in rows], s.group_size)
+        # What a judge says, where there is no verifier.
+        found = [row["score"] if row["reward"] is None else row["reward"] for row in rows]
+        rates = _means(found, s.group_size)
         for row, rate in zip(rows[:: s.group_size], rates, strict=True):
             queue = self.queues[row["domain"]]
             if not isinstance(s.draw, InTurn) and s.draw.update_rates:

@@ -46,7 +46,7 @@ from posttrain.stages.judging import judge_readers, make_reward, responses_of
 from posttrain.stages.lengths import Reader, fit_prompts
 from posttrain.stages.own_function import checked_sum, checked_values, named
 from posttrain.stages.problems import ProblemSampler, reprofile_of
-from posttrain.stages.rollout import rollout, verifiers
+from posttrain.stages.rollout import rollout, verified_mean, verifiers
 from posttrain.stages.rollout_log import RolloutLog
 from posttrain.stages.settings.rl import Rl
 
@@ -424,7 +424,8 @@ def constant_of(s: Rl) -> int:
 def batch_metrics(batch: Batch, *, judged: bool) -> dict[str, float]:
     """Reward, response length and finished share of a batch; reward by domain where several.
 
-    Where other judges than the verifier were asked (`judged`), its mean score too."""
+    Where other judges than the verifier were asked (`judged`), its mean score too, over the rows
+    that it was asked about."""
     metrics = {
         "reward": float(batch["reward_B"].mean()),
         "response_length": float(batch.sampled_len_B.float().mean()),
@@ -432,8 +433,9 @@ def batch_metrics(batch: Batch, *, judged: bool) -> dict[str, float]:
     }
     if "nucleus_count_N" in batch:
         metrics["nucleus_size"] = float(batch["nucleus_count_N"].float().mean())
-    if judged:
-        metrics["accuracy"] = float(batch["verified_B"].mean())
+    accuracy = verified_mean(batch["verified_B"]) if judged else None
+    if accuracy is not None:
+        metrics["accuracy"] = accuracy
     by_domain: dict[str, list[float]] = {}
     for problem, reward in zip(batch.problems, batch["reward_B"].tolist(), strict=True):
         by_domain.setdefault(problem["domain"], []).append(reward)

@@ -5,6 +5,7 @@ Legend: B rows (responses), N sampled tokens.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Protocol
@@ -20,6 +21,7 @@ from posttrain.stages.context import Context
 
 CHUNK_ROWS = 16
 """Responses that go to a verifier at a time."""
+NAN = float("nan")
 MAX_WORKERS = 8
 """A process takes about 100 MB where it needs reasoning-gym."""
 
@@ -57,8 +59,8 @@ def rollout(
     """Sample a group per problem and score every response with its domain's verifier.
 
     Columns: `group_B` (int64, which of `problems` a row answers), `verified_B` and `reward_B`
-    (float32, the verifier's score in [0, 1]; another judge may replace the reward), and the
-    sampler's own.
+    (float32, the verifier's score in [0, 1], NaN in a domain without one; another judge may replace
+    the reward), and the sampler's own.
 
     Responses are verified, and read by a `reader`, as they end, beside those still being sampled. A
     response that was cut at the length limit scores 0: it has not given its answer. So does one
@@ -88,10 +90,11 @@ def rollout(
                 # The prefix went in with the prompt, but is part of what the verifier reads.
                 texts[row] = prefix + chat.decode(ids)
             complete = sampling.finished(row_B).tolist()
-            # The others keep the 0 of `verified_B`.
+            # The others keep the 0 of `verified_B`, and those that nobody verifies the NaN.
             ended = [row for row, whole in zip(index, complete, strict=True) if whole]
             pending += submit(verifiers, ended, texts, rows)
-    verified_B = torch.zeros(len(rows))
+    unverified = frozenset() if verifiers is None else verifiers.unverified
+    verified_B = torch.tensor([NAN if row["domain"] in unverified else 0.0 for row in rows])
     for part, scores in pending:
         verified_B[part] = torch.tensor(scores.result(), dtype=torch.float32)
     batch = sampling.batch()
@@ -154,7 +157,8 @@ def rollout_rows(batch: Batch, *, model: str, temperature: float) -> list[dict[s
         {key: problem[key] for key in kept if key in problem}
         | {
             "response": text,
-            "reward": reward,
+            # Whoever verified nothing gave no reward.
+            "reward": None if math.isnan(reward) else reward,
             "finished": finished,
             "model": model,
             "temperature": temperature,
@@ -162,3 +166,9 @@ def rollout_rows(batch: Batch, *, model: str, temperature: float) -> list[dict[s
         }
         for problem, text, reward, finished, length in rows
     ]
+
+
+def verified_mean(value_B: Tensor) -> float | None:
+    """The mean over the rows that have a value; None where none has one (NaN)."""
+    known_B = value_B[~value_B.isnan()]
+    return float(known_B.mean()) if len(known_B) else None

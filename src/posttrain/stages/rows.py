@@ -105,10 +105,13 @@ def by_problem(rows: Iterable[Row]) -> dict[Key, list[Row]]:
 def check_values(rows: Iterable[Row], by: str, stage: str) -> None:
     """Raise ConfigError for a response without the value `by`, the reward or the score."""
     for row in rows:
-        if by not in row:
+        if row.get(by) is None:
+            fix = (
+                "set by = 'score'" if "score" in row else "put r.score(rollouts, judge=...) between"
+            )
             raise ConfigError(
                 f"stage {stage!r}: by = {by!r}, but the rollouts of problem {row['id']} in domain "
-                f"{row['domain']!r} have no {by}; put r.score(rollouts, judge=...) between them"
+                f"{row['domain']!r} have no {by}; {fix}"
             )
 
 

@@ -23,7 +23,8 @@ PROMPTS_PER_CALL = 64
 
 
 def run(settings: Sample, ctx: Context) -> dict[str, float]:
-    """Write rollouts.jsonl: problem, response, reward, finished, num_tokens, model, temperature."""
+    """Write rollouts.jsonl: problem, response, reward (null in a domain without a verifier),
+    finished, num_tokens, model, temperature."""
     verifier_pool = verifiers(ctx)
     domains = list(ctx.domains)
     rows: list[dict[str, Any]] = []
@@ -49,9 +50,9 @@ def run(settings: Sample, ctx: Context) -> dict[str, float]:
                 tokens += batch.num_tokens
                 rows += rollout_rows(batch, model=model, temperature=settings.temperature)
             done += 1
-            ctx.log(done, total, tokens=tokens, reward=mean(rows, "reward"))
+            ctx.log(done, total, tokens=tokens, **mean_reward(rows))
     write_jsonl(ctx.out / "rollouts.jsonl", rows)
-    return {"rows": len(rows), "reward": mean(rows, "reward")}
+    return {"rows": len(rows), **mean_reward(rows)}
 
 
 def run_profile(settings: Profile, ctx: Context) -> dict[str, float]:
@@ -84,6 +85,12 @@ def run_profile(settings: Profile, ctx: Context) -> dict[str, float]:
         "unsolved_share": sum(row["rate"] == 0 for row in rows) / len(rows),
         "solved_share": sum(row["rate"] >= 1 for row in rows) / len(rows),
     }
+
+
+def mean_reward(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """`reward`, the mean over the verified responses; nothing where there is none."""
+    verified = [row for row in rows if row["reward"] is not None]
+    return {"reward": mean(verified, "reward")} if verified else {}
 
 
 def mean(rows: list[dict[str, Any]], field: str) -> float:

@@ -27,6 +27,8 @@ def run(settings: Select, ctx: Context) -> dict[str, float]:
     rollouts = of_steps(settings, read_rollouts(ctx), ctx.name)
     if isinstance(settings.how, BestResponses | TopShare):
         check_values(rollouts, settings.how.by, ctx.name)
+    if by_success(settings.how):
+        check_values(rollouts, "reward", ctx.name)
     problems = by_problem(row for row in rollouts if passes(settings, row))
     chosen = choose(settings.how, list(problems.values()))
     if not chosen:
@@ -41,6 +43,11 @@ def run(settings: Select, ctx: Context) -> dict[str, float]:
     demos = (pick(row, *fields) | {"demo": row["response"]} for row in chosen)
     write_jsonl(ctx.out / "data.jsonl", demos)
     return {"rows": len(chosen), "kept_share": len(chosen) / len(rollouts)}
+
+
+def by_success(how: Selection) -> bool:
+    """Whether a choice goes by what the verifier found right, whatever else it goes by."""
+    return isinstance(how, Correct | ShortestCorrect) or getattr(how, "success", None) is not None
 
 
 def of_steps(settings: Select, rollouts: list[Row], stage: str) -> list[Row]:

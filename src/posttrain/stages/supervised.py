@@ -29,12 +29,12 @@ from posttrain.schedules import learning_rate
 from posttrain.stages.aux_losses import (
     AuxData,
     aux_rows,
-    check_demonstrated,
     demo_batch,
-    every_demonstration,
+    in_told_modes,
     pop_metrics,
     rows_by_domain,
     token_cross_entropy,
+    with_demonstrations,
 )
 from posttrain.stages.context import Context
 from posttrain.stages.data import Batches
@@ -183,12 +183,10 @@ def demonstrated(
     """The demonstrations of these domains in each of the modes, each a row of its own, a share
     `noise` of them wrong.
 
-    Raises ConfigError for a problem that has none.
+    Problems without one are left out. Raises ConfigError for a domain that has none.
     """
-    demos = {
-        name: every_demonstration(ctx.problems(name, "train"), modes, name, ctx) for name in domains
-    }
-    check_demonstrated(demos, ctx.name)
+    demos = {name: in_told_modes(ctx.problems(name, "train"), modes, name, ctx) for name in domains}
+    demos = with_demonstrations(demos, ctx)
     return corrupt_demos(ctx, demos, noise=noise, seed=seed) if noise else demos
 
 

@@ -2,9 +2,10 @@
 and, for a python verifier, verifier.py; for an oracle of the user's, oracle.py.
 
 One JSON object per line: {"id", "domain", "prompt", "answer", "demo", "meta"}, and where the
-domain has them "thought" (the steps), "direct" (the answer without steps) and "rubric" (the
-criteria of an answer). Every answer is shown to the verifier here, before any stage spends compute
-on a problem that nobody can solve.
+domain has them "thought" (the steps), "direct" (the answer without steps), "rubric" (the criteria
+of an answer), "messages" (what the model is shown, where that is more than one text) and "demos"
+(further demonstrations). Every answer is shown to the verifier here, before any stage spends
+compute on a problem that nobody can solve; a domain without a verifier has nothing to check.
 """
 
 from __future__ import annotations
@@ -23,14 +24,9 @@ from posttrain.engine.jsonl import write_jsonl
 from posttrain.rewards.formats import find_format
 from posttrain.rewards.gym import FULL_SCORE, create_gym
 from posttrain.rewards.pool import VerifierPool
-from posttrain.suites.split import (
-    SPLITS,
-    place_rows,
-    prompt_digest,
-    require_all_splits,
-    split_of,
-)
-from posttrain.suites.tables import columns_of, parse_location, read_rows
+from posttrain.rewards.spec import is_verified
+from posttrain.suites.checked import tables_of
+from posttrain.suites.split import SPLITS, prompt_digest, split_of
 
 CHUNK = 20_000
 """Items per reasoning-gym dataset object; some datasets prepare all items of a size up front."""
@@ -48,9 +44,10 @@ def build_domain(
     """Writes the artifact into the directory `out`; the others are the parts of `domain_node`.
 
     Returns:
-        train, validation, heldout (numbers of problems), duplicates (dropped rows or draws),
-        top_answer_share (of the commonest answer among the held-out problems), and demo_score
-        (mean score of the demonstrations that were checked) where there are demonstrations.
+        train, validation, heldout (numbers of problems) and duplicates (dropped rows or draws); of
+        tables also what `posttrain.suites.checked` tells of their rows. Where there is a verifier,
+        top_answer_share (of the commonest answer among the held-out problems), and demo_score (mean
+        score of the demonstrations that were checked) where there are demonstrations.
 
     Raises:
         ConfigError: a table is wrong or changed since the plan, or there are too few problems.
@@ -58,10 +55,12 @@ def build_domain(
     """
     name = config["domain"]
     where = f"domain {name}"
+    facts: dict[str, Any]
     if config["source"]["kind"] == "procedural":
         splits, duplicates = _procedural(config, where)
+        facts = {"duplicates": duplicates}
     else:
-        splits, duplicates = _table(config, runtime, data, where)
+        splits, facts = _table(config, runtime, data, where)
     # A message about a copy is to name the file that the user can mend.
     own_files: dict[str, str] = {}
     for part in ("verifier", "oracle"):
@@ -83,14 +82,16 @@ def build_domain(
         "counts": counts,
     } | ({"files": own_files} if own_files else {})
     (out / "domain.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    # In a process of its own where the verifier is slow, as stages will ask it.
-    with VerifierPool({name: out}, num_workers=1) as pool:
-        demo_score = _check(splits, pool, strict=config["source"]["kind"] == "procedural")
-    metrics: dict[str, Any] = {**counts, "duplicates": duplicates}
-    top = Counter(problem["answer"] for problem in splits["heldout"]).most_common(1)[0][1]
-    metrics["top_answer_share"] = round(top / counts["heldout"], 4)
-    if demo_score is not None:
-        metrics["demo_score"] = round(demo_score, 4)
+    metrics: dict[str, Any] = {**counts, **facts}
+    if is_verified(config):
+        # In a process of its own where the verifier is slow, as stages will ask it.
+        with VerifierPool({name: out}, num_workers=1) as pool:
+            demo_score = _check(splits, pool, strict=config["source"]["kind"] == "procedural")
+        top = Counter(problem["answer"] for problem in splits["heldout"]).most_common(1)
+        if top:
+            metrics["top_answer_share"] = round(top[0][1] / counts["heldout"], 4)
+        if demo_score is not None:
+            metrics["demo_score"] = round(demo_score, 4)
     (out / "README.md").write_text(_readme(config, splits, metrics), encoding="utf-8")
     return metrics
 
@@ -171,26 +172,14 @@ def _as_json(item: dict[str, Any], dataset: str, where: str) -> dict[str, Any]:
 
 def _table(
     config: Mapping[str, Any], runtime: Mapping[str, Any], data: Mapping[str, str], where: str
-) -> tuple[dict[str, list[Problem]], int]:
-    """Reads the user's tables. Returns the problems by split and the number of repeated rows."""
-    source, name = config["source"], config["domain"]
-    columns = columns_of(source, config["verifier"]["name"])
-    tables = {}
-    for split, text in runtime["files"].items():
-        at = f"{where}: {split}"
-        location = parse_location(text, Path(), where=at)
-        if location.path is not None and location.digest() != data[split]:
-            raise ConfigError(f"{at}: {location.text} {_CHANGED}")
-        tables[split] = read_rows(location, columns, where=at)
-    splits: dict[str, list[Problem]] = {split: [] for split in (*SPLITS, "duplicate")}
-    for split, row in place_rows(tables):
-        splits[split].append(
-            {"id": row.id or f"{name}-{prompt_digest(row.prompt)[:12]}", "domain": name}
-            | row.problem
-        )
-    duplicates = len(splits.pop("duplicate"))
-    require_all_splits({split: len(rows) for split, rows in splits.items()}, where)
-    return splits, duplicates
+) -> tuple[dict[str, list[Problem]], dict[str, int]]:
+    """Reads the user's tables. Returns the problems by split and what there is to tell of them."""
+    tables = tables_of(config, runtime["files"])
+    for split, place in tables.places.items():
+        if place.path is not None and place.digest() != data[split]:
+            raise ConfigError(f"{where}: {split}: {place.text} {_CHANGED}")
+    placement = tables.placed(keep=True)
+    return placement.splits(), placement.facts()
 
 
 _CHANGED = (
@@ -207,7 +196,7 @@ def _check(
     Returns the mean score of those demonstrations, None without any. `strict`: each has to score 1.
     """
     scores = []
-    for problems in splits.values():
+    for problems in filter(None, splits.values()):
         pool.check(problems[0]["domain"], problems)
         chosen = problems[:: max(1, len(problems) // NUM_DEMO_CHECKS)]
         asked = [(problem, text) for problem in chosen for text in _responses_to_show(problem)]

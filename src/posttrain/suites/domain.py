@@ -6,7 +6,6 @@ Everything here runs at plan time: it reads the user's files and imports nothing
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version as version_of
@@ -18,17 +17,10 @@ from posttrain.engine.fingerprint import file_digest, plain
 from posttrain.engine.hashes import HashFile
 from posttrain.rewards.formats import find_format
 from posttrain.rewards.gym import check_params
-from posttrain.rewards.spec import NodeParts, resolve_verifier
+from posttrain.rewards.spec import UNVERIFIED, NodeParts, resolve_verifier
 from posttrain.rewards.spec import VerifierSpec as VerifierSpec
-from posttrain.suites.split import place_rows, require_all_splits
-from posttrain.suites.tables import (
-    Columns,
-    Location,
-    check_schema,
-    columns_of,
-    parse_location,
-    read_rows,
-)
+from posttrain.suites.checked import ROWS, Tables, checked_facts
+from posttrain.suites.location import Location, parse_location
 
 _NAME = re.compile(r"[a-z0-9_]+")
 
@@ -72,19 +64,28 @@ class Procedural:
 class Table:
     """A user's own problems, in one to three tables.
 
-    A table is a .jsonl or .parquet file, a folder written by datasets' save_to_disk
-    (`folder#split`), or `hub:owner/name[:config]@commit#split`.
+    A table is a file (`posttrain.suites.location.KINDS`), a folder written by datasets'
+    save_to_disk (`folder#split`), or `hub:owner/name[:config]@commit#split`.
     """
 
     train: str
-    validation: str | None = None
-    """Without it 10 % of the problems in `train` validate, chosen by the hash of the prompt."""
-    heldout: str | None = None
-    """Without it 15 % of the problems in `train` are held out, chosen by the hash of the prompt."""
+    validation: str | int | None = None
+    """Without it 10 % of the problems in `train` validate, chosen by the hash of the prompt; 0 for
+    a domain without that split."""
+    heldout: str | int | None = None
+    """Without it 15 % of the problems in `train` are held out, chosen by the hash of the prompt; 0
+    for a domain without that split."""
     prompt: str = "prompt"
-    """Column of the problem text."""
+    """Column of the problem: a text, or a list of messages."""
     answer: str = "answer"
-    """Column of the reference answer."""
+    """Column of the reference answer. Without a verifier there need not be one."""
+    messages: str | None = None
+    """Column of whole conversations, in place of `prompt`: lists of messages. What the assistant
+    says at the end is the demonstration."""
+    system: str | None = None
+    """The system message of every problem that has none of its own."""
+    system_column: str | None = None
+    """Column of each row's own; an empty cell means none."""
     demo: str | None = None
     """Column of a full demonstration response, for supervised stages."""
     id: str | None = None
@@ -101,13 +102,24 @@ class Table:
     def tables(self) -> dict[str, str]:
         """Split -> location, for the tables that are given."""
         given = {"train": self.train, "validation": self.validation, "heldout": self.heldout}
-        return {split: text for split, text in given.items() if text is not None}
+        return {split: text for split, text in given.items() if isinstance(text, str)}
+
+    def without(self) -> list[str]:
+        """The splits that there are not to be."""
+        given = {"validation": self.validation, "heldout": self.heldout}
+        return [split for split, number in given.items() if isinstance(number, int)]
+
+    @property
+    def demonstrated(self) -> bool:
+        """Whether its rows have demonstrations."""
+        return self.demo is not None or self.messages is not None
 
     def columns(self) -> dict[str, str | None]:
         """Field -> column. Of the later ones only those that are named: a domain without them keeps
         the identity that it had before they came."""
         first = {"prompt": self.prompt, "answer": self.answer, "demo": self.demo, "id": self.id}
-        later = {"thought": self.thought, "direct": self.direct, "rubric": self.rubric}
+        names = ("thought", "direct", "rubric", "messages", "system", "system_column")
+        later = {name: getattr(self, name) for name in names}
         return first | {field: column for field, column in later.items() if column is not None}
 
 
@@ -124,6 +136,15 @@ class Domain:
 
     def __post_init__(self) -> None:
         domain_name(self.name)
+
+    @property
+    def verified(self) -> bool:
+        """Whether a verifier judges the responses."""
+        return self.verifier.name != UNVERIFIED
+
+    def has_split(self, split: str) -> bool:
+        """Whether there are problems in a split."""
+        return isinstance(self.source, Procedural) or split not in self.source.without()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,36 +168,42 @@ class Suite:
                 )
 
 
-def domain_node(domain: Domain, base_dir: Path, hash_file: HashFile = file_digest) -> NodeParts:
+def domain_node(
+    domain: Domain,
+    base_dir: Path,
+    hash_file: HashFile = file_digest,
+    cache: Path | None = None,
+) -> NodeParts:
     """Checks a domain as far as that is possible without computing: the parts of its graph node, of
-    kind "domain". In `runtime` is also "files", where each split's table lies.
+    kind "domain". In `runtime` are also "files", where each split's table lies, and "facts", what
+    there is to tell of its rows (`posttrain.suites.checked`).
 
-    JSONL tables are checked row by row, Parquet tables and folders by their schema. Relative paths
-    are relative to `base_dir`. `hash_file` gives the sha256 of a table; that of a store need not
-    read it again.
+    Local tables are checked row by row, those of the Hub when the domain is built. Relative paths
+    are relative to `base_dir`. `hash_file` gives the sha256 of a table, and `cache` is a directory
+    that remembers which tables were checked: those of a store need not be read again.
 
     Raises:
         ConfigError: a file, column, row, dataset, parameter, format or verifier is wrong.
     """
     where = f"domain {domain.name}"
-    verifier = resolve_verifier(_spec(domain), base_dir, where=f"{where}: verifier")
+    verifier = resolve_verifier(_spec(domain, where), base_dir, where=f"{where}: verifier")
     data: dict[str, str] = {}
     runtime: dict[str, Any] = {}
     if isinstance(domain.source, Procedural):
         source = _procedural_identity(domain.source, where)
     else:
-        locations = {
-            split: parse_location(text, base_dir, where=f"{where}: {split}")
-            for split, text in domain.source.tables().items()
-        }
+        locations = _locations(domain.source, base_dir, where)
         source = _table_identity(domain.source, locations)
-        _check_tables(locations, columns_of(source, verifier.config["name"]), where)
         data = {
             split: place.digest(hash_file)
             for split, place in locations.items()
             if place.path is not None
         }
+        tables = Tables(
+            domain=domain.name, source=source, verifier=verifier.config["name"], places=locations
+        )
         runtime["files"] = {split: place.text for split, place in locations.items()}
+        runtime["facts"] = checked_facts(tables, data, cache)
     config = {"domain": domain.name, "source": source, "verifier": verifier.config}
     data |= verifier.data
     runtime |= verifier.runtime
@@ -186,6 +213,30 @@ def domain_node(domain: Domain, base_dir: Path, hash_file: HashFile = file_diges
         data["oracle"] = oracle.data["verifier"]
         runtime["oracle_file"] = oracle.runtime["verifier_file"]
     return NodeParts(config=plain(config, at=where), data=data, runtime=runtime)
+
+
+def _locations(source: Table, base_dir: Path, where: str) -> dict[str, Location]:
+    for split in ("validation", "heldout"):
+        number = getattr(source, split)
+        if isinstance(number, int) and (number != 0 or isinstance(number, bool)):
+            raise ConfigError(
+                f"{where}: {split} = {number!r}; it takes a table of its own, or 0 for a domain "
+                "without that split"
+            )
+    if source.system is not None and source.system_column is not None:
+        raise ConfigError(
+            f"{where}: system and system_column are both given; give one text for all rows, or the "
+            "column of each row's own"
+        )
+    if source.messages is not None and source.prompt != "prompt":
+        raise ConfigError(
+            f"{where}: prompt = {source.prompt!r} is not read beside messages = "
+            f"{source.messages!r}, whose conversations begin with the prompt; leave one out"
+        )
+    return {
+        split: parse_location(text, base_dir, where=f"{where}: {split}")
+        for split, text in source.tables().items()
+    }
 
 
 def _resolve_oracle(oracle: str, base_dir: Path, where: str) -> NodeParts:
@@ -198,9 +249,14 @@ def _resolve_oracle(oracle: str, base_dir: Path, where: str) -> NodeParts:
     return resolve_verifier(VerifierSpec(name=oracle), base_dir, where=where)
 
 
-def _spec(domain: Domain) -> VerifierSpec:
+def _spec(domain: Domain, where: str) -> VerifierSpec:
     """The domain's verifier; a reasoning-gym one inherits the source's format and parameters."""
     spec, source = domain.verifier, domain.source
+    if isinstance(source, Procedural) and not domain.verified:
+        raise ConfigError(
+            f'{where}: verifier = "none" is for tables of your own; the problems of a '
+            f"reasoning-gym dataset have answers to be judged by, so leave verifier out"
+        )
     if not isinstance(source, Procedural) or spec.kind != "reasoning_gym":
         return spec
     inherited: dict[str, Any] = {"format": source.format}
@@ -228,25 +284,14 @@ def _procedural_identity(source: Procedural, where: str) -> dict[str, Any]:
 
 
 def _table_identity(source: Table, locations: Mapping[str, Location]) -> dict[str, Any]:
-    """What identifies tables beside their bytes: the columns, and the reference of a Hub table."""
+    """What identifies tables beside their bytes: the columns, how rows are read, and the reference
+    of a Hub table."""
     tables = {
         split: place.text if place.path is None else place.kind
         for split, place in locations.items()
     }
-    return {"kind": "table", "tables": tables} | source.columns()
-
-
-def _check_tables(locations: Mapping[str, Location], columns: Columns, where: str) -> None:
-    readable = {}
-    for split, place in locations.items():
-        at = f"{where}: {split}"
-        if place.kind == "jsonl":
-            readable[split] = read_rows(place, columns, where=at)
-        elif place.kind != "hub":
-            check_schema(place, columns, where=at)
-    counts = Counter(split for split, _ in place_rows(readable))
-    if len(readable) == len(locations):
-        require_all_splits(counts, where)
+    found = {"kind": "table", "rows": ROWS, "tables": tables} | source.columns()
+    return found | ({"without": source.without()} if source.without() else {})
 
 
 def shares_problem(shares: Mapping[str, float], domains: Sequence[str]) -> str:

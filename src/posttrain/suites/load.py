@@ -2,7 +2,7 @@
 
     name = "mine"
     [domains.algebra]
-    train = "algebra.jsonl"      # or .parquet, a save_to_disk folder, "hub:owner/name@commit#split"
+    train = "algebra.jsonl"      # or .csv, .parquet, ..., "hub:owner/name@commit#split"
     prompt = "question"          # columns
     answer = "answer"
     verifier = "math"            # its options are further keys
@@ -119,7 +119,8 @@ def _domain(name: str, table: dict[str, Any], where: str) -> Domain:
     if not isinstance(verifier, str):
         raise ConfigError(
             f"{where}: verifier is {'missing' if verifier is None else repr(verifier)}; "
-            f'write for example verifier = "math"; choices: {", ".join(OPTIONS)}'
+            f'write for example verifier = "math", or "none" where nothing can be checked; '
+            f"choices: {', '.join(OPTIONS)}"
         )
     own = (*fields, "verifier", "oracle")
     options = {key: value for key, value in table.items() if key not in own}
@@ -135,6 +136,9 @@ def _domain(name: str, table: dict[str, Any], where: str) -> Domain:
     spec = parse_verifier(verifier, options, where=f"{where}.verifier")
     for key in own:
         wanted = _TYPES.get(key, str)
+        if key in ("heldout", "validation") and isinstance(table.get(key), int):
+            # 0 is a domain without that split; `domain_node` refuses other numbers.
+            continue
         if key in table and (not isinstance(table[key], wanted) or isinstance(table[key], bool)):
             raise ConfigError(f"{where}.{key} is {table[key]!r}; it has to be a {wanted.__name__}")
     for field in fields.values():

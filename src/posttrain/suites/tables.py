@@ -1,149 +1,37 @@
-"""A user's tables: where one lies, and its rows, checked one by one, with file, line and column.
-
-    algebra.jsonl   algebra.parquet   folder of datasets' save_to_disk   folder#split
-    hub:owner/name[:config]@commit#split
-
-Identity is the sha256 of a local file's bytes; for the Hub it is the reference itself, which
-therefore has to name a commit. Only the standard library is imported up front; pyarrow is imported
-to read Parquet and `save_to_disk` folders, datasets to read the Hub.
-"""
+"""A user's tables: their rows, checked one by one, as the fields of a problem."""
 
 from __future__ import annotations
 
-import importlib
-import json
-import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from posttrain.engine.errors import ConfigError, choices_text
-from posttrain.engine.fingerprint import digest, file_digest
-from posttrain.engine.hashes import HashFile
 from posttrain.rewards.spec import checked_rubric
-
-_HUB = re.compile(
-    r"hub:(?P<repo>[\w.-]+(?:/[\w.-]+)?)(?::(?P<config>[\w.-]+))?"
-    r"(?:@(?P<revision>[^#]*))?(?:#(?P<split>.*))?"
+from posttrain.suites.cells import is_missing, loaded_json, plain_value, text_of
+from posttrain.suites.faults import Faults
+from posttrain.suites.location import TEXT_KINDS, Location
+from posttrain.suites.messages import (
+    Message,
+    conversation,
+    is_plain,
+    looks_like_messages,
+    read_messages,
+    readable,
+    said,
+    with_system,
 )
-_HUB_SPELLING = "hub:owner/name[:config]@commit#split"
+from posttrain.suites.records import Record, read_records
 
-
-@dataclass(frozen=True, kw_only=True)
-class Location:
-    """One table; make it with `parse_location`."""
-
-    text: str
-    """As the user wrote it, with an absolute path for a local table."""
-    kind: str
-    """jsonl, parquet, folder or hub."""
-    path: Path | None = None
-    """The file, or the folder that holds state.json; None for the Hub."""
-    repo: str = ""
-    config: str | None = None
-    revision: str = ""
-    split: str = ""
-
-    def digest(self, hash_file: HashFile = file_digest) -> str:
-        """sha256 of the file; for a folder, of the sha256 of its data files in reading order.
-
-        Raises:
-            ConfigError: the table lies on the Hub, where the reference is the identity.
-        """
-        if self.path is None:
-            raise ConfigError(f"{self.text}: a Hub table has no local bytes")
-        if self.kind == "folder":
-            return digest([hash_file(file) for file in self.arrow_files()])
-        return hash_file(self.path)
-
-    def arrow_files(self) -> list[Path]:
-        """Data files of a `save_to_disk` folder, in the order in which its rows are read."""
-        assert self.path is not None and self.kind == "folder", self
-        state = json.loads((self.path / "state.json").read_text(encoding="utf-8"))
-        return [self.path / item["filename"] for item in state["_data_files"]]
-
-
-def parse_location(text: str, base_dir: Path, *, where: str) -> Location:
-    """Reads a location; relative paths are relative to `base_dir`.
-
-    Raises:
-        ConfigError: the file does not exist, has another ending, is an unreadable folder, or a Hub
-            reference without a commit or split.
-    """
-    if text.startswith("hub:"):
-        return _parse_hub(text, where)
-    path = (base_dir / text).absolute()
-    folder, mark, split = str(path).rpartition("#")
-    if mark and Path(folder).is_dir():
-        return _parse_folder(Path(folder), split, where)
-    if path.is_dir():
-        return _parse_folder(path, "", where)
-    kinds = {".jsonl": "jsonl", ".parquet": "parquet"}
-    if path.suffix not in kinds:
-        raise ConfigError(
-            f"{where}: {text!r} is not a table that can be read; give a .jsonl or .parquet file, a "
-            f"folder written by datasets' save_to_disk, or {_HUB_SPELLING!r}"
-        )
-    if not path.is_file():
-        beside = [file.name for file in path.parent.glob("*") if file.suffix in kinds]
-        raise ConfigError(
-            f"{where}: file {path} does not exist; "
-            f"{choices_text(path.name, beside, label='tables in that directory')}"
-        )
-    if path.stat().st_size == 0:
-        raise ConfigError(f"{where}: file {path} is empty; it needs at least one row per split")
-    return Location(text=str(path), kind=kinds[path.suffix], path=path)
-
-
-def _parse_hub(text: str, where: str) -> Location:
-    match = _HUB.fullmatch(text)
-    if match is None:
-        raise ConfigError(f"{where}: {text!r} has to be written {_HUB_SPELLING!r}")
-    revision, split = match["revision"] or "", match["split"] or ""
-    if not re.fullmatch(r"[0-9a-f]{40}", revision):
-        given = f"the revision {revision!r} can move" if revision else "the revision is missing"
-        raise ConfigError(
-            f"{where}: {text!r}: {given}. A table's identity has to be fixed, or the same recipe "
-            "would silently train on other rows tomorrow: give the 40-digit commit that stands "
-            f"under 'Files and versions' on the dataset's page, as in {_HUB_SPELLING!r}"
-        )
-    if not split:
-        raise ConfigError(f"{where}: {text!r} names no split; write {_HUB_SPELLING!r}")
-    return Location(
-        text=text,
-        kind="hub",
-        repo=match["repo"],
-        config=match["config"],
-        revision=revision,
-        split=split,
-    )
-
-
-def _parse_folder(path: Path, split: str, where: str) -> Location:
-    splits_file = path / "dataset_dict.json"
-    if splits_file.is_file():
-        splits = json.loads(splits_file.read_text(encoding="utf-8"))["splits"]
-        if split not in splits:
-            problem = f"has no split {split!r}" if split else "holds several splits; name one"
-            example = f"{path.name}#{splits[0]}" if splits else path.name
-            raise ConfigError(
-                f"{where}: folder {path} {problem}, as in {example!r}; "
-                f"{choices_text(split, splits, label='splits')}"
-            )
-        return Location(text=f"{path}#{split}", kind="folder", path=path / split, split=split)
-    if split:
-        raise ConfigError(f"{where}: folder {path} holds one table and no split {split!r}")
-    if not (path / "state.json").is_file():
-        raise ConfigError(
-            f"{where}: folder {path} was not written by datasets' save_to_disk (no state.json); "
-            "name a .jsonl or .parquet file in it"
-        )
-    return Location(text=str(path), kind="folder", path=path)
-
-
-FIELDS = ("prompt", "answer", "demo", "id", "thought", "direct", "rubric")
+FIELDS = (
+    *("prompt", "answer", "demo", "id", "thought", "direct", "rubric"),
+    *("messages", "system_column"),
+)
 """What a column of a table may mean; `posttrain.suites.domain.Table` says what each is for."""
+
+PREFERENCES = ("chosen", "rejected")
+"""Columns of a table of preferences, which is no domain."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,16 +39,32 @@ class Columns:
     """Which columns of a table mean what."""
 
     named: Mapping[str, str]
-    """Field -> the column that has to be there for it; prompt and answer at least."""
+    """Field -> the column that has to be there for it; prompt or messages at least."""
+    optional: frozenset[str] = frozenset()
+    """Those of the fields whose column need not be there."""
     keep_rest: bool
     """Keep all other columns in the problem's `meta`, for verifiers that may read them."""
+    system: str | None = None
+    """The system message of every row that has none of its own."""
+    cells: bool = False
+    """Whether a list of messages may be the JSON text of a cell."""
+
+    @property
+    def demonstrated(self) -> bool:
+        """Whether the rows are to have demonstrations."""
+        return "demo" in self.named or "messages" in self.named
 
 
 def columns_of(source: Mapping[str, Any], verifier: str) -> Columns:
     """The columns that the identity of a table names, where the domain has this verifier."""
+    named = {field: source[field] for field in FIELDS if source.get(field) is not None}
+    if "messages" in named:
+        named.pop("prompt", None)
     return Columns(
-        named={field: source[field] for field in FIELDS if source.get(field) is not None},
+        named=named,
+        optional=frozenset({"answer"} if verifier == "none" else ()),
         keep_rest=verifier.partition(":")[0] in ("python", "reasoning_gym"),
+        system=source.get("system"),
     )
 
 
@@ -174,179 +78,201 @@ class Row:
     """Its own name, None where the table has no column for it."""
     problem: dict[str, Any]
     """The fields of a problem that a table gives: prompt, answer, demo, meta; thought, direct and
-    rubric only where they are named."""
+    rubric where they are named, and messages where the model is shown more than one text."""
+    notes: Counter[str] = field(default_factory=Counter)
+    """What there is to tell of it: `NO_DEMO`, `LEFT_OUT`."""
 
     @property
     def prompt(self) -> str:
         """The text of the problem."""
         return str(self.problem["prompt"])
 
+    @property
+    def asked(self) -> Sequence[Message]:
+        """What the model is shown."""
+        found: Sequence[Message] = self.problem.get("messages") or (
+            {"role": "user", "content": self.prompt},
+        )
+        return found
 
-def check_schema(location: Location, columns: Columns, *, where: str) -> None:
-    """Checks the columns and the row count of a Parquet file or folder without reading its rows.
+    @property
+    def text(self) -> str:
+        """All that a model reads of it, the demonstration included."""
+        return "\n".join([*map(said, self.asked), self.problem["demo"] or ""])
 
-    Raises:
-        ConfigError: a column is missing, there is no row, or pyarrow is not installed.
-    """
-    if location.kind == "parquet":
-        parquet = _import_arrow(location, where, "parquet")
-        try:
-            file = parquet.ParquetFile(location.path)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{where}: {location.text} is not a Parquet file: {error}") from error
-        if file.metadata.num_rows == 0:
-            raise ConfigError(f"{where}: {location.text} holds no row")
-        found = list(file.schema_arrow.names)
-    else:
-        assert location.path is not None, location
-        info = json.loads((location.path / "dataset_info.json").read_text(encoding="utf-8"))
-        found = list(info["features"])
-    _require(columns, found, f"{where}: {location.text}")
+
+NO_DEMO = "no_demo"
+"""A row without the demonstration that its columns promise."""
+LEFT_OUT = "left_out"
+"""A value of a column that nobody asked for which has no JSON form."""
 
 
 def read_rows(location: Location, columns: Columns, *, where: str) -> Iterator[Row]:
     """All rows of a table in order, each checked.
 
     Raises:
-        ConfigError: a bad JSON line, a missing column, a value that is no text, an empty table; it
-            names file, line and column.
+        ConfigError: after the last row, where some cannot be used: the first of them by line and
+            column, and how many there are. At once where a column is missing from the first row, or
+            where the table cannot be read or holds no row.
     """
+    faults = Faults(f"{where}: {location.text}")
+    columns = Columns(**vars(columns) | {"cells": location.kind in ("csv", "tsv")})
     empty = True
-    for number, record in _records(location, where):
+    for record in read_records(location, faults):
+        if empty:
+            # Every row of other files has the same columns.
+            of_line = f", {record.place}" if location.kind in TEXT_KINDS else ""
+            _require(columns, record.values, faults.start + of_line)
         empty = False
-        unit = "line" if location.kind == "jsonl" else "row"
-        yield _row(record, columns, f"{where}: {location.text}, {unit} {number}")
+        row = None
+        with faults.at(record.place):
+            _require(columns, record.values)
+            row = _row(record, columns, f"{faults.start}, {record.place}")
+        if row is not None:
+            yield row
+    faults.check()
     if empty:
-        raise ConfigError(f"{where}: {location.text} holds no row")
+        raise ConfigError(f"{faults.start} holds no row")
 
 
-def _records(location: Location, where: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line or row number, counted from 1, and the raw row."""
-    if location.kind == "jsonl":
-        return _jsonl(location, where)
-    readers = {"parquet": _parquet_rows, "folder": _folder_rows, "hub": _hub_rows}
-    return enumerate(readers[location.kind](location, where), start=1)
+def _require(columns: Columns, record: Mapping[str, Any], place: str = "") -> None:
+    for name, column in columns.named.items():
+        if column in record or name in columns.optional:
+            continue
+        start = f"{place}: " if place else ""
+        raise ConfigError(f"{start}column {column!r} is missing; {_instead(name, column, record)}")
 
 
-def _jsonl(location: Location, where: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    assert location.path is not None, location
-    with location.path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            place = f"{where}: {location.text}, line {number}"
-            try:
-                record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except UnicodeDecodeError as error:
-                raise ConfigError(f"{place}: not UTF-8 text ({error})") from error
-            except json.JSONDecodeError as error:
-                raise ConfigError(
-                    f"{place}: not JSON ({error.msg} at character {error.pos + 1}): "
-                    f"{line[:80].decode('utf-8', 'replace').strip()!r}; "
-                    "every line has to be one JSON object"
-                ) from error
-            if not isinstance(record, dict):
-                raise ConfigError(
-                    f"{place}: a {type(record).__name__}, but every line has to be one JSON object "
-                    "with the columns as its keys"
-                )
-            yield number, record
-
-
-def _parquet_rows(location: Location, where: str) -> Iterator[dict[str, Any]]:
-    parquet = _import_arrow(location, where, "parquet")
-    with parquet.ParquetFile(location.path) as file:
-        for batch in file.iter_batches(batch_size=1024):
-            yield from batch.to_pylist()
-
-
-def _folder_rows(location: Location, where: str) -> Iterator[dict[str, Any]]:
-    ipc = _import_arrow(location, where, "ipc")
-    for path in location.arrow_files():
-        with ipc.open_stream(str(path)) as stream:
-            for batch in stream:
-                yield from batch.to_pylist()
-
-
-def _hub_rows(location: Location, where: str) -> Iterator[dict[str, Any]]:
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise ConfigError(
-            f"{where}: {location.text}: reading the Hub needs datasets: "
-            "pip install pyarrow datasets"
-        ) from error
-    try:
-        yield from load_dataset(
-            location.repo, location.config, revision=location.revision, split=location.split
+def _instead(name: str, column: str, record: Mapping[str, Any]) -> str:
+    """What to write where a column is missing."""
+    found = list(record)
+    if all(key in found for key in PREFERENCES):
+        return (
+            f"its columns {', '.join(found)} are those of preferences, which are data of "
+            'r.preferences("...") and no domain'
         )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ConfigError(
-            f"{where}: {location.text} could not be loaded: {type(error).__name__}: {error}"
-        ) from error
+    talks = next((key for key, value in record.items() if _holds_messages(value)), None)
+    if name == "prompt" and talks is not None:
+        return f'the column {talks!r} holds conversations; write messages = "{talks}"'
+    known = choices_text(column, found, label="columns there")
+    return f'{known}; name the right one with {name} = "..."'
 
 
-def _import_arrow(location: Location, where: str, module: str) -> Any:
-    try:
-        return importlib.import_module(f"pyarrow.{module}")
-    except ImportError as error:
-        raise ConfigError(
-            f"{where}: {location.text}: reading {location.kind} needs pyarrow: pip install pyarrow"
-        ) from error
-
-
-def _require(columns: Columns, found: list[str], place: str) -> None:
-    for field, column in columns.named.items():
-        if column not in found:
-            raise ConfigError(
-                f"{place}: column {column!r} is missing; "
-                f"{choices_text(column, found, label='columns there')}; "
-                f'name the right one with {field} = "..."'
-            )
-
-
-def _row(record: dict[str, Any], columns: Columns, place: str) -> Row:
-    _require(columns, list(record), place)
-    meta = {}
+def _row(record: Record, columns: Columns, place: str) -> Row:
+    notes: Counter[str] = Counter()
+    meta: dict[str, Any] = {}
     if columns.keep_rest:
         used = columns.named.values()
-        meta = {key: value for key, value in record.items() if key not in used}
-        _require_json(meta, place)
+        rest = {key: value for key, value in record.values.items() if key not in used}
+        meta, left_out = plain_value(rest)
+        notes[LEFT_OUT] = left_out
     values = {
-        field: _value(field, record[column], f"{place}: column {column!r}")
-        for field, column in columns.named.items()
+        name: _value(name, record.values.get(column), column, columns)
+        for name, column in columns.named.items()
+        if name not in columns.optional
     }
-    name = values.pop("id", None)
-    if not values["prompt"].strip():
-        column = columns.named["prompt"]
-        raise ConfigError(f"{place}: column {column!r} is empty; a problem needs a prompt")
-    first = {"prompt": values["prompt"], "answer": values["answer"], "demo": values.get("demo")}
-    return Row(place=place, id=name, problem=first | {"meta": meta} | values)
-
-
-def _value(field: str, value: Any, place: str) -> Any:
-    """A rubric as it is, anything else as text."""
-    if field == "rubric":
+    for name in columns.optional:
+        value = record.values.get(columns.named[name])
         try:
-            return checked_rubric(value)
-        except ConfigError as error:
-            raise ConfigError(f"{place}: {error}") from None
-    if isinstance(value, str):
-        return value
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return json.dumps(value)
-    raise ConfigError(
-        f"{place} holds {str(value)[:60]!r} ({type(value).__name__}); "
-        "it has to be a text or a number"
-    )
+            values[name] = None if is_missing(value) else text_of(value)
+        except ConfigError:
+            # Nobody asked for it.
+            notes[LEFT_OUT] += 1
+    own_id, demo = values.pop("id", None), values.pop("demo", None)
+    asked, last, silent = _asked(values, columns)
+    if last is not None and demo is not None:
+        raise ConfigError(
+            f"column {columns.named['demo']!r} holds a demonstration, and the conversation ends "
+            "with one of its own; leave one of them out"
+        )
+    demo = last if demo is None else demo
+    # Of a conversation that ends with the user the earlier turns can be learned.
+    said_before = any(message["role"] == "assistant" and message["content"] for message in asked)
+    promised = columns.demonstrated and demo is None
+    notes[NO_DEMO] = int(promised and (silent or not said_before))
+    first = {"prompt": readable(asked), "answer": values.get("answer"), "demo": demo, "meta": meta}
+    # Of the later fields only those that the row has.
+    later = {
+        name: values[name]
+        for name in ("thought", "direct", "rubric")
+        if values.get(name) is not None
+    }
+    if not is_plain(asked):
+        later["messages"] = asked
+    return Row(place=place, id=own_id, problem=first | later, notes=+notes)
 
 
-def _require_json(rest: dict[str, Any], place: str) -> None:
-    for key, value in rest.items():
+def _asked(values: Mapping[str, Any], columns: Columns) -> tuple[list[Message], str | None, bool]:
+    """What the model is shown, the text of the assistant's last message, and whether there is such
+    a message that says nothing or calls a tool."""
+    given = values["messages"] if "messages" in values else values["prompt"]
+    if isinstance(given, str):
+        given = [{"role": "user", "content": given}]
+    parted = conversation(given)
+    system = columns.system
+    if "system_column" in columns.named:
+        system = values["system_column"]
+    silent = parted.demo is None and not parted.ends_with_user
+    return with_system(parted.asked, system), parted.demo, silent
+
+
+def _value(name: str, value: Any, column: str, columns: Columns) -> Any:
+    """A rubric or messages as they are, anything else as text; None where it is missing and may
+    be."""
+    try:
+        return _checked(name, value, columns)
+    except ConfigError as error:
+        said_by = "" if str(error).startswith(("holds", "is")) else ":"
+        raise ConfigError(f"column {column!r}{said_by} {error}") from None
+
+
+def _checked(name: str, value: Any, columns: Columns) -> Any:
+    if name == "rubric":
+        return checked_rubric(value)
+    if name == "messages":
+        return read_messages(value)
+    if name == "prompt":
+        return _prompt(value, columns)
+    if name in ("demo", "direct"):
+        return _demonstration(value)
+    if is_missing(value) and name in ("thought", "system_column"):
+        return None
+    text = text_of(value)
+    return None if name == "system_column" and not text.strip() else text
+
+
+def _prompt(value: Any, columns: Columns) -> str | list[Message]:
+    """A text, or a list of messages."""
+    if isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+        return read_messages(value)
+    text = text_of(value)
+    if columns.cells and _holds_messages(text):
+        return read_messages(text)
+    if not text.strip():
+        raise ConfigError("is empty; a problem needs a prompt")
+    return text
+
+
+def _holds_messages(value: Any) -> bool:
+    """Whether a value is a list of messages, or the JSON text of one."""
+    if isinstance(value, str) and value.lstrip().startswith("[{"):
         try:
-            json.dumps(value, allow_nan=False)
-        except (TypeError, ValueError) as error:
-            raise ConfigError(
-                f"{place}: column {key!r} cannot be handed to the verifier ({error}); "
-                "store it as text, a number, a list or an object, or leave it out of the table"
-            ) from error
+            value = loaded_json(value, hint="")
+        except ConfigError:
+            return False
+    return looks_like_messages(value)
+
+
+def _demonstration(value: Any) -> str | None:
+    """A text, or a list with one message of the assistant's; None where it says nothing."""
+    if looks_like_messages(value):
+        if len(value) != 1:
+            raise ConfigError(f"holds {len(value)} messages; a demonstration is one message")
+        (message,) = read_messages([{"role": "user", "content": "?"}, *value])[1:]
+        if message["role"] != "assistant":
+            raise ConfigError(f"holds a message of the {message['role']}, not of the assistant")
+        value = message["content"]
+    if is_missing(value):
+        return None
+    text = text_of(value)
+    return text if text.strip() else None

@@ -1,0 +1,108 @@
+"""Single values of a table: what is missing, what is a text, and what a verifier can be handed."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from datetime import date, time, timedelta
+from decimal import Decimal
+from typing import Any
+
+from posttrain.engine.errors import ConfigError
+
+
+def is_missing(value: Any) -> bool:
+    """None and NaN, which is how tables say that there is no value."""
+    return value is None or (isinstance(value, float | Decimal) and math.isnan(value))
+
+
+def text_of(value: Any) -> str:
+    """A text, a number or a date as a text; a whole number that became a float is whole again.
+
+    Raises ConfigError for anything else, for infinities, and where the value is missing.
+    """
+    if is_missing(value):
+        raise ConfigError(f"holds no value ({value}); it has to be a text or a number")
+    if isinstance(value, str):
+        return _checked(value)
+    if isinstance(value, int | float | Decimal) and not isinstance(value, bool):
+        return _number(value)
+    if isinstance(value, date | time):
+        return value.isoformat()
+    raise ConfigError(
+        f"holds {str(value)[:60]!r} ({type(value).__name__}); it has to be a text or a number"
+    )
+
+
+def _checked(text: str) -> str:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"holds half of a character at position {error.start + 1} ({text[error.start]!r}), "
+            "which no file can store; write the whole character or leave it out"
+        ) from None
+    return text
+
+
+def _number(value: float | Decimal) -> str:
+    if not math.isfinite(value):
+        raise ConfigError(f"holds {value}, which is no number to be answered; remove the row")
+    if isinstance(value, Decimal):
+        return format(value.to_integral_value() if value == value.to_integral_value() else value)
+    # A column of whole numbers with a missing value is a column of floats: 3 became 3.0.
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        return str(int(value))
+    return json.dumps(value)
+
+
+def plain_value(value: Any) -> tuple[Any, int]:
+    """The value as JSON data, and how many values inside had no JSON form and became None.
+
+    Dates become their ISO text, decimals numbers; bytes, NaN and infinities have no form.
+    """
+    if isinstance(value, str):
+        try:
+            return _checked(value), 0
+        except ConfigError:
+            return None, 1
+    if value is None or isinstance(value, bool | int):
+        return value, 0
+    if isinstance(value, float | Decimal):
+        return (_as_number(value), 0) if math.isfinite(value) else (None, 1)
+    if isinstance(value, date | time):
+        return value.isoformat(), 0
+    if isinstance(value, timedelta):
+        return value.total_seconds(), 0
+    if isinstance(value, Mapping):
+        found = {str(key): plain_value(item) for key, item in value.items()}
+        return {k: item for k, (item, _) in found.items()}, sum(n for _, n in found.values())
+    if isinstance(value, list | tuple):
+        items = [plain_value(item) for item in value]
+        return [item for item, _ in items], sum(count for _, count in items)
+    return None, 1
+
+
+def _as_number(value: float | Decimal) -> float | int:
+    if isinstance(value, float):
+        return value
+    return int(value) if value == value.to_integral_value() else float(value)
+
+
+def loaded_json(text: str | bytes, *, hint: str) -> Any:
+    """What a JSON text says. Raises ConfigError for one that is broken, too deep, or that has a
+    number of too many digits; `hint` says what it has to be."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        shown = text.decode("utf-8", "replace") if isinstance(text, bytes) else text
+        raise ConfigError(
+            f"not JSON ({error.msg} at character {error.pos + 1}): {shown[:80].strip()!r}; {hint}"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"not UTF-8 text ({error})") from None
+    except RecursionError:
+        raise ConfigError("JSON of too many levels inside each other to be read") from None
+    except ValueError as error:
+        raise ConfigError(f"holds a number that cannot be read ({error})") from None

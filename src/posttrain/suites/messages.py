@@ -1,0 +1,165 @@
+"""Conversations of a user's table, as lists of messages in the form of OpenAI's chat API.
+
+    [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]
+    [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}]           ShareGPT
+
+Other keys of a message (tool_calls, name, tool_call_id) are passed through.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from posttrain.engine.errors import ConfigError, choices_text
+from posttrain.suites.cells import is_missing, loaded_json, plain_value, text_of
+
+Message: TypeAlias = dict[str, Any]
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+SHAREGPT: Mapping[str, str] = {
+    "human": "user",
+    "gpt": "assistant",
+    "function_call": "assistant",
+    "observation": "tool",
+    "function_response": "tool",
+} | {role: role for role in ROLES}
+"""What `from` may say, and the role that it means."""
+FIRST = ("system", "developer")
+"""Roles of a message that tells the model how to behave, which stands first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversation:
+    """A conversation, parted into what the model is shown and what it is to say."""
+
+    asked: list[Message]
+    """The messages up to, not including, the response."""
+    demo: str | None
+    """The text of the last message where it is the assistant's; None where it says nothing."""
+    ends_with_user: bool
+    """Whether the last message is not the assistant's: there is nothing to learn at the end."""
+
+
+def looks_like_messages(value: Any) -> bool:
+    """Whether a value is a list of messages, of whatever form."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(item, Mapping) and ("role" in item or "from" in item) for item in value)
+    )
+
+
+def read_messages(value: Any) -> list[Message]:
+    """The messages of a cell: a list, or its JSON text.
+
+    Raises ConfigError that names the number of the message.
+    """
+    if isinstance(value, str):
+        value = loaded_json(value, hint='a list of {"role": ..., "content": ...}')
+    if is_missing(value):
+        raise ConfigError("holds no messages")
+    if not isinstance(value, list) or not value:
+        raise ConfigError(
+            f"holds {str(value)[:60]!r} ({type(value).__name__}); it has to be a list of messages, "
+            '{"role": ..., "content": ...} or {"from": ..., "value": ...}'
+        )
+    messages = []
+    for number, item in enumerate(value, start=1):
+        try:
+            messages.append(_message(item, number))
+        except ConfigError as error:
+            raise ConfigError(f"message {number}: {error}") from None
+    asked = (m["content"] for m in messages if m["role"] == "user")
+    if not any((content or "").strip() for content in asked):
+        raise ConfigError("the user says nothing; a conversation needs a message of the user's")
+    return messages
+
+
+def _message(item: Any, number: int) -> Message:
+    if not isinstance(item, Mapping):
+        raise ConfigError(
+            f'a {type(item).__name__}; a message is an object {{"role": ..., "content": ...}}'
+        )
+    form = ("role", "content", ROLES) if "role" in item else ("from", "value", tuple(SHAREGPT))
+    role_key, content_key, choices = form
+    given = item.get(role_key)
+    if given not in choices:
+        raise ConfigError(f"{role_key} = {given!r} is no role; {choices_text(str(given), choices)}")
+    role = SHAREGPT[given]
+    if role in FIRST and number > 1:
+        raise ConfigError(f"a {role} message stands first or not at all")
+    rest = {
+        key: value
+        for key, value in item.items()
+        # Columns of Parquet give every message every key that one of them has.
+        if key not in (role_key, content_key) and not is_missing(value)
+    }
+    content = _content(item.get(content_key), content_key, bool(rest.get("tool_calls")))
+    plain, unreadable = plain_value(rest)
+    if unreadable:
+        raise ConfigError(f"{', '.join(rest)}: a value has no JSON form")
+    return {"role": role, "content": content, **plain}
+
+
+def _content(value: Any, key: str, calls: bool) -> str | None:
+    if is_missing(value):
+        if calls:
+            return None
+        raise ConfigError(f"it has no {key}, which only a message with tool_calls may lack")
+    if isinstance(value, list):
+        return "".join(_part(part, key) for part in value)
+    try:
+        return text_of(value)
+    except ConfigError as error:
+        raise ConfigError(f"its {key} {error}") from None
+
+
+def _part(part: Any, key: str) -> str:
+    kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+    if kind == "text" and isinstance(part.get("text"), str):
+        return text_of(part["text"])
+    raise ConfigError(
+        f"its {key} has a part of type {kind!r}; models here read text alone, so leave the row "
+        "out or write the part as text"
+    )
+
+
+def conversation(messages: Sequence[Message]) -> Conversation:
+    """The messages parted before the response."""
+    last = messages[-1]
+    if last["role"] != "assistant":
+        return Conversation(asked=list(messages), demo=None, ends_with_user=True)
+    demo = last["content"]
+    said = demo if demo is not None and demo.strip() and not last.get("tool_calls") else None
+    return Conversation(asked=list(messages[:-1]), demo=said, ends_with_user=False)
+
+
+def with_system(messages: Sequence[Message], system: str | None) -> list[Message]:
+    """The messages behind the system's, unless they have their own."""
+    if system is None or messages[0]["role"] in FIRST:
+        return list(messages)
+    return [{"role": "system", "content": system}, *messages]
+
+
+def is_plain(messages: Sequence[Message]) -> bool:
+    """Whether a conversation is one text of the user's and no more."""
+    return len(messages) == 1 and set(messages[0]) == {"role", "content"}
+
+
+def readable(messages: Sequence[Message]) -> str:
+    """The conversation as a text for people: of a single message of the user its text, of several
+    paragraphs `role: content`. The system message is left out."""
+    shown = [message for message in messages if message["role"] not in FIRST]
+    if len(shown) == 1:
+        return said(shown[0])
+    return "\n\n".join(f"{message['role']}: {said(message)}" for message in shown)
+
+
+def said(message: Message) -> str:
+    """The text of a message; of one that calls tools the calls as well."""
+    calls = message.get("tool_calls")
+    parts = [message["content"] or "", json.dumps(calls, ensure_ascii=False) if calls else ""]
+    return " ".join(part for part in parts if part)
