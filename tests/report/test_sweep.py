@@ -10,18 +10,16 @@ from typing import Any
 import pytest
 
 from posttrain.engine.record import Artifact
+from posttrain.report.seeds import Difference, Spread, difference, t_quantile
 from posttrain.report.sweep import (
-    Difference,
     Run,
-    Spread,
     Sweep,
-    difference,
     difference_text,
+    gathered,
     measures,
     outcome,
     settings_json,
     spread_text,
-    t_quantile,
 )
 
 
@@ -212,3 +210,11 @@ def test_json_has_every_value() -> None:
     assert [run["status"] for run in first["runs"]] == ["ran", "blocked"]
     assert second["difference"]["mean"] == pytest.approx(0.3)
     assert second["measures"]["rev"]["seeds"] == {"0": 0.7, "1": 1.0}
+
+
+def test_a_warning_of_many_variants_is_told_once() -> None:
+    found = [{"stage": f"end[{n}]", "text": "cut"} for n in range(3)]
+    assert gathered([*found, {"stage": None, "text": "unused"}]) == [
+        {"stage": "end[0] and 2 more", "text": "cut"},
+        {"stage": None, "text": "unused"},
+    ]

@@ -45,6 +45,7 @@ from posttrain.report.sweep import (
     Run,
     Sweep,
     difference_text,
+    gathered,
     outcome,
     settings_json,
     spread_text,
@@ -111,7 +112,7 @@ def sweep(
     stages = stages_of(rows, view)
     statuses = {stage["name"]: stage["status"] for stage in stages}
     warnings = warnings_of(loaded, rows, view)
-    warn(out, warnings)
+    warn(out, gathered(warnings))
     found = _collect(variants, axes, seed_list, place, view, statuses)
     made = outcome(found)
     _show(out, found, made)
@@ -120,7 +121,7 @@ def sweep(
         command = commands[made.best.setting].replace(".split=validation", ".split=heldout")
         out.print(Text(f"the best on held-out problems: {command}"), soft_wrap=True)
     if not no_report:
-        _write_page(report, variants, found, made, place, commands, warnings)
+        _write_page(report, variants, found, made, place, commands, gathered(warnings))
         out.print(Text(f"report: {report.absolute()}"), soft_wrap=True)
     seconds = time.monotonic() - began
     told = count(list(statuses.values()))
@@ -276,7 +277,7 @@ def _show_plan(
         cells = (row.name, row.kind, str(needed[row.name]), row.action, row.reason)
         table.add_row(*(Text(cell, style) for cell in cells))
     out.print(table)
-    warn(out, warnings_of(variants.loaded, rows))
+    warn(out, gathered(warnings_of(variants.loaded, rows)))
 
 
 def _show(out: Console, found: Sweep, made: Outcome) -> None:

@@ -64,7 +64,7 @@ def problems_of(evaluation: Artifact) -> str:
         edge: source["fingerprint"]
         for edge, source in with_role(evaluation.inputs, "domains").items()
     }
-    asked = {key: config.get(key) for key in ("split", "num_problems", "modes")}
+    asked = {key: config.get(key) for key in ("split", "num_problems", "modes", "on_long")}
     return json.dumps([domains, asked], sort_keys=True)
 
 

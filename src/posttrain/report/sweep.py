@@ -8,10 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from statistics import NormalDist, fmean, stdev
+from statistics import fmean
 from typing import Any, Literal, NamedTuple
 
 from posttrain.engine.record import Artifact
+from posttrain.report.seeds import Difference, Spread, difference
 from posttrain.report.wording import DASH, RANGE, fixed, number, percent, signed
 from posttrain.stages.kinds import shown_kind
 
@@ -82,35 +83,6 @@ class Sweep:
     def words(self, setting: int) -> str:
         """A setting as people read it: "lr=0.1, steps=20"; empty without axes."""
         return ", ".join(f"{key}={value}" for key, value in self.settings[setting].items())
-
-
-@dataclass(frozen=True, kw_only=True)
-class Spread:
-    """A measure of one setting over its seeds."""
-
-    values: Mapping[int, float]
-    """Seed to value, of the seeds that finished."""
-
-    @property
-    def mean(self) -> float:
-        """Mean over the seeds."""
-        return fmean(self.values.values())
-
-    @property
-    def deviation(self) -> float | None:
-        """Standard deviation over the seeds, of a sample (n - 1); None for one seed."""
-        return stdev(self.values.values()) if len(self.values) > 1 else None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Difference:
-    """A setting against the first one, by the seeds that both have."""
-
-    mean: float
-    low: float | None
-    """95 % t-interval over the seeds; None for one seed."""
-    high: float | None
-    seeds: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,48 +209,6 @@ def _metric(found: Sequence[Mapping[str, Measure]]) -> str | None:
     if not found:
         return None
     return next((key for key in found[0] if all(key in values for values in found)), None)
-
-
-def difference(first: Spread, other: Spread) -> Difference | None:
-    """Mean of `other` - `first` over the seeds that both have, None where there is none.
-
-    The interval is mean ± t s / sqrt(n), t being the 97.5 % quantile of Student's distribution
-    with n - 1 degrees of freedom and s the standard deviation of the n differences.
-    """
-    values = [
-        other.values[seed] - first.values[seed] for seed in other.values if seed in first.values
-    ]
-    if not values:
-        return None
-    mean, half = fmean(values), None
-    if len(values) > 1:
-        half = t_quantile(len(values) - 1) * stdev(values) / math.sqrt(len(values))
-    return Difference(
-        mean=mean,
-        low=None if half is None else mean - half,
-        high=None if half is None else mean + half,
-        seeds=len(values),
-    )
-
-
-_T_975 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
-"""97.5 % quantiles of Student's distribution with 1 to 10 degrees of freedom."""
-
-
-def t_quantile(freedom: int) -> float:
-    """The 97.5 % quantile of Student's distribution; from 11 degrees of freedom by its expansion in
-    1 / freedom (Abramowitz and Stegun 26.7.5), good to four digits there.
-
-    >>> round(t_quantile(30), 3)
-    2.042
-    """
-    if freedom <= len(_T_975):
-        return _T_975[freedom - 1]
-    z = NormalDist().inv_cdf(0.975)
-    first = (z**3 + z) / 4
-    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
-    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
-    return z + first / freedom + second / freedom**2 + third / freedom**3
 
 
 def _with_best(rows: Sequence[Row], metric: str | None, units: Mapping[str, Unit]) -> list[Row]:
@@ -448,6 +378,22 @@ def _signed(value: float, unit: Unit) -> str:
         return signed(value)
     text = written(value, unit)
     return f"+{text}" if value >= 0 else text
+
+
+def gathered(warnings: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Warnings, {"stage", "text"} each, every text once: variants of a stage warn of the same.
+
+    >>> gathered([{"stage": "a[1]", "text": "x"}, {"stage": "a[2]", "text": "x"}])
+    [{'stage': 'a[1] and 1 more', 'text': 'x'}]
+    """
+    stages: dict[str, list[str | None]] = {}
+    for warning in warnings:
+        stages.setdefault(warning["text"], []).append(warning["stage"])
+    return [
+        {"stage": names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"}
+        | {"text": text}
+        for text, names in stages.items()
+    ]
 
 
 def settings_json(sweep: Sweep, made: Outcome) -> list[dict[str, Any]]:
