@@ -104,6 +104,8 @@ def write_report_of(
     # Templates and plots take a while to import, and most commands do without.
     from posttrain.report.html import report_is_current, write_report
 
+    # What is to be told about a recipe is no part of the artifact.
+    anew = anew or (loaded is not None and bool(loaded.warnings))
     if not anew and report_is_current(path, artifact.fingerprint):
         return False
     if loaded is None:
