@@ -63,7 +63,7 @@ def gather(store: Store, artifact: Artifact) -> list[StageFacts]:
             edges=ancestor.edges,
             lines=[] if ancestor.artifact is None else _lines(ancestor.artifact),
         )
-        for ancestor in ancestry.lineage(store, artifact)
+        for ancestor in ancestry.renamed(store, ancestry.lineage(store, artifact))
     ]
 
 
