@@ -38,6 +38,11 @@ def test_commands_show_the_names_of_the_newest_run(cli: Callable[..., Any], rena
     shown = cli("show", "sft", "--json").json
     assert (shown["name"], shown["names"]) == ("sft", ["sft", "general"])
     assert cli("verify").code == 0
+    cli("report", "student")
+    page = (renamed / "report.html").read_text()
+    assert ">general</text>" in page and ">sft</text>" not in page.replace(
+        'class="kind"', ""
+    ).replace(' x="12" y="20">sft</text>', "")
 
 
 def test_the_old_recipe_takes_its_names_back(cli: Callable[..., Any], renamed: Path) -> None:

@@ -413,6 +413,24 @@ def test_a_python_verifier_travels_with_the_artifact(tmp_path):
     assert before.data["verifier"] != after.data["verifier"]
 
 
+@pytest.mark.parametrize(
+    ("body", "constant"),
+    [
+        ("0.5", 0.5),
+        ("0.0", 0.0),
+        ("response == problem['answer']", None),
+        # Tells nothing but length apart, which is something.
+        ("len(response) < 100", None),
+    ],
+)
+def test_a_verifier_that_tells_nothing_apart_is_noticed(tmp_path, body, constant):
+    write_rows(tmp_path / "t.jsonl", numbered(100))
+    (tmp_path / "grade.py").write_text(f"def score(response, problem):\n    return {body}\n")
+    domain = table("python:grade.py:score", train="t.jsonl")
+    metrics, _ = build(domain, tmp_path, tmp_path / "out")
+    assert metrics.get("constant_score") == constant
+
+
 def test_a_broken_python_verifier_stops_the_build(tmp_path):
     write_rows(tmp_path / "t.jsonl", numbered(100))
     (tmp_path / "grade.py").write_text("def score(response, problem):\n    return {}['x']\n")

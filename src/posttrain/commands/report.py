@@ -105,6 +105,8 @@ def write_report_of(
     from posttrain.report.html import report_is_current, write_report
 
     names = {} if loaded is None else names_of(loaded)
+    # What is to be told about a recipe is no part of the artifact.
+    anew = anew or (loaded is not None and bool(loaded.warnings))
     if not anew and report_is_current(path, artifact.fingerprint, names):
         return False
     if loaded is None:

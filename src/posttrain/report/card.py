@@ -181,6 +181,8 @@ def results(
                 for decoding, name in DECODING_NAMES.items()
                 if values.get(decoding) is not None
             ]
+            if not metrics:
+                continue
             dataset = {"type": domain, "name": f"{domain} ({split_name(evaluation)})"}
             found.append(
                 {"task": {"type": "text-generation"}, "dataset": dataset, "metrics": metrics}

@@ -66,7 +66,7 @@ def gather(
             edges=_edges(ancestor, names or {}),
             lines=[] if ancestor.artifact is None else _lines(ancestor.artifact),
         )
-        for ancestor in ancestry.lineage(store, artifact)
+        for ancestor in ancestry.renamed(store, ancestry.lineage(store, artifact))
     ]
 
 

@@ -47,6 +47,11 @@ compared as such."""
 def run_domain(job: Job, ctx: Context) -> dict[str, Any]:
     """Write the problems of a domain; returns what `build_domain` counts."""
     counted = build_domain(job.config, job.runtime, ctx.out, job.data)
+    if "constant_score" in counted:
+        ctx.warn(
+            f"its verifier gives {counted['constant_score']:g} to right and to wrong responses "
+            'alike, so it is no reward and no measure; mend it, or set verifier = "none"'
+        )
     cache = Path(job.hashes).parent / CACHE
     remember_built(cache, job.config, job.data, job.runtime.get("facts"))
     return counted

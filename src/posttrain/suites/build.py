@@ -14,7 +14,7 @@ import itertools
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,9 @@ CHUNK = 20_000
 """Items per reasoning-gym dataset object; some datasets prepare all items of a size up front."""
 PATIENCE = 5_000
 """Draws without a new problem for any split that still wants one, after which there are no more."""
+NUM_CONSTANT_CHECKS = 8
+"""Problems whose right and wrong responses the verifier has to tell apart."""
+NONSENSE = ("?", "? " * 500)
 NUM_DEMO_CHECKS = 200
 """Demonstrations per split that the verifier has to judge while the domain is built."""
 
@@ -47,7 +50,8 @@ def build_domain(
         train, validation, heldout (numbers of problems) and duplicates (dropped rows or draws); of
         tables also what `posttrain.suites.checked` tells of their rows. Where there is a verifier,
         top_answer_share (of the commonest answer among the held-out problems), and demo_score (mean
-        score of the demonstrations that were checked) where there are demonstrations.
+        score of the demonstrations that were checked) where there are demonstrations, and
+        constant_score only where the verifier tells nothing apart.
 
     Raises:
         ConfigError: a table is wrong or changed since the plan, or there are too few problems.
@@ -87,6 +91,9 @@ def build_domain(
         # In a process of its own where the verifier is slow, as stages will ask it.
         with VerifierPool({name: out}, num_workers=1) as pool:
             demo_score = _check(splits, pool, strict=config["source"]["kind"] == "procedural")
+            constant = constant_score(splits["train"], pool)
+        if constant is not None:
+            metrics["constant_score"] = constant
         top = Counter(problem["answer"] for problem in splits["heldout"]).most_common(1)
         if top:
             metrics["top_answer_share"] = round(top[0][1] / counts["heldout"], 4)
@@ -210,6 +217,25 @@ def _check(
                     f"under the domain's verifier, not 1; prompt: {problem['prompt']!r}"
                 )
     return sum(scores) / len(scores) if scores else None
+
+
+def constant_score(problems: Sequence[Problem], pool: VerifierPool) -> float | None:
+    """The one score that the verifier gives to right and to wrong responses alike; None where it
+    tells some apart.
+
+    Right is a demonstration or else the answer, wrong that of a problem with another answer, and
+    nonsense, short and long.
+    """
+    chosen = problems[:: max(1, len(problems) // NUM_CONSTANT_CHECKS)][:NUM_CONSTANT_CHECKS]
+    asked: list[tuple[Problem, str]] = []
+    for problem in chosen:
+        others = (one for one in problems if one["answer"] != problem["answer"])
+        other = next(others, None)
+        texts = [problem["demo"] or problem["answer"], *NONSENSE]
+        texts += [] if other is None else [other["demo"] or other["answer"]]
+        asked += [(problem, text) for text in texts]
+    found = pool.scores([problem for problem, _ in asked], [text for _, text in asked])
+    return found[0] if found and min(found) == max(found) else None
 
 
 def _responses_to_show(problem: Problem) -> list[str]:
