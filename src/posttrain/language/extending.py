@@ -61,7 +61,7 @@ def _check(build: Builder, stage: Stage) -> None:
     """What the verb of its kind checks."""
     checks.aux_losses(build, stage.name)
     if stage.kind == "sft":
-        checks.sft(build, stage.name)
+        checks.given_rows(build, stage.name)
     elif stage.kind == "dpo":
         checks.dpo(build, stage.name)
     elif stage.kind == "rl":
