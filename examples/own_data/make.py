@@ -56,22 +56,24 @@ def order(random: random.Random) -> tuple[str, str]:
     return f"sort {''.join(digits)}", "".join(sorted(digits))
 
 
-def small_talk(random: random.Random) -> list[Message]:
-    """Two or three turns; the last answer needs what was said before."""
+def small_talk(random: random.Random) -> tuple[list[Message], str, str]:
+    """Turns that end with a question about what was said; a plain answer, and a warm one."""
     name = random.choice("BDKLMNRST") + random.choice("aeiou") + random.choice("klmnrst")
     name += random.choice(("", "a", "i", "o"))
     colour = random.choice(COLOURS)
     talk = [user(f"I am {name}."), assistant(f"Hello {name}!")]
     if random.random() < 0.5:
         talk += [user(f"I like {colour}."), assistant(f"{colour.capitalize()} is nice.")]
-        return [*talk, user("What do I like?"), assistant(f"You like {colour}, {name}.")]
-    return [*talk, user("Who am I?"), assistant(f"You are {name}.")]
+        talk.append(user("What do I like?"))
+        return talk, f"You like {colour}.", f"You like {colour}, {name}."
+    return [*talk, user("Who am I?")], f"You are {name}.", f"You are {name}!"
 
 
 def conversation(random: random.Random) -> list[Message]:
     """A row of the general SFT file: one to three tasks in a row, or small talk."""
     if random.random() < 0.3:
-        return [system(SYSTEM), *small_talk(random)]
+        talk, plain, _ = small_talk(random)
+        return [system(SYSTEM), *talk, assistant(plain)]
     turns: list[Message] = []
     for _ in range(random.randint(1, 3)):
         asked, answer = random.choice((add, reverse, order))(random)
@@ -80,11 +82,14 @@ def conversation(random: random.Random) -> list[Message]:
 
 
 def preference(random: random.Random) -> dict[str, Any]:
-    """Somebody prefers the answer that says the name, to the same without it."""
-    talk = small_talk(random)
-    name = talk[0]["content"].removeprefix("I am ").removesuffix(".")
-    kind, curt = f"Gladly, {name}!", "Fine."
-    return {"prompt": [*talk, user("Thank you.")], "chosen": kind, "rejected": curt}
+    """Somebody prefers the warm answer to the plain one."""
+    talk, plain, warm = small_talk(random)
+    return {"prompt": [system(SYSTEM), *talk], "chosen": warm, "rejected": plain}
+
+
+def chat(random: random.Random) -> dict[str, Any]:
+    talk, plain, _ = small_talk(random)
+    return {"messages": [*talk, assistant(plain)]}
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -106,8 +111,8 @@ def write_data(folder: Path, *, rows: int = 3000, seed: int = 0) -> None:
         table = csv.writer(file)
         table.writerow(["prompt", "answer"])
         table.writerows(order(rng) for _ in range(rows))
-    write_jsonl(folder / "chat.jsonl", ({"messages": small_talk(rng)} for _ in range(rows // 3)))
-    write_jsonl(folder / "thanks.jsonl", (preference(rng) for _ in range(rows // 5)))
+    write_jsonl(folder / "chat.jsonl", (chat(rng) for _ in range(rows // 3)))
+    write_jsonl(folder / "warm.jsonl", (preference(rng) for _ in range(rows // 5)))
 
 
 def write_base(folder: Path, *, hidden_size: int = 96, layers: int = 3, seed: int = 0) -> None:

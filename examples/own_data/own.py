@@ -6,41 +6,54 @@ g → opd{T} → opd{T with sums anew} → dpo`, and of the same specialists `me
 
 from general import general
 
-from posttrain import Recipe, Stage
-
-SHORT = {"max_new_tokens": 32}
+from posttrain import Recipe, Stage, judges
 
 
 def recipe(
-    r: Recipe, base: str = "base", theirs: str = "order-specialist", steps: int = 200
+    r: Recipe,
+    base: str = "base",
+    theirs: str = "order-specialist",
+    sft_steps: int = 500,
+    steps: int = 200,
+    beside: bool = True,
 ) -> Stage:
-    start = general(r, base, steps=500)
+    start = general(r, base, sft_steps)
 
     # Three specialists: one by RL, one by SFT, one from elsewhere.
-    sums = learn_sums(r, start, steps, name="sums_rl")
-    reverse = r.sft(start=start, data=r.demos("reverse"), steps=steps, lr=1e-3, name="reverse_sft")
-    order = r.model(theirs, name="order_theirs")
-    teachers = {"sums": sums, "reverse": reverse, "order": order, "chat": "self"}
+    specialists = {
+        "sums": learn_sums(r, start, steps, name="sums_rl"),
+        "reverse": r.sft(
+            start=start, data=r.demos("reverse"), steps=steps, lr=1e-3, name="reverse_sft"
+        ),
+        "order": r.model(theirs, name="order_theirs"),
+    }
 
-    # Two rounds. For the second one the teacher of sums is trained on, from the student; the others
-    # are kept, and chat is held where it is.
+    # Two rounds, with chat held where the student starts. For the second one the teacher of sums is
+    # trained on, from the student of the first; the others are kept.
+    teachers = specialists | {"chat": "self"}
     round1 = distill(r, start, teachers, steps, name="round1")
     again = learn_sums(r, round1, steps, name="sums_again")
     round2 = distill(r, round1, teachers | {"sums": again}, steps, name="round2")
-    mopd = r.dpo(start=round2, data=r.preferences("thanks"), steps=40, lr=2e-5, name="mopd")
+    warm = r.preferences("warm")
+    mopd = r.dpo(start=round2, data=warm, steps=60, lr=1e-4, name="mopd")
+    students = {"mopd": mopd}
 
     # What else can be made of the same specialists.
-    merged = r.merge([sums, reverse, order], base=start, how="ties")
-    specialists = {"sums": sums, "reverse": reverse, "order": order}
-    rollouts = r.sample(specialists, prompts=r.prompts(list(specialists)), k=2, max_new_tokens=10)
-    traces = r.sft(start=start, data=r.select(rollouts), steps=steps, lr=1e-3, name="traces")
+    if beside:
+        prompts = r.prompts(list(specialists))
+        rollouts = r.sample(specialists, prompts=prompts, k=2, max_new_tokens=12)
+        students["merged"] = r.merge(list(specialists.values()), base=start, how="ties")
+        students["traces"] = r.sft(
+            start=start, data=r.select(rollouts), steps=steps, lr=1e-3, name="traces"
+        )
 
     return r.evaluate(
-        {"mopd": mopd, "merged": merged, "traces": traces},
+        students,
         init=start,
         teachers=specialists,
         along={"round1": round1, "round2": round2},
-        **SHORT,
+        judges={"chat": judges.scalar(r.reward_model(start=start, data=warm, epochs=3, lr=3e-4))},
+        max_new_tokens=32,
     )
 
 
@@ -63,6 +76,6 @@ def distill(r: Recipe, start: Stage, teachers: dict, steps: int, *, name: str) -
         prompts=r.prompts(r.domains),
         steps=steps,
         lr=1e-3,
+        max_new_tokens=32,
         name=name,
-        **SHORT,
     )
