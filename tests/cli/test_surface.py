@@ -30,6 +30,7 @@ SURFACE = {
     "chat": {
         "ARTIFACT|DIR",
         "--prompt",
+        "--system",
         "--temperature",
         "--max-new-tokens",
         "--seed",

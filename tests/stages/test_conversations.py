@@ -137,6 +137,20 @@ def test_a_template_that_hides_turns_is_told(
     assert f"{count} of {count} conversations are learned in their last turn only" in told
 
 
+def test_further_demonstrations_that_are_none_of_a_mode_are_told(
+    run_stage: RunStage, domains: Mapping[str, str], tmp_path: Path
+) -> None:
+    copy = tmp_path / "short"
+    shutil.copytree(domains["domains.short"], copy)
+    rows = rows_of(copy / "train.jsonl")
+    more = [row | {"thought": "t", "demos": ["x"]} for row in rows[:3]]
+    (copy / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in more))
+    settings = {"steps": 1, "batch_size": 9, "modes": ["think", "no_think"], "hidden_size": 16}
+    ran = run_stage("pretrain", settings, {"domains.short": str(copy)})
+    (told,) = warnings_of(ran)
+    assert "3 further demonstrations of domain 'short' are not learned" in told
+
+
 def warnings_of(ran: Any) -> list[str]:
     from posttrain.engine.work import read_warnings
 

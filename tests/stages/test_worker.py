@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -57,3 +59,13 @@ def test_without_a_name_it_is_the_local_one() -> None:
     assert type(new_backend({})).__name__ == "LocalBackend"
     with pytest.raises(ModuleNotFoundError, match="no_backend"):
         new_backend({BACKEND: "no_backend:Backend"})
+
+
+def test_stages_without_a_model_import_no_transformers() -> None:
+    code = (
+        "import sys\n"
+        "import posttrain.stages.select, posttrain.stages.lengths\n"
+        "print('transformers' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

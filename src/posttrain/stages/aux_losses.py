@@ -132,7 +132,7 @@ def _rows_of(ctx: Context, name: str, modes: Sequence[str]) -> dict[str, list[Pr
     if edge in ctx.inputs:
         return rows_by_domain(ctx.inputs[edge] / "data.jsonl", ctx.name)
     demos = {
-        domain: in_modes(list(read_jsonl(path / "train.jsonl")), modes)
+        domain: in_told_modes(list(read_jsonl(path / "train.jsonl")), modes, domain, ctx)
         for domain, path in sorted(named(ctx.inputs, edge).items())
     }
     if not demos:
@@ -141,6 +141,23 @@ def _rows_of(ctx: Context, name: str, modes: Sequence[str]) -> dict[str, list[Pr
             f"recipe: aux={{{name!r}: (r.demos(...), weight)}}"
         )
     return with_demonstrations(demos, ctx)
+
+
+def in_told_modes(
+    problems: Sequence[Problem], modes: Sequence[str], domain: str, ctx: Context
+) -> list[Problem]:
+    """The problems of a domain in each of the modes. Tells of further demonstrations of a problem
+    that are none of a mode."""
+    shown = in_modes(problems, modes)
+    further = [sum(len(row.get("demos", ())) for row in rows) for rows in (problems, shown)]
+    left_out = further[0] * max(1, len(modes)) - further[1]
+    if left_out:
+        ctx.warn(
+            f"{left_out} further demonstrations of domain {domain!r} are not learned: in the modes "
+            f"{', '.join(modes)} the columns for the thought and for the answer alone belong to "
+            "the first demonstration of a problem; give such rows prompts that differ."
+        )
+    return shown
 
 
 def rows_by_domain(path: Path, stage: str) -> dict[str, list[Problem]]:

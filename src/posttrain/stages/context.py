@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from safetensors import SafetensorError
@@ -27,8 +27,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from posttrain.backends.base import Backend, Learner, LearnerSettings, Sampler, Scorer
-from posttrain.backends.chat import Chat
-from posttrain.backends.checkpoint import read_chat
 from posttrain.backends.prompting import in_modes
 from posttrain.engine.atomic import fsync
 from posttrain.engine.errors import ConfigError, StageError
@@ -38,6 +36,9 @@ from posttrain.engine.work import METRICS, STEP, add_warning, write_step
 from posttrain.schedules import History
 from posttrain.stages.settings.base import Training
 from posttrain.values import Settings
+
+if TYPE_CHECKING:
+    from posttrain.backends.chat import Chat
 
 SECONDS_BETWEEN_CHECKPOINTS = 10.0
 
@@ -174,6 +175,9 @@ class Context:
 
     def chat(self, edge: str) -> Chat:
         """Text to tokens of the model of an edge, and back, without loading its weights."""
+        # It imports transformers, which stages without a model do without.
+        from posttrain.backends.checkpoint import read_chat
+
         return read_chat(self.inputs[edge])
 
     def _directory(self, source: Any) -> Any:

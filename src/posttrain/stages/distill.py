@@ -67,7 +67,7 @@ def run(settings: Distill, ctx: Context) -> dict[str, float]:
         settings,
         ctx,
         [Reader(name="the student", chat=policy.chat), *teachers.readers(settings)],
-        new_tokens=max(settings.possible("max_new_tokens")),
+        new_tokens=round(max(settings.possible("max_new_tokens"))),
     )
     batches = Batches(problems_of, settings, size="prompts_per_step", stage=ctx.name)
     aux = AuxData(settings, ctx, policy.chat)

@@ -38,12 +38,14 @@ from posttrain.rl.batch import Batch
 from posttrain.stages.context import Context
 from posttrain.stages.lengths import Reader, cut, fit_responses
 from posttrain.stages.rollout import MAX_WORKERS, NAN
-from posttrain.stages.rows import Row, key_of, problems_of, read_rollouts
+from posttrain.stages.rows import Row, key_of, pick, problems_of, read_rollouts
 from posttrain.stages.settings.data import Score
 
 ROWS_PER_CALL = 512
 """Responses of a file that a judge is asked about at once, and a little more: whole groups."""
 
+ROLLOUTS = "rollouts"
+"""The one group of rows that a judge is asked about: they keep the order in which they come."""
 REPLIES = "replies.jsonl"
 """In the work directory: what endpoints have answered."""
 
@@ -130,9 +132,8 @@ def run_score(settings: Score, ctx: Context) -> dict[str, float]:
         seed=settings.seed,
         cut=settings.on_long == "truncate",
     )
-    # In one group: rollouts keep the order that they come in.
     readers = judge_readers(settings.judge, ctx)
-    rows = fit_responses({"": rows}, settings, ctx, readers, fields=["response"])[""]
+    rows = fit_responses({ROLLOUTS: rows}, settings, ctx, readers, fields=["response"])[ROLLOUTS]
     scores = judge_rows(ctx, reward, rows)
     scored = [row | {"score": score} for row, score in zip(rows, scores, strict=True)]
     write_jsonl(ctx.out / "rollouts.jsonl", scored)
@@ -159,7 +160,11 @@ def responses_of_rows(ctx: Context, rows: list[Row]) -> Responses:
     keys = list(dict.fromkeys(map(key_of, rows)))
     number = {key: i for i, key in enumerate(keys)}
     return Responses(
-        problems=problems_of(ctx, rows),
+        # With the messages that the model was shown.
+        problems=[
+            problem | pick(row, "messages")
+            for problem, row in zip(problems_of(ctx, rows), rows, strict=True)
+        ],
         texts=[row["response"] for row in rows],
         group=[number[key_of(row)] for row in rows],
         finished=[row["finished"] for row in rows],

@@ -195,7 +195,7 @@ class _Fitting:
                 mine = [one for one in found[empty] if one is not None]
                 raise ConfigError(
                     self._refusal(mine, len(rows[empty]))
-                    + f'; on_long = "drop" would leave no row of domain {empty!r}'
+                    + f'; on_long = "drop" would leave no row of {empty!r}'
                 )
         else:
             kept = {
@@ -325,15 +325,15 @@ class _Fitting:
         worst = max(long, key=lambda one: one.tokens)
         reader = worst.reader
         done = (
-            "were left out"
+            "leaves out"
             if self.on_long == "drop"
-            else "lose the beginning of their longest message"
+            else "cuts the beginning of the longest message of"
             if self.new_tokens is not None
-            else "lose their end"
+            else "cuts the end of"
         )
         domains = ", ".join(sorted({str(one.row["domain"]) for one in long}))
         return (
-            f'on_long = "{self.on_long}": {len(long)} of {num_rows} rows ({domains}) {done}: with '
+            f'on_long = "{self.on_long}" {done} {len(long)} of {num_rows} rows ({domains}): with '
             f"up to {worst.tokens} tokens they do not fit the {(reader.limit or 0) + reader.more} "
             f"positions of {reader.name}; a model with more positions"
             + (" or a lower max_new_tokens" if self.new_tokens is not None else "")

@@ -19,13 +19,15 @@ from posttrain.rewards.comparisons import build_comparisons
 from posttrain.rewards.judge_base import Judge
 from posttrain.rewards.people import Pair
 from posttrain.stages.context import Context
-from posttrain.stages.judging import StageTools, judge_rows, make_reward
+from posttrain.stages.judging import ROLLOUTS, StageTools, judge_readers, judge_rows, make_reward
+from posttrain.stages.lengths import fit_responses
 from posttrain.stages.rows import (
     Key,
     Row,
     by_problem,
     check_values,
     clean,
+    key_of,
     pick,
     problems_of,
     read_rollouts,
@@ -88,12 +90,14 @@ def with_scores(
 ) -> dict[Key, list[Row]]:
     """The responses with the judge's score of each."""
     rows = [row for of_problem in problems.values() for row in of_problem]
-    reward = make_reward(judge, ctx, seed=settings.seed)
-    scores = iter(judge_rows(ctx, reward, rows))
-    return {
-        key: [row | {"score": next(scores)} for row in of_problem]
-        for key, of_problem in problems.items()
-    }
+    reward = make_reward(judge, ctx, seed=settings.seed, cut=settings.on_long == "truncate")
+    readers = judge_readers(judge, ctx)
+    rows = fit_responses({ROLLOUTS: rows}, settings, ctx, readers, fields=["response"])[ROLLOUTS]
+    # Every problem stays, also one without a response that fits.
+    found: dict[Key, list[Row]] = {key: [] for key in problems}
+    for row, score in zip(rows, judge_rows(ctx, reward, rows), strict=True):
+        found[key_of(row)].append(row | {"score": score})
+    return found
 
 
 def preferred(

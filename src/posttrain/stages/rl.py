@@ -145,7 +145,7 @@ def fitting(
         readers.append(Reader(name="the critic", chat=policy.chat, positions=positions))
     readers += judge_readers(settings.reward, ctx)
     problems = {name: ctx.problems(name, "train", settings.modes) for name in ctx.domains}
-    new_tokens = max(settings.possible("max_new_tokens"))
+    new_tokens = round(max(settings.possible("max_new_tokens")))
     return fit_prompts(problems, settings, ctx, readers, new_tokens=new_tokens)
 
 

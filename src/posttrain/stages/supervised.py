@@ -30,6 +30,7 @@ from posttrain.stages.aux_losses import (
     AuxData,
     aux_rows,
     demo_batch,
+    in_told_modes,
     pop_metrics,
     rows_by_domain,
     token_cross_entropy,
@@ -184,7 +185,7 @@ def demonstrated(
 
     Problems without one are left out. Raises ConfigError for a domain that has none.
     """
-    demos = {name: ctx.problems(name, "train", modes) for name in domains}
+    demos = {name: in_told_modes(ctx.problems(name, "train"), modes, name, ctx) for name in domains}
     demos = with_demonstrations(demos, ctx)
     return corrupt_demos(ctx, demos, noise=noise, seed=seed) if noise else demos
 

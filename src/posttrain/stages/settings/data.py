@@ -154,7 +154,7 @@ class Select(Settings):
         return self
 
 
-class Pairs(Settings):
+class Pairs(Settings, LongRows):
     """Preference pairs out of rollouts: `r.pairs(rollouts)`, `r.pairs(strong, against=weak)`."""
 
     how: Pairing = BestAgainstWorst()
