@@ -40,9 +40,7 @@ def test_commands_show_the_names_of_the_newest_run(cli: Callable[..., Any], rena
     assert cli("verify").code == 0
     cli("report", "student")
     page = (renamed / "report.html").read_text()
-    assert ">general</text>" in page and ">sft</text>" not in page.replace(
-        'class="kind"', ""
-    ).replace(' x="12" y="20">sft</text>', "")
+    assert "<title>general-" in page and "<title>sft-" not in page
 
 
 def test_the_old_recipe_takes_its_names_back(cli: Callable[..., Any], renamed: Path) -> None:
