@@ -57,6 +57,7 @@ def mine(place: Path) -> tuple[str, ...]:
 
 CHAT = {
     "domain": "chat",
+    "kind": "domain",
     "rows": 23,
     "duplicates": 1,
     "further_demos": 1,

@@ -87,6 +87,7 @@ def test_of_a_start_without_chat_template(
     outside.mkdir()
     (outside / "config.json").write_text("{}")
     (outside / "model.safetensors").write_bytes(b"weights")
+    (outside / "tokenizer.json").write_text("{}")
     texts = {"chat_template.jinja": "{{ 1 }}", "tokenizer_config.json": '{"chat_template": "x"}'}
     if where is not None:
         (outside / where).write_text(texts[where])

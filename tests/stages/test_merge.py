@@ -53,7 +53,7 @@ def test_an_average_is_an_ordinary_checkpoint(
     size = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(ran.out).parameters())
     assert ran.metrics == {"parameters": size, "models": 2}
     assert "merged from the weights of several models" in (ran.out / "README.md").read_text()
-    assert sorted(path.name for path in ran.out.parent.iterdir()) == ["out"]
+    assert sorted(path.name for path in ran.out.parent.iterdir()) == ["facts.json", "out"]
 
 
 def test_differences_are_added_to_the_base(

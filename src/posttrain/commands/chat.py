@@ -66,7 +66,7 @@ def chat(
         if talk.remembers
         else "the model's tokenizer has no chat template, so each message is answered by itself"
     )
-    out.print(Text(f"{model}: {how}; an empty line ends", "dim"))
+    out.print(Text(f"{model}: {how}; an empty line ends", "dim"), soft_wrap=True)
     while True:
         try:
             message = input("> ").strip()
