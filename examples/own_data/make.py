@@ -20,10 +20,9 @@ from typing import Any
 COLOURS = ("red", "blue", "green", "grey", "pink", "white", "black", "brown")
 SYSTEM = "Be kind."
 TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ '<|end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 
 Message = dict[str, str]
@@ -42,12 +41,12 @@ def system(text: str) -> Message:
 
 
 def add(random: random.Random) -> tuple[str, str]:
-    numbers = [random.randint(1, 60) for _ in range(random.choice((2, 3)))]
+    numbers = [random.randint(1, 9) for _ in range(random.choice((2, 3, 4)))]
     return "+".join(map(str, numbers)) + "=", str(sum(numbers))
 
 
 def reverse(random: random.Random) -> tuple[str, str]:
-    word = "".join(random.choice("abcdefgh") for _ in range(random.randint(4, 7)))
+    word = "".join(random.choice("abcdefghijklmnop") for _ in range(random.randint(5, 9)))
     return f"reverse {word}", word[::-1]
 
 
@@ -115,13 +114,13 @@ def write_data(folder: Path, *, rows: int = 3000, seed: int = 0) -> None:
     write_jsonl(folder / "warm.jsonl", (preference(rng) for _ in range(rows // 5)))
 
 
-def write_base(folder: Path, *, hidden_size: int = 96, layers: int = 3, seed: int = 0) -> None:
+def write_base(folder: Path, *, hidden_size: int = 64, layers: int = 3, seed: int = 0) -> None:
     """A checkpoint with a chat template, of random weights."""
     import torch
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    special = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
+    special = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
     characters = ["\n", *(chr(code) for code in range(32, 127))]
     vocabulary = {token: i for i, token in enumerate([*special, *characters])}
     core = Tokenizer(models.WordLevel(vocab=vocabulary, unk_token="<|pad|>"))
@@ -130,8 +129,8 @@ def write_base(folder: Path, *, hidden_size: int = 96, layers: int = 3, seed: in
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core,
         pad_token="<|pad|>",
-        eos_token="<|im_end|>",
-        additional_special_tokens=["<|im_start|>"],
+        eos_token="<|end|>",
+        additional_special_tokens=special[2:],
         chat_template=TEMPLATE,
         clean_up_tokenization_spaces=False,
     )
@@ -140,8 +139,8 @@ def write_base(folder: Path, *, hidden_size: int = 96, layers: int = 3, seed: in
         hidden_size=hidden_size,
         intermediate_size=3 * hidden_size,
         num_hidden_layers=layers,
-        num_attention_heads=3,
-        num_key_value_heads=3,
+        num_attention_heads=2,
+        num_key_value_heads=2,
         max_position_embeddings=256,
         tie_word_embeddings=True,
         eos_token_id=tokenizer.eos_token_id,

@@ -35,14 +35,14 @@ def recipe(
     again = learn_sums(r, round1, steps, name="sums_again")
     round2 = distill(r, round1, teachers | {"sums": again}, steps, name="round2")
     warm = r.preferences("warm")
-    mopd = r.dpo(start=round2, data=warm, steps=60, lr=1e-4, name="mopd")
+    mopd = r.dpo(start=round2, data=warm, steps=60, lr=3e-5, name="mopd")
     students = {"mopd": mopd}
 
     # What else can be made of the same specialists.
     if beside:
         prompts = r.prompts(list(specialists))
         rollouts = r.sample(specialists, prompts=prompts, k=2, max_new_tokens=12)
-        students["merged"] = r.merge(list(specialists.values()), base=start, how="ties")
+        students["merged"] = r.merge(list(specialists.values()))
         students["traces"] = r.sft(
             start=start, data=r.select(rollouts), steps=steps, lr=1e-3, name="traces"
         )
