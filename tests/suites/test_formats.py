@@ -214,5 +214,5 @@ def test_nothing_is_told_of_a_hub_table_before_it_is_read(tmp_path):
 
 def test_another_separator_is_told(tmp_path):
     (tmp_path / "t.csv").write_text("prompt;answer\na;b\n")
-    with pytest.raises(ConfigError, match="one cell 'prompt;answer'; cells of a .csv .* commas"):
+    with pytest.raises(ConfigError, match=r"one cell 'prompt;answer'; cells .* commas"):
         domain_node(domain("t.csv"), tmp_path)
