@@ -77,8 +77,8 @@ def compare(
     if metrics:
         out.print(Text("\nmetrics", "bold"))
         out.print(table)
-    for side in sides:
-        _show_side(out, side, letters)
+    for one in sides:
+        _show_side(out, one, letters)
 
 
 def _letter(place: int) -> str:

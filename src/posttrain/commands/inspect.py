@@ -297,7 +297,7 @@ def diff(
 
 
 def side(value: Any) -> str:
-    """A side of a difference for people: the start of a fingerprint, a dash for what is not there."""
+    """A side of a difference for people: a fingerprint by its start, a dash for nothing."""
     if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value):
         return value[:SHORT]
     return DASH if value is None else str(value)
