@@ -56,6 +56,7 @@ def test_names_of_the_recipe_stand_in_report_and_terminal(
     assert "Students: taught (`learner`) and merged (`both`)." in again.out
     assert "Init is `second`." in again.out
     assert "taught \N{MINUS SIGN} merged" in again.out
+    assert "Students: taught (`learner`) and merged (`both`)." in cli("show", "evaluation").out
     page = (done / "report.html").read_text()
     assert "<code>learner</code>" in page and "pupil" not in page
     assert "(unchanged)" in cli("run", "several.py", "--suite", "pairs.toml").out

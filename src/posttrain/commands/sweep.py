@@ -37,10 +37,10 @@ from posttrain.engine.planner import plan as plan_graph
 from posttrain.engine.store import Store
 from posttrain.report.gather import facts_of
 from posttrain.report.live import LiveView
+from posttrain.report.scores import split_words
 from posttrain.report.sweep import (
     ACCURACY,
     NORM,
-    SPLIT_NAMES,
     Outcome,
     Run,
     Sweep,
@@ -221,7 +221,7 @@ def _summary(out: Console, variants: Variants, rows: Sequence[PlanRow], store: S
     counts = {action: sum(row.action == action for row in rows) for action in ACTION_STYLES}
     parts = [f"{n} {'to run' if a == 'run' else a}" for a, n in counts.items() if n]
     split = _split_of(loaded.graph)
-    asked = f", {SPLIT_NAMES.get(split, split)} problems" if split else ""
+    asked = f", {split_words(split)} problems" if split else ""
     out.print(
         Text.assemble(
             (loaded.name, "bold"),

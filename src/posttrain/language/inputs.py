@@ -129,8 +129,9 @@ def candidates(
 NOT_STUDENTS = (
     *("init", "teacher", "teachers", "student", "students", "along", "self", "constant"),
     *("recovery", "norm", "minimum", "greedy", "domain", "domains", "judges", "all"),
+    *("score", "win", "kl_init"),
 )
-"""Names that mean something else in a table of scores."""
+"""Names that mean something else in a table of scores or among the metrics of an evaluation."""
 
 
 def students(

@@ -50,7 +50,12 @@ def weakest(evaluation: Evaluation) -> str | None:
 
 def split_name(evaluation: Evaluation) -> str:
     """What people call the part of the problems that was asked: "held-out", "validation"."""
-    return {"heldout": "held-out"}.get(evaluation["split"], str(evaluation["split"]))
+    return split_words(str(evaluation["split"]))
+
+
+def split_words(split: str) -> str:
+    """The setting `split` as people say it."""
+    return "held-out" if split == "heldout" else split
 
 
 def has_teachers(evaluation: Evaluation) -> bool:

@@ -38,6 +38,10 @@ SHORTENED = ("user", "tool")
 """Whose messages lose their beginning."""
 
 
+LEARNER = "the model that learns"
+"""What a stage that trains one model calls it in messages."""
+
+
 class OnLong(Protocol):
     """The settings of a stage that reads rows."""
 

@@ -164,7 +164,11 @@ class JudgedDomain:
             judge = judge.model_copy(update={"pairing": "all", "swap": True})
         self.judge = judge
         self.reward: RewardFunction = make_reward(
-            judge, ctx, precision=settings.precision, seed=settings.seed
+            judge,
+            ctx,
+            precision=settings.precision,
+            seed=settings.seed,
+            cut=settings.on_long == "truncate",
         )
         self.unit = True
         """Whether all scores lie in [0, 1], as shares do."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import date, time, timedelta
 from decimal import Decimal
 from typing import Any
@@ -31,9 +31,12 @@ def text_of(value: Any) -> str:
         return _number(value)
     if isinstance(value, date | time):
         return value.isoformat()
-    raise ConfigError(
-        f"holds {str(value)[:60]!r} ({type(value).__name__}); it has to be a text or a number"
-    )
+    raise ConfigError(f"holds {shown(value)}; it has to be a text or a number")
+
+
+def shown(value: Any) -> str:
+    """A value and its type, as messages name them."""
+    return f"{str(value)[:60]!r} ({type(value).__name__})"
 
 
 def _checked(text: str) -> str:
@@ -56,6 +59,12 @@ def _number(value: float | Decimal) -> str:
     if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
         return str(int(value))
     return json.dumps(value)
+
+
+def spread(lengths: Iterable[int]) -> dict[str, int]:
+    """The longest and the median of the lengths of some rows, of which there is one at least."""
+    ordered = sorted(lengths)
+    return {"longest": ordered[-1], "median": ordered[(len(ordered) - 1) // 2]}
 
 
 def plain_value(value: Any) -> tuple[Any, int]:

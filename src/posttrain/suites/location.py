@@ -23,7 +23,11 @@ _HUB = re.compile(
     r"(?:@(?P<revision>[^#]*))?(?:#(?P<split>.*))?"
 )
 _HUB_SPELLING = "hub:owner/name[:config]@commit#split"
-
+CHANGED = (
+    "changed since the plan was made, so its rows are not the ones that the artifact's identity "
+    "names; run the command again"
+)
+"""What is said of a file whose bytes are others now."""
 
 TEXT_KINDS = ("jsonl", "json", "csv", "tsv")
 """Kinds that are text, which may be compressed by gzip."""

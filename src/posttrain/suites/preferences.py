@@ -18,7 +18,7 @@ from itertools import combinations
 from typing import Any
 
 from posttrain.engine.errors import ConfigError
-from posttrain.suites.cells import loaded_json
+from posttrain.suites.cells import loaded_json, shown
 from posttrain.suites.messages import Message, looks_like_messages, message_list
 from posttrain.suites.own_data import (
     Config,
@@ -90,8 +90,6 @@ class Preferences:
             for form, columns in FORMS.items()
         }
         found = [form for form, columns in given.items() if columns]
-        where = f"preferences of {self.data}"
-        check_texts(self, where)
         if len(found) > 1:
             one, other = found[:2]
             raise ConfigError(
@@ -241,8 +239,7 @@ def _list(config: Config, record: Mapping[str, Any], field: str) -> list[Any]:
         value = loaded_json(value, hint="a list")
     if not isinstance(value, list):
         raise ConfigError(
-            f"column {config[field]!r} holds {str(value)[:60]!r} ({type(value).__name__}); the "
-            f"{field} of a ranking are a list"
+            f"column {config[field]!r} holds {shown(value)}; the {field} of a ranking are a list"
         )
     return value
 
@@ -259,7 +256,7 @@ def _single(config: Config, record: Mapping[str, Any]) -> list[Row]:
     good = LABELS.get(str(label).strip().lower())
     if good is None:
         raise ConfigError(
-            f"column {column!r} holds {str(label)[:60]!r}; a label is true or false, 1 or 0, or a "
+            f"column {column!r} holds {shown(label)}; a label is true or false, 1 or 0, or a "
             "thumb, up or down"
         )
     return [row | {"response": said, "desirable": good}]

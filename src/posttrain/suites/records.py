@@ -22,7 +22,6 @@ from posttrain.suites.cells import loaded_json
 from posttrain.suites.faults import Faults
 from posttrain.suites.location import Location
 
-FORM = "every line has to be one JSON object"
 CELL = 2**31 - 1
 """Most characters of a CSV cell; the standard library's own limit is 131,072."""
 _WHOLE_FLOAT = re.compile(r"-?\d+\.0+")
@@ -81,7 +80,11 @@ def _lines_of_json(lines: Iterable[bytes], faults: Faults) -> Iterator[Record]:
             continue
         place, record = f"line {number}", None
         with faults.at(place):
-            record = _object(loaded_json(_utf8(line, first=number == 1), hint=FORM))
+            record = _object(
+                loaded_json(
+                    _utf8(line, first=number == 1), hint="every line has to be one JSON object"
+                )
+            )
         if record is not None:
             yield Record(place=place, values=record)
 
@@ -96,9 +99,8 @@ def _utf8(line: bytes, *, first: bool) -> str:
 def _object(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConfigError(
-            f"a {type(value).__name__}, but {FORM} with the columns as its keys".replace(
-                "but every line", "but every row"
-            )
+            f"a {type(value).__name__}, but every row has to be one JSON object with the columns "
+            "as its keys"
         )
     return value
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from posttrain.engine.errors import ConfigError, choices_text
-from posttrain.rewards.spec import checked_rubric
+from posttrain.rewards.spec import UNVERIFIED, checked_rubric
 from posttrain.suites.cells import is_missing, loaded_json, plain_value, text_of
 from posttrain.suites.faults import Faults
 from posttrain.suites.location import TEXT_KINDS, Location
@@ -62,7 +62,7 @@ def columns_of(source: Mapping[str, Any], verifier: str) -> Columns:
         named.pop("prompt", None)
     return Columns(
         named=named,
-        optional=frozenset({"answer"} if verifier == "none" else ()),
+        optional=frozenset({"answer"} if verifier == UNVERIFIED else ()),
         keep_rest=verifier.partition(":")[0] in ("python", "reasoning_gym"),
         system=source.get("system"),
     )
@@ -116,7 +116,7 @@ def read_rows(location: Location, columns: Columns, *, where: str) -> Iterator[R
             where the table cannot be read or holds no row.
     """
     faults = Faults(f"{where}: {location.text}")
-    columns = Columns(**vars(columns) | {"cells": location.kind in ("csv", "tsv")})
+    columns = replace(columns, cells=location.kind in ("csv", "tsv"))
     empty = True
     for record in read_records(location, faults):
         if empty:
