@@ -28,7 +28,7 @@ def rl(**settings: Any) -> Any:
 
 @pytest.mark.parametrize(
     ("kept", "total", "told"),
-    [(1, 40, "it keeps 1 of 40 rows (2.5%); raise k"), (2, 40, None), (0, 15, None)],
+    [(1, 40, "it keeps 1 of 40 rows (2.5 %); raise k"), (2, 40, None), (0, 15, None)],
 )
 def test_few_kept(new_context: NewContext, kept: int, total: int, told: str | None) -> None:
     ctx = new_context()
@@ -99,7 +99,7 @@ def test_cut_responses(
         cut_responses(ctx, shares[: step + 1], total, 64)
     told = read_warnings(ctx.work)
     assert [text.partition(": ")[0] for text in told] == (
-        [f"60% of the responses of steps {steps} were cut off at max_new_tokens = 64"]
+        [f"60 % of the responses of steps {steps} were cut off at max_new_tokens = 64"]
         if steps
         else []
     )
@@ -175,9 +175,9 @@ def test_data_operators_tell_when_they_keep_next_to_nothing(
         return read_warnings(run_stage(kind, settings, {edge: str(tmp_path)}).out.parent)
 
     (kept,) = told("select", {"how": "correct"}, "rollouts")
-    assert kept.startswith("it keeps 1 of 32 problems (3.1%); sample from a better model")
+    assert kept.startswith("it keeps 1 of 32 problems (3.1 %); sample from a better model")
     (kept,) = told("pairs", {"how": "best_against_worst"}, "rollouts")
-    assert kept.startswith("it keeps 1 of 32 problems (3.1%); raise k")
+    assert kept.startswith("it keeps 1 of 32 problems (3.1 %); raise k")
     (kept,) = told("dedup", {}, "data")
-    assert kept.startswith("it keeps 1 of 64 rows (1.6%); check what repeats")
+    assert kept.startswith("it keeps 1 of 64 rows (1.6 %); check what repeats")
     assert told("select", {"how": {"kind": "top_share", "share": 0.01}}, "rollouts") == []

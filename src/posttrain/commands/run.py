@@ -82,7 +82,7 @@ def run(
     loaded = load_recipe(recipe, store=place, settings=settings or (), suite=suite, seed=seed)
     rows = plan_graph(loaded.graph, place)
     summary(out, loaded, rows, place, f"seed {loaded.seed}: {len(rows)} stages")
-    _remember_names(place, rows)
+    remember_names(place, loaded, rows)
     tables = show_data(out, loaded, rows, place)
     view = LiveView(rows, loaded.graph, out)
     failure = None
@@ -151,10 +151,10 @@ def stages_of(rows: Sequence[PlanRow], view: LiveView) -> list[dict[str, Any]]:
     return found
 
 
-def _remember_names(store: Store, rows: Sequence[PlanRow]) -> None:
+def remember_names(store: Store, loaded: Loaded, rows: Sequence[PlanRow]) -> None:
     """Leave in the store what this recipe calls the artifacts that are there."""
     store.names.remember(
-        (row.fingerprint, row.artifact.name, row.name)
+        (row.fingerprint, row.artifact.name, loaded.graph.nodes[row.name].name)
         for row in rows
         # What was adopted keeps the name that it was given there.
         if row.artifact is not None and "source" not in row.artifact.provenance

@@ -24,6 +24,7 @@ from posttrain.commands.run import (
     data_of,
     make,
     planned,
+    remember_names,
     show_data,
     stages_of,
     summary,
@@ -109,6 +110,7 @@ def sweep(
         _show_plan(out, variants, rows, tables, as_json=as_json)
         return
     loaded = variants.loaded
+    remember_names(place, loaded, rows)
     view = LiveView(rows, loaded.graph, out)
     failure = _make(variants, rows, place, view, jobs=jobs, device=device, compile=compile)
     stages = stages_of(rows, view)
