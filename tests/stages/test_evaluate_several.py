@@ -252,7 +252,7 @@ def test_kl_is_the_mean_log_ratio_over_sampled_tokens(
     batch.problems.extend([{"domain": "chat"}] * 4)
     ctx = new_context({"init": models["start"], "student": models["one"]})
     paths = {edge: ctx.inputs[edge] for edge in ("init", "student")}
-    behaviour = Behaviour(Evaluate(bootstrap=100), ctx, paths)
+    behaviour = Behaviour(Evaluate(bootstrap=100), ctx, paths, {"chat": batch.problems})
     scorer = ctx.scorer("init")
 
     class Fixed:

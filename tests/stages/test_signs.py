@@ -148,9 +148,9 @@ def test_stages_tell_of_what_they_see(
     steps = {"steps": 1, "prompts_per_step": 4} | short
     routes = {"short": ["one"], "words": ["one"]}
     one = {"models.one": models["one"], **domains}
-    assert "of steps 1 to 1 were cut off" in told("rl", steps | {"group_size": 2}, edges("rl"))
+    assert "of step 1 were cut off" in told("rl", steps | {"group_size": 2}, edges("rl"))
     routed = steps | {"routes": {"short": "t", "words": "t"}}
-    assert "of steps 1 to 1 were cut off" in told("distill", routed, edges("distill"))
+    assert "of step 1 were cut off" in told("distill", routed, edges("distill"))
     assert "cut off at max_new_tokens = 1" in told(
         "sample", short | {"k": 2, "num_prompts": 8, "routes": routes}, one
     )
