@@ -220,7 +220,7 @@ def test_a_prompt_loses_the_beginning_of_its_longest_message(chat: Chat, tmp_pat
     (text,) = read_warnings(tmp_path)
     assert "cuts the beginning of the longest message of 2 of 3 rows (d)" in text
     system = row("a", messages=[{"role": "system", "content": "s" * 40}, talk[2]])
-    with pytest.raises(ConfigError, match="a row does not fit.*on_long = .drop. for.* shortens"):
+    with pytest.raises(ConfigError, match=r"a row does not fit.*on_long = .drop. for.* shortens"):
         fit_prompts({"d": [system]}, On("truncate"), ctx, readers, new_tokens=4)
 
 
