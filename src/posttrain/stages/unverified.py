@@ -152,7 +152,7 @@ def judge_all(
             of_model[path] = asked.measure(answers[path][name], against, how)
         found[name] = {
             "num_problems": len(rows),
-            "judge": [part.label for part in judge.walk() if not part.COMBINES],
+            "judge": [part.label for part in judge.walk(rows[0]["domain"]) if not part.COMBINES],
             "compares": asked.compares,
             "unit": asked.unit,
             "models": {edge: of_model[path] for edge, path in models.items()},
