@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-START = """from posttrain import judges
+START = """from posttrain import algorithms, judges
 
 def recipe(r):
     b = r.pretrain(data=r.demos(r.domains), steps=1)
@@ -44,6 +44,14 @@ CALLS: dict[str, tuple[str, list[str]]] = {
     "an algorithm that is misspelt": (
         "r.distill(start=b, teachers=teachers, prompts=p, steps=1, estimator='topk')",
         ["'estimator'", "'topk'", "did you mean 'top_k'?"],
+    ),
+    "a field of an algorithm that is misspelt": (
+        "r.rl(start=b, prompts=p, steps=1, kl=algorithms.KL(0.1, placed='loss'))",
+        ["KL: it reads no 'placed'", "choices: ", "coef"],
+    ),
+    "a field of an algorithm that is missing": (
+        "r.rl(start=b, prompts=p, steps=1, critique=algorithms.Critique())",
+        ["Critique: weight is needed"],
     ),
     "a setting of another choice": (
         "r.rl(start=b, prompts=p, steps=1, clip_high=0.3)",

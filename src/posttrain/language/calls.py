@@ -10,7 +10,9 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any, TypeVar
 
+from posttrain import algorithms
 from posttrain.engine.errors import ConfigError, choices_text
+from posttrain.rewards.judge_base import explain
 
 C = TypeVar("C", bound=type)
 
@@ -77,3 +79,9 @@ def _usage(name: str, signature: inspect.Signature) -> str:
             needed.append(p.name if p.kind is p.POSITIONAL_OR_KEYWORD else f"{p.name}=...")
     optional = [f"[{', '.join(free)}]"] if free else []
     return f"r.{name}({', '.join([*needed, *optional, *more])})"
+
+
+def not_allowed(error: Any) -> str:
+    """What pydantic's ValidationError says of the fields of an algorithm, such as KL(coef=-1)."""
+    fields = getattr(getattr(algorithms, error.title, None), "model_fields", ())
+    return explain(error, error.title, fields)

@@ -25,6 +25,7 @@ from pydantic import PydanticUserError, TypeAdapter, ValidationError
 from posttrain.engine.errors import ConfigError, PosttrainError, choices_text
 from posttrain.engine.graph import Graph
 from posttrain.engine.store import Store
+from posttrain.language.calls import not_allowed
 from posttrain.language.handles import Stage, Warned
 from posttrain.recipe import Recipe
 from posttrain.suites.load import load_suite, suite_file
@@ -191,7 +192,8 @@ def _blamed(path: Path) -> Iterator[None]:
         raise
     except (Exception, SystemExit) as error:
         where = f"{path}, {_line(path, error)}"
-        if said := _misspelt(error):
+        invalid = isinstance(error, ValidationError)
+        if said := not_allowed(error) if invalid else _misspelt(error):
             raise ConfigError(f"{where}: {said}") from None
         raise ConfigError(f"{where}: {type(error).__name__}: {error}") from error
 

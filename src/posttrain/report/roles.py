@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from posttrain.engine.graph import edge_name
 from posttrain.report.gather import StageFacts
-from posttrain.report.scores import Evaluation
+from posttrain.report.scores import Evaluation, all_routes
 
 SELF = "self"
 
@@ -124,9 +124,7 @@ def _teachers(
 ) -> list[str]:
     """Who teaches what, and which domains nobody teaches."""
     by_teacher: dict[str, list[str]] = {}
-    routes = dict(evaluation["routes"])
-    for name, row in evaluation.get("unverified", {}).items():
-        routes |= {} if row["teacher"] is None else {name: row["teacher"]}
+    routes = all_routes(evaluation)
     for domain in domains:
         if domain in routes:
             teacher = edges.get(f"teachers.{routes[domain]}", routes[domain])

@@ -63,6 +63,13 @@ def has_teachers(evaluation: Evaluation) -> bool:
     return bool(evaluation["routes"])
 
 
+def all_routes(evaluation: Evaluation) -> dict[str, str]:
+    """Domain to its teacher's name, domains without a verifier included."""
+    unverified = evaluation.get("unverified", {})
+    taught = {n: row["teacher"] for n, row in unverified.items() if row["teacher"] is not None}
+    return {**evaluation["routes"], **taught}
+
+
 def notes(evaluation: Evaluation) -> list[str]:
     """Why a recovery is missing, and which domains a constant answer nearly solves."""
     found: list[str] = []

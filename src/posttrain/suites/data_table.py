@@ -75,4 +75,11 @@ def _rows(config: Config, record: Mapping[str, Any]) -> list[Row]:
     return [row | {"demo": demo}]
 
 
-TABLE = TableKind(name="table", file="data.jsonl", rows=_rows)
+TABLE = TableKind(
+    name="table",
+    plural="tables",
+    source=DataTable,
+    example="chat.jsonl",
+    file="data.jsonl",
+    rows=_rows,
+)

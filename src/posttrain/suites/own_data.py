@@ -51,6 +51,13 @@ class TableKind:
     """What is done with one kind of such tables."""
 
     name: str
+    """The verb that takes such a table in, and the kind of its stage."""
+    plural: str
+    """What a suite calls its part."""
+    source: type[Any]
+    """The class that declares such a table: `data` and the names of columns."""
+    example: str
+    """A place where such a table could lie."""
     file: str
     """What its artifact holds."""
     rows: Callable[[Config, Mapping[str, Any]], list[Row]]

@@ -302,4 +302,12 @@ def _check_alike(one: list[Message], other: list[Message]) -> None:
     )
 
 
-PREFERENCES = TableKind(name="preferences", file="pairs.jsonl", rows=_rows, facts=_facts)
+PREFERENCES = TableKind(
+    name="preferences",
+    plural="preferences",
+    source=Preferences,
+    example="pairs.jsonl",
+    file="pairs.jsonl",
+    rows=_rows,
+    facts=_facts,
+)
