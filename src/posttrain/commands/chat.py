@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.text import Text
@@ -48,13 +48,10 @@ def chat(
     """Talk to a model. It answers in the light of what was said before; `/reset` starts anew and an
     empty line ends."""
     import torch
-    import transformers
 
     from posttrain.stages.worker import new_backend
 
     directory = find_model(store, model)
-    messages: Any = transformers.utils.logging
-    messages.disable_progress_bar()
     sampler = new_backend(os.environ).sampler(directory, dtype=torch.float32)
     talk = Conversation(sampler, system=system, temperature=temperature, limit=max_new_tokens)
     if prompt is not None:

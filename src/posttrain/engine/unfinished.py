@@ -100,17 +100,19 @@ def find_unfinished(store: Store, text: str) -> Unfinished:
         if (one.label.startswith(name) and len(name) > len(one.name))
         or (len(name) >= 4 and one.fingerprint.startswith(name))
     ]
+    # What has no step checkpoint cannot be meant where something else can.
+    found = [one for one in found if one.step is not None] or found[:1]
     if len(found) > 1:
         choices = "\n".join(f"  {one.label}@step  ({_where(one)})" for one in found)
         raise StoreError(
             f"{text!r} could be {len(found)} unfinished stages; give one of:\n{choices}"
         )
+    finished = any(
+        name in store.names.all_of(label[-SHORT:], label[: -SHORT - 1])
+        for label in (path.name for path in store.index().values())
+    )
     if not found:
         known = choices_text(name, [one.name for one in every], label="unfinished stages")
-        finished = any(
-            name in store.names.all_of(label[-SHORT:], label[: -SHORT - 1])
-            for label in (path.name for path in store.index().values())
-        )
         hint = f"{name!r} is finished, name it without @step; " if finished else ""
         raise StoreError(f"{text!r}: no unfinished stage {name!r} in {store.root}; {hint}{known}")
     (one,) = found
@@ -118,6 +120,7 @@ def find_unfinished(store: Store, text: str) -> Unfinished:
         raise StoreError(
             f"{text!r}: {one.name} has no step checkpoint yet; the first one is written after some "
             "seconds of work"
+            + (f"; another {name!r} is finished, name that without @step" if finished else "")
         )
     if step not in (None, one.step):
         raise StoreError(

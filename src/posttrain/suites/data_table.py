@@ -10,6 +10,7 @@ from typing import Any
 
 from posttrain.engine.errors import ConfigError
 from posttrain.suites.cells import loaded_json
+from posttrain.suites.messages import looks_like_messages
 from posttrain.suites.own_data import (
     Config,
     Row,
@@ -64,6 +65,12 @@ def _rows(config: Config, record: Mapping[str, Any]) -> list[Row]:
         place = f"column {column!r}: what stands before the response"
         return [asked_for(config, record, before, place) | {"demo": demo}]
     column = config.get("prompt", "prompt")
+    talks = next((key for key, value in record.items() if looks_like_messages(value)), None)
+    if column not in record and talks is not None:
+        raise ConfigError(
+            f"column {column!r} is missing; the column {talks!r} holds conversations, write "
+            f'messages = "{talks}"'
+        )
     row = asked_for(config, record, cell(record, "prompt", column), f"column {column!r}")
     column = config.get("demo", "demo")
     before, demo = response(cell(record, "demo", column), f"column {column!r}")
