@@ -11,8 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from posttrain.engine.errors import ConfigError
+from posttrain.engine.jsonl import read_jsonl
 from posttrain.suites.cells import plain_value, text_of
+from posttrain.suites.data_table import TABLE, DataTable
 from posttrain.suites.location import parse_location
+from posttrain.suites.preferences import PREFERENCES, Preferences
 from posttrain.suites.tables import Columns, read_rows
 
 COLUMNS = Columns(named={"prompt": "prompt", "answer": "answer"}, keep_rest=True)
@@ -92,3 +95,44 @@ def test_rows_around_are_read(tmp_path: Path) -> None:
     path.write_text(json.dumps({"prompt": 10**400, "answer": "b", "\ud800": 1}) + "\n")
     (row,) = rows(path)
     assert row.notes == Counter(left_out=1)  # type: ignore[attr-defined]
+
+
+TALK = json.dumps([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+OTHER = TALK.replace('"b"', '"c"')
+
+
+def made(tmp_path: Path, name: str, text: str, **columns: str) -> list[dict[str, object]]:
+    """The rows that a table of preferences becomes."""
+    path = tmp_path / name
+    path.write_text(text)
+    parts = PREFERENCES.node(Preferences(data=str(path), **columns), "p", tmp_path)
+    PREFERENCES.build(parts.config, parts.runtime, tmp_path, parts.data)
+    return list(read_jsonl(tmp_path / PREFERENCES.file))
+
+
+def test_conversations_in_cells_of_csv_are_read(tmp_path: Path) -> None:
+    cells = ",".join('"' + text.replace('"', '""') + '"' for text in (TALK, OTHER))
+    (row,) = made(tmp_path, "p.csv", f"chosen,rejected\n{cells}\n")
+    assert (row["prompt"], row["chosen"], row["rejected"]) == ("a", "b", "c")
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [(10**400, "has to be a number"), (None, "holds no value"), ("1e999", "has to be a number")],
+)
+def test_scores_that_are_no_numbers_are_told(tmp_path: Path, value: object, said: str) -> None:
+    row = {"prompt": "a", "r": ["x", "y"], "s": [1, value]}
+    with pytest.raises(ConfigError, match=f"line 1: column 's' .*{said}"):
+        made(tmp_path, "p.jsonl", json.dumps(row), responses="r", scores="s")
+
+
+def test_a_margin_beyond_floats_is_refused(tmp_path: Path) -> None:
+    row = {"prompt": "a", "chosen": "x", "rejected": "y", "c": 1e308, "r": -1e308}
+    with pytest.raises(ConfigError, match="line 1: the scores 1e.308 and -1e.308 are too far"):
+        made(tmp_path, "p.jsonl", json.dumps(row), chosen_score="c", rejected_score="r")
+
+
+def test_a_table_of_conversations_says_how_to_name_them(tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_text(json.dumps({"talk": json.loads(TALK)}))
+    with pytest.raises(ConfigError, match='write messages = "talk"'):
+        TABLE.node(DataTable(data="t.jsonl"), "t", tmp_path)
