@@ -128,7 +128,7 @@ def test_scores_that_are_no_numbers_are_told(tmp_path: Path, value: object, said
 
 def test_a_margin_beyond_floats_is_refused(tmp_path: Path) -> None:
     row = {"prompt": "a", "chosen": "x", "rejected": "y", "c": 1e308, "r": -1e308}
-    with pytest.raises(ConfigError, match="line 1: the scores 1e.308 and -1e.308 are too far"):
+    with pytest.raises(ConfigError, match=r"line 1: the scores 1e\+308 and -1e\+308 are too far"):
         made(tmp_path, "p.jsonl", json.dumps(row), chosen_score="c", rejected_score="r")
 
 
