@@ -47,11 +47,11 @@ CALLS: dict[str, tuple[str, list[str]]] = {
     ),
     "a field of an algorithm that is misspelt": (
         "r.rl(start=b, prompts=p, steps=1, kl=algorithms.KL(0.1, placed='loss'))",
-        ["KL: it reads no 'placed'", "choices: ", "coef"],
+        ["KL, field 'placed': unknown option", "choices: ", "coef"],
     ),
     "a field of an algorithm that is missing": (
         "r.rl(start=b, prompts=p, steps=1, critique=algorithms.Critique())",
-        ["Critique: weight is needed"],
+        ["Critique, field 'weight'"],
     ),
     "a setting of another choice": (
         "r.rl(start=b, prompts=p, steps=1, clip_high=0.3)",
