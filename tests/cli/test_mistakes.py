@@ -45,6 +45,14 @@ CALLS: dict[str, tuple[str, list[str]]] = {
         "r.distill(start=b, teachers=teachers, prompts=p, steps=1, estimator='topk')",
         ["'estimator'", "'topk'", "did you mean 'top_k'?"],
     ),
+    "a field of an algorithm that is misspelt": (
+        "r.rl(start=b, prompts=p, steps=1, kl=algorithms.KL(0.1, placed='loss'))",
+        ["KL, field 'placed': unknown option", "choices: ", "coef"],
+    ),
+    "a field of an algorithm that is missing": (
+        "r.rl(start=b, prompts=p, steps=1, critique=algorithms.Critique())",
+        ["Critique, field 'weight'"],
+    ),
     "a setting of another choice": (
         "r.rl(start=b, prompts=p, steps=1, clip_high=0.3)",
         ["'clip_high'", "a setting of a choice", "surrogate.clip_high"],

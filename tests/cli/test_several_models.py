@@ -40,6 +40,7 @@ def test_names_of_the_recipe_stand_in_report_and_terminal(
     ran = cli("run", "several.py", "--suite", "pairs.toml", "--json")
     stages = {stage["name"]: stage["status"] for stage in ran.json["stages"]}
     assert (stages["first"], stages["pupil"], stages["evaluation"]) == ("cached", "cached", "ran")
+    made = Path(ran.json["stages"][-1]["artifact"]).name
     result = ran.json["evaluation"]
     assert list(result["students"]) == ["taught", "merged"]
     assert result["pairs"][0]["first"] == "taught"
@@ -56,6 +57,7 @@ def test_names_of_the_recipe_stand_in_report_and_terminal(
     assert "Students: taught (`learner`) and merged (`both`)." in again.out
     assert "Init is `second`." in again.out
     assert "taught \N{MINUS SIGN} merged" in again.out
+    assert "Students: taught (`learner`) and merged (`both`)." in cli("show", made).out
     page = (done / "report.html").read_text()
     assert "<code>learner</code>" in page and "pupil" not in page
     assert "(unchanged)" in cli("run", "several.py", "--suite", "pairs.toml").out

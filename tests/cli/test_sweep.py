@@ -126,6 +126,15 @@ def test_the_second_time_all_is_cached_and_people_see_a_table(
     assert not (swept / "other.html").exists()
 
 
+def test_stages_have_the_names_of_its_recipe(swept: Path, cli: Callable[..., Any]) -> None:
+    text = (swept / "mini.py").read_text()
+    (swept / "renamed.py").write_text(text.replace("lr=lr)", 'lr=lr, name="general")'))
+    found = cli("sweep", "renamed.py", *TWO[1:], "--no-report", "--json").json
+    assert {stage["status"] for stage in found["stages"]} == {"cached"}
+    listed = {one["name"] for one in cli("ls", "--json").json["artifacts"]}
+    assert "general" in listed and not any("sft" in name or "[" in name for name in listed)
+
+
 def test_the_plan_makes_nothing(place: Path, cli: Callable[..., Any]) -> None:
     found = cli("sweep", *TWO, "--axis", "steps=2,3", "--plan", "--json").json
     assert len(found["variants"]) == 8

@@ -81,6 +81,16 @@ def test_the_reference_of_dpo_stays_its_start(
     assert node(r, r.extend(first, steps=5)).inputs.get("reference") == reference
 
 
+def test_a_reward_model_goes_on(make_recipe: MakeRecipe) -> None:
+    r = make_recipe()
+    start = base(r)
+    pairs = r.pairs(r.sample(start, prompts=r.prompts("add"), k=4))
+    first = r.reward_model(start=start, data=pairs, steps=5)
+    more = node(r, r.extend(first, steps=3))
+    assert more.inputs == node(r, first).inputs | {"start": "reward_model"}
+    assert more.config["steps"] == 3
+
+
 def test_overrides_reach_it_by_its_name(make_recipe: MakeRecipe) -> None:
     r = make_recipe(overrides={"sft.lr": 0.5, "sft_more.batch_size": 3})
     first = r.sft(start=base(r), data=r.demos("add"), steps=5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -128,6 +129,21 @@ def test_one_student_is_explained_too(
         "Init is `sft`, the start of the student.",
         "chat is held by self, the student's own start `sft`.",
     ]
+
+
+def test_self_of_a_student_that_was_extended_is_who_it_was(
+    candidate_scores: Make, commit_several: Callable[..., Any], empty_store: Store
+) -> None:
+    scores = candidate_scores(one=True, routed=False)
+    artifact, _ = commit_several(empty_store, scores)
+    stages = gather(empty_store, artifact)
+    labels = {stage.name: stage.label for stage in stages}
+    for place, stage in enumerate(stages):
+        if stage.name == "student":
+            edges = dict(stage.edges) | {"teachers.self": labels["base"]}
+            stages[place] = replace(stage, edges=edges)
+    found = explained(scores, {}, stages)[-1]
+    assert found == "chat is held by self, the start of what it extends, `base`."
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

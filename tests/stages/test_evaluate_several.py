@@ -152,6 +152,13 @@ def test_a_judge_scores_and_says_who_wins(
     short, words = result["judged"]["short"], result["judged"]["words"]
     assert (short["unit"], words["unit"]) == (True, False)
     assert short["judge"] == ["format"]
+    # Of a judge by domain the one of this domain.
+    by_domain = {
+        "judge": "by_domain",
+        "domains": {"short": format_judge, "words": {"judge": "verifier"}},
+    }
+    own = evaluate(inputs, judges={"short": by_domain, "words": by_domain})["judged"]
+    assert (own["short"]["judge"], own["short"]["models"]) == (["format"], short["models"])
     greedy = {
         edge: [row["responses"][edge]["greedy_judged"] for row in texts["short"]]
         for edge in ("student", "init")
@@ -252,7 +259,7 @@ def test_kl_is_the_mean_log_ratio_over_sampled_tokens(
     batch.problems.extend([{"domain": "chat"}] * 4)
     ctx = new_context({"init": models["start"], "student": models["one"]})
     paths = {edge: ctx.inputs[edge] for edge in ("init", "student")}
-    behaviour = Behaviour(Evaluate(bootstrap=100), ctx, paths)
+    behaviour = Behaviour(Evaluate(bootstrap=100), ctx, paths, {"chat": batch.problems})
     scorer = ctx.scorer("init")
 
     class Fixed:

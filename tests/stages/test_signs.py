@@ -28,7 +28,7 @@ def rl(**settings: Any) -> Any:
 
 @pytest.mark.parametrize(
     ("kept", "total", "told"),
-    [(1, 40, "it keeps 1 of 40 rows (2.5%); raise k"), (2, 40, None), (0, 15, None)],
+    [(1, 40, "it keeps 1 of 40 rows (2.5 %); raise k"), (2, 40, None), (0, 15, None)],
 )
 def test_few_kept(new_context: NewContext, kept: int, total: int, told: str | None) -> None:
     ctx = new_context()
@@ -99,7 +99,7 @@ def test_cut_responses(
         cut_responses(ctx, shares[: step + 1], total, 64)
     told = read_warnings(ctx.work)
     assert [text.partition(": ")[0] for text in told] == (
-        [f"60% of the responses of steps {steps} were cut off at max_new_tokens = 64"]
+        [f"60 % of the responses of steps {steps} were cut off at max_new_tokens = 64"]
         if steps
         else []
     )
@@ -148,9 +148,9 @@ def test_stages_tell_of_what_they_see(
     steps = {"steps": 1, "prompts_per_step": 4} | short
     routes = {"short": ["one"], "words": ["one"]}
     one = {"models.one": models["one"], **domains}
-    assert "of steps 1 to 1 were cut off" in told("rl", steps | {"group_size": 2}, edges("rl"))
+    assert "of step 1 were cut off" in told("rl", steps | {"group_size": 2}, edges("rl"))
     routed = steps | {"routes": {"short": "t", "words": "t"}}
-    assert "of steps 1 to 1 were cut off" in told("distill", routed, edges("distill"))
+    assert "of step 1 were cut off" in told("distill", routed, edges("distill"))
     assert "cut off at max_new_tokens = 1" in told(
         "sample", short | {"k": 2, "num_prompts": 8, "routes": routes}, one
     )
@@ -175,9 +175,9 @@ def test_data_operators_tell_when_they_keep_next_to_nothing(
         return read_warnings(run_stage(kind, settings, {edge: str(tmp_path)}).out.parent)
 
     (kept,) = told("select", {"how": "correct"}, "rollouts")
-    assert kept.startswith("it keeps 1 of 32 problems (3.1%); sample from a better model")
+    assert kept.startswith("it keeps 1 of 32 problems (3.1 %); sample from a better model")
     (kept,) = told("pairs", {"how": "best_against_worst"}, "rollouts")
-    assert kept.startswith("it keeps 1 of 32 problems (3.1%); raise k")
+    assert kept.startswith("it keeps 1 of 32 problems (3.1 %); raise k")
     (kept,) = told("dedup", {}, "data")
-    assert kept.startswith("it keeps 1 of 64 rows (1.6%); check what repeats")
+    assert kept.startswith("it keeps 1 of 64 rows (1.6 %); check what repeats")
     assert told("select", {"how": {"kind": "top_share", "share": 0.01}}, "rollouts") == []

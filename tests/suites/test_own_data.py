@@ -188,8 +188,8 @@ TALK = [user("Hello?"), assistant("Hi!")]
         ({"prompt": "p"}, {"chosen": "good"}, "'good' is missing; .*the right one with chosen"),
         ({"chosen": "a", "rejected": "b"}, {}, "column 'prompt' is missing.*prompt = "),
         (PAIR | {"m": -1}, MARGIN, "'m' is -1; a margin says how much better"),
-        (PAIR | {"m": "wide"}, MARGIN, "'m' holds 'wide'; it has to be a number"),
-        (PAIR | {"m": True}, MARGIN, "'m' holds 'True'; it has to be a number"),
+        (PAIR | {"m": "wide"}, MARGIN, "'m' holds 'wide' .str.; it has to be a number"),
+        (PAIR | {"m": True}, MARGIN, "'m' holds 'True' .bool.; it has to be a number"),
         (PAIR | {"c": 1, "r": 2}, SCORES, "has the lower score, 1 against 2; swap"),
         (PAIR | {"s": 5}, {"strength": "s"}, "'s' is 5; a strength is 1, 2, 3 or 4"),
         (PAIR | {"chosen": TALK}, {}, "whole conversation and the other only a response"),
@@ -213,9 +213,13 @@ TALK = [user("Hello?"), assistant("Hi!")]
         (
             {"prompt": "p", "response": "r", "label": "maybe"},
             SINGLE,
-            "'label' holds 'maybe'; a",
+            "'label' holds 'maybe' .str.; a",
         ),
-        ({"prompt": "p", "response": "r", "label": 2}, SINGLE, "'label' holds '2'; a label is"),
+        (
+            {"prompt": "p", "response": "r", "label": 2},
+            SINGLE,
+            "'label' holds '2' .int.; a label is",
+        ),
     ],
 )
 def test_a_bad_row_is_refused_with_its_line(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,7 +11,7 @@ import typer
 from rich.text import Text
 
 from posttrain.commands import io
-from posttrain.commands.io import console
+from posttrain.commands.io import console, visible
 from posttrain.engine.errors import ConfigError
 from posttrain.engine.store import Store
 from posttrain.engine.unfinished import is_place
@@ -55,7 +56,8 @@ def chat(
     sampler = new_backend(os.environ).sampler(directory, dtype=torch.float32)
     talk = Conversation(sampler, system=system, temperature=temperature, limit=max_new_tokens)
     if prompt is not None:
-        print(talk.answer(prompt, seed))
+        answer = talk.answer(prompt, seed)
+        print(visible(answer) if sys.stdout.isatty() else answer)
         return
     out = console()
     how = (

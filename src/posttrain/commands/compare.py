@@ -23,7 +23,7 @@ from posttrain.report.compare import (
     sides_of_models,
     unpaired,
 )
-from posttrain.report.sweep import SPLIT_NAMES
+from posttrain.report.scores import split_words
 from posttrain.report.wording import DASH, fixed, number, percent, percent_range, signed
 from posttrain.stages.kinds import shown_kind
 
@@ -152,13 +152,12 @@ def _show_differences(out: Console, labels: Sequence[str], rows: Sequence[dict[s
 
 
 def _show_side(out: Console, side: Side, letters: Mapping[str, str]) -> None:
-    split = SPLIT_NAMES.get(side.split, side.split)
     titles = [
         letters[column.artifact] + (f" {column.student}" if column.student else "")
         for column in side.columns
     ]
     out.print()
-    out.print(Text(f"accuracy at temperature 1 on {split} problems, %", "bold"))
+    out.print(Text(f"accuracy at temperature 1 on {split_words(side.split)} problems, %", "bold"))
     if len({column.artifact for column in side.columns}) == 1:
         out.print(Text("no other of them was evaluated on these problems", "yellow"))
     table = plain_table("domain", *titles)

@@ -15,6 +15,7 @@ from posttrain.engine.errors import PosttrainError
 from posttrain.engine.fingerprint import digest, file_digest
 from posttrain.engine.graph import Graph, Node
 from posttrain.engine.store import Store
+from posttrain.suites.cells import spread
 from posttrain.suites.checked import memory_of, recall, remember, tables_of
 from posttrain.suites.data_table import TABLE
 from posttrain.suites.own_data import TableKind
@@ -152,10 +153,9 @@ def _counted(node: Node, file: Path) -> dict[str, int] | None:
         else:
             rows = tables_of(node.config, node.runtime["files"]).new_rows()
             texts = (row.text for row in rows)
-        lengths = sorted(_lengths(reader, texts))
+        return spread(_lengths(reader, texts))
     except PosttrainError:
         return None
-    return {"longest": lengths[-1], "median": lengths[(len(lengths) - 1) // 2]}
 
 
 def _lengths(reader: Tokenizer, texts: Iterator[str]) -> Iterator[int]:

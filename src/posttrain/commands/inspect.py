@@ -121,7 +121,8 @@ def show(
     out.print(_sections(sections))
     evaluation = read_json(found, EVALUATION)
     if evaluation is not None:
-        out.print(evaluation_table(evaluation))
+        names = {edge: source["name"] for edge, source in found.inputs.items()}
+        out.print(evaluation_table(evaluation, names))
 
 
 def _show_unfinished(found: Unfinished, *, as_json: bool) -> None:

@@ -81,8 +81,8 @@ def run(
     place = Store(store)
     loaded = load_recipe(recipe, store=place, settings=settings or (), suite=suite, seed=seed)
     rows = plan_graph(loaded.graph, place)
-    _summary(out, loaded, rows, place)
-    _remember_names(place, rows)
+    summary(out, loaded, rows, place, f"seed {loaded.seed}: {len(rows)} stages")
+    remember_names(place, loaded, rows)
     tables = show_data(out, loaded, rows, place)
     view = LiveView(rows, loaded.graph, out)
     failure = None
@@ -151,10 +151,10 @@ def stages_of(rows: Sequence[PlanRow], view: LiveView) -> list[dict[str, Any]]:
     return found
 
 
-def _remember_names(store: Store, rows: Sequence[PlanRow]) -> None:
+def remember_names(store: Store, loaded: Loaded, rows: Sequence[PlanRow]) -> None:
     """Leave in the store what this recipe calls the artifacts that are there."""
     store.names.remember(
-        (row.fingerprint, row.artifact.name, row.name)
+        (row.fingerprint, row.artifact.name, loaded.graph.nodes[row.name].name)
         for row in rows
         # What was adopted keeps the name that it was given there.
         if row.artifact is not None and "source" not in row.artifact.provenance
@@ -243,23 +243,11 @@ def plan(
     loaded = load_recipe(recipe, store=place, settings=settings or (), suite=suite, seed=seed)
     rows = plan_graph(loaded.graph, place)
     if as_json:
-        stages = [
-            {
-                "name": row.name,
-                "kind": row.kind,
-                "action": row.action,
-                "reason": row.reason,
-                "seconds": row.artifact.provenance.get("seconds") if row.artifact else None,
-                "artifact": str(row.artifact.path) if row.artifact else None,
-                "fingerprint": row.fingerprint,
-            }
-            for row in rows
-        ]
-        told = {"recipe": loaded.name, "seed": loaded.seed, "stages": stages}
+        told = {"recipe": loaded.name, "seed": loaded.seed, "stages": planned(rows)}
         told["warnings"] = warnings_of(loaded, rows)
         emit(told | {"data": data_of(loaded, rows, place)})
         return
-    _summary(out, loaded, rows, place)
+    summary(out, loaded, rows, place, f"seed {loaded.seed}: {len(rows)} stages")
     show_data(out, loaded, rows, place)
     table = plain_table("stage", "kind", "", "reason")
     for row in rows:
@@ -268,6 +256,22 @@ def plan(
         table.add_row(*(Text(cell, style) for cell in cells))
     out.print(table)
     warn(out, warnings_of(loaded, rows))
+
+
+def planned(rows: Sequence[PlanRow]) -> list[dict[str, Any]]:
+    """What is to become of every stage, one object each."""
+    return [
+        {
+            "name": row.name,
+            "kind": row.kind,
+            "action": row.action,
+            "reason": row.reason,
+            "seconds": row.artifact.provenance.get("seconds") if row.artifact else None,
+            "artifact": str(row.artifact.path) if row.artifact else None,
+            "fingerprint": row.fingerprint,
+        }
+        for row in rows
+    ]
 
 
 def _reason(row: PlanRow, loaded: Loaded) -> str:
@@ -304,13 +308,14 @@ def warn(out: Console, warnings: Sequence[Mapping[str, Any]]) -> None:
         out.print(warnings_list(warnings))
 
 
-def _summary(out: Console, loaded: Loaded, rows: Sequence[PlanRow], store: Store) -> None:
+def summary(out: Console, loaded: Loaded, rows: Sequence[PlanRow], store: Store, what: str) -> None:
+    """Show in a line `what` is made and how much of it there is."""
     counts = {action: sum(row.action == action for row in rows) for action in ACTION_STYLES}
-    parts = [f"{count} {'to run' if a == 'run' else a}" for a, count in counts.items() if count]
+    parts = [f"{n} {'to run' if a == 'run' else a}" for a, n in counts.items() if n]
     out.print(
         Text.assemble(
             (loaded.name, "bold"),
-            f", suite {loaded.suite}, seed {loaded.seed}: {len(rows)} stages, {', '.join(parts)}",
+            f", suite {loaded.suite}, {what}, {', '.join(parts)}",
             (f"  (store {store.root})", "dim"),
         ),
         soft_wrap=True,

@@ -23,8 +23,11 @@ from posttrain.commands.run import (
     count,
     data_of,
     make,
+    planned,
+    remember_names,
     show_data,
     stages_of,
+    summary,
     warn,
     warnings_of,
 )
@@ -37,10 +40,10 @@ from posttrain.engine.planner import plan as plan_graph
 from posttrain.engine.store import Store
 from posttrain.report.gather import facts_of
 from posttrain.report.live import LiveView
+from posttrain.report.scores import split_words
 from posttrain.report.sweep import (
     ACCURACY,
     NORM,
-    SPLIT_NAMES,
     Outcome,
     Run,
     Sweep,
@@ -101,12 +104,13 @@ def sweep(
     given: dict[str, Any] = {"settings": settings or (), "suite": suite, "split": split}
     variants = build_variants(recipe, store=place, axes=axes, seeds=seed_list, **given)
     rows = plan_graph(variants.loaded.graph, place)
-    _summary(out, variants, rows, place)
+    summary(out, variants.loaded, rows, place, _what(variants, rows))
     tables = show_data(out, variants.loaded, rows, place)
     if only_plan:
         _show_plan(out, variants, rows, tables, as_json=as_json)
         return
     loaded = variants.loaded
+    remember_names(place, loaded, rows)
     view = LiveView(rows, loaded.graph, out)
     failure = _make(variants, rows, place, view, jobs=jobs, device=device, compile=compile)
     stages = stages_of(rows, view)
@@ -215,22 +219,12 @@ def _split_of(graph: Graph) -> str | None:
 # -- what is shown ---------------------------------------------------------------------------------
 
 
-def _summary(out: Console, variants: Variants, rows: Sequence[PlanRow], store: Store) -> None:
-    loaded = variants.loaded
-    wanted = sum(len(variant.keys) for variant in variants.variants)
-    counts = {action: sum(row.action == action for row in rows) for action in ACTION_STYLES}
-    parts = [f"{n} {'to run' if a == 'run' else a}" for a, n in counts.items() if n]
-    split = _split_of(loaded.graph)
-    asked = f", {SPLIT_NAMES.get(split, split)} problems" if split else ""
-    out.print(
-        Text.assemble(
-            (loaded.name, "bold"),
-            f", suite {loaded.suite}{asked}: {len(variants.variants)} runs in one plan, "
-            f"{len(rows)} stages instead of {wanted}, {', '.join(parts)}",
-            (f"  (store {store.root})", "dim"),
-        ),
-        soft_wrap=True,
-    )
+def _what(variants: Variants, rows: Sequence[PlanRow]) -> str:
+    """What is made, in a few words."""
+    split = _split_of(variants.loaded.graph)
+    asked = f"{split_words(split)} problems" if split else ""
+    runs = f"{len(variants.variants)} runs in one plan"
+    return f"{asked}: {runs}, {len(rows)} stages instead of {variants.wanted}".removeprefix(": ")
 
 
 def _show_plan(
@@ -246,7 +240,7 @@ def _show_plan(
             {
                 "recipe": variants.loaded.name,
                 "split": _split_of(variants.loaded.graph),
-                "wanted": sum(len(variant.keys) for variant in variants.variants),
+                "wanted": variants.wanted,
                 "variants": [
                     {
                         "setting": dict(variants.settings[variant.setting]),
@@ -255,16 +249,7 @@ def _show_plan(
                     }
                     for variant in variants.variants
                 ],
-                "stages": [
-                    {
-                        "name": row.name,
-                        "kind": row.kind,
-                        "action": row.action,
-                        "reason": row.reason,
-                        "fingerprint": row.fingerprint,
-                    }
-                    for row in rows
-                ],
+                "stages": planned(rows),
                 "warnings": warnings_of(variants.loaded, rows),
                 "data": tables,
             }
@@ -349,7 +334,7 @@ def _json(variants: Variants, found: Sweep, made: Outcome) -> dict[str, Any]:
         "settings": settings_json(found, made),
         "notes": list(made.notes),
         "cautions": list(made.cautions),
-        "wanted": sum(len(variant.keys) for variant in variants.variants),
+        "wanted": variants.wanted,
     }
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from posttrain.engine.errors import ConfigError, PosttrainError
 from posttrain.engine.joining import join
 from posttrain.engine.store import Store
-from posttrain.stages.kinds import KINDS
+from posttrain.stages.kinds import KINDS, shown_kind
 
 if TYPE_CHECKING:  # it imports pydantic
     from posttrain.language.loader import Loaded
@@ -55,6 +55,11 @@ class Variants:
     settings: tuple[Mapping[str, str], ...]
     """Every combination: key of an axis -> value."""
     variants: tuple[Variant, ...]
+
+    @property
+    def wanted(self) -> int:
+        """The stages that separate runs would need."""
+        return sum(len(variant.keys) for variant in self.variants)
 
 
 def read_axis(text: str) -> Axis:
@@ -261,13 +266,12 @@ def _check_changes(
 
 def _check_split(split: str, nodes: Any) -> None:
     for node in nodes:
-        if "scores" in KINDS[node.kind].makes if node.kind in KINDS else False:
-            found = node.config.get("split", split)
-            if found != split:
-                raise ConfigError(
-                    f"--split {split} and --set {node.name}.split={found} contradict each other; "
-                    "give one of them"
-                )
+        found = node.config.get("split", split)
+        if "scores" in shown_kind(node.kind).makes and found != split:
+            raise ConfigError(
+                f"--split {split} and --set {node.name}.split={found} contradict each other; "
+                "give one of them"
+            )
 
 
 def _labels(

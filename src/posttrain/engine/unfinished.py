@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from posttrain.engine.atomic import remembered
 from posttrain.engine.errors import StoreError, choices_text
 from posttrain.engine.record import SHORT, label_of
 from posttrain.engine.store import Store
@@ -75,14 +76,23 @@ def split_place(text: str) -> tuple[str, int | None]:
 
 
 def unfinished(store: Store) -> list[Unfinished]:
-    """All of them, by name. One that a version began which did not note its name is left out."""
+    """All of them, by name. One whose name was not noted, or whose note is damaged, is left out."""
     done = store.index()
     found = []
     for path in sorted((store.root / "work").glob(f"*/{STAGE}")):
         if path.parent.name not in done and len(path.parent.name) == SHORT:
-            stage = json.loads(path.read_bytes())
-            found.append(Unfinished(path=path.parent, stage=stage, step=read_step(path.parent)))
+            stage = remembered(path)
+            if _is_whole(stage):
+                found.append(Unfinished(path=path.parent, stage=stage, step=read_step(path.parent)))
     return sorted(found, key=lambda one: (one.name, one.fingerprint))
+
+
+def _is_whole(stage: Any) -> bool:
+    return (
+        isinstance(stage, dict)
+        and all(isinstance(stage.get(key), str) for key in ("name", "kind", "fingerprint"))
+        and all(isinstance(stage.get(key), dict) for key in ("config", "inputs"))
+    )
 
 
 def find_unfinished(store: Store, text: str) -> Unfinished:

@@ -253,13 +253,19 @@ def _judge(build: Builder, stage: str, field: str, domains: Sequence[str]) -> No
     if node.config[field] is None:
         return
     judge, where = parse_judge(node.config[field]), f"stage {stage!r} ({node.kind})"
-    problems_of_judge(build, judge, domains, where=f"{where}, field {field!r}")
+    _asks(build, node, judge, domains, where=f"{where}, field {field!r}")
+
+
+def _asks(build: Builder, node: Node, judge: Judge, domains: Sequence[str], *, where: str) -> None:
+    """Refuse a judge that a stage cannot ask about these domains, or that asks a stage which is no
+    input."""
+    problems_of_judge(build, judge, domains, where=where)
     missing = [part.edge for part in judge.walk() if part.edge not in (None, *node.inputs)]
     if missing:
         choices = with_role(node.inputs, "judges")
         raise ConfigError(
-            f"{where}, field {field!r}: it asks {missing[0]!r}, which is no input of the stage; "
-            f"inputs: {', '.join(choices) or 'none'}; name the judge in the recipe"
+            f"{where}: it asks {missing[0]!r}, which is no input of the stage; inputs: "
+            f"{', '.join(choices) or 'none'}; name the judge in the recipe"
         )
 
 
@@ -274,13 +280,7 @@ def evaluate(build: Builder, stage: str, domains: Sequence[str]) -> None:
                 f"stage {stage!r} (evaluate), field 'judges': {domain!r} is not one of its "
                 f"domains; {choices_text(domain, domains)}"
             )
-        problems_of_judge(build, judge, [domain], where=where)
-        missing = [part.edge for part in judge.walk() if part.edge not in (None, *node.inputs)]
-        if missing:
-            raise ConfigError(
-                f"{where}: it asks {missing[0]!r}, which is no input of the stage; name the judge "
-                "in the recipe"
-            )
+        _asks(build, node, judge, [domain], where=where)
         compares = isinstance(judge, Compare | CompareEndpoint)
         if compares and "init" not in node.inputs:
             raise ConfigError(

@@ -110,11 +110,7 @@ def candidates(
             "models, or a dict of names to models"
         )
     if not isinstance(candidates, Mapping):
-        names = [getattr(model, "name", str(model)) for model in candidates]
-        twice = [name for name in names if names.count(name) > 1]
-        if twice:
-            raise ConfigError(f"stage {stage!r} (best): {twice[0]!r} is among its candidates twice")
-        candidates = dict(zip(names, candidates, strict=True))
+        candidates = _by_own_names(candidates, f"stage {stage!r} (best)", "candidates")
     if len(candidates) < 2:
         raise ConfigError(
             f"stage {stage!r} (best): it has {len(candidates)} candidates; it chooses among two or "
@@ -126,11 +122,22 @@ def candidates(
     }
 
 
+def _by_own_names(models: Sequence[Stage], where: str, role: str) -> dict[str, Stage]:
+    """The models of a list by the names of their stages. Raises ConfigError where one is there
+    twice."""
+    names = [getattr(model, "name", str(model)) for model in models]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise ConfigError(f"{where}: {twice[0]!r} is among its {role} twice; name it once")
+    return dict(zip(names, models, strict=True))
+
+
 NOT_STUDENTS = (
     *("init", "teacher", "teachers", "student", "students", "along", "self", "constant"),
     *("recovery", "norm", "minimum", "greedy", "domain", "domains", "judges", "all"),
+    *("score", "win", "kl_init"),
 )
-"""Names that mean something else in a table of scores."""
+"""Names that mean something else in a table of scores or among the metrics of an evaluation."""
 
 
 def students(
@@ -160,11 +167,7 @@ def _by_name(build: Builder, stage: str, role: str, given: object) -> dict[str, 
     """Name to the name of the stage, of the models that an evaluation has in one role."""
     where = f"stage {stage!r} (evaluate)"
     if isinstance(given, Sequence) and not isinstance(given, str):
-        names = [getattr(model, "name", str(model)) for model in given]
-        twice = [name for name in names if names.count(name) > 1]
-        if twice:
-            raise ConfigError(f"{where}: {twice[0]!r} is in its {role} twice; name it once")
-        given = dict(zip(names, given, strict=True))
+        given = _by_own_names(given, where, role)
     if not isinstance(given, Mapping):
         hint = f"; did you mean r.stage({given!r})?" if given in build.nodes else ""
         one = "a model, " if role == "students" else ""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,63 +17,37 @@ from posttrain.engine.graph import Node
 from posttrain.language.builder import Builder
 from posttrain.language.handles import Stage
 from posttrain.stages.kinds import KINDS
-from posttrain.suites import data_table, preferences
+from posttrain.suites.data_table import TABLE
 from posttrain.suites.domain import domain_name
 from posttrain.suites.own_data import TableKind
-
-
-@dataclass(frozen=True, kw_only=True)
-class Verb:
-    """What `r.preferences` and `r.table` have of their own."""
-
-    kind: TableKind
-    plural: str
-    """As a suite calls its part."""
-    source: type[Any]
-    example: str
-
-    @property
-    def name(self) -> str:
-        """As it is written, and the kind of the stage."""
-        return self.kind.name
-
-
-PREFERENCES = Verb(
-    kind=preferences.PREFERENCES,
-    plural="preferences",
-    source=preferences.Preferences,
-    example="pairs.jsonl",
-)
-TABLE = Verb(
-    kind=data_table.TABLE, plural="tables", source=data_table.DataTable, example="chat.jsonl"
-)
+from posttrain.suites.preferences import PREFERENCES
 
 
 def taken_in(
-    build: Builder, verb: Verb, source: object, name: str | None, columns: Mapping[str, Any]
+    build: Builder, kind: TableKind, source: object, name: str | None, columns: Mapping[str, Any]
 ) -> Stage:
     """The stage that takes a table in; the same table under the same name is one stage.
 
     Raises ConfigError for a name that the suite does not have, and for whatever is wrong in the
     table.
     """
-    where = f"r.{verb.name}({str(source)!r})"
+    where = f"r.{kind.name}({str(source)!r})"
     if not isinstance(source, str | Path) or not str(source):
         raise ConfigError(
-            f"r.{verb.name}({source!r}): it takes a name of the suite's {verb.plural}, or where a "
-            f"table lies, such as {verb.example!r}"
+            f"r.{kind.name}({source!r}): it takes a name of the suite's {kind.plural}, or where a "
+            f"table lies, such as {kind.example!r}"
         )
-    known: Mapping[str, Any] = getattr(build.suite, verb.plural)
+    known: Mapping[str, Any] = getattr(build.suite, kind.plural)
     if str(source) in known:
         declared, directory = known[str(source)], build.directory
         if columns:
             column = next(iter(columns))
             raise ConfigError(
                 f"{where}: its columns stand in suite {build.suite.name!r}, under "
-                f"[{verb.plural}.{source}]; write {column} = ... there"
+                f"[{kind.plural}.{source}]; write {column} = ... there"
             )
     else:
-        declared, directory = _placed(build, verb, str(source), columns, where), Path()
+        declared, directory = _placed(build, kind, str(source), columns, where), Path()
     label = name or (str(source) if str(source) in known else _name_of(str(source)))
     domain_name(label, where=f"{where}: name")
     if label in build.suite.domains:
@@ -82,11 +56,11 @@ def taken_in(
             "apart by such names; give it another name="
         )
     cache = None if build.store is None else build.store.cache
-    pieces = verb.kind.node(declared, label, directory, build.hash_file, cache)
+    pieces = kind.node(declared, label, directory, build.hash_file, cache)
     node = Node(
         name=label,
-        kind=verb.name,
-        version=KINDS[verb.name].version,
+        kind=kind.name,
+        version=KINDS[kind.name].version,
         config=pieces.config,
         data=pieces.data,
         runtime=pieces.runtime,
@@ -94,11 +68,13 @@ def taken_in(
     return build.handle(label) if build.nodes.get(label) == node else build.add(node)
 
 
-def _placed(build: Builder, verb: Verb, source: str, columns: Mapping[str, Any], where: str) -> Any:
+def _placed(
+    build: Builder, kind: TableKind, source: str, columns: Mapping[str, Any], where: str
+) -> Any:
     """What the recipe declares of a table somewhere."""
     if re.fullmatch(r"\w+", source) and not Path(source).exists():
-        raise ConfigError(f"{where}: {_unknown(build, verb, source)}")
-    choices = [field.name for field in fields(verb.source) if field.name != "data"]
+        raise ConfigError(f"{where}: {_unknown(build, kind, source)}")
+    choices = [field.name for field in fields(kind.source) if field.name != "data"]
     for column, value in columns.items():
         if column not in choices:
             raise ConfigError(
@@ -106,10 +82,10 @@ def _placed(build: Builder, verb: Verb, source: str, columns: Mapping[str, Any],
             )
         if value is not None and not isinstance(value, str):
             raise ConfigError(f"{where}: {column} = {value!r}; it takes the name of a column")
-    return verb.source(data=source, **columns)
+    return kind.source(data=source, **columns)
 
 
-def _unknown(build: Builder, verb: Verb, source: str) -> str:
+def _unknown(build: Builder, kind: TableKind, source: str) -> str:
     """Why a word is none of the suite's names."""
     suite = build.suite
     for other in (PREFERENCES, TABLE):
@@ -119,10 +95,10 @@ def _unknown(build: Builder, verb: Verb, source: str) -> str:
             )
     if source in suite.domains:
         return f"{source!r} is a domain; write r.demos({source!r}) or r.prompts({source!r})"
-    known = getattr(suite, verb.plural)
+    known = getattr(suite, kind.plural)
     return (
-        f"suite {suite.name!r} has no {verb.plural} of that name; {choices_text(source, known)}; "
-        f"a table somewhere else is given by its place, such as {verb.example!r}"
+        f"suite {suite.name!r} has no {kind.plural} of that name; {choices_text(source, known)}; "
+        f"a table somewhere else is given by its place, such as {kind.example!r}"
     )
 
 

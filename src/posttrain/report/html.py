@@ -30,6 +30,7 @@ from posttrain.report.gather import (
 )
 from posttrain.report.lineage import lineage_svg
 from posttrain.report.roles import explained
+from posttrain.report.scores import all_routes
 
 LAYOUT = 4
 """Raised by hand when the page changes, so that older pages are written again."""
@@ -152,9 +153,7 @@ def speakers_of(domain: str, evaluation: Mapping[str, Any]) -> dict[str, str]:
 
     Other domains' teachers are left out.
     """
-    routes = dict(evaluation["routes"])
-    for name, row in evaluation.get("unverified", {}).items():
-        routes |= {} if row["teacher"] is None else {name: row["teacher"]}
+    routes = all_routes(evaluation)
     teacher = {f"teachers.{routes[domain]}": "teacher"} if domain in routes else {}
     if not candidates.has_several(evaluation):
         return {"init": "init", **teacher, "student": "student"}

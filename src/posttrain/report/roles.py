@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from posttrain.engine.graph import edge_name
 from posttrain.report.gather import StageFacts
-from posttrain.report.scores import Evaluation
+from posttrain.report.scores import Evaluation, all_routes
 
 SELF = "self"
 
@@ -53,13 +53,10 @@ def explained(
     for name, model in (along | students).items():
         held = _held(shown.get(model), domains)
         if held:
-            start = _start(model, shown)
             only = alone and not along
-            whose = "the student's own start" if only else "its own start"
             where = "" if only else f"In {name}, "
             verb = "is" if len(held) == 1 else "are"
-            text = f"{where}{_listed(held)} {verb} held by self, {whose}"
-            found.append(f"{text} `{_name(start, shown)}`." if start else f"{text}.")
+            found.append(f"{where}{_listed(held)} {verb} held by self{_self(model, shown, only)}.")
     return found
 
 
@@ -83,6 +80,19 @@ def _listed(parts: Iterable[str]) -> str:
 def _start(label: str, shown: Mapping[str, StageFacts]) -> str:
     """The label of the stage that a stage started from; empty where that is not known."""
     return shown[label].edges.get("start", "") if label in shown else ""
+
+
+def _self(label: str, shown: Mapping[str, StageFacts], only: bool) -> str:
+    """Which model a student's teacher "self" is: its start, or, where it goes on with the training
+    of another stage, that one's."""
+    start = _start(label, shown)
+    own = shown[label].edges.get(edge_name("teachers", SELF), start)
+    if not own:
+        return ""
+    whose = "the student's own start" if only else "its own start"
+    if own != start:
+        whose = "the start of what it extends,"
+    return f", {whose} `{_name(own, shown)}`"
 
 
 def _relation(init: str, students: Mapping[str, str], shown: Mapping[str, StageFacts]) -> str:
@@ -114,9 +124,7 @@ def _teachers(
 ) -> list[str]:
     """Who teaches what, and which domains nobody teaches."""
     by_teacher: dict[str, list[str]] = {}
-    routes = dict(evaluation["routes"])
-    for name, row in evaluation.get("unverified", {}).items():
-        routes |= {} if row["teacher"] is None else {name: row["teacher"]}
+    routes = all_routes(evaluation)
     for domain in domains:
         if domain in routes:
             teacher = edges.get(f"teachers.{routes[domain]}", routes[domain])

@@ -50,12 +50,24 @@ def weakest(evaluation: Evaluation) -> str | None:
 
 def split_name(evaluation: Evaluation) -> str:
     """What people call the part of the problems that was asked: "held-out", "validation"."""
-    return {"heldout": "held-out"}.get(evaluation["split"], str(evaluation["split"]))
+    return split_words(str(evaluation["split"]))
+
+
+def split_words(split: str) -> str:
+    """The setting `split` as people say it."""
+    return "held-out" if split == "heldout" else split
 
 
 def has_teachers(evaluation: Evaluation) -> bool:
     """Whether any domain has a teacher, hence whether there is anything to recover."""
     return bool(evaluation["routes"])
+
+
+def all_routes(evaluation: Evaluation) -> dict[str, str]:
+    """Domain to its teacher's name, domains without a verifier included."""
+    unverified = evaluation.get("unverified", {})
+    taught = {n: row["teacher"] for n, row in unverified.items() if row["teacher"] is not None}
+    return {**evaluation["routes"], **taught}
 
 
 def notes(evaluation: Evaluation) -> list[str]:

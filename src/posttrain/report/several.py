@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -26,14 +25,14 @@ from posttrain.report.scores import (
     split_name,
 )
 from posttrain.report.tables import (
-    FirstFit,
     accuracy,
     cell,
-    matrix_table,
+    line,
+    matrix_part,
+    part,
     plain_table,
     recovery,
     row_title,
-    title,
 )
 from posttrain.report.wording import DASH, between, fixed, percent, ratio_range, signed
 
@@ -47,39 +46,26 @@ def candidates_table(evaluation: Evaluation, names: Mapping[str, str]) -> Render
         parts += _verified(evaluation)
     if evaluation["unverified"]:
         tables = tuple(_unverified(evaluation, digits) for digits in (2, 1, None))
-        parts += _part("Domains without a verifier", KL_REMARK, *tables)
+        parts += part("Domains without a verifier", KL_REMARK, *tables)
     if evaluation["judged"]:
         wide, narrow = (_judged(evaluation, digits) for digits in (1, 0))
         remark = "mean score, and % of problems won against init (ties half)"
-        parts += _part("What judges say", remark, wide, narrow)
+        parts += part("What judges say", remark, wide, narrow)
     return Group(*parts)
-
-
-def _part(text: str, remark: str, *choices: RenderableType) -> list[RenderableType]:
-    return [Text(), title(text, remark), FirstFit(choices=choices)]
 
 
 def _verified(evaluation: Evaluation) -> list[RenderableType]:
     remark = "95 % bootstrap intervals"
     choices = [_wide(evaluation, 1), _wide(evaluation, 0), _turned(evaluation)]
-    parts = _part(f"Accuracy on {split_name(evaluation)} problems, %", remark, *choices)
+    parts = part(f"Accuracy on {split_name(evaluation)} problems, %", remark, *choices)
     for said, better in candidates.verdicts(evaluation):
-        parts.append(_line(said, "bold" if better else "bold yellow"))
-    parts += [_line(note, "yellow") for note in notes(candidates.first_view(evaluation))]
+        parts.append(line(said, "bold" if better else "bold yellow"))
+    parts += [line(note, "yellow") for note in notes(candidates.first_view(evaluation))]
     if candidates.differences(evaluation):
         remark = "on the same problems, with intervals; bold where 0 is outside"
         tables = (_pairs(evaluation), _turned_pairs(evaluation))
-        parts += _part("Paired differences, points", remark, *tables)
-    matrix = candidates.forgetting(evaluation)
-    if matrix is not None:
-        tables = tuple(matrix_table(matrix, numbered=numbered) for numbered in (False, True))
-        remark = "temperature 1; own domain bold"
-        parts += _part("Every model on every domain, %", remark, *tables)
-    return parts
-
-
-def _line(text: str, style: str) -> RenderableType:
-    return Padding(Text(text, style=style), (0, 0, 0, 2))
+        parts += part("Paired differences, points", remark, *tables)
+    return parts + matrix_part(candidates.forgetting(evaluation))
 
 
 def _wide(evaluation: Evaluation, digits: int) -> Table:
@@ -92,15 +78,15 @@ def _wide(evaluation: Evaluation, digits: int) -> Table:
     table.add_column("constant", justify="right", overflow="fold", min_width=8)
     for name, row in view["domains"].items():
         for decoding in DECODINGS:
-            line = [row_title(name, decoding)]
-            line += [
+            cells = [row_title(name, decoding)]
+            cells += [
                 accuracy(candidates.accuracy(evaluation, column, name, decoding), digits)
                 for column in columns
             ]
             if decoding == DECODINGS[0]:
                 style = "yellow" if name in easy else ""
-                line.append(Text(percent(row["constant"]["value"]), style=style))
-            table.add_row(*line)
+                cells.append(Text(percent(row["constant"]["value"]), style=style))
+            table.add_row(*cells)
             if candidates.recovers(evaluation) and row["teacher"]:
                 table.add_row(
                     Text("  recovery", "dim"),

@@ -12,14 +12,13 @@ from statistics import fmean
 from typing import Any, Literal, NamedTuple
 
 from posttrain.engine.record import Artifact
+from posttrain.report.scores import split_words
 from posttrain.report.seeds import Difference, Spread, difference
 from posttrain.report.wording import DASH, RANGE, fixed, number, percent, signed
 from posttrain.stages.kinds import shown_kind
 
 Unit = Literal["percent", "ratio", "number"]
 
-SPLIT_NAMES = {"heldout": "held-out"}
-"""Splits that people call otherwise than the setting does."""
 NORM = "Norm"
 ACCURACY = "accuracy"
 ALL_STUDENTS = "accuracy of all students"
@@ -264,7 +263,7 @@ def _cautions(sweep: Sweep, made: Outcome, found: Sequence[Mapping[str, Measure]
     said = []
     if made.scores and sweep.split != "validation":
         said.append(
-            f"Settings are compared on {SPLIT_NAMES.get(sweep.split or '', sweep.split)} problems: "
+            f"Settings are compared on {split_words(sweep.split or '')} problems: "
             "the best one is selected on the very problems that its number is from, so that number "
             "flatters it."
         )
@@ -301,7 +300,7 @@ def _about(sweep: Sweep, made: Outcome) -> str:
             "The target is no evaluation: the number is the summary metric of the stage itself, "
             "which may be of its own training batches."
         )
-    problems = f"{SPLIT_NAMES.get(sweep.split or '', sweep.split)} problems"
+    problems = f"{split_words(sweep.split or '')} problems"
     unseen = "; the held-out problems were not looked at" if sweep.split == "validation" else ""
     if made.metric == ALL_STUDENTS:
         who = "each student; settings are compared by the mean over all of them"

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from rich import box
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.measure import Measurement
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -41,6 +42,16 @@ class FirstFit:
 def title(text: str, remark: str) -> Text:
     """A heading with a remark beside it."""
     return Text.assemble((text, "bold"), "  ", (remark, "dim"))
+
+
+def part(text: str, remark: str, *choices: RenderableType) -> list[RenderableType]:
+    """A table under its heading, in the first of these forms that fits."""
+    return [Text(), title(text, remark), FirstFit(choices=choices)]
+
+
+def line(text: str, style: str) -> RenderableType:
+    """A sentence under a table."""
+    return Padding(Text(text, style=style), (0, 0, 0, 2))
 
 
 def row_title(name: str, decoding: str) -> Text:
@@ -73,7 +84,15 @@ def plain_table() -> Table:
     return Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
 
 
-def matrix_table(matrix: Forgetting, *, numbered: bool) -> Table:
+def matrix_part(matrix: Forgetting | None) -> list[RenderableType]:
+    """All models on all domains; nothing where there is nothing to say of that."""
+    if matrix is None:
+        return []
+    tables = (_matrix_table(matrix, numbered=numbered) for numbered in (False, True))
+    return part("Every model on every domain, %", "temperature 1; own domain bold", *tables)
+
+
+def _matrix_table(matrix: Forgetting, *, numbered: bool) -> Table:
     """`numbered` calls the domains 1, 2, ... in the header, for narrow terminals."""
     keys = [str(number + 1) for number in range(len(matrix.domains))]
     table = plain_table()
@@ -82,12 +101,12 @@ def matrix_table(matrix: Forgetting, *, numbered: bool) -> Table:
         table.add_column(title, justify="right", overflow="fold")
     for name, cells in matrix.rows.items():
         plain = matrix.roles[name] == "init"
-        line = [Text(name, style="dim" if plain else "")]
-        line += [
+        row = [Text(name, style="dim" if plain else "")]
+        row += [
             Text(percent(one.value), style="bold green" if one.own else "dim" if plain else "")
             for one in cells
         ]
-        table.add_row(*line, end_section=plain)
+        table.add_row(*row, end_section=plain)
     if numbered:
         legend = zip(keys, matrix.domains, strict=True)
         table.caption = " · ".join(f"{key} {domain}" for key, domain in legend)

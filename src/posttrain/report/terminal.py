@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -30,14 +29,14 @@ from posttrain.report.scores import (
 )
 from posttrain.report.several import candidates_table
 from posttrain.report.tables import (
-    FirstFit,
     accuracy,
     cell,
-    matrix_table,
+    line,
+    matrix_part,
+    part,
     plain_table,
     recovery,
     row_title,
-    title,
 )
 from posttrain.report.wording import DASH, fixed, percent, ratio_range
 
@@ -61,23 +60,16 @@ def evaluation_table(
     """
     if has_several(evaluation):
         return candidates_table(evaluation, names or {})
-    parts: list[RenderableType] = [
-        title(f"Accuracy on {split_name(evaluation)} problems, %", "95 % bootstrap intervals"),
-        FirstFit(choices=[_scores(evaluation, digits) for digits in (1, 0)]),
-    ]
+    # The first heading needs no empty line above it.
+    _, *parts = part(
+        f"Accuracy on {split_name(evaluation)} problems, %",
+        "95 % bootstrap intervals",
+        *(_scores(evaluation, digits) for digits in (1, 0)),
+    )
     if said := verdict(evaluation):
-        style = "bold" if evaluation["gain"]["low"] > 0 else "bold yellow"
-        parts.append(Padding(Text(said, style=style), (0, 0, 0, 2)))
-    parts += [Padding(Text(note, style="yellow"), (0, 0, 0, 2)) for note in notes(evaluation)]
-    matrix = forgetting(evaluation)
-    if matrix is not None:
-        parts += [
-            Text(),
-            title("Every model on every domain, %", "temperature 1; own domain bold"),
-            FirstFit(
-                choices=[matrix_table(matrix, numbered=False), matrix_table(matrix, numbered=True)]
-            ),
-        ]
+        parts.append(line(said, "bold" if evaluation["gain"]["low"] > 0 else "bold yellow"))
+    parts += [line(note, "yellow") for note in notes(evaluation)]
+    parts += matrix_part(forgetting(evaluation))
     return Group(*parts)
 
 
@@ -97,13 +89,13 @@ def _scores(evaluation: Evaluation, digits: int) -> Table:
     for name, row in evaluation["domains"].items():
         for decoding in DECODINGS:
             cells = decoded(row, decoding)
-            line = [row_title(name, decoding)]
-            line += [accuracy(cells[model], digits) for model in models]
-            line += [recovery(cells["recovery"])] if taught else []
+            row_cells = [row_title(name, decoding)]
+            row_cells += [accuracy(cells[model], digits) for model in models]
+            row_cells += [recovery(cells["recovery"])] if taught else []
             if decoding == DECODINGS[0]:
                 baseline = percent(row["constant"]["value"])
-                line.append(Text(baseline, style="yellow" if name in easy else ""))
-            table.add_row(*line)
+                row_cells.append(Text(baseline, style="yellow" if name in easy else ""))
+            table.add_row(*row_cells)
     if any(decoded(evaluation, decoding)["norm"] is not None for decoding in DECODINGS):
         table.add_section()
         for label in ("Norm (mean)", "minimum"):

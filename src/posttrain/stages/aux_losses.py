@@ -29,7 +29,7 @@ from posttrain.rl.batch import Batch
 from posttrain.rl.seeds import named_seed
 from posttrain.stages.context import Context
 from posttrain.stages.data import Pool
-from posttrain.stages.lengths import Reader, cut_spans, cut_to, demo_spans, fit_demos
+from posttrain.stages.lengths import LEARNER, Reader, cut_spans, cut_to, demo_spans, fit_demos
 
 EDGE = "aux"
 """First part of the names of the edges with auxiliary data, and of the metrics."""
@@ -55,7 +55,7 @@ class AuxData:
         and for rows that are too long.
         """
         self.chat = chat
-        reader = Reader(name="the model that learns", chat=chat)
+        reader = Reader(name=LEARNER, chat=chat)
         self.limit = cut_to(settings, [reader])
         # Not the stage's seed: the rows must not come in the order in which its own come.
         self.pools = {

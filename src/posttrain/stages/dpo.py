@@ -38,7 +38,7 @@ from posttrain.schedules import learning_rate
 from posttrain.stages.aux_losses import AuxData, pop_metrics
 from posttrain.stages.context import Context
 from posttrain.stages.data import Batches
-from posttrain.stages.lengths import Reader, cut, cut_to, fit_responses, smallest
+from posttrain.stages.lengths import LEARNER, Reader, cut, cut_to, fit_responses, smallest
 from posttrain.stages.rows import SIDES, Pair, numbered, read_pairs
 from posttrain.stages.settings.offline import DpoStage
 
@@ -54,7 +54,7 @@ def run(settings: DpoStage, ctx: Context) -> dict[str, float]:
     chat = policy.chat
     # The start is its own reference: read here, before a step or a checkpoint changes its weights.
     reference = None if isinstance(settings.loss, SimPO) else reference_model(settings, ctx, policy)
-    readers = [Reader(name="the model that learns", chat=chat)]
+    readers = [Reader(name=LEARNER, chat=chat)]
     if reference is not None:
         # It has the policy's tokens, so its rows need not be encoded again.
         positions = reference.chat.max_positions

@@ -84,7 +84,7 @@ def all_answers(
 ) -> dict[Path, dict[str, Answers]]:
     """Each model's answers to all problems; a model that has several roles is asked once."""
     answers: dict[Path, dict[str, Answers]] = {}
-    behaviour = Behaviour(settings, ctx, models)
+    behaviour = Behaviour(settings, ctx, models, problems)
     truncated: list[str] = []
     for edge, path in models.items():
         if path in answers:

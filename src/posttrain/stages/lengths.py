@@ -28,14 +28,16 @@ from posttrain.stages.context import Context
 Rows = Mapping[str, Sequence[Problem]]
 """The rows of a stage by domain."""
 
-WAYS_OUT = (
-    'shorten these rows, set on_long = "drop" or "truncate" for the stage, or use a model with '
-    "more positions (max_position_embeddings in its config.json, max_positions of a pretrain stage)"
-)
+OTHERWISE = {"error": '"drop" or "truncate"', "drop": '"truncate"', "truncate": '"drop"'}
+"""What a stage with a setting of `on_long` could set it to."""
 SHOWN = 60
 """Characters of a prompt in a message."""
 SHORTENED = ("user", "tool")
 """Whose messages lose their beginning."""
+
+
+LEARNER = "the model that learns"
+"""What a stage that trains one model calls it in messages."""
 
 
 class OnLong(Protocol):
@@ -276,7 +278,7 @@ class _Fitting:
             messages = _without_beginning(reader.chat, asked(short), excess)
             if messages is None:
                 raise ConfigError(
-                    self._refusal([long], 1) + '; on_long = "truncate" shortens user and tool '
+                    self._refusal([long]) + '; on_long = "truncate" shortens user and tool '
                     "messages, and cannot make it fit by that"
                 )
             short = {**short, "messages": messages}
@@ -301,7 +303,8 @@ class _Fitting:
             return 1
         return max(1, min(longest, limit // 2))
 
-    def _refusal(self, long: Sequence[_TooLong], num_rows: int) -> str:
+    def _refusal(self, long: Sequence[_TooLong], num_rows: int | None = None) -> str:
+        """Why rows cannot be read, out of `num_rows`; without that number of a single one."""
         worst = max(long, key=lambda one: one.tokens)
         first, reader = long[0], worst.reader
         sampling = self.new_tokens is not None
@@ -314,11 +317,15 @@ class _Fitting:
         prompt = str(first.row.get("prompt", ""))
         begins = prompt if len(prompt) <= SHOWN else prompt[:SHOWN] + "..."
         less = "lower max_new_tokens, " if sampling else ""
+        which = "it" if num_rows is None else "the first"
+        how_many = "a row does" if num_rows is None else f"{len(long)} of {num_rows} rows do"
         return (
-            f"stage {self.ctx.name!r}: {len(long)} of {num_rows} rows do not fit the "
-            f"{(reader.limit or 0) + reader.more} positions of {reader.name}: {lengths}; the first "
+            f"stage {self.ctx.name!r}: {how_many} not fit the "
+            f"{(reader.limit or 0) + reader.more} positions of {reader.name}: {lengths}; {which} "
             f"is {first.row.get('id')!r} of domain {first.row['domain']!r} (prompt {begins!r}); "
-            f"{less}{WAYS_OUT}"
+            f"{less}shorten these rows, set on_long = {OTHERWISE[self.on_long]} for the stage, or "
+            "use a model with more positions (max_position_embeddings in its config.json, "
+            "max_positions of a pretrain stage)"
         )
 
     def _told(self, long: Sequence[_TooLong], num_rows: int) -> str:

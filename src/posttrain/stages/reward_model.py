@@ -33,7 +33,7 @@ from posttrain.rl.batch import Batch
 from posttrain.schedules import learning_rate
 from posttrain.stages.context import Context
 from posttrain.stages.data import Batches
-from posttrain.stages.lengths import Reader, cut, cut_to, fit_responses
+from posttrain.stages.lengths import LEARNER, Reader, cut, cut_to, fit_responses
 from posttrain.stages.rows import SIDES, Pair, read_pairs
 from posttrain.stages.settings.offline import RewardModel
 
@@ -54,7 +54,7 @@ def run(settings: RewardModel, ctx: Context) -> dict[str, float]:
     by_domain = read_pairs(ctx)
     margins = settings.loss.margins if isinstance(settings.loss, BradleyTerry) else "none"
     check_margins(by_domain, margins)
-    readers = [Reader(name="the model that learns", chat=policy.chat)]
+    readers = [Reader(name=LEARNER, chat=policy.chat)]
     by_domain = fit_responses(by_domain, settings, ctx, readers, fields=SIDES)
     limit = cut_to(settings, readers)
     kept, held = hold_out(by_domain, settings.holdout, seed=settings.seed)

@@ -24,7 +24,7 @@ def few_kept(ctx: Context, kept: int, total: int, what: str, fix: str) -> None:
     """Warn where a stage keeps nearly none of the `total` things it was given: `what`, such as
     "rollouts"."""
     if total >= ENOUGH and kept < FEW * total:
-        ctx.warn(f"it keeps {kept} of {total} {what} ({kept / total:.1%}); {fix}")
+        ctx.warn(f"it keeps {kept} of {total} {what} ({100 * kept / total:.1f} %); {fix}")
 
 
 def cut_responses(ctx: Context, shares: Sequence[float], total: int, max_new_tokens: int) -> None:
@@ -37,9 +37,10 @@ def cut_responses(ctx: Context, shares: Sequence[float], total: int, max_new_tok
     newest = shares[-STEPS:]
     if len(newest) >= min(STEPS, total) and sum(newest) < 0.5 * len(newest):
         share = 1 - sum(newest) / len(newest)
-        first = len(shares) - len(newest) + 1
+        first, last = len(shares) - len(newest) + 1, len(shares)
+        when = f"steps {first} to {last}" if first < last else f"step {last}"
         ctx.warn(
-            f"{share:.0%} of the responses of steps {first} to {len(shares)} were cut off at "
+            f"{100 * share:.0f} % of the responses of {when} were cut off at "
             f"max_new_tokens = {max_new_tokens}: {_CUT}",
             about="cut responses",
         )

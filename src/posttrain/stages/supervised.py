@@ -38,12 +38,10 @@ from posttrain.stages.aux_losses import (
 )
 from posttrain.stages.context import Context
 from posttrain.stages.data import Batches
-from posttrain.stages.lengths import Reader, cut_to, fit_demos
+from posttrain.stages.lengths import LEARNER, Reader, cut_to, fit_demos
 from posttrain.stages.rollout import verifiers
 from posttrain.stages.settings.offline import Pretrain, Sft
 
-NAME = "the model that learns"
-"""In messages about lengths."""
 TEXTS = ("prompt", "demo", "thought", "direct")
 """Fields of a row whose characters the tokenizer of a new model must have."""
 
@@ -83,7 +81,7 @@ def imitate(
     tokens, and save the model."""
     batches = Batches(demos, settings, size="batch_size", stage=ctx.name)
     aux = AuxData(settings, ctx, policy.chat)
-    limit = cut_to(settings, [Reader(name=NAME, chat=policy.chat)])
+    limit = cut_to(settings, [Reader(name=LEARNER, chat=policy.chat)])
     for step, s in ctx.steps(settings, steps, replayed=[batches], policy=policy):
         batch = demo_batch(
             batches.draw(s), policy.chat, loss_on=learned_turns(settings), limit=limit
@@ -113,7 +111,7 @@ def fitting(
     """The demonstrations that the model can read. Tells of conversations of which it learns only
     the last turn because the others cannot be found in what its template writes."""
     loss_on = learned_turns(settings)
-    demos = fit_demos(demos, settings, ctx, [Reader(name=NAME, chat=chat)], loss_on=loss_on)
+    demos = fit_demos(demos, settings, ctx, [Reader(name=LEARNER, chat=chat)], loss_on=loss_on)
     if loss_on == "all":
         rows = [row for of_domain in demos.values() for row in of_domain if "messages" in row]
         parts = [(learned_part(row), row.get("mode")) for row in rows]

@@ -71,8 +71,15 @@ def behaviours(
 class Behaviour:
     """Measures models in domains without a verifier."""
 
-    def __init__(self, settings: Evaluate, ctx: Context, models: Mapping[str, Path]) -> None:
+    def __init__(
+        self,
+        settings: Evaluate,
+        ctx: Context,
+        models: Mapping[str, Path],
+        problems: Mapping[str, list[Problem]],
+    ) -> None:
         self.settings, self.ctx, self.models = settings, ctx, models
+        self.routes = routes_of(settings, problems)
         self.students = {p for e, p in models.items() if role_of(e) in ("student", "students")}
         self._scorers: dict[Path, Scorer] = {}
 
@@ -84,8 +91,7 @@ class Behaviour:
         # One per response -> one per problem, the mean over its samples.
         length_P = sampled.sampled_len_B.double().reshape(count, -1).mean(dim=1).numpy()
         finished_B = sampled["finished_B"].double()
-        routes = self.settings.routes
-        teacher = routes.get(name, routes.get(sampled.problems[0]["domain"]))
+        teacher = self.routes.get(name)
         others = {"kl_init": self.models.get("init"), "kl_teacher": None}
         if teacher is not None and path in self.students:
             others["kl_teacher"] = self.models[edge_name("teachers", teacher)]
@@ -146,7 +152,7 @@ def judge_all(
             of_model[path] = asked.measure(answers[path][name], against, how)
         found[name] = {
             "num_problems": len(rows),
-            "judge": [part.label for part in judge.walk() if not part.COMBINES],
+            "judge": [part.label for part in judge.walk(rows[0]["domain"]) if not part.COMBINES],
             "compares": asked.compares,
             "unit": asked.unit,
             "models": {edge: of_model[path] for edge, path in models.items()},
@@ -164,7 +170,11 @@ class JudgedDomain:
             judge = judge.model_copy(update={"pairing": "all", "swap": True})
         self.judge = judge
         self.reward: RewardFunction = make_reward(
-            judge, ctx, precision=settings.precision, seed=settings.seed
+            judge,
+            ctx,
+            precision=settings.precision,
+            seed=settings.seed,
+            cut=settings.on_long == "truncate",
         )
         self.unit = True
         """Whether all scores lie in [0, 1], as shares do."""

@@ -26,6 +26,7 @@ from posttrain.rewards.gym import FULL_SCORE, create_gym
 from posttrain.rewards.pool import VerifierPool
 from posttrain.rewards.spec import is_verified
 from posttrain.suites.checked import tables_of
+from posttrain.suites.location import CHANGED
 from posttrain.suites.split import SPLITS, prompt_digest, split_of
 
 CHUNK = 20_000
@@ -73,7 +74,7 @@ def build_domain(
             continue
         own_files[part] = Path(file).name
         if file_digest(Path(file)) != data[part]:
-            raise ConfigError(f"{where}: {part}: {file} {_CHANGED}")
+            raise ConfigError(f"{where}: {part}: {file} {CHANGED}")
         shutil.copyfile(file, out / f"{part}.py")
     counts = {split: len(splits[split]) for split in SPLITS}
     for split in SPLITS:
@@ -184,15 +185,9 @@ def _table(
     tables = tables_of(config, runtime["files"])
     for split, place in tables.places.items():
         if place.path is not None and place.digest() != data[split]:
-            raise ConfigError(f"{where}: {split}: {place.text} {_CHANGED}")
+            raise ConfigError(f"{where}: {split}: {place.text} {CHANGED}")
     placement = tables.placed(keep=True)
     return placement.splits(), placement.facts()
-
-
-_CHANGED = (
-    "changed since the plan was made, so its rows are not the ones that the artifact's identity "
-    "names; run the command again"
-)
 
 
 def _check(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import date, time, timedelta
 from decimal import Decimal
 from typing import Any
@@ -31,9 +31,12 @@ def text_of(value: Any) -> str:
         return _number(value)
     if isinstance(value, date | time):
         return value.isoformat()
-    raise ConfigError(
-        f"holds {str(value)[:60]!r} ({type(value).__name__}); it has to be a text or a number"
-    )
+    raise ConfigError(f"holds {shown(value)}; it has to be a text or a number")
+
+
+def shown(value: Any) -> str:
+    """A value and its type, as messages name them."""
+    return f"{str(value)[:60]!r} ({type(value).__name__})"
 
 
 def _checked(text: str) -> str:
@@ -48,7 +51,7 @@ def _checked(text: str) -> str:
 
 
 def _number(value: float | Decimal) -> str:
-    if not math.isfinite(value):
+    if not isinstance(value, int) and not math.isfinite(value):
         raise ConfigError(f"holds {value}, which is no number to be answered; remove the row")
     if isinstance(value, Decimal):
         return format(value.to_integral_value() if value == value.to_integral_value() else value)
@@ -56,6 +59,12 @@ def _number(value: float | Decimal) -> str:
     if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
         return str(int(value))
     return json.dumps(value)
+
+
+def spread(lengths: Iterable[int]) -> dict[str, int]:
+    """The longest and the median of the lengths of some rows, of which there is one at least."""
+    ordered = sorted(lengths)
+    return {"longest": ordered[-1], "median": ordered[(len(ordered) - 1) // 2]}
 
 
 def plain_value(value: Any) -> tuple[Any, int]:
@@ -77,8 +86,11 @@ def plain_value(value: Any) -> tuple[Any, int]:
     if isinstance(value, timedelta):
         return value.total_seconds(), 0
     if isinstance(value, Mapping):
-        found = {str(key): plain_value(item) for key, item in value.items()}
-        return {k: item for k, (item, _) in found.items()}, sum(n for _, n in found.values())
+        # A key without a form takes its value along.
+        kept = {str(key): item for key, item in value.items() if not plain_value(str(key))[1]}
+        found = {key: plain_value(item) for key, item in kept.items()}
+        left_out = len(value) - len(kept) + sum(count for _, count in found.values())
+        return {key: item for key, (item, _) in found.items()}, left_out
     if isinstance(value, list | tuple):
         items = [plain_value(item) for item in value]
         return [item for item, _ in items], sum(count for _, count in items)

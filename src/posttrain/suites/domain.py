@@ -22,6 +22,7 @@ from posttrain.rewards.spec import VerifierSpec as VerifierSpec
 from posttrain.suites.checked import ROWS, Tables, checked_facts
 from posttrain.suites.data_table import DataTable as DataTable
 from posttrain.suites.location import Location, parse_location
+from posttrain.suites.messages import check_system
 from posttrain.suites.preferences import Preferences as Preferences
 
 _NAME = re.compile(r"[a-z0-9_]+")
@@ -247,11 +248,7 @@ def _locations(source: Table, base_dir: Path, where: str) -> dict[str, Location]
                 f"{where}: {split} = {number!r}; it takes a table of its own, or 0 for a domain "
                 "without that split"
             )
-    if source.system is not None and source.system_column is not None:
-        raise ConfigError(
-            f"{where}: system and system_column are both given; give one text for all rows, or the "
-            "column of each row's own"
-        )
+    check_system(source, where)
     if source.messages is not None and source.prompt != "prompt":
         raise ConfigError(
             f"{where}: prompt = {source.prompt!r} is not read beside messages = "

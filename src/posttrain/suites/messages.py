@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from posttrain.engine.errors import ConfigError, choices_text
-from posttrain.suites.cells import is_missing, loaded_json, plain_value, text_of
+from posttrain.suites.cells import is_missing, loaded_json, plain_value, shown, text_of
 
 Message: TypeAlias = dict[str, Any]
 
@@ -52,6 +52,23 @@ def looks_like_messages(value: Any) -> bool:
     )
 
 
+def conversations_in(record: Mapping[str, Any]) -> str | None:
+    """The first column of a row that holds messages, or the JSON text of some."""
+    found = (key for key, value in record.items() if looks_like_messages(from_cell(value)))
+    return next(found, None)
+
+
+def from_cell(value: Any) -> Any:
+    """The messages of which a cell of CSV holds the JSON text; any other value as it is."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    try:
+        found = loaded_json(value, hint="")
+    except ConfigError:
+        return value
+    return found if looks_like_messages(found) else value
+
+
 def read_messages(value: Any) -> list[Message]:
     """The messages of a cell: a list, or its JSON text.
 
@@ -72,7 +89,7 @@ def message_list(value: Any) -> list[Message]:
         raise ConfigError("holds no messages")
     if not isinstance(value, list) or not value:
         raise ConfigError(
-            f"holds {str(value)[:60]!r} ({type(value).__name__}); it has to be a list of messages, "
+            f"holds {shown(value)}; it has to be a list of messages, "
             '{"role": ..., "content": ...} or {"from": ..., "value": ...}'
         )
     messages = []
@@ -143,6 +160,15 @@ def conversation(messages: Sequence[Message]) -> Conversation:
     return Conversation(asked=list(messages[:-1]), demo=said, ends_with_user=False)
 
 
+def check_system(source: Any, where: str) -> None:
+    """Raise ConfigError for a table with one system message for all rows and a column of them."""
+    if source.system is not None and source.system_column is not None:
+        raise ConfigError(
+            f"{where}: system and system_column are both given; give one text for all rows, or the "
+            "column of each row's own"
+        )
+
+
 def with_system(messages: Sequence[Message], system: str | None) -> list[Message]:
     """The messages behind the system's, unless they have their own."""
     if system is None or messages[0]["role"] in FIRST:
@@ -158,10 +184,10 @@ def is_plain(messages: Sequence[Message]) -> bool:
 def readable(messages: Sequence[Message]) -> str:
     """The conversation as a text for people: of a single message of the user its text, of several
     paragraphs `role: content`. The system message is left out."""
-    shown = [message for message in messages if message["role"] not in FIRST]
-    if len(shown) == 1:
-        return said(shown[0])
-    return "\n\n".join(f"{message['role']}: {said(message)}" for message in shown)
+    told = [message for message in messages if message["role"] not in FIRST]
+    if len(told) == 1:
+        return said(told[0])
+    return "\n\n".join(f"{message['role']}: {said(message)}" for message in told)
 
 
 def said(message: Message) -> str:

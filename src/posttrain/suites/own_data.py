@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,14 @@ from posttrain.engine.fingerprint import digest, file_digest, plain
 from posttrain.engine.hashes import HashFile
 from posttrain.engine.jsonl import write_jsonl
 from posttrain.rewards.spec import NodeParts
-from posttrain.suites.cells import is_missing, text_of
+from posttrain.suites.cells import is_missing, loaded_json, shown, spread, text_of
 from posttrain.suites.checked import recall, remember
 from posttrain.suites.faults import Faults
-from posttrain.suites.location import Location, parse_location
+from posttrain.suites.location import CHANGED, Location, parse_location
 from posttrain.suites.messages import (
     Message,
+    check_system,
+    from_cell,
     is_plain,
     looks_like_messages,
     message_list,
@@ -50,6 +52,13 @@ class TableKind:
     """What is done with one kind of such tables."""
 
     name: str
+    """The verb that takes such a table in, and the kind of its stage."""
+    plural: str
+    """What a suite calls its part."""
+    source: type[Any]
+    """The class that declares such a table: `data` and the names of columns."""
+    example: str
+    """A place where such a table could lie."""
     file: str
     """What its artifact holds."""
     rows: Callable[[Config, Mapping[str, Any]], list[Row]]
@@ -77,11 +86,7 @@ class TableKind:
         Raises ConfigError for a location, a column or a row that is wrong.
         """
         where = f"{self.name} {name}"
-        if source.system is not None and source.system_column is not None:
-            raise ConfigError(
-                f"{where}: system and system_column are both given; give one text for all rows, or "
-                "the column of each row's own"
-            )
+        check_system(source, where)
         location = parse_location(source.data, base_dir, where=where)
         config = {"name": name, "table": location.text if location.path is None else location.kind}
         config |= named_columns(source)
@@ -115,10 +120,7 @@ class TableKind:
         where = f"{self.name} {config['name']}"
         location = parse_location(runtime["file"], Path(), where=where)
         if location.path is not None and location.digest() != data["table"]:
-            raise ConfigError(
-                f"{where}: {location.text} changed since the plan was made, so its rows are not "
-                "the ones that the artifact's identity names; run the command again"
-            )
+            raise ConfigError(f"{where}: {location.text} {CHANGED}")
         rows, facts = self._read(config, location)
         write_jsonl(out / self.file, rows)
         if data:
@@ -139,7 +141,10 @@ class TableKind:
         for record in read_records(location, faults):
             num_read += 1
             with faults.at(record.place):
-                made = self.rows(config, record.values)
+                values = record.values
+                if location.kind in ("csv", "tsv"):
+                    values = {column: from_cell(value) for column, value in values.items()}
+                made = self.rows(config, values)
                 keys = [json.dumps(row, sort_keys=True) for row in made]
                 fresh = {k: row for k, row in zip(keys, made, strict=True) if k not in found}
                 tied += not made
@@ -153,7 +158,8 @@ class TableKind:
         facts["prompts"] = len({row["id"] for row in rows})
         if tied:
             facts["tied"] = tied
-        return rows, facts | lengths(rows) | self.facts(config, rows)
+        sizes = (len(text) for row in rows for text in texts(row))
+        return rows, facts | spread(sizes) | self.facts(config, rows)
 
     def texts(self, config: Config, file: str) -> list[str]:
         """What a model will read of the rows of a table that lies at `file`. Raises ConfigError for
@@ -178,14 +184,8 @@ def named_columns(source: Any) -> dict[str, str]:
 
 def texts(row: Row) -> list[str]:
     """All that a model reads of a row: its prompt and a response, once for each response."""
-    shown = [said(message) for message in row["messages"]] if "messages" in row else [row["prompt"]]
-    return ["\n".join([*shown, row[field]]) for field in RESPONSES if field in row]
-
-
-def lengths(rows: Iterable[Row]) -> Facts:
-    """Characters of the median and the longest text."""
-    sizes = sorted(len(text) for row in rows for text in texts(row))
-    return {"median": sizes[(len(sizes) - 1) // 2], "longest": sizes[-1]}
+    asked = [said(message) for message in row["messages"]] if "messages" in row else [row["prompt"]]
+    return ["\n".join([*asked, row[field]]) for field in RESPONSES if field in row]
 
 
 # -- one row; every ConfigError is told with the row's place ---------------------------------------
@@ -210,12 +210,14 @@ def number(record: Mapping[str, Any], field: str, column: str) -> float:
 
 def as_number(value: Any, place: str) -> float:
     """The value as a finite number, also where it is a text."""
+    if is_missing(value):
+        raise ConfigError(f"{place} holds no value; it has to be a number")
     try:
         found = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         found = math.nan
     if not math.isfinite(found):
-        raise ConfigError(f"{place} holds {str(value)[:60]!r}; it has to be a number")
+        raise ConfigError(f"{place} holds {shown(value)}; it has to be a number")
     return found
 
 
@@ -228,6 +230,16 @@ def text(value: Any, place: str) -> str:
     if not found.strip():
         raise ConfigError(f"{place} is empty; fill it, or leave the row out")
     return found
+
+
+def read_json(value: Any, place: str, hint: str) -> Any:
+    """What a JSON text says; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return loaded_json(value, hint=hint)
+    except ConfigError as error:
+        raise ConfigError(f"{place}: {error}") from None
 
 
 TURN = re.compile(r"(?:^|\n)\n(Human|Assistant):[ \t]*")

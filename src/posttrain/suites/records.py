@@ -22,7 +22,6 @@ from posttrain.suites.cells import loaded_json
 from posttrain.suites.faults import Faults
 from posttrain.suites.location import Location
 
-FORM = "every line has to be one JSON object"
 CELL = 2**31 - 1
 """Most characters of a CSV cell; the standard library's own limit is 131,072."""
 _WHOLE_FLOAT = re.compile(r"-?\d+\.0+")
@@ -81,7 +80,11 @@ def _lines_of_json(lines: Iterable[bytes], faults: Faults) -> Iterator[Record]:
             continue
         place, record = f"line {number}", None
         with faults.at(place):
-            record = _object(loaded_json(_utf8(line, first=number == 1), hint=FORM))
+            record = _object(
+                loaded_json(
+                    _utf8(line, first=number == 1), hint="every line has to be one JSON object"
+                )
+            )
         if record is not None:
             yield Record(place=place, values=record)
 
@@ -96,9 +99,8 @@ def _utf8(line: bytes, *, first: bool) -> str:
 def _object(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConfigError(
-            f"a {type(value).__name__}, but {FORM} with the columns as its keys".replace(
-                "but every line", "but every row"
-            )
+            f"a {type(value).__name__}, but every row has to be one JSON object with the columns "
+            "as its keys"
         )
     return value
 
@@ -174,9 +176,10 @@ def _cells(location: Location, start: str) -> Iterator[tuple[int, list[str], lis
                     continue
                 if header is None:
                     header = [cell.strip() for cell in cells]
-                    twice = next((name for name in header if header.count(name) > 1), None)
-                    if twice is not None:
-                        raise ConfigError(f"{start}, line 1: two columns are called {twice!r}")
+                    try:
+                        _check_header(header)
+                    except ConfigError as error:
+                        raise ConfigError(f"{start}, line {number}: {error}") from None
                     continue
                 yield number, header, cells
         except csv.Error as error:
@@ -196,7 +199,7 @@ def _parquet(location: Location, start: str) -> Iterator[dict[str, Any]]:
         file = parquet.ParquetFile(location.path)
     with file, _told(f"{start} cannot be read"):
         for batch in file.iter_batches(batch_size=1024):
-            yield from batch.to_pylist()
+            yield from _rows(batch)
 
 
 def _arrow(location: Location, start: str) -> Iterator[dict[str, Any]]:
@@ -221,10 +224,31 @@ def _batches(ipc: Any, path: Path) -> Iterator[dict[str, Any]]:
         if magic == b"ARROW1":
             reader = ipc.open_file(file)
             for number in range(reader.num_record_batches):
-                yield from reader.get_batch(number).to_pylist()
+                yield from _rows(reader.get_batch(number))
         else:
             for batch in ipc.open_stream(file):
-                yield from batch.to_pylist()
+                yield from _rows(batch)
+
+
+def _rows(batch: Any) -> list[dict[str, Any]]:
+    """The rows of a batch. Raises ConfigError that names a column that cannot be read."""
+    names = batch.schema.names
+    _check_header(names)
+    columns = []
+    for name, column in zip(names, batch.columns, strict=True):
+        try:
+            columns.append(column.to_pylist())
+        except Exception as error:
+            raise ConfigError(
+                f"column {name!r} holds what Python has no value for ({error})"
+            ) from error
+    return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
+
+
+def _check_header(names: list[str]) -> None:
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"two columns are called {twice!r}")
 
 
 @contextmanager
@@ -232,10 +256,10 @@ def _told(what: str) -> Iterator[None]:
     """Says in words what pyarrow could not read."""
     try:
         yield
-    except (OSError, ValueError, NotImplementedError) as error:
-        # A mistake of the user's has its words already.
-        if isinstance(error, ConfigError):
-            raise
+    except ConfigError as error:
+        raise ConfigError(f"{what}: {error}") from error
+    except Exception as error:
+        # Whatever pyarrow and what it calls make of bytes that are not as they claim.
         raise ConfigError(f"{what}: {error}") from error
 
 

@@ -20,6 +20,7 @@ from itertools import chain
 from typing import Any
 
 from posttrain.engine.errors import ConfigError
+from posttrain.suites.cells import spread
 from posttrain.suites.messages import FIRST, Message
 from posttrain.suites.tables import LEFT_OUT, NO_DEMO, Row
 
@@ -199,13 +200,12 @@ class Placement:
         """What there is to tell: problems per split, rows read, duplicates, further demonstrations,
         rows without one, prompts with several answers, values left out, characters per row."""
         splits = Counter(problem.split for problem in self._problems.values())
-        lengths = sorted(self.lengths)
         names = ("rows", "duplicates", "further_demos", NO_DEMO, LEFT_OUT)
         return (
             {split: splits[split] for split in SPLITS}
             | {name: self.counts[name] for name in names}
             | {"contradicting": sum(count > 1 for count in self._answers.values())}
-            | {"longest": lengths[-1], "median": lengths[(len(lengths) - 1) // 2]}
+            | spread(self.lengths)
         )
 
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from posttrain.engine.errors import ConfigError, choices_text
-from posttrain.rewards.spec import checked_rubric
-from posttrain.suites.cells import is_missing, loaded_json, plain_value, text_of
+from posttrain.rewards.spec import UNVERIFIED, checked_rubric
+from posttrain.suites.cells import is_missing, plain_value, text_of
 from posttrain.suites.faults import Faults
 from posttrain.suites.location import TEXT_KINDS, Location
 from posttrain.suites.messages import (
     Message,
     conversation,
+    conversations_in,
+    from_cell,
     is_plain,
     looks_like_messages,
     read_messages,
@@ -62,7 +64,7 @@ def columns_of(source: Mapping[str, Any], verifier: str) -> Columns:
         named.pop("prompt", None)
     return Columns(
         named=named,
-        optional=frozenset({"answer"} if verifier == "none" else ()),
+        optional=frozenset({"answer"} if verifier == UNVERIFIED else ()),
         keep_rest=verifier.partition(":")[0] in ("python", "reasoning_gym"),
         system=source.get("system"),
     )
@@ -116,7 +118,7 @@ def read_rows(location: Location, columns: Columns, *, where: str) -> Iterator[R
             where the table cannot be read or holds no row.
     """
     faults = Faults(f"{where}: {location.text}")
-    columns = Columns(**vars(columns) | {"cells": location.kind in ("csv", "tsv")})
+    columns = replace(columns, cells=location.kind in ("csv", "tsv"))
     empty = True
     for record in read_records(location, faults):
         if empty:
@@ -151,7 +153,7 @@ def _instead(name: str, column: str, record: Mapping[str, Any]) -> str:
             f"its columns {', '.join(found)} are those of preferences, which are data of "
             'r.preferences("...") and no domain'
         )
-    talks = next((key for key, value in record.items() if _holds_messages(value)), None)
+    talks = conversations_in(record)
     if name == "prompt" and talks is not None:
         return f'the column {talks!r} holds conversations; write messages = "{talks}"'
     if len(found) == 1 and any(mark in found[0] for mark in ";\t|"):
@@ -239,7 +241,7 @@ def _checked(name: str, value: Any, columns: Columns) -> Any:
     if name == "prompt":
         return _prompt(value, columns)
     if name in ("demo", "direct"):
-        return _demonstration(value)
+        return _demonstration(from_cell(value) if columns.cells else value)
     if is_missing(value) and name in ("thought", "system_column"):
         return None
     text = text_of(value)
@@ -248,24 +250,13 @@ def _checked(name: str, value: Any, columns: Columns) -> Any:
 
 def _prompt(value: Any, columns: Columns) -> str | list[Message]:
     """A text, or a list of messages."""
+    value = from_cell(value) if columns.cells else value
     if isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
         return read_messages(value)
     text = text_of(value)
-    if columns.cells and _holds_messages(text):
-        return read_messages(text)
     if not text.strip():
         raise ConfigError("is empty; a problem needs a prompt")
     return text
-
-
-def _holds_messages(value: Any) -> bool:
-    """Whether a value is a list of messages, or the JSON text of one."""
-    if isinstance(value, str) and value.lstrip().startswith("[{"):
-        try:
-            value = loaded_json(value, hint="")
-        except ConfigError:
-            return False
-    return looks_like_messages(value)
 
 
 def _demonstration(value: Any) -> str | None:
