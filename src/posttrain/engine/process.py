@@ -220,10 +220,13 @@ class Failure:
     """Path of the log, None when the error says all (one meant for the user)."""
     last_line: str = ""
 
+    def reason(self, name: str) -> str:
+        """Why, where the stage's name stands before it already."""
+        return self.error.removeprefix(f"stage {name!r}: ")
+
     def describe(self, name: str) -> str:
         """The failure for people, over several lines."""
-        # Which stage it is stands there already.
-        lines = [f"stage {name} failed: {self.error.removeprefix(f'stage {name!r}: ')}"]
+        lines = [f"stage {name} failed: {self.reason(name)}"]
         if self.log is not None:
             lines.append(f"  log: {self.log}")
         if self.last_line and self.last_line != self.error:

@@ -292,7 +292,7 @@ class _Run:
             elif isinstance(outcome, Failure):
                 running.work.release()
                 self.failures[name] = outcome
-                problem = {"error": outcome.error, "log": outcome.log}
+                problem = {"error": outcome.reason(name), "log": outcome.log}
                 yield Event(kind="failed", name=name, seconds=seconds, payload=problem)
             else:
                 self.artifacts[name] = outcome
