@@ -19,9 +19,10 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
+from posttrain.backends.prompting import FIRST
 from posttrain.engine.errors import ConfigError
 from posttrain.suites.cells import spread
-from posttrain.suites.messages import FIRST, Message
+from posttrain.suites.messages import Message
 from posttrain.suites.tables import LEFT_OUT, NO_DEMO, Row
 
 SPLITS = ("train", "validation", "heldout")
