@@ -11,7 +11,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from posttrain.engine.errors import ConfigError, choices_text
+from posttrain.engine.errors import ConfigError, choices_text, shortened
 from posttrain.stages.kinds import kind_of
 from posttrain.values import Settings
 
@@ -96,13 +96,7 @@ def _explain(problem: ErrorDetails, config: type[BaseModel]) -> str:
     if problem["type"] == "union_tag_not_found":
         kinds = [kind for model in models for kind in _kinds(model)]
         return f"{where}: {problem['input']!r} does not say its kind; choices: {', '.join(kinds)}"
-    return f"{where}: {_short(problem['input'])} is not allowed: {problem['msg']}"
-
-
-def _short(value: Any) -> str:
-    """A value as code, cut where it is long."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return f"{where}: {shortened(repr(problem['input']))} is not allowed: {problem['msg']}"
 
 
 def _place(

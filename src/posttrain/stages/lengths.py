@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 from posttrain.backends.chat import Chat
 from posttrain.backends.prompting import Asked, Problem, asked, hinted, learned_part
-from posttrain.engine.errors import ConfigError
+from posttrain.engine.errors import ConfigError, shortened
 from posttrain.rl.batch import Span
 from posttrain.stages.context import Context
 
@@ -314,8 +314,7 @@ class _Fitting:
             if sampling
             else f"the longest has {worst.tokens} tokens, prompt and response"
         )
-        prompt = str(first.row.get("prompt", ""))
-        begins = prompt if len(prompt) <= SHOWN else prompt[:SHOWN] + "..."
+        begins = shortened(str(first.row.get("prompt", "")), SHOWN)
         less = "lower max_new_tokens, " if sampling else ""
         which = "it" if num_rows is None else "the first"
         how_many = "a row does" if num_rows is None else f"{len(long)} of {num_rows} rows do"
