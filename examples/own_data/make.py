@@ -56,16 +56,20 @@ def order(random: random.Random) -> tuple[str, str]:
 
 
 def small_talk(random: random.Random) -> tuple[list[Message], str, str]:
-    """Turns that end with a question about what was said; a plain answer, and a warm one."""
+    """One to three turns up to the last answer; a plain answer, and a warm one."""
     name = random.choice("BDKLMNRST") + random.choice("aeiou") + random.choice("klmnrst")
     name += random.choice(("", "a", "i", "o"))
     colour = random.choice(COLOURS)
-    talk = [user(f"I am {name}."), assistant(f"Hello {name}!")]
-    if random.random() < 0.5:
-        talk += [user(f"I like {colour}."), assistant(f"{colour.capitalize()} is nice.")]
-        talk.append(user("What do I like?"))
-        return talk, f"You like {colour}.", f"You like {colour}, {name}."
-    return [*talk, user("Who am I?")], f"You are {name}.", f"You are {name}!"
+    talk = [user(f"I am {name}.")]
+    turns = random.randint(1, 3)
+    if turns == 1:
+        return talk, f"Hello {name}!", f"Hello, dear {name}!"
+    talk.append(assistant(f"Hello {name}!"))
+    if turns == 2:
+        return [*talk, user("Who am I?")], f"You are {name}.", f"You are {name}!"
+    talk += [user(f"I like {colour}."), assistant(f"{colour.capitalize()} is nice.")]
+    talk.append(user("What do I like?"))
+    return talk, f"You like {colour}.", f"You like {colour}, {name}."
 
 
 def conversation(random: random.Random) -> list[Message]:
@@ -111,7 +115,7 @@ def write_data(folder: Path, *, rows: int = 3000, seed: int = 0) -> None:
         table.writerow(["prompt", "answer"])
         table.writerows(order(rng) for _ in range(rows))
     write_jsonl(folder / "chat.jsonl", (chat(rng) for _ in range(rows // 3)))
-    write_jsonl(folder / "warm.jsonl", (preference(rng) for _ in range(rows // 5)))
+    write_jsonl(folder / "warm.jsonl", (preference(rng) for _ in range(rows // 4)))
 
 
 def write_base(folder: Path, *, hidden_size: int = 64, layers: int = 3, seed: int = 0) -> None:

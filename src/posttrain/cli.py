@@ -15,10 +15,10 @@ from types import FrameType
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.text import Text
 
 from posttrain.commands import chat, compare, inspect, report, run, store, sweep
+from posttrain.commands.io import SafeConsole
 from posttrain.engine.errors import PosttrainError, Terminated, Waiting
 
 app = typer.Typer(
@@ -86,7 +86,7 @@ def _heeding_sigterm() -> Iterator[None]:
 
 
 def _complain(message: str, *notes: str, label: str = "error: ", style: str = "bold red") -> None:
-    console = Console(stderr=True, highlight=False)
+    console = SafeConsole(stderr=True, highlight=False)
     console.print(Text.assemble((label, style), message), soft_wrap=True)
     for note in notes:
         console.print(Text(note, style="dim"), soft_wrap=True)

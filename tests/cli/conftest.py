@@ -66,6 +66,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("POSTTRAIN_STORE", raising=False)
     monkeypatch.delenv("FORCE_COLOR", raising=False)
+    # Workers of xdist are given the width of its terminal.
+    monkeypatch.delenv("COLUMNS", raising=False)
     return tmp_path
 
 

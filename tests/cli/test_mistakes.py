@@ -47,11 +47,11 @@ CALLS: dict[str, tuple[str, list[str]]] = {
     ),
     "a field of an algorithm that is misspelt": (
         "r.rl(start=b, prompts=p, steps=1, kl=algorithms.KL(0.1, placed='loss'))",
-        ["KL: it reads no 'placed'", "choices: ", "coef"],
+        ["KL, field 'placed': unknown option", "choices: ", "coef"],
     ),
     "a field of an algorithm that is missing": (
         "r.rl(start=b, prompts=p, steps=1, critique=algorithms.Critique())",
-        ["Critique: weight is needed"],
+        ["Critique, field 'weight'"],
     ),
     "a setting of another choice": (
         "r.rl(start=b, prompts=p, steps=1, clip_high=0.3)",
@@ -145,6 +145,54 @@ CALLS: dict[str, tuple[str, list[str]]] = {
         "r.sft(start=b, data=d, steps=1, name='a/b')",
         ["'a/b'", "letters, digits"],
     ),
+    "a setting of an algorithm that is misspelt": (
+        "r.rl(start=b, prompts=p, steps=1, surrogate=algorithms.Clip(clip=0.2))",
+        ["Clip, field 'clip'", "did you mean 'clip_low'?"],
+    ),
+    "a setting of an algorithm that is missing": (
+        "r.select(r.sample(b, prompts=p), how=algorithms.TopShare())",
+        ["TopShare, field 'share'", "write share=..."],
+    ),
+    "too many settings of an algorithm": (
+        "r.rl(start=b, prompts=p, steps=1, kl=algorithms.KL(1, 2, 3, 4, 5, 6, 7, 8))",
+        ["KL takes coef"],
+    ),
+    "an argument of a judge that is misspelt": (
+        "r.rl(start=b, prompts=p, steps=1, reward=judges.scalar(b, sqash=True))",
+        ["judges.scalar", "'sqash'", "did you mean 'squash'?"],
+    ),
+    "a judge of nothing": (
+        "r.rl(start=b, prompts=p, steps=1, reward=judges.compare())",
+        ["judges.compare: judge missing"],
+    ),
+    "a word that is none of the choices": (
+        "r.sft(start=b, data=d, steps=1, on_long='dorp')",
+        ["'on_long'", "'dorp'", "did you mean 'drop'? choices: drop, error, truncate"],
+    ),
+    "a number for an algorithm": (
+        "r.rl(start=b, prompts=p, steps=1, kl=0.02)",
+        ["'kl': 0.02", "write kl=KL(0.02)"],
+    ),
+    "a setting of a choice by the name that others give it": (
+        "r.rl(start=b, prompts=p, steps=1, beta=0.02)",
+        ["'beta'", "a setting of a choice, kl.coef"],
+    ),
+    "an argument of a verb that is misspelt": (
+        "r.evaluate(b, inti=b)",
+        ["'inti'", "did you mean 'init'?"],
+    ),
+    "an argument of a verb by the name that others give it": (
+        "r.dpo(start=b, data=r.pairs(r.sample(b, prompts=p)), steps=1, ref_model=b)",
+        ["'ref_model'", "did you mean 'reference'?"],
+    ),
+    "a verb by the name that others give it": (
+        "r.grpo(start=b, prompts=p, steps=1)",
+        ["there is no r.grpo", "here it is r.rl(...)"],
+    ),
+    "several data": (
+        "r.sft(start=b, data=[d, d], steps=1)",
+        ["'sft'", "r.mix({data: weight, ...})"],
+    ),
     "several targets": ("[b]", ["recipe() returned [stage 'base' (pretrain)]", "r.evaluate"]),
     "a part that stages do not have": ("r.evaluate(b.model)", ["stage 'base' (pretrain).model"]),
 }
@@ -156,6 +204,8 @@ OURS = (
     "TypeError",
     "ZeroDivisionError",
     "RecursionError",
+    "ValidationError",
+    "pydantic",
 )
 
 
@@ -190,6 +240,7 @@ def test_a_call_of_a_recipe(cli: Callable[..., Any], place: Path, mistake: str) 
         (["--set", "student.optimizer.beta=0.9"], ["optimizer.beta", "did you mean 'beta"]),
         (["--suite", "nosuch.toml"], ["nosuch.toml does not exist", "pairs.toml"]),
         (["--suite", "sums.jsonl"], ["'sums.jsonl'", ".toml or .py"]),
+        (["--suite", "pairs"], ["unknown suite 'pairs'", "did you mean 'pairs.toml'?"]),
     ],
 )
 def test_an_option(

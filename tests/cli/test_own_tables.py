@@ -66,6 +66,12 @@ def test_plan_has_a_line_for_each_table(
         line.split() for line in shown.splitlines()
     ]
     assert "ranked: 1 ranking without a preference" in shown and "more: 1 contradiction" in shown
+    # Where the conversations are is told.
+    talk = [{"role": "user", "content": "p"}, {"role": "assistant", "content": "a"}]
+    write(tmp_path / "chat.jsonl", [{"talk": talk}])
+    refused = cli("plan", *options)
+    assert refused.code == 2 and 'write messages = "talk"' in " ".join(refused.err.split())
+    write(tmp_path / "chat.jsonl", [{"prompt": "p", "demo": "a"}])
     # A mistake in a row is a message, and no plan.
     write(tmp_path / "more.jsonl", [{"prompt": "p", "chosen": "a", "rejected": "a"}])
     refused = cli("plan", *options)

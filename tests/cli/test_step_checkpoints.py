@@ -60,7 +60,11 @@ def test_by_name_it_is_what_a_stage_of_so_many_steps_makes(
     assert (shown["step"], shown["kind"], shown["config"]["steps"]) == (3, "sft", 5)
     assert "loss" in shown["metrics"] and shown["tokens"] > 0
 
-    cli("export", "tuned@step", "out", "--json").json  # noqa: B018
+    exported = cli("export", "tuned@step", "out")
+    assert exported.code == 0 and exported.err == "", exported.err
+    card = (stopped / "out/README.md").read_text()
+    assert "the step checkpoint tuned@step-3 of a stage that was not finished (sft" in card
+    assert "from outside" not in card and "no parents" not in card
     found = load_file(stopped / "out" / "model.safetensors")
     assert found.keys() == made.keys()
     assert all(torch.equal(found[name], made[name]) for name in made)
@@ -92,6 +96,17 @@ def test_what_is_not_there(cli: Callable[..., Any], stopped: Path) -> None:
             assert result.code == 2 and problem in " ".join(result.err.split())
         result = cli("plan", *SHORT, "--set", f"start={text}")
         assert result.code == 2 and problem in " ".join(result.err.split())
+
+
+def test_what_has_no_step_checkpoint_is_not_meant(
+    cli: Callable[..., Any], stopped: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A stage of the same name that failed before its first step checkpoint.
+    with monkeypatch.context() as patch:
+        patch.setattr(worker, "EXECUTE", "posttrain.no_such_module:run_job")
+        cli("run", *SHORT, "--no-report", "--set", "ema=false")
+    assert "tuned (sft), no step checkpoint" in cli("ls").out
+    assert "unfinished, step 3" in cli("show", "tuned@step").out
 
 
 def test_two_of_a_name_are_told_apart(

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from posttrain.commands.inspect import key_metric
 from posttrain.engine.record import Artifact
 from posttrain.report.seeds import Difference, Spread, difference, t_quantile
 from posttrain.report.sweep import (
@@ -218,3 +219,23 @@ def test_a_warning_of_many_variants_is_told_once() -> None:
         {"stage": "end[0] and 2 more", "text": "cut"},
         {"stage": None, "text": "unused"},
     ]
+
+
+@pytest.mark.parametrize(
+    ("metrics", "text"),
+    [
+        ({"student/add": 0.5, "student/sort": 0.25}, "accuracy 37.5 %"),
+        ({"kl_init/a/chat": 1.3, "a/add": 0.5}, "accuracy 50.0 %"),
+        ({"student/add": 0.5, "norm": 0.75}, "Norm 0.75"),
+        ({}, ""),
+    ],
+)
+def test_the_key_number_of_an_evaluation(metrics: dict[str, float], text: str):
+    assert key_metric(artifact(metrics)) == text
+
+
+def test_what_is_no_accuracy_is_called_in_words():
+    metrics = {"student/add": 0.5, "kl_init/student/chat": 0.1, "win/a/chat": 0.5, "a/add": 0.2}
+    made = outcome(sweep({0: artifact(metrics)}))
+    assert made.title("kl_init/student/chat") == "KL to init, chat"
+    assert made.title("win/a/chat") == "a: wins against init, chat, %"

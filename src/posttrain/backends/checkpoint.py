@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.utils import logging as transformers_logging
 
 from posttrain.backends.architecture import check_plain, path_of, positions_of
 from posttrain.backends.base import Head
@@ -101,6 +102,7 @@ def read_weights(auto: Any, path: Path, *, dtype: torch.dtype, what: str) -> tup
 
     Raises ConfigError for files that cannot be read and for weights that are not there.
     """
+    _without_bars()
     with _readable(path, what):
         model, loading = auto.from_pretrained(
             path,
@@ -168,8 +170,16 @@ def _allow_saving(generation_config: Any, path: Path) -> None:
 def save(language_model: LanguageModel, out: Path) -> None:
     """Write model, tokenizer and generation config to `out` (created if missing)."""
     out.mkdir(parents=True, exist_ok=True)
+    _without_bars()
     language_model.model.save_pretrained(out, safe_serialization=True)
     language_model.tokenizer.save_pretrained(out)
+
+
+def _without_bars() -> None:
+    """Loading and saving are quick and show no bars. The semaphore of a bar, moreover, is told as
+    leaked where a stage is stopped."""
+    messages: Any = transformers_logging
+    messages.disable_progress_bar()
 
 
 def chat_of(language_model: LanguageModel) -> Chat:

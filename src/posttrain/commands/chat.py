@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.text import Text
 
 from posttrain.commands import io
-from posttrain.commands.io import console
+from posttrain.commands.io import console, visible
 from posttrain.engine.errors import ConfigError
 from posttrain.engine.store import Store
 from posttrain.engine.unfinished import is_place
@@ -48,17 +49,15 @@ def chat(
     """Talk to a model. It answers in the light of what was said before; `/reset` starts anew and an
     empty line ends."""
     import torch
-    import transformers
 
     from posttrain.stages.worker import new_backend
 
     directory = find_model(store, model)
-    messages: Any = transformers.utils.logging
-    messages.disable_progress_bar()
     sampler = new_backend(os.environ).sampler(directory, dtype=torch.float32)
     talk = Conversation(sampler, system=system, temperature=temperature, limit=max_new_tokens)
     if prompt is not None:
-        print(talk.answer(prompt, seed))
+        answer = talk.answer(prompt, seed)
+        print(visible(answer) if sys.stdout.isatty() else answer)
         return
     out = console()
     how = (

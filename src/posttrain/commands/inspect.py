@@ -21,6 +21,7 @@ from posttrain.engine.record import SHORT, Artifact, label_of
 from posttrain.engine.store import Store
 from posttrain.engine.unfinished import Unfinished, find_unfinished, is_place, unfinished
 from posttrain.report.gather import EVALUATION, read_json
+from posttrain.report.sweep import measures, written
 from posttrain.report.terminal import evaluation_table
 from posttrain.report.wording import duration, headline, number
 from posttrain.stages.kinds import shown_kind
@@ -73,7 +74,12 @@ def ls(store: io.StorePath = io.DEFAULT_STORE, as_json: io.Json = False) -> None
 
 def key_metric(artifact: Artifact) -> str:
     """The number that says most about an artifact, or else the first that it has."""
-    found = headline(shown_kind(artifact.kind), artifact.metrics)
+    kind = shown_kind(artifact.kind)
+    found = headline(kind, artifact.metrics)
+    if not found and "scores" in kind.makes:
+        name, (value, unit) = next(iter(measures(artifact).items()), ("", (0.0, "number")))
+        share = " %" if unit == "percent" else ""
+        return f"{name} {written(value, unit)}{share}" if name else ""
     first = next((f"{name} {number(value)}" for name, value in artifact.metrics.items()), "")
     return found or first
 

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final, TypeAlias
 
-from posttrain.engine.atomic import write_whole
+from posttrain.engine.atomic import remembered, write_whole
 from posttrain.engine.fingerprint import file_digest
 
 HashFile: TypeAlias = Callable[[Path], str]
@@ -95,8 +95,8 @@ def _state(place: str) -> _State:
 def _read(path: Path) -> dict[str, tuple[_State, str]]:
     """What is remembered in the file; nothing where it is missing, damaged or of another format."""
     try:
-        content = json.loads(path.read_bytes())
+        content = remembered(path)
         files = content["files"].items() if content["format"] == _FORMAT else ()
         return {place: (tuple(state), sha256) for place, (*state, sha256) in files}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError):
         return {}

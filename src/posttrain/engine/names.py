@@ -17,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from posttrain.engine.atomic import write_whole
+from posttrain.engine.atomic import remembered, write_whole
 from posttrain.engine.record import SHORT, Record, Recorded
 
 NAMES: Final = "names.json"
@@ -112,9 +112,14 @@ class Names:
 
 def _read(path: Path) -> dict[str, list[str]]:
     """What is in the file; nothing where it is missing, damaged or of another format."""
-    try:
-        content = json.loads(path.read_bytes())
-        names = content["names"].items() if content["format"] == _FORMAT else ()
-        return {str(fingerprint): [str(name) for name in found] for fingerprint, found in names}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    content = remembered(path)
+    if not isinstance(content, dict) or content.get("format") != _FORMAT:
         return {}
+    names = content.get("names")
+    if not isinstance(names, dict) or not all(map(_is_whole, names.values())):
+        return {}
+    return names
+
+
+def _is_whole(names: Any) -> bool:
+    return isinstance(names, list) and bool(names) and all(isinstance(n, str) for n in names)

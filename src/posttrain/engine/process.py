@@ -388,6 +388,6 @@ def _last_line(log: Path, tail_bytes: int = 8192) -> str:
 def _parse(line: bytes) -> Mapping[str, Any]:
     try:
         content = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         content = None
     return content if isinstance(content, dict) else {"unreadable": line.decode("utf-8", "replace")}

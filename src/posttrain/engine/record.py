@@ -10,7 +10,8 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from datetime import datetime
+from pathlib import Path, PurePosixPath
 from typing import Any, Final, TypeAlias
 
 from posttrain.engine.errors import StoreError
@@ -129,6 +130,18 @@ class Artifact(Recorded):
             )
         return self.path / name
 
+    def content(self, name: str) -> bytes:
+        """What one of its files holds, checked against its record: for small files that people are
+        shown. Raises StoreError where it is gone or was changed."""
+        path = self.file(name)
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise StoreError(_changed(path, f"cannot be read ({error.strerror})")) from error
+        if hashlib.sha256(content).hexdigest() != self.files[name]["sha256"]:
+            raise StoreError(_changed(path, "is not what was made"))
+        return content
+
 
 def label_of(record: Mapping[str, Any]) -> str:
     """`name-fingerprint[:12]` of a record."""
@@ -158,13 +171,69 @@ def read_record(directory: Path) -> Record:
     path = directory / RECORD
     try:
         record = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise StoreError(
-            f"{path} cannot be read ({error}). It was changed after it was committed; remove "
-            f"{directory} and run the recipe again to make it anew"
-        ) from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise StoreError(_changed(path, f"cannot be read ({error})")) from error
     check_format(record, path)
+    fault = form_fault(record)
+    if fault:
+        raise StoreError(_changed(path, f"is not as posttrain writes it ({fault})"))
     return dict(record)
+
+
+def _changed(path: Path, what: str) -> str:
+    return (
+        f"{path} {what}. It was changed after it was committed; remove {path.parent} and run the "
+        "recipe again to make it anew"
+    )
+
+
+_FIELDS: Final[Mapping[str, type]] = {
+    **dict.fromkeys(("name", "kind", "fingerprint", "created"), str),
+    **dict.fromkeys(("payload", "config", "inputs", "files", "metrics", "provenance"), dict),
+    "history": list,
+}
+"""Fields that every record has, and their types."""
+
+
+def form_fault(record: Any) -> str:
+    """What is not as it has to be in a record, by name; "" where all is. Contents are not looked
+    at, see `record_problems`."""
+    if not isinstance(record, dict):
+        return "no object"
+    for name, kind in _FIELDS.items():
+        if not isinstance(record.get(name), kind):
+            return name
+    payload, inputs, files = record["payload"], record["inputs"], record["files"]
+    warnings = record.get("warnings", [])
+    try:
+        dated = datetime.fromisoformat(record["created"]).tzinfo is not None
+    except ValueError:
+        dated = False
+    whole = {
+        "payload": all(isinstance(payload.get(part), dict) for part in ("data", "inputs")),
+        "inputs": all(map(_is_reference, inputs.values())),
+        "files": all(map(_is_file, files, files.values())),
+        "history": not any(map(form_fault, record["history"])),
+        "created": dated,
+        "warnings": isinstance(warnings, list) and all(isinstance(w, str) for w in warnings),
+    }
+    return next((name for name, good in whole.items() if not good), "")
+
+
+def _is_reference(source: Any) -> bool:
+    keys = ("name", "kind", "fingerprint", "record_sha256")
+    return isinstance(source, dict) and all(isinstance(source.get(key), str) for key in keys)
+
+
+def _is_file(name: str, entry: Any) -> bool:
+    path = PurePosixPath(name)
+    inside = not path.is_absolute() and ".." not in path.parts
+    return (
+        inside
+        and isinstance(entry, dict)
+        and isinstance(entry.get("sha256"), str)
+        and isinstance(entry.get("bytes"), int)
+    )
 
 
 def check_format(content: Any, path: Path) -> None:

@@ -248,7 +248,7 @@ class Store:
             raise StoreError(f"{self.root} is not a directory; name an empty or new one") from None
         try:
             check_format(json.loads(content), marker)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise StoreError(
                 f'{marker} is damaged ({error}); write {{"format": 1}} into it'
             ) from error

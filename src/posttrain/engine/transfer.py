@@ -18,7 +18,7 @@ from posttrain.engine.atomic import fsync, guarded, write_whole
 from posttrain.engine.errors import StoreError
 from posttrain.engine.fingerprint import digest, file_digest, files_digest
 from posttrain.engine.graph import Node, payload
-from posttrain.engine.record import FORMAT, Artifact, Record, check_format
+from posttrain.engine.record import FORMAT, Artifact, Record, check_format, form_fault
 from posttrain.engine.store import Store
 
 HISTORY: Final = "history.json"
@@ -143,9 +143,12 @@ def read_history(directory: Path) -> list[Record]:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
         return []
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise StoreError(
             f"{path} is damaged ({error}); remove it to adopt without a history"
         ) from error
     check_format(content, path)
-    return list(content["records"])
+    records = content.get("records")
+    if not isinstance(records, list) or any(map(form_fault, records)):
+        raise StoreError(f"{path} holds no whole records; remove it to adopt without a history")
+    return records

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from posttrain.engine.atomic import remembered
 from posttrain.engine.errors import StoreError, choices_text
 from posttrain.engine.record import SHORT, label_of
 from posttrain.engine.store import Store
@@ -75,14 +76,23 @@ def split_place(text: str) -> tuple[str, int | None]:
 
 
 def unfinished(store: Store) -> list[Unfinished]:
-    """All of them, by name. One that a version began which did not note its name is left out."""
+    """All of them, by name. One whose name was not noted, or whose note is damaged, is left out."""
     done = store.index()
     found = []
     for path in sorted((store.root / "work").glob(f"*/{STAGE}")):
         if path.parent.name not in done and len(path.parent.name) == SHORT:
-            stage = json.loads(path.read_bytes())
-            found.append(Unfinished(path=path.parent, stage=stage, step=read_step(path.parent)))
+            stage = remembered(path)
+            if _is_whole(stage):
+                found.append(Unfinished(path=path.parent, stage=stage, step=read_step(path.parent)))
     return sorted(found, key=lambda one: (one.name, one.fingerprint))
+
+
+def _is_whole(stage: Any) -> bool:
+    return (
+        isinstance(stage, dict)
+        and all(isinstance(stage.get(key), str) for key in ("name", "kind", "fingerprint"))
+        and all(isinstance(stage.get(key), dict) for key in ("config", "inputs"))
+    )
 
 
 def find_unfinished(store: Store, text: str) -> Unfinished:
@@ -100,17 +110,19 @@ def find_unfinished(store: Store, text: str) -> Unfinished:
         if (one.label.startswith(name) and len(name) > len(one.name))
         or (len(name) >= 4 and one.fingerprint.startswith(name))
     ]
+    # What has no step checkpoint cannot be meant where something else can.
+    found = [one for one in found if one.step is not None] or found[:1]
     if len(found) > 1:
         choices = "\n".join(f"  {one.label}@step  ({_where(one)})" for one in found)
         raise StoreError(
             f"{text!r} could be {len(found)} unfinished stages; give one of:\n{choices}"
         )
+    finished = any(
+        name in store.names.all_of(label[-SHORT:], label[: -SHORT - 1])
+        for label in (path.name for path in store.index().values())
+    )
     if not found:
         known = choices_text(name, [one.name for one in every], label="unfinished stages")
-        finished = any(
-            name in store.names.all_of(label[-SHORT:], label[: -SHORT - 1])
-            for label in (path.name for path in store.index().values())
-        )
         hint = f"{name!r} is finished, name it without @step; " if finished else ""
         raise StoreError(f"{text!r}: no unfinished stage {name!r} in {store.root}; {hint}{known}")
     (one,) = found
@@ -118,6 +130,7 @@ def find_unfinished(store: Store, text: str) -> Unfinished:
         raise StoreError(
             f"{text!r}: {one.name} has no step checkpoint yet; the first one is written after some "
             "seconds of work"
+            + (f"; another {name!r} is finished, name that without @step" if finished else "")
         )
     if step not in (None, one.step):
         raise StoreError(

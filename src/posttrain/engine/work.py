@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from posttrain.engine.atomic import write_whole
+from posttrain.engine.atomic import remembered, write_whole
 from posttrain.engine.errors import StoreError
 from posttrain.engine.record import RECORD
 
@@ -104,7 +104,7 @@ def read_step(path: Path) -> int | None:
         return int(json.loads(step_path.read_bytes())["step"])
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise StoreError(
             f'{step_path} is not {{"step": number}} ({error!r}); '
             f"remove {path} to start that stage anew"
@@ -138,11 +138,22 @@ def add_warning(path: Path, text: str, about: str | None = None) -> None:
 
 
 def _warning_lines(path: Path) -> list[dict[str, str]]:
+    """Those that can be read: a damaged line must not end the run that it is a remark on."""
     try:
-        text = (path / WARNINGS).read_text(encoding="ascii")
-    except FileNotFoundError:
+        lines = (path / WARNINGS).read_bytes().splitlines()
+    except OSError:
         return []
-    return [json.loads(line) for line in text.splitlines()]
+    found = []
+    for line in lines:
+        try:
+            content = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(content, dict) and all(
+            isinstance(content.get(key), str) for key in ("text", "about")
+        ):
+            found.append(content)
+    return found
 
 
 def write_facts(path: Path, **facts: Any) -> None:
@@ -152,11 +163,8 @@ def write_facts(path: Path, **facts: Any) -> None:
 
 def read_facts(path: Path) -> dict[str, Any]:
     """What the stage of a work directory adds to the provenance; {} where it adds nothing."""
-    try:
-        facts: dict[str, Any] = json.loads((path / FACTS).read_bytes())
-    except FileNotFoundError:
-        return {}
-    return facts
+    facts = remembered(path / FACTS)
+    return facts if isinstance(facts, dict) else {}
 
 
 def file_state(path: Path | None) -> list[Any] | None:
@@ -173,10 +181,7 @@ def file_state(path: Path | None) -> list[Any] | None:
 def read_wait(path: Path) -> tuple[str, bool] | None:
     """What the newest attempt in a work directory waits for, and whether that file has changed
     since; None where it does not wait."""
-    try:
-        result = json.loads((path / RESULT).read_bytes())
-    except (FileNotFoundError, ValueError):
-        return None
+    result = remembered(path / RESULT)
     if not isinstance(result, dict) or "waiting" not in result:
         return None
     state = result.get("file")
@@ -218,7 +223,7 @@ def _trim_metrics(path: Path, step: int) -> None:
 def _step_of(line: bytes) -> float:
     try:
         content = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return float("inf")
     found = content.get("step", 0) if isinstance(content, dict) else 0
     return found if isinstance(found, int | float) else 0

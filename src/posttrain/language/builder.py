@@ -215,6 +215,8 @@ class Builder:
             hint = ""
             if isinstance(data, str | Path) and Stage in allowed:
                 hint = f"; a table of your own is r.table({str(data)!r})"
+            elif isinstance(data, list | tuple | dict) and Stage in allowed:
+                hint = "; several are one by r.mix({data: weight, ...})"
             raise ConfigError(f"stage {stage!r}: its data is {given}; it needs {choices}{hint}")
         if isinstance(data, Stage):
             if not data.may_make("rows"):

@@ -25,7 +25,7 @@ from pydantic import PydanticUserError, TypeAdapter, ValidationError
 from posttrain.engine.errors import ConfigError, PosttrainError, choices_text
 from posttrain.engine.graph import Graph
 from posttrain.engine.store import Store
-from posttrain.language.calls import not_allowed
+from posttrain.language.calls import OTHER_VERBS, mistaken
 from posttrain.language.handles import Stage, Warned
 from posttrain.recipe import Recipe
 from posttrain.suites.load import load_suite, suite_file
@@ -192,8 +192,8 @@ def _blamed(path: Path) -> Iterator[None]:
         raise
     except (Exception, SystemExit) as error:
         where = f"{path}, {_line(path, error)}"
-        invalid = isinstance(error, ValidationError)
-        if said := not_allowed(error) if invalid else _misspelt(error):
+        said = _misspelt(error) or (mistaken(path, error) if isinstance(error, Exception) else "")
+        if said:
             raise ConfigError(f"{where}: {said}") from None
         raise ConfigError(f"{where}: {type(error).__name__}: {error}") from error
 
@@ -218,6 +218,10 @@ def _misspelt(error: BaseException) -> str:
         # It shows what it imported as well, and typing's names are of no use to a recipe.
         made = {n: str(getattr(getattr(owner, n), "__module__", "")) for n in shown}
         shown = [n for n in shown if made[n].startswith("posttrain")]
+    if what == "r":
+        shown = [n for n in shown if n != "graph"]
+        if name in OTHER_VERBS:
+            return f"there is no r.{name}; here it is r.{OTHER_VERBS[name]}"
     return f"there is no {what}.{name}; {choices_text(name, shown)}"
 
 

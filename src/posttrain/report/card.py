@@ -45,8 +45,7 @@ def model_card(
             kind, data, {**origins(record, ancestors), **results(record, scores or ())}, writes_text
         ),
         f"# {record['name']}",
-        f"Made by posttrain: {shown_kind(kind).card or kind}. "
-        f"Fingerprint `{record['fingerprint']}`.",
+        f"Made by posttrain: {_how(record)}. Fingerprint `{record['fingerprint']}`.",
         *(["## Scores", *_scores(scores)] if scores else []),
         *_titled("## Warnings", "\n".join(f"- {_plain(w)}" for w in record.get("warnings", ()))),
         "## How it was made",
@@ -57,7 +56,11 @@ def model_card(
                 for edge, s in parents.items()
             ],
         )
-        or "It has no parents.",
+        or (
+            "What it was made from is in the history of that stage."
+            if _stopped(record)
+            else "It has no parents."
+        ),
         *_titled(
             "## Data",
             _table(
@@ -74,6 +77,23 @@ def model_card(
         _USE if writes_text else _USE_SCORES,
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _stopped(record: Mapping[str, Any]) -> Mapping[str, str]:
+    """The unfinished stage of which this is the step checkpoint; {} where it is none."""
+    stage: Mapping[str, str] = record.get("provenance", {}).get("stage", {})
+    return stage
+
+
+def _how(record: Mapping[str, Any]) -> str:
+    """How the model was made, in words."""
+    if stage := _stopped(record):
+        kind = shown_kind(stage["kind"])
+        return (
+            f"the step checkpoint {record['provenance']['source']} of a stage that was not "
+            f"finished ({kind}, fingerprint {stage['fingerprint'][:SHORT]}), {kind.card or kind}"
+        )
+    return shown_kind(record["kind"]).card or record["kind"]
 
 
 _USE = """```python

@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from posttrain.engine import ancestry
+from posttrain.engine.errors import StoreError
 from posttrain.engine.graph import named
 from posttrain.engine.record import Artifact, Recorded, label_of
 from posttrain.engine.store import Store
@@ -98,8 +99,8 @@ def facts_of(artifact: Artifact) -> StageFacts:
 def _lines(artifact: Artifact) -> list[dict[str, float]]:
     if METRICS not in artifact.files:
         return []
-    text = artifact.file(METRICS).read_text(encoding="utf-8")
-    return [_numbers(json.loads(line)) for line in text.splitlines()]
+    lines = artifact.content(METRICS).splitlines()
+    return [_numbers(_parsed(artifact, METRICS, line)) for line in lines]
 
 
 def _numbers(line: Mapping[str, Any]) -> dict[str, float]:
@@ -115,7 +116,17 @@ def read_json(artifact: Artifact, name: str) -> Any:
     """The content of one of its JSON files, None where it has no such file."""
     if name not in artifact.files:
         return None
-    return json.loads(artifact.file(name).read_text(encoding="utf-8"))
+    return _parsed(artifact, name, artifact.content(name))
+
+
+def _parsed(artifact: Artifact, name: str, content: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise StoreError(f"{artifact.path / name} holds no JSON object; it is not of posttrain")
+    return found
 
 
 def scores_of(store: Store, artifact: Artifact) -> list[dict[str, Any]]:

@@ -32,8 +32,14 @@ BETTER: Mapping[str, Literal["higher", "lower"]] = {
 }
 """Summary metrics of which one direction is better, beside accuracies and Norm, of which more is
 better; of others no setting is called the best."""
-_NOT_STUDENTS = ("norm", "score", "win", "kl_init")
-"""Metrics of an evaluation in several parts begin with one of these, else with a student."""
+_NOT_STUDENTS = {
+    "norm": "Norm",
+    "score": "judge's score",
+    "win": "wins against init",
+    "kl_init": "KL to init",
+}
+"""Metrics of an evaluation in several parts begin with one of these, else with a student; and how
+these are called in a table."""
 
 
 class Measure(NamedTuple):
@@ -119,7 +125,14 @@ class Outcome:
 
     def title(self, measure: str) -> str:
         """A measure as the head of a column."""
-        return f"{measure}, %" if self.units[measure] == "percent" else measure
+        title = measure
+        head, _, rest = measure.partition("/")
+        if head in _NOT_STUDENTS and rest:
+            student, _, domain = rest.rpartition("/")
+            title = f"{_NOT_STUDENTS[head]}, {domain}"
+            if student != "student":
+                title = f"{student}: {title}"
+        return f"{title}, %" if self.units[measure] == "percent" else title
 
 
 def measures(artifact: Artifact) -> dict[str, Measure]:

@@ -5,6 +5,7 @@ The settings themselves are in `stages/settings/`; the table of kinds names them
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, get_args
 
@@ -37,6 +38,11 @@ OTHER_NAMES = {
     "dtype": "precision",
     "torch_dtype": "precision",
     "assistant_only_loss": "loss_on",
+    "epsilon": "clip_low",
+    "epsilon_high": "clip_high",
+    "cliprange": "clip_low",
+    "beta": "coef",
+    "max_norm": "max_grad_norm",
 }
 """What other projects call a setting of ours."""
 
@@ -59,6 +65,12 @@ def build_config(kind: str, stage: str, values: Mapping[str, Any]) -> Settings:
     return built
 
 
+def explain_choice(error: ValidationError, choice: type[BaseModel]) -> str:
+    """What is wrong with a value of `posttrain.algorithms`, for the person who wrote it."""
+    problems = sorted(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
+    return "\n".join(f"{choice.__name__}{_explain(one, choice)}" for one in problems)
+
+
 def _numbers(path: str, given: Any, taken: Any) -> Iterator[tuple[str, Any, Any]]:
     """Dotted path, what was given and what was made of it: where pydantic made a number of True or
     of "3", since nobody who writes that means it."""
@@ -78,16 +90,18 @@ def _explain(problem: ErrorDetails, config: type[BaseModel]) -> str:
     if problem["type"] == "extra_forbidden":
         name = field.rpartition(".")[2]
         within = [
-            f"{place}.{name}"
+            f"{place}.{ours}"
+            for ours in dict.fromkeys((name, OTHER_NAMES.get(name)))
             for place, outer in owner.model_fields.items()
-            if any(name in model.model_fields for model in _models(outer.annotation))
+            if any(ours in model.model_fields for model in _models(outer.annotation))
         ]
+        known = [field for field in owner.model_fields if field != "kind"]
         hint = f"it is a setting of a choice, {' or '.join(within)}; " if within else ""
         if OTHER_NAMES.get(name) in owner.model_fields:
             hint = f"here it is called {OTHER_NAMES[name]!r}; "
-        return f"{where}: unknown option; {hint}{choices_text(name, owner.model_fields)}"
+        return f"{where}: unknown option; {hint}{choices_text(name, known)}"
     if problem["type"] == "missing":
-        return f"{where}: a value is needed, for example {field}=100"
+        return f"{where}: a value is needed; write {field}=..."
     if problem["type"] == "value_error":
         return f"{where}: {context['error']}"
     if problem["type"] == "union_tag_invalid":
@@ -96,7 +110,15 @@ def _explain(problem: ErrorDetails, config: type[BaseModel]) -> str:
     if problem["type"] == "union_tag_not_found":
         kinds = [kind for model in models for kind in _kinds(model)]
         return f"{where}: {problem['input']!r} does not say its kind; choices: {', '.join(kinds)}"
-    return f"{where}: {shortened(repr(problem['input']))} is not allowed: {problem['msg']}"
+    said = f"{where}: {shortened(repr(problem['input']))} is not allowed"
+    if problem["type"] == "literal_error":
+        choices = [text.strip("'") for text in re.split(", | or ", context["expected"])]
+        return f"{said}; {choices_text(str(problem['input']), choices)}"
+    if problem["type"] in ("model_type", "model_attributes_type") and field:
+        name = context["class_name"]
+        number = type(problem["input"]) in (int, float)
+        return f"{said}; write {field}={name}({problem['input'] if number else '...'})"
+    return f"{said}: {problem['msg']}"
 
 
 def _place(

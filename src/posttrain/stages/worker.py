@@ -6,6 +6,7 @@ here.
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import sys
@@ -17,7 +18,7 @@ from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 from posttrain.engine.process import Job
-from posttrain.engine.record import RECORD, Record, label_of, read_record
+from posttrain.engine.record import RECORD, Record, label_of
 from posttrain.engine.work import read_warnings, write_facts
 from posttrain.report.card import model_card
 from posttrain.stages.config import build_config
@@ -131,7 +132,7 @@ def write_card(
     job: Job, out: Path, metrics: Mapping[str, Any], warnings: Sequence[str] = ()
 ) -> None:
     """README.md beside the weights. Scores are not in it: they come after; an export has them."""
-    inputs = {edge: read_record(Path(path)) for edge, path in job.inputs.items()}
+    inputs = {edge: _known_record(Path(path)) for edge, path in job.inputs.items()}
     made = {**vars(job), "inputs": inputs, "metrics": metrics, "warnings": warnings}
     made["provenance"] = {"origin": job.runtime["origin"]} if "origin" in job.runtime else {}
     card = model_card(made, ancestors=_ancestors(job.inputs))
@@ -141,6 +142,12 @@ def write_card(
     path.write_text(card, encoding="utf-8")
 
 
+def _known_record(artifact: Path) -> Record:
+    """The record of an input: the store has looked at its form when the run was planned."""
+    record: Record = json.loads((artifact / RECORD).read_bytes())
+    return record
+
+
 def _ancestors(inputs: Mapping[str, str]) -> list[Record]:
     """The records of all that the inputs descend from, as far as they lie beside them in the
     store."""
@@ -148,7 +155,11 @@ def _ancestors(inputs: Mapping[str, str]) -> list[Record]:
     frontier = [Path(path) for path in inputs.values()]
     while frontier:
         path = frontier.pop()
-        record = read_record(path)
+        try:
+            record = _known_record(path)
+        except (OSError, ValueError):
+            # Damaged further up: `verify` tells, and the model of this stage is as good as ever.
+            continue
         if record["fingerprint"] in found:
             continue
         found[record["fingerprint"]] = record

@@ -51,7 +51,7 @@ def _checked(text: str) -> str:
 
 
 def _number(value: float | Decimal) -> str:
-    if not math.isfinite(value):
+    if not isinstance(value, int) and not math.isfinite(value):
         raise ConfigError(f"holds {value}, which is no number to be answered; remove the row")
     if isinstance(value, Decimal):
         return format(value.to_integral_value() if value == value.to_integral_value() else value)
@@ -86,8 +86,11 @@ def plain_value(value: Any) -> tuple[Any, int]:
     if isinstance(value, timedelta):
         return value.total_seconds(), 0
     if isinstance(value, Mapping):
-        found = {str(key): plain_value(item) for key, item in value.items()}
-        return {k: item for k, (item, _) in found.items()}, sum(n for _, n in found.values())
+        # A key without a form takes its value along.
+        kept = {str(key): item for key, item in value.items() if not plain_value(str(key))[1]}
+        found = {key: plain_value(item) for key, item in kept.items()}
+        left_out = len(value) - len(kept) + sum(count for _, count in found.values())
+        return {key: item for key, (item, _) in found.items()}, left_out
     if isinstance(value, list | tuple):
         items = [plain_value(item) for item in value]
         return [item for item, _ in items], sum(count for _, count in items)

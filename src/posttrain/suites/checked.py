@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from posttrain.engine.atomic import write_whole
+from posttrain.engine.atomic import remembered, write_whole
 from posttrain.engine.fingerprint import digest
 from posttrain.rewards.spec import UNVERIFIED
 from posttrain.suites.location import Location, parse_location
@@ -144,10 +144,7 @@ def recall(cache: Path | None, name: str) -> dict[str, int] | None:
     """What is remembered under a name; None where nothing is, or where it is damaged."""
     if cache is None:
         return None
-    try:
-        found = json.loads((cache / f"{name}.json").read_bytes())
-    except (OSError, ValueError):
-        return None
+    found = remembered(cache / f"{name}.json")
     whole = isinstance(found, dict) and all(isinstance(value, int) for value in found.values())
     return found if whole else None
 

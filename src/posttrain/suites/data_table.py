@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from posttrain.engine.errors import ConfigError
-from posttrain.suites.cells import loaded_json
+from posttrain.suites.cells import shown
+from posttrain.suites.messages import conversations_in, looks_like_messages
 from posttrain.suites.own_data import (
     Config,
     Row,
@@ -17,6 +18,7 @@ from posttrain.suites.own_data import (
     asked_for,
     cell,
     check_texts,
+    read_json,
     response,
 )
 
@@ -53,8 +55,10 @@ def _rows(config: Config, record: Mapping[str, Any]) -> list[Row]:
     if "messages" in config:
         column = config["messages"]
         value = cell(record, "messages", column)
-        if isinstance(value, str):
-            value = loaded_json(value, hint='a list of {"role": ..., "content": ...}')
+        form = 'a list of {"role": ..., "content": ...}'
+        value = read_json(value, f"column {column!r}", hint=form)
+        if not looks_like_messages(value):
+            raise ConfigError(f"column {column!r} holds {shown(value)}; it has to be {form}")
         before, demo = response(value, f"column {column!r}")
         if not before:
             raise ConfigError(
@@ -64,6 +68,12 @@ def _rows(config: Config, record: Mapping[str, Any]) -> list[Row]:
         place = f"column {column!r}: what stands before the response"
         return [asked_for(config, record, before, place) | {"demo": demo}]
     column = config.get("prompt", "prompt")
+    talks = conversations_in(record) if column not in record else None
+    if talks is not None:
+        raise ConfigError(
+            f"column {column!r} is missing, and {talks!r} holds conversations; write messages = "
+            f'"{talks}"'
+        )
     row = asked_for(config, record, cell(record, "prompt", column), f"column {column!r}")
     column = config.get("demo", "demo")
     before, demo = response(cell(record, "demo", column), f"column {column!r}")

@@ -65,8 +65,10 @@ def load_suite(spec: str, base: Path | None = None) -> tuple[Suite, Path]:
     """
     path = suite_file(spec, base)
     if path.suffix not in (".toml", ".py"):
+        files = [path.with_name(path.name + end) for end in (".toml", ".py")]
+        there = next((f"did you mean {spec + f.suffix!r}? " for f in files if f.is_file()), "")
         raise ConfigError(
-            f"suite: unknown suite {spec!r}; {choices_text(spec, SHIPPED)}, "
+            f"suite: unknown suite {spec!r}; {there}{choices_text(spec, SHIPPED)}, "
             "or a path to a .toml or .py file"
         )
     if not path.is_file():

@@ -10,9 +10,11 @@ therefore has to name a commit.
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from posttrain.engine.errors import ConfigError, choices_text
 from posttrain.engine.fingerprint import digest, file_digest
@@ -71,8 +73,36 @@ class Location:
     def arrow_files(self) -> list[Path]:
         """Data files of a `save_to_disk` folder, in the order in which its rows are read."""
         assert self.path is not None and self.kind == "folder", self
-        state = json.loads((self.path / "state.json").read_text(encoding="utf-8"))
-        return [self.path / item["filename"] for item in state["_data_files"]]
+        state = _read_object(self.path / "state.json", self.text)
+        files = state.get("_data_files")
+        names = (
+            [item.get("filename") for item in files if isinstance(item, dict)]
+            if isinstance(files, list)
+            else []
+        )
+        if not names or not all(isinstance(name, str) for name in names):
+            raise ConfigError(
+                f"folder {self.text}: its state.json names no data files; write it again with "
+                "datasets' save_to_disk"
+            )
+        missing = next((name for name in names if not (self.path / name).is_file()), None)
+        if missing is not None:
+            raise ConfigError(
+                f"folder {self.text}: the data file {missing!r} that its state.json names is not "
+                "there; write the folder again with datasets' save_to_disk"
+            )
+        return [self.path / name for name in names]
+
+
+def _read_object(path: Path, folder: str) -> dict[str, Any]:
+    """One of the small files of a `save_to_disk` folder."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"folder {folder}: {path.name} cannot be read ({error})") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"folder {folder}: {path.name} holds no JSON object")
+    return found
 
 
 def parse_location(text: str, base_dir: Path, *, where: str) -> Location:
@@ -86,14 +116,16 @@ def parse_location(text: str, base_dir: Path, *, where: str) -> Location:
         return _parse_hub(text, where)
     path = (base_dir / text).absolute()
     folder, mark, split = str(path).rpartition("#")
-    if mark and Path(folder).is_dir():
+    if mark and os.path.isdir(folder):
         return _parse_folder(Path(folder), split, where)
-    if path.is_dir():
+    # Unlike Path.is_dir, false also for a name that the system does not take.
+    if os.path.isdir(path):
         return _parse_folder(path, "", where)
     kind, gz = _kind(path)
     if kind is None:
         raise ConfigError(f"{where}: {text!r} is not a table that can be read; give {_FORMS}")
-    if not path.is_file():
+    if not os.path.isfile(path):
+        _check_link(path, where)
         beside = [file.name for file in path.parent.glob("*") if _kind(file)[0]]
         raise ConfigError(
             f"{where}: file {path} does not exist; "
@@ -101,7 +133,23 @@ def parse_location(text: str, base_dir: Path, *, where: str) -> Location:
         )
     if path.stat().st_size == 0:
         raise ConfigError(f"{where}: file {path} is empty; it needs at least one row per split")
+    _check_readable(path, where)
     return Location(text=str(path), kind=kind, gz=gz, path=path)
+
+
+def _check_link(path: Path, where: str) -> None:
+    """Say of what stands there and is no file what it is."""
+    if os.path.islink(path):
+        raise ConfigError(f"{where}: {path} is a link to {os.readlink(path)}, which is not there")
+    if os.path.exists(path):
+        raise ConfigError(f"{where}: {path} is no file but a pipe or a device; write it to a file")
+
+
+def _check_readable(path: Path, where: str) -> None:
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise ConfigError(f"{where}: {path} cannot be read: {error.strerror}") from None
 
 
 def _kind(path: Path) -> tuple[str | None, bool]:
@@ -138,7 +186,9 @@ def _parse_hub(text: str, where: str) -> Location:
 def _parse_folder(path: Path, split: str, where: str) -> Location:
     splits_file = path / "dataset_dict.json"
     if splits_file.is_file():
-        splits = json.loads(splits_file.read_text(encoding="utf-8"))["splits"]
+        splits = _read_object(splits_file, str(path)).get("splits")
+        if not isinstance(splits, list) or not all(isinstance(name, str) for name in splits):
+            raise ConfigError(f"{where}: folder {path}: its dataset_dict.json names no splits")
         if split not in splits:
             problem = f"has no split {split!r}" if split else "holds several splits; name one"
             example = f"{path.name}#{splits[0]}" if splits else path.name
@@ -146,6 +196,8 @@ def _parse_folder(path: Path, split: str, where: str) -> Location:
                 f"{where}: folder {path} {problem}, as in {example!r}; "
                 f"{choices_text(split, splits, label='splits')}"
             )
+        if not os.path.isfile(path / split / "state.json"):
+            raise ConfigError(f"{where}: folder {path} has no state.json for its split {split!r}")
         return Location(text=f"{path}#{split}", kind="folder", path=path / split, split=split)
     if split:
         raise ConfigError(f"{where}: folder {path} holds one table and no split {split!r}")

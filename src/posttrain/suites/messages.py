@@ -50,6 +50,23 @@ def looks_like_messages(value: Any) -> bool:
     )
 
 
+def conversations_in(record: Mapping[str, Any]) -> str | None:
+    """The first column of a row that holds messages, or the JSON text of some."""
+    found = (key for key, value in record.items() if looks_like_messages(from_cell(value)))
+    return next(found, None)
+
+
+def from_cell(value: Any) -> Any:
+    """The messages of which a cell of CSV holds the JSON text; any other value as it is."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    try:
+        found = loaded_json(value, hint="")
+    except ConfigError:
+        return value
+    return found if looks_like_messages(found) else value
+
+
 def read_messages(value: Any) -> list[Message]:
     """The messages of a cell: a list, or its JSON text.
 

@@ -22,13 +22,14 @@ from posttrain.engine.fingerprint import digest, file_digest, plain
 from posttrain.engine.hashes import HashFile
 from posttrain.engine.jsonl import write_jsonl
 from posttrain.rewards.spec import NodeParts
-from posttrain.suites.cells import is_missing, shown, spread, text_of
+from posttrain.suites.cells import is_missing, loaded_json, shown, spread, text_of
 from posttrain.suites.checked import recall, remember
 from posttrain.suites.faults import Faults
 from posttrain.suites.location import CHANGED, Location, parse_location
 from posttrain.suites.messages import (
     Message,
     check_system,
+    from_cell,
     is_plain,
     looks_like_messages,
     message_list,
@@ -139,7 +140,10 @@ class TableKind:
         for record in read_records(location, faults):
             num_read += 1
             with faults.at(record.place):
-                made = self.rows(config, record.values)
+                values = record.values
+                if location.kind in ("csv", "tsv"):
+                    values = {column: from_cell(value) for column, value in values.items()}
+                made = self.rows(config, values)
                 keys = [json.dumps(row, sort_keys=True) for row in made]
                 fresh = {k: row for k, row in zip(keys, made, strict=True) if k not in found}
                 tied += not made
@@ -205,9 +209,11 @@ def number(record: Mapping[str, Any], field: str, column: str) -> float:
 
 def as_number(value: Any, place: str) -> float:
     """The value as a finite number, also where it is a text."""
+    if is_missing(value):
+        raise ConfigError(f"{place} holds no value; it has to be a number")
     try:
         found = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         found = math.nan
     if not math.isfinite(found):
         raise ConfigError(f"{place} holds {shown(value)}; it has to be a number")
@@ -223,6 +229,16 @@ def text(value: Any, place: str) -> str:
     if not found.strip():
         raise ConfigError(f"{place} is empty; fill it, or leave the row out")
     return found
+
+
+def read_json(value: Any, place: str, hint: str) -> Any:
+    """What a JSON text says; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return loaded_json(value, hint=hint)
+    except ConfigError as error:
+        raise ConfigError(f"{place}: {error}") from None
 
 
 TURN = re.compile(r"(?:^|\n)\n(Human|Assistant):[ \t]*")

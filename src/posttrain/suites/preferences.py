@@ -12,13 +12,14 @@ column a conversation may be a text as in HH-RLHF, "\n\nHuman: ...\n\nAssistant:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
 from posttrain.engine.errors import ConfigError
-from posttrain.suites.cells import loaded_json, shown
+from posttrain.suites.cells import shown
 from posttrain.suites.messages import Message, looks_like_messages, message_list
 from posttrain.suites.own_data import (
     Config,
@@ -30,6 +31,7 @@ from posttrain.suites.own_data import (
     cell,
     check_texts,
     number,
+    read_json,
     response,
     transcript,
 )
@@ -186,7 +188,7 @@ def _how_much(config: Config, record: Mapping[str, Any]) -> Row:
                 f"the chosen response has the lower score, {better:g} against {worse:g}; swap the "
                 "two, or leave the row out"
             )
-        found["margin"] = better - worse
+        found["margin"] = _difference(better, worse)
     if "strength" in config:
         strength = number(record, "strength", config["strength"])
         if strength not in (1, 2, 3, 4):
@@ -228,15 +230,22 @@ def _ranking(config: Config, record: Mapping[str, Any]) -> list[Row]:
             )
         better, worse = (one, other) if scores[one] > scores[other] else (other, one)
         pair = row | {"chosen": said[better][1], "rejected": said[worse][1]}
-        margin = {"margin": scores[better] - scores[worse]} if "scores" in config else {}
+        margin = {}
+        if "scores" in config:
+            margin["margin"] = _difference(scores[better], scores[worse])
         pairs.append(pair | margin)
     return pairs
 
 
+def _difference(better: float, worse: float) -> float:
+    if not math.isfinite(better - worse):
+        raise ConfigError(f"the scores {better:g} and {worse:g} are too far apart to be subtracted")
+    return better - worse
+
+
 def _list(config: Config, record: Mapping[str, Any], field: str) -> list[Any]:
     value = cell(record, field, config[field])
-    if isinstance(value, str):
-        value = loaded_json(value, hint="a list")
+    value = read_json(value, f"column {config[field]!r}", hint="a list")
     if not isinstance(value, list):
         raise ConfigError(
             f"column {config[field]!r} holds {shown(value)}; the {field} of a ranking are a list"
@@ -265,7 +274,10 @@ def _single(config: Config, record: Mapping[str, Any]) -> list[Row]:
 def _asked(config: Config, record: Mapping[str, Any], before: list[Message]) -> Row:
     """The beginning of a row: its prompt, of a column or what stands before the response."""
     if before:
-        if "prompt" in config and not _begins(before, cell(record, "prompt", config["prompt"])):
+        place = f"column {config.get('prompt')!r}"
+        if "prompt" in config and not _begins(
+            before, cell(record, "prompt", config["prompt"]), place
+        ):
             raise ConfigError(
                 f"column {config['prompt']!r} is not what the conversation begins with; leave "
                 "prompt out, and the beginning of the conversation is the prompt"
@@ -275,10 +287,13 @@ def _asked(config: Config, record: Mapping[str, Any], before: list[Message]) -> 
     return asked_for(config, record, cell(record, "prompt", column), f"column {column!r}")
 
 
-def _begins(before: list[Message], prompt: Any) -> bool:
+def _begins(before: list[Message], prompt: Any, place: str) -> bool:
     """Whether the prompt of a column is what a conversation says before its response."""
     if looks_like_messages(prompt):
-        given = message_list(prompt)
+        try:
+            given = message_list(prompt)
+        except ConfigError as error:
+            raise ConfigError(f"{place}: {error}") from None
         return given in (before, [message for message in before if message["role"] != "system"])
     said = [message["content"] for message in before if message["role"] == "user"]
     return str(prompt).strip() in [str(text).strip() for text in said]

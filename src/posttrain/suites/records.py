@@ -176,9 +176,10 @@ def _cells(location: Location, start: str) -> Iterator[tuple[int, list[str], lis
                     continue
                 if header is None:
                     header = [cell.strip() for cell in cells]
-                    twice = next((name for name in header if header.count(name) > 1), None)
-                    if twice is not None:
-                        raise ConfigError(f"{start}, line 1: two columns are called {twice!r}")
+                    try:
+                        _check_header(header)
+                    except ConfigError as error:
+                        raise ConfigError(f"{start}, line {number}: {error}") from None
                     continue
                 yield number, header, cells
         except csv.Error as error:
@@ -198,7 +199,7 @@ def _parquet(location: Location, start: str) -> Iterator[dict[str, Any]]:
         file = parquet.ParquetFile(location.path)
     with file, _told(f"{start} cannot be read"):
         for batch in file.iter_batches(batch_size=1024):
-            yield from batch.to_pylist()
+            yield from _rows(batch)
 
 
 def _arrow(location: Location, start: str) -> Iterator[dict[str, Any]]:
@@ -223,10 +224,31 @@ def _batches(ipc: Any, path: Path) -> Iterator[dict[str, Any]]:
         if magic == b"ARROW1":
             reader = ipc.open_file(file)
             for number in range(reader.num_record_batches):
-                yield from reader.get_batch(number).to_pylist()
+                yield from _rows(reader.get_batch(number))
         else:
             for batch in ipc.open_stream(file):
-                yield from batch.to_pylist()
+                yield from _rows(batch)
+
+
+def _rows(batch: Any) -> list[dict[str, Any]]:
+    """The rows of a batch. Raises ConfigError that names a column that cannot be read."""
+    names = batch.schema.names
+    _check_header(names)
+    columns = []
+    for name, column in zip(names, batch.columns, strict=True):
+        try:
+            columns.append(column.to_pylist())
+        except Exception as error:
+            raise ConfigError(
+                f"column {name!r} holds what Python has no value for ({error})"
+            ) from error
+    return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
+
+
+def _check_header(names: list[str]) -> None:
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"two columns are called {twice!r}")
 
 
 @contextmanager
@@ -234,10 +256,10 @@ def _told(what: str) -> Iterator[None]:
     """Says in words what pyarrow could not read."""
     try:
         yield
-    except (OSError, ValueError, NotImplementedError) as error:
-        # A mistake of the user's has its words already.
-        if isinstance(error, ConfigError):
-            raise
+    except ConfigError as error:
+        raise ConfigError(f"{what}: {error}") from error
+    except Exception as error:
+        # Whatever pyarrow and what it calls make of bytes that are not as they claim.
         raise ConfigError(f"{what}: {error}") from error
 
 

@@ -147,7 +147,6 @@ class Placement:
         if problem is None:
             opening = next(text for role, text, _ in asked if role == "user")
             problem = self._problems[key] = self._first(label, row, key, opening)
-            self.counts["further_demos"] += pair in self._pairs
             self._answers[whole] += pair not in self._pairs
             self._pairs.add(pair)
         elif not self._further(problem, row):
@@ -181,8 +180,9 @@ class Placement:
         first = problem.demos == {_demo_digest({})}
         problem.demos = {shown} if first else problem.demos | {shown}
         self.counts["further_demos"] += not first
-        # The row without one has found its demonstration.
+        # The row without one has found its demonstration, and is the repeat of the two.
         self.counts[NO_DEMO] -= first
+        self.counts["duplicates"] += first
         if problem.row is not None and first:
             problem.row["demo"] = row.problem["demo"]
         elif problem.row is not None:

@@ -10,12 +10,14 @@ from typing import Any
 from posttrain.backends.prompting import readable, said
 from posttrain.engine.errors import ConfigError, choices_text
 from posttrain.rewards.spec import UNVERIFIED, checked_rubric
-from posttrain.suites.cells import is_missing, loaded_json, plain_value, text_of
+from posttrain.suites.cells import is_missing, plain_value, text_of
 from posttrain.suites.faults import Faults
 from posttrain.suites.location import TEXT_KINDS, Location
 from posttrain.suites.messages import (
     Message,
     conversation,
+    conversations_in,
+    from_cell,
     is_plain,
     looks_like_messages,
     read_messages,
@@ -150,7 +152,7 @@ def _instead(name: str, column: str, record: Mapping[str, Any]) -> str:
             f"its columns {', '.join(found)} are those of preferences, which are data of "
             'r.preferences("...") and no domain'
         )
-    talks = next((key for key, value in record.items() if _holds_messages(value)), None)
+    talks = conversations_in(record)
     if name == "prompt" and talks is not None:
         return f'the column {talks!r} holds conversations; write messages = "{talks}"'
     known = choices_text(column, found, label="columns there")
@@ -233,7 +235,7 @@ def _checked(name: str, value: Any, columns: Columns) -> Any:
     if name == "prompt":
         return _prompt(value, columns)
     if name in ("demo", "direct"):
-        return _demonstration(value)
+        return _demonstration(from_cell(value) if columns.cells else value)
     if is_missing(value) and name in ("thought", "system_column"):
         return None
     text = text_of(value)
@@ -242,24 +244,13 @@ def _checked(name: str, value: Any, columns: Columns) -> Any:
 
 def _prompt(value: Any, columns: Columns) -> str | list[Message]:
     """A text, or a list of messages."""
+    value = from_cell(value) if columns.cells else value
     if isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
         return read_messages(value)
     text = text_of(value)
-    if columns.cells and _holds_messages(text):
-        return read_messages(text)
     if not text.strip():
         raise ConfigError("is empty; a problem needs a prompt")
     return text
-
-
-def _holds_messages(value: Any) -> bool:
-    """Whether a value is a list of messages, or the JSON text of one."""
-    if isinstance(value, str) and value.lstrip().startswith("[{"):
-        try:
-            value = loaded_json(value, hint="")
-        except ConfigError:
-            return False
-    return looks_like_messages(value)
 
 
 def _demonstration(value: Any) -> str | None:
