@@ -115,7 +115,7 @@ def _usage(name: str, signature: inspect.Signature) -> str:
     return f"r.{name}({', '.join([*needed, *optional, *more])})"
 
 
-def mistaken(path: Path, error: Exception) -> str:
+def mistaken(path: Path, error: Any) -> str:
     """What a call in the file `path` that a judge, a schedule or an algorithm does not take is
     told; "" for what went wrong elsewhere."""
     choice = getattr(algorithms, getattr(error, "title", ""), None)
