@@ -207,7 +207,11 @@ class _Fitting:
                 ]
                 for domain in rows
             }
-        self.ctx.warn(self._told(long, sum(map(len, rows.values()))))
+        # A row whose end alone is cut stays as it is until it is encoded.
+        begun = any(
+            old is not new for d in rows for old, new in zip(rows[d], kept[d], strict=False)
+        )
+        self.ctx.warn(self._told(long, sum(map(len, rows.values())), prompts=begun))
         return kept
 
     def _too_long(self, domain: str, row: Problem) -> _TooLong | None:
@@ -327,7 +331,8 @@ class _Fitting:
             "max_positions of a pretrain stage)"
         )
 
-    def _told(self, long: Sequence[_TooLong], num_rows: int) -> str:
+    def _told(self, long: Sequence[_TooLong], num_rows: int, *, prompts: bool) -> str:
+        """What was done to rows; `prompts`: some of them have a shorter prompt now."""
         worst = max(long, key=lambda one: one.tokens)
         reader = worst.reader
         done = (
@@ -335,6 +340,8 @@ class _Fitting:
             if self.on_long == "drop"
             else "cuts the beginning of the longest message of"
             if self.new_tokens is not None
+            else "cuts the end, or the beginning of a long prompt, of"
+            if prompts
             else "cuts the end of"
         )
         domains = ", ".join(sorted({str(one.row["domain"]) for one in long}))
