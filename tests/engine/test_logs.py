@@ -8,7 +8,7 @@ import pytest
 from posttrain.engine.errors import StageError
 from posttrain.engine.graph import Graph, Node
 from posttrain.engine.logs import LOG_BYTES, bound
-from posttrain.engine.process import LOG
+from posttrain.engine.process import LOG, Failure
 from posttrain.engine.runner import run
 from posttrain.engine.store import Store
 
@@ -59,3 +59,8 @@ def test_a_stage_that_prints_60_mb(
     text = log.read_bytes()
     assert text.startswith(b"--- 20") and b"bytes are left out here" in text
     assert b"   60000 xxx" in text and b"\n       1 xxx" in text
+
+
+def test_a_stage_is_named_once() -> None:
+    failure = Failure(error="stage 'sft': its data has no rows")
+    assert failure.describe("sft") == "stage sft failed: its data has no rows"

@@ -103,7 +103,7 @@ def test_who_is_who(
     artifact, _ = commit_several(empty_store, scores)
     assert explained(scores, {}, gather(empty_store, artifact)) == [
         "Students: mopd (`student`), merged (`ties`) and `traces`.",
-        "Init is `sft`, the start of mopd; gains of all students are measured from it.",
+        "Init is `sft`, the start of mopd; all students are compared with it.",
         "Along the way: round1 (`m1`).",
         "Teachers: `add_teacher` for add (from outside), `letters_teacher` for letters.",
         "No teacher is compared with in reverse, spiral and chat.",

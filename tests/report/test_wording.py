@@ -80,3 +80,12 @@ def test_size(count: int, text: str):
 )
 def test_headline_is_the_number_of_the_kind(kind: str, metrics: dict[str, object], text: str):
     assert wording.headline(shown_kind(kind), metrics) == text
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "text"),
+    [(0.91, 1, "0.91|1.00"), (-0.05, 0.2, "-0.05 to 0.20"), (-2, -0.4, "-2.00 to -0.40")],
+)
+def test_no_minus_stands_behind_a_dash(low: float, high: float, text: str):
+    written = text.replace("-", MINUS).replace("|", wording.RANGE)
+    assert wording.ratio_range(low, high) == written

@@ -313,5 +313,5 @@ def test_a_suite_file_names_oracle_and_columns(tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_text(
         '[domains.own]\ntrain = "rows.jsonl"\nverifier = "exact"\noracle = 3\n'
     )
-    with pytest.raises(ConfigError, match=r"domains.own.oracle is 3; it has to be a str"):
+    with pytest.raises(ConfigError, match=r"domains.own.oracle is 3; it has to be a text"):
         load_suite(str(tmp_path / "mine.toml"))

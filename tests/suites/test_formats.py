@@ -210,3 +210,9 @@ def test_nothing_is_told_of_a_hub_table_before_it_is_read(tmp_path):
     node = domain_node(domain(f"hub:me/data@{'a' * 40}#train"), tmp_path)
     assert node.runtime["facts"] == {}
     assert checked_facts(tables_of(node.config, node.runtime["files"]), {}) == {}
+
+
+def test_another_separator_is_told(tmp_path):
+    (tmp_path / "t.csv").write_text("prompt;answer\na;b\n")
+    with pytest.raises(ConfigError, match=r"one cell 'prompt;answer'; cells .* commas"):
+        domain_node(domain("t.csv"), tmp_path)

@@ -106,9 +106,17 @@ def replaced(old, new):
         (replaced("prompt =", "promt ="), r"unknown key 'promt'; did you mean 'prompt'"),
         (replaced("num_train", "num_trains"), r"unknown key 'num_trains'; did you mean"),
         (replaced("num_train = 20", ""), r"domains\.sums: num_train is missing"),
-        (replaced("num_train = 20", 'num_train = "20"'), r"sums\.num_train is '20'; .* a int"),
+        (
+            replaced("num_train = 20", 'num_train = "20"'),
+            r"num_train is '20'; .* whole number",
+        ),
         (replaced("num_train = 20", "num_train = true"), r"sums\.num_train is True"),
-        (replaced('"question"', "3"), r"algebra\.prompt is 3; it has to be a str"),
+        (replaced('"question"', "3"), r"algebra\.prompt is 3; it has to be a text"),
+        (
+            replaced('"question"', '"question"\nheldout = 0.1'),
+            r"heldout is 0.1; it is where",
+        ),
+        (replaced('"question"', '"question"\nvalidation = false'), r"validation is False; it is"),
         (replaced("train = ", "trian = "), r"domains\.algebra: give either train .* 'trian' did"),
         (replaced("dataset =", "train = 'x'\ndataset ="), r"domains\.sums: give either train"),
         (

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from posttrain.commands import io
-from posttrain.commands.inspect import differences
+from posttrain.commands.inspect import differences, side
 from posttrain.commands.io import console, emit, plain_table
 from posttrain.engine import ancestry
 from posttrain.engine.errors import ConfigError
@@ -77,8 +77,8 @@ def compare(
     if metrics:
         out.print(Text("\nmetrics", "bold"))
         out.print(table)
-    for side in sides:
-        _show_side(out, side, letters)
+    for one in sides:
+        _show_side(out, one, letters)
 
 
 def _letter(place: int) -> str:
@@ -145,7 +145,7 @@ def _show_differences(out: Console, labels: Sequence[str], rows: Sequence[dict[s
         table.add_row(
             Text("" if place == before else shown, "bold"),
             Text(row["field"].removeprefix("config.")),
-            *(Text(DASH if value is None else str(value)) for value in row["values"]),
+            *(Text(side(value)) for value in row["values"]),
         )
         before = place
     out.print(table)

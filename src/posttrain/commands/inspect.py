@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from posttrain.engine.unfinished import Unfinished, find_unfinished, is_place, u
 from posttrain.report.gather import EVALUATION, read_json
 from posttrain.report.sweep import measures, written
 from posttrain.report.terminal import evaluation_table
-from posttrain.report.wording import duration, headline, number
+from posttrain.report.wording import DASH, duration, headline, number
 from posttrain.stages.kinds import shown_kind
 
 
@@ -286,7 +287,7 @@ def diff(
             )
         for row in pair["fields"]:
             name = ("  " if pair["path"] else "") + row["field"].removeprefix("config.")
-            table.add_row(Text(name), Text(str(row["a"])), Text(str(row["b"])))
+            table.add_row(Text(name), Text(side(row["a"])), Text(side(row["b"])))
     out.print(table if found else "the same settings, data and ancestors")
     table = plain_table("", old.label, new.label)
     for key, values in metrics.items():
@@ -294,6 +295,13 @@ def diff(
     if metrics:
         out.print(Text("\nmetrics", "bold"))
         out.print(table)
+
+
+def side(value: Any) -> str:
+    """A side of a difference for people: a fingerprint by its start, a dash for nothing."""
+    if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value):
+        return value[:SHORT]
+    return DASH if value is None else str(value)
 
 
 def differences(store: Store, a: Artifact, b: Artifact) -> list[dict[str, Any]]:

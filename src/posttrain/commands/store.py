@@ -179,7 +179,8 @@ def verify(
         out = console()
         for problem in problems:
             out.print(Text.assemble(("✗ ", "bold red"), problem), soft_wrap=True)
-        state = (f"{len(problems)} problems", "bold red") if problems else ("ok", "bold green")
+        count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+        state = (count, "bold red") if problems else ("ok", "bold green")
         said = f"{files} files and {len(records)} records of {len(checked)} artifacts checked"
         out.print(Text.assemble(state, f": {said}"))
     if problems:

@@ -222,7 +222,8 @@ class Failure:
 
     def describe(self, name: str) -> str:
         """The failure for people, over several lines."""
-        lines = [f"stage {name} failed: {self.error}"]
+        # Which stage it is stands there already.
+        lines = [f"stage {name} failed: {self.error.removeprefix(f'stage {name!r}: ')}"]
         if self.log is not None:
             lines.append(f"  log: {self.log}")
         if self.last_line and self.last_line != self.error:

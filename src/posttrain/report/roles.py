@@ -112,8 +112,8 @@ def _relation(init: str, students: Mapping[str, str], shown: Mapping[str, StageF
         who = "the student descends" if len(students) == 1 else "all students descend"
         return f", from which {who}"
     if starts:
-        return f", the start of {_listed(starts)}; gains of all students are measured from it"
-    return ", which gains are measured from"
+        return f", the start of {_listed(starts)}; all students are compared with it"
+    return f", which the {'student is' if len(students) == 1 else 'students are'} compared with"
 
 
 def _teachers(

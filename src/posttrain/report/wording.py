@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from posttrain.stages.kinds import Kind
@@ -42,12 +42,17 @@ def percent_range(value: Mapping[str, float], digits: int = 1) -> str:
 def between(value: Mapping[str, float], digits: int, scale: float = 1) -> str:
     """An interval of any numbers, times `scale`: "0.4-5.9" with a long dash, "-0.4 to 5.9"."""
     ends = [fixed(scale * value[end], digits) for end in ("low", "high")]
-    return (" to " if any(end.startswith(MINUS) for end in ends) else RANGE).join(ends)
+    return _between(ends)
 
 
 def ratio_range(low: float, high: float) -> str:
     """The interval of a recovery."""
-    return f"{fixed(low, 2)}{RANGE}{fixed(high, 2)}"
+    return _between([fixed(low, 2), fixed(high, 2)])
+
+
+def _between(ends: Sequence[str]) -> str:
+    """A range, in words where a minus would stand behind its dash."""
+    return (" to " if any(end.startswith(MINUS) for end in ends) else RANGE).join(ends)
 
 
 def number(value: Any) -> str:

@@ -188,15 +188,15 @@ def with_demonstrations(
         if missing is not None and shown:
             ctx.warn(
                 f"{len(problems) - len(shown)} of {len(problems)} problems of domain {name!r} have "
-                f"no demonstration and are not learned, the first of them {missing['id']}; add "
-                "their demonstrations to the table"
+                f"no demonstration and are not learned, the first of them {missing['id']} "
+                f"({missing['prompt'][:60]!r}); add their demonstrations to the table"
             )
         elif missing is not None:
             thinks = missing.get("mode") == "think"
             raise ConfigError(
                 f"stage {ctx.name!r}: domain {name!r} has no "
                 + ("thinking demonstration" if thinks else "demonstration")
-                + f" for problem {missing['id']}; name its column with "
+                + f" for problem {missing['id']}; fill its column, or name another with "
                 + ("`thought = ...`" if thinks else "`demo = ...`")
                 + " in the suite, or leave the domain out of `data`"
             )

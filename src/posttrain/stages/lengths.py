@@ -350,7 +350,7 @@ class _Fitting:
             f"up to {worst.tokens} tokens they do not fit the {(reader.limit or 0) + reader.more} "
             f"positions of {reader.name}; a model with more positions"
             + (" or a lower max_new_tokens" if self.new_tokens is not None else "")
-            + " takes them whole."
+            + " takes them whole"
         )
 
 

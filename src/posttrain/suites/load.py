@@ -50,6 +50,9 @@ _TYPES = {"params": dict, "seed": int}
 _TYPES |= {f"num_{split}": int for split in ("train", "validation", "heldout")}
 
 
+WORDS = {str: "a text", int: "a whole number", dict: "a table of parameters"}
+
+
 def suite_file(spec: str, base: Path | None = None) -> Path:
     """The file that a suite called `spec` would be in, see `load_suite`."""
     return SHIPPED.get(spec) or (base or Path()).joinpath(spec).absolute()
@@ -164,11 +167,18 @@ def _domain(name: str, table: dict[str, Any], where: str) -> Domain:
     spec = parse_verifier(verifier, options, where=f"{where}.verifier")
     for key in own:
         wanted = _TYPES.get(key, str)
-        if key in ("heldout", "validation") and isinstance(table.get(key), int):
+        if key in ("heldout", "validation") and type(table.get(key)) is int:
             # 0 is a domain without that split; `domain_node` refuses other numbers.
             continue
         if key in table and (not isinstance(table[key], wanted) or isinstance(table[key], bool)):
-            raise ConfigError(f"{where}.{key} is {table[key]!r}; it has to be a {wanted.__name__}")
+            split = key in ("heldout", "validation") and "dataset" not in table
+            needed = (
+                "it is where a table lies, 0 for a domain without that split, or left out for the "
+                "share that is always taken of train"
+                if split
+                else f"it has to be {WORDS[wanted]}"
+            )
+            raise ConfigError(f"{where}.{key} is {table[key]!r}; {needed}")
     for field in fields.values():
         missing = field.default is field.default_factory is dataclasses.MISSING
         if missing and field.name not in table:

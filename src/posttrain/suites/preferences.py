@@ -265,8 +265,8 @@ def _single(config: Config, record: Mapping[str, Any]) -> list[Row]:
     good = LABELS.get(str(label).strip().lower())
     if good is None:
         raise ConfigError(
-            f"column {column!r} holds {shown(label)}; a label is true or false, 1 or 0, or a "
-            "thumb, up or down"
+            f"column {column!r} holds {shown(label)}; a label is true or false, 1 or 0, yes or no, "
+            "good or bad, desirable or undesirable, or a thumb, up or down"
         )
     return [row | {"response": said, "desirable": good}]
 

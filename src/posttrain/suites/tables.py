@@ -155,6 +155,11 @@ def _instead(name: str, column: str, record: Mapping[str, Any]) -> str:
     talks = conversations_in(record)
     if name == "prompt" and talks is not None:
         return f'the column {talks!r} holds conversations; write messages = "{talks}"'
+    if len(found) == 1 and any(mark in found[0] for mark in ";\t|"):
+        return (
+            f"the header is the one cell {found[0]!r}; cells of a .csv are separated by commas, "
+            "those of a .tsv by tabs"
+        )
     known = choices_text(column, found, label="columns there")
     return f'{known}; name the right one with {name} = "..."'
 
