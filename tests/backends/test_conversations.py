@@ -190,6 +190,10 @@ ROW: dict[str, Any] = {
 def test_the_text_of_a_conversation_leaves_the_system_out() -> None:
     assert readable(TALK[:2]) == "1+1"
     assert readable(TALK[:3]) == "user: 1+1\n\nassistant: 2"
+    # A developer says what the system says, and a call is told.
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "sum"}]}
+    talk = [{"role": "developer", "content": "be brief"}, TALK[1], call]
+    assert readable(talk) == 'user: 1+1\n\nassistant: [{"name": "sum"}]'
 
 
 def test_a_hint_stands_in_the_last_message_of_the_user() -> None:

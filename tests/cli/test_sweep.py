@@ -201,6 +201,8 @@ def test_a_target_that_is_no_evaluation(swept: Path, cli: Callable[..., Any]) ->
         (("--axis", "seed=0,1"), ["--seeds 0,1"]),
         (("--axis", "suite=core,pairs.toml"), ["the suite is no axis", "--suite"]),
         (("--seeds", "0,x"), ["--seeds 0,x", "'x'", "0,1,2"]),
+        (("--seeds", "9" * 5000), ["whole number from 0 up"]),
+        (("--axis", "student.lr=" + "[" * 100_000), ["student.lr"]),
         (("--seeds", "0,1.5"), ["'1.5'", "whole number"]),
         (("--seeds", "1,1"), ["the seed 1 is there twice"]),
         (("--seeds", "0,1", "--set", "seed=3"), ["--set seed=3", "--seeds"]),

@@ -291,6 +291,8 @@ def test_a_problem_that_cannot_be_judged_is_named(math_pool: VerifierPool, tmp_p
     math_pool.check("maths", [problem(0, "1/2")])
     with pytest.raises(StageError, match=r"p1.*cannot read the reference answer '\?\?'"):
         math_pool.check("maths", [problem(0, "1/2"), problem(1, "??")])
+    with pytest.raises(StageError, match=r"2 answers cannot be judged by:\n  .*p1.*\n  .*p2"):
+        math_pool.check("maths", [problem(0, "1/2"), problem(1, "??"), problem(2, "-")])
     with VerifierPool({"texts": domain(tmp_path / "texts", "exact")}, num_workers=1) as pool:
         pool.check("texts", [problem(0, "a")])
         with pytest.raises(StageError, match="p1: the answer is empty"):

@@ -52,6 +52,24 @@ def test_math(math, answer, response, score):
     assert math.score(response, problem(answer)) == score
 
 
+@pytest.mark.parametrize(
+    ("answer", "response", "score"),
+    [
+        ("Yes", "$sYe$", 0.0),
+        ("Yes", "The answer is Yes.", 1.0),
+        ("Yes", "not Yes", 0.0),
+        ("Monday", "**Monday**", 1.0),
+        ("No solution", r"so $\boxed{\text{no solution}}$", 1.0),
+        (r"\text{even}", r"\boxed{\text{odd}}, not even", 0.0),
+        ("See figure", "figure See", 0.0),
+        ("xyz", "$zyx$", 1.0),
+    ],
+)
+def test_math_compares_answers_that_are_words_as_text(math, answer, response, score):
+    math.check(problem(answer))
+    assert math.score(response, problem(answer)) == score
+
+
 def test_math_names_the_problem_whose_answer_is_not_mathematics(math):
     with pytest.raises(StageError, match=r"p-1.*cannot read the reference answer '\?\?'"):
         math.check(problem("??"))

@@ -231,6 +231,10 @@ def test_a_demonstration_behind_a_prompt_that_fills_all_positions(
     rows = {"d": [row("p" * 60, demo="abcd"), row("p" * 28, demo="abcd")]}
     kept = fit_demos(rows, On("truncate"), ctx, readers)["d"]
     batch = demo_batch(kept, chat, limit=cut_to(On("truncate"), readers))
+    assert (
+        "cuts the end, or the beginning of a long prompt, of 2 of 2 rows"
+        in (read_warnings(ctx.work)[0])
+    )
     # The whole demonstration where the prompt is cut anyway; else what is left for it.
     assert [chat.text(ids) for ids in batch.responses()] == ["abcd<|end|>", "ab"]
     assert batch.length_B.tolist() == [32, 32]

@@ -31,6 +31,8 @@ HINT = 'a hint is a template of the prompt, such as "{prompt} Hint: {answer}"'
 Problem = dict[str, Any]
 Message = Mapping[str, Any]
 """`{"role": ..., "content": ...}`, and what else a chat template reads of it."""
+FIRST = ("system", "developer")
+"""Roles of a message that tells the model how to behave, which stands first."""
 Asked = str | Sequence[Message]
 """What a model is shown: the text of one user message, or a conversation up to its response."""
 
@@ -49,8 +51,8 @@ def asked_key(shown: Asked) -> Any:
 
 def last_user_text(row: Mapping[str, Any]) -> str:
     """What the user said last; of a conversation without a user, the prompt."""
-    said = [m["content"] for m in row.get("messages") or () if m["role"] == "user"]
-    return str(said[-1]) if said and said[-1] is not None else str(row["prompt"])
+    texts = [m["content"] for m in row.get("messages") or () if m["role"] == "user"]
+    return str(texts[-1]) if texts and texts[-1] is not None else str(row["prompt"])
 
 
 def with_user_text(row: Mapping[str, Any], text: str) -> Problem:
@@ -68,12 +70,19 @@ def with_user_text(row: Mapping[str, Any], text: str) -> Problem:
 
 
 def readable(messages: Sequence[Message]) -> str:
-    """The text of a conversation for people: that of its only message, or paragraphs that say who
-    speaks. The system message is left out."""
-    said = [message for message in messages if message["role"] != "system"]
-    if len(said) == 1:
-        return str(said[0]["content"])
-    return "\n\n".join(f"{message['role']}: {message.get('content') or ''}" for message in said)
+    """The conversation as a text for people: of a single message its text, of several paragraphs
+    `role: content`. The system message is left out."""
+    told = [message for message in messages if message["role"] not in FIRST]
+    if len(told) == 1:
+        return said(told[0])
+    return "\n\n".join(f"{message['role']}: {said(message)}" for message in told)
+
+
+def said(message: Message) -> str:
+    """The text of a message; of one that calls tools the calls as well."""
+    calls = message.get("tool_calls")
+    parts = [message.get("content") or "", json.dumps(calls, ensure_ascii=False) if calls else ""]
+    return " ".join(part for part in parts if part)
 
 
 def shown_text(row: Mapping[str, Any]) -> str:

@@ -112,7 +112,13 @@ def sweep(
     loaded = variants.loaded
     remember_names(place, loaded, rows)
     view = LiveView(rows, loaded.graph, out)
-    failure = _make(variants, rows, place, view, jobs=jobs, device=device, compile=compile)
+    failure: StageError | Waiting | None = None
+    how = choose(rows, loaded, jobs=jobs, device=device, compile=compile)
+    try:
+        make(loaded, place, view, how)
+    except (StageError, Waiting) as error:
+        # What else could be made is there; the table says what is not.
+        failure = error
     stages = stages_of(rows, view)
     statuses = {stage["name"]: stage["status"] for stage in stages}
     warnings = warnings_of(loaded, rows, view)
@@ -136,26 +142,6 @@ def sweep(
         emit(_json(variants, found, made) | end)
     if failure is not None:
         raise failure
-
-
-def _make(
-    variants: Variants,
-    rows: Sequence[PlanRow],
-    store: Store,
-    view: LiveView,
-    *,
-    jobs: int | None,
-    device: Literal["auto", "cpu", "cuda"],
-    compile: bool,
-) -> StageError | Waiting | None:
-    """Run the graph and show it; returns what kept a part of it from being made."""
-    how = choose(rows, variants.loaded, jobs=jobs, device=device, compile=compile)
-    try:
-        make(variants.loaded, store, view, how)
-    except (StageError, Waiting) as error:
-        # What else could be made is there; the table says what is not.
-        return error
-    return None
 
 
 def _collect(

@@ -114,12 +114,18 @@ def read_axes(texts: Sequence[str], settings: Sequence[str]) -> list[Axis]:
     return axes
 
 
+MOST_DIGITS = 20
+"""Of a seed, before anything else says that it is too large."""
+
+
 def read_seeds(text: str) -> tuple[int, ...]:
     """Seeds as the command line has them, "0,1,2". Raises ConfigError for anything else."""
     seeds: list[int] = []
     for part in text.split(","):
-        if not part.strip().isdecimal():
-            problem = f"{part.strip()!r} is no whole number from 0 up" if part.strip() else "empty"
+        if not part.strip().isdecimal() or len(part) > MOST_DIGITS:
+            problem = (
+                f"{part.strip()[:60]!r} is no whole number from 0 up" if part.strip() else "empty"
+            )
             raise ConfigError(
                 f"--seeds {text}: {problem}; write whole numbers with commas between them, for "
                 "example --seeds 0,1,2"
@@ -216,7 +222,7 @@ def _split(text: str) -> list[str]:
 def _parse(text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
 
 

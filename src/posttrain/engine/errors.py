@@ -73,6 +73,11 @@ class Terminated(KeyboardInterrupt):
     exit_code = 143
 
 
+def shortened(text: str, limit: int = 80) -> str:
+    """A text as a message quotes it, at most `limit` characters of it."""
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
 def choices_text(value: str, choices: Iterable[str], *, label: str = "choices") -> str:
     """Returns e.g. `did you mean 'math'? choices: choice, exact, math`.
 

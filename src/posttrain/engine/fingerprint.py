@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from posttrain.engine.errors import ConfigError
+from posttrain.engine.errors import ConfigError, shortened
 
 ABSENT: Final = "(absent)"
 """Stands for a missing field in the result of `diff_payloads`."""
@@ -43,7 +43,7 @@ def plain(value: Any, *, at: str = "value") -> Any:
     if isinstance(value, Mapping):
         return {_key(key, at): plain(item, at=f"{at}.{key}") for key, item in value.items()}
     raise ConfigError(
-        f"{at}: {_short(repr(value))} has no stable serialisation; use None, bool, int, float, "
+        f"{at}: {shortened(repr(value))} has no stable serialisation; use None, bool, int, float, "
         f"str, list, tuple or dict with str keys "
         f'(and name a function as "module:function")'
     )
@@ -52,13 +52,9 @@ def plain(value: Any, *, at: str = "value") -> Any:
 def _key(key: Any, at: str) -> str:
     if not isinstance(key, str):
         raise ConfigError(
-            f"{at}: the key {_short(repr(key))} is not a str; write it as {str(key)!r}"
+            f"{at}: the key {shortened(repr(key))} is not a str; write it as {str(key)!r}"
         )
     return str.__str__(key)
-
-
-def _short(text: str, limit: int = 80) -> str:
-    return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 def canonical_json(value: Any, *, at: str = "value") -> str:

@@ -16,7 +16,7 @@ from typing import Final
 
 LOG_BYTES: Final = 20_000_000
 """A longer log is cut to half of this: the first and the last quarter."""
-_PERIOD: Final = 0.2
+_PERIOD: Final = 0.05
 """Seconds between two looks at its size."""
 _MARK_ROOM: Final = 64
 _MARK = re.compile(rb"^--- (\d+) bytes are left out here ---\n", re.MULTILINE)
@@ -42,10 +42,11 @@ def bound(log: Path, limit: int = LOG_BYTES) -> None:
         tail = file.read()
         tail = tail[tail.find(b"\n") + 1 :] or tail
         gone += size - len(head) - len(tail)
-        file.truncate(len(head))
-    with log.open("ab") as file:
         begin = b"" if head.endswith(b"\n") else b"\n"
+        # Over what is left out, then cut: a kill in between leaves too much, not too little.
+        file.seek(len(head))
         file.write(begin + b"--- %d bytes are left out here ---\n" % gone + tail)
+        file.truncate()
 
 
 def keep_bounded(log: Path, limit: int = LOG_BYTES) -> None:

@@ -174,10 +174,14 @@ def read_record(directory: Path) -> Record:
     except (OSError, ValueError, RecursionError) as error:
         raise StoreError(_changed(path, f"cannot be read ({error})")) from error
     check_format(record, path)
+    return dict(record)
+
+
+def check_form(record: Record, directory: Path) -> None:
+    """Raise StoreError unless the record in a committed directory has the form of one."""
     fault = form_fault(record)
     if fault:
-        raise StoreError(_changed(path, f"is not as posttrain writes it ({fault})"))
-    return dict(record)
+        raise StoreError(_changed(directory / RECORD, f"is not as posttrain writes it ({fault})"))
 
 
 def _changed(path: Path, what: str) -> str:

@@ -36,6 +36,7 @@ from posttrain.engine.record import (
     SHORT,
     Artifact,
     Record,
+    check_form,
     check_format,
     label_of,
     read_record,
@@ -85,6 +86,7 @@ class Store:
     def load(self, path: Path, fingerprint: str | None = None) -> Artifact:
         """The artifact in a committed directory. Raises StoreError when its record is damaged."""
         record = read_record(path)
+        check_form(record, path)
         if fingerprint is not None and record["fingerprint"] != fingerprint:
             raise StoreError(
                 f"{path / RECORD} has fingerprint {record['fingerprint'][:SHORT]}, its directory "

@@ -70,40 +70,32 @@ def problems_of(evaluation: Artifact) -> str:
 
 def sides_of_evaluations(evaluations: Sequence[Artifact]) -> list[Side]:
     """The students of some evaluations, those over the same problems side by side."""
-    groups: dict[str, list[Column]] = {}
-    splits: dict[str, str] = {}
+    columns = []
     for artifact in evaluations:
-        found = read_json(artifact, EVALUATION)
-        of_students = views(found)
-        key = problems_of(artifact)
-        splits[key] = str(found["split"])
+        of_students = views(read_json(artifact, EVALUATION))
         for name, view in of_students.items():
-            groups.setdefault(key, []).append(
-                Column(
-                    artifact=artifact.label,
-                    domains={domain: row["student"] for domain, row in view["domains"].items()},
-                    evaluation=artifact.label,
-                    student=name if len(of_students) > 1 else None,
-                    norm=view["norm"],
-                )
+            column = Column(
+                artifact=artifact.label,
+                domains={domain: row["student"] for domain, row in view["domains"].items()},
+                evaluation=artifact.label,
+                student=name if len(of_students) > 1 else None,
+                norm=view["norm"],
             )
-    return [Side(split=splits[key], columns=columns) for key, columns in groups.items()]
+            columns.append((artifact, column))
+    return _side_by_side(columns)
 
 
 def sides_of_models(store: Store, models: Sequence[Artifact]) -> list[Side]:
     """What the evaluations in the store say of some models, those over the same problems side by
     side; of several about the same model the newest."""
-    groups: dict[str, dict[str, Column]] = {}
-    splits: dict[str, str] = {}
+    columns = []
     for model in models:
         for found in scores_of(store, model):
             artifact = store.find(found["fingerprint"])
             assert artifact is not None
             evaluation, edge = found["evaluation"], found["model"]
-            key = problems_of(artifact)
-            splits[key] = str(evaluation["split"])
             view, own = view_of(evaluation, edge)
-            groups.setdefault(key, {})[model.label] = Column(
+            column = Column(
                 artifact=model.label,
                 # Of a teacher there are means and no intervals.
                 domains={
@@ -113,6 +105,19 @@ def sides_of_models(store: Store, models: Sequence[Artifact]) -> list[Side]:
                 norm=view["norm"] if own == "student" else None,
                 evaluation=artifact.label,
             )
+            columns.append((artifact, column))
+    return _side_by_side(columns)
+
+
+def _side_by_side(columns: Sequence[tuple[Artifact, Column]]) -> list[Side]:
+    """The columns of some evaluations, those over the same problems together; of several about the
+    same model the last."""
+    groups: dict[str, dict[tuple[str, str | None], Column]] = {}
+    splits: dict[str, str] = {}
+    for evaluation, column in columns:
+        key = problems_of(evaluation)
+        splits[key] = str(evaluation.config["split"])
+        groups.setdefault(key, {})[column.artifact, column.student] = column
     return [Side(split=splits[key], columns=list(group.values())) for key, group in groups.items()]
 
 

@@ -223,17 +223,24 @@ def _metric(found: Sequence[Mapping[str, Measure]]) -> str | None:
     return next((key for key in found[0] if all(key in values for values in found)), None)
 
 
-def _with_best(rows: Sequence[Row], metric: str | None, units: Mapping[str, Unit]) -> list[Row]:
-    """The rows with the best one marked: of those that all seeds have, where there are several."""
+def _compared(
+    rows: Sequence[Row], metric: str | None, units: Mapping[str, Unit]
+) -> tuple[list[Row], Literal["higher", "lower"] | None]:
+    """The rows that have the metric for all seeds, and which direction of it is better, None where
+    that is not known or there is nothing to compare."""
     whole = [row for row in rows if metric in row.measures and not row.missing]
     if metric is None or len(whole) < 2:
-        return list(rows)
-    better = BETTER.get(metric) if units[metric] == "number" else "higher"
-    if better is None:
+        return whole, None
+    return whole, BETTER.get(metric) if units[metric] == "number" else "higher"
+
+
+def _with_best(rows: Sequence[Row], metric: str | None, units: Mapping[str, Unit]) -> list[Row]:
+    """The rows with the best one marked, where there is one alone."""
+    whole, better = _compared(rows, metric, units)
+    if metric is None or better is None:
         return list(rows)
     means = [row.measures[metric].mean for row in whole]
     top = max(means) if better == "higher" else min(means)
-    # Where several share the best mean none is the best.
     alone = means.count(top) == 1
     return [
         replace(row, best=alone and row in whole and row.measures[metric].mean == top)
@@ -272,7 +279,7 @@ def _cautions(sweep: Sweep, made: Outcome, found: Sequence[Mapping[str, Measure]
             f"One seed ({sweep.seeds[0]}): no spread and no interval over seeds is known, and a "
             "difference may be the noise of one run."
         )
-    if made.best is None and _shared_top(made):
+    if made.best is None and _compared(made.rows, made.metric, made.units)[1] is not None:
         said.append(f"Several settings share the best mean {made.metric}, hence none is marked.")
     norms = sum(NORM in values for values in found)
     if made.metric == ACCURACY and norms:
@@ -306,14 +313,6 @@ def _about(sweep: Sweep, made: Outcome) -> str:
         who = "each student; settings are compared by the mean over all of them"
         return f"Accuracies at temperature 1 on {problems}, of {who}{unseen}."
     return f"Accuracies are of the student at temperature 1 on {problems}{unseen}."
-
-
-def _shared_top(made: Outcome) -> bool:
-    """Whether a direction is known and yet no setting is the best."""
-    if made.metric is None:
-        return False
-    whole = [row for row in made.rows if made.metric in row.measures and not row.missing]
-    return len(whole) > 1 and (made.units[made.metric] != "number" or made.metric in BETTER)
 
 
 def _about_best(sweep: Sweep, made: Outcome, best: Row) -> str:

@@ -54,6 +54,9 @@ PYTHON_SECONDS = 300.0
 RUNAWAY_SECONDS = 20.0
 """How long math and reasoning-gym may. math-verify gives up by itself after 5 s for each step."""
 
+SHOWN = 5
+"""Answers that a message names; it says how many there are in all."""
+
 
 class VerifierPool:
     """The verifiers of some domains. Close it, or use it as a context manager."""
@@ -127,14 +130,30 @@ class VerifierPool:
         return [found.result()[0] for found in pending]
 
     def check(self, domain: str, problems: Sequence[Problem]) -> None:
-        """Raises StageError for the first problem whose answer the verifier cannot judge by."""
+        """Raises StageError for problems whose answers the verifier cannot judge by: the first of
+        them, and how many there are."""
         if domain in self.unverified:
             return
-        if domain not in self._inline:
-            self._ask_worker(domain, [(None, problem) for problem in problems])
-            return
+        faults = []
         for problem in problems:
-            self._inline[domain].check(problem)
+            try:
+                if domain in self._inline:
+                    self._inline[domain].check(problem)
+                else:
+                    self._ask_worker(domain, [(None, problem)])
+            except StageError as error:
+                # Else it is not about the answer, and would come again with the next one.
+                if not str(error).startswith(f"problem {problem['id']}:"):
+                    raise
+                faults.append(f"{error}; prompt: {problem['prompt'][:80]!r}")
+        if len(faults) == 1:
+            raise StageError(faults[0])
+        if faults:
+            shown = "".join(f"\n  {fault}" for fault in faults[:SHOWN])
+            first = f"; the first {SHOWN}" if len(faults) > SHOWN else ""
+            raise StageError(
+                f"domain {domain}: {len(faults)} answers cannot be judged by{first}:{shown}"
+            )
 
     def close(self) -> None:
         """End the workers, also in the middle of an answer."""

@@ -43,6 +43,41 @@ class Verifier(Protocol):
         ...
 
 
+_TEXT = re.compile(r"\\(?:text|textbf|mathrm|mbox)\s*\{([^{}]*)\}")
+_WORD = r"[^\W\d_]{2,}"
+_WORDS = re.compile(rf"{_WORD}(?:[ '-]+{_WORD})*")
+_SURE = re.compile(r"[A-Z][a-z]{2,}|No|yes|no|true|false|none|nan|NaN|(?=[a-z]*[aeiou])[a-z]{5,}")
+_BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
+
+
+def words_of(answer: str) -> str | None:
+    """The words of an answer such as Yes, See figure or \\text{even}; None where it may be
+    mathematics, as xyz may. As mathematics words are products of letters, and their anagrams right.
+    """
+    shown = answer.strip().strip("$").strip()
+    plain = _plain(answer)
+    if not _WORDS.fullmatch(plain):
+        return None
+    certain = _TEXT.fullmatch(shown) or " " in plain or _SURE.fullmatch(shown.rstrip("."))
+    return plain if certain else None
+
+
+def _plain(text: str) -> str:
+    text = _TEXT.sub(r"\1", text.strip().strip("$").strip())
+    return " ".join(text.strip(" .").casefold().split())
+
+
+def _says(response: str, words: str) -> bool:
+    """Whether the last box of a response, or without one its end, is these words."""
+    boxes = _BOXED.findall(response)
+    if boxes:
+        return _plain(boxes[-1]) == words
+    end = rf"(?:^|\bis |[:=] ?){re.escape(words)}$"
+    return (
+        re.search(end, _plain(response).replace("*", "").replace("$", "").rstrip(" .!")) is not None
+    )
+
+
 _MARKED = re.compile(r"\$|\\boxed|\\\(|\\\[")
 
 
@@ -65,12 +100,17 @@ class MathVerifier:
         """1.0 or 0.0. Raises StageError where the problem's reference answer is not mathematics."""
         if response.strip() == problem["answer"].strip():
             return 1.0
+        words = words_of(problem["answer"])
+        if words is not None:
+            return float(_says(response, words))
         self.check(problem)
         reference = self._reference(problem["answer"])
         return float(self._verify(list(reference), self._parse(response)))
 
     def check(self, problem: Mapping[str, Any]) -> None:
         """Raises StageError unless the reference answer can be read as mathematics."""
+        if words_of(problem["answer"]) is not None:
+            return
         # math-verify falls back to the text itself, which no equal expression would ever match.
         if all(isinstance(item, str) for item in self._reference(problem["answer"])):
             raise StageError(

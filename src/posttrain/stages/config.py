@@ -12,7 +12,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from posttrain.engine.errors import ConfigError, choices_text
+from posttrain.engine.errors import ConfigError, choices_text, shortened
 from posttrain.stages.kinds import kind_of
 from posttrain.values import Settings
 
@@ -110,7 +110,7 @@ def _explain(problem: ErrorDetails, config: type[BaseModel]) -> str:
     if problem["type"] == "union_tag_not_found":
         kinds = [kind for model in models for kind in _kinds(model)]
         return f"{where}: {problem['input']!r} does not say its kind; choices: {', '.join(kinds)}"
-    said = f"{where}: {_short(problem['input'])} is not allowed"
+    said = f"{where}: {shortened(repr(problem['input']))} is not allowed"
     if problem["type"] == "literal_error":
         choices = [text.strip("'") for text in re.split(", | or ", context["expected"])]
         return f"{said}; {choices_text(str(problem['input']), choices)}"
@@ -119,12 +119,6 @@ def _explain(problem: ErrorDetails, config: type[BaseModel]) -> str:
         number = type(problem["input"]) in (int, float)
         return f"{said}; write {field}={name}({problem['input'] if number else '...'})"
     return f"{said}: {problem['msg']}"
-
-
-def _short(value: Any) -> str:
-    """A value as code, cut where it is long."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _place(

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 from posttrain.backends.chat import Chat
 from posttrain.backends.prompting import Asked, Problem, asked, hinted, learned_part
-from posttrain.engine.errors import ConfigError
+from posttrain.engine.errors import ConfigError, shortened
 from posttrain.rl.batch import Span
 from posttrain.stages.context import Context
 
@@ -207,7 +207,11 @@ class _Fitting:
                 ]
                 for domain in rows
             }
-        self.ctx.warn(self._told(long, sum(map(len, rows.values()))))
+        # A row whose end alone is cut stays as it is until it is encoded.
+        begun = any(
+            old is not new for d in rows for old, new in zip(rows[d], kept[d], strict=False)
+        )
+        self.ctx.warn(self._told(long, sum(map(len, rows.values())), prompts=begun))
         return kept
 
     def _too_long(self, domain: str, row: Problem) -> _TooLong | None:
@@ -314,8 +318,7 @@ class _Fitting:
             if sampling
             else f"the longest has {worst.tokens} tokens, prompt and response"
         )
-        prompt = str(first.row.get("prompt", ""))
-        begins = prompt if len(prompt) <= SHOWN else prompt[:SHOWN] + "..."
+        begins = shortened(str(first.row.get("prompt", "")), SHOWN)
         less = "lower max_new_tokens, " if sampling else ""
         which = "it" if num_rows is None else "the first"
         how_many = "a row does" if num_rows is None else f"{len(long)} of {num_rows} rows do"
@@ -328,7 +331,8 @@ class _Fitting:
             "max_positions of a pretrain stage)"
         )
 
-    def _told(self, long: Sequence[_TooLong], num_rows: int) -> str:
+    def _told(self, long: Sequence[_TooLong], num_rows: int, *, prompts: bool) -> str:
+        """What was done to rows; `prompts`: some of them have a shorter prompt now."""
         worst = max(long, key=lambda one: one.tokens)
         reader = worst.reader
         done = (
@@ -336,6 +340,8 @@ class _Fitting:
             if self.on_long == "drop"
             else "cuts the beginning of the longest message of"
             if self.new_tokens is not None
+            else "cuts the end, or the beginning of a long prompt, of"
+            if prompts
             else "cuts the end of"
         )
         domains = ", ".join(sorted({str(one.row["domain"]) for one in long}))

@@ -198,8 +198,10 @@ def _check(
     Returns the mean score of those demonstrations, None without any. `strict`: each has to score 1.
     """
     scores = []
+    every = [problem for problems in splits.values() for problem in problems]
+    if every:
+        pool.check(every[0]["domain"], every)
     for problems in filter(None, splits.values()):
-        pool.check(problems[0]["domain"], problems)
         chosen = problems[:: max(1, len(problems) // NUM_DEMO_CHECKS)]
         asked = [(problem, text) for problem in chosen for text in _responses_to_show(problem)]
         found = pool.scores([problem for problem, _ in asked], [text for _, text in asked])

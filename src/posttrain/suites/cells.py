@@ -9,7 +9,7 @@ from datetime import date, time, timedelta
 from decimal import Decimal
 from typing import Any
 
-from posttrain.engine.errors import ConfigError
+from posttrain.engine.errors import ConfigError, shortened
 
 
 def is_missing(value: Any) -> bool:
@@ -36,7 +36,7 @@ def text_of(value: Any) -> str:
 
 def shown(value: Any) -> str:
     """A value and its type, as messages name them."""
-    return f"{str(value)[:60]!r} ({type(value).__name__})"
+    return f"{shortened(str(value), 60)!r} ({type(value).__name__})"
 
 
 def _checked(text: str) -> str:

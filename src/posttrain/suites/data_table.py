@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from posttrain.engine.errors import ConfigError
+from posttrain.suites.cells import shown
 from posttrain.suites.messages import conversations_in, looks_like_messages
 from posttrain.suites.own_data import (
     Config,
@@ -57,7 +58,7 @@ def _rows(config: Config, record: Mapping[str, Any]) -> list[Row]:
         form = 'a list of {"role": ..., "content": ...}'
         value = read_json(value, f"column {column!r}", hint=form)
         if not looks_like_messages(value):
-            raise ConfigError(f"column {column!r} holds {str(value)[:60]!r}; it has to be {form}")
+            raise ConfigError(f"column {column!r} holds {shown(value)}; it has to be {form}")
         before, demo = response(value, f"column {column!r}")
         if not before:
             raise ConfigError(

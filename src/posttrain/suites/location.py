@@ -75,12 +75,10 @@ class Location:
         assert self.path is not None and self.kind == "folder", self
         state = _read_object(self.path / "state.json", self.text)
         files = state.get("_data_files")
-        names = (
-            [item.get("filename") for item in files if isinstance(item, dict)]
-            if isinstance(files, list)
-            else []
-        )
-        if not names or not all(isinstance(name, str) for name in names):
+        items = files if isinstance(files, list) else []
+        found = [item.get("filename") for item in items if isinstance(item, dict)]
+        names = [name for name in found if isinstance(name, str)]
+        if not names or len(names) < len(items):
             raise ConfigError(
                 f"folder {self.text}: its state.json names no data files; write it again with "
                 "datasets' save_to_disk"

@@ -8,11 +8,11 @@ Other keys of a message (tool_calls, name, tool_call_id) are passed through.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from posttrain.backends.prompting import FIRST
 from posttrain.engine.errors import ConfigError, choices_text
 from posttrain.suites.cells import is_missing, loaded_json, plain_value, shown, text_of
 
@@ -27,8 +27,6 @@ SHAREGPT: Mapping[str, str] = {
     "function_response": "tool",
 } | {role: role for role in ROLES}
 """What `from` may say, and the role that it means."""
-FIRST = ("system", "developer")
-"""Roles of a message that tells the model how to behave, which stands first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,19 +177,3 @@ def with_system(messages: Sequence[Message], system: str | None) -> list[Message
 def is_plain(messages: Sequence[Message]) -> bool:
     """Whether a conversation is one text of the user's and no more."""
     return len(messages) == 1 and set(messages[0]) == {"role", "content"}
-
-
-def readable(messages: Sequence[Message]) -> str:
-    """The conversation as a text for people: of a single message of the user its text, of several
-    paragraphs `role: content`. The system message is left out."""
-    told = [message for message in messages if message["role"] not in FIRST]
-    if len(told) == 1:
-        return said(told[0])
-    return "\n\n".join(f"{message['role']}: {said(message)}" for message in told)
-
-
-def said(message: Message) -> str:
-    """The text of a message; of one that calls tools the calls as well."""
-    calls = message.get("tool_calls")
-    parts = [message["content"] or "", json.dumps(calls, ensure_ascii=False) if calls else ""]
-    return " ".join(part for part in parts if part)

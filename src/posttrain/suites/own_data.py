@@ -16,6 +16,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from posttrain.backends.prompting import readable, said
 from posttrain.engine.errors import ConfigError, choices_text
 from posttrain.engine.fingerprint import digest, file_digest, plain
 from posttrain.engine.hashes import HashFile
@@ -33,8 +34,6 @@ from posttrain.suites.messages import (
     looks_like_messages,
     message_list,
     read_messages,
-    readable,
-    said,
     with_system,
 )
 from posttrain.suites.records import read_records

@@ -19,9 +19,10 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
-from posttrain.engine.errors import ConfigError
+from posttrain.backends.prompting import FIRST
+from posttrain.engine.errors import ConfigError, shortened
 from posttrain.suites.cells import spread
-from posttrain.suites.messages import FIRST, Message
+from posttrain.suites.messages import Message
 from posttrain.suites.tables import LEFT_OUT, NO_DEMO, Row
 
 SPLITS = ("train", "validation", "heldout")
@@ -135,7 +136,7 @@ class Placement:
             raise ConfigError(
                 f"{row.place}: this problem also stands in the {other} table ({place}); no "
                 "stage may train on a problem that it is judged by, so remove one of them: "
-                f"{row.prompt[:80]!r}"
+                f"{shortened(row.prompt)!r}"
             )
         answer = normalised(row.problem["answer"] or "") if self.judged else ""
         key = pair = _digest(whole, answer)

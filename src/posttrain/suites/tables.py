@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from posttrain.backends.prompting import readable, said
 from posttrain.engine.errors import ConfigError, choices_text
 from posttrain.rewards.spec import UNVERIFIED, checked_rubric
 from posttrain.suites.cells import is_missing, plain_value, text_of
@@ -20,8 +21,6 @@ from posttrain.suites.messages import (
     is_plain,
     looks_like_messages,
     read_messages,
-    readable,
-    said,
     with_system,
 )
 from posttrain.suites.records import Record, read_records
