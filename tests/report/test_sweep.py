@@ -25,7 +25,9 @@ from posttrain.report.sweep import (
 
 
 def artifact(metrics: dict[str, Any], kind: str = "evaluate", init: str = "i") -> Artifact:
-    inputs = {"student": {"fingerprint": "s"}, "init": {"fingerprint": init}}
+    # The student is another one in every run, by whichever edge it comes.
+    students = {edge: {"fingerprint": str(metrics)} for edge in ("students.a", "along.b")}
+    inputs = {**students, "init": {"fingerprint": init}}
     record = {"name": "end", "kind": kind, "metrics": metrics, "inputs": inputs}
     return Artifact(path=Path("/store/artifacts/x"), record=record)
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any, Literal, NamedTuple
 
+from posttrain.engine.graph import role_of
 from posttrain.engine.record import Artifact
 from posttrain.report.scores import split_words
 from posttrain.report.seeds import Difference, Spread, difference
@@ -332,14 +333,14 @@ def _about_best(sweep: Sweep, made: Outcome, best: Row) -> str:
 
 
 def _yardsticks_differ(sweep: Sweep) -> bool:
-    """Whether, for one seed, settings were measured against other models than the student."""
+    """Whether, for one seed, settings were measured against other inits or teachers."""
     seen: dict[int, set[tuple[tuple[str, str], ...]]] = {}
     for run in sweep.runs:
         if run.artifact is not None:
             others = tuple(
                 (edge, source["fingerprint"])
                 for edge, source in sorted(run.artifact.inputs.items())
-                if edge != "student"
+                if role_of(edge) in ("init", "teachers")
             )
             seen.setdefault(run.seed, set()).add(others)
     return any(len(found) > 1 for found in seen.values())
