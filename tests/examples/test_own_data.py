@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -12,19 +13,17 @@ from pathlib import Path
 import pytest
 
 from posttrain.cli import main
-from posttrain.engine.store import Store
-from posttrain.report.gather import EVALUATION, read_json
 
 ROOT = Path(__file__).resolve().parents[2]
 GUIDE = (ROOT / "docs" / "own-data.md").read_text(encoding="utf-8")
 EXAMPLE = ROOT / "examples" / "own_data"
 
 SMALL = {
-    "general.py": ["sft_steps=3"],
+    "general.py": ["sft_steps=60"],
     "colleague.py": ["steps=2"],
     "own.py": [
-        *("sft_steps=3", "steps=2", "*.prompts_per_step=4", "rollouts.k=1"),
-        *("evaluation.num_problems=4", "evaluation.samples=1", "evaluation.bootstrap=20"),
+        *("sft_steps=60", "steps=2", "selection.how=all", "*.prompts_per_step=4", "rollouts.k=1"),
+        *("evaluation.num_problems=4", "evaluation.samples=1", "evaluation.bootstrap=100"),
     ],
 }
 """What a command of the guide is given in addition, so that a test has the time for it."""
@@ -48,7 +47,7 @@ def make(folder: Path) -> None:
     assert spec is not None and spec.loader is not None
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.write_data(folder / "data", rows=60)
+    module.write_data(folder / "data", rows=300)
     module.write_base(folder / "base", hidden_size=24, layers=1)
 
 
@@ -75,14 +74,20 @@ def test_its_commands_run(
             continue
         assert words[0] == "posttrain", words
         recipe = words[2] if len(words) > 2 else ""
-        extra = [part for text in SMALL.get(recipe, []) for part in ("--set", text)]
+        small = SMALL.get(recipe, [])
+        if "beside=false" in words:
+            small = [text for text in small if not text.startswith(("selection", "rollouts"))]
+        extra = [part for text in small for part in ("--set", text)]
         code = main([*words[1:], *extra])
         said = capfd.readouterr()
         assert code == 0, (words, said.err)
         ran.append(words[1])
-    assert {"plan", "run", "export", "sweep", "compare", "chat", "show"} <= set(ran)
-    store = Store(place / "posttrain-store")
-    evaluation = read_json(store.resolve("evaluation"), EVALUATION)
+    assert {"plan", "run", "export", "sweep", "compare", "chat", "show"} == set(ran)
+    written = (place / "posttrain-store" / "artifacts" / "evaluate").glob("*/evaluation.json")
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in written]
+    # One of the run, and one of each of the sweep's three settings by two seeds.
+    assert len(found) == 7
+    (evaluation,) = (one for one in found if len(one["students"]) > 1)
     assert set(evaluation["students"]) == {"mopd", "merged", "traces"}
     assert list(evaluation["along"]) == ["round1", "round2"]
     assert list(evaluation["unverified"]) == ["chat"]
