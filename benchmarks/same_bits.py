@@ -3,6 +3,7 @@
     python benchmarks/same_bits.py --before 8499444                 # against this tree
     python benchmarks/same_bits.py --before 8499444 --only 'rl_*'   # some cases and what they need
     python benchmarks/same_bits.py --before 8499444 --snapshot DIR  # keep the older numbers there
+    python benchmarks/same_bits.py --before ba26e27 --same-names    # a commit with today's settings
 
 Each stage of `same_bits_cases.py` runs on the CPU with one thread, at the commit (in a temporary
 worktree) and in this tree. Of the artifacts of both stores every tensor, every line of metrics and
@@ -81,7 +82,8 @@ def main() -> int:
             before = json.loads(saved.read_text(encoding="utf-8"))
         else:
             with worktree(arguments.before, room / "tree") as tree:
-                before = make(tree, "before", room, arguments.only)
+                names = "after" if arguments.same_names else "before"
+                before = make(tree, "before", room, arguments.only, names)
         if saved is not None and not saved.exists():
             if arguments.only:
                 raise SystemExit("a snapshot has all cases: leave --only out, or --snapshot")
@@ -97,6 +99,9 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--before", metavar="COMMIT", help="the commit to compare with")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="cases, or globs")
+    parser.add_argument(
+        "--same-names", action="store_true", help="COMMIT has today's names of settings already"
+    )
     parser.add_argument("--snapshot", type=Path, metavar="DIR", help="keep the numbers of COMMIT")
     # How the script calls itself with the code of one side.
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
@@ -127,8 +132,11 @@ def worktree(commit: str, path: Path) -> Iterator[Path]:
         subprocess.run([*git, "remove", "--force", str(path)], check=True)
 
 
-def make(tree: Path, side: str, room: Path, only: Sequence[str]) -> Snapshot:
-    """Run the cases with the code of a tree; what came out of it."""
+def make(
+    tree: Path, side: str, room: Path, only: Sequence[str], names: str | None = None
+) -> Snapshot:
+    """Run the cases with the code of a tree, in the names of settings of the side `names`; what
+    came out of it."""
     began = time.monotonic()
     folder = room / side
     folder.mkdir()
@@ -138,7 +146,14 @@ def make(tree: Path, side: str, room: Path, only: Sequence[str]) -> Snapshot:
         "OMP_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    command = [sys.executable, str(Path(__file__)), "--worker", str(folder), "--side", side]
+    command = [
+        sys.executable,
+        str(Path(__file__)),
+        "--worker",
+        str(folder),
+        "--side",
+        names or side,
+    ]
     subprocess.run([*command, *(["--only", *only] if only else [])], env=environment, check=True)
     failed = json.loads((folder / "failed.json").read_text(encoding="utf-8"))
     found: Snapshot = snapshot(folder / "store") | failed
@@ -225,7 +240,13 @@ def _numbers(folder: Path) -> dict[str, Any]:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    """The lines of a file; instead of the ids of problems, which are hashes, when each first came."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    first: dict[Any, int] = {}
+    for row in rows:
+        if "id" in row:
+            row["id"] = first.setdefault(row["id"], len(first))
+    return rows
 
 
 def tensors(path: Path) -> dict[str, str]:
