@@ -240,7 +240,8 @@ def _numbers(folder: Path) -> dict[str, Any]:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file; instead of the ids of problems, which are hashes, when each first came."""
+    """The lines of a file, with 0, 1, ... in the order of their coming for the ids of problems,
+    which are hashes."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     first: dict[Any, int] = {}
     for row in rows:
