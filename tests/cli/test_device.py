@@ -20,7 +20,10 @@ MINI = ("mini.py", "--suite", "pairs.toml")
         (["--device", "gpu"], ["--device", "'gpu'", "'auto', 'cpu', 'cuda'"]),
         (["--device", "cuda"], ["--device cuda", "sees no CUDA device", "--device cpu"]),
         (["--compile"], ["--compile", "measured slower", "--device cuda"]),
-        (["--set", "*.precision=float16"], ["'precision'", "'float16'", "'float32' or 'bfloat16'"]),
+        (
+            ["--set", "*.precision=float16"],
+            ["'precision'", "'float16'", "choices: bfloat16, float32"],
+        ),
     ],
 )
 def test_refusals(

@@ -184,7 +184,7 @@ def test_what_the_recipe_says_of_a_choice_stays() -> None:
     [
         (
             {"learn.surrogate.hihg": 1},
-            "field 'surrogate.hihg': unknown option; did you mean 'high'? choices: high, kind, low",
+            "field 'surrogate.hihg': unknown option; did you mean 'high'? choices: high, low",
         ),
         (
             {"learn.surrogate": "cipso"},
