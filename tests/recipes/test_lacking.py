@@ -160,6 +160,12 @@ def test_domains_that_lack_it_are_left_out_where_none_is_named(r: Recipe, base: 
     assert "letters" not in domains(validated)
 
 
+def test_what_is_left_out_of_an_evaluation_is_told(r: Recipe, base: Stage) -> None:
+    r.evaluate(base)
+    told = [warned.text for warned in r.warnings if warned.stage == "evaluation"]
+    assert told == ["domain 'chat' is not evaluated: it has no heldout problems (heldout = 0)"]
+
+
 def test_best_needs_a_judge_where_no_domain_has_a_verifier(tmp_path: Path, r: Recipe) -> None:
     text = (tmp_path / "s.toml").read_text().replace('"exact"', '"none"')
     (tmp_path / "s.toml").write_text(text)

@@ -47,6 +47,11 @@ def evaluated(build: Builder, stage: str, name: str) -> tuple[str, ...]:
             f"stage {stage!r} (evaluate): no domain of suite {build.suite.name!r} has a {name} "
             f"split ({name} = 0 in all of them); leave that key out in one, or give it a table"
         )
+    for domain in build.suite.domains:
+        if domain not in found:
+            build.warn(
+                f"domain {domain!r} is not evaluated: it has no {name} problems ({name} = 0)", stage
+            )
     return found
 
 

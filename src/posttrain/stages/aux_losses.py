@@ -187,9 +187,9 @@ def with_demonstrations(
         missing = next((problem for problem in problems if learned_part(problem) is None), None)
         if missing is not None and shown:
             ctx.warn(
-                f"{len(problems) - len(shown)} of {len(problems)} problems of domain {name!r} have "
-                f"no demonstration and are not learned, the first of them {missing['id']} "
-                f"({missing['prompt'][:60]!r}); add their demonstrations to the table"
+                f"domain {name!r}: problems without a demonstration are not learned, "
+                f"{len(problems) - len(shown)} of {len(problems)}, the first of them "
+                f"{missing['id']} ({missing['prompt'][:60]!r}); add demonstrations to the table"
             )
         elif missing is not None:
             thinks = missing.get("mode") == "think"
