@@ -116,6 +116,7 @@ class Placement:
         self._answers: Counter[str] = Counter()
         """What is asked, to how many answers it has."""
         self._ids: dict[str, str] = {}
+        self._names: set[str] = set()
 
     def take(self, label: str, row: Row) -> bool:
         """The next row of the table of a split; those of heldout and validation come before train.
@@ -168,9 +169,16 @@ class Placement:
         )
         problem.demos.add(_demo_digest(row.problem))
         if self.keep:
-            own = {"id": row.id or f"{self.domain}-{key[:12]}", "domain": self.domain}
+            own = {"id": row.id or self._name(row.prompt, key), "domain": self.domain}
             problem.row = own | row.problem
         return problem
+
+    def _name(self, prompt: str, key: str) -> str:
+        """A name for a problem: by its text, and where another one reads the same by its `key`."""
+        name = f"{self.domain}-{prompt_digest(prompt)[:12]}"
+        name = f"{self.domain}-{key[:12]}" if name in self._names else name
+        self._names.add(name)
+        return name
 
     def _further(self, problem: _Problem, row: Row) -> bool:
         """Whether the row has a demonstration that its problem lacks, which it then gets."""
