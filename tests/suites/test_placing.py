@@ -7,7 +7,7 @@ import pytest
 from posttrain.engine.errors import ConfigError
 from posttrain.suites.build import build_domain
 from posttrain.suites.domain import Domain, Table, VerifierSpec, domain_node
-from posttrain.suites.split import SPLITS, normalised, split_of
+from posttrain.suites.split import SPLITS, normalised, prompt_digest, split_of
 
 
 def table(verifier="exact", **fields):
@@ -63,6 +63,15 @@ def test_a_split_does_not_separate_what_reads_the_same(tmp_path):
     # Other answers to one question: told, and each a problem with an id of its own.
     assert facts["contradicting"] == 40
     assert len({row["id"] for rows in found.values() for row in rows}) == 120
+
+
+def test_the_first_of_a_text_is_named_by_it_and_others_by_their_answer_too(tmp_path):
+    rows = [{"prompt": f"p{n}", "answer": str(n), "demo": "x"} for n in range(60)]
+    write(tmp_path / "t.jsonl", [*rows, {"prompt": "p7", "answer": "other", "demo": "x"}])
+    _, found = build(table(train="t.jsonl"), tmp_path)
+    ids = {(row["prompt"], row["answer"]): row["id"] for of in found.values() for row in of}
+    assert ids["p7", "7"].endswith(prompt_digest("p7")[:12])
+    assert len(set(ids.values())) == 61
 
 
 def test_conversations_that_open_alike_stay_together(tmp_path):
