@@ -323,3 +323,23 @@ def test_a_row_that_is_none(cli: Callable[..., Any], place: Path) -> None:
         cli("plan", "mini.py", "--suite", "pairs.toml"),
         ["sums.jsonl", "line 5", "'answer'", "line 8", "'prompt'"],
     )
+
+
+def test_a_column_of_demonstrations_without_any(cli: Callable[..., Any], place: Path) -> None:
+    rows = [json.loads(line) for line in (place / "sums.jsonl").read_text().splitlines()]
+    lines = [json.dumps(row | {"demo": ""}) for row in rows]
+    (place / "sums.jsonl").write_text("\n".join(lines) + "\n")
+    told(
+        cli("plan", "mini.py", "--suite", "pairs.toml"),
+        ["'base'", "'sums' has no demonstration", "all of its 81 rows"],
+    )
+
+
+def test_two_columns_for_what_is_asked(cli: Callable[..., Any], place: Path) -> None:
+    text = (place / "pairs.toml").read_text()
+    both = text.replace('demo = "demo"', 'prompt = "prompt"\nmessages = "talk"', 1)
+    (place / "pairs.toml").write_text(both)
+    told(
+        cli("plan", "mini.py", "--suite", "pairs.toml"),
+        ["pairs.toml: domains.sums", "messages = 'talk'", "prompt = 'prompt'"],
+    )

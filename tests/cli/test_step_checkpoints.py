@@ -105,7 +105,7 @@ def test_what_has_no_step_checkpoint_is_not_meant(
     with monkeypatch.context() as patch:
         patch.setattr(worker, "EXECUTE", "posttrain.no_such_module:run_job")
         cli("run", *SHORT, "--no-report", "--set", "ema=false")
-    assert "tuned (sft), no step checkpoint" in cli("ls").out
+    assert "unfinished, no step checkpoint: tuned" in cli("ls").out
     assert "unfinished, step 3" in cli("show", "tuned@step").out
 
 
@@ -131,4 +131,4 @@ def test_a_stage_without_a_checkpoint_says_so(cli: Callable[..., Any], stopped: 
     work.unlink()
     result = cli("chat", "tuned@step", "--prompt", "x")
     assert result.code == 2 and "tuned has no step checkpoint yet" in result.err
-    assert "tuned (sft), no step checkpoint" in cli("ls").out
+    assert "unfinished, no step checkpoint: tuned" in cli("ls").out

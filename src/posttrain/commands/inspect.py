@@ -52,9 +52,17 @@ def ls(store: io.StorePath = io.DEFAULT_STORE, as_json: io.Json = False) -> None
         emit({"store": str(place.root), "artifacts": listed, "unfinished": stopped})
         return
     out = console()
-    for one in unfinished(place):
-        where = "no step checkpoint" if one.step is None else f"{one.name}@step-{one.step}"
-        out.print(Text(f"unfinished: {one.name} ({one.kind}), {where}", "yellow"), soft_wrap=True)
+    left = unfinished(place)
+    for one in left:
+        if one.step is not None:
+            where = f"{one.name}@step-{one.step}"
+            said = f"unfinished: {one.name} ({one.kind}), {where}"
+            out.print(Text(said, "yellow"), soft_wrap=True)
+    # Each try with other settings leaves one, and there is nothing in them to go on from.
+    without = dict.fromkeys(one.name for one in left if one.step is None)
+    if without:
+        said = f"unfinished, no step checkpoint: {', '.join(without)}"
+        out.print(Text(said, "dim"), soft_wrap=True)
     if not artifacts:
         out.print(Text(f"no artifacts in {place.root}"), soft_wrap=True)
         return

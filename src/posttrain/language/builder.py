@@ -226,7 +226,23 @@ class Builder:
                 )
             return {"data": data.name}
         assert isinstance(data, Demos | Prompts)
-        return self.domain_edges(stage, data.domains)
+        edges = self.domain_edges(stage, data.domains)
+        if isinstance(data, Demos):
+            self._refuse_without_demos(stage, data.domains)
+        return edges
+
+    def _refuse_without_demos(self, stage: str, domains: Iterable[str]) -> None:
+        """Refuse domains whose tables were read and hold no demonstration, though a column is named
+        for them."""
+        for name in domains:
+            facts = self.nodes[name].runtime.get("facts") or {}
+            rows = sum(facts.get(split, 0) for split in ("train", "validation", "heldout"))
+            if rows and facts.get("no_demo") == rows:
+                raise ConfigError(
+                    f"stage {stage!r}: domain {name!r} has no demonstration, the column for them "
+                    f"is empty in all of its {rows} rows; fill it, name another one in the suite, "
+                    "or leave the domain out"
+                )
 
     def domain_edges(self, stage: str, domains: Iterable[str]) -> dict[str, str]:
         """The edges to these domains of the suite, which get their nodes."""

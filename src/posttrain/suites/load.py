@@ -142,6 +142,11 @@ def _domain(name: str, table: dict[str, Any], where: str) -> Domain:
             'dataset = "<reasoning-gym name>" (generated problems)'
             f"{_instead(table, 'train', 'dataset')}"
         )
+    if "messages" in table and "prompt" in table:
+        raise ConfigError(
+            f"{where}: messages = {table['messages']!r} and prompt = {table['prompt']!r} both say "
+            "what is asked; leave one of them out"
+        )
     source_type: type[Table] | type[Procedural] = Table if "train" in table else Procedural
     fields = {field.name: field for field in dataclasses.fields(source_type)}
     verifier = table.get("verifier")
