@@ -1,5 +1,6 @@
 """The log of a stage that prints without end."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -58,7 +59,9 @@ def test_a_stage_that_prints_60_mb(
     assert log.stat().st_size <= LOG_BYTES
     text = log.read_bytes()
     assert text.startswith(b"--- 20") and b"bytes are left out here" in text
-    assert b"   60000 xxx" in text and b"\n       1 xxx" in text
+    printed = [int(number) for number in re.findall(rb"^ *(\d+) xxx", text, re.MULTILINE)]
+    # The last lines may fall into the moment of a cut.
+    assert printed[0] == 1 and 59_900 < printed[-1] <= 60_000
 
 
 def test_a_stage_is_named_once() -> None:

@@ -5,7 +5,7 @@
     <what it printed last>
 
 The processes of a stage append to the file through descriptors that they share, so it can be cut in
-place while they go on. What is written in the very moment of a cut may get lost.
+place while they go on. What is written between the last look at its end and the cut gets lost.
 """
 
 import os
@@ -39,14 +39,23 @@ def bound(log: Path, limit: int = LOG_BYTES) -> None:
             head = head[:-_MARK_ROOM]
             head = head[: head.rfind(b"\n") + 1] or head
         file.seek(size - limit // 4)
-        tail = file.read()
+        tail = file.read(limit // 4)
         tail = tail[tail.find(b"\n") + 1 :] or tail
         gone += size - len(head) - len(tail)
         begin = b"" if head.endswith(b"\n") else b"\n"
         # Over what is left out, then cut: a kill in between leaves too much, not too little.
+        kept = head + begin + b"--- %d bytes are left out here ---\n" % gone + tail
         file.seek(len(head))
-        file.write(begin + b"--- %d bytes are left out here ---\n" % gone + tail)
-        file.truncate()
+        file.write(kept[len(head) :])
+        end = len(kept)
+        # What was appended since comes after it, until nothing does.
+        while file.seek(0, os.SEEK_END) > size:
+            file.seek(size)
+            more = file.read()
+            file.seek(end)
+            file.write(more)
+            size, end = size + len(more), end + len(more)
+        file.truncate(end)
 
 
 def keep_bounded(log: Path, limit: int = LOG_BYTES) -> None:
