@@ -9,7 +9,7 @@ import yaml
 
 from posttrain.engine.record import Artifact
 from posttrain.engine.store import Store
-from posttrain.report.card import model_card
+from posttrain.report.card import model_card, results
 from posttrain.report.gather import scores_of
 
 
@@ -208,3 +208,16 @@ def test_settings_cannot_write_html_or_links():
     card = model_card(new_record(kind="sft", config=config))
     assert "<script>" not in card
     assert "\\[x\\](javascript:y) a\\|b \\`c\\` under_score" in card
+
+
+def test_the_index_says_the_same_result_once() -> None:
+    """Evaluations that differ in other models alone, as those of a sweep."""
+
+    def item(value: float) -> dict[str, Any]:
+        found = {"sampled": value, "greedy": value}
+        evaluation = {"models": {"student": {"add": found}}, "split": "validation"}
+        return {"evaluation": evaluation, "model": "student"}
+
+    (index,) = results({"name": "m"}, [item(0.5), item(0.5), item(0.25)])["model-index"]
+    values = [[m["value"] for m in result["metrics"]] for result in index["results"]]
+    assert values == [[50.0, 50.0], [25.0, 25.0]]

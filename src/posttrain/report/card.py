@@ -192,7 +192,7 @@ def results(
     record: Mapping[str, Any], scores: Iterable[Mapping[str, Any]]
 ) -> dict[str, list[dict[str, Any]]]:
     """`model-index`, as the Hub reads it: the accuracies of this model, in per cent."""
-    found = []
+    found: list[dict[str, Any]] = []
     for item in scores:
         evaluation, model = item["evaluation"], item["model"]
         for domain, values in evaluation["models"][model].items():
@@ -204,9 +204,10 @@ def results(
             if not metrics:
                 continue
             dataset = {"type": domain, "name": f"{domain} ({split_name(evaluation)})"}
-            found.append(
-                {"task": {"type": "text-generation"}, "dataset": dataset, "metrics": metrics}
-            )
+            result = {"task": {"type": "text-generation"}, "dataset": dataset, "metrics": metrics}
+            # Evaluations that differ in other models, as in a sweep, say the same of this one.
+            if result not in found:
+                found.append(result)
     return {"model-index": [{"name": record["name"], "results": found}]} if found else {}
 
 
