@@ -1,0 +1,555 @@
+# ruff: noqa: RUF001 -- DeepSeek writes its control tokens with wide bars
+"""Model families as the outside world has them, made small: tokenizer, chat template, generation
+config and architecture, with the rules of each that have surprised users of some framework.
+
+    python benchmarks/families.py DIRECTORY          # every family as a checkpoint of its own
+
+Nothing here is a copy of a published file. The templates are written anew by the rules of those
+models (which tokens open and end a turn, who writes a system message, what reads the clock, who
+thinks and where), the tokenizers are trained on a page of text, and the weights are random.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
+
+CORPUS = (
+    "You are a helpful assistant. Be brief. What is 3 plus 4? The answer is 7. How much is 12 "
+    "minus 5? First I add the numbers, then I check the sum. Name a colour: red, blue, grey. "
+    "Thank you, and what about the next one? Today it rains; yesterday it was sunny."
+)
+LEARNED = 60
+"""Merges that each tokenizer learns from `CORPUS`."""
+
+# Templates. Each is written by the rules of its family; see the docstring of the file.
+
+LLAMA_2 = """
+{%- set start = 1 if messages[0]['role'] == 'system' else 0 -%}
+{%- for message in messages[start:] -%}
+{%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}
+{{- raise_exception('roles must alternate user, assistant, user, ...') -}}
+{%- endif -%}
+{%- if message['role'] == 'user' -%}
+{%- set before = '<<SYS>>\\n' + messages[0]['content'] + '\\n<</SYS>>\\n\\n' if start and loop.first
+   else '' -%}
+{{- bos_token + '[INST] ' + before + message['content'].strip() + ' [/INST]' -}}
+{%- else -%}
+{{- ' ' + message['content'].strip() + ' ' + eos_token -}}
+{%- endif -%}
+{%- endfor -%}
+"""
+
+LLAMA_3 = """
+{{- bos_token -}}
+{%- set today = strftime_now('%d %b %Y') if strftime_now is defined else '26 Jul 2024' -%}
+{%- set system = messages[0]['content'] | trim if messages[0]['role'] == 'system' else '' -%}
+{%- set rest = messages[1:] if messages[0]['role'] == 'system' else messages -%}
+{{- '<|start_header_id|>system<|end_header_id|>\\n\\nToday Date: ' + today + '\\n\\n' + system
+    + '<|eot_id|>' -}}
+{%- for message in rest -%}
+{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' + message['content'] | trim
+    + '<|eot_id|>' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' -}}
+{%- endif -%}
+"""
+
+MISTRAL = """
+{{- bos_token -}}
+{%- set system = messages[0]['content'] if messages[0]['role'] == 'system' else '' -%}
+{%- set rest = messages[1:] if messages[0]['role'] == 'system' else messages -%}
+{%- for message in rest -%}
+{%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}
+{{- raise_exception('after the optional system message, roles must alternate') -}}
+{%- endif -%}
+{%- if message['role'] == 'user' -%}
+{%- set before = system + '\\n\\n' if system and loop.revindex0 < 2 else '' -%}
+{{- '[INST] ' + before + message['content'] + '[/INST]' -}}
+{%- else -%}
+{{- ' ' + message['content'] + eos_token -}}
+{%- endif -%}
+{%- endfor -%}
+"""
+
+QWEN_2_5 = """
+{%- if messages[0]['role'] != 'system' -%}
+{{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' -}}
+{%- endif -%}
+{%- for message in messages -%}
+{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
+"""
+
+QWEN_3 = """
+{%- set last = namespace(user=0) -%}
+{%- for message in messages -%}
+{%- if message['role'] == 'user' -%}{%- set last.user = loop.index0 -%}{%- endif -%}
+{%- endfor -%}
+{%- for message in messages -%}
+{%- set content = message['content'] -%}
+{%- if message['role'] == 'assistant' -%}
+{%- set thought = '' -%}
+{%- if '</think>' in content -%}
+{%- set thought = content.split('</think>')[0].split('<think>')[-1].strip('\\n') -%}
+{%- set content = content.split('</think>')[-1].lstrip('\\n') -%}
+{%- endif -%}
+{{- '<|im_start|>assistant\\n' -}}
+{%- if loop.index0 > last.user and (loop.last or thought) -%}
+{{- '<think>\\n' + thought + '\\n</think>\\n\\n' -}}
+{%- endif -%}
+{{- content + '<|im_end|>\\n' -}}
+{%- else -%}
+{{- '<|im_start|>' + message['role'] + '\\n' + content + '<|im_end|>\\n' -}}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{- '<|im_start|>assistant\\n' -}}
+{%- if enable_thinking is defined and enable_thinking is false -%}
+{{- '<think>\\n\\n</think>\\n\\n' -}}
+{%- endif -%}
+{%- endif -%}
+"""
+
+GEMMA_3 = """
+{{- bos_token -}}
+{%- set before = messages[0]['content'] + '\\n\\n' if messages[0]['role'] == 'system' else '' -%}
+{%- set rest = messages[1:] if messages[0]['role'] == 'system' else messages -%}
+{%- for message in rest -%}
+{%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}
+{{- raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') -}}
+{%- endif -%}
+{%- set role = 'model' if message['role'] == 'assistant' else message['role'] -%}
+{{- '<start_of_turn>' + role + '\\n' + (before if loop.first else '') + message['content'] | trim
+    + '<end_of_turn>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<start_of_turn>model\\n' -}}{%- endif -%}
+"""
+
+GLM_4_5 = """
+{{- '[gMASK]<sop>' -}}
+{%- set last = namespace(user=0) -%}
+{%- for message in messages -%}
+{%- if message['role'] == 'user' -%}{%- set last.user = loop.index0 -%}{%- endif -%}
+{%- endfor -%}
+{%- for message in messages -%}
+{%- if message['role'] == 'user' -%}
+{{- '<|user|>\\n' + message['content'] -}}
+{%- if enable_thinking is defined and not enable_thinking -%}{{- '/nothink' -}}{%- endif -%}
+{%- elif message['role'] == 'assistant' -%}
+{%- set content, thought = message['content'], '' -%}
+{%- if '</think>' in content -%}
+{%- set thought = content.split('</think>')[0].split('<think>')[-1] -%}
+{%- set content = content.split('</think>')[-1] -%}
+{%- endif -%}
+{{- '<|assistant|>\\n<think>' + (thought.strip() if loop.index0 > last.user else '')
+    + '</think>' -}}
+{%- if content.strip() -%}{{- '\\n' + content.strip() -}}{%- endif -%}
+{%- else -%}
+{{- '<|' + message['role'] + '|>\\n' + message['content'] -}}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{- '<|assistant|>' -}}
+{%- if enable_thinking is defined and not enable_thinking -%}
+{{- '\\n<think></think>' -}}
+{%- endif -%}
+{%- endif -%}
+"""
+
+DEEPSEEK_R1 = """
+{{- bos_token -}}
+{%- for message in messages -%}
+{%- if message['role'] == 'system' -%}{{- message['content'] -}}
+{%- elif message['role'] == 'user' -%}{{- '<｜User｜>' + message['content'] -}}
+{%- else -%}
+{{- '<｜Assistant｜>' + message['content'].split('</think>')[-1] + '<｜end▁of▁sentence｜>' -}}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<｜Assistant｜><think>\\n' -}}{%- endif -%}
+"""
+
+SMOLLM_3 = """
+{%- set think = enable_thinking is not defined or enable_thinking -%}
+{%- set mode = '/think' if think else '/no_think' -%}
+{{- '<|im_start|>system\\n## Metadata\\n\\nToday Date: ' + strftime_now('%d %B %Y')
+    + '\\nReasoning Mode: ' + mode + '\\n\\n' -}}
+{{- (messages[0]['content'] if messages[0]['role'] == 'system' else 'You are SmolLM.')
+    + '<|im_end|>\\n' -}}
+{%- for message in messages -%}
+{%- if message['role'] == 'user' -%}
+{{- '<|im_start|>user\\n' + message['content'] + '<|im_end|>\\n' -}}
+{%- elif message['role'] == 'assistant' -%}
+{{- '<|im_start|>assistant\\n' + ('' if think else '<think>\\n\\n</think>\\n')
+    + message['content'].lstrip('\\n') + '<|im_end|>\\n' -}}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{- '<|im_start|>assistant\\n' + ('' if think else '<think>\\n\\n</think>\\n') -}}
+{%- endif -%}
+"""
+
+GPT_OSS = """
+{{- '<|start|>system<|message|>Current date: ' + strftime_now('%Y-%m-%d') + '\\n\\nReasoning: '
+    + (reasoning_effort if reasoning_effort is defined else 'medium')
+    + '\\n\\n# Valid channels: analysis, final.<|end|>' -}}
+{%- for message in messages -%}
+{%- if message['role'] in ('system', 'developer') -%}
+{{- '<|start|>developer<|message|># Instructions\\n\\n' + message['content'] + '<|end|>' -}}
+{%- elif message['role'] == 'user' -%}
+{{- '<|start|>user<|message|>' + message['content'] + '<|end|>' -}}
+{%- elif loop.last and not add_generation_prompt -%}
+{%- if message.get('thinking') -%}
+{{- '<|start|>assistant<|channel|>analysis<|message|>' + message['thinking'] + '<|end|>' -}}
+{%- endif -%}
+{{- '<|start|>assistant<|channel|>final<|message|>' + message['content'] + '<|return|>' -}}
+{%- else -%}
+{{- '<|start|>assistant<|channel|>final<|message|>' + message['content'] + '<|end|>' -}}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|start|>assistant' -}}{%- endif -%}
+"""
+
+OLMO_3 = """
+{%- if messages[0]['role'] != 'system' -%}
+{{- '<|im_start|>system\\nYou are a helpful AI assistant.<|im_end|>\\n' -}}
+{%- endif -%}
+{%- for message in messages -%}
+{%- if message['role'] == 'assistant' -%}
+{{- '<|im_start|>assistant\\n' + message['content'] -}}
+{%- if loop.last -%}{{- eos_token -}}{%- else -%}{{- '<|im_end|>\\n' -}}{%- endif -%}
+{%- else -%}
+{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' -}}
+{%- endif -%}
+{%- if loop.last and add_generation_prompt -%}{{- '<|im_start|>assistant\\n<think>' -}}{%- endif -%}
+{%- endfor -%}
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """One family of checkpoints."""
+
+    name: str
+    template: str
+    special: Sequence[str]
+    """Control tokens, in the order of their ids."""
+    architecture: str
+    """`model_type` of transformers."""
+    eos: str
+    """The tokenizer's end of sequence."""
+    stops: Sequence[str]
+    """`eos_token_id` of the generation config."""
+    bos: str | None = None
+    pad: str | None = None
+    plain: Sequence[str] = ()
+    """Added tokens that are no control tokens, such as thinking tags."""
+    sentencepiece: bool = False
+    """Words begin with "▁", and unknown characters fall back to bytes; else bytes throughout."""
+    spare_rows: int = 0
+    """Rows of the output layer more than the tokenizer has tokens; of a negative number as many
+    tokens are beyond the rows."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """What its config has besides sizes."""
+    note: str = ""
+    """What has surprised people."""
+
+
+FAMILIES = (
+    Family(
+        name="llama-2",
+        template=LLAMA_2,
+        architecture="llama",
+        sentencepiece=True,
+        special=("<unk>", "<s>", "</s>"),
+        bos="<s>",
+        eos="</s>",
+        stops=("</s>",),
+        note="no generation prompt: the assistant speaks after [/INST]; no pad token",
+    ),
+    Family(
+        name="llama-3.2",
+        template=LLAMA_3,
+        architecture="llama",
+        special=(
+            "<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>",
+            "<|eom_id|>", "<|eot_id|>",
+        ),
+        bos="<|begin_of_text|>",
+        eos="<|eot_id|>",
+        stops=("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"),
+        config={
+            "rope_parameters": {
+                "rope_type": "llama3", "rope_theta": 10000.0, "factor": 2.0,
+                "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 256,
+            }
+        },
+        note="the template reads the clock; three ends",
+    ),
+    Family(
+        name="mistral-0.3",
+        template=MISTRAL,
+        architecture="mistral",
+        sentencepiece=True,
+        special=("<unk>", "<s>", "</s>", "[INST]", "[/INST]"),
+        bos="<s>",
+        eos="</s>",
+        stops=("</s>",),
+        config={"sliding_window": None},
+        note="the system message stands in the last user turn; the roles alternate or it refuses",
+    ),
+    Family(
+        name="qwen2.5-base",
+        template=QWEN_2_5,
+        architecture="qwen2",
+        special=("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
+        eos="<|endoftext|>",
+        pad="<|endoftext|>",
+        stops=("<|endoftext|>",),
+        spare_rows=37,
+        config={"tie_word_embeddings": True},
+        note="a base whose template ends turns by a token that its configs do not name",
+    ),
+    Family(
+        name="qwen2.5",
+        template=QWEN_2_5,
+        architecture="qwen2",
+        special=("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
+        eos="<|im_end|>",
+        pad="<|endoftext|>",
+        stops=("<|im_end|>", "<|endoftext|>"),
+        spare_rows=101,
+        note="rows of padding, fewer for the small models than for the large ones",
+    ),
+    Family(
+        name="qwen3",
+        template=QWEN_3,
+        architecture="qwen3",
+        special=("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
+        plain=("<think>", "</think>"),
+        eos="<|im_end|>",
+        pad="<|endoftext|>",
+        stops=("<|im_end|>", "<|endoftext|>"),
+        spare_rows=64,
+        config={"tie_word_embeddings": True},
+        note="thinks unless enable_thinking is false; thoughts of earlier turns are dropped",
+    ),
+    Family(
+        name="gemma-3-1b",
+        template=GEMMA_3,
+        architecture="gemma3_text",
+        sentencepiece=True,
+        special=("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"),
+        plain=("<image_soft_token>",),
+        bos="<bos>",
+        eos="<eos>",
+        pad="<pad>",
+        stops=("<eos>", "<end_of_turn>"),
+        spare_rows=-1,
+        config={"sliding_window": 128, "layer_types": ["sliding_attention", "full_attention"]},
+        note="one token more than rows; windows; the tokenizer's end is not the turn's",
+    ),
+    Family(
+        name="glm-4.5",
+        template=GLM_4_5,
+        architecture="glm4",
+        special=(
+            "<|endoftext|>", "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>",
+            "<|observation|>",
+        ),
+        plain=("<think>", "</think>", "/nothink"),
+        eos="<|endoftext|>",
+        pad="<|endoftext|>",
+        stops=("<|endoftext|>", "<|user|>", "<|observation|>"),
+        note="the template writes no end after the assistant: the next role's token is the end",
+    ),
+    Family(
+        name="deepseek-r1",
+        template=DEEPSEEK_R1,
+        architecture="qwen2",
+        special=(
+            "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>",
+        ),
+        plain=("<think>", "</think>"),
+        bos="<｜begin▁of▁sentence｜>",
+        eos="<｜end▁of▁sentence｜>",
+        pad="<｜end▁of▁sentence｜>",
+        stops=("<｜end▁of▁sentence｜>",),
+        spare_rows=25,
+        note="always thinks: the prompt opens the block, a finished turn shows none",
+    ),
+    Family(
+        name="smollm3",
+        template=SMOLLM_3,
+        architecture="smollm3",
+        special=("<|begin_of_text|>", "<|end_of_text|>", "<|im_start|>", "<|im_end|>"),
+        plain=("<think>", "</think>"),
+        eos="<|im_end|>",
+        pad="<|im_end|>",
+        stops=("<|im_end|>",),
+        note="reads the clock; the mode stands in the system message; padding is the end",
+    ),
+    Family(
+        name="gpt-oss",
+        template=GPT_OSS,
+        architecture="gpt_oss",
+        special=(
+            "<|startoftext|>", "<|endoftext|>", "<|return|>", "<|constrain|>", "<|channel|>",
+            "<|start|>", "<|end|>", "<|message|>", "<|call|>",
+        ),
+        bos="<|startoftext|>",
+        eos="<|return|>",
+        pad="<|endoftext|>",
+        stops=("<|return|>", "<|endoftext|>", "<|call|>"),
+        spare_rows=14,
+        config={
+            "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 128,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "rope_parameters": {
+                "rope_type": "yarn", "rope_theta": 150000.0, "factor": 8.0, "beta_fast": 32.0,
+                "beta_slow": 1.0, "truncate": False, "original_max_position_embeddings": 64,
+            },
+        },
+        note="channels; <|return|> ends a turn, <|end|> a message; reads the clock and an effort",
+    ),
+    Family(
+        name="olmo-3-think",
+        template=OLMO_3,
+        architecture="olmo3",
+        special=("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"),
+        eos="<|endoftext|>",
+        pad="<|pad|>",
+        stops=("<|im_end|>", "<|endoftext|>"),
+        spare_rows=11,
+        config={"sliding_window": 128, "layer_types": ["sliding_attention", "full_attention"]},
+        note="<think> is text and no token; a turn ends by one token at the end, by another before",
+    ),
+)  # fmt: skip
+
+
+def family(name: str) -> Family:
+    """The family of that name. Raises KeyError."""
+    return {one.name: one for one in FAMILIES}[name]
+
+
+def tokenizer_of(one: Family) -> PreTrainedTokenizerFast:
+    """Its tokenizer, trained on `CORPUS`."""
+    learned = _bytes_tokenizer() if not one.sentencepiece else _words_tokenizer(one.special)
+    learned.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in one.special])
+    learned.add_tokens([AddedToken(t, special=False, normalized=False) for t in one.plain])
+    names = {"bos_token": one.bos, "eos_token": one.eos, "pad_token": one.pad}
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=learned, **{name: token for name, token in names.items() if token}
+    )
+    made.chat_template = one.template.strip()
+    return made
+
+
+def _bytes_tokenizer() -> Tokenizer:
+    """Byte-level BPE, as GPT-2's descendants have it."""
+    made = Tokenizer(BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = BpeTrainer(
+        vocab_size=len(alphabet) + LEARNED, initial_alphabet=alphabet, show_progress=False
+    )
+    made.train_from_iterator([CORPUS], trainer)
+    return made
+
+
+def _words_tokenizer(special: Sequence[str]) -> Tokenizer:
+    """BPE over characters with "▁" for spaces and bytes for the rest, as SentencePiece has it."""
+    trained = Tokenizer(BPE())
+    spaces = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    trained.normalizer = spaces
+    trained.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    trainer = BpeTrainer(vocab_size=LEARNED + 60, show_progress=False)
+    trained.train_from_iterator([CORPUS], trainer)
+    model = json.loads(trained.to_str())["model"]
+    # Control tokens have the first ids, then come the bytes.
+    tokens = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), *model["vocab"]]
+    vocab = {token: number for number, token in enumerate(dict.fromkeys(tokens))}
+    merges = [tuple(merge) for merge in model["merges"]]
+    made = Tokenizer(
+        BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
+    made.normalizer = spaces
+    made.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    return made
+
+
+def write(one: Family, out: Path, *, hidden: int = 64, more_rows: int = 0, seed: int = 0) -> None:
+    """Its checkpoint of random weights in bfloat16, with `more_rows` more rows of padding."""
+    tokenizer = tokenizer_of(one)
+    numbers = tokenizer.get_vocab()
+    # A multiple of nothing: what remains after the tokens is padding, or lacks some of them.
+    rows = len(tokenizer) + one.spare_rows + (more_rows if one.spare_rows >= 0 else 0)
+    sizes = {
+        "vocab_size": rows, "hidden_size": hidden, "intermediate_size": 2 * hidden,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "head_dim": hidden // 4, "max_position_embeddings": 512,
+        "bos_token_id": numbers.get(one.bos), "eos_token_id": numbers[one.stops[0]],
+        "pad_token_id": numbers.get(one.pad),
+    }  # fmt: skip
+    config = AutoConfig.for_model(one.architecture, **(sizes | one.config))
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
+    model.generation_config = GenerationConfig(
+        bos_token_id=numbers.get(one.bos),
+        eos_token_id=[numbers[token] for token in one.stops],
+        pad_token_id=numbers.get(one.pad),
+    )
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+def sums(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Conversations about sums: a system message, one turn or two, an answer to check."""
+    draw, rows = random.Random(seed), []
+    seen: set[str] = set()
+    while len(rows) < count:
+        a, b = draw.randint(1, 30), draw.randint(1, 30)
+        question = f"What is {a} plus {b}?"
+        if question in seen:
+            continue
+        seen.add(question)
+        messages = [{"role": "system", "content": "Be brief."}]
+        if len(rows) % 3 == 2:
+            messages += [
+                {"role": "user", "content": "Name a colour."},
+                {"role": "assistant", "content": draw.choice(("red", "blue", "green"))},
+            ]
+        messages += [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": str(a + b)},
+        ]
+        rows.append({"messages": messages, "answer": str(a + b)})
+    return rows
+
+
+if __name__ == "__main__":
+    for each in FAMILIES:
+        write(each, Path(sys.argv[1]) / each.name)
+        print(each.name, flush=True)
