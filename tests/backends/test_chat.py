@@ -12,7 +12,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from posttrain.backends.chat import Chat, check_same_tokens
+from posttrain.backends.chat import Chat
 from posttrain.backends.checkpoint import LanguageModel, chat_of
 from posttrain.backends.tiny import character_tokenizer
 from posttrain.engine.errors import ConfigError
@@ -62,7 +62,6 @@ def new_chat(language_model: LanguageModel) -> Chat:
         language_model.tokenizer,
         stop_ids=language_model.stop_ids,
         pad_id=language_model.pad_id,
-        num_ids=len(language_model.tokenizer),
     )
 
 
@@ -282,29 +281,3 @@ def test_a_mode_that_the_template_does_not_know_is_an_error(
         chat.prompt("q", mode)
     with pytest.raises(ConfigError, match=message):
         chat.response("q", "blue", mode)
-
-
-def test_a_teacher_means_the_same_by_every_token(language_model: LanguageModel) -> None:
-    ours = new_chat(language_model)
-    check_same_tokens(ours, new_chat(language_model), "math")
-
-    def theirs(**changes: Any) -> Chat:
-        facts = {"stop_ids": ours.stop_ids, "pad_id": ours.pad_id, "num_ids": ours.num_ids}
-        tokenizer = changes.pop("tokenizer", ours.tokenizer)
-        return Chat(tokenizer, **(facts | changes))
-
-    check_same_tokens(ours, theirs(pad_id=7, max_positions=5), "math")
-    other = copy.deepcopy(ours.tokenizer)
-    other.add_tokens(["<new>"])
-    templated = copy.deepcopy(ours.tokenizer)
-    templated.chat_template = CHATML
-    for chat, message in (
-        (theirs(num_ids=7), r"teacher 'math': .*: output layer rows is 7 there and \d+ here"),
-        (theirs(stop_ids=(3, 1)), r"stop token ids is \[1, 3\] there and \[1\] here"),
-        (theirs(tokenizer=other), r"id of token '<new>' is \d+ there and None here"),
-        (theirs(tokenizer=templated), "chat template is .* there and None here"),
-    ):
-        with pytest.raises(ConfigError, match=message):
-            check_same_tokens(ours, chat, "math")
-    with pytest.raises(ConfigError, match=r"^critic 'start'.*a critic must come from"):
-        check_same_tokens(ours, theirs(num_ids=7), "start", role="critic")
