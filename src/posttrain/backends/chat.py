@@ -50,7 +50,9 @@ class Chat:
         """How a response marks what is thought."""
         self._forget()
         # Some tokenizers mark these as special, and a verifier has to see where the answer begins.
-        special, added = set(self.tokenizer.all_special_ids), self.tokenizer.get_added_vocab()
+        added = self.tokenizer.get_added_vocab()
+        decoder = tokenizer.added_tokens_decoder
+        special = {*tokenizer.all_special_ids, *(i for i in decoder if decoder[i].special)}
         kept = "\n".join((OPEN, CLOSE, self.marks.open, self.marks.close))
         tags = {added[text] for text in added if text in kept}
         self._dropped = special - tags if special & tags else None

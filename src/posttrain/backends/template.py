@@ -1,4 +1,4 @@
-"""What a chat template does, told from its text alone: no torch, no transformers, so a plan can ask.
+"""What a chat template does, told from its text alone, without torch, so that a plan can ask.
 
 A thinking block is written `<think>steps</think>answer` in every text that stages, verifiers and
 judges read. Families that mark it otherwise have their `Marks` here, and `Chat` turns one into the
