@@ -24,13 +24,15 @@ ALLOWED: dict[str, set[str]] = {
     "backends.prompting": {"engine"},
     "backends.turn_end": set(),
     "backends.vocabulary": {"engine"},
+    "backends.template": {"engine", "backends.prompting"},
     "backends.checkpoint_source": {"engine", "backends.turn_end", "backends.vocabulary"},
     "rewards": {"engine", "backends.prompting", "schedules"},
     "suites": {"engine", "rewards", "backends.prompting"},
     "stages.kinds": {"engine"},
     "report": {"engine", "stages.kinds"},
     "backends": {
-        "engine", "losses", "rl", "backends.prompting", "backends.turn_end", "backends.vocabulary",
+        "engine", "losses", "rl", "backends.prompting", "backends.template", "backends.turn_end",
+        "backends.vocabulary",
     },
     "schedules": {"engine"},
     "values": {"engine", "schedules"},
@@ -52,7 +54,7 @@ ALLOWED: dict[str, set[str]] = {
     "language": {
         "engine", "rewards", "suites", "schedules", "judges", "values", "algorithms",
         "stages.config", "stages.kinds", "stages.step_checkpoint", "backends.prompting",
-        "backends.checkpoint_source",
+        "backends.template", "backends.checkpoint_source",
     },
     "recipe": {
         "engine", "suites", "language", "judges", "stages.kinds", "backends.checkpoint_source",
@@ -89,6 +91,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "values": {"pydantic"},
     "judges": {"pydantic"},
     "backends.prompting": set(),
+    "backends.template": {"jinja2"},
     "stages": {"torch", "numpy", "safetensors", "transformers", "reasoning_gym"},
     "language": set(),
     "recipe": set(),

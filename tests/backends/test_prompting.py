@@ -23,7 +23,12 @@ ROW: dict[str, Any] = {
 @pytest.mark.parametrize(
     ("response", "mode", "seen"),
     [
-        ("<think>4-1=3</think>3", None, "<think>4-1=3</think>3"),
+        ("<think>4-1=3</think>3", None, "3"),
+        ("hm 4</think>3", None, "3"),
+        ("<think>3", None, None),
+        ("x <think> 3", None, "x <think> 3"),
+        ("<think>4-1=3</think>3", "high", "3"),
+        ("3", "low", None),
         ("<think>4-1=3</think>3", "think", "3"),
         ("<think>\nhm\n</think>\n\n3 ", "think", "3 "),
         # The prompt may have opened the block.
@@ -50,7 +55,8 @@ def test_what_is_visible(response: str, mode: str | None, seen: str | None) -> N
         ("<think>x</think>3", "think", 1.0),
         ("<think>3</think>4", "think", 0.0),
         ("<think>x</think>3", "no_think", 0.0),
-        ("<think>x</think>3", None, 0.0),
+        ("<think>x</think>3", None, 1.0),
+        ("<think>3</think>4", None, 0.0),
     ],
 )
 def test_a_verifier_sees_the_answer_alone(response: str, mode: str | None, score: float) -> None:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from copy import copy
 from typing import Any, NoReturn
 
 from jinja2 import TemplateError
 
+from posttrain.backends.control_text import ControlText
 from posttrain.backends.prompting import CLOSE, OPEN, Asked, Message, asked_key, check_mode
+from posttrain.backends.template import PLAIN, ChatTemplate, template_text
 from posttrain.backends.vocabulary import TokenIds, drawable
 from posttrain.engine.errors import ConfigError, shortened
 from posttrain.rl.batch import Span
-
-SWITCH = "enable_thinking"
-"""The template variable that turns thinking on or off, as in Qwen3, GLM 4.5 and SmolLM 3."""
 
 SHOWN = 60
 """Characters of a text in a message."""
@@ -22,8 +22,9 @@ SHOWN = 60
 class Chat:
     """Encodes prompts and responses the way the checkpoint's chat template lays them out.
 
-    A mode, think or no_think, is the template's `enable_thinking`; without one the template is
-    asked as it stands. Encodings are remembered, because stages draw the same problems again and
+    A mode is a variable of the template (`ChatTemplate.variables`); without one the template is
+    asked as it stands. What data says is text: that of a control token in it is no token
+    (`ControlText`). Encodings are remembered, because stages draw the same problems again and
     again. `checkpoint.chat_of` makes the one of a model.
     """
 
@@ -49,27 +50,39 @@ class Chat:
         """Ids of the tokenizer that no text may have."""
         self.max_positions = max_positions
         """The longest row, prompt and response, that the model reads; None without a limit."""
-        self._prompts: dict[tuple[Any, str | None], list[int]] = {}
-        self._responses: dict[tuple[Any, str, str | None], list[int]] = {}
-        self._head: tuple[Any, str] = ((), "")
-        """The last text up to where the assistant speaks, and what it was made of."""
-        self._spans: dict[tuple[Any, str, str | None], list[Span] | None] = {}
+        text = template_text(tokenizer.chat_template)
+        self.template = None if text is None else ChatTemplate(text)
+        self.marks = PLAIN if self.template is None else self.template.marks
+        """How a response marks what is thought."""
+        self._forget()
         # Some tokenizers mark these as special, and a verifier has to see where the answer begins.
-        special, added = set(self.tokenizer.all_special_ids), self.tokenizer.get_added_vocab()
-        tags = {added[tag] for tag in (OPEN, CLOSE) if tag in added}
+        added = self.tokenizer.get_added_vocab()
+        decoder = tokenizer.added_tokens_decoder
+        special = {*tokenizer.all_special_ids, *(i for i in decoder if decoder[i].special)}
+        kept = "\n".join((OPEN, CLOSE, self.marks.open, self.marks.close))
+        tags = {added[text] for text in added if text in kept}
         self._dropped = special - tags if special & tags else None
+        self._control = ControlText(
+            tokenizer,
+            stop_ids=stop_ids,
+            literal="" if self.template is None else self.template.literal,
+            kept="\n".join((OPEN, CLOSE, *self.marks.tags)),
+        )
         # Texts that are one token wherever they stand: nothing beside them changes that.
         self._stops = {text: added[text] for text in added if added[text] in self.stop_ids}
 
     def fresh(self) -> Chat:
         """The same without the encodings that it remembers, for texts that come only once."""
-        return Chat(
-            self.tokenizer,
-            stop_ids=self.stop_ids,
-            pad_id=self.pad_id,
-            ids=self.ids,
-            max_positions=self.max_positions,
-        )
+        fresh = copy(self)
+        fresh._forget()
+        return fresh
+
+    def _forget(self) -> None:
+        self._prompts: dict[tuple[Any, str | None], list[int]] = {}
+        self._responses: dict[tuple[Any, str, str | None], list[int]] = {}
+        self._head: tuple[Any, str] = ((), "")
+        """The last text up to where the assistant speaks, and what it was made of."""
+        self._spans: dict[tuple[Any, str, str | None], list[Span] | None] = {}
 
     @property
     def num_ids(self) -> int:
@@ -103,7 +116,9 @@ class Chat:
     def response(self, asked: Asked, text: str, mode: str | None = None) -> list[int]:
         """Token ids of an assistant message, its stop token included.
 
-        In the mode think, `text` is `<think>steps</think>answer`. Raises as `prompt`.
+        A text that thinks is `<think>steps</think>answer`. Where the prompt has opened the block
+        already, it is not opened again, and a text without a thought begins by closing it. Raises
+        as `prompt`.
         """
         key = (asked_key(asked), text, mode)
         if key not in self._responses:
@@ -128,41 +143,70 @@ class Chat:
             self._spans[key] = None if head is None else [*head, last]
         return self._spans[key]
 
+    def opened(self, asked: Asked, mode: str | None = None) -> str:
+        """What the prompt has begun of the response: `<think>` and blanks where the template opens
+        the thinking block, else nothing. What is sampled after it is text from there on."""
+        begun = self._begun(self._opened(asked, mode))
+        return self.marks.told(begun) if begun else ""
+
+    def opens_thought(self, asked: Asked, mode: str | None = None) -> bool:
+        """Whether the prompt ends inside a thinking block."""
+        return bool(self.opened(asked, mode))
+
     def begin(self, text: str) -> list[int]:
         """Token ids of the first words of an assistant message, which is still to go on."""
-        return self._encode(text) if text else []
+        return self._encode(self.marks.said(self._control.hide(text))) if text else []
 
     def text(self, ids: Sequence[int]) -> str:
         """The text of any tokens, special ones included."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=False))
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of a response: stop token and special tokens left out, thinking tags kept."""
+        """The text of a response: stop token and special tokens left out, thinking tags kept, in
+        whatever marks the model has for them."""
         if ids and ids[-1] in self.stop_ids:
             # Not every stop token is marked as special in its tokenizer.
             ids = ids[:-1]
         if self._dropped is not None:
             ids = [token for token in ids if token not in self._dropped]
-            return str(self.tokenizer.decode(ids, skip_special_tokens=False))
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+            return self.marks.told(self.tokenizer.decode(ids, skip_special_tokens=False))
+        return self.marks.told(str(self.tokenizer.decode(ids, skip_special_tokens=True)))
 
     def _response(self, asked: Asked, text: str, mode: str | None) -> list[int]:
-        head, whole = self._opened(asked, mode), self._render(asked, text, mode)
-        # Some templates render a finished turn differently from an open one (they drop a thinking
-        # block, say); then the message itself is the best response text there is.
-        body = whole[len(head) :] if whole.startswith(head) else text
-        if mode == "think" and CLOSE in text:
-            if CLOSE not in body:
-                body = text
-            if head.rstrip().endswith(OPEN):
-                # The prompt has opened the block already.
-                body = body.lstrip().removeprefix(OPEN)
-        ids = self._encode(body)
+        ids = self._encode(self._body(asked, self._control.hide(text), mode))
         # What a template puts after the stop token, such as a new line, is no part of a response.
         for position, token in enumerate(ids):
             if token in self.stop_ids:
                 return ids[: position + 1]
         return [*ids, self.stop_ids[0]]
+
+    def _body(self, asked: Asked, text: str, mode: str | None) -> str:
+        """The text of a response from where the prompt ends, in the marks of the model."""
+        head, marks = self._opened(asked, mode), self.marks
+        begun, said = self._begun(head), marks.said(text)
+        if OPEN in text and CLOSE not in text and (begun or marks.answer):
+            # It never ended to think; a template would take the thought for an answer.
+            return _without(said, begun)
+        whole = self._render(asked, text, mode, hidden=True)
+        # Some templates render a finished turn differently from an open one (they drop a thinking
+        # block, say); then the message itself is the best response text there is.
+        body = whole[len(head) :] if whole.startswith(head) else said
+        if CLOSE in text and marks.close not in body:
+            thought = said.rpartition(marks.close)[0] + marks.close
+            # With a mark of its own the template showed the answer alone.
+            answered = marks.answer and body.startswith(marks.answer)
+            body = thought + body.removeprefix(marks.answer) if answered else said
+        if not begun:
+            return body
+        body = _without(body, begun)
+        # An answer without a thought is not to be taken for one.
+        return body if marks.close in body else marks.close + body
+
+    def _begun(self, head: str) -> str:
+        """The beginning of a thinking block with which the text of a prompt ends."""
+        if not head.rstrip().endswith(self.marks.open):
+            return ""
+        return head[head.rindex(self.marks.open) :]
 
     def _opened(self, asked: Asked, mode: str | None) -> str:
         """The text of what is asked up to where the assistant speaks, made once for those that ask
@@ -172,15 +216,32 @@ class Chat:
             self._head = (key, self._render(asked, None, mode))
         return self._head[1]
 
-    def _render(self, asked: Asked, response: str | None, mode: str | None) -> str:
-        switch = {} if mode is None else self._switch(mode)
-        if self.tokenizer.chat_template is None:
-            prompt = self._plain(asked)
+    def _render(
+        self, asked: Asked, response: str | None, mode: str | None, *, hidden: bool = False
+    ) -> str:
+        """The text of a conversation; `hidden` says that the response's control text is that."""
+        variables = {} if mode is None else self._switch(mode)
+        if response is not None and not hidden:
+            response = self._control.hide(response)
+        if self.template is None:
+            prompt: str = self._control.hide(self._plain(asked))
             return prompt if response is None else prompt + response
-        messages = [{"role": "user", "content": asked}] if isinstance(asked, str) else list(asked)
+        given = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
+        messages: list[Message] = self._control.hide(list(given))
         if response is not None:
             messages.append({"role": "assistant", "content": response})
-        return self._templated(messages, add_generation_prompt=response is None, **switch)
+        messages = [self._marked(message) for message in messages]
+        return self._templated(messages, add_generation_prompt=response is None, **variables)
+
+    def _marked(self, message: Message) -> Message:
+        """An assistant's message with the model's own marks of what was thought, or with the answer
+        alone where the template marks that."""
+        content = message.get("content")
+        if self.marks.plain or message["role"] != "assistant" or not isinstance(content, str):
+            return message
+        if self.marks.answer:
+            content = content.rpartition(CLOSE)[2]
+        return {**message, "content": self.marks.said(content)}
 
     def _head_spans(self, messages: Sequence[Message], mode: str | None) -> list[Span] | None:
         """The spans of a conversation up to where the assistant speaks next."""
@@ -272,9 +333,13 @@ class Chat:
             len(head) - len(rest[0]) if head.endswith(rest[0]) else None,
         )
 
-    def _templated(self, messages: Sequence[Message], **variables: bool) -> str:
+    def _templated(self, messages: Sequence[Message], **variables: Any) -> str:
         """The text of a conversation. Raises ConfigError where the template refuses it."""
         try:
+            if self.template is not None and self.template.reads_clock:
+                # transformers would tell it the time, and takes no function in its place.
+                special = self.tokenizer.special_tokens_map
+                return self.template.render(messages, **{**special, **variables})
             return str(
                 self.tokenizer.apply_chat_template(list(messages), tokenize=False, **variables)
             )
@@ -299,20 +364,15 @@ class Chat:
             "tokenizer_config.json), or data of one user message per row without `system`"
         )
 
-    def _switch(self, mode: str) -> dict[str, bool]:
-        """The template variable of a mode. Raises ConfigError where the template has none."""
-        mode = check_mode(mode, where="chat template")
-        if SWITCH not in str(self.tokenizer.chat_template):
+    def _switch(self, mode: str) -> dict[str, Any]:
+        """The template variables of a mode. Raises ConfigError where the template has none."""
+        if self.template is None:
+            mode = check_mode(mode, where="chat template")
             raise ConfigError(
-                f"mode = {mode!r}: the model's "
-                + (
-                    "tokenizer has no chat template"
-                    if self.tokenizer.chat_template is None
-                    else f"chat template does not read {SWITCH}"
-                )
-                + "; take a model that thinks (pretrain: thinking=True), or leave the mode out"
+                f"mode = {mode!r}: the model's tokenizer has no chat template; take a model that "
+                "thinks (pretrain: thinking=True), or leave the mode out"
             )
-        return {SWITCH: mode == "think"}
+        return self.template.variables(mode)
 
     def _opening(self) -> list[int]:
         """The BOS token where the tokenizer itself starts every text with it."""
@@ -320,7 +380,7 @@ class Chat:
         return first if first == [self.tokenizer.bos_token_id] else []
 
     def _encode(self, text: str) -> list[int]:
-        ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        ids = self._control.encode(text)
         if self._unusable and not self._unusable.isdisjoint(ids):
             self._refuse(next(token for token in ids if token in self._unusable), text)
         return ids
@@ -334,3 +394,11 @@ class Chat:
             "leave it out of the data, or use a checkpoint that has a row for it "
             "(model.resize_token_embeddings(len(tokenizer)))"
         )
+
+
+def _without(body: str, begun: str) -> str:
+    """A text without the beginning of the thinking block that the prompt has written already."""
+    if not begun or body.startswith(begun):
+        return body.removeprefix(begun)
+    rest = body.lstrip()
+    return rest.removeprefix(begun.rstrip()) if rest.startswith(begun.rstrip()) else body

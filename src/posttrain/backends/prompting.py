@@ -5,7 +5,12 @@ up to the response, which the model is shown instead (`asked`). Its "prompt" is 
 judges and verifiers read.
 
 A problem row may have a "mode": "think" asks for `<think>steps</think>answer`, "no_think" for the
-answer alone. Without one, the response is whatever the demonstrations say (see `demo`).
+answer alone; "low", "medium" and "high" think, with so much effort. Without one, the response is
+whatever the demonstrations say (see `demo`).
+
+A text that thinks has `<think>steps</think>` in it, whatever marks its model has for that, and also
+where the prompt has opened the block (`Chat.opened`): so every text tells by itself which part is
+the answer (`visible`).
 
 A hint is a template such as "{prompt} Hint: the answer is {answer}." with the fields of a problem
 row. In `distill` a teacher reads the student's response after the hinted prompt, while the student
@@ -22,8 +27,11 @@ from typing import Any, Literal
 
 from posttrain.engine.errors import ConfigError
 
-Mode = Literal["think", "no_think"]
-MODES: tuple[Mode, ...] = ("think", "no_think")
+Mode = Literal["think", "no_think", "low", "medium", "high"]
+EFFORTS: tuple[Mode, ...] = ("low", "medium", "high")
+"""Modes that think, with so much effort."""
+MODES: tuple[Mode, ...] = ("think", "no_think", *EFFORTS)
+THINKING: tuple[Mode, ...] = ("think", *EFFORTS)
 OPEN, CLOSE = "<think>", "</think>"
 
 HINT = 'a hint is a template of the prompt, such as "{prompt} Hint: {answer}"'
@@ -130,7 +138,7 @@ def learned_rows(rows: Iterable[Problem]) -> list[Problem]:
 
 
 def check_mode(mode: object, *, where: str) -> Mode:
-    """Returns the mode. Raises ConfigError for anything but think and no_think."""
+    """Returns the mode. Raises ConfigError for anything but one of `MODES`."""
     for known in MODES:
         if mode == known:
             return known
@@ -138,29 +146,30 @@ def check_mode(mode: object, *, where: str) -> Mode:
 
 
 def visible(response: str, mode: str | None) -> str | None:
-    """What a verifier judges of a response; None where it has given no answer in its mode.
+    """What a verifier judges of a response: the answer. None where there is none, in its mode.
 
-    think: what follows the last `</think>`; without one there is no answer yet. no_think: the
-    response, unless it thinks all the same. Without a mode: the response as it is.
+    Modes that think: what follows the last `</think>`; without one there is no answer yet.
+    no_think: the response, unless it thinks all the same. Without a mode a response that thinks is
+    judged as one of think, and any other as it is.
     """
-    if mode == "think":
-        _, closed, answer = response.rpartition(CLOSE)
-        return answer.lstrip() if closed else None
-    if mode == "no_think" and (OPEN in response or CLOSE in response):
+    closed = CLOSE in response
+    if mode == "no_think" and (closed or OPEN in response):
         return None
+    if mode in THINKING or closed or (mode is None and response.lstrip().startswith(OPEN)):
+        return response.rpartition(CLOSE)[2].lstrip() if closed else None
     return response
 
 
 def format_answer(answer: str, mode: str | None) -> str:
     """A response that gives the answer without any thought, in the form of its mode."""
-    return f"{OPEN}{CLOSE}{answer}" if mode == "think" else answer
+    return f"{OPEN}{CLOSE}{answer}" if mode in THINKING else answer
 
 
 def demonstration(problem: Mapping[str, Any], mode: str | None = None) -> str | None:
     """The demonstration of a problem in a mode; None where the row has none.
 
-    think: `<think>thought</think>direct`; no_think: `direct`; no mode: `demo`. `direct` (the answer
-    without its steps) is `demo` where the row has none of its own.
+    Modes that think: `<think>thought</think>direct`; no_think: `direct`; no mode: `demo`. `direct`
+    (the answer without its steps) is `demo` where the row has none of its own.
     """
     if mode is None:
         demo: str | None = problem.get("demo")

@@ -153,7 +153,8 @@ class Conversation:
             temperature=self.temperature,
             seed=seed,
         )
-        reply = chat.decode(batch.responses()[0])
+        opened = chat.opened([*self.system, *self.said, asked])
+        reply = opened + chat.decode(batch.responses()[0])
         self.said += [asked, {"role": "assistant", "content": reply}]
         return reply
 

@@ -229,8 +229,8 @@ class ModelComparison:
     """`judges.compare` and `judges.itself`: a language model says which of two is better.
 
     It reads `question(...)` as a user message; what a wins is P(1) / (P(1) + P(2)) of the first
-    token of its response, without sampling. Responses that do not fit its positions together lose
-    their beginnings, the longer one first.
+    token of its response, without sampling or thinking. Responses that do not fit its positions
+    together lose their beginnings, the longer one first.
     """
 
     def __init__(self, judge: Compare | Itself, tools: StageTools) -> None:
@@ -288,7 +288,7 @@ def comparison_prompt(
     """
     sides, limit = list(texts), chat.max_positions
     while True:
-        ids = chat.prompt(question(template, problem, *sides))
+        ids = [*chat.prompt(question(template, problem, *sides)), *verdict_opening(chat)]
         # Counted in tokens, cut in characters: with tokens of several it takes more rounds.
         excess = 0 if limit is None else len(ids) + 1 - limit
         if excess <= 0 or not any(sides):
@@ -300,11 +300,21 @@ def comparison_prompt(
 
 
 def verdict_ids(chat: Chat) -> tuple[int, int]:
-    """The first tokens of the responses 1 and 2. Raises ConfigError where they are the same."""
-    first, second = (chat.response("", verdict)[0] for verdict in VERDICTS)
+    """The tokens in which the responses 1 and 2 begin to differ. Raises ConfigError where they are
+    the same."""
+    first, second = (chat.response("", verdict) for verdict in VERDICTS)
     if first == second:
         raise ConfigError(
-            "judge compare: the model's tokenizer begins the verdicts 1 and 2 with one and the "
+            "judge compare: the model's tokenizer writes the verdicts 1 and 2 with one and the "
             "same token, so its preference cannot be read; use another model, or an endpoint"
         )
-    return first, second
+    shared = len(verdict_opening(chat))
+    return first[shared], second[shared]
+
+
+def verdict_opening(chat: Chat) -> list[int]:
+    """What the responses 1 and 2 both begin with, such as the end of a thinking block that the
+    prompt has opened, or a token for the beginning of a text."""
+    first, second = (chat.response("", verdict) for verdict in VERDICTS)
+    shared = [one == other for one, other in zip(first, second, strict=False)]
+    return first[: [*shared, False].index(False)]

@@ -87,8 +87,10 @@ def rollout(
         if verifiers is not None:
             index = row_B.tolist()
             for row, ids in zip(index, sampling.responses(row_B), strict=True):
-                # The prefix went in with the prompt, but is part of what the verifier reads.
-                texts[row] = prefix + chat.decode(ids)
+                # Both went in with the prompt, but are part of what the verifier reads.
+                shown = rows[row]
+                opened = chat.opened(asked(shown), shown.get("mode"))
+                texts[row] = opened + prefix + chat.decode(ids)
             complete = sampling.finished(row_B).tolist()
             # The others keep the 0 of `verified_B`, and those that nobody verifies the NaN.
             ended = [row for row, whole in zip(index, complete, strict=True) if whole]
