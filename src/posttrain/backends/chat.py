@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 from jinja2 import TemplateError
 
 from posttrain.backends.prompting import CLOSE, OPEN, Asked, Message, asked_key, check_mode
+from posttrain.backends.token_ids import tokens_digest
 from posttrain.engine.errors import ConfigError
 from posttrain.rl.batch import Span
 
@@ -54,6 +56,11 @@ class Chat:
         self._dropped = special - tags if special & tags else None
         # Texts that are one token wherever they stand: nothing beside them changes that.
         self._stops = {text: added[text] for text in added if added[text] in self.stop_ids}
+
+    @cached_property
+    def tokens_digest(self) -> str:
+        """What tells whether another model means the same by every token id; see `token_ids.py`."""
+        return tokens_digest(self.tokenizer)
 
     def fresh(self) -> Chat:
         """The same without the encodings that it remembers, for texts that come only once."""
