@@ -128,13 +128,13 @@ def test_the_cache_of_an_earlier_call_is_used_again_and_forgotten() -> None:
     fresh = LocalSampler(language_model).sample(PROMPTS, max_new_tokens=9, **settings)
     sampler = LocalSampler(language_model)
     sampler.sample([[50] * 30] * 5, max_new_tokens=40, **settings)
-    buffer = sampler.decoders.buffer
+    cache = sampler.decoders.cache
     again = sampler.sample(PROMPTS, max_new_tokens=9, **settings)
-    assert sampler.decoders.buffer is buffer
+    assert sampler.decoders.cache is cache
     assert again.responses() == fresh.responses()
     torch.testing.assert_close(again["sampler_logp_N"], fresh["sampler_logp_N"], atol=1e-6, rtol=0)
     sampler.sample([[50] * 60] * 5, max_new_tokens=60, **settings)
-    assert sampler.decoders.buffer is not buffer
+    assert sampler.decoders.cache is not cache
 
 
 def groups() -> Batch:

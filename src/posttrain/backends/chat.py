@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from copy import copy
+from functools import cached_property
 from typing import Any, NoReturn
 
 from jinja2 import TemplateError
@@ -11,6 +12,7 @@ from jinja2 import TemplateError
 from posttrain.backends.control_text import ControlText
 from posttrain.backends.prompting import CLOSE, OPEN, Asked, Message, asked_key, check_mode
 from posttrain.backends.template import PLAIN, ChatTemplate, template_text
+from posttrain.backends.token_ids import tokens_digest
 from posttrain.backends.vocabulary import TokenIds, drawable
 from posttrain.engine.errors import ConfigError, shortened
 from posttrain.rl.batch import Span
@@ -70,6 +72,11 @@ class Chat:
         )
         # Texts that are one token wherever they stand: nothing beside them changes that.
         self._stops = {text: added[text] for text in added if added[text] in self.stop_ids}
+
+    @cached_property
+    def tokens_digest(self) -> str:
+        """What tells whether another model means the same by every token id; see `token_ids.py`."""
+        return tokens_digest(self.tokenizer)
 
     def fresh(self) -> Chat:
         """The same without the encodings that it remembers, for texts that come only once."""

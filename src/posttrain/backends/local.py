@@ -27,6 +27,7 @@ from posttrain.backends.cpu.fused import is_fusable
 from posttrain.backends.cpu.slots import Decoders, Slots
 from posttrain.backends.forward import MAX_TOKENS, forward_passes, read_hidden, sampled_logprobs
 from posttrain.backends.lockstep import Lockstep
+from posttrain.backends.memory import rows_at_once, sampling_memory
 from posttrain.backends.padded import ForwardPass
 from posttrain.backends.precision import accumulate_to_master, computing_copy, copy_to_compute
 from posttrain.backends.scalar import load_scalar, save_scalar, scores_N
@@ -173,14 +174,18 @@ class LocalSampler:
         source: LanguageModel | LocalLearner,
         *,
         max_rows: int = MAX_ROWS,
+        memory: int | None = None,
         fast_paths: bool = True,
     ) -> None:
+        """At most `max_rows` rows are sampled at once, and fewer where their keys and values could
+        take more than `memory` bytes; see `memory.py`, which says how many without a number."""
         self.learner = source if isinstance(source, LocalLearner) else None
         """Whose weights these are; None for weights of its own."""
         policy = source.policy if isinstance(source, LocalLearner) else source
         self.model: Any = policy.model
         self.chat: Chat = source.chat if isinstance(source, LocalLearner) else chat_of(policy)
         self.max_rows, self.fast_paths = max_rows, fast_paths
+        self.memory = sampling_memory(self.head.weight_VD.device) if memory is None else memory
         self.decoders = Decoders(self.model)
 
     def sync(self, policy: Learner) -> None:
@@ -239,7 +244,12 @@ class LocalSampler:
             "temperature": temperature,
             "seed": seed,
             "top_p": top_p,
-            "max_rows": self.max_rows,
+            "max_rows": rows_at_once(
+                self.model,
+                tokens=samples.prompts_PT.shape[1] + max_new_tokens,
+                most=self.max_rows,
+                memory=self.memory,
+            ),
         }
         if self.fast_paths and is_fusable(self.model):
             return LocalSampling(samples, Slots(self.decoders, head, samples, **how))

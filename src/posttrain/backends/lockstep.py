@@ -49,7 +49,7 @@ class Lockstep:
     ) -> None:
         self.model, self.head, self.samples = model, head, samples
         self.temperature, self.top_p = temperature, top_p
-        self.row_seed_B = row_seeds(len(samples.tokens_BR), seed)
+        self.row_seed_B = row_seeds(len(samples.finished_B), seed)
         self.group_size = samples.group_size
         self.prompts_per_batch = max(1, max_rows // samples.group_size)
 

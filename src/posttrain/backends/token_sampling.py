@@ -18,8 +18,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from posttrain.rl.batch import Batch, pad_rows, ragged_index
+
+FIRST_COLUMNS = 256
+"""Tokens of a response that there is room for from the beginning."""
 
 
 class Drawn(NamedTuple):
@@ -139,8 +143,11 @@ class SampleBuffer:
             if token < num_ids:
                 self.is_stop_V[token] = True
         num_rows = len(prompts) * group_size
-        self.tokens_BR = torch.full((num_rows, max_new_tokens), pad_id)
-        self.logp_BR = torch.zeros(num_rows, max_new_tokens)
+        # As many columns as the longest response needs, and up to twice that: most responses end
+        # long before they must.
+        columns = min(max_new_tokens, FIRST_COLUMNS)
+        self.tokens_BR = torch.full((num_rows, columns), pad_id)
+        self.logp_BR = torch.zeros(num_rows, columns)
         self.response_len_B = torch.zeros(num_rows, dtype=torch.int64)
         self.finished_B = torch.zeros(num_rows, dtype=torch.bool)
         # With a nucleus: ids and counts of every token, token after token in the order of drawing,
@@ -148,14 +155,16 @@ class SampleBuffer:
         self.nucleus_ids: list[Tensor] = []
         self.nucleus_counts: list[Tensor] = []
         self.num_drawn = 0
-        self.drawn_BR = torch.zeros(num_rows, max_new_tokens, dtype=torch.int64)
+        self.drawn_BR = torch.zeros(num_rows, 0, dtype=torch.int64)
 
     def record(self, row_L: Tensor, position_L: Tensor, drawn: Drawn) -> Tensor:
         """Store what was drawn for response position `position_L` of these rows. Returns a bool per
         row: whether it ended."""
+        nucleus_LV = drawn.nucleus_BV
+        self._reach(int(position_L.max()) + 1, nucleus=nucleus_LV is not None)
         # [L], into [B, R] laid end to end.
-        index_L = row_L * self.max_new_tokens + position_L
-        token_L, logp_L, nucleus_LV = drawn.token_B.cpu(), drawn.logp_B.cpu(), drawn.nucleus_BV
+        index_L = row_L * self.tokens_BR.shape[1] + position_L
+        token_L, logp_L = drawn.token_B.cpu(), drawn.logp_B.cpu()
         if nucleus_LV is not None:
             # [L, V] -> ids, row after row; int32, since there can be thousands for each token.
             self.nucleus_ids.append(nucleus_LV.nonzero()[:, 1].to(torch.int32).cpu())
@@ -173,6 +182,17 @@ class SampleBuffer:
             self.response_len_B[ended_E] = position_L[ended_L] + 1
         return ended_L
 
+    def _reach(self, columns: int, *, nucleus: bool) -> None:
+        """Have room for responses of so many tokens."""
+        have = self.tokens_BR.shape[1]
+        if columns > have:
+            more = min(max(columns, 2 * have), self.max_new_tokens) - have
+            self.tokens_BR = pad(self.tokens_BR, (0, more), value=self.pad_id)
+            self.logp_BR = pad(self.logp_BR, (0, more))
+        missing = self.tokens_BR.shape[1] - self.drawn_BR.shape[1]
+        if nucleus and missing:
+            self.drawn_BR = pad(self.drawn_BR, (0, missing))
+
     def responses(self, row_B: Tensor) -> list[list[int]]:
         """See `Sampling.responses`."""
         lengths = self.response_len_B[row_B].tolist()
@@ -185,7 +205,7 @@ class SampleBuffer:
             row_B = torch.arange(len(self.response_len_B))
         prompts = [self.prompts[row // self.group_size] for row in row_B.tolist()]
         batch = Batch.from_tokens(prompts, self.responses(row_B), pad_id=self.pad_id)
-        drawn_BR = torch.arange(self.max_new_tokens) < self.response_len_B[row_B, None]
+        drawn_BR = torch.arange(self.tokens_BR.shape[1]) < self.response_len_B[row_B, None]
         # [B, R] -> [N]: row after row.
         batch["sampler_logp_N"] = self.logp_BR[row_B][drawn_BR]
         batch["finished_B"] = self.finished_B[row_B]

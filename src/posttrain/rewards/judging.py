@@ -38,6 +38,8 @@ class Responses:
     """Response tokens, the stop token included."""
     verdicts: Sequence[float] | None = None
     """The domain verifier's scores where they are known already."""
+    sampled: Sequence[Mapping[str, Any]] | None = None
+    """The token ids of each as they were sampled (`ids`), and whose they are (`ids_of`)."""
 
     def __len__(self) -> int:
         return len(self.texts)

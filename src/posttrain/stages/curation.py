@@ -17,11 +17,13 @@ from transformers import AutoTokenizer
 
 from posttrain.algorithms import Near
 from posttrain.backends.prompting import Problem, learned_rows, shown_text
+from posttrain.backends.token_ids import tokens_digest
 from posttrain.engine.errors import ConfigError
 from posttrain.engine.jsonl import read_jsonl, write_jsonl
 from posttrain.stages.context import Context
 from posttrain.stages.data import Pool
 from posttrain.stages.rows import Key, Row, edges, key_of, pick
+from posttrain.stages.sampled_ids import names
 from posttrain.stages.settings.data import Dedup, Filter, Mix, Part
 from posttrain.stages.signs import few_kept
 from posttrain.stages.supervised import demonstrated
@@ -181,11 +183,14 @@ def part_rows(part: Part, ctx: Context, seed: int) -> list[Row]:
 def token_counter(ctx: Context) -> Callable[[Row], int]:
     """Tokens of a row's demonstration, its end included, by the tokenizer of the edge `tokenizer`.
 
-    Its end is counted as one token.
+    Those that were sampled, where the tokenizer sampled them; else its end is counted as one token.
     """
     tokenizer = AutoTokenizer.from_pretrained(ctx.inputs["tokenizer"], trust_remote_code=False)
+    digest, (ids, of) = tokens_digest(tokenizer), names("demo")
 
     def size(row: Row) -> int:
+        if row.get(of) == digest:
+            return len(row[ids])
         return len(tokenizer(row["demo"], add_special_tokens=False)["input_ids"]) + 1
 
     return size

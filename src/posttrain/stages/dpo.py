@@ -41,6 +41,7 @@ from posttrain.stages.context import Context
 from posttrain.stages.data import Batches
 from posttrain.stages.lengths import LEARNER, Reader, cut, cut_to, fit_responses, smallest
 from posttrain.stages.rows import SIDES, Pair, numbered, read_pairs
+from posttrain.stages.sampled_ids import response_ids
 from posttrain.stages.settings.offline import DpoStage
 
 RESPONSES = (*SIDES, "response")
@@ -159,7 +160,7 @@ def pair_batch(
     for pair, answer in zip(pairs, pairs if answers is None else answers, strict=True):
         for side in ("response",) if "response" in answer else SIDES:
             prompts.append(chat.prompt(asked(pair), pair.get("mode")))
-            response = chat.response(asked(answer), answer[side], answer.get("mode"))
+            response = response_ids(chat, asked(answer), answer, side)
             responses.append(cut(response, prompts[-1], limit))
     batch = Batch.from_tokens(prompts, responses, pad_id=chat.pad_id)
     if pairs and "response" in pairs[0]:

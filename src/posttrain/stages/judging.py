@@ -11,6 +11,7 @@ Legend: B rows (comparisons or responses), D hidden, V vocabulary.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -37,8 +38,9 @@ from posttrain.rewards.pool import VerifierPool
 from posttrain.rl.batch import Batch
 from posttrain.stages.context import Context
 from posttrain.stages.lengths import Reader, cut, fit_responses
-from posttrain.stages.rollout import MAX_WORKERS, NAN
+from posttrain.stages.rollout import MAX_WORKERS, NAN, sampled_ids_of
 from posttrain.stages.rows import Row, key_of, pick, problems_of, read_rollouts
+from posttrain.stages.sampled_ids import own_ids, taken
 from posttrain.stages.settings.data import Score
 
 ROWS_PER_CALL = 512
@@ -119,6 +121,8 @@ def responses_of(batch: Batch) -> Responses:
         finished=batch["finished_B"].tolist(),
         num_tokens=batch.sampled_len_B.tolist(),
         verdicts=batch["verified_B"].tolist(),
+        # As numbers of 4 bytes: those of an evaluation stay to its end.
+        sampled=[row | {"ids": array("i", row["ids"])} for row in sampled_ids_of(batch)],
     )
 
 
@@ -170,6 +174,7 @@ def responses_of_rows(ctx: Context, rows: list[Row]) -> Responses:
         finished=[row["finished"] for row in rows],
         num_tokens=[row["num_tokens"] for row in rows],
         verdicts=[NAN if row["reward"] is None else row["reward"] for row in rows],
+        sampled=[taken(row, "response", "response") for row in rows],
     )
 
 
@@ -204,7 +209,9 @@ class OracleJudge:
 
 
 class ScalarJudge:
-    """`judges.scalar`: a reward model, which reads the texts through its own tokenizer."""
+    """`judges.scalar`: a reward model. It reads the tokens that were sampled where its tokenizer is
+    that of the model that sampled, and encodes the texts otherwise. A response that was cut off
+    gets a stop token: a reward model has learned to score where a response ends."""
 
     def __init__(self, judge: Scalar, tools: StageTools) -> None:
         self.scorer = tools.ctx.scorer(judge.model, precision=tools.precision, scalar=True)
@@ -215,14 +222,24 @@ class ScalarJudge:
         """Real numbers, in (0, 1) where squashed. Raises ConfigError for a row that is too long."""
         # Not kept: what a policy samples comes once, and the encodings would pile up.
         chat = self.scorer.chat.fresh()
-        rows = list(zip(responses.problems, responses.texts, strict=True))
-        prompts = [chat.prompt(asked(p), p.get("mode")) for p, _ in rows]
-        said = [chat.response(asked(p), text, p.get("mode")) for p, text in rows]
+        prompts = [chat.prompt(asked(p), p.get("mode")) for p in responses.problems]
+        said = [self._said(chat, responses, row) for row in range(len(responses))]
         kept = [cut(ids, prompt, self.limit) for ids, prompt in zip(said, prompts, strict=True)]
         batch = Batch.from_tokens(prompts, kept, pad_id=chat.pad_id)
         reward_B = rewards_B(self.scorer, batch)
         scores: list[float] = (reward_B.sigmoid() if self.squash else reward_B).tolist()
         return scores
+
+    def _said(self, fresh: Chat, responses: Responses, row: int) -> list[int]:
+        """The token ids of a response; `fresh` encodes it where it must be encoded."""
+        problem, text = responses.problems[row], responses.texts[row]
+        sampled = {} if responses.sampled is None else responses.sampled[row]
+        kept = {**sampled, "finished": responses.finished[row]}
+        # Not of `fresh`, which does not remember the digest of its tokenizer.
+        ids = own_ids(kept, "response", self.scorer.chat)
+        if ids is None:
+            return fresh.response(asked(problem), text, problem.get("mode"))
+        return ids if ids[-1] in fresh.stop_ids else [*ids, fresh.stop_ids[0]]
 
 
 class ModelComparison:

@@ -17,6 +17,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Protocol
 
 from posttrain.backends.chat import Chat
@@ -24,6 +25,7 @@ from posttrain.backends.prompting import Asked, Problem, asked, hinted, learned_
 from posttrain.engine.errors import ConfigError, shortened
 from posttrain.rl.batch import Span
 from posttrain.stages.context import Context
+from posttrain.stages.sampled_ids import names, own_ids, response_ids, tell_encoded_anew
 
 Rows = Mapping[str, Sequence[Problem]]
 """The rows of a stage by domain."""
@@ -121,7 +123,9 @@ def fit_prompts(
 def fit_demos(
     rows: Rows, settings: OnLong, ctx: Context, readers: Sequence[Reader], *, loss_on: str = "all"
 ) -> dict[str, list[Problem]]:
-    """The rows whose demonstrations fit behind their prompts. Raises ConfigError for others."""
+    """The rows whose demonstrations fit behind their prompts. Raises ConfigError for others. Tells
+    of sampled ones that the first reader cannot learn as they were sampled."""
+    tell_encoded_anew(ctx, chain.from_iterable(rows.values()), readers[0].chat, ["demo"])
     return _Fitting(settings, ctx, readers, loss_on=loss_on).fit(rows)
 
 
@@ -134,7 +138,10 @@ def fit_responses(
     fields: Sequence[str],
 ) -> dict[str, list[Problem]]:
     """The rows each of whose responses, in some of `fields`, fits behind its prompt. Raises
-    ConfigError for others."""
+    ConfigError for others. Tells of sampled ones that a model which learns cannot learn as they
+    were sampled."""
+    if readers and readers[0].name == LEARNER:
+        tell_encoded_anew(ctx, chain.from_iterable(rows.values()), readers[0].chat, fields)
     return _Fitting(settings, ctx, readers, fields=fields).fit(rows)
 
 
@@ -237,8 +244,10 @@ class _Fitting:
                 self._seen.add(roles)
                 return False
             size, count = _most_tokens(json.dumps(shown, ensure_ascii=False)), len(shown)
-        texts = [row[name] for name in ("demo", *self.fields) if row.get(name) is not None]
-        size += sum(map(_most_tokens, (*texts, self.begun)))
+        given = [name for name in ("demo", *self.fields) if row.get(name) is not None]
+        # What was sampled may have tokens without a text.
+        size += sum(max(_most_tokens(row[n]), len(row.get(names(n)[0], ()))) for n in given)
+        size += _most_tokens(self.begun)
         limit = math.inf if reader.limit is None else reader.limit
         return size + (count + 1) * overhead + (self.new_tokens or 0) <= limit
 
@@ -252,7 +261,7 @@ class _Fitting:
         if self.new_tokens is not None:
             return length + self.new_tokens
         return length + max(
-            len(chat.response(shown, row[name], mode)) for name in self.fields if name in row
+            len(response_ids(chat, shown, row, name)) for name in self.fields if name in row
         )
 
     def _shortened(self, long: _TooLong) -> Problem:
@@ -298,10 +307,11 @@ class _Fitting:
         chat, mode = reader.chat, row.get("mode")
         part = learned_part(row) if self.loss_on is not None else None
         if part is not None:
-            shown, texts = part[0], [part[1]]
+            shown, said = part[0], [_learned_ids(row, chat)]
         else:
-            shown, texts = reader.shown(row), [row[name] for name in self.fields if name in row]
-        longest = max(len(chat.response(shown, text, mode)) for text in texts)
+            shown = reader.shown(row)
+            said = [response_ids(chat, shown, row, name) for name in self.fields if name in row]
+        longest = max(map(len, said))
         # One token at least, and the whole prompt where it leaves room for that.
         if len(chat.prompt(shown, mode)) < limit:
             return 1
@@ -362,11 +372,20 @@ def demo_spans(row: Problem, chat: Chat, *, loss_on: str = "all") -> list[Span]:
     part = learned_part(row)
     assert part is not None, "rows without a demonstration are refused before"
     mode = row.get("mode")
+    last = (_learned_ids(row, chat), True)
     spans = chat.spans(*part, mode) if loss_on == "all" else None
     if spans is None:
-        shown, text = part
-        spans = [(chat.prompt(shown, mode), False), (chat.response(shown, text, mode), True)]
-    return spans
+        return [(chat.prompt(part[0], mode), False), last]
+    # Earlier turns are known as text alone.
+    return [*spans[:-1], last]
+
+
+def _learned_ids(row: Problem, chat: Chat) -> list[int]:
+    """The ids of the response of `learned_part`: as sampled, or else encoded."""
+    ids = None if row.get("demo") is None else own_ids(row, "demo", chat)
+    part = learned_part(row)
+    assert part is not None, "rows without a demonstration are refused before"
+    return chat.response(*part, row.get("mode")) if ids is None else ids
 
 
 def cut_spans(spans: Sequence[Span], limit: int) -> list[Span]:

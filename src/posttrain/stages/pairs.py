@@ -22,6 +22,7 @@ from posttrain.stages.context import Context
 from posttrain.stages.judging import ROLLOUTS, StageTools, judge_readers, judge_rows, make_reward
 from posttrain.stages.lengths import fit_responses
 from posttrain.stages.rows import (
+    SIDES,
     Key,
     Row,
     by_problem,
@@ -32,6 +33,7 @@ from posttrain.stages.rows import (
     problems_of,
     read_rollouts,
 )
+from posttrain.stages.sampled_ids import taken
 from posttrain.stages.settings.data import Comparisons, Pairs
 from posttrain.stages.signs import few_kept
 
@@ -78,7 +80,8 @@ def run(settings: Pairs, ctx: Context) -> dict[str, float]:
 def row_of(settings: Pairs, chosen: Row, rejected: Row) -> Row:
     """The row of pairs.jsonl."""
     row = pick(chosen, "id", "domain", "prompt", "mode", "messages")
-    row |= {"chosen": chosen["response"], "rejected": rejected["response"]}
+    for side, said in zip(SIDES, (chosen, rejected), strict=True):
+        row |= {side: said["response"]} | taken(said, "response", side)
     if chosen["reward"] is not None:
         row["rewards"] = [chosen["reward"], rejected["reward"]]
     if settings.pairwise:

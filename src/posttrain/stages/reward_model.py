@@ -35,6 +35,7 @@ from posttrain.stages.context import Context
 from posttrain.stages.data import Batches
 from posttrain.stages.lengths import LEARNER, Reader, cut, cut_to, fit_responses
 from posttrain.stages.rows import SIDES, Pair, read_pairs
+from posttrain.stages.sampled_ids import response_ids
 from posttrain.stages.settings.offline import RewardModel
 
 DRAWS_PER_CALL = 256
@@ -205,14 +206,17 @@ def draw_batch(
     for number, (draw, texts) in enumerate(zip(draws, found, strict=True)):
         # Draws are made equally long: the learner splits a batch between blocks of `group_rows`.
         first, missing = len(prompts), group_rows - len(texts)
+        places = {text: place for place, text in enumerate(texts)}
         prompt, mode = asked(draw["pairs"][0]), draw["pairs"][0].get("mode")
         prompts += [chat.prompt(prompt, mode)] * group_rows
-        own = [cut(chat.response(prompt, text, mode), prompts[-1], limit) for text in texts]
+        own = [
+            cut(response_ids(chat, prompt, *said), prompts[-1], limit) for said in texts.values()
+        ]
         responses += own + [[]] * missing
         filled += [True] * len(texts) + [False] * missing
         wins += [[] for _ in range(group_rows)]
         for pair in draw["pairs"]:
-            chosen, rejected = (first + texts.index(pair[side]) for side in SIDES)
+            chosen, rejected = (first + places[pair[side]] for side in SIDES)
             margin = margin_of(pair, margins)
             # A distance, unlike a row number, stays right when draws leave the batch.
             wins[chosen].append((len(pairs), rejected - chosen, margin))
@@ -317,9 +321,14 @@ def check_margins(by_domain: Mapping[str, Sequence[Pair]], margins: str) -> None
             )
 
 
-def _responses(draw: Draw) -> list[str]:
-    """The distinct responses of a draw, in the order of its pairs."""
-    return list(dict.fromkeys(pair[side] for pair in draw["pairs"] for side in SIDES))
+def _responses(draw: Draw) -> dict[str, tuple[Pair, str]]:
+    """The distinct responses of a draw, in the order of its pairs: each with the first pair that
+    has it, and on which side."""
+    found: dict[str, tuple[Pair, str]] = {}
+    for pair in draw["pairs"]:
+        for side in SIDES:
+            found.setdefault(pair[side], (pair, side))
+    return found
 
 
 def _prompt(pair: Pair) -> tuple[str, Any, str | None]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from posttrain.backends.prompting import Problem, asked
 from posttrain.rewards.pool import VerifierPool
 from posttrain.rl.batch import Batch
 from posttrain.stages.context import Context
+from posttrain.stages.sampled_ids import names
 
 CHUNK_ROWS = 16
 """Responses that go to a verifier at a time."""
@@ -60,7 +61,8 @@ def rollout(
 
     Columns: `group_B` (int64, which of `problems` a row answers), `verified_B` and `reward_B`
     (float32, the verifier's score in [0, 1], NaN in a domain without one; another judge may replace
-    the reward), and the sampler's own.
+    the reward), `tokenizer_B` and `begun_B` (int64: whose ids the tokens are, and how many of a
+    row's prompt begin its response; see `sampled_ids_of`), and the sampler's own.
 
     Responses are verified, and read by a `reader`, as they end, beside those still being sampled. A
     response that was cut at the length limit scores 0: it has not given its answer. So does one
@@ -103,6 +105,8 @@ def rollout(
     batch.problems.extend(rows)
     batch.texts.extend(texts)
     batch["group_B"] = torch.arange(len(problems)).repeat_interleave(group_size)
+    batch["tokenizer_B"] = torch.full((len(rows),), _as_number(chat.tokens_digest))
+    batch["begun_B"] = torch.full((len(rows),), len(begun))
     # One tensor under both names: a judge puts another in place of the reward, it never writes.
     batch["verified_B"] = batch["reward_B"] = verified_B
     return batch
@@ -144,6 +148,28 @@ def submit(
     ]
 
 
+def sampled_ids_of(batch: Batch) -> list[dict[str, Any]]:
+    """For each row of a `rollout` the ids of its response and whose they are, as rows of files have
+    them (`sampled_ids.py`)."""
+    ids_field, of_field = names("response")
+    begins_B = batch.prompt_len_B - batch["begun_B"]
+    places = zip(begins_B.tolist(), batch.length_B.tolist(), strict=True)
+    ids = [
+        row[begin:end] for row, (begin, end) in zip(batch.tokens_BT.tolist(), places, strict=True)
+    ]
+    whose = [_as_digest(number) for number in batch["tokenizer_B"].tolist()]
+    return [{ids_field: i, of_field: w} for i, w in zip(ids, whose, strict=True)]
+
+
+def _as_number(digest: str) -> int:
+    """A digest of 16 hex digits as an int64, which a column can have."""
+    return int.from_bytes(bytes.fromhex(digest), signed=True)
+
+
+def _as_digest(number: int) -> str:
+    return number.to_bytes(8, signed=True).hex()
+
+
 def rollout_rows(batch: Batch, *, model: str, temperature: float) -> list[dict[str, object]]:
     """One row of rollouts.jsonl per response: its problem, what was said, how it was verified."""
     rows = zip(
@@ -152,6 +178,7 @@ def rollout_rows(batch: Batch, *, model: str, temperature: float) -> list[dict[s
         batch["verified_B"].tolist(),
         batch["finished_B"].tolist(),
         batch.sampled_len_B.tolist(),
+        sampled_ids_of(batch),
         strict=True,
     )
     kept = ("id", "domain", "prompt", "answer", "mode", "messages")
@@ -166,7 +193,8 @@ def rollout_rows(batch: Batch, *, model: str, temperature: float) -> list[dict[s
             "temperature": temperature,
             "num_tokens": length,
         }
-        for problem, text, reward, finished, length in rows
+        | ids
+        for problem, text, reward, finished, length, ids in rows
     ]
 
 

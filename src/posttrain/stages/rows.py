@@ -19,6 +19,7 @@ from posttrain.engine.graph import named
 from posttrain.engine.jsonl import read_jsonl
 from posttrain.rewards.penalties import repeated_share
 from posttrain.stages.context import Context
+from posttrain.stages.sampled_ids import tell_without_ids, without_ids
 
 Row = dict[str, Any]
 Pair = dict[str, Any]
@@ -47,7 +48,9 @@ def edges(ctx: Context, edge: str) -> list[Path]:
 
 def read_rollouts(ctx: Context, edge: str = "rollouts") -> list[Row]:
     """The rollouts of all stages under `edge`, one stage after another."""
-    return [row for path in edges(ctx, edge) for row in read_jsonl(path / "rollouts.jsonl")]
+    rows = [row for path in edges(ctx, edge) for row in read_jsonl(path / "rollouts.jsonl")]
+    tell_without_ids(ctx, rows)
+    return rows
 
 
 def read_pairs(ctx: Context) -> dict[str, list[Pair]]:
@@ -136,4 +139,6 @@ def clean(
 def without_thought(row: Row) -> Row:
     """The row as one of the mode no_think, without what stands before `</think>`."""
     _, closed, answer = row["response"].rpartition(CLOSE)
-    return row | {"response": answer.lstrip(), "mode": "no_think"} if closed else row
+    if not closed:
+        return row
+    return without_ids(row) | {"response": answer.lstrip(), "mode": "no_think"}

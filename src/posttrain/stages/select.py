@@ -19,6 +19,7 @@ from posttrain.stages.rows import (
     read_rollouts,
     without_thought,
 )
+from posttrain.stages.sampled_ids import taken
 from posttrain.stages.settings.data import Select
 from posttrain.stages.signs import few_kept
 
@@ -45,7 +46,10 @@ def run(settings: Select, ctx: Context) -> dict[str, float]:
     if settings.strip_thought:
         chosen = [without_thought(row) for row in chosen]
     fields = ("id", "domain", "prompt", "reward", "mode", "messages")
-    demos = (pick(row, *fields) | {"demo": row["response"]} for row in chosen)
+    demos = (
+        pick(row, *fields) | {"demo": row["response"]} | taken(row, "response", "demo")
+        for row in chosen
+    )
     write_jsonl(ctx.out / "data.jsonl", demos)
     return {"rows": len(chosen), "kept_share": len(chosen) / len(rollouts)}
 

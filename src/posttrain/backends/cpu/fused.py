@@ -20,16 +20,13 @@ from torch.nn import functional
 from transformers.cache_utils import DynamicCache
 
 from posttrain.backends.architecture import path_of
+from posttrain.backends.cpu.cache import ROUND, Cache
 from posttrain.backends.cpu.product import Product
 
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
 HEADS = ("ForCausalLM", "ForSequenceClassification")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Those whose angles do not depend on how long a row has become."""
-
-
-ROUND = 16
-"""Positions of the cache come in multiples of it."""
 
 
 def is_fusable(model: Any) -> bool:
@@ -112,10 +109,10 @@ class FusedDecoder:
 
     @torch.no_grad()
     def __init__(
-        self, model: Any, *, num_slots: int, num_positions: int, buffer: Tensor | None = None
+        self, model: Any, *, num_slots: int, num_positions: int, cache: Cache | None = None
     ) -> None:
-        """`buffer` is the cache of an earlier decoder of this model, to be used again if it fits:
-        getting fresh memory from the system takes longer than filling it."""
+        """`num_positions` is the most that a row may have; `cache` that of an earlier decoder of
+        this model, to be used again if it fits."""
         self.model = model
         body = model.model
         attention = body.layers[0].self_attn
@@ -124,26 +121,28 @@ class FusedDecoder:
         self.num_queries = len(attention.q_proj.weight) // self.width
         self.layers = [_join_layer(layer, attention.scaling) for layer in body.layers]
         embedding_VD = body.embed_tokens.weight
-        # A few shapes only, so that an earlier buffer fits and products find the same alignment.
+        # A few shapes only, so that an earlier cache fits and products find the same alignment.
         num_positions = -(-num_positions // ROUND) * ROUND
         shape = (len(self.layers), 2, num_slots, self.num_keys, num_positions, self.width)
-        if buffer is None or any(
-            have < want for have, want in zip(buffer.shape, shape, strict=True)
-        ):
-            buffer = embedding_VD.new_zeros(shape)
-        self.cache = buffer
-        """Keys and values of every layer: [layers, 2, S, H, T, C]. Never anything but finite
-        numbers, for what no row has written yet is multiplied by zero."""
-        self.states = [layer_2SHTC.unbind() for layer_2SHTC in buffer]
+        if cache is None or not cache.take_over(shape):
+            cache = Cache(shape, embedding_VD)
+        self.cache = cache
+        """Keys and values of every layer."""
         self.visible = 0
         """Positions that hold anything, in any slot."""
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        """What follows from the place and the number of the cache's positions."""
+        buffer, embedding_VD = self.cache.tensor, self.model.model.embed_tokens.weight
+        self.states = [layer_2SHTC.unbind() for layer_2SHTC in buffer]
         slots, keys, positions = buffer.shape[2:5]
         # In vectors of C numbers. The keys of all slots come first, then the values.
         key_H = torch.arange(keys, device=embedding_VD.device) * positions
         self.offset_J = torch.cat((key_H, key_H + slots * keys * positions))
         """Where the keys and values of slot 0 begin when one layer's are laid end to end."""
         position_1T = torch.arange(positions, device=embedding_VD.device)[None]
-        cos_1TC, sin_1TC = body.rotary_emb(embedding_VD, position_1T)
+        cos_1TC, sin_1TC = self.model.model.rotary_emb(embedding_VD, position_1T)
         self.cos_T1C = cos_1TC[0, :, None].contiguous()
         sign_C = sin_1TC.new_ones(self.width)
         sign_C[: self.width // 2] = -1
@@ -165,7 +164,7 @@ class FusedDecoder:
         # [P, T, D] -> [P, D]: at the last token of each prompt.
         hidden_PD: Tensor = hidden_PTD[prompt_P, length_P - 1]
         prompts, columns = tokens_PT.shape
-        self.visible = max(self.visible, columns)
+        self._reach(max(self.visible, columns))
         slots = slice(first, first + prompts * copies)
         for states, layer in zip(self.states, prefilled.layers, strict=True):
             for state_SHTC, source_PHTC in zip(states, (layer.keys, layer.values), strict=True):
@@ -179,19 +178,19 @@ class FusedDecoder:
 
         Returns `hidden_LD`, which predicts the token after it.
         """
-        self.visible = int(length_L.max()) + 1
+        self._reach(int(length_L.max()) + 1)
         rows = len(token_L)
         hidden_LD = self.model.model.embed_tokens.weight[token_L]
         position_T = torch.arange(self.visible, device=token_L.device)
         mask_LT = torch.zeros(rows, self.visible, dtype=hidden_LD.dtype, device=token_L.device)
         # The new token stands at position `length` and sees itself.
         mask_LT.masked_fill_(position_T > length_L[:, None], -torch.inf)
-        stride = self.num_keys * self.cache.shape[4]
+        stride = self.num_keys * self.cache.positions
         slot_L = torch.arange(0, rows * stride, stride, device=token_L.device)
         # [L, 1] + [2 H] -> [M]: where the new keys and values of each row go.
         index_M = ((slot_L + length_L)[:, None] + self.offset_J).flatten()
         cos_L1C, sin_L1C = self.cos_T1C[length_L], self.sin_T1C[length_L]
-        for layer, cache, states in zip(self.layers, self.cache, self.states, strict=True):
+        for layer, cache, states in zip(self.layers, self.cache.tensor, self.states, strict=True):
             normed_LD = _normalised(hidden_LD, layer.epsilon)
             heads_LJC = layer.qkv(normed_LD).view(rows, -1, self.width)
             self._turn(heads_LJC[:, : self.num_queries + self.num_keys], layer, cos_L1C, sin_L1C)
@@ -209,8 +208,14 @@ class FusedDecoder:
 
     def move(self, source_M: Tensor, target_M: Tensor) -> None:
         """Copy slots `source_M` to slots `target_M`; no slot is in both."""
-        used = self.cache[:, :, :, :, : self.visible]
+        used = self.cache.tensor[:, :, :, :, : self.visible]
         used.index_copy_(2, target_M, used.index_select(2, source_M))
+
+    def _reach(self, positions: int) -> None:
+        """Have room for so many positions, all of which are now to be seen."""
+        self.visible = positions
+        if self.cache.reach(positions):
+            self._lay_out()
 
     def _turn(self, heads_LJC: Tensor, layer: _Layer, cos_L1C: Tensor, sin_L1C: Tensor) -> None:
         """Normalise queries and keys where the model does, and rotate them, in place."""

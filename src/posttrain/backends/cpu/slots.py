@@ -19,6 +19,7 @@ from torch import Tensor
 
 from posttrain.backends.architecture import evaluating
 from posttrain.backends.base import Head
+from posttrain.backends.cpu.cache import Cache
 from posttrain.backends.cpu.fused import FusedDecoder
 from posttrain.backends.cpu.product import Product
 from posttrain.backends.token_sampling import (
@@ -40,16 +41,16 @@ class Decoders:
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        self.buffer: Tensor | None = None
+        self.cache: Cache | None = None
 
     def make(self, num_slots: int, num_positions: int) -> FusedDecoder:
         """A decoder with room for so many rows of so many tokens."""
         # Taken, not shared: a decoder that is made meanwhile gets memory of its own.
-        buffer, self.buffer = self.buffer, None
+        cache, self.cache = self.cache, None
         decoder = FusedDecoder(
-            self.model, num_slots=num_slots, num_positions=num_positions, buffer=buffer
+            self.model, num_slots=num_slots, num_positions=num_positions, cache=cache
         )
-        self.buffer = decoder.cache
+        self.cache = decoder.cache
         return decoder
 
 
@@ -78,7 +79,7 @@ class Slots:
         self.model, self.head, self.samples = decoders.model, head, samples
         self.temperature, self.top_p = temperature, top_p
         self.project = _projection(head)
-        num_rows, self.max_new_tokens = samples.tokens_BR.shape
+        num_rows, self.max_new_tokens = len(samples.finished_B), samples.max_new_tokens
         # A group is always admitted whole.
         self.num_slots = min(num_rows, max(max_rows, samples.group_size))
         num_positions = samples.prompts_PT.shape[1] + self.max_new_tokens
