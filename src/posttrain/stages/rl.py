@@ -28,6 +28,7 @@ from posttrain.backends.base import Learner, Metrics, Sampler, Scorer, TokenLoss
 from posttrain.backends.prompting import Problem
 from posttrain.losses.ops import (
     aggregation_weights,
+    kl_bounded,
     kl_estimate,
     kl_penalty,
     unbiased_kl_penalty,
@@ -250,6 +251,8 @@ def add_advantages(s: Rl, batch: Batch, critic: Critic | None) -> dict[str, floa
         kl_N = kl_estimate(batch["policy_logp_N"], batch["ref_logp_N"], estimator=s.kl.estimator)
         scale_B = s.kl.coef * batch["kl_weight_B"]
         metrics["kl_reference"] = float(kl_N.sum()) / batch.num_tokens
+        beyond = kl_bounded(batch["policy_logp_N"], batch["ref_logp_N"], estimator=s.kl.estimator)
+        metrics["kl_bounded"] = float(beyond) / batch.num_tokens
     if isinstance(s.advantage, Gae):
         assert critic is not None, "generalised advantage estimation has a critic"
         # From one coefficient per row to one per token.
@@ -420,7 +423,7 @@ def policy_loss(s: Rl, logp_N: Tensor, entropy_N: Tensor, batch: Batch) -> tuple
                 logp_N, batch["ref_logp_N"], kl_weight_N, estimator=s.kl.estimator
             )
         total = total + s.kl.coef * penalty
-        metrics["kl_reference"] = own["kl"]
+        metrics |= {"kl_reference": own["kl"], "kl_bounded": own["kl_bounded"]}
     return total, metrics
 
 
