@@ -29,6 +29,7 @@ def test_by_hand(mode: str, factors: list[float], masked: int, truncated: int):
         "correction_masked": masked,
         "correction_truncated": truncated,
         "sampler_ratio": 11.4,
+        "sampler_ratio_bounded": 0,
         "correction": sum(factors),
         "correction_square": sum(factor**2 for factor in factors),
     }
@@ -109,6 +110,7 @@ def test_sequences_by_hand(mode: str, factors: list[float], masked: int, truncat
         "correction_masked": masked,
         "correction_truncated": truncated,
         "sampler_ratio": 9.5,
+        "sampler_ratio_bounded": 0,
         "correction": sum(factors),
         "correction_square": sum(factor**2 for factor in factors),
     }
@@ -176,3 +178,35 @@ def test_sequence_errors():
         off_policy_mask(TRAIN_N, SAMPLER_N, TRAIN_N, zeros_N, num_rows=1, delta=-0.1)
     with pytest.raises(ValueError, match=r"row_N \(3,\)"):
         off_policy_mask(TRAIN_N, SAMPLER_N, TRAIN_N, zeros_N[:3], num_rows=1, delta=0.1)
+
+
+@pytest.mark.parametrize(
+    ("mode", "factors", "masked", "truncated"),
+    [
+        ("none", [1.0, 1.0, 1.0], 0, 0),
+        ("truncated", [5.0, 1.0, 0.5], 0, 1),
+        ("icepop", [0.0, 1.0, 0.5], 1, 0),
+        ("sequence_truncated", [5.0, 5.0, 0.5], 0, 2),
+        ("sequence_icepop", [0.0, 0.0, 0.5], 2, 0),
+    ],
+)
+def test_a_ratio_that_would_overflow(
+    mode: str, factors: list[float], masked: int, truncated: int
+) -> None:
+    """exp(94) is inf in float32. The token counts as exp(20) = 4.85e8, and is told."""
+    log_ratio_N = torch.tensor([94.0, 0.0, math.log(0.5)])
+    correction_N, metrics = importance_correction(
+        log_ratio_N,
+        torch.zeros(3),
+        mode=mode,
+        low=0.5,
+        high=5.0,
+        row_N=torch.tensor([0, 0, 1]),
+        num_rows=2,
+    )
+    assert correction_N.tolist() == pytest.approx(factors)
+    assert metrics["correction_masked"] == masked
+    assert metrics["correction_truncated"] == truncated
+    assert metrics["sampler_ratio"].item() == pytest.approx(math.exp(20) + 1.5)
+    # Of a row both tokens have its ratio.
+    assert metrics["sampler_ratio_bounded"] == (2 if mode.startswith("sequence") else 1)

@@ -89,7 +89,7 @@ ONE_UPDATE: list[dict[str, Any]] = [
     {"advantage": "batch"},
     {"aggregation": "sequence"},
     {"aggregation": "constant"},
-    {"drop_zero_variance": False},
+    {"per_kept": True},
     {"kl": KL(0.5)},
     {"kl": KL(0.5, estimator="k2")},
     {"kl": KL(0.5, where="reward")},

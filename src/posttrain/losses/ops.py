@@ -30,6 +30,11 @@ Metrics = dict[str, Tensor]
 Aggregation = Literal["token", "sequence", "constant"]
 Estimator = Literal["k1", "k2", "k3"]
 
+MAX_LOG_RATIO = 20.0
+"""Bound on the log of a ratio of probabilities where it is exponentiated, in nats: verl's
+(`core_algos.compute_policy_loss`). exp overflows float32 at 88.7, and inf times 0 is NaN."""
+MAX_KL_GAP = 10.0
+"""The same within k3, whose value is exp of the gap: exp(10) is 2.2e4. verl bounds k3, too."""
 _KEEP_ELEMENTS = 2**25
 """Up to this many tokens * vocabulary (128 MiB of float32) a softmax is kept for backward."""
 
@@ -82,6 +87,25 @@ def row_means(value_N: Tensor, row_N: Tensor, num_rows: int, counted_N: Tensor) 
     count_B = row_sums(counted_N.to(value_N.dtype), row_N, num_rows)
     # A row that has no counted token is 0 / 1, not 0 / 0.
     return row_sums(value_N, row_N, num_rows, counted_N) / count_B.clamp(min=1)
+
+
+def bounded(log_ratio_N: Tensor, bound: float = MAX_LOG_RATIO) -> Tensor:
+    """The log ratio as it may be exponentiated: at most `bound`, where it has no gradient.
+
+    The one place that keeps exp from overflowing. Below the bound nothing changes, to the last bit;
+    the lower end needs none, since exp goes to 0 there. NaN stays NaN.
+    """
+    return log_ratio_N.clamp(max=bound)
+
+
+def bounded_count(
+    log_ratio_N: Tensor, counted_N: Tensor | None = None, bound: float = MAX_LOG_RATIO
+) -> Tensor:
+    """How many of the tokens `bounded` changes, of all or of those that `counted_N` (bool) says."""
+    beyond_N = log_ratio_N.detach() > bound
+    if counted_N is not None:
+        beyond_N = beyond_N & counted_N
+    return beyond_N.sum().to(log_ratio_N.dtype)
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -254,6 +278,9 @@ def kl_estimate(logp_N: Tensor, ref_logp_N: Tensor, *, estimator: Estimator) -> 
     With `d = logp - ref_logp`: k1 = d, k2 = d**2 / 2, k3 = exp(-d) - 1 + d (Schulman,
     "Approximating KL divergence", 2020). k1 and k3 are unbiased VALUES. Gradients are another
     matter: see `kl_penalty`. Differentiable in both arguments.
+
+    k3 of a token that the reference finds more than `MAX_KL_GAP` nats likelier is that of this gap,
+    a constant without a gradient: one such token would else be the whole loss.
     """
     known_choice("estimator", estimator, Estimator)
     same_shape(logp_N=logp_N, ref_logp_N=ref_logp_N)
@@ -262,8 +289,25 @@ def kl_estimate(logp_N: Tensor, ref_logp_N: Tensor, *, estimator: Estimator) -> 
         return difference_N
     if estimator == "k2":
         return 0.5 * difference_N.square()
+    return _k3(difference_N)
+
+
+def _k3(difference_N: Tensor) -> Tensor:
+    # Both terms of the bounded gap: the second alone would push such a token further away.
+    gap_N = bounded(-difference_N, MAX_KL_GAP)
     # expm1, because exp(-d) - 1 loses its digits where the policies nearly agree.
-    return torch.expm1(-difference_N) + difference_N
+    return torch.expm1(gap_N) - gap_N
+
+
+def kl_bounded(
+    logp_N: Tensor, ref_logp_N: Tensor, weight_N: Tensor | None = None, *, estimator: str
+) -> Tensor:
+    """How many tokens have their k3 bounded (`kl_estimate`): of all, or of those of non-zero
+    weight. 0 with `k1` and `k2`, which exponentiate nothing."""
+    if estimator in ("k1", "k2"):
+        return logp_N.new_zeros(())
+    counted_N = None if weight_N is None else weight_N != 0
+    return bounded_count(ref_logp_N - logp_N, counted_N, MAX_KL_GAP)
 
 
 def kl_penalty(
@@ -278,8 +322,9 @@ def kl_penalty(
     - `k1`: nothing. Its expected gradient is E[grad log p] = 0, so it is refused here.
 
     As a part of the reward all three are usable (`kl_estimate`, detached).
-    `ref_logp_N` is a constant. Metrics: `kl`, the unweighted sum of the estimates.
-    Raises ValueError for `k1` and for an unknown estimator.
+    `ref_logp_N` is a constant. Metrics: `kl`, the unweighted sum of the estimates, and
+    `kl_bounded`, how many of them are bounded. Raises ValueError for `k1` and for an unknown
+    estimator.
     """
     known_choice("estimator", estimator, Estimator)
     if estimator == "k1":
@@ -290,7 +335,10 @@ def kl_penalty(
         )
     same_shape(logp_N=logp_N, ref_logp_N=ref_logp_N, weight_N=weight_N)
     kl_N = kl_estimate(logp_N, ref_logp_N.detach(), estimator=estimator)
-    return weighted_sum(kl_N, weight_N), {"kl": active_sum(kl_N, weight_N)}
+    return weighted_sum(kl_N, weight_N), {
+        "kl": active_sum(kl_N, weight_N),
+        "kl_bounded": kl_bounded(logp_N, ref_logp_N, weight_N, estimator=estimator),
+    }
 
 
 def unbiased_kl_penalty(
@@ -303,13 +351,17 @@ def unbiased_kl_penalty(
     that (DeepSeek-V3.2, arXiv 2512.02556, section 3.1, "unbiased KL estimate"). The ratio carries
     gradient even where it is exactly 1: then d * grad log p is descended, with d = logp - ref_logp.
 
-    `old_logp_N` and `ref_logp_N` are constants. Metrics: `kl`, the unweighted sum of the estimates.
+    `old_logp_N` and `ref_logp_N` are constants. Metrics: `kl`, the unweighted sum of the estimates,
+    and `kl_bounded`, how many tokens have their k3 bounded; the ratio is bounded, too (`bounded`).
     Raises ValueError for shapes that differ.
     """
     same_shape(logp_N=logp_N, old_logp_N=old_logp_N, ref_logp_N=ref_logp_N, weight_N=weight_N)
     active_N = weight_N != 0
     # Selected before exp: an overflow at weight 0 would be NaN in the backward pass.
-    ratio_N = torch.where(active_N, logp_N - old_logp_N.detach(), 0).exp()
+    ratio_N = bounded(torch.where(active_N, logp_N - old_logp_N.detach(), 0)).exp()
     difference_N = torch.where(active_N, logp_N - ref_logp_N.detach(), 0)
-    kl_N = ratio_N * (torch.expm1(-difference_N) + difference_N)
-    return weighted_sum(kl_N, weight_N), {"kl": active_sum(kl_N, weight_N)}
+    kl_N = ratio_N * _k3(difference_N)
+    return weighted_sum(kl_N, weight_N), {
+        "kl": active_sum(kl_N, weight_N),
+        "kl_bounded": kl_bounded(logp_N, ref_logp_N, weight_N, estimator="unbiased"),
+    }

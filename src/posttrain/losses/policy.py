@@ -11,6 +11,10 @@ All surrogates take the same tensors in the same order: `logp_N` is differentiab
 values. All return `(loss sum, metrics)` with sums over the tokens of non-zero weight; `approx_kl`
 is the k3 estimate of KL(old || new) of each token.
 
+A ratio is the exp of a log ratio of at most `posttrain.losses.ops.MAX_LOG_RATIO` nats (`bounded`),
+whatever it is the ratio of: a token, a mean or a sum over a row. `ratio_bounded` counts the tokens
+beyond; they have no gradient.
+
 With old == new all of them have the gradient of the plain policy gradient, `-w A`, at each token;
 with GMPO and Kimi's loss that holds where the tokens of a row have one weight and one advantage,
 and the gradient of Kimi's is as many times larger as the row has tokens.
@@ -26,6 +30,8 @@ from torch import Tensor
 from posttrain.losses.ops import (
     Metrics,
     active_sum,
+    bounded,
+    bounded_count,
     known_choice,
     row_means,
     row_sums,
@@ -76,7 +82,7 @@ def policy_gradient(
     token_log_ratio_N, log_ratio_N = _log_ratios(
         logp_N, old_logp_N, active_N, row_N, num_rows=num_rows, ratio=ratio
     )
-    ratio_N = log_ratio_N.exp()
+    ratio_N = bounded(log_ratio_N).exp()
     advantage_N = _cleared(advantage_N, active_N)
     clipped_N = ratio_N.clamp(1 - clip_low, 1 + clip_high)
     # PPO, Eq. 7: the minimum, so that the clip can raise the loss of a token but never lower it.
@@ -91,6 +97,7 @@ def policy_gradient(
         "clip_low": active_sum(stopped_low_N.to(logp_N.dtype), weight_N),
         "clip_high": active_sum(stopped_high_N.to(logp_N.dtype), weight_N),
         "ratio": active_sum(ratio_N, weight_N),
+        "ratio_bounded": bounded_count(log_ratio_N, active_N),
         "approx_kl": _approx_kl(token_log_ratio_N, weight_N),
     }
     if dual_clip is not None:
@@ -131,13 +138,14 @@ def cispo(
     token_log_ratio_N, log_ratio_N = _log_ratios(
         logp_N.detach(), old_logp_N, active_N, row_N, num_rows=num_rows, ratio=ratio
     )
-    ratio_N = log_ratio_N.exp()
+    ratio_N = bounded(log_ratio_N).exp()
     factor_N = ratio_N.clamp(1 - clip_low, 1 + clip_high) * _cleared(advantage_N, active_N)
     loss_N = -factor_N * torch.where(active_N, logp_N, 0)
     metrics = {
         "clip_low": active_sum((ratio_N < 1 - clip_low).to(logp_N.dtype), weight_N),
         "clip_high": active_sum((ratio_N > 1 + clip_high).to(logp_N.dtype), weight_N),
         "ratio": active_sum(ratio_N, weight_N),
+        "ratio_bounded": bounded_count(log_ratio_N, active_N),
         "approx_kl": _approx_kl(token_log_ratio_N, weight_N),
     }
     return _corrected_sum(loss_N, weight_N, correction_N), metrics
@@ -182,13 +190,15 @@ def geometric_mean(
         up_N, log_ratio_N.clamp(max=clip_high), log_ratio_N.clamp(min=-clip_low)
     )
     # [N] -> [B] -> [N]: the mean of each row, at each of its tokens.
-    mean_N = row_means(clipped_N, row_N, num_rows, active_N)[row_N].exp()
+    log_mean_N = row_means(clipped_N, row_N, num_rows, active_N)[row_N]
+    mean_N = bounded(log_mean_N).exp()
     stopped_low_N = (log_ratio_N < -clip_low) & (advantage_N < 0)
     stopped_high_N = (log_ratio_N > clip_high) & up_N
     metrics = {
         "clip_low": active_sum(stopped_low_N.to(logp_N.dtype), weight_N),
         "clip_high": active_sum(stopped_high_N.to(logp_N.dtype), weight_N),
         "ratio": active_sum(mean_N, weight_N),
+        "ratio_bounded": bounded_count(log_mean_N, active_N),
         "approx_kl": _approx_kl(log_ratio_N, weight_N),
     }
     return _corrected_sum(-mean_N * advantage_N, weight_N, correction_N), metrics
@@ -231,9 +241,10 @@ def squared_log_ratio(
     )
     residual_N = (_cleared(advantage_N, active_N) - tau * log_ratio_N).square()
     # For the metric alone: unlike the sum, the mean does not grow with the length of a row.
-    mean_N = row_means(token_log_ratio_N.detach(), row_N, num_rows, active_N)[row_N].exp()
+    log_mean_N = row_means(token_log_ratio_N.detach(), row_N, num_rows, active_N)[row_N]
     metrics = {
-        "ratio": active_sum(mean_N, weight_N),
+        "ratio": active_sum(bounded(log_mean_N).exp(), weight_N),
+        "ratio_bounded": bounded_count(log_mean_N, active_N),
         "approx_kl": _approx_kl(token_log_ratio_N, weight_N),
         "residual": active_sum(residual_N, weight_N),
     }
@@ -304,4 +315,5 @@ def _corrected_sum(loss_N: Tensor, weight_N: Tensor, correction_N: Tensor | None
 
 def _approx_kl(token_log_ratio_N: Tensor, weight_N: Tensor) -> Tensor:
     # k3 with d = log(p_old / p), the negative log ratio: exp(-d) - 1 + d.
-    return active_sum(token_log_ratio_N.expm1() - token_log_ratio_N, weight_N)
+    log_ratio_N = bounded(token_log_ratio_N)
+    return active_sum(log_ratio_N.expm1() - log_ratio_N, weight_N)

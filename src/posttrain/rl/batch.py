@@ -304,6 +304,34 @@ class Batch:
         )
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Minibatch:
+    """The rows of one optimiser step that are learned from."""
+
+    number: int
+    """Which of the minibatches of its batch it is; others may have been left out."""
+    rows: Batch
+    count: float
+    """What the summed loss is divided by."""
+    num_tokens: int
+    """Sampled tokens of all that it counts, also of rows that were left out."""
+
+
+def minibatch(number: int, rows: Batch, *, by_token: bool) -> Minibatch:
+    """Of these rows those that column `train_B` (bool) says, divided by what all of them count.
+
+    So a row that is left out counts as one whose loss is 0: leaving rows out changes no other
+    row's gradient. The count is that of `posttrain.losses.ops.aggregation_weights`: sampled tokens
+    where the mean is over tokens (`by_token`), else rows.
+    """
+    count = float(rows.num_tokens if by_token else len(rows))
+    train_B = rows["train_B"]
+    kept = rows if bool(train_B.all()) else rows.select(train_B)
+    return Minibatch(
+        number=number, rows=kept.without("train_B"), count=count, num_tokens=rows.num_tokens
+    )
+
+
 def concatenate(batches: Sequence[Batch]) -> Batch:
     """The rows of all batches, one after another, with the columns that all of them have.
 

@@ -12,7 +12,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from posttrain.losses.ops import Metrics, known_choice, row_means, row_sums, same_shape
+from posttrain.losses.ops import (
+    Metrics,
+    bounded,
+    bounded_count,
+    known_choice,
+    row_means,
+    row_sums,
+    same_shape,
+)
 
 CorrectionMode = Literal["none", "truncated", "icepop", "sequence_truncated", "sequence_icepop"]
 
@@ -45,7 +53,8 @@ def importance_correction(
     with a sequence mode its whole row is.
 
     Metrics, sums over tokens: `correction_masked` (factor 0), `correction_truncated` (cut to
-    `high`), `sampler_ratio` (r of the token, finite ones), `correction` and `correction_square` of
+    `high`), `sampler_ratio` (r of the token, finite ones), `sampler_ratio_bounded` (r of token or
+    row beyond the bound of `posttrain.losses.ops.bounded`), `correction` and `correction_square` of
     the factor; the effective share of the sample is correction**2 / (correction_square * N). Raises
     ValueError for another mode, shapes that differ, a sequence mode without rows, or unless 0 <=
     low <= 1 <= high.
@@ -57,7 +66,7 @@ def importance_correction(
     log_ratio_N = (train_logp_N - sampler_logp_N).detach()
     finite_N = torch.isfinite(log_ratio_N)
     # +inf becomes 0, too: `truncated` would otherwise cut it to `high` and keep the token.
-    ratio_N = torch.where(finite_N, log_ratio_N.exp(), 0)
+    ratio_N = torch.where(finite_N, bounded(log_ratio_N).exp(), 0)
     token_ratio_N = ratio_N
     if mode.startswith("sequence_"):
         if row_N is None or num_rows is None:
@@ -66,7 +75,7 @@ def importance_correction(
         # [N] -> [B] -> [N]: the log ratio of each row, at each of its tokens.
         log_ratio_N = row_sums(log_ratio_N, row_N, num_rows)[row_N]
         finite_N = torch.isfinite(log_ratio_N)
-        ratio_N = torch.where(finite_N, log_ratio_N.exp(), 0)
+        ratio_N = torch.where(finite_N, bounded(log_ratio_N).exp(), 0)
     cut_N = torch.zeros_like(finite_N)
     if mode == "none":
         correction_N = torch.ones_like(ratio_N)
@@ -80,6 +89,7 @@ def importance_correction(
         "correction_masked": (correction_N == 0).sum().to(ratio_N.dtype),
         "correction_truncated": cut_N.sum().to(ratio_N.dtype),
         "sampler_ratio": token_ratio_N.sum(),
+        "sampler_ratio_bounded": bounded_count(log_ratio_N, finite_N),
         "correction": correction_N.sum(),
         "correction_square": correction_N.square().sum(),
     }

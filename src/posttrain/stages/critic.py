@@ -21,7 +21,7 @@ from posttrain.backends.base import Head, HeadLoss, Learner, Metrics
 from posttrain.backends.scalar import scores_N
 from posttrain.backends.vocabulary import check_same_tokens
 from posttrain.losses.value import clipped_value, explained_variance
-from posttrain.rl.batch import Batch
+from posttrain.rl.batch import Batch, Minibatch
 from posttrain.stages.context import Context
 from posttrain.stages.settings.rl import Rl
 
@@ -43,11 +43,11 @@ class Critic:
         """`value_N` of the state before each sampled token, float32, on the CPU. No gradient."""
         return self.scorer.scores(batch)
 
-    def update(self, s: Rl, minibatches: Sequence[Batch], *, lr: float) -> dict[str, float]:
-        """One optimiser step of `value_loss` on each batch, a mean over its tokens.
+    def update(self, s: Rl, minibatches: Sequence[Minibatch], *, lr: float) -> dict[str, float]:
+        """One optimiser step of `value_loss` on each minibatch, over the tokens that it counts.
 
-        They have `return_N`, what `gae` gives, and `old_value_N`, what `values` gave before the
-        first update. `lr` is the policy's of this step; the critic's rises and falls with it.
+        Their rows have `return_N`, what `gae` gives, and `old_value_N`, what `values` gave before
+        the first update. `lr` is the policy's of this step; the critic's rises and falls with it.
         Returns the step's metrics.
         """
         assert isinstance(s.advantage, Gae), "only generalised advantage estimation has a critic"
@@ -55,8 +55,8 @@ class Critic:
         critic_lr = lr if peak is None else peak * lr / s.lr
         loss = HeadLoss(value_loss, s.advantage.value_clip)
         updates = [
-            self.learner.update(batch, loss, count=float(batch.num_tokens), lr=critic_lr)
-            for batch in minibatches
+            self.learner.update(part.rows, loss, count=float(part.num_tokens), lr=critic_lr)
+            for part in minibatches
         ]
         return value_metrics(updates) | {"critic_lr": critic_lr}
 

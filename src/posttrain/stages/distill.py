@@ -41,7 +41,7 @@ from posttrain.losses.divergence import TeacherStates
 from posttrain.losses.ops import aggregation_weights, token_logprobs
 from posttrain.losses.policy import policy_gradient
 from posttrain.rl.advantage import advantages
-from posttrain.rl.batch import Batch, ragged_index
+from posttrain.rl.batch import Batch, Minibatch, minibatch, ragged_index
 from posttrain.rl.corrections import importance_correction
 from posttrain.rl.seeds import step_seed
 from posttrain.schedules import learning_rate
@@ -88,7 +88,8 @@ def run(settings: Distill, ctx: Context) -> dict[str, float]:
             reader=scoring,
         )
         scoring.add_columns(batch)
-        # What each row counts, and what its reward is worth.
+        # Which rows are learned from, what each counts, and what its reward is worth.
+        batch["train_B"] = batch["finished_B"] if s.mask_unfinished else batch["finished_B"] | True
         batch["domain_B"] = torch.tensor([domains.index(p["domain"]) for p in batch.problems])
         batch["loss_weight_B"] = loss_weights(s, domains, batch)
         # Where nobody verifies the reward is the same for all, and its advantage 0.
@@ -101,19 +102,21 @@ def run(settings: Distill, ctx: Context) -> dict[str, float]:
         lr = learning_rate(s, step, settings.steps)
         sums: dict[str, float] = {}
         count, num_updates = 0.0, 0
-        for share in batch.minibatches(s.num_minibatches, seed=s.seed, step=step):
-            by_token = isinstance(s.aggregation, TokenMean)
-            share_count = float(share.num_tokens if by_token else len(share))
-            auxiliary = aux.losses(step * s.num_minibatches + num_updates, s)
-            found = policy.update(share, loss, count=share_count, lr=lr, aux=auxiliary)
+        for part in split(s, batch, step):
+            auxiliary = aux.losses(step * s.num_minibatches + part.number, s)
+            found = policy.update(part.rows, loss, count=part.count, lr=lr, aux=auxiliary)
             sums = {name: sums.get(name, 0.0) + value for name, value in found.items()}
-            count, num_updates = count + share_count, num_updates + 1
+            count, num_updates = count + part.count, num_updates + 1
         # Log.
-        metrics = {"lr": lr, "grad_norm": sums.pop("grad_norm") / num_updates}
-        metrics |= pop_metrics(sums, num_updates)
-        metrics["loss"] = sums.pop("loss") / count
-        # The others have been taken out: what is left are sums over the tokens of the step.
-        metrics |= per_domain_metrics(sums, domains, batch.num_tokens)
+        metrics = {"lr": lr}
+        if num_updates:
+            metrics["grad_norm"] = sums.pop("grad_norm") / num_updates
+            metrics |= pop_metrics(sums, num_updates)
+            metrics["loss"] = sums.pop("loss") / count
+            # The others have been taken out: what is left are sums over tokens.
+            metrics |= per_domain_metrics(sums, domains)
+        if s.mask_unfinished:
+            metrics["train_fraction"] = float(batch["train_B"].float().mean())
         metrics["response_length"] = float(batch.sampled_len_B.float().mean())
         metrics["finished_share"] = float(batch["finished_B"].float().mean())
         reward = verified_mean(batch["reward_B"]) if settings.rewarded else None
@@ -125,7 +128,21 @@ def run(settings: Distill, ctx: Context) -> dict[str, float]:
         cut_responses(ctx, ctx.history("finished_share"), settings.steps, s.max_new_tokens)
     policy.finish()
     policy.save(ctx.out)
-    return {"kl": ctx.metrics["kl"], "tokens": ctx.tokens}
+    # Of the last step that learned; none did where all responses of all steps were left out.
+    learned = ctx.history("kl")
+    return ({"kl": learned[-1]} if learned else {}) | {"tokens": ctx.tokens}
+
+
+def split(s: Distill, batch: Batch, step: int) -> list[Minibatch]:
+    """The minibatches of a step, without the rows that are not learned from and without those that
+    have no other. All rows of the batch count, unless `per_kept`."""
+    rows = batch.select(batch["train_B"]) if s.per_kept else batch
+    if len(rows) == 0:
+        return []
+    by_token = isinstance(s.aggregation, TokenMean)
+    parts = rows.minibatches(s.num_minibatches, seed=s.seed, step=step)
+    found = [minibatch(number, part, by_token=by_token) for number, part in enumerate(parts)]
+    return [part for part in found if len(part.rows)]
 
 
 def loss_weights(step_settings: Distill, domains: Sequence[str], batch: Batch) -> Tensor:
@@ -147,13 +164,12 @@ def loss_weights(step_settings: Distill, domains: Sequence[str], batch: Batch) -
     return weight_of[domain_B]
 
 
-def per_domain_metrics(
-    sums: Mapping[str, float], domains: Sequence[str], num_tokens: int
-) -> dict[str, float]:
+def per_domain_metrics(sums: Mapping[str, float], domains: Sequence[str]) -> dict[str, float]:
     """Means per token, per domain and over all; `token_share/<domain>` adds up to 1."""
     rest = dict(sums)
     metrics: dict[str, float] = {}
     tokens = {name: rest.pop(f"tokens/{name}", 0.0) for name in domains}
+    num_tokens = sum(tokens.values())
     for quantity in ("kl", "entropy"):
         values = {name: rest.pop(f"{quantity}/{name}", 0.0) for name in domains}
         metrics[quantity] = sum(values.values()) / num_tokens

@@ -19,6 +19,7 @@ from posttrain.algorithms import (
     ConstantSum,
     Custom,
     Gae,
+    Kimi,
     LeaveOneOutZScore,
     TokenMean,
     correction_arguments,
@@ -27,6 +28,7 @@ from posttrain.backends.base import Learner, Metrics, Sampler, Scorer, TokenLoss
 from posttrain.backends.prompting import Problem
 from posttrain.losses.ops import (
     aggregation_weights,
+    kl_bounded,
     kl_estimate,
     kl_penalty,
     unbiased_kl_penalty,
@@ -34,7 +36,7 @@ from posttrain.losses.ops import (
 from posttrain.rewards.judging import RewardFunction
 from posttrain.rewards.pool import VerifierPool
 from posttrain.rl.advantage import advantages, whitened, zero_variance
-from posttrain.rl.batch import Batch, concatenate
+from posttrain.rl.batch import Batch, Minibatch, concatenate, minibatch
 from posttrain.rl.corrections import importance_correction, off_policy_mask
 from posttrain.rl.gae import gae, token_rewards
 from posttrain.schedules import learning_rate
@@ -100,29 +102,26 @@ def run(settings: Rl, ctx: Context) -> dict[str, float]:
         # Score: the reference reads the tokens, over the nucleus that they were drawn from.
         batch = scored(s, batch, policy, reference)
 
-        # Advantage: of every token; then the rows that teach nothing are left out.
+        # Advantage: of every token.
         metrics |= add_advantages(s, batch, critic)
-        trained = batch.select(rows_to_train(s, batch))
-        # Of all that was sampled, also the groups that did not get into the batch.
-        metrics["train_fraction"] = len(trained) / len(sampled)
+        metrics["train_fraction"] = int(rows_to_train(s, batch).sum()) / len(sampled)
 
         # Update: first the critic, then the policy, on the same minibatches.
         lr = metrics["lr"] = learning_rate(s, step, settings.steps)
-        minibatches = split(s, trained, step)
+        minibatches = split(s, batch, step)
         if critic is not None and minibatches:
             metrics |= critic.update(s, minibatches, lr=lr)
         compared, pairs = verdicts.losses(s, step, rows)
         metrics |= pairs
         if minibatches and not _critic_only(s, step):
-            add_old_logprobs(s, policy, trained, minibatches)
+            add_old_logprobs(s, policy, batch, minibatches)
             loss = TokenLoss(policy_loss, s, temperature=s.temperature)
             updates = []
-            for number, part in enumerate(minibatches):
+            for part in minibatches:
                 # Numbered through all steps, so that every update draws auxiliary rows of its own.
-                further = [*aux.losses(step * s.num_minibatches + number, s), *compared[number]]
-                # What divides the summed loss (`aggregation_weights`): tokens, or else rows.
-                count = part.num_tokens if isinstance(s.aggregation, TokenMean) else len(part)
-                updates.append(policy.update(part, loss, count=float(count), lr=lr, aux=further))
+                further = aux.losses(step * s.num_minibatches + part.number, s)
+                further = [*further, *compared[part.number]]
+                updates.append(policy.update(part.rows, loss, count=part.count, lr=lr, aux=further))
             metrics |= per_token(updates)
 
         # Log.
@@ -252,6 +251,8 @@ def add_advantages(s: Rl, batch: Batch, critic: Critic | None) -> dict[str, floa
         kl_N = kl_estimate(batch["policy_logp_N"], batch["ref_logp_N"], estimator=s.kl.estimator)
         scale_B = s.kl.coef * batch["kl_weight_B"]
         metrics["kl_reference"] = float(kl_N.sum()) / batch.num_tokens
+        beyond = kl_bounded(batch["policy_logp_N"], batch["ref_logp_N"], estimator=s.kl.estimator)
+        metrics["kl_bounded"] = float(beyond) / batch.num_tokens
     if isinstance(s.advantage, Gae):
         assert critic is not None, "generalised advantage estimation has a critic"
         # From one coefficient per row to one per token.
@@ -298,24 +299,45 @@ def add_advantages(s: Rl, batch: Batch, critic: Critic | None) -> dict[str, floa
 def rows_to_train(s: Rl, batch: Batch) -> Tensor:
     """bool for each row: whether the policy learns from it."""
     train_B = torch.ones(len(batch), dtype=torch.bool)
-    # A penalty in the loss has a gradient on every row, also where the rewards have none.
-    penalised = s.kl is not None and s.kl.coef > 0 and s.kl.where == "loss"
-    if s.drop_zero_variance and s.by_group and not penalised:
+    if s.drop_zero_variance and s.by_group and not _learns_without_contrast(s):
         train_B = ~zero_variance(batch["reward_B"], batch["group_B"])
     if s.mask_unfinished:
         train_B &= batch["finished_B"]
     return train_B
 
 
-def split(s: Rl, trained: Batch, step: int) -> Sequence[Batch]:
-    """The minibatches of a step, with the number of each row among those that are trained on."""
-    if len(trained) == 0:
+def _learns_without_contrast(s: Rl) -> bool:
+    """Whether a row may have a gradient where all rewards of its group are alike, so that leaving
+    it out would change what is descended."""
+    # A penalty has one on every row: in the loss by itself, in the reward as what tells rows apart.
+    penalised = s.kl is not None and s.kl.coef > 0
+    # Kimi's loss pulls back what earlier updates on the batch have moved, also with A = 0, and of
+    # a function of the user's own nobody knows.
+    pulls = isinstance(s.surrogate, Kimi) and s.num_minibatches > 1
+    return penalised or pulls or isinstance(s.surrogate, Custom)
+
+
+def split(s: Rl, batch: Batch, step: int) -> list[Minibatch]:
+    """The minibatches of a step; one without a row to learn from is left out.
+
+    All rows of the batch are split and counted, and then those that teach nothing are left out, so
+    that this saves their forward and backward pass and nothing else. With `per_kept` it is the
+    other way round.
+    """
+    train_B = rows_to_train(s, batch)
+    batch["row_B"], batch["train_B"] = torch.arange(len(batch)), train_B
+    rows = batch.select(train_B) if s.per_kept else batch
+    if len(rows) == 0:
         return []
-    trained["row_B"] = torch.arange(len(trained))
-    return list(trained.minibatches(s.num_minibatches, seed=s.seed, step=step))
+    parts = rows.minibatches(s.num_minibatches, seed=s.seed, step=step)
+    by_token = isinstance(s.aggregation, TokenMean)
+    found = [minibatch(number, part, by_token=by_token) for number, part in enumerate(parts)]
+    return [part for part in found if len(part.rows)]
 
 
-def add_old_logprobs(s: Rl, policy: Learner, trained: Batch, minibatches: Sequence[Batch]) -> None:
+def add_old_logprobs(
+    s: Rl, policy: Learner, batch: Batch, minibatches: Sequence[Minibatch]
+) -> None:
     """Give the minibatches `old_logp_N`, the log-probs of the policy before the first update.
 
     None needs them with one update, where the old policy is the current one and the ratio is
@@ -326,17 +348,17 @@ def add_old_logprobs(s: Rl, policy: Learner, trained: Batch, minibatches: Sequen
     if s.num_minibatches == 1:
         return
     if s.correction is None:
-        for batch in minibatches:
-            batch["old_logp_N"] = batch["sampler_logp_N"]
+        for part in minibatches:
+            part.rows["old_logp_N"] = part.rows["sampler_logp_N"]
     elif len(minibatches) > 1:
-        # Row numbers among `trained`, ascending: neighbours share their prompts' forward pass.
-        row_B = torch.cat([batch["row_B"] for batch in minibatches[1:]]).sort().values
-        later = trained.select(row_B)
+        # Row numbers of the batch, ascending: neighbours share their prompts' forward pass.
+        row_B = torch.cat([part.rows["row_B"] for part in minibatches[1:]]).sort().values
+        later = batch.select(row_B)
         later["old_logp_N"] = policy.logprobs(later, temperature=s.temperature)
-        for batch in minibatches[1:]:
+        for part in minibatches[1:]:
             # Where the rows of this minibatch stand in `later`.
-            place_B = torch.searchsorted(row_B, batch["row_B"])
-            batch["old_logp_N"] = later.select(place_B)["old_logp_N"]
+            place_B = torch.searchsorted(row_B, part.rows["row_B"])
+            part.rows["old_logp_N"] = later.select(place_B)["old_logp_N"]
 
 
 def per_token(updates: Sequence[dict[str, float]]) -> dict[str, float]:
@@ -401,7 +423,7 @@ def policy_loss(s: Rl, logp_N: Tensor, entropy_N: Tensor, batch: Batch) -> tuple
                 logp_N, batch["ref_logp_N"], kl_weight_N, estimator=s.kl.estimator
             )
         total = total + s.kl.coef * penalty
-        metrics["kl_reference"] = own["kl"]
+        metrics |= {"kl_reference": own["kl"], "kl_bounded": own["kl_bounded"]}
     return total, metrics
 
 

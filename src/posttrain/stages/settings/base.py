@@ -74,6 +74,12 @@ class Rollouts(BaseModel):
     """Optimiser steps per batch of rollouts, each on an equal share of its rows."""
     aggregation: Aggregation = TokenMean()
     """How the losses of tokens become one number."""
+    mask_unfinished: bool = False
+    """Leave responses that were cut at the length limit out of the loss (DAPO's overlong
+    filtering)."""
+    per_kept: bool = False
+    """Divide the loss by the rows or tokens that are learned from instead of all of the batch
+    (DAPO, where those that are left out were replaced)."""
 
 
 def _different(modes: tuple[Mode, ...]) -> tuple[Mode, ...]:

@@ -77,6 +77,11 @@ class Distill(Settings, Computing, LongRows, Training, Rollouts):
         return sorted({name for names in every for name in names})
 
     @property
+    def LOGS_ALL(self) -> bool:
+        """A step in which no row is learned from logs nothing of an update."""
+        return not self.mask_unfinished
+
+    @property
     def rewarded(self) -> bool:
         """Whether the verifiable reward has a weight above 0 at some step."""
         return any(weight > 0 for weight in self.possible("reward_weight"))
@@ -96,6 +101,15 @@ class Distill(Settings, Computing, LongRows, Training, Rollouts):
                 f"{self.estimator.kind}, reward_weight = {self.reward_weight}): after the first "
                 "update the tokens are no longer the student's own; set correction = truncated or "
                 "icepop, or num_minibatches = 1"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _something_is_left_out(self) -> Self:
+        if self.per_kept and not self.mask_unfinished:
+            raise ValueError(
+                "per_kept = true with mask_unfinished = false: no row is left out, so there is "
+                "nothing to choose; set mask_unfinished, or leave per_kept out"
             )
         return self
 

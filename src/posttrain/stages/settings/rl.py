@@ -60,12 +60,9 @@ class Rl(Settings, Computing, LongRows, Training, Rollouts):
     critique: Critique | None = None
     """Learning to judge from the step's own responses."""
     aux: AuxLosses = Field(default_factory=dict)
-    mask_unfinished: bool = False
-    """Leave responses that were cut at the length limit out of the loss (DAPO's overlong
-    filtering)."""
     drop_zero_variance: bool = True
-    """Leave out groups whose rewards are all alike: they carry no gradient. With a KL penalty in
-    the loss they do, and stay."""
+    """Leave out groups whose rewards are all alike: they carry no gradient, and this saves
+    computing it. Where they do carry one (a KL penalty, say) they stay."""
 
     @field_validator("reward")
     @classmethod
@@ -87,6 +84,26 @@ class Rl(Settings, Computing, LongRows, Training, Rollouts):
     def uses_critic(self) -> bool:
         """Whether advantages come from a critic."""
         return isinstance(self.advantage, Gae)
+
+    @model_validator(mode="after")
+    def _something_is_left_out(self) -> Self:
+        if self.per_kept and not (self.drop_zero_variance or self.mask_unfinished):
+            raise ValueError(
+                "per_kept = true with drop_zero_variance = false and mask_unfinished = false: no "
+                "row is left out, so there is nothing to choose; set one of them, or leave "
+                "per_kept out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _policy_learns(self) -> Self:
+        if isinstance(self.advantage, Gae) and self.advantage.warmup_steps >= self.steps:
+            raise ValueError(
+                f"advantage.warmup_steps = {self.advantage.warmup_steps} with steps = {self.steps}:"
+                " only the critic learns in these steps, and the policy would stay as it is; give "
+                "fewer warmup_steps than steps"
+            )
+        return self
 
     @model_validator(mode="after")
     def _groups_are_groups(self) -> Self:
