@@ -81,7 +81,7 @@ class StageTools:
     def annotator(self, noise: float) -> Oracle:
         """The noisy annotator of the stage's domains; its workers end with the stage."""
         ctx = self.ctx
-        pool = VerifierPool(ctx.domains, num_workers=min(ctx.threads, MAX_WORKERS), oracle=True)
+        pool = VerifierPool(ctx.domains, num_workers=min(ctx.threads, MAX_WORKERS), by="oracle")
         qualities = ctx.resources.enter_context(pool).scores
         return Oracle(qualities=qualities, noise=noise, seed=self.seed)
 
