@@ -76,7 +76,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "engine": set(),
     "losses": {"torch"},
     "rl": {"torch", "numpy"},
-    "rewards": {"reasoning_gym", "math_verify", "httpx2", "pydantic"},
+    "rewards": {"reasoning_gym", "math_verify", "httpx2", "pydantic", "pydantic_core"},
     "suites": {"datasets", "pyarrow", "pydantic"},
     "algorithms": {"pydantic"},
     "report": {"jinja2", "markupsafe", "rich"},

@@ -80,23 +80,29 @@ def compare(
     swap: bool = True,
     key: str | None = None,
     template: str | None = None,
+    max_tokens: int | None = None,
 ) -> Judge:
     """A judge that says which of two responses is better: a response's share of wins in its group.
 
     `judge` is a stage that makes a language model, or the url of an endpoint (with `model` and
     `key` as in `llm`). `pairing` all compares all N(N-1)/2 pairs of a group; circular each with the
     next, N comparisons (Nemotron 3 Nano, arXiv 2512.20848). `swap` asks in both orders and takes
-    the mean. `template` replaces the question: {prompt}, {a}, {b}, {answer}; the verdict is 1 or 2.
+    the mean. `template` replaces the question: {prompt}, {a}, {b}, {answer}; the verdict is 1 or 2,
+    that of an endpoint a last line `Better: 1` or `Better: 2`, in a reply of `max_tokens` at most.
     """
     how: dict[str, Any] = {"pairing": pairing, "swap": swap, "template": template}
     if isinstance(judge, str):
         if model is None:
             raise ConfigError(
-                f"judge compare: the endpoint {judge!r} needs model=, the name that it serves"
+                "judge compare: an endpoint needs model=, the name of the model that it serves"
             )
+        if max_tokens is not None:
+            how["max_tokens"] = max_tokens
         return kinds.CompareEndpoint(url=judge, model=model, key=key, **how)
-    if model is not None or key is not None:
-        raise ConfigError("judge compare: model and key belong to the url of an endpoint")
+    if model is not None or key is not None or max_tokens is not None:
+        raise ConfigError(
+            "judge compare: model, key and max_tokens belong to the url of an endpoint"
+        )
     if getattr(judge, "kind", "") == "reward_model":
         raise ConfigError(
             f"judge compare: stage {judge.name!r} is a reward model, which scores one "

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -24,9 +26,10 @@ from posttrain.rewards.endpoint import (
     Question,
     ReplyCache,
 )
-from posttrain.rewards.grading import EndpointComparison, Grader, better, grade, met
+from posttrain.rewards.grading import EndpointComparison, Grader
 from posttrain.rewards.judging import Responses
 from posttrain.rewards.spec import VerifierSpec
+from posttrain.rewards.verdicts import better, grade
 from posttrain.suites.build import build_domain
 from posttrain.suites.domain import Domain, Table, domain_node
 
@@ -42,6 +45,8 @@ class Server:
         self.keys: list[str | None] = []
         self.together = self.most = 0
         self.headers: dict[str, str] = {}
+        self.reason = "stop"
+        self.drip = 0.0
         lock, server = threading.Lock(), self
 
         class Handler(BaseHTTPRequestHandler):
@@ -54,7 +59,9 @@ class Server:
                     server.together += 1
                     server.most = max(server.most, server.together)
                 status, text = server.reply(body["messages"][0]["content"], number)
-                content = {"choices": [{"message": {"content": text}}]}
+                content = {
+                    "choices": [{"message": {"content": text}, "finish_reason": server.reason}]
+                }
                 raw = text if status == 299 else json.dumps(content)
                 with lock:
                     server.together -= 1
@@ -62,7 +69,10 @@ class Server:
                 for name, value in server.headers.items():
                     self.send_header(name, value)
                 self.end_headers()
-                self.wfile.write(raw.encode())
+                with contextlib.suppress(OSError):
+                    for part in raw if server.drip else [raw]:
+                        time.sleep(server.drip)
+                        self.wfile.write(part.encode())
 
             def log_message(self, *words: object) -> None:
                 pass
@@ -91,7 +101,12 @@ def ask(server: Server, path: Path, key: str | None = None) -> Endpoint:
 def tools(server: Server, path: Path) -> Any:
     """What a stage gives to the judges that ask endpoints."""
     cache = ReplyCache(path / "replies.jsonl")
-    return SimpleNamespace(endpoint=lambda **asked: Endpoint(**asked, cache=cache))
+
+    def endpoint(judge: Any) -> Endpoint:
+        asked = {name: getattr(judge, name) for name in ("url", "model", "key", "max_tokens")}
+        return Endpoint(**asked, cache=cache)
+
+    return SimpleNamespace(endpoint=endpoint)
 
 
 def batch(*texts: str, **columns: Any) -> Responses:
@@ -122,12 +137,12 @@ def test_grades_are_shares_of_the_best_one(server: Server, tmp_path: Path) -> No
 
 
 def test_a_template_replaces_the_question(server: Server, tmp_path: Path) -> None:
-    template = "{prompt} -> {response}, not {answer}"
+    template = "{prompt} -> {response}, not {answer}. Grade: N"
     with pytest.raises(ConfigError, match="shows"):
         judges.llm(server.url, "m", template=template)
     judge = judges.llm(server.url, "m", reference=True, template=template, best=5)
     assert Grader(judge, tools(server, tmp_path)).score(batch("{answer}")) == [1]
-    assert server.seen[0]["messages"][0]["content"] == "1+1={x} -> {answer}, not 2"
+    assert server.seen[0]["messages"][0]["content"] == "1+1={x} -> {answer}, not 2. Grade: N"
 
 
 def test_a_rubric_of_the_row_is_a_weighted_share(server: Server, tmp_path: Path) -> None:
@@ -206,11 +221,13 @@ def test_comparisons_are_win_shares(
     """c > m > a in the alphabet's own order; the server prefers the later word."""
 
     def reply(prompt: str, n: int) -> Answer:
-        first, second = prompt.split(" or ")
+        first, second = prompt.removesuffix(" Better: N").split(" or ")
         return 200, f"Better: {1 if first > second else 2}"
 
     server.reply = reply
-    judge = judges.compare(server.url, "m", pairing=pairing, swap=swap, template="{a} or {b}")
+    judge = judges.compare(
+        server.url, "m", pairing=pairing, swap=swap, template="{a} or {b} Better: N"
+    )
     found = EndpointComparison(judge, tools(server, tmp_path)).score(batch("x", "a", "m"))
     assert found == pytest.approx(shares)
     assert len(server.seen) == questions
@@ -247,7 +264,14 @@ def test_a_busy_server_is_asked_again(server: Server, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("header", "waits"), [("7", [7, 7]), ("99", [30, 30]), ("Fri, 1 Jan 2027", [0.01, 0.02])]
+    ("header", "waits"),
+    [
+        ("7", [7, 7]),
+        ("99", [30, 30]),
+        ("Fri, 1 Jan 2027", [0.01, 0.02]),
+        ("\u00b2", [0.01, 0.02]),
+        ("9" * 5000, [0.01, 0.02]),
+    ],
 )
 def test_a_busy_server_says_how_long_to_wait(
     server: Server,
@@ -258,7 +282,11 @@ def test_a_busy_server_says_how_long_to_wait(
 ) -> None:
     """In seconds, never longer than LONGEST_WAIT; a date is not read, and the waits double."""
     slept: list[float] = []
-    monkeypatch.setattr(module.time, "sleep", slept.append)
+
+    async def pause(seconds: float) -> None:
+        slept.append(seconds)
+
+    monkeypatch.setattr(module, "pause", pause)
     server.headers = {"Retry-After": header}
     answers = {1: 429, 2: 500}
     server.reply = lambda prompt, n: (answers.get(n, 200), "Grade: 7")
@@ -334,14 +362,194 @@ def test_the_key_comes_from_the_environment(
     assert "secret" not in (tmp_path / "replies.jsonl").read_text()
 
 
-def test_readings() -> None:
-    assert (grade("2 + 2 = 4, so: 2.5", 5), better("1 is good, 2 better"), better("1")) == (
-        0.5,
-        0,
-        1,
-    )
+def test_what_a_template_is_filled_with_means_nothing() -> None:
     assert fill("{a}{b}{c}", {"a": "{b}", "b": "2"}) == "{b}2{c}"
-    with pytest.raises(StageError, match="criterion 2"):
-        met("1: yes", [{"criterion": "x"}, {"criterion": "y"}])
-    with pytest.raises(StageError, match="neither 1 nor 2"):
-        better("both")
+
+
+@pytest.mark.parametrize(
+    ("reason", "reply", "said"),
+    [
+        ("length", "Grade: 4", "its reply was cut at max_tokens = 64"),
+        ("stop", "", "its reply is empty"),
+        ("stop", "<think>Grade: 4", "no grade from 0 to 10"),
+    ],
+)
+def test_a_cut_or_empty_reply_is_no_verdict(
+    server: Server, tmp_path: Path, reason: str, reply: str, said: str
+) -> None:
+    server.reason, server.reply = reason, lambda prompt, n: (200, reply)
+    judge = judges.llm(server.url, "m", max_tokens=64)
+    with pytest.raises(StageError, match=f"{said}.*3 times in a row"):
+        Grader(judge, tools(server, tmp_path)).score(batch("p"))
+    assert [body["max_tokens"] for body in server.seen] == [64] * 3
+    assert not (tmp_path / "replies.jsonl").exists()
+
+
+def test_a_judge_that_thinks_is_read_after_its_thought(server: Server, tmp_path: Path) -> None:
+    server.reply = lambda prompt, n: (200, "<think>Grade: 1?\nGrade: 2</think>\nGrade: 9")
+    judge = judges.llm(server.url, "m")
+    assert Grader(judge, tools(server, tmp_path)).score(batch("p")) == [0.9]
+
+
+def test_the_length_of_replies_is_in_the_identity_where_it_is_not_the_default() -> None:
+    for make in (judges.llm, judges.compare):
+        plain, longer = make("http://h/v1", "m"), make("http://h/v1", "m", max_tokens=2048)
+        assert "max_tokens" not in plain.to_json()
+        assert longer.to_json()["max_tokens"] == 2048
+        assert make("http://h/v1", "m", max_tokens=1024).identity == plain.identity
+        assert longer.identity != plain.identity
+
+
+def test_a_kept_reply_is_checked_by_whoever_reads_it(server: Server, tmp_path: Path) -> None:
+    """Two judges put the same question; what one can read is no verdict for the other."""
+    asking = ask(server, tmp_path)
+    replies = iter(["Grade: 7", "Better: 1", "Grade: 8\nBetter: 2"])
+    server.reply = lambda prompt, n: (200, next(replies))
+    grades = Question("how?", lambda reply: grade(reply, 10))
+    assert asking.ask([grades]) == [0.7]
+    assert asking.ask([Question("how?", better)]) == [1]
+    assert asking.ask([grades, Question("how?", better)]) == [0.8, 0]
+    assert len(server.seen) == 3
+
+
+def test_a_damaged_line_of_kept_replies_is_asked_again(server: Server, tmp_path: Path) -> None:
+    judge = judges.llm(server.url, "m")
+    Grader(judge, tools(server, tmp_path)).score(batch("p"))
+    file = tmp_path / "replies.jsonl"
+    file.write_text("[" * 10_000 + '\n{"request": 1}\nnull\n' + file.read_text())
+    assert Grader(judge, tools(server, tmp_path)).score(batch("p", "q")) == [0.5, 0.5]
+    assert len(server.seen) == 2
+
+
+def test_a_reply_that_drips_ends_in_time(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The limit is for the whole reply, however steadily its bytes come."""
+    monkeypatch.setenv(RETRIES, "0")
+    monkeypatch.setenv(TIMEOUT, "1")
+    server.drip = 0.1
+    begun = time.monotonic()
+    with pytest.raises(StageError, match="timed out: it was not whole after 1 s"):
+        Grader(judges.llm(server.url, "m"), tools(server, tmp_path)).score(batch("p"))
+    assert time.monotonic() - begun < 5
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("x" * (4 * 2**20 + 1), "longer than 4 MiB"),
+        ("[" * 100_000, "no chat completion"),
+        ('{"choices": ' + "1" * 5000 + "}", "no chat completion"),
+        ('{"choices": [3]}', "no chat completion"),
+        ('{"choices": [{"message": {"content": 7}}]}', "no chat completion"),
+    ],
+)
+def test_a_reply_of_a_hostile_server_is_told_in_words(
+    server: Server, tmp_path: Path, body: str, message: str
+) -> None:
+    server.reply = lambda prompt, n: (299, body)
+    with pytest.raises(StageError, match=message) as error:
+        Grader(judges.llm(server.url, "m"), tools(server, tmp_path)).score(batch("p"))
+    assert len(str(error.value)) < 600
+
+
+def test_no_redirect_is_followed(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JUDGE_KEY", "secret")
+    server.headers = {"Location": server.url + "/stolen"}
+    judge = judges.llm(server.url, "m", key="JUDGE_KEY")
+    for status in (301, 302, 307, 308):
+        server.reply = lambda prompt, n, status=status: (status, "")
+        with pytest.raises(ConfigError, match=f"answered {status} and sends to .*stolen"):
+            Grader(judge, tools(server, tmp_path)).score(batch("p"))
+    assert len(server.seen) == 4, "one request each, to the address that was given"
+
+
+def test_what_a_server_says_neither_steers_the_terminal_nor_repeats_the_key(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JUDGE_KEY", "very-secret")
+    server.reply = lambda prompt, n: (401, "\x1b]0;OWNED\x07\u202e wrong key very-secret")
+    judge = judges.llm(server.url, "m", key="JUDGE_KEY")
+    with pytest.raises(ConfigError, match=r"wrong key \*\*\*") as error:
+        Grader(judge, tools(server, tmp_path)).score(batch("p"))
+    assert not set(str(error.value)) & set("\x1b\x07\u202e")
+    assert "very-secret" not in str(error.value)
+    monkeypatch.setenv("JUDGE_KEY", "very\nsecret")
+    with pytest.raises(ConfigError, match="JUDGE_KEY holds characters") as error:
+        Grader(judge, tools(server, tmp_path)).score(batch("p"))
+    assert "secret" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://me:geheim@localhost/v1",
+        "http://geheim@localhost/v1",
+        "http://localhost/v1?key=geheim",
+        "http://localhost/v1#geheim",
+    ],
+)
+def test_a_url_with_a_secret_is_refused_and_not_repeated(url: str) -> None:
+    for make in (lambda: judges.llm(url, "m"), lambda: judges.compare(url, "m")):
+        with pytest.raises(ConfigError, match="password or a query") as error:
+            make()
+        assert "geheim" not in str(error.value)
+    with pytest.raises(ConfigError, match="needs model=") as error:
+        judges.compare(url)
+    assert "geheim" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "ftp://localhost",
+        "http://",
+        "http://[::1",
+        "http://localhost:99999/v1",
+        "http://localhost:port/v1",
+        "http://localhost:0/v1",
+        "http://b\u00fccher.example/v1",
+        "http://localhost/\u00fc",
+        "http://local host/v1",
+        "http://localhost/\n",
+    ],
+)
+def test_a_url_that_cannot_be_asked_is_refused(url: str) -> None:
+    with pytest.raises(ConfigError, match="judge llm: url = "):
+        judges.llm(url, "m")
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "sk-abc123",
+        "sk_live_51Habc",
+        "hf_AbCd1234EfGh5678",
+        "AIzaSyA1234567890abcdefghijklmno",
+        "4f3a9c",
+        "abcdefghij1234567890klmn",
+        "ABCDEF0123456789ABCDEF0123456789",
+        "two words",
+        "",
+    ],
+)
+def test_a_key_in_place_of_a_variables_name_is_refused_and_not_repeated(key: str) -> None:
+    with pytest.raises(ConfigError, match="name of the environment variable") as error:
+        judges.llm("http://localhost/v1", "m", key=key)
+    assert len(key) < 3 or key not in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["OPENAI_API_KEY", "my_key", "KEY2", "_K", "HF_TOKEN", "hf_key_2"])
+def test_names_of_variables_are_taken(key: str) -> None:
+    assert judges.llm("http://localhost/v1", "m", key=key).key == key
+
+
+def test_a_template_has_to_ask_for_what_is_read() -> None:
+    with pytest.raises(ConfigError, match="'Grade:' stands in it nowhere"):
+        judges.llm("http://h", "m", template="How good is {response} to {prompt}?")
+    with pytest.raises(ConfigError, match="'1: yes' stands in it nowhere"):
+        judges.llm("http://h", "m", rubric=True, template="{prompt} {response} {rubric} Grade: N")
+    with pytest.raises(ConfigError, match="'Better:' stands in it nowhere"):
+        judges.compare("http://h", "m", template="{a} or {b}?")

@@ -62,7 +62,7 @@ def core(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def judge(core: dict[str, Path]) -> Iterator[VerifierPool]:
-    with VerifierPool(core, num_workers=1, oracle=True) as pool:
+    with VerifierPool(core, num_workers=1, by="oracle") as pool:
         yield pool
 
 
@@ -262,7 +262,7 @@ def test_a_suite_may_bring_its_own_taste(tmp_path: Path) -> None:
     assert load_quality(path).score("zz", row) == pytest.approx(0.2)
     thinks = row | {"mode": "think"}
     assert load_quality(path).score("<think>zzz</think>z", thinks) == pytest.approx(0.1)
-    with VerifierPool({"own": path}, num_workers=1, oracle=True) as pool:
+    with VerifierPool({"own": path}, num_workers=1, by="oracle") as pool:
         # In a process of its own, as a python verifier.
         assert pool.scores([row, row], ["zz", row["answer"]]) == pytest.approx([0.2, 0.0])
         assert Oracle(qualities=pool.scores, noise=0.0).prefer(row, row["answer"], "zz") == (1, 2)

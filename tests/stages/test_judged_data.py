@@ -120,7 +120,7 @@ def test_the_oracle_compares_pairs(ask: Callable[..., Any], domains: Mapping[str
     assert len(rows) == 36
     path = Path(domains["domains.short"])
     problems = {problem["id"]: problem for problem in rows_of(path / "train.jsonl")}
-    with VerifierPool({"short": path}, num_workers=1, oracle=True) as pool:
+    with VerifierPool({"short": path}, num_workers=1, by="oracle") as pool:
         annotator = Oracle(qualities=pool.scores, noise=0.5, seed=0)
         for row in rows:
             answer = annotator.prefer(problems[row["id"]], row["chosen"], row["rejected"])

@@ -1,18 +1,18 @@
-"""Judges behind an endpoint: the questions, and how a score is read out of a reply."""
+"""Judges behind an endpoint: what they are asked. `verdicts` reads what they reply."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from posttrain.engine.errors import ConfigError, StageError
+from posttrain.engine.errors import ConfigError
 from posttrain.rewards.comparisons import fill, question
-from posttrain.rewards.endpoint import SHOWN, Endpoint, Question
+from posttrain.rewards.endpoint import Endpoint, Question
 from posttrain.rewards.judge_kinds import CompareEndpoint, Llm
 from posttrain.rewards.judging import Responses, comparisons, win_shares
 from posttrain.rewards.spec import checked_rubric
+from posttrain.rewards.verdicts import better, grade, met
 
 GRADE = """You grade an answer.
 
@@ -51,10 +51,6 @@ WHICH = """You compare two answers to one question.
 
 Which answer is better? Reason briefly, then end with one line: Better: 1 or Better: 2"""
 
-_NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
-_VERDICT = re.compile(r"^\W*(\d+)\W+(yes|no)\b", re.IGNORECASE | re.MULTILINE)
-_BETTER = re.compile(r"\b([12])\b")
-
 Row = Mapping[str, Any]
 
 
@@ -63,7 +59,7 @@ class Grader:
 
     def __init__(self, judge: Llm, tools: Any) -> None:
         self.judge = judge
-        self.endpoint: Endpoint = tools.endpoint(url=judge.url, model=judge.model, key=judge.key)
+        self.endpoint: Endpoint = tools.endpoint(judge)
 
     def score(self, responses: Responses) -> list[float]:
         """Scores in [0, 1]. Raises ConfigError for a row without a rubric, else as `Endpoint`."""
@@ -98,7 +94,7 @@ class EndpointComparison:
 
     def __init__(self, judge: CompareEndpoint, tools: Any) -> None:
         self.judge = judge
-        self.endpoint: Endpoint = tools.endpoint(url=judge.url, model=judge.model, key=judge.key)
+        self.endpoint: Endpoint = tools.endpoint(judge)
 
     def score(self, responses: Responses) -> list[float]:
         """Shares in [0, 1]; 0.5 for a response that is alone in its group."""
@@ -131,36 +127,3 @@ def criteria(problem: Row) -> list[Row]:
 
 def _numbered(rubric: Sequence[Row]) -> str:
     return "\n".join(f"{i + 1}: {entry['criterion']}" for i, entry in enumerate(rubric))
-
-
-def grade(reply: str, best: float) -> float:
-    """The reply's last number over `best`. Raises StageError without one, or one outside."""
-    numbers = _NUMBER.findall(reply)
-    if not numbers or not 0 <= float(numbers[-1]) <= best:
-        raise StageError(f"judge llm: no grade from 0 to {best:g} at the end of {_tail(reply)}")
-    return float(numbers[-1]) / best
-
-
-def met(reply: str, rubric: Sequence[Row]) -> float:
-    """Weight of the criteria that the reply says yes to, over the weight of all.
-
-    The last word on a criterion counts. Raises StageError where one has none.
-    """
-    said = {int(number): word.lower() == "yes" for number, word in _VERDICT.findall(reply)}
-    missing = [i + 1 for i in range(len(rubric)) if i + 1 not in said]
-    if missing:
-        raise StageError(f"judge llm: no verdict on criterion {missing[0]} in {_tail(reply)}")
-    weights = [float(entry.get("weight", 1.0)) for entry in rubric]
-    return sum(w for i, w in enumerate(weights) if said[i + 1]) / sum(weights)
-
-
-def better(reply: str) -> float:
-    """1.0 where the reply ends with answer 1 as the better one, 0.0 with 2; else StageError."""
-    found = _BETTER.findall(reply)
-    if not found:
-        raise StageError(f"judge compare: neither 1 nor 2 in {_tail(reply)}")
-    return float(found[-1] == "1")
-
-
-def _tail(reply: str) -> str:
-    return f"the reply {reply[-SHOWN:]!r}"

@@ -26,6 +26,7 @@ from pydantic import (
     StrictInt,
     ValidationError,
 )
+from pydantic_core import PydanticCustomError
 
 from posttrain.engine.errors import ConfigError, choices_text
 from posttrain.rewards.penalties import groups
@@ -35,6 +36,10 @@ if TYPE_CHECKING:
     from posttrain.rewards.judge_kinds import AnyJudge
     from posttrain.rewards.judging import Scorer, Scoring
 
+MAX_TOKENS = 1024
+"""Longest reply of a model behind an endpoint, where the judge says nothing else."""
+HIDDEN = "hidden"
+"""The type of an error about a value that no message repeats."""
 EDGE = "judges."
 """What the edges of a judge's stages begin with."""
 
@@ -63,7 +68,14 @@ def _rubric(value: Any) -> Any:
 
 
 def _url(value: str) -> str:
-    """A url that can be asked, without a password in it. Raises ValueError."""
+    """A url that can be asked, without a password in it. Raises ValueError, and `_hidden` where the
+    url may hold a secret, which no message repeats."""
+    if "@" in value or "?" in value or "#" in value:
+        raise _hidden(
+            "url: it holds a user, a password or a query, which would stand in every record; give "
+            "the API's base alone, as http://localhost:8000/v1, put the key into an environment "
+            "variable and name that in key"
+        )
     if not value.startswith(("http://", "https://")):
         raise ValueError("it has to be a url that begins with http:// or https://")
     try:
@@ -73,12 +85,37 @@ def _url(value: str) -> str:
         raise ValueError(f"it is no url that can be asked: {error}") from None
     if not named:
         raise ValueError("it has to name a host, as in http://localhost:8000/v1")
-    if parts.username is not None or parts.password is not None:
+    if not re.fullmatch(r"[A-Za-z0-9._-]+|[0-9A-Fa-f:.]+", parts.hostname or ""):
         raise ValueError(
-            "it holds a user or a password, which would stand in every record; put the key into an "
-            "environment variable and name that in key"
+            "its host may hold the characters A-Z, a-z, 0-9, '.', '_' and '-'; another script is "
+            "written in punycode, as xn--..."
+        )
+    if not re.fullmatch(r"[!-~]+", value):
+        raise ValueError("it may hold no blanks, and other characters only as %XX")
+    return value
+
+
+_NAME_OF_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_BEGINS_A_KEY = re.compile(r"(?:sk|rk|pk|hf|gsk|xai|ghp|nvapi)_(?=\w*\d)\w{6,}")
+
+
+def _variable(value: str) -> str:
+    """The name of an environment variable. Raises `_hidden` for what may be a key itself."""
+    # Keys have digits all over and small letters; names of variables are words.
+    random = len(value) >= 20 and sum(map(str.isdigit, value)) >= 3
+    random = random and (value.upper() != value or "_" not in value)
+    if not _NAME_OF_VARIABLE.fullmatch(value) or random or _BEGINS_A_KEY.match(value):
+        raise _hidden(
+            "key: it takes the name of the environment variable that holds the API key, such as "
+            "JUDGE_KEY, not the key itself, which would stand in every record (what was given is "
+            "not shown)"
         )
     return value
+
+
+def _hidden(message: str) -> PydanticCustomError:
+    """An error whose message leaves out the value."""
+    return PydanticCustomError(HIDDEN, "{said}", {"said": message})
 
 
 def _begins(*starts: str, what: str) -> AfterValidator:
@@ -110,6 +147,7 @@ Count = Annotated[StrictInt, Field(gt=0)]
 Weight = Annotated[int | float | AnySchedule, BeforeValidator(_weight)]
 Text = Annotated[str, Field(min_length=1)]
 Url = Annotated[str, AfterValidator(_url)]
+Variable = Annotated[str, AfterValidator(_variable)]
 Edge = Annotated[
     str, _begins(EDGE, what=f"the edge of a stage, {EDGE}NAME; pass the stage in the recipe")
 ]
@@ -458,6 +496,8 @@ def explain(error: ValidationError, at: str, fields: Iterable[str] = ()) -> str:
     *before, name = [str(place) for place in problem["loc"]] or [""]
     outer = ".".join([at, *before])
     whole = f"{outer}.{name}" if name else outer
+    if kind == HIDDEN:
+        return f"{outer}: {context['said']}"
     said = str(context.get("error", problem["msg"])).replace("Input should be", "it has to be")
     if said.startswith(f"judge {name}") and isinstance(context.get("error"), ConfigError):
         # A judge inside has said it already.

@@ -23,6 +23,7 @@ from pydantic import (
 from posttrain.engine.errors import ConfigError, choices_text
 from posttrain.rewards import penalties
 from posttrain.rewards.judge_base import (
+    MAX_TOKENS,
     ByDomain,
     Count,
     Edge,
@@ -43,9 +44,12 @@ from posttrain.rewards.judge_base import (
     Text,
     Unit,
     Url,
+    Variable,
     Whitened,
     explain,
 )
+
+from posttrain.rewards.verdicts import BETTER_FORM, GRADE_FORM, RUBRIC_FORM
 
 if TYPE_CHECKING:
     from posttrain.rewards.judging import Scoring
@@ -227,8 +231,9 @@ class Llm(Judge):
     that holds the API key. `reference` shows the row's answer. `rubric` is a text for all prompts,
     or True: each problem row has a column `rubric`, a list of {"criterion", "weight"}, and the
     score is the weighted share of those that the model says are met. `template` replaces the
-    prompt's text: {prompt}, {response}, {answer}, {rubric} stand for the row's. Without a list of
-    criteria the reply's last number is the grade, from 0 to `best`.
+    prompt's text: {prompt}, {response}, {answer}, {rubric} stand for the row's. It has to ask for
+    what is read (`posttrain.rewards.verdicts`): a last line `Grade: N`, from 0 to `best`, or with a
+    list of criteria a line `1: yes` for each. `max_tokens` is the longest reply, thoughts included.
     """
 
     SCORER = "posttrain.rewards.grading:Grader"
@@ -236,11 +241,12 @@ class Llm(Judge):
     judge: Literal["llm"] = "llm"
     url: Url
     model: Text
-    key: Text | None = None
+    key: Variable | None = None
     reference: StrictBool = False
     rubric: Rubric = None
     template: GradeTemplate = None
     best: Positive = 10.0
+    max_tokens: Count = MAX_TOKENS
 
     @model_validator(mode="after")
     def _template_shows_what_is_given(self) -> Self:
@@ -250,7 +256,29 @@ class Llm(Judge):
                 raise ValueError(
                     f"the template shows {{{field}}} where {setting} is given, and only there"
                 )
+        _asks_for(RUBRIC_FORM if self.rubric is True else GRADE_FORM, self.template)
         return self
+
+    @model_serializer(mode="wrap")
+    def _what_is_not_the_default(
+        self, serialise: Callable[[Any], dict[str, Any]]
+    ) -> dict[str, Any]:
+        return _without_default_length(serialise(self))
+
+
+def _asks_for(form: str, template: str | None) -> None:
+    """Raises ValueError for a template that does not ask for what is read in the reply."""
+    if template is not None and form.lower() not in template.lower():
+        raise ValueError(
+            f"the template has to ask for the form in which the reply is read: '{form}' stands in "
+            "it nowhere; see docs/language.md, Endpoints"
+        )
+
+
+def _without_default_length(fields: dict[str, Any]) -> dict[str, Any]:
+    """A judge as it was before its replies' length was a setting keeps its identity."""
+    default = fields["max_tokens"] == MAX_TOKENS
+    return {n: value for n, value in fields.items() if n != "max_tokens" or not default}
 
 
 class Compare(Judge):
@@ -278,10 +306,22 @@ class CompareEndpoint(Judge):
     judge: Literal["compare_endpoint"] = "compare_endpoint"
     url: Url
     model: Text
-    key: Text | None = None
+    key: Variable | None = None
     pairing: Pairing = "all"
     swap: StrictBool = True
     template: PairTemplate = None
+    max_tokens: Count = MAX_TOKENS
+
+    @model_validator(mode="after")
+    def _template_asks_for_the_form(self) -> Self:
+        _asks_for(BETTER_FORM, self.template)
+        return self
+
+    @model_serializer(mode="wrap")
+    def _what_is_not_the_default(
+        self, serialise: Callable[[Any], dict[str, Any]]
+    ) -> dict[str, Any]:
+        return _without_default_length(serialise(self))
 
 
 class Itself(Judge):

@@ -5,7 +5,7 @@ style. What it says is that plus noise, so that a reward model has something to 
 to get wrong. Every draw is a hash of (seed, problem, texts): the same question gets the same answer
 in every process, whichever response is named first.
 
-    pool = VerifierPool(domains, num_workers=2, oracle=True)
+    pool = VerifierPool(domains, num_workers=2, by="oracle")
     oracle = Oracle(qualities=pool.scores, noise=1.0, seed=0)
 
 Comparisons follow Bradley and Terry (1952). Rates are the same with Gumbel noise on each response:
@@ -33,6 +33,7 @@ from posttrain.rewards.verifiers import (
     domain_config,
     load_verifier,
     make_verifier,
+    own_copy,
     own_file,
     verifier_name,
 )
@@ -98,7 +99,7 @@ def load_quality(domain_dir: Path) -> Verifier:
     if "oracle" in config:
         function = config["oracle"].partition(":")[2]
         shown = own_file(domain_dir, "oracle")
-        file = domain_dir / "oracle.py"
+        file = own_copy(domain_dir, "oracle")
         return AnswerVerifier(verifier=python_verifier(file, function, shown=shown))
     verifier = config["verifier"]
     if verifier["name"].startswith("reasoning_gym:"):
@@ -117,7 +118,7 @@ class Oracle:
     """A noisy annotator. With noise 0 it always says what it likes."""
 
     qualities: Callable[[Sequence[Problem], Sequence[str]], list[float]]
-    """Quality in [0, 1] of each response to its problem: `scores` of a pool with `oracle=True`."""
+    """Quality in [0, 1] of each response to its problem: `scores` of a pool with `by="oracle"`."""
     noise: float = 1.0
     """Temperature of the choice, in logits."""
     seed: int = 0

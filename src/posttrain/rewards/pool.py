@@ -15,7 +15,7 @@ that cannot be evaluated, such as 9**9**9**9. A python verifier should know its 
 the same is an error, which names the response.
 
 A worker belongs to the process group of the stage and reads from it: it ends with the stage,
-whatever ends the stage.
+whatever ends the stage, and with it what its verifiers have started (`rewards/offspring.py`).
 """
 
 from __future__ import annotations
@@ -36,26 +36,37 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Self, TypeAlias
+from typing import Any, Literal, Self, TypeAlias
 
 import posttrain
 from posttrain.engine.errors import PosttrainError, StageError
-from posttrain.rewards.gym import SLOW
+from posttrain.rewards.gym import FULL_SCORE, SLOW
+from posttrain.rewards.offspring import adopt_orphans, end_below
 from posttrain.rewards.oracle import load_quality, quality_name
+from posttrain.rewards.own_judge import judge_name, load_judge
 from posttrain.rewards.spec import UNVERIFIED
-from posttrain.rewards.verifiers import Verifier, load_verifier, verifier_name
+from posttrain.rewards.verifiers import Verifier, load_verifier, own_file, verifier_name
+from posttrain.rewards.watching import Watch, Watched
 
+By: TypeAlias = Literal["verifier", "oracle", "judge"]
 Problem: TypeAlias = Mapping[str, Any]
 Request: TypeAlias = tuple[str, str | None, Problem]
 """Domain, response, problem; without a response the problem itself is to be checked."""
 
-PYTHON_SECONDS = 300.0
+PYTHON_SECONDS = START = 300.0
 """How long a python verifier may take over one answer, and a worker to start."""
 RUNAWAY_SECONDS = 20.0
 """How long math and reasoning-gym may. math-verify gives up by itself after 5 s for each step."""
 
-SHOWN = 5
+SHOWN = 10
 """Answers that a message names; it says how many there are in all."""
+
+BY: Mapping[By, tuple[Callable[[Path], str], Callable[[Path], Verifier]]] = {
+    "verifier": (verifier_name, load_verifier),
+    "oracle": (quality_name, load_quality),
+    "judge": (judge_name, load_judge),
+}
+"""Who scores -> what reads its name, and what loads it, from a directory."""
 
 
 class VerifierPool:
@@ -66,27 +77,34 @@ class VerifierPool:
         domains: Mapping[str, Path],
         *,
         num_workers: int,
-        oracle: bool = False,
+        by: By = "verifier",
+        watched: Watched | None = None,
         python_seconds: float = PYTHON_SECONDS,
         runaway_seconds: float = RUNAWAY_SECONDS,
     ) -> None:
         """`domains`: name -> the domain's artifact. Starts `num_workers` processes if one of the
-        verifiers is slow, and does not wait for them. `oracle`: scores are what the hidden taste of
-        the domains' oracles likes (`rewards/oracle.py`), not the verifiers'. Raises ConfigError for
-        a verifier that does not load."""
-        name_of, load = (quality_name, load_quality) if oracle else (verifier_name, load_verifier)
+        verifiers is slow, and does not wait for them. `by`: scores are what the hidden taste of the
+        domains' oracles likes (`rewards/oracle.py`), or what a judge of the user's own says
+        (`rewards/own_judge.py`, whose directories the `domains` then are), not the verifiers'.
+        `watched`: where files that are read are noted in `opened`. Raises ConfigError for a
+        verifier that does not load."""
+        name_of, load = BY[by]
         names = {domain: name_of(path) for domain, path in domains.items()}
         slow = {domain: name for domain, name in names.items() if is_slow(name)}
         self.domains = tuple(domains)
         self.unverified = frozenset(d for d, name in names.items() if name == UNVERIFIED)
         """Domains that have no verifier."""
+        self.opened: list[str] = []
+        """Files below `watched` that were read and not declared, from there."""
         fast = [d for d in domains if d not in slow and d not in self.unverified]
         self._inline = {d: load(domains[d]) for d in fast}
         limits = {d: python_seconds if _is_python(n) else runaway_seconds for d, n in slow.items()}
         paths = json.dumps({domain: str(domains[domain]) for domain in slow})
-        arguments = [paths, "oracle" if oracle else "verifier"]
+        watch = json.dumps(None if watched is None else watched.to_json())
+        subjects = {d: _subject(by, d, name, domains[d]) for d, name in slow.items()}
         self._workers = [
-            _Worker(arguments, slow, limits) for _ in range(num_workers if slow else 0)
+            _Worker([paths, by, watch], slow, subjects, limits)
+            for _ in range(num_workers if slow else 0)
         ]
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         for worker in self._workers:
@@ -129,13 +147,22 @@ class VerifierPool:
         ]
         return [found.result()[0] for found in pending]
 
-    def check(self, domain: str, problems: Sequence[Problem]) -> None:
-        """Raises StageError for problems whose answers the verifier cannot judge by: the first of
-        them, and how many there are."""
+    def check(
+        self,
+        domain: str,
+        problems: Sequence[Problem],
+        nonsense: Sequence[str] = (),
+        *,
+        nonsense_every: int = 1,
+    ) -> None:
+        """Raises StageError for problems whose answers the verifier cannot judge by, or cannot tell
+        from `nonsense`, to all of which it gives full marks: the first of them, and how many there
+        are. Every so many-th problem is shown the nonsense."""
         if domain in self.unverified:
             return
         faults = []
-        for problem in problems:
+        for number, problem in enumerate(problems):
+            texts = nonsense if number % nonsense_every == 0 else ()
             try:
                 if domain in self._inline:
                     self._inline[domain].check(problem)
@@ -146,6 +173,16 @@ class VerifierPool:
                 if not str(error).startswith(f"problem {problem['id']}:"):
                     raise
                 faults.append(f"{error}; prompt: {problem['prompt'][:80]!r}")
+                continue
+            # The first that it refuses is enough.
+            if texts and all(
+                self.submit(domain, [text], [problem]).result()[0] >= FULL_SCORE for text in texts
+            ):
+                faults.append(
+                    f"problem {problem['id']}: with the answer {problem['answer']!r:.80} the "
+                    f"verifier gives full marks to nonsense, such as {texts[0]!r}; prompt: "
+                    f"{problem['prompt'][:80]!r}"
+                )
         if len(faults) == 1:
             raise StageError(faults[0])
         if faults:
@@ -169,6 +206,7 @@ class VerifierPool:
         try:
             return [worker.score((domain, text, problem)) for text, problem in rows]
         finally:
+            self.opened += [path for path in worker.opened if path not in self.opened]
             self._idle.put(worker)
 
 
@@ -182,14 +220,30 @@ def _is_python(name: str) -> bool:
     return name.startswith("python:")
 
 
+def _subject(by: By, domain: str, name: str, directory: Path) -> str:
+    """What a message is about: a user's own function with the file that it stands in."""
+    if by == "judge":
+        return f"judges.python({domain!r})"
+    file = own_file(directory, by) if _is_python(name) else None
+    function = name.partition(":")[2]
+    return f"domain {domain!r}: its {by} {name if file is None else f'python:{file}:{function}'}"
+
+
 class _Worker:
     """One process, used by one thread at a time."""
 
     def __init__(
-        self, arguments: Sequence[str], names: Mapping[str, str], limits: Mapping[str, float]
+        self,
+        arguments: Sequence[str],
+        names: Mapping[str, str],
+        subjects: Mapping[str, str],
+        limits: Mapping[str, float],
     ) -> None:
-        """`arguments`: of the command; `names` and `limits` (seconds per row) by domain."""
+        """`arguments`: of the command; by domain the verifier's `names`, what messages call it, and
+        `limits` (seconds per row)."""
         self._arguments, self._names, self._limits = arguments, names, limits
+        self._subjects = subjects
+        self.opened: list[str] = []
         self._closed = False
         self._start()
 
@@ -199,13 +253,15 @@ class _Worker:
         # Twice: the system may have killed an innocent process for memory.
         for _ in range(2):
             reply = self._ask(request)
+            if reply is not None:
+                self.opened += reply.get("opened", [])
             if reply is not None and "error" in reply:
                 raise StageError(reply["error"], reply["exit_code"])
             if reply is not None and "score" in reply:
                 return float(reply["score"])
             late = reply is not None
             if late:
-                self._process.kill()
+                self._kill()
             # The connection ends first: a process that is still ending takes no request.
             self._process.wait()
             if self._closed or response is None or _is_python(self._names[domain]):
@@ -218,8 +274,16 @@ class _Worker:
     def close(self) -> None:
         """End the process; a thread that waits for it gets a StageError."""
         self._closed = True
-        self._process.kill()
+        self._kill()
         self._process.wait()
+
+    def _kill(self) -> None:
+        # Stopped at first, so that it starts nothing while what it has started is being ended.
+        with contextlib.suppress(ProcessLookupError):
+            self._process.send_signal(signal.SIGSTOP)
+        if self._process.poll() is None:
+            end_below(self._process.pid)
+        self._process.kill()
 
     def _ask(self, request: Request) -> dict[str, Any] | None:
         """The reply to one request, as `_read`, by a new process where the last has ended."""
@@ -227,11 +291,14 @@ class _Worker:
         if self._process.poll() is not None:
             self.connection.close()
             self._start()
-        if not self._ready and self._read(PYTHON_SECONDS) != {"ready": True}:
-            raise StageError(
-                f"domain {domain!r}: its verifier {self._names[domain]} could not be asked: the "
-                "process for it did not start. Its message stands in the log of the stage"
-            )
+        if not self._ready:
+            said = self._read(self._limits[domain] if _is_python(self._names[domain]) else START)
+            if said != {"ready": True}:
+                late = "got not ready in time" if said else "did not start"
+                raise StageError(
+                    f"{self._subjects[domain]} could not be asked: the process for it {late}. What "
+                    "it said stands in the log of the stage"
+                )
         self._ready = True
         # A process that is gone is noticed when its reply is read.
         with contextlib.suppress(OSError):
@@ -264,7 +331,7 @@ class _Worker:
                 )
         else:
             ending = _how_it_ended(self._process.returncode)
-        return f"domain {domain!r}: its verifier {self._names[domain]} {ending} {over}{advice}"
+        return f"{self._subjects[domain]} {ending} {over}{advice}"
 
     def _start(self) -> None:
         if self._closed:
@@ -298,20 +365,26 @@ def _how_it_ended(code: int) -> str:
     return f"crashed its process by signal {-code} ({signal.Signals(-code).name}){memory}"
 
 
-def serve(connection: Connection, domains: Mapping[str, str], *, oracle: bool) -> None:
+def serve(
+    connection: Connection, domains: Mapping[str, str], by: By, watched: Watched | None
+) -> None:
     """The work of a worker: answer requests until the connection ends, which ends the process.
 
     Sends {"ready": True} at first, then for each `Request` {"score": float} or
-    {"error": message, "exit_code": int}. `domains`: name -> the domain's artifact.
+    {"error": message, "exit_code": int}, with "opened" where it read files that it did not declare.
+    `domains`: name -> the domain's artifact.
     """
     # Ctrl-C goes to the run, which ends this process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    adopt_orphans()
     requests: queue.SimpleQueue[Request] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(connection, requests), daemon=True).start()
+    watch = None if watched is None else Watch(watched)
 
     @functools.cache
     def verifier_of(domain: str) -> Verifier:
-        return (load_quality if oracle else load_verifier)(Path(domains[domain]))
+        with watch.active() if watch else contextlib.nullcontext():
+            return BY[by][1](Path(domains[domain]))
 
     for domain in domains:
         # Imports take a second, in which the stage loads its models. What fails here fails again
@@ -321,15 +394,21 @@ def serve(connection: Connection, domains: Mapping[str, str], *, oracle: bool) -
     connection.send({"ready": True})
     # Verifiers run on the main thread, where the SIGALRM works by which math-verify gives up.
     while True:
-        connection.send(_reply(verifier_of, requests.get()))
+        reply = _reply(verifier_of, requests.get(), watch)
+        if watch is not None and watch.opened:
+            reply["opened"] = watch.opened
+        connection.send(reply)
 
 
-def _reply(verifier_of: Callable[[str], Verifier], request: Request) -> dict[str, Any]:
+def _reply(
+    verifier_of: Callable[[str], Verifier], request: Request, watch: Watch | None
+) -> dict[str, Any]:
     domain, response, problem = request
     try:
         verifier = verifier_of(domain)
         if response is not None:
-            return {"score": verifier.score(response, problem)}
+            with watch.active() if watch else contextlib.nullcontext():
+                return {"score": verifier.score(response, problem)}
         verifier.check(problem)
         return {"score": 1.0}
     except PosttrainError as error:
@@ -349,9 +428,16 @@ def _listen(connection: Connection, requests: queue.SimpleQueue[Request]) -> Non
     with contextlib.suppress(EOFError, OSError):
         while True:
             requests.put(connection.recv())
+    end_below(os.getpid())
     # sys.exit would end this thread only.
     os._exit(0)
 
 
+def _main(handle: str, domains: str, by: By, watched: str) -> None:
+    given = json.loads(watched)
+    watch = None if given is None else Watched(**given)
+    serve(Connection(int(handle)), json.loads(domains), by, watch)
+
+
 if __name__ == "__main__":
-    serve(Connection(int(sys.argv[1])), json.loads(sys.argv[2]), oracle=sys.argv[3] == "oracle")
+    _main(*sys.argv[1:])  # type: ignore[arg-type]

@@ -1,8 +1,9 @@
 """The verifier `python:<file.py>:<function>`: a user's own function `(response, problem) -> float`.
 
 The bytes of the file are part of the domain's identity and a copy of it goes into the domain's
-artifact, so the file has to stand alone: it may import installed packages, not its neighbours.
-The function's name and the imports are read from the source text, so a plan runs no user code.
+artifact, so the file has to stand alone: it may import installed packages, not its neighbours. The
+files that it reads it names in a list at its top level, `DATA_FILES = ["table.json"]`; they are part
+of the identity and copied with it. All this is read from the source text: a plan runs no user code.
 """
 
 from __future__ import annotations
@@ -13,12 +14,16 @@ import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import ModuleType
 from typing import Any
 
 from posttrain.engine.errors import ConfigError, StageError, choices_text
 from posttrain.engine.fingerprint import file_digest
+
+
+DATA_FILES = "DATA_FILES"
+"""The list in which a file names what it reads."""
 
 
 def check_file(path: Path, function: str, *, where: str, arguments: int = 0) -> None:
@@ -64,6 +69,38 @@ def check_file(path: Path, function: str, *, where: str, arguments: int = 0) -> 
                 )
 
 
+def data_files(path: Path, *, where: str) -> dict[str, Path]:
+    """Name -> place of the files that a checked file declares in `DATA_FILES`, beside it or below.
+
+    Raises ConfigError for a declaration that is no plain list of texts, or for a file that is not
+    there.
+    """
+    for node in ast.parse(path.read_bytes(), filename=str(path)).body:
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        if any(isinstance(target, ast.Name) and target.id == DATA_FILES for target in targets):
+            break
+    else:
+        return {}
+    at = f"{where}: {path}, line {node.lineno}: {DATA_FILES}"
+    try:
+        names = ast.literal_eval(getattr(node, "value", None))  # type: ignore[arg-type]
+    except (ValueError, TypeError):
+        names = None
+    if not isinstance(names, list | tuple) or not all(isinstance(n, str) and n for n in names):
+        raise ConfigError(f'{at} has to be a plain list of texts, such as ["table.json"]')
+    found = {}
+    for name in names:
+        place = PurePosixPath(name)
+        if place.is_absolute() or ".." in place.parts or name == path.name:
+            raise ConfigError(
+                f"{at}: {name!r} has to lie beside {path.name} or below, and be named from there"
+            )
+        if not (path.parent / place).is_file():
+            raise ConfigError(f"{at}: there is no file {path.parent / place}")
+        found[place.as_posix()] = path.parent / place
+    return found
+
+
 def _takes(found: ast.arguments, count: int) -> bool:
     """Whether a function can be called with so many values by position, and nothing else."""
     placed = len(found.posonlyargs) + len(found.args)
@@ -90,18 +127,32 @@ class PythonVerifier:
     shown: str
     """What messages call it: the user's own file."""
     function_name: str
-    function: Callable[[str, dict[str, Any]], Any]
+    function: Callable[..., Any]
+
+    names: tuple[str, ...] = ()
+    """What it is given by name besides."""
 
     def score(self, response: str, problem: Mapping[str, Any]) -> float:
-        """The function's value: a bool, or a number in [0, 1].
+        """The function's value: a bool, or a number in [0, 1]. Raises StageError as `number`."""
+        return self.number(response, problem, {}, lambda n: 0 <= n <= 1, "a number from 0 to 1")
+
+    def number(
+        self,
+        response: str,
+        problem: Mapping[str, Any],
+        given: Mapping[str, Any],
+        fits: Callable[[float], bool],
+        wanted: str,
+    ) -> float:
+        """What the function returns; `given` has the values for its `names`.
 
         Raises:
-            StageError: the function raises or returns anything else; it names the file, the
-                function and the problem.
+            StageError: the function raises, or returns anything but a bool or a number that
+                `fits`; it names the file, the function and the problem.
         """
         subject = f"{self.shown}: {self.function_name}() on problem {problem['id']}"
         try:
-            value = self.function(response, dict(problem))
+            value = self.function(response, dict(problem), **{n: given[n] for n in self.names})
         except (Exception, SystemExit) as error:
             line = line_in(error, self.file)
             raise StageError(
@@ -109,10 +160,10 @@ class PythonVerifier:
                 f"{response[:200]!r}. Return 0.0 for a response that cannot be read"
             ) from error
         number = _as_number(value)
-        if number is None or not 0.0 <= number <= 1.0:
+        if number is None or not fits(number):
             raise StageError(
-                f"{subject} returned {value!r} ({type(value).__name__}); "
-                "it has to return a bool or a number from 0 to 1"
+                f"{subject} returned {value!r:.200} ({type(value).__name__}); "
+                f"it has to return a bool or {wanted}"
             )
         return number
 
@@ -166,13 +217,17 @@ def load_file(path: Path, *, name: str, what: str, shown: str | None = None) -> 
     return module
 
 
-def python_verifier(path: Path, function: str, *, shown: str | None = None) -> PythonVerifier:
-    """Loads the file and takes `function` from it; `shown` is what messages call the file.
+def python_verifier(
+    path: Path, function: str, *, shown: str | None = None, names: tuple[str, ...] = ()
+) -> PythonVerifier:
+    """Loads the file and takes `function` from it; `shown` is what messages call the file, `names`
+    what the function is given by name.
 
     Raises:
         ConfigError: as `check_file`, or the file fails while it is being loaded.
     """
-    check_file(path, function, where=f"verifier python:{path.name}:{function}", arguments=2)
+    arguments = 0 if names else 2
+    check_file(path, function, where=f"python:{path.name}:{function}", arguments=arguments)
     name = f"posttrain_verifier_{file_digest(path)[:16]}"
     module = load_file(path, name=name, what="verifier", shown=shown)
     return PythonVerifier(
@@ -180,4 +235,5 @@ def python_verifier(path: Path, function: str, *, shown: str | None = None) -> P
         shown=shown or str(path),
         function_name=function,
         function=getattr(module, function),
+        names=names,
     )

@@ -5,8 +5,10 @@ verifier of a domain, and the rubric of a row.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from posttrain.engine.errors import ConfigError, choices_text
 from posttrain.engine.fingerprint import file_digest
 from posttrain.rewards.formats import find_format
 from posttrain.rewards.gym import check_params
-from posttrain.rewards.python_file import check_file
+from posttrain.rewards.python_file import check_file, data_files
 
 OPTIONS: Mapping[str, Mapping[str, type]] = {
     "math": {},
@@ -26,6 +28,11 @@ OPTIONS: Mapping[str, Mapping[str, type]] = {
     "none": {},
 }
 """Verifier kind -> its options and their types."""
+
+MATH_LIBRARIES = ("math-verify", "sympy", "latex2sympy2_extended")
+"""What decides which expressions are equal: their versions are part of a domain's identity."""
+MATH_VERSION = 2
+"""Of the math verifier's own rules; 2: answers that are words are compared as text."""
 
 UNVERIFIED = "none"
 """The verifier of a domain whose responses nobody can check: it has no rewards of its own."""
@@ -64,9 +71,11 @@ class NodeParts:
     config: dict[str, Any]
     """Identity: literals only. Of a verifier {"name", "options"}, which `make_verifier` takes."""
     data: dict[str, str]
-    """Identity: sha256 of the user's files: "verifier", "oracle", a domain's tables by split."""
+    """Identity: sha256 of the user's files: "verifier", "oracle", a domain's tables by split;
+    of the files that such a file declares "verifier/NAME"."""
     runtime: dict[str, Any]
-    """Not identity: where those files lie, such as "verifier_file"."""
+    """Not identity: where those files lie, such as "verifier_file"; "verifier_data" has those that
+    it declares by name, "base_dir" the directory of the suite."""
 
 
 def parse_verifier(
@@ -155,15 +164,31 @@ def resolve_verifier(spec: VerifierSpec, base_dir: Path, *, where: str = "verifi
     spec = parse_verifier(spec.name, spec.options, where=where)
     if spec.kind != "python":
         config = {"name": spec.name, "options": dict(spec.options)}
+        if spec.kind == "math":
+            config |= {"version": MATH_VERSION, "libraries": _versions(MATH_LIBRARIES, where)}
         return NodeParts(config=config, data={}, runtime={})
     file, function = split_python(spec, where=where)
     path = (base_dir / file).absolute()
     check_file(path, function, where=where, arguments=2)
+    read = data_files(path, where=where)
     return NodeParts(
         config={"name": f"python:{function}", "options": {}},
-        data={"verifier": file_digest(path)},
-        runtime={"verifier_file": str(path)},
+        data={"verifier": file_digest(path)}
+        | {f"verifier/{name}": file_digest(place) for name, place in read.items()},
+        runtime={"verifier_file": str(path), "base_dir": str(base_dir.absolute())}
+        | ({"verifier_data": {name: str(place) for name, place in read.items()}} if read else {}),
     )
+
+
+def _versions(libraries: Sequence[str], where: str) -> dict[str, str]:
+    """Library -> installed version. Raises ConfigError for one that is not installed."""
+    try:
+        return {name: version_of(name) for name in libraries}
+    except PackageNotFoundError as error:
+        raise ConfigError(
+            f"{where}: {error.name} is not installed, which the math verifier needs: "
+            "pip install math-verify"
+        ) from None
 
 
 def is_verified(config: Mapping[str, Any]) -> bool:

@@ -304,6 +304,13 @@ def own_file(domain_dir: Path, part: str) -> str | None:
     return found
 
 
+def own_copy(directory: Path, part: str) -> Path:
+    """Where an artifact has its copy of the user's file behind "verifier" or "oracle": in a
+    directory of its own where files lie beside it that it reads."""
+    beside = directory / part / f"{part}.py"
+    return beside if beside.is_file() else directory / f"{part}.py"
+
+
 def verifier_name(domain_dir: Path) -> str:
     """The name of the verifier of a domain's artifact, such as `math` or `python:score`."""
     return str(domain_config(domain_dir)["verifier"]["name"])
@@ -316,7 +323,7 @@ def load_verifier(domain_dir: Path) -> Verifier:
     """
     config = domain_config(domain_dir)["verifier"]
     runtime = {
-        "verifier_file": str(domain_dir / "verifier.py"),
+        "verifier_file": str(own_copy(domain_dir, "verifier")),
         "verifier_shown": own_file(domain_dir, "verifier"),
     }
     return AnswerVerifier(verifier=make_verifier(config, runtime))

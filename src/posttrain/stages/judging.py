@@ -29,7 +29,7 @@ from posttrain.engine.jsonl import write_jsonl
 from posttrain.rewards.comparisons import VERDICTS, question
 from posttrain.rewards.endpoint import Endpoint, ReplyCache
 from posttrain.rewards.judge_base import Judge
-from posttrain.rewards.judge_kinds import Compare, Itself, Scalar, Verifier
+from posttrain.rewards.judge_kinds import Compare, CompareEndpoint, Itself, Llm, Scalar, Verifier
 from posttrain.rewards.judge_kinds import Oracle as OracleKind
 from posttrain.rewards.judging import Responses, RewardFunction, comparisons, win_shares
 from posttrain.rewards.oracle import Oracle
@@ -70,14 +70,20 @@ class StageTools:
     def _replies(self) -> ReplyCache:
         return ReplyCache(self.ctx.work / REPLIES)
 
-    def endpoint(self, *, url: str, model: str, key: str | None) -> Endpoint:
-        """A model behind an endpoint; its replies are kept for all that ask the same."""
-        return Endpoint(url=url, model=model, key=key, cache=self._replies)
+    def endpoint(self, judge: Llm | CompareEndpoint) -> Endpoint:
+        """The model of a judge; its replies are kept for all that ask the same."""
+        return Endpoint(
+            url=judge.url,
+            model=judge.model,
+            key=judge.key,
+            max_tokens=judge.max_tokens,
+            cache=self._replies,
+        )
 
     def annotator(self, noise: float) -> Oracle:
         """The noisy annotator of the stage's domains; its workers end with the stage."""
         ctx = self.ctx
-        pool = VerifierPool(ctx.domains, num_workers=min(ctx.threads, MAX_WORKERS), oracle=True)
+        pool = VerifierPool(ctx.domains, num_workers=min(ctx.threads, MAX_WORKERS), by="oracle")
         qualities = ctx.resources.enter_context(pool).scores
         return Oracle(qualities=qualities, noise=noise, seed=self.seed)
 

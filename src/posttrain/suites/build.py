@@ -1,5 +1,6 @@
 """Makes a domain's artifact: train.jsonl, validation.jsonl, heldout.jsonl, domain.json, README.md
-and, for a python verifier, verifier.py; for an oracle of the user's, oracle.py.
+and, for a python verifier, verifier.py; for an oracle of the user's, oracle.py. Where these read
+files beside them, they stand in directories of their own, verifier/ and oracle/, with these files.
 
 One JSON object per line: {"id", "domain", "prompt", "answer", "demo", "meta"}, and where the
 domain has them "thought" (the steps), "direct" (the answer without steps), "rubric" (the criteria
@@ -25,6 +26,7 @@ from posttrain.rewards.formats import find_format
 from posttrain.rewards.gym import FULL_SCORE, create_gym
 from posttrain.rewards.pool import VerifierPool
 from posttrain.rewards.spec import is_verified
+from posttrain.rewards.watching import Watched, undeclared
 from posttrain.suites.checked import tables_of
 from posttrain.suites.location import CHANGED
 from posttrain.suites.split import SPLITS, prompt_digest, split_of
@@ -35,7 +37,8 @@ PATIENCE = 5_000
 """Draws without a new problem for any split that still wants one, after which there are no more."""
 NUM_CONSTANT_CHECKS = 8
 """Problems whose right and wrong responses the verifier has to tell apart."""
-NONSENSE = ("?", "? " * 500)
+NONSENSE = ("?", "~ # ~", "qzxv kjwq", "? " * 500)
+"""What no answer takes for right, all of it: short and long, with letters and without."""
 NUM_DEMO_CHECKS = 200
 """Demonstrations per split that the verifier has to judge while the domain is built."""
 
@@ -66,16 +69,7 @@ def build_domain(
         facts = {"duplicates": duplicates}
     else:
         splits, facts = _table(config, runtime, data, where)
-    # A message about a copy is to name the file that the user can mend.
-    own_files: dict[str, str] = {}
-    for part in ("verifier", "oracle"):
-        file = runtime.get(f"{part}_file")
-        if file is None:
-            continue
-        own_files[part] = Path(file).name
-        if file_digest(Path(file)) != data[part]:
-            raise ConfigError(f"{where}: {part}: {file} {CHANGED}")
-        shutil.copyfile(file, out / f"{part}.py")
+    own_files = _copy_own_files(runtime, out, data, where)
     counts = {split: len(splits[split]) for split in SPLITS}
     for split in SPLITS:
         write_jsonl(out / f"{split}.jsonl", splits[split])
@@ -90,9 +84,17 @@ def build_domain(
     metrics: dict[str, Any] = {**counts, **facts}
     if is_verified(config):
         # In a process of its own where the verifier is slow, as stages will ask it.
-        with VerifierPool({name: out}, num_workers=1) as pool:
-            demo_score = _check(splits, pool, strict=config["source"]["kind"] == "procedural")
+        watched = _watched(runtime, out)
+        with VerifierPool({name: out}, num_workers=1, watched=watched) as pool:
+            demo_score = _check(
+                splits,
+                pool,
+                strict=config["source"]["kind"] == "procedural",
+                python="verifier" in own_files,
+            )
             constant = constant_score(splits["train"], pool)
+        if pool.opened:
+            raise ConfigError(undeclared(f"{where}: verifier", own_files["verifier"], pool.opened))
         if constant is not None:
             metrics["constant_score"] = constant
         top = Counter(problem["answer"] for problem in splits["heldout"]).most_common(1)
@@ -100,8 +102,47 @@ def build_domain(
             metrics["top_answer_share"] = round(top[0][1] / counts["heldout"], 4)
         if demo_score is not None:
             metrics["demo_score"] = round(demo_score, 4)
+    if "oracle" in own_files:
+        with VerifierPool(
+            {name: out}, num_workers=1, by="oracle", watched=_watched(runtime, out)
+        ) as pool:
+            constant_score(splits["train"], pool)
+        if pool.opened:
+            raise ConfigError(undeclared(f"{where}: oracle", own_files["oracle"], pool.opened))
     (out / "README.md").write_text(_readme(config, splits, metrics), encoding="utf-8")
     return metrics
+
+
+def _copy_own_files(
+    runtime: Mapping[str, Any], out: Path, data: Mapping[str, str], where: str
+) -> dict[str, str]:
+    """Copies the user's own files: verifier.py and oracle.py, into a directory of their own where
+    they read files that lie beside them. Returns what the user calls them: a message about a copy
+    is to name the file that the user can mend."""
+    own_files: dict[str, str] = {}
+    for part in ("verifier", "oracle"):
+        file = runtime.get(f"{part}_file")
+        if file is None:
+            continue
+        own_files[part] = Path(file).name
+        read: Mapping[str, str] = runtime.get(f"{part}_data", {})
+        directory = out / part if read else out
+        copies = {part: (file, directory / f"{part}.py")}
+        copies |= {f"{part}/{name}": (path, directory / name) for name, path in read.items()}
+        for key, (source, copy) in copies.items():
+            if file_digest(Path(source)) != data[key]:
+                raise ConfigError(f"{where}: {part}: {source} {CHANGED}")
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, copy)
+    return own_files
+
+
+def _watched(runtime: Mapping[str, Any], out: Path) -> Watched | None:
+    """The suite's directory, but for what is declared and the artifact itself."""
+    if "base_dir" not in runtime:
+        return None
+    read = [*runtime.get("verifier_data", {}).values(), *runtime.get("oracle_data", {}).values()]
+    return Watched(root=runtime["base_dir"], declared=[*read, str(out)])
 
 
 def _procedural(config: Mapping[str, Any], where: str) -> tuple[dict[str, list[Problem]], int]:
@@ -191,7 +232,7 @@ def _table(
 
 
 def _check(
-    splits: Mapping[str, list[Problem]], pool: VerifierPool, *, strict: bool
+    splits: Mapping[str, list[Problem]], pool: VerifierPool, *, strict: bool, python: bool
 ) -> float | None:
     """Shows every answer and some demonstrations to the verifier.
 
@@ -200,7 +241,9 @@ def _check(
     scores = []
     every = [problem for problems in splits.values() for problem in problems]
     if every:
-        pool.check(every[0]["domain"], every)
+        # A function of the user's own may take long, so it is shown less.
+        few = max(1, len(every) // NUM_CONSTANT_CHECKS) if python else 1
+        pool.check(every[0]["domain"], every, NONSENSE, nonsense_every=few)
     for problems in filter(None, splits.values()):
         chosen = problems[:: max(1, len(problems) // NUM_DEMO_CHECKS)]
         asked = [(problem, text) for problem in chosen for text in _responses_to_show(problem)]

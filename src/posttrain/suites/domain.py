@@ -235,8 +235,10 @@ def domain_node(
     if domain.oracle is not None:
         oracle = _resolve_oracle(domain.oracle, base_dir, f"{where}: oracle")
         config["oracle"] = oracle.config["name"]
-        data["oracle"] = oracle.data["verifier"]
-        runtime["oracle_file"] = oracle.runtime["verifier_file"]
+        data |= {key.replace("verifier", "oracle", 1): sha for key, sha in oracle.data.items()}
+        runtime |= {
+            key.replace("verifier", "oracle", 1): value for key, value in oracle.runtime.items()
+        }
     return NodeParts(config=plain(config, at=where), data=data, runtime=runtime)
 
 
