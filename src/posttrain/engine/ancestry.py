@@ -165,16 +165,17 @@ def history_problems(history: Sequence[Record]) -> list[str]:
     """What is wrong with records that came with adopted files: each on its own, and the chain
     between them."""
     problems = []
-    hashes = {record["fingerprint"]: record_sha256(record) for record in history}
+    hashes: dict[str, str] = {}
     for record in history:
         problems += record_problems(record)
         for edge, source in record["inputs"].items():
             known = hashes.get(source["fingerprint"])
             where = f"{label_of(record)} (history): input {edge} ({label_of(source)})"
             if known is None:
-                problems.append(f"{where} is missing from the history")
+                problems.append(f"{where} is missing from the history before it")
             elif known != source["record_sha256"]:
                 problems.append(f"{where}: its record is not the one this was made from")
+        hashes[record["fingerprint"]] = record_sha256(record)
     return problems
 
 

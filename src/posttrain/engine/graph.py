@@ -22,6 +22,11 @@ T = TypeVar("T")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
 
 
+def is_stage_name(text: object) -> bool:
+    """Whether it can be the name or kind of a stage: a text that can be a directory's name."""
+    return isinstance(text, str) and len(text) <= 100 and _NAME.fullmatch(text) is not None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Node:
     """One stage of a graph. Making one runs nothing.
@@ -50,7 +55,7 @@ class Node:
 
     def __post_init__(self) -> None:
         for label, text in (("name", self.name), ("kind", self.kind)):
-            if not _NAME.fullmatch(text) or len(text) > 100:
+            if not is_stage_name(text):
                 raise GraphError(
                     f"{label} {text!r} of a stage cannot be a directory name; use 1 to 100 "
                     f"letters, digits, '_', '-', '.', '+', not starting with '.', '-' or '+'"

@@ -17,8 +17,9 @@ from posttrain.engine.ancestry import history_problems, lineage, vouching_proble
 from posttrain.engine.atomic import fsync, guarded, write_whole
 from posttrain.engine.errors import StoreError
 from posttrain.engine.fingerprint import digest, file_digest, files_digest
+from posttrain.engine.form import MAX_HISTORY_BYTES, history_fault, parse
 from posttrain.engine.graph import Node, payload
-from posttrain.engine.record import FORMAT, Artifact, Record, check_format, form_fault
+from posttrain.engine.record import FORMAT, Artifact, Record, check_format
 from posttrain.engine.store import Store
 
 HISTORY: Final = "history.json"
@@ -140,7 +141,7 @@ def read_history(directory: Path) -> list[Record]:
     """
     path = directory / HISTORY
     try:
-        content = json.loads(path.read_bytes())
+        content = parse(path, MAX_HISTORY_BYTES)
     except FileNotFoundError:
         return []
     except (OSError, ValueError, RecursionError) as error:
@@ -148,7 +149,9 @@ def read_history(directory: Path) -> list[Record]:
             f"{path} is damaged ({error}); remove it to adopt without a history"
         ) from error
     check_format(content, path)
-    records = content.get("records")
-    if not isinstance(records, list) or any(map(form_fault, records)):
-        raise StoreError(f"{path} holds no whole records; remove it to adopt without a history")
-    return records
+    fault = history_fault(content.get("records"))
+    if fault:
+        raise StoreError(
+            f"{path} is not as posttrain writes it ({fault}); remove it to adopt without a history"
+        )
+    return list(content["records"])
