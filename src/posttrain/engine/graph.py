@@ -51,7 +51,8 @@ class Node:
     runtime: Mapping[str, Any] = field(default_factory=dict)
     """What the stage needs to know but does not change its result. {"missing": message} says that
     an outside file is gone, which blocks the stage unless it is cached; {"origin": facts} says
-    where its files are from, for its provenance."""
+    where its files are from, for its provenance; {"directory": path} where files from outside are
+    now that it links to."""
 
     def __post_init__(self) -> None:
         for label, text in (("name", self.name), ("kind", self.kind)):

@@ -166,22 +166,18 @@ def record_sha256(record: Mapping[str, Any]) -> str:
 
 
 def read_record(directory: Path) -> Record:
-    """The record in a committed directory. Raises StoreError when it is missing, damaged, or of a
-    newer format."""
+    """The record in a committed directory. Raises StoreError when it is missing, damaged, of a
+    newer format, or has not the form of one."""
     path = directory / RECORD
     try:
         record = parse(path, MAX_RECORD_BYTES)
     except (OSError, ValueError, RecursionError) as error:
         raise StoreError(_changed(path, f"cannot be read ({error})")) from error
     check_format(record, path)
-    return dict(record)
-
-
-def check_form(record: Record, directory: Path) -> None:
-    """Raise StoreError unless the record in a committed directory has the form of one."""
     fault = form_fault(record)
     if fault:
-        raise StoreError(_changed(directory / RECORD, f"is not as posttrain writes it ({fault})"))
+        raise StoreError(_changed(path, f"is not as posttrain writes it ({fault})"))
+    return dict(record)
 
 
 def _changed(path: Path, what: str) -> str:
