@@ -40,11 +40,15 @@ def found_again(
 ) -> dict[str, Path]:
     """Where the bytes of these files are now, of those that are found: in `directories` under the
     same name, or where the store met them."""
-    places = list(directories)
+    wanted = list(names)
+    known = {name: hashes.places(artifact.files[name]["sha256"]) for name in wanted}
+    # Small files are not remembered; they lie beside the large ones.
+    beside = [path.parent for paths in known.values() for path in paths]
+    places = list(dict.fromkeys([*directories, *beside]))
     found = {}
-    for name in names:
+    for name in wanted:
         sha256, size = artifact.files[name]["sha256"], artifact.files[name]["bytes"]
-        for path in (*(place / name for place in places), *hashes.places(sha256)):
+        for path in (*(place / name for place in places), *known[name]):
             # A link of the artifact itself leads where it leads.
             aim = Path(os.path.realpath(path))
             if _is(aim, sha256, size, hashes):

@@ -109,7 +109,10 @@ def export(
     ancestors = lineage(store, artifact)
     missing = [f"{edge} of {a.label}" for a in ancestors for edge in a.missing]
     if missing:
-        raise StoreError(f"cannot export {artifact.label}: the store lacks {', '.join(missing)}")
+        raise StoreError(
+            f"cannot export {artifact.label}: the store lacks {', '.join(missing)}, or cannot "
+            "read it"
+        )
     problems = record_problems(artifact.record)
     if problems:
         raise StoreError(f"cannot export {problems[0]}; `posttrain verify` says more")
