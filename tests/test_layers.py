@@ -73,7 +73,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "rewards": {"reasoning_gym", "math_verify", "httpx2", "pydantic"},
     "suites": {"datasets", "pyarrow", "pydantic"},
     "algorithms": {"pydantic"},
-    "report": {"jinja2", "markupsafe", "rich"},
+    "report": {"jinja2", "markupsafe", "pydantic", "rich"},
     "backends.checkpoint_source": {"huggingface_hub"},
     "backends": {"torch", "transformers", "tokenizers", "safetensors", "jinja2"},
     "stages.settings": {"pydantic"},

@@ -7,7 +7,6 @@ the directory changes nothing.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any
 from posttrain.engine.errors import ConfigError
 from posttrain.engine.fingerprint import file_digest, files_digest
 from posttrain.engine.hashes import HashFile
+from posttrain.engine.parsing import Unreadable, parse_json_file
 
 MODEL_FILES = (
     "config.json",
@@ -109,7 +109,7 @@ def find_checkpoint(source: str | Path, hash_file: HashFile = file_digest) -> Ch
         files=tuple(files),
         config=_read_json(directory / "config.json"),
         generation_config=_read_json(directory / "generation_config.json"),
-        vocabulary=_vocabulary(_read_json(directory / "tokenizer.json")),
+        vocabulary=_vocabulary(directory / "tokenizer.json"),
         chat_template=_chat_template(directory),
         origin=origin,
         sha256=files_digest(directory, files, hash_file),
@@ -174,21 +174,37 @@ def _excerpts(one: Any, other: Any) -> tuple[str, str]:
     return f"{one[start : start + 40]!r}{place}", f"{other[start : start + 40]!r}{place}"
 
 
-def _vocabulary(tokenizer: Mapping[str, Any]) -> dict[str, int] | None:
+def _vocabulary(file: Path) -> dict[str, int] | None:
+    tokenizer = _read_json(file)
     model = tokenizer.get("model")
     tokens = model.get("vocab") if isinstance(model, dict) else None
     if not isinstance(tokens, dict):
         return None
-    added = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
-    return {**tokens, **added}
+    added = tokenizer.get("added_tokens") or []
+    if not isinstance(added, list) or not all(
+        isinstance(token, dict)
+        and isinstance(token.get("content"), str)
+        and isinstance(token.get("id"), int)
+        for token in added
+    ):
+        raise ConfigError(
+            f"{file}: added_tokens has to be a list of objects with content and id; fetch the "
+            "checkpoint again"
+        )
+    return {**tokens, **{token["content"]: token["id"] for token in added}}
 
 
 def _chat_template(directory: Path) -> tuple[str, str] | None:
     """transformers reads chat_template.jinja first, then tokenizer_config.json."""
+    template = _read_json(directory / "tokenizer_config.json").get("chat_template")
     path = directory / "chat_template.jinja"
     if path.is_file():
-        return path.name, path.read_text(encoding="utf-8")
-    template = _read_json(directory / "tokenizer_config.json").get("chat_template")
+        try:
+            return path.name, path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ConfigError(
+                f"{path}: not UTF-8 text ({error}); fetch the checkpoint again"
+            ) from error
     return ("tokenizer_config.json", template) if isinstance(template, str) else None
 
 
@@ -211,17 +227,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(
-            f"{path}: not JSON ({error}); mend it or fetch the checkpoint again"
-        ) from error
-    if not isinstance(content, dict):
-        raise ConfigError(
-            f"{path}: holds a {type(content).__name__} where an object is needed; fetch the "
-            "checkpoint again"
-        )
-    return content
+        return parse_json_file(path)
+    except Unreadable as error:
+        raise ConfigError(f"{path}: {error}; mend it or fetch the checkpoint again") from error
 
 
 def _download(source: str) -> Path:
