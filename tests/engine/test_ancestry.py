@@ -176,10 +176,14 @@ def test_gc_removes_work_left_behind_after_a_commit(
 
 def test_gc_waits_for_no_run(store: Store, committed: list[Artifact]) -> None:
     with store.in_use(), store.in_use():
-        with pytest.raises(StoreError, match=r"a run is using .* wait until it ends or stop it"):
-            ancestry.gc(store, [])
+        with (
+            pytest.raises(StoreError, match=r"a run is using .* wait until it ends or stop it"),
+            store.alone(),
+        ):
+            pass
         assert len(ancestry.gc(store, [], dry_run=True)) == 3
-    assert len(ancestry.gc(store, [])) == 3
+    with store.alone():
+        assert len(ancestry.gc(store, [])) == 3
 
 
 def test_gc_killed_half_way_leaves_no_orphan(

@@ -66,7 +66,7 @@ def test_a_changed_linked_file_is_found(store: Store, outside: Path) -> None:
     (outside / "sub" / "b.txt").unlink()
     assert ancestry.verify(store, artifact) == [
         f"{artifact.label}: file a.bin was changed after it was committed",
-        f"{artifact.label}: file sub/b.txt is missing",
+        f"{artifact.label}: file sub/b.txt is missing (it links to {outside}/sub/b.txt)",
     ]
 
 

@@ -39,6 +39,7 @@ from typing import Any, Final
 from posttrain.engine.atomic import disk_full, free_space, is_disk_full, write_whole
 from posttrain.engine.errors import ConfigError, PosttrainError, Waiting
 from posttrain.engine.fingerprint import plain
+from posttrain.engine.inputs import check_inputs
 from posttrain.engine.logs import bound, keep_bounded
 from posttrain.engine.work import METRICS, RESULT, STAGE, Work, file_state, read_step, read_warnings
 
@@ -123,6 +124,7 @@ def stage_main(job: Job, execute: str, lock: SharedLock) -> None:
     _end_with_parent()
     os.environ.update(job.environment)
     try:
+        check_inputs(job.inputs, Path(job.hashes))
         result = {"metrics": _finite(load(execute)(job), at="metrics")}
     except Waiting as error:
         result = {"waiting": str(error), "file": file_state(error.file)}
@@ -134,7 +136,12 @@ def stage_main(job: Job, execute: str, lock: SharedLock) -> None:
             os._exit(DISK_FULL_STATUS)
         traceback.print_exc()
         result = {"error": traceback.format_exception_only(error)[-1].strip()}
-    write_whole(work / RESULT, json.dumps(result).encode("ascii"))
+    try:
+        write_whole(work / RESULT, json.dumps(result).encode("ascii"))
+    except OSError as error:
+        if is_disk_full(error):
+            os._exit(DISK_FULL_STATUS)
+        raise
     if "metrics" not in result:
         sys.exit(1)
 
