@@ -166,7 +166,11 @@ def is_text(content: bytes) -> bool:
 
 LOOK = (
     *(("ls", "--json"), ("ls",), ("show", "student"), ("show", "evaluation", "--json")),
-    *(("lineage", "evaluation"), ("lineage", "evaluation", "--json"), ("gc", "--dry-run", "--json")),
+    *(
+        ("lineage", "evaluation"),
+        ("lineage", "evaluation", "--json"),
+        ("gc", "--dry-run", "--json"),
+    ),
     *(("plan", *MINI, "--json"), ("plan", *MINI), ("diff", "student", "sft", "--json")),
     *(("compare", "student", "sums_teacher", "--json"), ("compare", "student", "sums_teacher")),
     ("report", "evaluation", "--report", "new.html"),
@@ -201,7 +205,11 @@ def results() -> list[Target]:
     paths += [evaluation / "metrics.jsonl", student / "metrics.jsonl"]
     return [
         Target(
-            path=path, commands=commands, told_by_verify=not forged, forged=forged, makes=Path("out")
+            path=path,
+            commands=commands,
+            told_by_verify=not forged,
+            forged=forged,
+            makes=Path("out"),
         )
         for path in paths
         for forged in (False, True)
@@ -371,9 +379,7 @@ class Trials:
                 self.record.write_bytes(self.of_record)
             remove(target.makes)
 
-    def is_right(
-        self, words: Sequence[str], found: Outcome, page: bytes, damaged: bytes
-    ) -> bool:
+    def is_right(self, words: Sequence[str], found: Outcome, page: bytes, damaged: bytes) -> bool:
         target = self.target
         if target.forged or (target.whole is not None and target.whole(damaged)):
             return True

@@ -99,8 +99,6 @@ def test_no_word_of_an_error_steers_the_terminal(place: Path, cli: Cli) -> None:
 def test_no_text_of_a_record_is_markup(done: Path, cli: Cli) -> None:
     marked = "[link=http://evil]sums[/link] :boom:"
     record = the("distill", "student") / "record.json"
-    edited(record, name=marked, kind="[bold]made", metrics={marked: 1}, warnings=[marked])
-    listed = " ".join(cli("ls").out.split())
-    assert marked in listed and "[bold]made" in listed
-    fingerprint = json.loads(record.read_text())["fingerprint"]
-    assert " ".join(cli("show", fingerprint[:12]).out.split()).count(marked) >= 3
+    edited(record, metrics={marked: 1}, warnings=[marked])
+    assert marked in " ".join(cli("ls").out.split())
+    assert " ".join(cli("show", "student").out.split()).count(marked) == 2

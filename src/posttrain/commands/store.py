@@ -120,12 +120,11 @@ def export(
     """Copy an artifact out of the store: a checkpoint that stands alone, with its history."""
     place = Store(store)
     found = step_model(place, artifact) if is_place(artifact) else place.resolve(artifact)
-    is_model = shown_kind(found.kind).is_model()
-    # Read first: where a file is damaged, nothing is exported.
-    scores = scores_of(place, found) if is_model else []
     path = transfer.export(place, found, target)
-    if is_model:
+    scores = []
+    if shown_kind(found.kind).is_model():
         # The card that came with the files does not know what was scored since.
+        scores = scores_of(place, found)
         card = model_card(found.record, scores, [a.record for a in ancestry.lineage(place, found)])
         with guarded(path, "writing the model card"):
             write_whole(path / "README.md", card.encode())

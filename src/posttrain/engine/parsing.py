@@ -33,13 +33,13 @@ def parse_json(content: bytes | str, *, finite: bool = False) -> Any:
     except json.JSONDecodeError as error:
         raise Unreadable(f"not JSON ({error})") from None
     except RecursionError:
-        raise Unreadable(_TOO_DEEP) from None
+        raise Unreadable(f"JSON {_TOO_DEEP}") from None
     except Unreadable:
         raise
     except ValueError as error:
-        raise Unreadable(f"a number that cannot be read ({error})") from None
+        raise Unreadable(f"holds a number that cannot be read ({error})") from None
     if text.count("[") + text.count("{") > LEVELS:
-        _check_levels(value)
+        _check_levels(value, "JSON")
     return value
 
 
@@ -48,7 +48,7 @@ def parse_json_file(path: Path) -> dict[str, Any]:
     OSError."""
     value = parse_json(path.read_bytes())
     if not isinstance(value, dict):
-        raise Unreadable(f"a {type(value).__name__} where an object is needed")
+        raise Unreadable(f"holds a {type(value).__name__} where an object is needed")
     return value
 
 
@@ -61,17 +61,17 @@ def parse_toml(content: bytes) -> dict[str, Any]:
     except tomllib.TOMLDecodeError as error:
         raise Unreadable(str(error)) from None
     except RecursionError:
-        raise Unreadable(_TOO_DEEP) from None
+        raise Unreadable(f"TOML {_TOO_DEEP}") from None
     except ValueError as error:
-        raise Unreadable(f"a value that cannot be read ({error})") from None
-    _check_levels(value)
+        raise Unreadable(f"holds a number that cannot be read ({error})") from None
+    _check_levels(value, "TOML")
     return value
 
 
-_TOO_DEEP: Final = f"more than {LEVELS} levels inside each other"
+_TOO_DEEP: Final = f"of too many levels inside each other (more than {LEVELS})"
 
 
-def _check_levels(value: Any) -> None:
+def _check_levels(value: Any, what: str) -> None:
     """Level by level, so that no depth is too much for it."""
     level = [value]
     for _ in range(LEVELS + 1):
@@ -79,15 +79,15 @@ def _check_levels(value: Any) -> None:
         level = [item for items in inside for item in items if isinstance(item, dict | list)]
         if not level:
             return
-    raise Unreadable(_TOO_DEEP)
+    raise Unreadable(f"{what} {_TOO_DEEP}")
 
 
 def _refused(text: str) -> NoReturn:
-    raise Unreadable(f"{text}, which is no number of JSON")
+    raise Unreadable(f"holds {text}, which is no number of JSON")
 
 
 def _finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise Unreadable(f"{text}, which no float can hold")
+        raise Unreadable(f"holds {text}, which no float can hold")
     return value
