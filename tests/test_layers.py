@@ -79,7 +79,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "rewards": {"reasoning_gym", "math_verify", "httpx2", "pydantic", "pydantic_core"},
     "suites": {"datasets", "pyarrow", "pydantic"},
     "algorithms": {"pydantic"},
-    "report": {"jinja2", "markupsafe", "rich"},
+    "report": {"jinja2", "markupsafe", "pydantic", "rich"},
     "backends.checkpoint_source": {"huggingface_hub"},
     "backends.turn_end": {"jinja2"},
     "backends.vocabulary": set(),

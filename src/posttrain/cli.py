@@ -86,7 +86,7 @@ def _heeding_sigterm() -> Iterator[None]:
 
 
 def _complain(message: str, *notes: str, label: str = "error: ", style: str = "bold red") -> None:
-    console = SafeConsole(stderr=True, highlight=False)
+    console = SafeConsole(stderr=True)
     console.print(Text.assemble((label, style), message), soft_wrap=True)
     for note in notes:
         console.print(Text(note, style="dim"), soft_wrap=True)

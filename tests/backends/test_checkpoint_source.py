@@ -132,7 +132,7 @@ def test_broken_json_names_file_and_place(make: Make, name: str, text: str, mess
 def test_binary_json_is_broken_json(make: Make) -> None:
     found = make("one")
     (found.directory / "config.json").write_bytes(b'{"a": "\xff"}')
-    with pytest.raises(ConfigError, match=r"config\.json: not JSON .*position 7"):
+    with pytest.raises(ConfigError, match=r"config\.json: not UTF-8 text .*position 7"):
         find_checkpoint(found.directory)
 
 

@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 
-from posttrain.commands import io
-
 from .conftest import Result
 
 Cli = Callable[..., Result]
@@ -98,5 +96,9 @@ def test_no_word_of_an_error_steers_the_terminal(place: Path, cli: Cli) -> None:
     assert not set(STEERING[0] + STEERING[-1]) & set(told.err)
 
 
-def test_what_is_no_control_character_stays() -> None:
-    assert io.visible("é 漢字 👍🏽\ttab\nline") == "é 漢字 👍🏽\ttab\nline"
+def test_no_text_of_a_record_is_markup(done: Path, cli: Cli) -> None:
+    marked = "[link=http://evil]sums[/link] :boom:"
+    record = the("distill", "student") / "record.json"
+    edited(record, metrics={marked: 1}, warnings=[marked])
+    assert marked in " ".join(cli("ls").out.split())
+    assert " ".join(cli("show", "student").out.split()).count(marked) == 2

@@ -121,7 +121,7 @@ def test_deep_values_that_nobody_asked_for_are_told_with_their_line(tmp_path):
     deep = '{"prompt": "a", "answer": "1", "x": ' + "[" * 700 + "]" * 700 + "}\n"
     (tmp_path / "t.jsonl").write_text('{"prompt": "b", "answer": "1", "x": 1}\n' + deep)
     (tmp_path / "grade.py").write_text("def score(response, problem):\n    return 1.0\n")
-    with pytest.raises(ConfigError, match=r"t\.jsonl, line 2: values of too many levels"):
+    with pytest.raises(ConfigError, match=r"t\.jsonl, line 2: JSON of too many levels"):
         domain_node(domain("t.jsonl", "python:grade.py:score"), tmp_path)
 
 

@@ -7,7 +7,6 @@ the directory changes nothing.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from posttrain.backends.vocabulary import difference
 from posttrain.engine.errors import ConfigError
 from posttrain.engine.fingerprint import file_digest, files_digest
 from posttrain.engine.hashes import HashFile
+from posttrain.engine.parsing import Unreadable, parse_json_file
 
 MODEL_FILES = (
     "config.json",
@@ -116,8 +116,8 @@ def find_checkpoint(source: str | Path, hash_file: HashFile = file_digest) -> Ch
         files=tuple(files),
         config=_read_json(directory / "config.json"),
         generation_config=_read_json(directory / "generation_config.json"),
-        vocabulary=_vocabulary(tokenizer),
-        added=frozenset(_added(tokenizer)),
+        vocabulary=_vocabulary(tokenizer, directory / "tokenizer.json"),
+        added=frozenset(_added(tokenizer, directory / "tokenizer.json")),
         tokenizer_config=_read_json(directory / "tokenizer_config.json"),
         chat_template=_chat_template(directory),
         origin=origin,
@@ -186,24 +186,41 @@ def _token_text(token: Any) -> str | None:
     return text if isinstance(text, str) else None
 
 
-def _vocabulary(tokenizer: Mapping[str, Any]) -> dict[str, int] | None:
+def _vocabulary(tokenizer: Mapping[str, Any], file: Path) -> dict[str, int] | None:
     model = tokenizer.get("model")
     tokens = model.get("vocab") if isinstance(model, dict) else None
     if not isinstance(tokens, dict):
         return None
-    return {**tokens, **_added(tokenizer)}
+    return {**tokens, **_added(tokenizer, file)}
 
 
-def _added(tokenizer: Mapping[str, Any]) -> dict[str, int]:
-    return {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
+def _added(tokenizer: Mapping[str, Any], file: Path) -> dict[str, int]:
+    """Token to id of the tokens that are added. Raises ConfigError for another form."""
+    added = tokenizer.get("added_tokens") or []
+    if not isinstance(added, list) or not all(
+        isinstance(token, dict)
+        and isinstance(token.get("content"), str)
+        and isinstance(token.get("id"), int)
+        for token in added
+    ):
+        raise ConfigError(
+            f"{file}: added_tokens has to be a list of objects with content and id; fetch the "
+            "checkpoint again"
+        )
+    return {token["content"]: token["id"] for token in added}
 
 
 def _chat_template(directory: Path) -> tuple[str, str] | None:
     """transformers reads chat_template.jinja first, then tokenizer_config.json."""
+    template = _read_json(directory / "tokenizer_config.json").get("chat_template")
     path = directory / "chat_template.jinja"
     if path.is_file():
-        return path.name, path.read_text(encoding="utf-8")
-    template = _read_json(directory / "tokenizer_config.json").get("chat_template")
+        try:
+            return path.name, path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ConfigError(
+                f"{path}: not UTF-8 text ({error}); fetch the checkpoint again"
+            ) from error
     return ("tokenizer_config.json", template) if isinstance(template, str) else None
 
 
@@ -226,17 +243,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(
-            f"{path}: not JSON ({error}); mend it or fetch the checkpoint again"
-        ) from error
-    if not isinstance(content, dict):
-        raise ConfigError(
-            f"{path}: holds a {type(content).__name__} where an object is needed; fetch the "
-            "checkpoint again"
-        )
-    return content
+        return parse_json_file(path)
+    except Unreadable as error:
+        raise ConfigError(f"{path}: {error}; mend it or fetch the checkpoint again") from error
 
 
 def _download(source: str) -> Path:

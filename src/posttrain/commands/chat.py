@@ -11,10 +11,11 @@ import typer
 from rich.text import Text
 
 from posttrain.commands import io
-from posttrain.commands.io import console, visible
+from posttrain.commands.io import console
 from posttrain.engine.errors import ConfigError
 from posttrain.engine.links import check_links
 from posttrain.engine.store import Store
+from posttrain.engine.text import plain_text
 from posttrain.engine.unfinished import is_place
 from posttrain.stages.kinds import kinds_making, shown_kind
 from posttrain.stages.step_checkpoint import step_model
@@ -58,7 +59,7 @@ def chat(
     talk = Conversation(sampler, system=system, temperature=temperature, limit=max_new_tokens)
     if prompt is not None:
         answer = talk.answer(prompt, seed)
-        print(visible(answer) if sys.stdout.isatty() else answer)
+        print(plain_text(answer) if sys.stdout.isatty() else answer)
         return
     out = console()
     how = (

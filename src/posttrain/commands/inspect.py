@@ -21,7 +21,7 @@ from posttrain.engine.fingerprint import ABSENT, diff_payloads
 from posttrain.engine.record import SHORT, Artifact, label_of
 from posttrain.engine.store import Store
 from posttrain.engine.unfinished import Unfinished, find_unfinished, is_place, unfinished
-from posttrain.report.gather import EVALUATION, read_json
+from posttrain.report.gather import read_evaluation
 from posttrain.report.sweep import measures, written
 from posttrain.report.terminal import evaluation_table
 from posttrain.report.wording import DASH, duration, headline, number
@@ -129,7 +129,7 @@ def show(
         "history": {r["name"]: f"{r['kind']}, {r['created'][:16]}" for r in found.history},
     }
     out.print(_sections(sections))
-    evaluation = read_json(found, EVALUATION)
+    evaluation = read_evaluation(found)
     if evaluation is not None:
         names = {edge: source["name"] for edge, source in found.inputs.items()}
         out.print(evaluation_table(evaluation, names))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
@@ -21,6 +20,8 @@ from rich.table import Table
 from rich.text import Text
 
 from posttrain.engine.store import Store
+
+from posttrain.engine.text import STEERING, plain_text
 
 RecipeName = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A shipped recipe, or a .py file.")
@@ -71,33 +72,28 @@ PIPE_WIDTH = 110
 """Columns assumed where the output is not a terminal."""
 
 
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
-"""Characters that steer a terminal, or the direction in which it writes."""
-
-
-def visible(text: str) -> str:
-    """The text with its control characters written out: names, columns, prompts and messages of
-    others must not steer the terminal."""
-    return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
-
-
 class SafeConsole(Console):
-    """A console whose text steers no terminal, wherever it came from."""
+    """A console whose text steers no terminal, wherever it came from: a plain str is no markup, and
+    what steers is written out."""
+
+    def __init__(self, *, stderr: bool = False) -> None:
+        """Writes to standard output, or to standard error."""
+        super().__init__(stderr=stderr, highlight=False, markup=False, emoji=False)
 
     def render(
         self, renderable: RenderableType, options: ConsoleOptions | None = None
     ) -> Iterable[Segment]:
         """As rich does; what rich itself sends to steer the terminal stays."""
         for segment in super().render(renderable, options):
-            if segment.control or not _CONTROL.search(segment.text):
+            if segment.control or not STEERING.search(segment.text):
                 yield segment
             else:
-                yield Segment(visible(segment.text), segment.style)
+                yield Segment(plain_text(segment.text), segment.style)
 
 
 def console(*, as_json: bool = False) -> Console:
     """For people: standard output, or standard error when JSON goes to standard output."""
-    found = SafeConsole(stderr=as_json, highlight=False)
+    found = SafeConsole(stderr=as_json)
     if not found.is_terminal and "COLUMNS" not in os.environ:
         found.width = PIPE_WIDTH
     return found
@@ -121,7 +117,7 @@ def emit(value: Mapping[str, Any]) -> None:
     """Print one JSON object on one line."""
     text = json.dumps(value, ensure_ascii=False)
     # What JSON itself leaves as it is.
-    text = _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+    text = STEERING.sub(lambda found: json.dumps(found[0])[1:-1], text)
     print(text, file=sys.stdout, flush=True)
 
 

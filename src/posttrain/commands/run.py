@@ -22,7 +22,7 @@ from posttrain.engine.provenance import Provenance, capture
 from posttrain.engine.runner import run as run_graph
 from posttrain.engine.runner import usable_cores
 from posttrain.engine.store import Store
-from posttrain.report.gather import EVALUATION, read_json
+from posttrain.report.gather import read_evaluation
 from posttrain.report.live import LiveView
 from posttrain.report.terminal import evaluation_table, warnings_list
 from posttrain.report.wording import duration
@@ -99,7 +99,7 @@ def run(
     warnings = warnings_of(loaded, rows, view)
     statuses = [stage["status"] for stage in stages]
     target = None if failure else place.find(loaded.graph.fingerprints()[loaded.graph.target])
-    evaluation = target and read_json(target, EVALUATION)
+    evaluation = target and read_evaluation(target)
     if failure is None:
         warn(out, warnings)
     if evaluation:

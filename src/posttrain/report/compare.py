@@ -7,11 +7,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from posttrain.engine.errors import StoreError
 from posttrain.engine.graph import with_role
 from posttrain.engine.record import Artifact
 from posttrain.engine.store import Store
 from posttrain.report.candidates import view_of, views
-from posttrain.report.gather import EVALUATION, read_json, scores_of
+from posttrain.report.gather import EVALUATION, read_evaluation, scores_of
+from posttrain.report.scores import Evaluation
 
 UNPAIRED = (
     "Evaluations keep no score per problem, hence the differences are unpaired: each interval is "
@@ -72,7 +74,7 @@ def sides_of_evaluations(evaluations: Sequence[Artifact]) -> list[Side]:
     """The students of some evaluations, those over the same problems side by side."""
     columns = []
     for artifact in evaluations:
-        of_students = views(read_json(artifact, EVALUATION))
+        of_students = views(_evaluation(artifact))
         for name, view in of_students.items():
             column = Column(
                 artifact=artifact.label,
@@ -83,6 +85,13 @@ def sides_of_evaluations(evaluations: Sequence[Artifact]) -> list[Side]:
             )
             columns.append((artifact, column))
     return _side_by_side(columns)
+
+
+def _evaluation(artifact: Artifact) -> Evaluation:
+    found = read_evaluation(artifact)
+    if found is None:
+        raise StoreError(f"{artifact.label} has no {EVALUATION}; run its recipe again")
+    return found
 
 
 def sides_of_models(store: Store, models: Sequence[Artifact]) -> list[Side]:

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from posttrain.engine import ancestry
-from posttrain.engine.errors import StoreError
+from posttrain.engine.errors import ConfigError, StoreError
 from posttrain.engine.graph import named
+from posttrain.engine.parsing import Unreadable, parse_json
 from posttrain.engine.record import Artifact, Recorded, label_of
 from posttrain.engine.store import Store
 from posttrain.engine.work import METRICS
+from posttrain.report.scores import Evaluation
 from posttrain.stages.kinds import Kind, shown_kind
 
 EVALUATION = "evaluation.json"
 TRANSCRIPTS = "transcripts.json"
+LARGEST = 1e300
+"""Numbers of a log beyond it are left out: nothing can be drawn of them."""
 COLOURS = 8
 """Colours that the style sheet has; a ninth domain gets the first one again."""
 
@@ -108,25 +111,58 @@ def _numbers(line: Mapping[str, Any]) -> dict[str, float]:
     return {
         key: float(value)
         for key, value in line.items()
-        if isinstance(value, int | float) and math.isfinite(value)
+        if isinstance(value, int | float) and -LARGEST <= value <= LARGEST
     }
 
 
-def read_json(artifact: Artifact, name: str) -> Any:
-    """The content of one of its JSON files, None where it has no such file."""
-    if name not in artifact.files:
+def read_evaluation(artifact: Artifact) -> Evaluation | None:
+    """What an evaluation found; None for an artifact of another kind. Raises StoreError for a file
+    that was changed, or is not as an evaluation writes it."""
+    if "scores" not in shown_kind(artifact.kind).makes or EVALUATION not in artifact.files:
         return None
-    return _parsed(artifact, name, artifact.content(name))
+    # pydantic, which takes a moment to import.
+    from posttrain.report.form import check_evaluation
+
+    found = _parsed(artifact, EVALUATION, artifact.content(EVALUATION))
+    with _named(artifact, EVALUATION):
+        check_evaluation(found, artifact.inputs)
+    return found
+
+
+def read_transcripts(artifact: Artifact) -> dict[str, list[dict[str, Any]]]:
+    """What the models of an evaluation answered, by domain; {} where that is not kept. Raises
+    StoreError as `read_evaluation` does."""
+    if TRANSCRIPTS not in artifact.files:
+        return {}
+    from posttrain.report.form import check_transcripts
+
+    found = _parsed(artifact, TRANSCRIPTS, artifact.content(TRANSCRIPTS))
+    with _named(artifact, TRANSCRIPTS):
+        check_transcripts(found)
+    return found
+
+
+@contextmanager
+def _named(artifact: Artifact, name: str) -> Iterator[None]:
+    """Name the file in an error about its form."""
+    try:
+        yield
+    except ConfigError as error:
+        raise StoreError(
+            f"{artifact.path / name} is not as posttrain writes it ({error}); remove "
+            f"{artifact.path} and run the recipe again to make it anew"
+        ) from None
 
 
 def _parsed(artifact: Artifact, name: str, content: bytes) -> dict[str, Any]:
-    try:
-        found = json.loads(content)
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
-        raise StoreError(f"{artifact.path / name} holds no JSON object; it is not of posttrain")
-    return found
+    with _named(artifact, name):
+        try:
+            found = parse_json(content)
+        except Unreadable as error:
+            raise ConfigError(str(error)) from None
+        if not isinstance(found, dict):
+            raise ConfigError("no JSON object")
+        return found
 
 
 def scores_of(store: Store, artifact: Artifact) -> list[dict[str, Any]]:
@@ -137,13 +173,20 @@ def scores_of(store: Store, artifact: Artifact) -> list[dict[str, Any]]:
     """
     found = []
     for other in store.list():
-        evaluation = read_json(other, EVALUATION) or {"models": {}}
-        facts = {"name": other.name, "fingerprint": other.fingerprint, "evaluation": evaluation}
-        found += [
-            facts | {"model": edge}
+        edges = [
+            edge
             for edge, source in other.inputs.items()
-            if edge in evaluation["models"] and source["fingerprint"] == artifact.fingerprint
+            if source["fingerprint"] == artifact.fingerprint
         ]
+        # A damaged one of other models is not in the way.
+        evaluation = read_evaluation(other) if edges else None
+        if evaluation is not None:
+            facts = {"name": other.name, "fingerprint": other.fingerprint}
+            found += [
+                facts | {"evaluation": evaluation, "model": edge}
+                for edge in edges
+                if edge in evaluation["models"]
+            ]
     return found
 
 

@@ -21,12 +21,11 @@ from posttrain.engine.store import Store
 from posttrain.report import candidates, plots, scores, wording
 from posttrain.report.curves import in_sentence, sections
 from posttrain.report.gather import (
-    EVALUATION,
-    TRANSCRIPTS,
     StageFacts,
     domain_colours,
     gather,
-    read_json,
+    read_evaluation,
+    read_transcripts,
 )
 from posttrain.report.lineage import lineage_svg
 from posttrain.report.roles import explained
@@ -127,8 +126,8 @@ def _tag(fingerprint: str, names: Mapping[str, str] | None) -> Markup:
 def _content(stages: Sequence[StageFacts], artifact: Artifact) -> dict[str, Any]:
     """What the templates draw."""
     colours = domain_colours(stages)
-    evaluation = read_json(artifact, EVALUATION)
-    texts = read_json(artifact, TRANSCRIPTS) if evaluation else None
+    evaluation = read_evaluation(artifact)
+    texts = read_transcripts(artifact) if evaluation else {}
     several = bool(evaluation) and candidates.has_several(evaluation)
     forgetting = candidates.forgetting if several else scores.forgetting
     return {
@@ -141,7 +140,7 @@ def _content(stages: Sequence[StageFacts], artifact: Artifact) -> dict[str, Any]
         "matrix": evaluation and forgetting(evaluation),
         "curves": sections(stages, colours),
         "lineage": Markup(lineage_svg(stages, colours)),
-        "transcripts": {domain: rows for domain, rows in (texts or {}).items() if rows},
+        "transcripts": {domain: rows for domain, rows in texts.items() if rows},
     }
 
 

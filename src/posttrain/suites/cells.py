@@ -10,6 +10,7 @@ from decimal import Decimal
 from typing import Any
 
 from posttrain.engine.errors import ConfigError, shortened
+from posttrain.engine.parsing import Unreadable, parse_json
 
 
 def is_missing(value: Any) -> bool:
@@ -107,15 +108,7 @@ def loaded_json(text: str | bytes, *, hint: str) -> Any:
     """What a JSON text says. Raises ConfigError for one that is broken, too deep, or that has a
     number of too many digits; `hint` says what it has to be."""
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
+        return parse_json(text)
+    except Unreadable as error:
         shown = text.decode("utf-8", "replace") if isinstance(text, bytes) else text
-        raise ConfigError(
-            f"not JSON ({error.msg} at character {error.pos + 1}): {shown[:80].strip()!r}; {hint}"
-        ) from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"not UTF-8 text ({error})") from None
-    except RecursionError:
-        raise ConfigError("JSON of too many levels inside each other to be read") from None
-    except ValueError as error:
-        raise ConfigError(f"holds a number that cannot be read ({error})") from None
+        raise ConfigError(f"{error}: {shown[:80].strip()!r}; {hint}") from None

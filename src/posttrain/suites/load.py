@@ -24,13 +24,13 @@ Relative paths are relative to the suite file.
 from __future__ import annotations
 
 import dataclasses
-import tomllib
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from posttrain.engine.errors import ConfigError, choices_text
+from posttrain.engine.parsing import Unreadable, parse_toml
 from posttrain.rewards.python_file import line_in, load_file
 from posttrain.rewards.spec import OPTIONS, VerifierSpec, parse_verifier
 from posttrain.suites.domain import (
@@ -108,8 +108,8 @@ def _from_python(path: Path) -> Suite:
 
 def _from_toml(path: Path) -> Suite:
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        content = parse_toml(path.read_bytes())
+    except Unreadable as error:
         raise ConfigError(f"{path}: not a TOML file: {error}") from error
     for key in content:
         if key not in ("name", *_PARTS):

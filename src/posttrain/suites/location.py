@@ -9,7 +9,6 @@ therefore has to name a commit.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any
 from posttrain.engine.errors import ConfigError, choices_text
 from posttrain.engine.fingerprint import digest, file_digest
 from posttrain.engine.hashes import HashFile
+from posttrain.engine.parsing import Unreadable, parse_json_file
 
 _HUB = re.compile(
     r"hub:(?P<repo>[\w.-]+(?:/[\w.-]+)?)(?::(?P<config>[\w.-]+))?"
@@ -95,12 +95,9 @@ class Location:
 def _read_object(path: Path, folder: str) -> dict[str, Any]:
     """One of the small files of a `save_to_disk` folder."""
     try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        return parse_json_file(path)
+    except (OSError, Unreadable) as error:
         raise ConfigError(f"folder {folder}: {path.name} cannot be read ({error})") from error
-    if not isinstance(found, dict):
-        raise ConfigError(f"folder {folder}: {path.name} holds no JSON object")
-    return found
 
 
 def parse_location(text: str, base_dir: Path, *, where: str) -> Location:
