@@ -45,7 +45,7 @@ def recipe(r: Recipe, base: str, teacher: str, steps: int, sample: bool = False)
     wider = r.model(teacher, name="wider")
     coach = r.sft(start=wider, data=r.demos(r.domains), steps=steps, lr=3e-3, batch_size=16,
                   name="coach")
-    liked = r.dpo(start=start, data=r.preferences("liked"), steps=4, batch_size=8, lr=1e-4,
+    liked = r.dpo(start=start, data=r.preferences("pairs"), steps=4, batch_size=8, lr=1e-4,
                   name="liked")
     better = r.rl(start=liked, prompts=r.prompts(r.domains), steps=3, prompts_per_step=8,
                   group_size=4, max_new_tokens=12, lr=1e-4, reward=judges.length(budget=8),
@@ -65,8 +65,8 @@ train = "sums.jsonl"
 messages = "messages"
 verifier = "exact"
 
-[preferences.liked]
-data = "liked.jsonl"
+[preferences.pairs]
+data = "pairs.jsonl"
 prompt = "messages"
 """
 STEPS = 120
@@ -82,7 +82,7 @@ def walk(one: Family, directory: Path, steps: int) -> dict[str, Any]:
     write(coach, directory / "wider", hidden=96, more_rows=50, seed=1)
     rows = sums(180)
     _write_rows(directory / "sums.jsonl", rows)
-    _write_rows(directory / "liked.jsonl", [_pair(row) for row in rows[:60]])
+    _write_rows(directory / "pairs.jsonl", [_pair(row) for row in rows[:60]])
     (directory / "suite.toml").write_text(SUITE.lstrip(), encoding="utf-8")
     (directory / "walk.py").write_text(RECIPE.lstrip(), encoding="utf-8")
     began = time.perf_counter()
