@@ -441,11 +441,7 @@ def restrict(model: LocalLearner | LocalSampler | LocalScorer, absent: Collectio
 
 
 def head_of(scorer: LocalScorer) -> Head:
-    bias_V = scorer.head.bias_V
-    return Head(
-        weight_VD=scorer.head.weight_VD.detach(),
-        bias_V=None if bias_V is None else bias_V.detach(),
-    )
+    return scorer.head
 
 
 def accumulate(

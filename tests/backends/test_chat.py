@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -51,8 +51,12 @@ def language_model() -> LanguageModel:
         eos_token="<eos>",
         additional_special_tokens=special[2:],
     )
+    # As much of a model as says what ends a turn; it has a row for each token.
+    layer = SimpleNamespace(weight=torch.empty(1000, 1))
     model = SimpleNamespace(
-        generation_config=SimpleNamespace(eos_token_id=None), config=SimpleNamespace()
+        generation_config=SimpleNamespace(eos_token_id=None),
+        config=SimpleNamespace(get_text_config=SimpleNamespace, name_or_path="it"),
+        get_output_embeddings=lambda: layer,
     )
     return LanguageModel(model=model, tokenizer=tokenizer)
 
@@ -128,9 +132,22 @@ def test_prompt_and_response_together_are_the_whole_template(
 def test_a_stop_token_that_the_template_does_not_write_is_added(
     language_model: LanguageModel,
 ) -> None:
-    """A base model's end-of-text token, say, under a template that ends turns otherwise."""
-    chat, tokenizer = with_template(language_model, CHATML)
-    assert tokenizer.decode(chat.response("q", "blue")) == "blue<|im_end|>\n<eos>"
+    """A base model's end-of-text token, say, under a template that ends turns by a new line."""
+    plain = (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    chat, tokenizer = with_template(language_model, plain)
+    assert tokenizer.decode(chat.response("q", "blue")) == "blue\n<eos>"
+
+
+def test_a_base_model_learns_the_end_that_its_template_writes(
+    language_model: LanguageModel,
+) -> None:
+    """And stops at the end of texts that it knows as well."""
+    chat, tokenizer = with_template(language_model, CHATML, 1)
+    assert chat.stop_ids == (end_of(language_model), 1)
+    assert tokenizer.decode(chat.response("q", "blue")) == "blue<|im_end|>"
 
 
 def test_a_template_that_shows_finished_turns_otherwise_gives_the_bare_message(

@@ -44,6 +44,11 @@ class Head:
     weight_VD: Tensor
     bias_V: Tensor | None = None
 
+    def detached(self) -> Head:
+        """The same as a constant, so that it can be sent elsewhere."""
+        bias_V = None if self.bias_V is None else self.bias_V.detach()
+        return Head(weight_VD=self.weight_VD.detach(), bias_V=bias_V)
+
 
 @dataclass(frozen=True)
 class TokenLoss:

@@ -111,9 +111,7 @@ class LocalScorer:
     @property
     def head(self) -> Head:
         """See `Scorer.head`."""
-        # No part of any backward pass, so that it can be sent elsewhere.
-        with torch.no_grad():
-            return output_head(self.model, self.chat.ids)
+        return output_head(self.model, self.chat.ids).detached()
 
     def restrict(self, absent: Collection[int]) -> None:
         """See `Scorer.restrict`."""
