@@ -6,34 +6,19 @@ Every function raises ConfigError with the stage, the value and the fix.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from posttrain.algorithms import InTurn, StrongAgainstWeak
-from posttrain.backends.checkpoint_source import CheckpointSource
 from posttrain.engine.errors import ConfigError, choices_text
 from posttrain.engine.graph import Graph, Node, named, with_role
-from posttrain.language import lacking
-from posttrain.language.builder import Builder, root_of
+from posttrain.language import lacking, speaking
+from posttrain.language.builder import Builder
 from posttrain.rewards.judge_base import ByDomain, Judge, Lexicographic, Normalised, Whitened
 from posttrain.rewards.judge_kinds import Compare, CompareEndpoint, Length, Llm, parse_judge
 from posttrain.stages.kinds import KINDS, kind_of
 from posttrain.suites.domain import Suite, Table
 from posttrain.suites.preferences import form_of, has_margins
-
-MODELS = ("start", "model", "models", "candidates", "student", "students", "along", "init")
-"""Roles of the models that a stage asks in its modes."""
-
-
-def speaks(build: Builder, stage: str, external: CheckpointSource) -> None:
-    """Warn of a checkpoint from outside that has no chat template."""
-    if external.chat_template is None:
-        build.warn(
-            f"{external.directory} has no chat template: prompts are plain text to it, and a "
-            "response follows with nothing in between; if it was trained with a template, put it "
-            "beside its weights as chat_template.jinja",
-            stage,
-        )
 
 
 def needed(build: Builder, graph: Graph) -> None:
@@ -322,34 +307,14 @@ def problems_of_judge(build: Builder, judge: Judge, domains: Sequence[str], *, w
 
 def recipe(build: Builder) -> None:
     """The checks of a whole recipe."""
-    _thinking(build.nodes)
+    speaking.modes(build)
+    speaking.conversations(build)
     for node in build.nodes.values():
         data = build.nodes.get(node.inputs.get("data", ""))
         if data is not None and "pairs" in kind_of(data.kind).makes:
             _single(node, data)
             _margins(node, data)
     _unread_margins(build)
-
-
-def _thinking(nodes: Mapping[str, Node]) -> None:
-    """Refuse a stage in modes whose model comes from a base that was made without thinking.
-
-    Of a model from outside its chat template decides, when it is loaded.
-    """
-    for node in nodes.values():
-        modes = node.config.get("modes") or ()
-        for source in with_role(node.inputs, *MODELS).values() if modes else ():
-            base = nodes.get(root_of(nodes, source))
-            if (
-                base is not None
-                and base.kind == "pretrain"
-                and not (base.config["thinking"] or base.config["modes"])
-            ):
-                raise ConfigError(
-                    f"stage {node.name!r} ({node.kind}), field 'modes': {', '.join(modes)} is "
-                    f"asked of {source!r}, which comes from {base.name!r}, made without thinking; "
-                    "write thinking=True there, or leave mode= out"
-                )
 
 
 def _single(node: Node, data: Node) -> None:
