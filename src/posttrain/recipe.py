@@ -79,8 +79,8 @@ class Recipe(DataVerbs):
     ) -> Prompts:
         """The training prompts of one domain or of several.
 
-        `mode`, think or no_think, is asked of the model's chat template. With several modes each
-        prompt occurs in each of them.
+        `mode`, such as think or no_think, is asked of the model's chat template. With several modes
+        each prompt occurs in each of them.
         """
         return Prompts(self._build.known(domains), check_modes(mode))
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from posttrain.algorithms import InTurn, StrongAgainstWeak
+from posttrain.backends.prompting import THINKING
 from posttrain.engine.errors import ConfigError, choices_text
 from posttrain.engine.graph import Graph, Node, named, with_role
 from posttrain.language import lacking, speaking
@@ -94,15 +95,16 @@ def demos(suite: Suite, domains: Sequence[str], modes: Sequence[str]) -> None:
         thinks = (
             source.thought is not None if isinstance(source, Table) else (source.format != "plain")
         )
-        if "think" in modes and not thinks:
+        mode = next((mode for mode in modes if mode in THINKING), None)
+        if mode is not None and not thinks:
             fix = (
                 "name the column of the steps with thought = ... in the suite"
                 if table
                 else "format = 'plain' of a generated domain has no steps; take another format"
             )
             raise ConfigError(
-                f"{where} has no demonstrations in the mode think: {fix}, or leave the domain out "
-                "of r.demos(..., mode='think')"
+                f"{where} has no demonstrations in the mode {mode}: {fix}, or leave the domain out "
+                f"of r.demos(..., mode={mode!r})"
             )
 
 

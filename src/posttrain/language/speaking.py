@@ -7,9 +7,10 @@ from nothing by `pretrain`, and of data that is made in the run, the stages find
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from posttrain.backends.checkpoint_source import CheckpointSource
+from posttrain.backends.prompting import EFFORTS
 from posttrain.backends.template import DATE, ChatTemplate, roles_refused
 from posttrain.engine.errors import ConfigError
 from posttrain.engine.graph import Node, with_role
@@ -61,6 +62,8 @@ def modes(build: Builder) -> None:
     """Refuse a stage in modes that its models do not have."""
     for node in build.nodes.values():
         asked = node.config.get("modes") or ()
+        if node.kind == "pretrain":
+            _refuse_efforts(f"stage {node.name!r} (pretrain), field 'modes'", asked, node)
         for source in with_role(node.inputs, *MODELS).values() if asked else ():
             where = f"stage {node.name!r} ({node.kind}), field 'modes'"
             _without_thinking(build, where, asked, source)
@@ -80,7 +83,7 @@ def modes(build: Builder) -> None:
                     raise ConfigError(f"{where}: {error} ({source!r}, {_file(external)})") from None
 
 
-def _without_thinking(build: Builder, where: str, asked: tuple[str, ...], source: str) -> None:
+def _without_thinking(build: Builder, where: str, asked: Sequence[str], source: str) -> None:
     """Refuse modes of a model that comes from a base which was made without thinking."""
     base = build.nodes.get(root_of(build.nodes, source))
     if (
@@ -91,6 +94,19 @@ def _without_thinking(build: Builder, where: str, asked: tuple[str, ...], source
         raise ConfigError(
             f"{where}: {', '.join(asked)} is asked of {source!r}, which comes from "
             f"{base.name!r}, made without thinking; write thinking=True there, or leave mode= out"
+        )
+    if base is not None and base.kind == "pretrain":
+        _refuse_efforts(where, asked, base)
+
+
+def _refuse_efforts(where: str, asked: Sequence[str], base: Node) -> None:
+    """Refuse modes of which a model that is made here knows nothing."""
+    efforts = [mode for mode in asked if mode in EFFORTS]
+    if efforts:
+        raise ConfigError(
+            f"{where}: {', '.join(efforts)} is asked of {base.name!r}, whose chat template does "
+            "not read reasoning_effort; use think and no_think, or a model from outside that "
+            "reads it"
         )
 
 
