@@ -21,7 +21,7 @@ from posttrain.engine.errors import ConfigError
 from posttrain.engine.graph import Graph, Node
 from posttrain.engine.store import Store
 from posttrain.judges import Judge
-from posttrain.language import checks, inputs, lacking
+from posttrain.language import checks, inputs, lacking, speaking
 from posttrain.language.builder import Builder
 from posttrain.language.calls import checked_calls
 from posttrain.language.data_verbs import DataVerbs
@@ -79,8 +79,8 @@ class Recipe(DataVerbs):
     ) -> Prompts:
         """The training prompts of one domain or of several.
 
-        `mode`, think or no_think, is asked of the model's chat template. With several modes each
-        prompt occurs in each of them.
+        `mode`, such as think or no_think, is asked of the model's chat template. With several modes
+        each prompt occurs in each of them.
         """
         return Prompts(self._build.known(domains), check_modes(mode))
 
@@ -115,7 +115,7 @@ class Recipe(DataVerbs):
             )
         adopted = self._build.adopted(str(source))
         external = adopted or find_checkpoint(source, self._build.hash_file)
-        checks.speaks(self._build, name, external)
+        speaking.told(self._build, name, external)
         self._build.external[name] = external
         node = Node(
             name=name,

@@ -350,7 +350,7 @@ class Chat:
             return str(
                 self.tokenizer.apply_chat_template(list(messages), tokenize=False, **variables)
             )
-        except (TemplateError, TypeError) as error:
+        except (TemplateError, TypeError, ValueError, AttributeError, LookupError) as error:
             roles = ", ".join(str(message.get("role")) for message in messages)
             raise ConfigError(
                 f"the model's chat template does not take a conversation of {roles}: {error}; give "

@@ -54,7 +54,7 @@ class ControlText:
         self._tokens = re.compile(f"({_any_of(tokens).pattern})") if tokens else None
 
     def hide(self, value: Any) -> Any:
-        """The text with each control token's text hidden; of messages every text but their roles."""
+        """A text with those of control tokens hidden; of messages every text but their roles."""
         if isinstance(value, str):
             return self._in_data.sub(lambda found: self._hidden[found[0]], value)
         if isinstance(value, Mapping):

@@ -183,7 +183,7 @@ class LocalSampler:
         self.model: Any = policy.model
         self.chat: Chat = source.chat if isinstance(source, LocalLearner) else chat_of(policy)
         self.max_rows, self.fast_paths = max_rows, fast_paths
-        self.memory = sampling_memory(self.head.weight_VD.device) if memory is None else memory
+        self.memory = sampling_memory(self.model.device) if memory is None else memory
         self.decoders = Decoders(self.model)
 
     def sync(self, policy: Learner) -> None:

@@ -91,8 +91,12 @@ class _Generation(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
+class Refused(TemplateError):
+    """What a template says of a conversation that it does not take."""
+
+
 def _raise(message: str) -> None:
-    raise TemplateError(message)
+    raise Refused(message)
 
 
 def _json(
@@ -214,6 +218,28 @@ class ChatTemplate:
         shown = [_plain_message(message) for message in messages]
         template = _environment().from_string(self.text)
         return template.render(messages=shown, tools=None, documents=None, **variables)
+
+
+def roles_refused(template: ChatTemplate, shape: str) -> str | None:
+    """Why the template does not take a conversation of these roles ("system user"), in its words,
+    up to where the assistant speaks; None where it takes it, or where that depends on more."""
+    messages: list[dict[str, Any]] = []
+    for speaker in shape.split():
+        role, calls = speaker.partition("+")[::2]
+        messages.append({"role": role, "content": "x"})
+        if calls:
+            called = {"name": "x", "arguments": {}}
+            messages[-1] |= {calls: [{"id": "x" * 9, "type": "function", "function": called}]}
+        if role == "tool":
+            messages[-1] |= {"tool_call_id": "x" * 9, "name": "x"}
+    try:
+        template.render(messages, add_generation_prompt=True, bos_token="", eos_token="")
+    except Refused as refusal:
+        return str(refusal)
+    except (TemplateError, TypeError, ValueError, AttributeError, LookupError):
+        # It reads of the messages what these have not.
+        return None
+    return None
 
 
 def _plain_message(message: Message) -> dict[str, Any]:

@@ -6,45 +6,20 @@ Every function raises ConfigError with the stage, the value and the fix.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from posttrain.algorithms import InTurn, StrongAgainstWeak
-from posttrain.backends.checkpoint_source import CheckpointSource, ends_of
+from posttrain.backends.prompting import THINKING
 from posttrain.engine.errors import ConfigError, choices_text
 from posttrain.engine.graph import Graph, Node, named, with_role
-from posttrain.language import lacking
-from posttrain.language.builder import Builder, root_of
+from posttrain.language import lacking, speaking
+from posttrain.language.builder import Builder
 from posttrain.rewards.judge_base import ByDomain, Judge, Lexicographic, Normalised, Whitened
 from posttrain.rewards.judge_kinds import Compare, CompareEndpoint, Length, Llm, parse_judge
 from posttrain.stages.kinds import KINDS, kind_of
 from posttrain.suites.domain import Suite, Table
 from posttrain.suites.preferences import form_of, has_margins
-
-MODELS = ("start", "model", "models", "candidates", "student", "students", "along", "init")
-"""Roles of the models that a stage asks in its modes."""
-
-
-def speaks(build: Builder, stage: str, external: CheckpointSource) -> None:
-    """Warn of a checkpoint from outside that has no chat template, and of one whose files do not
-    agree on what ends a turn; refuse one where nothing would."""
-    end = ends_of(external)
-    if end is not None and not end.ids:
-        raise ConfigError(
-            f"stage {stage!r}: {external.directory}: nothing would ever end a response: neither "
-            "generation_config.json nor config.json nor tokenizer_config.json names an "
-            "end-of-sequence token that tokenizer.json and the model have, and the chat template "
-            "writes none after an assistant message; set eos_token_id in generation_config.json"
-        )
-    for warning in () if end is None else end.warnings:
-        build.warn(f"{external.directory}: {warning}", stage)
-    if external.chat_template is None:
-        build.warn(
-            f"{external.directory} has no chat template: prompts are plain text to it, and a "
-            "response follows with nothing in between; if it was trained with a template, put it "
-            "beside its weights as chat_template.jinja",
-            stage,
-        )
 
 
 def needed(build: Builder, graph: Graph) -> None:
@@ -120,15 +95,16 @@ def demos(suite: Suite, domains: Sequence[str], modes: Sequence[str]) -> None:
         thinks = (
             source.thought is not None if isinstance(source, Table) else (source.format != "plain")
         )
-        if "think" in modes and not thinks:
+        mode = next((mode for mode in modes if mode in THINKING), None)
+        if mode is not None and not thinks:
             fix = (
                 "name the column of the steps with thought = ... in the suite"
                 if table
                 else "format = 'plain' of a generated domain has no steps; take another format"
             )
             raise ConfigError(
-                f"{where} has no demonstrations in the mode think: {fix}, or leave the domain out "
-                "of r.demos(..., mode='think')"
+                f"{where} has no demonstrations in the mode {mode}: {fix}, or leave the domain out "
+                f"of r.demos(..., mode={mode!r})"
             )
 
 
@@ -333,34 +309,14 @@ def problems_of_judge(build: Builder, judge: Judge, domains: Sequence[str], *, w
 
 def recipe(build: Builder) -> None:
     """The checks of a whole recipe."""
-    _thinking(build.nodes)
+    speaking.modes(build)
+    speaking.conversations(build)
     for node in build.nodes.values():
         data = build.nodes.get(node.inputs.get("data", ""))
         if data is not None and "pairs" in kind_of(data.kind).makes:
             _single(node, data)
             _margins(node, data)
     _unread_margins(build)
-
-
-def _thinking(nodes: Mapping[str, Node]) -> None:
-    """Refuse a stage in modes whose model comes from a base that was made without thinking.
-
-    Of a model from outside its chat template decides, when it is loaded.
-    """
-    for node in nodes.values():
-        modes = node.config.get("modes") or ()
-        for source in with_role(node.inputs, *MODELS).values() if modes else ():
-            base = nodes.get(root_of(nodes, source))
-            if (
-                base is not None
-                and base.kind == "pretrain"
-                and not (base.config["thinking"] or base.config["modes"])
-            ):
-                raise ConfigError(
-                    f"stage {node.name!r} ({node.kind}), field 'modes': {', '.join(modes)} is "
-                    f"asked of {source!r}, which comes from {base.name!r}, made without thinking; "
-                    "write thinking=True there, or leave mode= out"
-                )
 
 
 def _single(node: Node, data: Node) -> None:

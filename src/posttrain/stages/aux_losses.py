@@ -20,7 +20,13 @@ from torch import Tensor
 from posttrain.algorithms import Aux
 from posttrain.backends.base import AuxLoss, Metrics, TokenLoss
 from posttrain.backends.chat import Chat
-from posttrain.backends.prompting import Problem, in_modes, learned_part, learned_rows
+from posttrain.backends.prompting import (
+    THINKING,
+    Problem,
+    in_modes,
+    learned_part,
+    learned_rows,
+)
 from posttrain.engine.errors import ConfigError
 from posttrain.engine.graph import edge_name, named
 from posttrain.engine.jsonl import read_jsonl
@@ -192,7 +198,7 @@ def with_demonstrations(
                 f"{missing['id']} ({missing['prompt'][:60]!r}); add demonstrations to the table"
             )
         elif missing is not None:
-            thinks = missing.get("mode") == "think"
+            thinks = missing.get("mode") in THINKING
             raise ConfigError(
                 f"stage {ctx.name!r}: domain {name!r} has no "
                 + ("thinking demonstration" if thinks else "demonstration")

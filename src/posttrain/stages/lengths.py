@@ -238,8 +238,9 @@ class _Fitting:
         if isinstance(shown, str):
             size, count = _most_tokens(shown), 1
         else:
-            # One of each sequence of roles is encoded, to see that the template takes it.
-            roles = (reader.name, *(message.get("role") for message in shown))
+            # One of each form of conversation is encoded, to see that the template takes it.
+            keys = (tuple(sorted(message)) for message in shown)
+            roles = (reader.name, *(message.get("role") for message in shown), *keys)
             if roles not in self._seen:
                 self._seen.add(roles)
                 return False

@@ -34,6 +34,7 @@ from posttrain.stages.context import Context
 from posttrain.stages.settings.models import Merge
 from posttrain.suites.build import build_domain
 from posttrain.suites.checked import remember_built
+from posttrain.suites.messages import shape_facts
 
 POSITIONS = "max_position_embeddings"
 FREE = frozenset(
@@ -57,7 +58,9 @@ def run_domain(job: Job, ctx: Context) -> dict[str, Any]:
             'alike, so it is no reward and no measure; mend it, or set verifier = "none"'
         )
     cache = Path(job.hashes).parent / CACHE
-    remember_built(cache, job.config, job.data, job.runtime.get("facts"))
+    # As the plan found them.
+    facts = dict(job.runtime.get("facts") or {}) | shape_facts(job.runtime.get("asked") or {})
+    remember_built(cache, job.config, job.data, facts)
     return counted
 
 

@@ -3,7 +3,8 @@
     facts = {split: problems, rows, duplicates, further_demos, no_demo, contradicting, left_out,
              longest, median}
 
-`longest` and `median` are characters of a row, the demonstration included.
+`longest` and `median` are characters of a row, the demonstration included. Beside these stands how
+many conversations of which shape there are (`messages.shape_of`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from posttrain.engine.atomic import remembered, write_whole
 from posttrain.engine.fingerprint import digest
 from posttrain.rewards.spec import UNVERIFIED
 from posttrain.suites.location import Location, parse_location
+from posttrain.suites.messages import shape_facts
 from posttrain.suites.split import Placement, require_all_splits
 from posttrain.suites.tables import Columns, Row, columns_of, read_rows
 
@@ -121,7 +123,8 @@ def checked_facts(
     name = memory_of(tables.source, tables.verifier, data)
     known = recall(cache, name)
     if known is None:
-        known = tables.placed(keep=False).facts()
+        placement = tables.placed(keep=False)
+        known = placement.facts() | shape_facts(placement.shapes)
         remember(cache, name, known)
     return known
 

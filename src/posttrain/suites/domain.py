@@ -22,7 +22,7 @@ from posttrain.rewards.spec import VerifierSpec as VerifierSpec
 from posttrain.suites.checked import ROWS, Tables, checked_facts
 from posttrain.suites.data_table import DataTable as DataTable
 from posttrain.suites.location import Location, parse_location
-from posttrain.suites.messages import check_system
+from posttrain.suites.messages import check_system, fact_parts
 from posttrain.suites.preferences import Preferences as Preferences
 
 _NAME = re.compile(r"[a-z0-9_]+")
@@ -228,7 +228,7 @@ def domain_node(
             domain=domain.name, source=source, verifier=verifier.config["name"], places=locations
         )
         runtime["files"] = {split: place.text for split, place in locations.items()}
-        runtime["facts"] = checked_facts(tables, data, cache)
+        runtime |= fact_parts(checked_facts(tables, data, cache))
     config = {"domain": domain.name, "source": source, "verifier": verifier.config}
     data |= verifier.data
     runtime |= verifier.runtime

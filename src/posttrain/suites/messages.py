@@ -8,6 +8,8 @@ Other keys of a message (tool_calls, name, tool_call_id) are passed through.
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -118,11 +120,29 @@ def _message(item: Any, number: int) -> Message:
         # Columns of Parquet give every message every key that one of them has.
         if key not in (role_key, content_key) and not is_missing(value)
     }
+    _check_calls(rest.get("tool_calls"))
     content = _content(item.get(content_key), content_key, bool(rest.get("tool_calls")))
     plain, unreadable = plain_value(rest)
     if unreadable:
         raise ConfigError(f"{', '.join(rest)}: a value has no JSON form")
     return {"role": role, "content": content, **plain}
+
+
+def _check_calls(calls: Any) -> None:
+    """Raises ConfigError for tool calls of another form than chat templates read."""
+    form = '[{"function": {"name": "...", "arguments": {...}}}]'
+    if calls is None:
+        return
+    if not isinstance(calls, list):
+        raise ConfigError(f"tool_calls = {shown(calls)}; it has to be a list such as {form}")
+    for number, call in enumerate(calls, start=1):
+        called = call.get("function", call) if isinstance(call, Mapping) else None
+        name = called.get("name") if isinstance(called, Mapping) else None
+        if not isinstance(name, str) or not name:
+            raise ConfigError(
+                f"tool_calls, number {number}, names no function: {shown(call)}; it has to be a "
+                f"list such as {form}"
+            )
 
 
 def _content(value: Any, key: str, calls: bool) -> str | None:
@@ -156,6 +176,33 @@ def conversation(messages: Sequence[Message]) -> Conversation:
     demo = last["content"]
     said = demo if demo is not None and demo.strip() and not last.get("tool_calls") else None
     return Conversation(asked=list(messages[:-1]), demo=said, ends_with_user=False)
+
+
+ASKED = "asked: "
+"""What the names of facts begin with that say how often a shape of conversation occurs."""
+MOST_SHAPES = 50
+"""So many of them are remembered of a table."""
+CALLS = "+tool_calls"
+
+
+def shape_of(messages: Sequence[Message]) -> str:
+    """Who speaks in a conversation, in order, such as "system user assistant+tool_calls tool". Of
+    turns that repeat themselves one: a chat template takes all of them or none."""
+    roles = (m["role"] + (CALLS if m.get("tool_calls") else "") for m in messages)
+    return re.sub(r"\b(user assistant )(?:user assistant )+", r"\1", " ".join(roles))
+
+
+def shape_facts(counts: Mapping[str, int]) -> dict[str, int]:
+    """How many conversations have which shape, as facts of a table."""
+    return {ASKED + shape: count for shape, count in Counter(counts).most_common(MOST_SHAPES)}
+
+
+def fact_parts(known: Mapping[str, int]) -> dict[str, dict[str, int]]:
+    """What is known of a table: "facts", which people read, and in "asked" shapes of conversations
+    to their numbers, where there are any."""
+    shapes = {n.removeprefix(ASKED): known[n] for n in known if n.startswith(ASKED)}
+    facts = {name: known[name] for name in known if not name.startswith(ASKED)}
+    return {"facts": facts} | ({"asked": shapes} if shapes else {})
 
 
 def check_system(source: Any, where: str) -> None:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -29,11 +30,14 @@ from posttrain.suites.location import CHANGED, Location, parse_location
 from posttrain.suites.messages import (
     Message,
     check_system,
+    fact_parts,
     from_cell,
     is_plain,
     looks_like_messages,
     message_list,
     read_messages,
+    shape_facts,
+    shape_of,
     with_system,
 )
 from posttrain.suites.records import read_records
@@ -98,7 +102,7 @@ class TableKind:
             if known is None:
                 _, known = self._read(config, location)
                 remember(cache, memory, known)
-            runtime["facts"] = known
+            runtime |= fact_parts(known)
         return NodeParts(config=plain(config, at=where), data=data, runtime=runtime)
 
     def build(
@@ -125,7 +129,8 @@ class TableKind:
         if data:
             # The plan before may have had no store yet.
             remember(cache, self._memory(config, data), facts)
-        return facts
+        told: Facts = fact_parts(facts)["facts"]
+        return told
 
     def _memory(self, config: Config, data: Mapping[str, str]) -> str:
         """The name under which the facts of a table are remembered."""
@@ -158,7 +163,8 @@ class TableKind:
         if tied:
             facts["tied"] = tied
         sizes = (len(text) for row in rows for text in texts(row))
-        return rows, facts | spread(sizes) | self.facts(config, rows)
+        asked = Counter(shape_of(row["messages"]) for row in rows if "messages" in row)
+        return rows, facts | spread(sizes) | self.facts(config, rows) | shape_facts(asked)
 
     def texts(self, config: Config, file: str) -> list[str]:
         """What a model will read of the rows of a table that lies at `file`. Raises ConfigError for

@@ -22,7 +22,7 @@ from typing import Any
 from posttrain.backends.prompting import FIRST
 from posttrain.engine.errors import ConfigError, shortened
 from posttrain.suites.cells import spread
-from posttrain.suites.messages import Message
+from posttrain.suites.messages import Message, shape_of
 from posttrain.suites.tables import LEFT_OUT, NO_DEMO, Row
 
 SPLITS = ("train", "validation", "heldout")
@@ -106,6 +106,8 @@ class Placement:
         self.fixed = {*tables, *without}
         self.counts: Counter[str] = Counter()
         """rows, duplicates, further_demos, and the notes of the rows."""
+        self.shapes: Counter[str] = Counter()
+        """Of conversations who speaks in them (`shape_of`), to how many there are."""
         self.lengths = array("q")
         """Characters of every row that counts."""
         self._problems: dict[str, _Problem] = {}
@@ -126,6 +128,8 @@ class Placement:
             ConfigError: a problem stands in two tables, or an id occurs twice.
         """
         self.counts["rows"] += 1
+        if "messages" in row.problem:
+            self.shapes[shape_of(row.asked)] += 1
         asked = [_alike(message) for message in row.asked]
         # Whoever speaks for the system: it is the same question.
         question = _digest(*chain.from_iterable(m for m in asked if m[0] not in FIRST))
