@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 from posttrain.backends.architecture import check_plain, path_of, positions_of
 from posttrain.backends.base import Head
 from posttrain.backends.chat import Chat
+from posttrain.backends.memory import is_out_of_memory
 from posttrain.engine.errors import ConfigError
 
 SCALAR = "ForSequenceClassification"
@@ -137,6 +138,9 @@ def _readable(path: Path, what: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        if is_out_of_memory(error):
+            # Nothing is wrong with the files.
+            raise
         raise ConfigError(
             f"{path}: transformers cannot load this checkpoint as {what} "
             f"({str(error).splitlines()[0]}); it must be a directory with config.json, "

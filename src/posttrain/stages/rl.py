@@ -49,6 +49,7 @@ from posttrain.stages.problems import ProblemSampler, reprofile_of
 from posttrain.stages.rollout import rollout, verified_mean, verifiers
 from posttrain.stages.rollout_log import RolloutLog
 from posttrain.stages.settings.rl import Rl
+from posttrain.stages.signs import cut_responses
 
 
 def run(settings: Rl, ctx: Context) -> dict[str, float]:
@@ -128,6 +129,7 @@ def run(settings: Rl, ctx: Context) -> dict[str, float]:
         # Log.
         metrics |= batch_metrics(sampled, judged=judge is not None)
         ctx.log(step + 1, settings.steps, tokens=tokens + sampled.num_tokens, **metrics)
+        cut_responses(ctx, ctx.history("finished_share"), s.steps, s.max_new_tokens, policy.chat)
     policy.finish()
     policy.save(ctx.out)
     return {"reward": ctx.metrics["reward"], "tokens": ctx.tokens}
