@@ -57,9 +57,8 @@ def run(settings: Rl, ctx: Context) -> dict[str, float]:
     pool = verifiers(ctx)
     policy = ctx.learner(settings)
     sampler = ctx.sampler(policy)
-    reference = None
-    if settings.kl is not None:
-        reference = ctx.scorer("start", precision=settings.precision)
+    precision = settings.precision
+    reference = None if settings.kl is None else ctx.scorer("start", precision=precision)
     critic = Critic(settings, ctx, policy) if settings.uses_critic else None
     judge = None if settings.verified_only else reward_function(settings, ctx, policy)
     aux = AuxData(settings, ctx, policy.chat)
