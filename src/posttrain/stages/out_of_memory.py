@@ -16,7 +16,7 @@ import torch
 import posttrain
 from posttrain.backends.memory import MEMORY, gibibytes, is_out_of_memory, sampling_memory, wanted
 
-SAMPLING, READING, LEARNING = "sampling responses", "reading rows", "an optimiser step"
+SAMPLING, READING, LEARNING = "sampling responses", "reading rows", "taking an optimiser step"
 LOADING, LOSS = "loading a model", "computing a loss"
 DOING = {
     **dict.fromkeys(("slots", "fused", "cache", "lockstep", "token_sampling"), SAMPLING),
