@@ -1,6 +1,10 @@
 """The log of a stage that prints without end."""
 
+import os
 import re
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,7 +12,7 @@ import pytest
 
 from posttrain.engine.errors import StageError
 from posttrain.engine.graph import Graph, Node
-from posttrain.engine.logs import LOG_BYTES, bound
+from posttrain.engine.logs import LOG_BYTES, bound, open_bounded, written_up
 from posttrain.engine.process import LOG, Failure
 from posttrain.engine.runner import run
 from posttrain.engine.store import Store
@@ -62,6 +66,44 @@ def test_a_stage_that_prints_60_mb(
     printed = [int(number) for number in re.findall(rb"^ *(\d+) xxx", text, re.MULTILINE)]
     # The last lines may fall into the moment of a cut.
     assert printed[0] == 1 and 59_900 < printed[-1] <= 60_000
+
+
+def test_a_burst_from_several_processes_stays_bounded(tmp_path: Path) -> None:
+    """60 MB as fast as three processes can write them: whoever is too fast waits."""
+    log, limit = tmp_path / "log.txt", 1_000_000
+    handle, writer = open_bounded(log, limit)
+    text = "import os\nfor _ in range(10): os.write(1, b'x' * 1_999_999 + b'\\n')"
+    loud = [subprocess.Popen([sys.executable, "-c", text], stdout=handle) for _ in range(3)]
+    os.close(handle)
+    largest = 0
+    while os.waitpid(writer, os.WNOHANG) == (0, 0):
+        largest = max(largest, log.stat().st_size)
+        time.sleep(0.001)
+    assert [process.wait() for process in loud] == [0, 0, 0]
+    # What a pipe holds comes on top, until it is cut.
+    assert 0 < max(largest, log.stat().st_size) <= limit + 2**16
+    assert b"bytes are left out here" in log.read_bytes()
+
+
+def test_what_was_printed_before_a_kill_is_in_the_log(tmp_path: Path) -> None:
+    log = tmp_path / "log.txt"
+    handle, writer = open_bounded(log)
+    text = "import os, signal; os.write(1, b'last words'); os.kill(os.getpid(), signal.SIGKILL)"
+    assert subprocess.run([sys.executable, "-c", text], stdout=handle).returncode == -9
+    os.close(handle)
+    written_up(log)
+    assert log.read_bytes() == b"last words"
+    os.waitpid(writer, 0)
+
+
+def test_a_log_that_somebody_still_holds_is_not_waited_for_long(tmp_path: Path) -> None:
+    log = tmp_path / "log.txt"
+    handle, writer = open_bounded(log)
+    began = time.monotonic()
+    written_up(log)
+    assert 1.0 < time.monotonic() - began < 10.0
+    os.close(handle)
+    os.waitpid(writer, 0)
 
 
 def test_a_stage_is_named_once() -> None:

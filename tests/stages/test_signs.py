@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from posttrain.backends.checkpoint import read_chat
 from posttrain.engine.work import read_warnings
 from posttrain.stages.config import build_config
 from posttrain.stages.context import Context
@@ -92,17 +93,23 @@ def test_a_judges_score_counts_in_place_of_the_reward(new_context: NewContext) -
     [([0.4] * 12, 20, "1 to 10"), ([0.4] * 2, 2, "1 to 2"), ([0.6] * 12, 20, None)],
 )
 def test_cut_responses(
-    new_context: NewContext, shares: list[float], total: int, steps: str | None
+    new_context: NewContext,
+    models: Mapping[str, str],
+    shares: list[float],
+    total: int,
+    steps: str | None,
 ) -> None:
+    chat = read_chat(models["one"])
     ctx = new_context()
     for step in range(len(shares)):
-        cut_responses(ctx, shares[: step + 1], total, 64)
+        cut_responses(ctx, shares[: step + 1], total, 64, chat)
     told = read_warnings(ctx.work)
     assert [text.partition(": ")[0] for text in told] == (
         [f"60 % of the responses of steps {steps} were cut off at max_new_tokens = 64"]
         if steps
         else []
     )
+    assert all("is '<|end|>' (4) or '!' (6) or" in text for text in told)
 
 
 class Sampled(dict[str, torch.Tensor]):
@@ -117,14 +124,16 @@ def batch(domain: str, finished: list[bool], reward: list[float]) -> Any:
     return found
 
 
-def test_responses_of_a_stage_that_samples(new_context: NewContext) -> None:
-    ctx = new_context()
+def test_responses_of_a_stage_that_samples(
+    new_context: NewContext, models: Mapping[str, str]
+) -> None:
+    ctx = new_context({"model": models["one"]})
     seen = Responses()
     seen.add(batch("cut", [True, False, False], [1.0, 0.0, 0.0]))
     for _ in range(2):
         seen.add(batch("flat", [True] * 8, [0.0] * 8))
         seen.add(batch("good", [True] * 8, [0.0] * 7 + [1.0]))
-    seen.tell(ctx, 32)
+    seen.tell(ctx, 32, dict.fromkeys(("cut", "flat", "good"), "model"))
     told = read_warnings(ctx.work)
     assert [text.partition(";")[0].partition(": they")[0] for text in told] == [
         "domain 'cut': 2 of 3 responses were cut off at max_new_tokens = 32",
@@ -163,6 +172,7 @@ def test_data_operators_tell_when_they_keep_next_to_nothing(
     run_stage: Callable[..., Any], tmp_path: Path
 ) -> None:
     row = {"domain": "d", "prompt": "p", "answer": "a", "finished": True, "num_tokens": 3}
+    row |= {"ids": [5, 4], "ids_of": "0" * 16}
     sampled = [
         row | {"id": str(n // 2), "response": f"r{n}", "reward": float(n == 0)} for n in range(64)
     ]

@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 from posttrain.backends.architecture import check_plain, path_of, positions_of
 from posttrain.backends.base import Head
 from posttrain.backends.chat import Chat
+from posttrain.backends.memory import is_out_of_memory
 from posttrain.backends.turn_end import TurnEnd, turn_end
 from posttrain.backends.vocabulary import TokenIds, drawable
 from posttrain.engine.errors import ConfigError
@@ -177,6 +178,9 @@ def _readable(path: Path, what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if is_out_of_memory(error):
+            # Nothing is wrong with the files.
+            raise
         # Whatever transformers, tokenizers and what they call make of files that are not as they
         # claim: they check few of the values in them.
         said = (str(error) or type(error).__name__).splitlines()[0]

@@ -28,6 +28,9 @@ MAX_TOKENS = 2048
 """Tokens of a forward pass: enough for matrix products at full speed, and few enough that what one
 layer writes is still in the processor's cache when the next one reads it."""
 
+HIDDEN_BYTES = 2**28
+"""What the hidden states of rows that are read may take before they become log-probabilities."""
+
 
 def forward_passes(
     model: Any,
@@ -63,6 +66,23 @@ def forward_passes(
         return
     for parts in flat_passes(batch, **sizes, group_rows=group_rows):
         yield FlatPass(parts=parts)
+
+
+def hidden_portions(batch: Batch, head: Head) -> Iterator[Batch]:
+    """The rows in portions whose hidden states at the sampled tokens take `HIDDEN_BYTES` at most,
+    or of one row; all together where they do."""
+    width_bytes = head.weight_VD.shape[1] * head.weight_VD.element_size()
+    most = max(1, HIDDEN_BYTES // width_bytes)
+    if batch.num_tokens <= most:
+        yield batch
+        return
+    first, tokens = 0, 0
+    for row, length in enumerate(batch.sampled_len_B.tolist()):
+        if tokens + length > most and row > first:
+            yield batch.select(torch.arange(first, row))
+            first, tokens = row, 0
+        tokens += length
+    yield batch.select(torch.arange(first, len(batch)))
 
 
 def sampled_logprobs(

@@ -25,15 +25,21 @@ from posttrain.backends.chat import Chat
 from posttrain.backends.checkpoint import LanguageModel, chat_of, has_score, load, output_head, save
 from posttrain.backends.cpu.fused import is_fusable
 from posttrain.backends.cpu.slots import Decoders, Slots
-from posttrain.backends.forward import MAX_TOKENS, forward_passes, read_hidden, sampled_logprobs
+from posttrain.backends.forward import (
+    MAX_TOKENS,
+    forward_passes,
+    hidden_portions,
+    read_hidden,
+    sampled_logprobs,
+)
 from posttrain.backends.lockstep import Lockstep
 from posttrain.backends.memory import rows_at_once, sampling_memory
 from posttrain.backends.padded import ForwardPass
 from posttrain.backends.precision import accumulate_to_master, computing_copy, copy_to_compute
 from posttrain.backends.scalar import load_scalar, save_scalar, scores_N
-from posttrain.backends.token_sampling import LocalSampling, SampleBuffer
+from posttrain.backends.token_sampling import LocalSampling, SampleBuffer, check_room
 from posttrain.backends.weights import Average, freeze_others
-from posttrain.engine.errors import ConfigError, StageError
+from posttrain.engine.errors import StageError
 from posttrain.losses.distill import teacher_top_k_targets
 from posttrain.rl.batch import Batch
 
@@ -127,9 +133,12 @@ class LocalScorer:
     @torch.no_grad()
     def logprobs(self, batch: Batch, *, temperature: float = 1.0) -> Tensor:
         """See `Scorer.logprobs`."""
-        hidden_ND = self.hidden(batch)
-        logp_N, _ = sampled_logprobs(hidden_ND, self.head, batch.to(hidden_ND.device), temperature)
-        return logp_N.cpu()
+        parts = []
+        for rows in hidden_portions(batch, self.head):
+            hidden_ND = self.hidden(rows)
+            there = rows.to(hidden_ND.device)
+            parts.append(sampled_logprobs(hidden_ND, self.head, there, temperature)[0].cpu())
+        return torch.cat(parts)
 
     @torch.no_grad()
     def top_k(self, batch: Batch, k: int, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -146,7 +155,8 @@ class LocalScorer:
     @torch.no_grad()
     def scores(self, batch: Batch) -> Tensor:
         """See `Scorer.scores`."""
-        return scores_N(self.hidden(batch), self.head).cpu()
+        portions = hidden_portions(batch, self.head)
+        return torch.cat([scores_N(self.hidden(rows), self.head).cpu() for rows in portions])
 
     def sync(self, policy: Learner) -> None:
         """See `Scorer.sync`. Raises TypeError and ValueError as `LocalSampler.sync`."""
@@ -228,7 +238,7 @@ class LocalSampler:
         top_p: float = 1.0,
     ) -> LocalSampling:
         """See `Sampler.stream`. Raises ConfigError if a prompt leaves no room for a response."""
-        self._check_lengths(prompts, max_new_tokens)
+        check_room(prompts, max_new_tokens, self.chat.max_positions)
         head = output_head(self.model, self.chat.ids)
         samples = SampleBuffer(
             prompts,
@@ -242,24 +252,11 @@ class LocalSampler:
             "temperature": temperature,
             "seed": seed,
             "top_p": top_p,
-            "max_rows": rows_at_once(
-                self.model,
-                tokens=samples.prompts_PT.shape[1] + max_new_tokens,
-                most=self.max_rows,
-                memory=self.memory,
-            ),
+            "max_rows": min(self.max_rows, rows_at_once(self.model, samples.width, self.memory)),
         }
         if self.fast_paths and is_fusable(self.model):
             return LocalSampling(samples, Slots(self.decoders, head, samples, **how))
         return LocalSampling(samples, Lockstep(self.model, head, samples, **how))
-
-    def _check_lengths(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-        longest, limit = max(map(len, prompts), default=0), self.chat.max_positions
-        if limit is not None and longest + max_new_tokens > limit:
-            raise ConfigError(
-                f"max_new_tokens = {max_new_tokens}: the longest prompt has {longest} tokens and "
-                f"the model has {limit} positions; the most that fits is {limit - longest}"
-            )
 
 
 class LocalLearner:

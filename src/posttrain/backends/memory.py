@@ -39,19 +39,27 @@ _SAYS = ("can't allocate memory", "Cannot allocate memory", "out of memory", "ba
 _SAYS += ("CUBLAS_STATUS_ALLOC_FAILED", "not enough memory")
 
 
-def sampling_memory(device: torch.device, environment: Mapping[str, str] = os.environ) -> int:
-    """Bytes that caches of sampling may take on a device. Raises ConfigError for a value of
-    `POSTTRAIN_MEMORY` that is no number of bytes."""
+def given_memory(environment: Mapping[str, str] = os.environ) -> int | None:
+    """The bytes that `POSTTRAIN_MEMORY` says, None where it is not there. Raises ConfigError for a
+    value that is no number of bytes."""
     text = environment.get(MEMORY, "").strip()
-    if text:
-        found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)(?:i?B)?", text, re.IGNORECASE)
-        size = 0 if found is None else int(float(found[1]) * UNITS[found[2].upper()])
-        if size <= 0:
-            raise ConfigError(
-                f"{MEMORY} = {text!r} is no number of bytes; write one such as 500M or 12G, or "
-                "leave the variable out"
-            )
-        return size
+    if not text:
+        return None
+    found = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,9})?) ?([KMGT]?)(?:i?B)?", text, re.IGNORECASE)
+    size = 0 if found is None else int(float(found[1]) * UNITS[found[2].upper()])
+    if size <= 0:
+        raise ConfigError(
+            f"{MEMORY} = {text[:40]!r} is no number of bytes; write one such as 500M or 12G, or "
+            "leave the variable out"
+        )
+    return size
+
+
+def sampling_memory(device: torch.device) -> int:
+    """Bytes that caches of sampling may take on a device. Raises as `given_memory`."""
+    given = given_memory()
+    if given is not None:
+        return given
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[1]) // DEVICE_SHARE
     return _machine_memory() // CPU_SHARE
@@ -60,11 +68,9 @@ def sampling_memory(device: torch.device, environment: Mapping[str, str] = os.en
 def _machine_memory() -> int:
     """Bytes that this process may use at most: what the machine has, or a limit below that."""
     sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    sizes += [
-        soft
-        for soft, _ in (resource.getrlimit(kind) for kind in (resource.RLIMIT_AS,))
-        if soft != resource.RLIM_INFINITY
-    ]
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY:
+        sizes.append(limit)
     for path in map(Path, LIMITS):
         try:
             sizes.append(int(path.read_text()))
@@ -74,11 +80,11 @@ def _machine_memory() -> int:
     return min(size for size in sizes if size > 0)
 
 
-def rows_at_once(model: Any, *, tokens: int, most: int, memory: int) -> int:
-    """How many rows of so many tokens fit into `memory` bytes; `most` at most, and one at least."""
+def rows_at_once(model: Any, tokens: int, memory: int) -> int:
+    """How many rows of so many tokens fit into `memory` bytes, one at least."""
     weight_VD = model.get_output_embeddings().weight
     row = GROWING * cache_bytes(model, tokens) + LOGITS_BYTES * len(weight_VD)
-    return max(1, min(most, int(memory // row)))
+    return max(1, int(memory // row))
 
 
 def cache_bytes(model: Any, tokens: int) -> int:

@@ -7,8 +7,8 @@ import json
 from typing import Any
 
 IGNORED = ("post_processor", "truncation", "padding")
-"""Parts of a tokenizer that decide neither which ids a text has nor which text ids have: responses
-are encoded without the tokens that a post-processor adds, and never cut or padded by a tokenizer."""
+"""Parts of a tokenizer that decide neither which ids a text has nor which text ids have: a response
+is encoded without the tokens that a post-processor adds, and no tokenizer cuts or pads it."""
 
 
 def tokens_digest(tokenizer: Any) -> str:

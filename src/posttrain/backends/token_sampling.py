@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from posttrain.engine.errors import ConfigError
 from posttrain.rl.batch import Batch, pad_rows, ragged_index
 
 FIRST_COLUMNS = 256
@@ -120,6 +121,16 @@ def _shift(value: Tensor, bits: int) -> Tensor:
     return (value >> bits) & ((1 << (64 - bits)) - 1)
 
 
+def check_room(prompts: Sequence[Sequence[int]], max_new_tokens: int, limit: int | None) -> None:
+    """Raise ConfigError where a prompt leaves no room for a response within `limit` positions."""
+    longest = max(map(len, prompts), default=0)
+    if limit is not None and longest + max_new_tokens > limit:
+        raise ConfigError(
+            f"max_new_tokens = {max_new_tokens}: the longest prompt has {longest} tokens and "
+            f"the model has {limit} positions; the most that fits is {limit - longest}"
+        )
+
+
 class SampleBuffer:
     """The tokens sampled so far for every row of a call, on the CPU, and the batch they make."""
 
@@ -138,6 +149,8 @@ class SampleBuffer:
         self.prompts_PT, self.prompt_len_P = pad_rows(prompts, pad_id)
         self.group_size, self.pad_id = group_size, pad_id
         self.max_new_tokens = max_new_tokens
+        self.width = self.prompts_PT.shape[1] + max_new_tokens
+        """The most tokens that a row can have."""
         self.is_stop_V = torch.zeros(num_ids, dtype=torch.bool)
         for token in stop_ids:
             if token < num_ids:

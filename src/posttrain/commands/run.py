@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -183,8 +184,8 @@ def choose(
     """How the stages that are not cached are run; without such stages torch is not imported.
 
     On CUDA one stage runs at a time by default: they would share the memory of one card. Raises
-    ConfigError for a device that is not there, `compile` on the CPU, and a precision that the
-    hardware does not compute.
+    ConfigError for a device that is not there, `compile` on the CPU, a precision that the hardware
+    does not compute, and a `POSTTRAIN_MEMORY` that is no number of bytes.
     """
     todo = [loaded.graph.nodes[row.name] for row in rows if row.action != "cached"]
     if not todo:
@@ -192,12 +193,15 @@ def choose(
     import torch
 
     from posttrain.backends.device import check_precision, choose_device, device_name
+    from posttrain.backends.memory import MEMORY, given_memory
     from posttrain.stages.worker import COMPILE, DEVICE
 
     chosen = choose_device(device, compile=compile)
     for precision in {node.config.get("precision", "float32") for node in todo}:
         check_precision(getattr(torch, precision), chosen)
     environment = {DEVICE: chosen.type} | ({COMPILE: "1"} if compile else {})
+    if given_memory() is not None:
+        environment[MEMORY] = os.environ[MEMORY]
     facts = {"device": device_name(chosen), "compile": compile}
     default = 1 if chosen.type == "cuda" else usable_cores()
     return How(jobs=jobs or default, environment=environment, facts=facts)

@@ -4,20 +4,26 @@
     --- 48120033 bytes are left out here ---
     <what it printed last>
 
-The processes of a stage append to the file through descriptors that they share, so it can be cut in
-place while they go on. What is written between the last look at its end and the cut gets lost.
+The processes of a stage print into a pipe that they share, and a small process beside them appends
+what comes to the file. Whoever prints faster than that waits, so the file is bounded in a burst as
+well; and as the process is none of theirs, what they printed before a crash or a kill gets into it.
 """
 
+import contextlib
+import fcntl
 import os
 import re
-import threading
+import signal
+import time
 from pathlib import Path
 from typing import Final
 
 LOG_BYTES: Final = 20_000_000
 """A longer log is cut to half of this: the first and the last quarter."""
-_PERIOD: Final = 0.05
-"""Seconds between two looks at its size."""
+_CHUNK: Final = 2**16
+"""What a pipe holds."""
+_PATIENCE: Final = 2.0
+"""Seconds that a log may take to be written up after its stage has ended."""
 _MARK_ROOM: Final = 64
 _MARK = re.compile(rb"^--- (\d+) bytes are left out here ---\n", re.MULTILINE)
 
@@ -58,14 +64,57 @@ def bound(log: Path, limit: int = LOG_BYTES) -> None:
         file.truncate(end)
 
 
-def keep_bounded(log: Path, limit: int = LOG_BYTES) -> None:
-    """Have a thread of this process cut its log whenever it is longer than `limit` bytes."""
+def open_bounded(log: Path, limit: int = LOG_BYTES) -> tuple[int, int]:
+    """A descriptor to print into what is to stand in the log, and the process that writes it there.
 
-    def watch() -> None:
-        while True:
-            pause.wait(_PERIOD)
-            if log.stat().st_size > limit:
+    The process ends when nobody has the descriptor any more. To be called before there are threads.
+    """
+    reading, writing = os.pipe()
+    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    # Of this opening of the file, so it goes on to the process below, and is free when that has
+    # ended; see `written_up`. Taken already only while the log of an earlier attempt is written up.
+    with contextlib.suppress(OSError):
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    writer = os.fork()
+    if writer == 0:
+        try:
+            # Apart from its group, which is killed as a whole when the stage ends.
+            os.setsid()
+            for ignored in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(ignored, signal.SIG_IGN)
+            os.dup2(reading, 0)
+            os.dup2(handle, 1)
+            # All else that it has inherited, such as the lock on the work directory.
+            os.closerange(2, os.sysconf("SC_OPEN_MAX"))
+            _write_up(log, limit)
+        finally:
+            os._exit(0)
+    os.close(reading)
+    os.close(handle)
+    return writing, writer
+
+
+def _write_up(log: Path, limit: int) -> None:
+    """Append to the log, descriptor 1, what comes from descriptor 0, until nobody is there to write
+    more."""
+    while text := os.read(0, _CHUNK):
+        # On a full disk the rest of the log gets lost, and the stage goes on as far as it can.
+        with contextlib.suppress(OSError):
+            view = memoryview(text)
+            while view:
+                view = view[os.write(1, view) :]
+            if os.fstat(1).st_size > limit:
                 bound(log, limit)
 
-    pause = threading.Event()
-    threading.Thread(target=watch, name="bound-log", daemon=True).start()
+
+def written_up(log: Path) -> None:
+    """Wait until the log of a stage that has ended is whole, and bounded; but not for long, for
+    something that the stage left behind may still print."""
+    deadline = time.monotonic() + _PATIENCE
+    with log.open("rb") as file:
+        while time.monotonic() < deadline:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except OSError:
+                time.sleep(0.002)

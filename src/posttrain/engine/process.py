@@ -40,13 +40,15 @@ from posttrain.engine.atomic import disk_full, free_space, is_disk_full, write_w
 from posttrain.engine.errors import ConfigError, PosttrainError, Waiting
 from posttrain.engine.fingerprint import plain
 from posttrain.engine.inputs import check_inputs
-from posttrain.engine.logs import bound, keep_bounded
+from posttrain.engine.logs import open_bounded, written_up
 from posttrain.engine.sockets import use_short_sockets
 from posttrain.engine.work import METRICS, RESULT, STAGE, Work, file_state, read_step, read_warnings
 
 LOG: Final = "log.txt"
 DISK_FULL_STATUS: Final = errno.ENOSPC
 """Exit status of a stage process that found no space left."""
+_LOG_SECONDS: Final = 0.5
+"""How long the end of a stage waits for its log."""
 _GRACE_SECONDS: Final = 5.0
 """How long a stage may take to end after SIGTERM."""
 
@@ -121,7 +123,7 @@ def stage_main(job: Job, execute: str, lock: SharedLock) -> None:
     # Ctrl-C in a terminal goes to the whole foreground group; only the runner is to act on it.
     os.setsid()
     work = Path(job.work)
-    _print_into(work / LOG)
+    writer = _print_into(work / LOG)
     _end_with_parent()
     os.environ.update(job.environment)
     try:
@@ -143,6 +145,7 @@ def stage_main(job: Job, execute: str, lock: SharedLock) -> None:
         if is_disk_full(error):
             os._exit(DISK_FULL_STATUS)
         raise
+    _leave_log(work / LOG, writer)
     if "metrics" not in result:
         sys.exit(1)
 
@@ -176,9 +179,10 @@ def _load_file(path: Path) -> ModuleType:
     return module
 
 
-def _print_into(log: Path) -> None:
-    """Send what Python and native code print to the log, line by line; it stays small."""
-    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+def _print_into(log: Path) -> int:
+    """Send what Python and native code print to the log, line by line; it stays small. Returns the
+    process that writes it."""
+    handle, writer = open_bounded(log)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
     os.close(handle)
@@ -186,8 +190,24 @@ def _print_into(log: Path) -> None:
     sys.stderr = open(2, "w", buffering=1, encoding="utf-8", closefd=False)  # noqa: SIM115
     # Only now, so that it writes into the log.
     faulthandler.enable()
-    keep_bounded(log)
     print(f"--- {datetime.now(UTC).isoformat(timespec='seconds')} process {os.getpid()}")
+    return writer
+
+
+def _leave_log(log: Path, writer: int) -> None:
+    """Wait for the process that writes the log: nobody else would. What is printed while this
+    process ends goes to the file itself. Where something else of the stage may still print, the
+    writer is left alone."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with contextlib.suppress(OSError):
+        handle = os.open(log, os.O_WRONLY | os.O_APPEND)
+        os.dup2(handle, 1)
+        os.dup2(handle, 2)
+        os.close(handle)
+    deadline = time.monotonic() + _LOG_SECONDS
+    while time.monotonic() < deadline and os.waitpid(writer, os.WNOHANG) == (0, 0):
+        time.sleep(0.001)
 
 
 def _end_with_parent() -> None:
@@ -303,7 +323,7 @@ class Running:
         code = self.process.exitcode
         log = self.work.path / LOG
         if log.exists():
-            bound(log)
+            written_up(log)
         path = self.work.path / RESULT
         result = json.loads(path.read_bytes()) if path.exists() else {}
         if code == 0 and "metrics" in result:

@@ -125,7 +125,7 @@ def run(settings: Distill, ctx: Context) -> dict[str, float]:
         for number, name in enumerate(teachers.names):
             metrics[f"rows/{name}"] = float((batch["teacher_B"] == number).sum())
         ctx.log(step + 1, settings.steps, tokens=batch.num_tokens, **s.scheduled(), **metrics)
-        cut_responses(ctx, ctx.history("finished_share"), settings.steps, s.max_new_tokens)
+        cut_responses(ctx, ctx.history("finished_share"), s.steps, s.max_new_tokens, policy.chat)
     policy.finish()
     policy.save(ctx.out)
     # Of the last step that learned; none did where all responses of all steps were left out.

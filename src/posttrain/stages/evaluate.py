@@ -38,6 +38,7 @@ from posttrain.stages.judging import judge_readers, make_reward, responses_of
 from posttrain.stages.lengths import Reader, fit_prompts
 from posttrain.stages.rollout import rollout, submit, verified_mean, verifiers
 from posttrain.stages.settings.models import Best, Evaluate
+from posttrain.stages.signs import ends
 from posttrain.stages.unverified import Behaviour, behaviours, judge_all, routes_of
 
 SINGLE = {"student", "init", "teachers"}
@@ -106,11 +107,12 @@ def all_answers(
         ended = [e for answer in own.values() for e in answer.responses["sampled"].finished]
         if 2 * ended.count(False) > len(ended):
             share = 100 * ended.count(False) / len(ended)
-            truncated.append(f"{share:.0f} % of {edge.partition('.')[2] or edge}")
+            name = edge.partition(".")[2] or edge
+            truncated.append(f"{share:.0f} % of {name}, which ends with {ends(sampler.chat)}")
     if truncated:
         ctx.warn(
             f"more than half of a model's responses at temperature 1 were cut at max_new_tokens = "
-            f"{settings.max_new_tokens} ({', '.join(truncated)}), and verifiers give a cut "
+            f"{settings.max_new_tokens} ({'; '.join(truncated)}), and verifiers give a cut "
             "response 0; raise max_new_tokens, or look whether the model ends its responses"
         )
     return answers

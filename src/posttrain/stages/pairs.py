@@ -33,7 +33,7 @@ from posttrain.stages.rows import (
     problems_of,
     read_rollouts,
 )
-from posttrain.stages.sampled_ids import taken
+from posttrain.stages.sampled_ids import taken, tell_without_ids
 from posttrain.stages.settings.data import Comparisons, Pairs
 from posttrain.stages.signs import few_kept
 
@@ -43,6 +43,7 @@ def run(settings: Pairs, ctx: Context) -> dict[str, float]:
     rewards (of both, in this order)."""
     judge, how = settings.judge, settings.how
     first, second = read_rollouts(ctx), read_rollouts(ctx, "against")
+    tell_without_ids(ctx, first + second)
     if judge is None and settings.compares_values:
         check_values(first + second, settings.by, ctx.name)
     if settings.min_chosen_reward is not None:

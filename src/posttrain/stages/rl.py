@@ -51,6 +51,7 @@ from posttrain.stages.problems import ProblemSampler, reprofile_of
 from posttrain.stages.rollout import rollout, verified_mean, verifiers
 from posttrain.stages.rollout_log import RolloutLog
 from posttrain.stages.settings.rl import Rl
+from posttrain.stages.signs import cut_responses
 
 
 def run(settings: Rl, ctx: Context) -> dict[str, float]:
@@ -58,9 +59,8 @@ def run(settings: Rl, ctx: Context) -> dict[str, float]:
     pool = verifiers(ctx)
     policy = ctx.learner(settings)
     sampler = ctx.sampler(policy)
-    reference = None
-    if settings.kl is not None:
-        reference = ctx.scorer("start", precision=settings.precision)
+    precision = settings.precision
+    reference = None if settings.kl is None else ctx.scorer("start", precision=precision)
     critic = Critic(settings, ctx, policy) if settings.uses_critic else None
     judge = None if settings.verified_only else reward_function(settings, ctx, policy)
     aux = AuxData(settings, ctx, policy.chat)
@@ -127,6 +127,7 @@ def run(settings: Rl, ctx: Context) -> dict[str, float]:
         # Log.
         metrics |= batch_metrics(sampled, judged=judge is not None)
         ctx.log(step + 1, settings.steps, tokens=tokens + sampled.num_tokens, **metrics)
+        cut_responses(ctx, ctx.history("finished_share"), s.steps, s.max_new_tokens, policy.chat)
     policy.finish()
     policy.save(ctx.out)
     return {"reward": ctx.metrics["reward"], "tokens": ctx.tokens}

@@ -19,7 +19,7 @@ from posttrain.engine.graph import named
 from posttrain.engine.jsonl import read_jsonl
 from posttrain.rewards.penalties import repeated_share
 from posttrain.stages.context import Context
-from posttrain.stages.sampled_ids import tell_without_ids, without_ids
+from posttrain.stages.sampled_ids import without_ids
 
 Row = dict[str, Any]
 Pair = dict[str, Any]
@@ -48,9 +48,7 @@ def edges(ctx: Context, edge: str) -> list[Path]:
 
 def read_rollouts(ctx: Context, edge: str = "rollouts") -> list[Row]:
     """The rollouts of all stages under `edge`, one stage after another."""
-    rows = [row for path in edges(ctx, edge) for row in read_jsonl(path / "rollouts.jsonl")]
-    tell_without_ids(ctx, rows)
-    return rows
+    return [row for path in edges(ctx, edge) for row in read_jsonl(path / "rollouts.jsonl")]
 
 
 def read_pairs(ctx: Context) -> dict[str, list[Pair]]:

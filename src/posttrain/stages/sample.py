@@ -25,7 +25,8 @@ PROMPTS_PER_CALL = 64
 
 def run(settings: Sample, ctx: Context) -> dict[str, float]:
     """Write rollouts.jsonl: problem, response, reward (null in a domain without a verifier),
-    finished, num_tokens, model, temperature."""
+    finished, num_tokens, model, temperature, and the
+    sampled token ids with whose they are (`sampled_ids.py`)."""
     verifier_pool = verifiers(ctx)
     seen = Responses()
     domains = list(ctx.domains)
@@ -54,7 +55,9 @@ def run(settings: Sample, ctx: Context) -> dict[str, float]:
                 rows += rollout_rows(batch, model=model, temperature=settings.temperature)
             done += 1
             ctx.log(done, total, tokens=tokens, **mean_reward(rows))
-    seen.tell(ctx, settings.max_new_tokens)
+    # The first model of a domain stands for all of them.
+    of = {name: edge_name("models", settings.routes[name][0]) for name in domains}
+    seen.tell(ctx, settings.max_new_tokens, of)
     write_jsonl(ctx.out / "rollouts.jsonl", rows)
     return {"rows": len(rows), **mean_reward(rows)}
 
@@ -84,7 +87,7 @@ def run_profile(settings: Profile, ctx: Context) -> dict[str, float]:
                 for problem, rate in zip(batch.problems[:: settings.n], rates, strict=True)
             ]
         ctx.log(number + 1, len(ctx.domains), tokens=tokens, reward=mean(rows, "rate"))
-    seen.tell(ctx, settings.max_new_tokens)
+    seen.tell(ctx, settings.max_new_tokens, dict.fromkeys(ctx.domains, "model"))
     write_jsonl(ctx.out / "profile.jsonl", rows)
     return {
         "rows": len(rows),

@@ -72,9 +72,7 @@ def response_ids(chat: Chat, shown: Asked, row: Row, field: str) -> list[int]:
     return chat.response(shown, row[field], row.get("mode")) if ids is None else ids
 
 
-def tell_encoded_anew(
-    ctx: Context, rows: Iterable[Row], chat: Chat, fields: Sequence[str]
-) -> None:
+def tell_encoded_anew(ctx: Context, rows: Iterable[Row], chat: Chat, fields: Sequence[str]) -> None:
     """Warn of responses that have ids which the model that learns cannot take."""
     sampled, anew = 0, 0
     for row in rows:

@@ -19,7 +19,7 @@ from posttrain.stages.rows import (
     read_rollouts,
     without_thought,
 )
-from posttrain.stages.sampled_ids import taken
+from posttrain.stages.sampled_ids import taken, tell_without_ids
 from posttrain.stages.settings.data import Select
 from posttrain.stages.signs import few_kept
 
@@ -27,6 +27,7 @@ from posttrain.stages.signs import few_kept
 def run(settings: Select, ctx: Context) -> dict[str, float]:
     """Write data.jsonl, rows of prompt and demo, from the rollouts of one stage or several."""
     rollouts = of_steps(settings, read_rollouts(ctx), ctx.name)
+    tell_without_ids(ctx, rollouts)
     if isinstance(settings.how, BestResponses | TopShare):
         check_values(rollouts, settings.how.by, ctx.name)
     if by_success(settings.how):

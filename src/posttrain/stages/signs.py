@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from posttrain.backends.chat import Chat
 from posttrain.rl.batch import Batch
 from posttrain.stages.context import Context
 from posttrain.stages.settings.rl import Rl
@@ -18,6 +19,8 @@ FEW = 0.05
 """The share of what a stage was given below which it keeps nearly nothing."""
 ENOUGH = 16
 """Of fewer things no share is told."""
+SHOWN = 4
+"""So many stop tokens are named."""
 
 
 def few_kept(ctx: Context, kept: int, total: int, what: str, fix: str) -> None:
@@ -27,12 +30,14 @@ def few_kept(ctx: Context, kept: int, total: int, what: str, fix: str) -> None:
         ctx.warn(f"it keeps {kept} of {total} {what} ({100 * kept / total:.1f} %); {fix}")
 
 
-def cut_responses(ctx: Context, shares: Sequence[float], total: int, max_new_tokens: int) -> None:
+def cut_responses(
+    ctx: Context, shares: Sequence[float], total: int, max_new_tokens: int, chat: Chat
+) -> None:
     """Warn where more than half of the responses of the newest steps, or of all in a short stage,
     were cut off.
 
     To be called after each of `total` steps: `shares` are what was finished in each so far,
-    `max_new_tokens` the limit in this one.
+    `max_new_tokens` the limit in this one, `chat` is that of the model.
     """
     newest = shares[-STEPS:]
     if len(newest) >= min(STEPS, total) and sum(newest) < 0.5 * len(newest):
@@ -41,15 +46,25 @@ def cut_responses(ctx: Context, shares: Sequence[float], total: int, max_new_tok
         when = f"steps {first} to {last}" if first < last else f"step {last}"
         ctx.warn(
             f"{100 * share:.0f} % of the responses of {when} were cut off at "
-            f"max_new_tokens = {max_new_tokens}: {_CUT}",
+            f"max_new_tokens = {max_new_tokens}: {_cut(chat)}",
             about="cut responses",
         )
 
 
-_CUT = (
-    "they have no end to learn and give no answer; raise it, or start from a model that ends its "
-    "responses (its stop tokens are in generation_config.json)"
-)
+def _cut(chat: Chat) -> str:
+    """What it means that responses were cut, and what would have ended them."""
+    return (
+        "they have no end to learn and give no answer; what ends a response of this model is "
+        f"{ends(chat)}; raise max_new_tokens, or start from a model that ends its responses "
+        "(generation_config.json says with which tokens)"
+    )
+
+
+def ends(chat: Chat) -> str:
+    """The tokens that end a response, for people: their texts and ids."""
+    shown = [f"{chat.text([token])!r} ({token})" for token in chat.stop_ids[:SHOWN]]
+    more = len(chat.stop_ids) - len(shown)
+    return " or ".join(shown) + (f" or one of {more} more" if more else "")
 
 
 class Responses:
@@ -67,13 +82,14 @@ class Responses:
             self.cut.setdefault(problem["domain"], []).append(not finished)
             self.rewards.setdefault(problem["domain"], []).append(reward)
 
-    def tell(self, ctx: Context, max_new_tokens: int) -> None:
-        """Warn of domains in which more than half was cut off, or all rewards are the same."""
+    def tell(self, ctx: Context, max_new_tokens: int, models: Mapping[str, str]) -> None:
+        """Warn of domains in which more than half was cut off, or all rewards are the same.
+        `models` are the edges of the domains' models."""
         for domain, cut in self.cut.items():
             if sum(cut) > 0.5 * len(cut):
                 ctx.warn(
                     f"domain {domain!r}: {sum(cut)} of {len(cut)} responses were cut off at "
-                    f"max_new_tokens = {max_new_tokens}: {_CUT}"
+                    f"max_new_tokens = {max_new_tokens}: {_cut(ctx.chat(models[domain]))}"
                 )
             rewards = self.rewards[domain]
             if len(rewards) >= ENOUGH and min(rewards) == max(rewards) and not all(cut):
@@ -85,12 +101,10 @@ class Responses:
 
 class RlWatch:
     """Watches the rollouts of an rl stage for domains whose rewards tell one response from another
-    in no step, and for responses that are cut off."""
+    in no step."""
 
     def __init__(self, ctx: Context) -> None:
         self.ctx = ctx
-        self.finished: list[float] = []
-        """The share of finished responses of each step."""
         self.steps: dict[str, int] = {}
         """Steps one after another, up to the newest, in which all rewards were alike."""
         self.seen: dict[str, list[float]] = {}
@@ -99,8 +113,6 @@ class RlWatch:
     def observe(self, s: Rl, rows: Sequence[Mapping[str, Any]]) -> None:
         """Take in what a step sampled, whole groups one after another as the rollout log has
         them."""
-        self.finished.append(sum(row["finished"] for row in rows) / len(rows))
-        cut_responses(self.ctx, self.finished, s.steps, s.max_new_tokens)
         size = s.group_size if s.by_group else 1
         groups: dict[str, list[list[float]]] = {}
         for start in range(0, len(rows), size):

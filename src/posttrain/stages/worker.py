@@ -17,6 +17,7 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
+from posttrain.engine.errors import StageError
 from posttrain.engine.process import Job
 from posttrain.engine.record import RECORD, Record, label_of
 from posttrain.engine.work import read_warnings, write_facts
@@ -58,6 +59,7 @@ def run_job(job: Job) -> dict[str, Any]:
 
     from posttrain.backends.device import check_precision
     from posttrain.stages.context import Context
+    from posttrain.stages.out_of_memory import in_words
 
     environment = os.environ | job.environment
     device = torch.device(environment.get(DEVICE, "cpu"))
@@ -85,8 +87,14 @@ def run_job(job: Job) -> dict[str, Any]:
             workers=workers,
         )
         stack.enter_context(closing(ctx))
-        metrics = run_stage(job, ctx)
-        ctx.finish()
+        try:
+            metrics = run_stage(job, ctx)
+            ctx.finish()
+        except (RuntimeError, OSError, MemoryError) as error:
+            told = in_words(error, stage=job.name, config=job.config, device=device)
+            if told is None:
+                raise
+            raise StageError(told) from error
     write_facts(ctx.work, **used(ctx.tokens, device))
     if kind_of(job.kind).is_model():
         write_card(job, ctx.out, metrics, read_warnings(ctx.work))
