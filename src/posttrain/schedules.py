@@ -26,6 +26,7 @@ from pydantic import (
     model_validator,
 )
 
+from posttrain.engine import exact
 from posttrain.engine.errors import ConfigError
 
 History = Callable[[str], Sequence[float]]
@@ -347,7 +348,11 @@ def plateaus(seen: Sequence[float], *, patience: int, gain: float) -> list[int]:
         if now - begin < 2 * patience:
             continue
         late, early = seen[now - patience : now], seen[now - 2 * patience : now - patience]
-        if sum(late) / patience - sum(early) / patience < gain:
+        rise = sum(late) / patience - sum(early) / patience
+        if abs(rise - gain) < exact.ROUNDING:
+            # So near that the rounding of the sums would decide.
+            rise = exact.difference(exact.mean(late), exact.mean(early))
+        if rise < gain:
             found.append(now)
             begin = now
     return found

@@ -25,6 +25,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from posttrain.engine.errors import ConfigError
+from posttrain.engine.exact import rounded
 from posttrain.rl.seeds import named_seed
 
 How = Literal["average", "task_arithmetic", "ties", "dare_linear", "dare_ties"]
@@ -87,7 +88,7 @@ def dare(
 def trim(delta: Tensor, density: float) -> Tensor:
     """The `density` numbers of largest size, one at least; the others are 0."""
     flat = delta.flatten()
-    count = max(1, round(density * flat.numel()))
+    count = max(1, rounded(density, flat.numel()))
     if count >= flat.numel():
         return delta
     kept = flat.abs().topk(count, sorted=False).indices

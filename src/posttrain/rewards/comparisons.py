@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from posttrain.engine.errors import ConfigError
+from posttrain.engine.exact import difference
 
 Row = Mapping[str, Any]
 Key = tuple[str, str, str | None]
@@ -99,7 +100,7 @@ def compared(
         best = sorted(rows, key=lambda row: -row["reward"])[:max_per_prompt]
         worst = sorted(rows, key=lambda row: row["reward"])
         for good, bad in zip(best, worst, strict=False):
-            if good["reward"] - bad["reward"] <= min_margin:
+            if difference(good["reward"], bad["reward"]) <= min_margin:
                 break
             texts = [str(good["response"]), str(bad["response"])]
             digest = hashlib.sha256(json.dumps([domain, problem_id, *texts]).encode()).digest()

@@ -28,6 +28,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from posttrain.engine import exact
 from posttrain.engine.errors import ConfigError, choices_text
 from posttrain.rewards.penalties import groups
 from posttrain.schedules import AnySchedule, Schedule, is_schedule, parse_schedule
@@ -347,7 +348,7 @@ class Gate(Judge):
     def score(self, scoring: Scoring) -> list[float]:
         """A branch that no response takes is not asked."""
         below = scoring.value(self.below)
-        low = [value < below for value in scoring.scores(self.condition)]
+        low = [exact.below(value, below) for value in scoring.scores(self.condition)]
         then = scoring.scores(self.then) if any(low) else []
         otherwise = [] if all(low) else scoring.scores(self.otherwise)
         return [then[row] if takes else otherwise[row] for row, takes in enumerate(low)]

@@ -8,7 +8,6 @@ only rows that share such a gram are compared.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
@@ -19,6 +18,7 @@ from posttrain.algorithms import Near
 from posttrain.backends.prompting import Problem, learned_rows, shown_text
 from posttrain.backends.token_ids import tokens_digest
 from posttrain.engine.errors import ConfigError
+from posttrain.engine.exact import difference, rounded_up
 from posttrain.engine.jsonl import read_jsonl, write_jsonl
 from posttrain.stages.context import Context
 from posttrain.stages.data import Pool
@@ -120,7 +120,7 @@ def distance(settings: Filter, rate: float, other: float | None) -> float:
     if other is not None:
         far += outside(other, settings.against_low, settings.against_high)
         if settings.min_gain is not None:
-            far += max(0.0, settings.min_gain - (rate - other))
+            far += max(0.0, settings.min_gain - difference(rate, other))
     return far
 
 
@@ -268,7 +268,7 @@ def first_of_similar(texts: list[str], near: Near) -> list[int]:
     for position, found in enumerate(sets):
         rarest = sorted(found, key=lambda gram: (frequency[gram], gram))
         # Prefix filtering: two sets that are so much alike share one of the rarest grams of each.
-        prefix = rarest[: len(found) - math.ceil(near.similarity * len(found) - 1e-9) + 1]
+        prefix = rarest[: len(found) - rounded_up(near.similarity, len(found)) + 1]
         candidates = {other for gram in prefix for other in holders.get(gram, ())}
         if any(jaccard(found, sets[other]) >= near.similarity for other in candidates):
             continue

@@ -93,7 +93,7 @@ def run(settings: Distill, ctx: Context) -> dict[str, float]:
         batch["domain_B"] = torch.tensor([domains.index(p["domain"]) for p in batch.problems])
         batch["loss_weight_B"] = loss_weights(s, domains, batch)
         # Where nobody verifies the reward is the same for all, and its advantage 0.
-        reward_B = batch["reward_B"].nan_to_num(nan=0.0)
+        reward_B = batch["reward_B"].float().nan_to_num(nan=0.0)
         batch["advantage_B"] = advantages(reward_B, batch["group_B"], mode="group_mean")
         # Update: one optimiser step on each share of the rows.
         no_states = isinstance(s.estimator, SampledToken | TopK)

@@ -271,8 +271,8 @@ class Answers:
             # One per response -> [problems, samples]; samples of a problem are neighbours.
             by_problem = sampled["reward_B"].reshape(self.count, -1)
             self.scores = Scores(
-                sampled=by_problem.mean(dim=1).double().numpy(),
-                greedy=greedy["reward_B"].double().numpy(),
+                sampled=by_problem.mean(dim=1).numpy(),
+                greedy=greedy["reward_B"].numpy(),
             )
         else:
             self.responses = {d: replace(r, verdicts=None) for d, r in self.responses.items()}
@@ -368,7 +368,7 @@ def run_best(settings: Best, ctx: Context) -> dict[str, Any]:
         rewards = [reward for reward in found if reward is not None]
         about = {"reward": float(np.mean(rewards))} if rewards else {}
         ctx.log(number + 1, len(names), tokens=tokens, **about)
-    worths = {name: [b["reward_B"].double() for b in of_it] for name, of_it in answers.items()}
+    worths = {name: [b["reward_B"] for b in of_it] for name, of_it in answers.items()}
     if settings.judge is not None:
         worths = judge_scores(settings.judge, settings, ctx, answers)
     found = {
@@ -420,7 +420,7 @@ def measured(
         count = int(batch["group_B"].max()) + 1
         means.append(net_B.reshape(count, -1).mean(dim=1).numpy())
     interval = mean_interval(means, resamples=settings.bootstrap, seed=settings.seed)
-    means_B = (verified_mean(batch["reward_B"].double()) for batch in answers)
+    means_B = (verified_mean(batch["reward_B"]) for batch in answers)
     rewards = {n: r for n, r in zip(domains, means_B, strict=True) if r is not None}
     length = sum(batch.num_tokens for batch in answers) / sum(map(len, answers))
     reward = {"reward": float(np.mean(list(rewards.values())))} if rewards else {}

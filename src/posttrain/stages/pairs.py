@@ -14,6 +14,7 @@ from typing import Any
 
 from posttrain.algorithms import AllPairs, BestAgainstWorst, RandomPairs, StrongAgainstWeak
 from posttrain.engine.errors import ConfigError
+from posttrain.engine.exact import difference
 from posttrain.engine.jsonl import write_jsonl
 from posttrain.rewards.comparisons import build_comparisons
 from posttrain.rewards.judge_base import Judge
@@ -184,7 +185,7 @@ def fits(settings: Pairs, chosen: Row, rejected: Row) -> bool:
     if chosen["response"] == rejected["response"]:
         return False
     if settings.compares_values:
-        margin = chosen[settings.by] - rejected[settings.by]
+        margin = difference(chosen[settings.by], rejected[settings.by])
         if margin <= 0 or margin < (settings.how.min_margin or 0):
             return False
     return filtered(settings, chosen, rejected)

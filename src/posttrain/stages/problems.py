@@ -22,6 +22,7 @@ from posttrain.algorithms import Band, Gaussian, InTurn, Reprofile
 from posttrain.backends.prompting import Problem, asked, asked_key
 from posttrain.engine.atomic import write_whole
 from posttrain.engine.errors import ConfigError
+from posttrain.engine.exact import mean
 from posttrain.engine.jsonl import read_jsonl
 from posttrain.rl.advantage import zero_variance
 from posttrain.rl.batch import Batch, concatenate
@@ -374,7 +375,8 @@ def reprofile_due(how: Reprofile, step: int, reward: Sequence[float]) -> bool:
 def _groups(batch: Batch, size: int) -> Iterator[tuple[Problem, bool]]:
     """The problem of each group of `size` neighbouring rows, and whether its rewards are alike."""
     # From one flag per row to one per group.
-    alike = zero_variance(batch["reward_B"], batch["group_B"])[::size].tolist()
+    # In the type in which advantages are computed.
+    alike = zero_variance(batch["reward_B"].float(), batch["group_B"])[::size].tolist()
     return zip(batch.problems[::size], alike, strict=True)
 
 
@@ -387,7 +389,7 @@ def _rows_of_groups(numbers: Sequence[int], size: int) -> Tensor:
 
 def _means(values: Sequence[float], size: int) -> list[float]:
     """The mean of each `size` values."""
-    return [sum(values[i : i + size]) / size for i in range(0, len(values), size)]
+    return [mean(values[i : i + size]) for i in range(0, len(values), size)]
 
 
 def _whole(row: Row) -> tuple[str, Any, str | None]:

@@ -28,6 +28,7 @@ from posttrain.backends.chat import Chat
 from posttrain.backends.prompting import asked, asked_key
 from posttrain.backends.scalar import rewards_B, scores_N
 from posttrain.engine.errors import ConfigError
+from posttrain.engine.exact import rounded
 from posttrain.losses.reward import bradley_terry, pointwise, prompt_weights
 from posttrain.rl.batch import Batch
 from posttrain.schedules import learning_rate
@@ -277,7 +278,7 @@ def hold_out(
     held: dict[str, list[Pair]] = {}
     for position, (domain, pairs) in enumerate(by_domain.items()):
         prompts = list(dict.fromkeys(_prompt(pair)[:2] for pair in pairs))
-        count = min(len(prompts) - 1, max(1, round(share * len(prompts)))) if share > 0 else 0
+        count = min(len(prompts) - 1, max(1, rounded(share, len(prompts)))) if share > 0 else 0
         order = np.random.default_rng([seed, position]).permutation(len(prompts))
         chosen = {prompts[place] for place in order[:count]}
         kept[domain] = [pair for pair in pairs if _prompt(pair)[:2] not in chosen]

@@ -86,7 +86,7 @@ def run(settings: Rl, ctx: Context) -> dict[str, float]:
             if judge is not None:
                 at = methodcaller("at", step, settings.steps, ctx.history)
                 scores, said = judge.score(responses_of(drawn), at)
-                drawn["reward_B"] = torch.tensor(scores, dtype=torch.float32)
+                drawn["reward_B"] = torch.tensor(scores, dtype=torch.float64)
                 for label, values in said.items():
                     judged.setdefault(label, []).extend(values)
             draws.append(drawn)
@@ -244,7 +244,7 @@ def add_advantages(s: Rl, batch: Batch, critic: Critic | None) -> dict[str, floa
     (InstructGPT, arXiv 2203.02155, Eq. 2), and as a sum over the response elsewhere. The advantages
     of a critic are whitened over the tokens of the rows that are trained on.
     """
-    row_N, reward_B, metrics = batch.row_N, batch["reward_B"], {}
+    row_N, reward_B, metrics = batch.row_N, batch["reward_B"].float(), {}
     kl_N = scale_B = None
     if s.kl is not None and s.kl.where == "reward":
         assert s.kl.estimator != "unbiased", "refused with where = reward"
@@ -301,7 +301,7 @@ def rows_to_train(s: Rl, batch: Batch) -> Tensor:
     """bool for each row: whether the policy learns from it."""
     train_B = torch.ones(len(batch), dtype=torch.bool)
     if s.drop_zero_variance and s.by_group and not _learns_without_contrast(s):
-        train_B = ~zero_variance(batch["reward_B"], batch["group_B"])
+        train_B = ~zero_variance(batch["reward_B"].float(), batch["group_B"])
     if s.mask_unfinished:
         train_B &= batch["finished_B"]
     return train_B

@@ -60,9 +60,10 @@ def rollout(
     """Sample a group per problem and score every response with its domain's verifier.
 
     Columns: `group_B` (int64, which of `problems` a row answers), `verified_B` and `reward_B`
-    (float32, the verifier's score in [0, 1], NaN in a domain without one; another judge may replace
-    the reward), `tokenizer_B` and `begun_B` (int64: whose ids the tokens are, and how many of a
-    row's prompt begin its response; see `sampled_ids_of`), and the sampler's own.
+    (float64, so that .9 is the .9 that the verifier said; its score in [0, 1], NaN in a domain
+    without one; another judge may replace the reward), `tokenizer_B` and `begun_B` (int64: whose
+    ids the tokens are, and how many of a row's prompt begin its response; see `sampled_ids_of`),
+    and the sampler's own.
 
     Responses are verified, and read by a `reader`, as they end, beside those still being sampled. A
     response that was cut at the length limit scores 0: it has not given its answer. So does one
@@ -98,9 +99,11 @@ def rollout(
             ended = [row for row, whole in zip(index, complete, strict=True) if whole]
             pending += submit(verifiers, ended, texts, rows)
     unverified = frozenset() if verifiers is None else verifiers.unverified
-    verified_B = torch.tensor([NAN if row["domain"] in unverified else 0.0 for row in rows])
+    verified_B = torch.tensor(
+        [NAN if row["domain"] in unverified else 0.0 for row in rows], dtype=torch.float64
+    )
     for part, scores in pending:
-        verified_B[part] = torch.tensor(scores.result(), dtype=torch.float32)
+        verified_B[part] = torch.tensor(scores.result(), dtype=torch.float64)
     batch = sampling.batch()
     batch.problems.extend(rows)
     batch.texts.extend(texts)

@@ -8,6 +8,7 @@ from itertools import chain
 from typing import Any
 
 from posttrain.backends.prompting import Problem, in_modes
+from posttrain.engine import exact
 from posttrain.engine.graph import edge_name
 from posttrain.engine.jsonl import write_jsonl
 from posttrain.rewards.pool import VerifierPool
@@ -81,7 +82,10 @@ def run_profile(settings: Profile, ctx: Context) -> dict[str, float]:
         ):
             tokens += batch.num_tokens
             seen.add(batch)
-            rates = batch["reward_B"].double().reshape(-1, settings.n).mean(dim=1).tolist()
+            # One per response -> one per problem.
+            rates = [
+                exact.mean(group) for group in batch["reward_B"].reshape(-1, settings.n).tolist()
+            ]
             rows += [
                 pick(problem, "id", "domain", "mode") | {"rate": rate, "samples": settings.n}
                 for problem, rate in zip(batch.problems[:: settings.n], rates, strict=True)

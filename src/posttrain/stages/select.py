@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from posttrain.algorithms import BestResponses, Correct, Selection, ShortestCorrect, TopShare
 from posttrain.engine.errors import ConfigError
+from posttrain.engine.exact import rounded_up
 from posttrain.engine.jsonl import write_jsonl
 from posttrain.stages.context import Context
 from posttrain.stages.rows import (
@@ -107,7 +108,7 @@ def top_share(how: TopShare, problems: Sequence[list[Row]]) -> list[Row]:
     """The best `share` of all rows, rounded up, equal ones as they come; then the limit."""
     rows = [row for of_problem in problems for row in of_problem]
     order = sorted(range(len(rows)), key=lambda i: -rows[i][how.by])
-    best = set(order[: math.ceil(how.share * len(rows))])
+    best = set(order[: rounded_up(how.share, len(rows))])
     taken: dict[object, list[Row]] = {}
     for i in order:
         of_problem = taken.setdefault(key_of(rows[i]), [])

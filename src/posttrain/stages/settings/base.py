@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_va
 
 from posttrain.algorithms import AdamW, Aggregation, Aux, CosineDecay, Decay, TokenMean
 from posttrain.backends.prompting import Mode, check_hint
+from posttrain.engine.exact import exact
 from posttrain.schedules import is_schedule
 from posttrain.values import changing
 
@@ -118,7 +119,9 @@ class Lengths(BaseModel):
 
     def num_steps(self, num_rows: int, batch_size: int) -> int:
         """The steps of the stage, with `num_rows` in a pass over its data."""
-        return self.steps or math.ceil((self.epochs or 0) * num_rows / batch_size)
+        if self.steps is not None:
+            return self.steps
+        return math.ceil(exact(self.epochs or 0) * num_rows / batch_size)
 
     def check_schedules(self) -> None:
         """Raise ValueError where the steps of a pass would not be known before."""
