@@ -301,7 +301,7 @@ def test_a_problem_that_cannot_be_judged_is_named(math_pool: VerifierPool, tmp_p
 
 def test_of_many_that_cannot_be_judged_ten_are_named(tmp_path: Path) -> None:
     with VerifierPool({"texts": domain(tmp_path / "texts", "exact")}, num_workers=1) as pool:
-        with pytest.raises(StageError, match="25 answers .*; the first 10:") as error:
+        with pytest.raises(StageError, match=r"25 answers .*; the first 10:") as error:
             pool.check("texts", [problem(number, "") for number in range(25)])
         assert len(str(error.value).splitlines()) == 11
 

@@ -1,6 +1,7 @@
 """Domains: disjoint splits, identity, checks at plan time, and the artifact that is built."""
 
 import dataclasses
+import functools
 import json
 import re
 import subprocess
@@ -14,7 +15,9 @@ from posttrain.engine.errors import ConfigError, PosttrainError, StageError
 from posttrain.engine.fingerprint import digest, file_digest
 from posttrain.rewards import spec as spec_module
 from posttrain.rewards.formats import FORMATS, TextFormat
+from posttrain.rewards.pool import VerifierPool
 from posttrain.rewards.verifiers import load_verifier
+from posttrain.suites import build as build_module
 from posttrain.suites.build import build_domain
 from posttrain.suites.domain import (
     Domain,
@@ -615,3 +618,26 @@ def test_the_libraries_behind_math_are_in_the_identity(tmp_path, monkeypatch):
     for other in ("exact", "choice"):
         config = domain_node(table(other, train="t.jsonl"), tmp_path).config["verifier"]
         assert config == {"name": other, "options": {}}, "theirs is what it was"
+
+
+@pytest.mark.parametrize("body", ["    time.sleep(600)", "    return 1.0\ntime.sleep(600)"])
+def test_a_verifier_that_never_returns_is_stopped_while_its_domain_is_built(
+    tmp_path, monkeypatch, body
+):
+    """In the function, or while its file is loaded."""
+    monkeypatch.setattr(
+        build_module, "VerifierPool", functools.partial(VerifierPool, python_seconds=1.0)
+    )
+    write_rows(tmp_path / "t.jsonl", numbered(100))
+    (tmp_path / "grade.py").write_text(f"import time\ndef score(response, problem):\n{body}\n")
+    late = r"took longer than 1 s over problem mine-|could not be asked: .* was not ready in time"
+    with pytest.raises(StageError, match=rf"its verifier python:grade\.py:score ({late})"):
+        build(table("python:grade.py:score", train="t.jsonl"), tmp_path, tmp_path / "out")
+
+
+def test_the_library_behind_a_table_of_reasoning_gym_is_in_the_identity(tmp_path):
+    write_rows(tmp_path / "t.jsonl", numbered(100))
+    domain = table("reasoning_gym:chain_sum", train="t.jsonl")
+    assert "reasoning-gym" in domain_node(domain, tmp_path).config["verifier"]["libraries"]
+    config = domain_node(sums(), tmp_path).config
+    assert "libraries" not in config["verifier"], "its source says the version"
