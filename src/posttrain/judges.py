@@ -13,13 +13,16 @@ subtracted. Raises ConfigError for values that do not fit.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from posttrain.engine.errors import ConfigError
 from posttrain.rewards import judge_kinds as kinds
-from posttrain.rewards.judge_base import EDGE
 from posttrain.rewards.judge_base import Judge as Judge
+from posttrain.rewards.judge_fields import EDGE
+from posttrain.rewards.own_judge import read_judge
 
 Maker = Callable[..., Judge]
 """Makes a judge from the fields of its class, by position or by name."""
@@ -111,6 +114,26 @@ def compare(
     asking = kinds.Compare(model=_edge("compare", judge), **how)
     asking._stage = judge
     return asking
+
+
+def python(place: str) -> Judge:
+    """A function of your own, `"file.py:function"`: it gets the response and the problem row, by
+    name `num_tokens`, `finished` and `step` where it takes them, and returns a number or a bool.
+
+    The path is relative to the file that calls this, else to the working directory. The text of the
+    file is part of the identity, and of the files that it names in `DATA_FILES`, which lie beside
+    it. It runs in worker processes, as a python verifier does. Raises ConfigError for a file that
+    is missing or does not parse, or has no such function.
+    """
+    where = f"judges.python({place!r})"
+    file, _, function = place.rpartition(":")
+    if not file.endswith(".py") or not function.isidentifier():
+        raise ConfigError(f"{where}: write it as 'file.py:function'")
+    path = Path(file).expanduser()
+    if not path.is_absolute():
+        beside = Path(sys._getframe(1).f_code.co_filename).parent / path
+        path = beside if beside.is_file() else path
+    return kinds.Python(**read_judge(path, function, where=where))
 
 
 def normalised(*judges: Judge) -> Judge:

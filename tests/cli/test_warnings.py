@@ -67,12 +67,12 @@ def test_of_a_stage_that_fails_too(cli: Callable[..., Any]) -> None:
 
 
 def test_of_a_verifier_that_tells_nothing_apart(cli: Callable[..., Any], place: Path) -> None:
-    (place / "grade.py").write_text("def score(response, problem):\n    return 1.0\n")
+    (place / "grade.py").write_text("def score(response, problem):\n    return 0.5\n")
     suite = place / "pairs.toml"
     suite.write_text(suite.read_text().replace('"exact"', '"python:grade.py:score"', 1))
     told = cli("run", *WARY, "--json").json["warnings"]
     (one,) = [warning for warning in told if warning["stage"] == "sums"]
-    assert one["text"].startswith("its verifier gives 1 to right and to wrong responses alike")
+    assert one["text"].startswith("its verifier gives 0.5 to right and to wrong responses alike")
 
 
 def test_every_stage_of_a_recipe_without_leftovers_is_needed(cli: Callable[..., Any]) -> None:

@@ -132,7 +132,29 @@ def test_parts_within_domains_are_told_together() -> None:
     judge = judges.by_domain({"a": VERIFIER - cost["a"], "b": VERIFIER - cost["b"] + ORACLE})
     total, parts = reward(judge, right(), taste()).score(RESPONSES)
     assert total == [1, 0, 5, 9]
-    assert parts == {"verifier": [1, 0, 1, 1], "length": [0, 0, 0, 0], "oracle": [4, 8]}
+    assert parts == {
+        "verifier": [1, 0, 1, 1],
+        "length": [0, 0],
+        "length.2": [0, 0],
+        "oracle": [4, 8],
+    }
+
+
+def test_every_judge_inside_has_a_name_of_its_own() -> None:
+    """Of sums, gates, domains and first and second, also where a branch is not taken; a judge that
+    occurs twice is one."""
+    short, long = judges.format("^.{3}$"), judges.format("e")
+    judge = judges.gate(judges.finished(), below=0.5, then=short, otherwise=long) + short
+    judge = judge + judges.lexicographic(judges.constant(1), judges.constant(2))
+    judge = judge + judges.whitened(judges.by_domain({"a": long, "b": judges.length(budget=6)}))
+    made = RewardFunction(judge, {})
+    names = ["finished", "format", "format.2", "constant", "constant.2", "length"]
+    assert list(made.labels.values()) == names
+    _, parts = made.score(RESPONSES)
+    assert sorted(parts) == sorted(names)
+    assert parts["format"] == [1, 1, 0, 0] and parts["length"] == [0.5, 1]
+    done = RESPONSES.select([0, 2, 3])
+    assert "format" in made.score(done)[1], "its number does not depend on what is asked"
 
 
 def test_portions_keep_groups_together() -> None:

@@ -299,6 +299,21 @@ def test_a_problem_that_cannot_be_judged_is_named(math_pool: VerifierPool, tmp_p
             pool.check("texts", [problem(0, "a"), problem(1, " ")])
 
 
+def test_of_many_that_cannot_be_judged_ten_are_named(tmp_path: Path) -> None:
+    with VerifierPool({"texts": domain(tmp_path / "texts", "exact")}, num_workers=1) as pool:
+        with pytest.raises(StageError, match=r"25 answers .*; the first 10:") as error:
+            pool.check("texts", [problem(number, "") for number in range(25)])
+        assert len(str(error.value).splitlines()) == 11
+
+
+def test_an_answer_that_all_nonsense_satisfies_is_named(tmp_path: Path) -> None:
+    path = domain(tmp_path / "texts", "regex", from_answer=True)
+    with VerifierPool({"texts": path}, num_workers=1) as pool:
+        pool.check("texts", [problem(0, r"\d"), problem(1, "[a-z]")], ["?!", "abc"])
+        with pytest.raises(StageError, match=r"^problem p1: with the answer '\.' .*such as '\?!'"):
+            pool.check("texts", [problem(0, "a"), problem(1, ".")], ["?!", "abc"])
+
+
 def test_what_a_verifier_prints_or_reads_does_not_get_into_the_replies(python_pool: Made) -> None:
     pool = python_pool(
         "import os, sys\n"

@@ -10,12 +10,16 @@ from typing import Any
 import pytest
 
 from posttrain import judges
-from posttrain.engine.errors import ConfigError, Waiting
+from posttrain.engine.errors import ConfigError, StageError, Waiting
 from posttrain.rewards.oracle import Oracle
 from posttrain.rewards.pool import VerifierPool
 from posttrain.stages import judging
 from posttrain.stages.config import build_config
 
+OWN = """
+def mark(response, problem, num_tokens, step):
+    return num_tokens + 100 * (step is None) - problem["answer"].count("x")
+"""
 TEXTS = ("abc", "A bc", "7", "x" * 9)
 SHORT = judges.length(budget=10) * -1.0
 
@@ -257,3 +261,36 @@ def test_a_comparing_judge_compares_the_candidates(
 def test_judges_that_cannot_be_asked(kind: str, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build_config(kind, "mine", settings)
+
+
+def test_score_logs_the_parts_of_a_reward_by_name(ask: Callable[..., Any]) -> None:
+    """Two costs of one kind have names of their own; a reward that is one judge has no parts."""
+    reward = judges.verifier() - judges.length(budget=3) - judges.length(budget=1)
+    (line,) = ask("score", reward).lines
+    parts = [line[f"judge/{name}"] for name in ("verifier", "length", "length.2")]
+    assert line["score"] == pytest.approx(parts[0] - parts[1] - parts[2])
+    assert parts[1] < parts[2]
+    (line,) = ask("score", judges.verifier()).lines
+    assert not [key for key in line if key.startswith("judge/")]
+
+
+def test_a_judge_of_ones_own_scores_rollouts(ask: Callable[..., Any], tmp_path: Path) -> None:
+    """It sees the problem and the number of tokens; rollouts of no training have no step."""
+    (tmp_path / "own.py").write_text(OWN)
+    own = judges.python(str(tmp_path / "own.py:mark"))
+    rows = rows_of(ask("score", own).out / "rollouts.jsonl")
+    assert [row["score"] for row in rows[:4]] == [len(text) + 101 for text in TEXTS]
+    weighed = rows_of(ask("score", 0.5 * own - judges.finished()).out / "rollouts.jsonl")
+    assert [row["score"] for row in weighed[:4]] == [(len(t) + 101) / 2 - 1 for t in TEXTS]
+
+
+def test_a_judge_of_ones_own_may_not_read_what_it_does_not_declare(
+    ask: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    (here / "table.txt").write_text("1")
+    (here / "own.py").write_text("def mark(r, p):\n    return float(open('table.txt').read())\n")
+    with pytest.raises(StageError, match=r"judges\.python: own\.py reads 'table\.txt'.*DATA_FILES"):
+        ask("score", judges.python("own.py:mark"))

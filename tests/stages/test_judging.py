@@ -174,6 +174,20 @@ def test_rl_logs_the_parts_of_its_reward(
     assert not [key for line in plain.lines for key in line if key.startswith("judge/")]
 
 
+def test_a_judge_of_ones_own_sees_the_step_that_sampled(
+    run_stage: Callable[..., Any],
+    models: Mapping[str, str],
+    domains: Mapping[str, str],
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "own.py").write_text("def mark(response, problem, *, step):\n    return step / 4\n")
+    reward = judges.verifier() + judges.python(str(tmp_path / "own.py:mark"))
+    settings = {"steps": 3, "prompts_per_step": 2, "group_size": 2, "max_new_tokens": 3}
+    edges = {"start": models["start"], **domains}
+    ran = run_stage("rl", settings | {"lr": 0.01, "reward": reward.to_json()}, edges)
+    assert [line["judge/python.mark"] for line in ran.lines] == [0, 0.25, 0.5]
+
+
 def test_people_make_the_stage_wait(context: Context) -> None:
     reward = make_reward(judges.human(), context)
     with pytest.raises(Waiting, match="1 of 1 comparisons"):

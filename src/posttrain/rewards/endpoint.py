@@ -23,7 +23,7 @@ import httpx2 as httpx
 
 from posttrain.engine.atomic import write_whole
 from posttrain.engine.errors import ConfigError, StageError
-from posttrain.rewards.judge_base import MAX_TOKENS
+from posttrain.rewards.judge_fields import MAX_TOKENS
 from posttrain.rewards.verdicts import SHOWN
 
 CONCURRENCY, TIMEOUT, RETRIES = (
@@ -193,8 +193,9 @@ class Endpoint:
                 said = str(error) or type(error).__name__
                 problem = f"it cannot be reached ({server.shown(said)})"
             except httpx.InvalidURL as error:
+                said = server.shown(str(error))
                 raise ConfigError(
-                    f"judge at {server.address}: no url that can be asked: {server.shown(str(error))}"
+                    f"judge at {server.address}: it is no url that can be asked: {said}"
                 ) from None
             else:
                 if 200 <= answer.status < 300:

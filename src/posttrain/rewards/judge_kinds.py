@@ -23,32 +23,33 @@ from pydantic import (
 from posttrain.engine.errors import ConfigError, choices_text
 from posttrain.rewards import penalties
 from posttrain.rewards.judge_base import (
-    MAX_TOKENS,
     ByDomain,
-    Count,
-    Edge,
     Gate,
-    GradeTemplate,
     Judge,
     Lexicographic,
     Normalised,
+    Part,
+    Sum,
+    Term,
+    Whitened,
+    explain,
+)
+from posttrain.rewards.judge_fields import (
+    MAX_TOKENS,
+    Count,
+    Edge,
+    GradeTemplate,
     NotNegative,
     Number,
     Pairing,
     PairTemplate,
-    Part,
     Positive,
     Rubric,
-    Sum,
-    Term,
     Text,
     Unit,
     Url,
     Variable,
-    Whitened,
-    explain,
 )
-
 from posttrain.rewards.verdicts import BETTER_FORM, GRADE_FORM, RUBRIC_FORM
 
 if TYPE_CHECKING:
@@ -281,6 +282,25 @@ def _without_default_length(fields: dict[str, Any]) -> dict[str, Any]:
     return {n: value for n, value in fields.items() if n != "max_tokens" or not default}
 
 
+class Python(Judge):
+    """A function of the user's own, `(response, problem) -> number`; made by `judges.python`.
+
+    The text of its file and of what it reads is its identity, see `posttrain.rewards.own_judge`.
+    """
+
+    SCORER = "posttrain.stages.judging:PythonJudge"
+
+    judge: Literal["python"] = "python"
+    name: Text
+    source: Text
+    data: dict[str, str] = Field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """The kind and the function."""
+        return f"python.{self.name.rpartition(':')[2]}"
+
+
 class Compare(Judge):
     """A language model of a stage says which of two responses is better: share of wins."""
 
@@ -363,7 +383,7 @@ class Human(Judge):
 
 AnyJudge = Annotated[
     Verifier | Scalar | Oracle | Constant | Finished | Format | Language | Repetition | Length
-    | Llm | Compare | CompareEndpoint | Itself | Human
+    | Llm | Python | Compare | CompareEndpoint | Itself | Human
     | Sum | Gate | Lexicographic | Normalised | Whitened | ByDomain,
     Field(discriminator="judge"),
 ]  # fmt: skip

@@ -9,6 +9,7 @@ Each judge is asked once per batch, however often it occurs in the reward. `comp
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -40,6 +41,8 @@ class Responses:
     """The domain verifier's scores where they are known already."""
     sampled: Sequence[Mapping[str, Any]] | None = None
     """The token ids of each as they were sampled (`ids`), and whose they are (`ids_of`)."""
+    steps: Sequence[int | None] | None = None
+    """The training step that sampled each, from 0; None where no stage that trains did."""
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -73,8 +76,15 @@ class Scorer(Protocol):
 class Scoring:
     """What judges say about one batch of responses, each asked once."""
 
-    def __init__(self, responses: Responses, scorers: Mapping[str, Scorer], at: At | None) -> None:
-        self.responses, self.scorers, self.at = responses, scorers, at
+    def __init__(
+        self,
+        responses: Responses,
+        scorers: Mapping[str, Scorer],
+        at: At | None,
+        labels: Mapping[str, str],
+    ) -> None:
+        """`labels`: the identity of each judge that is logged to what the log calls it."""
+        self.responses, self.scorers, self.at, self.labels = responses, scorers, at, labels
         self._known: dict[str, list[float]] = {}
         self._logged: dict[str, list[float]] = {}
         self._subsets: list[Scoring] = []
@@ -84,7 +94,7 @@ class Scoring:
         if judge.identity not in self._known:
             self._known[judge.identity] = judge.score(self)
             if not judge.COMBINES:
-                self._logged.setdefault(judge.label, self._known[judge.identity])
+                self._logged[self.labels[judge.identity]] = self._known[judge.identity]
         return self._known[judge.identity]
 
     def ask(self, judge: Judge) -> list[float]:
@@ -108,14 +118,14 @@ class Scoring:
 
     def subset(self, index: Sequence[int]) -> Scoring:
         """The same about some of the responses; judges are asked about these alone."""
-        subset = Scoring(self.responses.select(index), self.scorers, self.at)
+        subset = Scoring(self.responses.select(index), self.scorers, self.at, self.labels)
         self._subsets.append(subset)
         return subset
 
     def parts(self) -> dict[str, list[float]]:
         """Label to the scores of each judge inside, of the responses that it was asked about.
 
-        What was asked of subsets stands in one list; of two judges with the same label the first.
+        What was asked of subsets stands in one list.
         """
         found: dict[str, list[float]] = {}
         for subset in self._subsets:
@@ -131,6 +141,7 @@ class RewardFunction:
         """`scorers`: the identity of each judge inside that has a `SCORER` to what scores."""
         self.judge = judge
         self.scorers = dict(scorers)
+        self.labels = labels_of(judge)
 
     def score(
         self, responses: Responses, at: At | None = None
@@ -140,7 +151,7 @@ class RewardFunction:
 
         `at` gives the schedules of weights their present values; without it they have the first.
         """
-        scoring = Scoring(responses, self.scorers, at)
+        scoring = Scoring(responses, self.scorers, at, self.labels)
         return scoring.scores(self.judge), scoring.parts()
 
     def portions(self, responses: Responses, size: int) -> list[list[int]]:
@@ -148,6 +159,19 @@ class RewardFunction:
         if any(part.WHOLE for part in self.judge.walk()):
             return [list(range(len(responses)))]
         return responses.portions(size)
+
+
+def labels_of(judge: Judge) -> dict[str, str]:
+    """Identity -> label of each judge inside that is logged. Of several with the same label the
+    second is LABEL.2 and so on, in the order in which they are written."""
+    found: dict[str, str] = {}
+    count: Counter[str] = Counter()
+    for part in judge.walk():
+        if not part.COMBINES and part.identity not in found:
+            count[part.label] += 1
+            number = count[part.label]
+            found[part.identity] = part.label if number == 1 else f"{part.label}.{number}"
+    return found
 
 
 def comparisons(group: Sequence[int], *, pairing: str, swap: bool) -> list[tuple[int, int]]:

@@ -294,7 +294,7 @@ class _Worker:
         if not self._ready:
             said = self._read(self._limits[domain] if _is_python(self._names[domain]) else START)
             if said != {"ready": True}:
-                late = "got not ready in time" if said else "did not start"
+                late = "was not ready in time" if said else "did not start"
                 raise StageError(
                     f"{self._subjects[domain]} could not be asked: the process for it {late}. What "
                     "it said stands in the log of the stage"

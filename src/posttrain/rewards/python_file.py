@@ -2,8 +2,9 @@
 
 The bytes of the file are part of the domain's identity and a copy of it goes into the domain's
 artifact, so the file has to stand alone: it may import installed packages, not its neighbours. The
-files that it reads it names in a list at its top level, `DATA_FILES = ["table.json"]`; they are part
-of the identity and copied with it. All this is read from the source text: a plan runs no user code.
+files that it reads it names in a list at its top level, `DATA_FILES = ["table.json"]`; they are
+part of the identity and copied with it. All this is read from the source text: a plan runs no user
+code.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from typing import Any
 
 from posttrain.engine.errors import ConfigError, StageError, choices_text
 from posttrain.engine.fingerprint import file_digest
-
 
 DATA_FILES = "DATA_FILES"
 """The list in which a file names what it reads."""

@@ -2,7 +2,7 @@
 
     Grade: 7        the last such line decides; 7/10, 7 out of 10 and 70 % bring their own scale
     Better: 1       the last such line decides
-    1: yes          a verdict on each criterion; the last block of lines that has all of them decides
+    1: yes          a verdict on each criterion; the last block of lines that has all decides
 
 Numbers anywhere else mean nothing. A reply without its form is no verdict: StageError, after which
 it is asked for again.
@@ -30,7 +30,7 @@ _GRADE_MARKER = re.compile(_MARKER.format("grade", _DECORATION), re.IGNORECASE |
 _BETTER_MARKER = re.compile(_MARKER.format("better", _DECORATION), re.IGNORECASE | re.ASCII)
 _GRADE = re.compile(
     # No part of a word or of a longer number, no range, no choice of two.
-    rf"(?P<grade>{_NUMBER})(?![\w,.]*\d|\w)(?!\s*(?:-|–|—|to\b|or\b)\s*\d)"
+    rf"(?P<grade>{_NUMBER})(?![\w,.]*\d|\w)(?!\s*(?:-|\u2013|\u2014|to\b|or\b)\s*\d)"
     r"[\s*_`$\])}>\"']*"
     rf"(?:(?P<scale>/|out\s+of\b|of\b)\s*[*_`$]*(?P<best>{_NUMBER})?|(?P<percent>\\?%))?",
     re.IGNORECASE,
@@ -44,7 +44,7 @@ _LINE = re.compile(
     r"[^\w\n]*(?:criterion\s+)?(?P<number>\d{1,6})[^\w\n]+(?P<word>yes|no)\b(?P<rest>.*)",
     re.IGNORECASE,
 )
-_REASON = re.compile(r"[^\w\s]*\s*(?:[,;:.(–—-]|$)")
+_REASON = re.compile(r"[^\w\s]*\s*(?:[,;:.(\u2013\u2014-]|$)")
 
 
 def grade(reply: str, best: float) -> float:
@@ -60,7 +60,7 @@ def grade(reply: str, best: float) -> float:
             whole = 100.0
         elif found["scale"]:
             whole = float(found["best"] or 0)
-        if 0 < whole and float(found["grade"]) <= whole:
+        if whole > 0 and float(found["grade"]) <= whole:
             return float(found["grade"]) / whole
     raise StageError(
         f"judge llm: no grade from 0 to {best:g} after '{GRADE_FORM}' in {_tail(reply)}"

@@ -15,6 +15,7 @@ from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,17 +25,27 @@ from posttrain.backends.base import Learner, Scorer
 from posttrain.backends.chat import Chat
 from posttrain.backends.prompting import asked
 from posttrain.backends.scalar import rewards_B
-from posttrain.engine.errors import ConfigError
+from posttrain.engine.errors import ConfigError, StageError
 from posttrain.engine.jsonl import write_jsonl
 from posttrain.rewards.comparisons import VERDICTS, question
 from posttrain.rewards.endpoint import Endpoint, ReplyCache
 from posttrain.rewards.judge_base import Judge
-from posttrain.rewards.judge_kinds import Compare, CompareEndpoint, Itself, Llm, Scalar, Verifier
+from posttrain.rewards.judge_kinds import (
+    Compare,
+    CompareEndpoint,
+    Itself,
+    Llm,
+    Python,
+    Scalar,
+    Verifier,
+)
 from posttrain.rewards.judge_kinds import Oracle as OracleKind
 from posttrain.rewards.judging import Responses, RewardFunction, comparisons, win_shares
 from posttrain.rewards.oracle import Oracle
+from posttrain.rewards.own_judge import GIVEN, JUDGED, write_judge
 from posttrain.rewards.people import Pair, Preference
 from posttrain.rewards.pool import VerifierPool
+from posttrain.rewards.watching import Watched, undeclared
 from posttrain.rl.batch import Batch
 from posttrain.stages.context import Context
 from posttrain.stages.lengths import Reader, cut, fit_responses
@@ -87,6 +98,19 @@ class StageTools:
         qualities = ctx.resources.enter_context(pool).scores
         return Oracle(qualities=qualities, noise=noise, seed=self.seed)
 
+    def own_judge(self, judge: Python) -> VerifierPool:
+        """The workers of a judge of the user's own, under its name; they end with the stage."""
+        ctx = self.ctx
+        directory = write_judge(judge.name, judge.source, judge.data, ctx.work)
+        pool = VerifierPool(
+            {judge.name: directory},
+            num_workers=min(ctx.threads, MAX_WORKERS),
+            by="judge",
+            # Its declared files stand beside the copy of it; any other is none of its identity.
+            watched=Watched(root=str(Path.cwd()), declared=[str(ctx.work)]),
+        )
+        return ctx.resources.enter_context(pool)
+
 
 def make_reward(
     judge: Judge,
@@ -118,8 +142,9 @@ def judge_readers(judge: Judge | None, ctx: Context) -> list[Reader]:
     ]
 
 
-def responses_of(batch: Batch) -> Responses:
-    """What a stage has sampled, with the verifier's scores, as judges see it."""
+def responses_of(batch: Batch, step: int | None = None) -> Responses:
+    """What a stage has sampled, at a step of training or at none, with the verifier's scores, as
+    judges see it."""
     return Responses(
         problems=batch.problems,
         texts=batch.texts,
@@ -129,6 +154,7 @@ def responses_of(batch: Batch) -> Responses:
         verdicts=batch["verified_B"].tolist(),
         # As numbers of 4 bytes: those of an evaluation stay to its end.
         sampled=[row | {"ids": array("i", row["ids"])} for row in sampled_ids_of(batch)],
+        steps=[step] * len(batch.problems),
     )
 
 
@@ -156,12 +182,15 @@ def judge_rows(ctx: Context, reward: RewardFunction, rows: list[Row]) -> list[fl
     portions = reward.portions(responses, ROWS_PER_CALL)
     scores = [0.0] * len(rows)
     for number, index in enumerate(portions):
-        found, _ = reward.score(responses.select(index))
+        found, said = reward.score(responses.select(index))
         # A portion is whole groups, whose rows need not be neighbours in the file.
         for row, value in zip(index, found, strict=True):
             scores[row] = value
         tokens = sum(rows[row]["num_tokens"] for row in index)
-        ctx.log(number + 1, len(portions), tokens=tokens, score=sum(found) / len(found))
+        # Of a reward that is one judge, its mean is the score.
+        named = said if reward.judge.COMBINES or len(reward.labels) > 1 else {}
+        parts = {f"judge/{label}": sum(given) / len(given) for label, given in named.items()}
+        ctx.log(number + 1, len(portions), tokens=tokens, score=sum(found) / len(found), **parts)
     return scores
 
 
@@ -181,6 +210,7 @@ def responses_of_rows(ctx: Context, rows: list[Row]) -> Responses:
         num_tokens=[row["num_tokens"] for row in rows],
         verdicts=[NAN if row["reward"] is None else row["reward"] for row in rows],
         sampled=[taken(row, "response", "response") for row in rows],
+        steps=[row.get("step") for row in rows],
     )
 
 
@@ -194,6 +224,33 @@ class VerifierJudge:
         """The scores in [0, 1] that the responses bring."""
         assert responses.verdicts is not None, "every stage verifies what it has sampled"
         return list(responses.verdicts)
+
+
+class PythonJudge:
+    """`judges.python`: a function of the user's own."""
+
+    def __init__(self, judge: Python, tools: StageTools) -> None:
+        self.name = judge.name
+        self.pool = tools.own_judge(judge)
+
+    def score(self, responses: Responses) -> list[float]:
+        """What the function says. Raises StageError where it fails, takes too long, or reads files
+        that it does not declare."""
+        steps = responses.steps or [None] * len(responses)
+        columns = zip(responses.num_tokens, responses.finished, steps, strict=True)
+        rows = [
+            {**problem, JUDGED: dict(zip(GIVEN, given, strict=True))}
+            for problem, given in zip(responses.problems, columns, strict=True)
+        ]
+        pending = [
+            self.pool.submit(self.name, [text], [row])
+            for text, row in zip(responses.texts, rows, strict=True)
+        ]
+        scores = [found.result()[0] for found in pending]
+        if self.pool.opened:
+            file = self.name.rpartition(":")[0]
+            raise StageError(undeclared("judges.python", file, self.pool.opened))
+        return scores
 
 
 class OracleJudge:

@@ -85,7 +85,7 @@ def run(settings: Rl, ctx: Context) -> dict[str, float]:
             # Judge: other judges than the verifier put their score in place of its own.
             if judge is not None:
                 at = methodcaller("at", step, settings.steps, ctx.history)
-                scores, said = judge.score(responses_of(drawn), at)
+                scores, said = judge.score(responses_of(drawn, step), at)
                 drawn["reward_B"] = torch.tensor(scores, dtype=torch.float64)
                 for label, values in said.items():
                     judged.setdefault(label, []).extend(values)

@@ -219,6 +219,9 @@ def domain_node(
     else:
         locations = _locations(domain.source, base_dir, where)
         source = _table_identity(domain.source, locations)
+        if domain.verifier.kind == "reasoning_gym":
+            # Generated problems say it with their source.
+            verifier.config["libraries"] = {"reasoning-gym": version_of("reasoning-gym")}
         data = {
             split: place.digest(hash_file)
             for split, place in locations.items()
