@@ -172,7 +172,8 @@ class Store:
         self._create()
         self._check_places()
         with self.locked(fcntl.LOCK_SH):
-            remove_parts(self.root)
+            for directory in (self.root, self.root / CACHE):
+                remove_parts(directory)
             yield
 
     @contextmanager
@@ -274,15 +275,22 @@ class Store:
         """Committed directories, all or those of one kind."""
         for folder in self._kinds():
             if kind in (None, folder.name):
-                yield from filter(_is_committed, _entries(folder))
+                with suppress(StoreError):  # `faults` tells of a folder that may not be read
+                    yield from filter(_is_committed, _entries(folder))
 
     def _strays(self) -> Iterator[str]:
         """What lies where only artifacts belong. Hidden files are the system's own."""
-        entries = [entry for folder in self._kinds() for entry in _entries(folder)]
-        for path in (*_entries(self.root / ARTIFACTS), *entries):
-            inside = path.parent.name != ARTIFACTS
-            if not (_is_committed(path) if inside else path.is_dir()):
-                yield f"{path} is no artifact; move it out of the store"
+        for folder in _entries(self.root / ARTIFACTS):
+            if not folder.is_dir():
+                yield f"{folder} is no artifact; move it out of the store"
+                continue
+            try:
+                found = _entries(folder)
+            except StoreError as error:
+                yield str(error)
+                continue
+            strays = [path for path in found if not _is_committed(path)]
+            yield from (f"{path} is no artifact; move it out of the store" for path in strays)
 
     def _kinds(self) -> Sequence[Path]:
         return [path for path in _entries(self.root / ARTIFACTS) if path.is_dir()]
