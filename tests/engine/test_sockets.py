@@ -45,5 +45,5 @@ def test_a_run_under_a_long_tmpdir(tmp_path: Path, toys: str) -> None:
 
 def test_no_place_for_sockets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", "/x" * 60)
-    with pytest.raises(ConfigError, match="TMPDIR: /x.* set TMPDIR to a directory of at most 68"):
+    with pytest.raises(ConfigError, match=r"TMPDIR: /x.* set TMPDIR to a directory of at most 68"):
         use_short_sockets([str(tmp_path / "none")])

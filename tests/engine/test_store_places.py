@@ -110,7 +110,7 @@ def test_a_store_on_two_file_systems_is_refused_before_any_work(
         (store.root / part).parent.mkdir(exist_ok=True)
         (store.root / part).symlink_to(elsewhere)
         for use in (lambda: store.in_use().__enter__(), lambda: store.begin("a" * 64)):
-            with pytest.raises(StoreError, match="is on another file system than .* one rename"):
+            with pytest.raises(StoreError, match=r"is on another file system than .* one rename"):
                 use()
         assert list(elsewhere.iterdir()) == []
         # Reading goes on.

@@ -333,10 +333,11 @@ class Store:
 
     def _check_places(self) -> None:
         """Refuse before any work what a commit, which is a rename, could not do at its end."""
-        work = self.root / "work"
-        device = os.stat(work if os.path.exists(work) else self.root).st_dev
-        for path in (self.root / ARTIFACTS, *self._kinds()):
-            if os.path.exists(path) and os.stat(path).st_dev != device:
+        work, artifacts = self.root / "work", self.root / ARTIFACTS
+        # What is not there yet will be made in the root.
+        device = os.stat(work if work.exists() else self.root).st_dev
+        for path in (artifacts if artifacts.exists() else self.root, *self._kinds()):
+            if os.stat(path).st_dev != device:
                 raise StoreError(f"{path} is on another file system than {work}; {ONE_FILE_SYSTEM}")
 
 
