@@ -8,13 +8,16 @@ they turn up: in the directory that a recipe names now, or in any place that the
 """
 
 import os
+import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from posttrain.engine.atomic import guarded, part_of
 from posttrain.engine.errors import StoreError
 from posttrain.engine.hashes import FileHashes
 from posttrain.engine.record import Artifact
+
+_HASH = re.compile(r"[0-9a-f]{32,}")
 
 
 def astray(artifact: Artifact, hashes: FileHashes) -> list[str]:
@@ -31,7 +34,7 @@ def gone(artifact: Artifact) -> list[str]:
     return [
         name
         for name in artifact.files
-        if (artifact.path / name).is_symlink() and not (artifact.path / name).is_file()
+        if (artifact.path / name).is_symlink() and not os.path.exists(artifact.path / name)
     ]
 
 
@@ -61,20 +64,22 @@ def renew(root: Path, artifact: Artifact, aims: Mapping[str, Path]) -> None:
     """Point links of an artifact in the store at `root` at other files, each as a whole."""
     with guarded(root, f"renewing the links of {artifact.label}"):
         for name, aim in aims.items():
-            link = artifact.path / name
-            part = part_of(link)
+            # Not beside the link: after a kill it would be a stray file of the artifact.
+            part = part_of(root / f"{artifact.label}-{PurePosixPath(name).name}")
             part.unlink(missing_ok=True)
             part.symlink_to(aim)
-            os.replace(part, link)
+            os.replace(part, artifact.path / name)
 
 
 def lost_text(artifact: Artifact, names: Iterable[str], called: str = "") -> str:
     """What there is to say where such files are nowhere."""
-    first = next(iter(names))
+    first = min(names, key=lambda name: (name.count("/"), name))
     path = artifact.path / first
     place = path.readlink().parent if path.is_symlink() else path.parent
     name = called or artifact.name
-    state = "its files are no longer at" if not path.is_file() else "its files have changed at"
+    state = (
+        "its files are no longer at" if not os.path.exists(path) else "its files have changed at"
+    )
     return (
         f"{name}: {state} {place} ({first}); give the directory where they are now "
         f"(--set {name}=DIR, or posttrain adopt DIR --name {name}), or run again when they are back"
@@ -92,6 +97,21 @@ def check_links(root: Path, artifact: Artifact, hashes: FileHashes) -> None:
     if left:
         raise StoreError(lost_text(artifact, left))
     renew(root, artifact, aims)
+
+
+def misleading(directory: Path, names: Iterable[str]) -> tuple[str, Path] | None:
+    """The first of these files that is a link out of its directory to a file of another name, and
+    where it leads: a directory of a stranger must not bring in what else lies on this machine.
+
+    Caches link to files that are named by their hash, and people to files of the same name.
+    """
+    inside = os.path.realpath(directory)
+    for name in names:
+        aim = Path(os.path.realpath(directory / name))
+        same = aim.name == PurePosixPath(name).name or _HASH.fullmatch(aim.name)
+        if not same and not aim.is_relative_to(inside):
+            return name, aim
+    return None
 
 
 def _holds(artifact: Artifact, name: str, hashes: FileHashes) -> bool:

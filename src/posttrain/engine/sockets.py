@@ -16,7 +16,7 @@ from posttrain.engine.errors import ConfigError
 MAX_PATH: Final = 100
 """Bytes of a socket's path: 107 on Linux, 103 on macOS."""
 _OWN_PART: Final = len("/pymp-12345678/listener-12345678")
-_SHORT: Final = ("/tmp", "/var/tmp", "/dev/shm")  # noqa: S108
+_SHORT: Final = ("/tmp", "/var/tmp", "/dev/shm")
 
 
 def use_short_sockets(places: Sequence[str] = _SHORT) -> None:
