@@ -6,11 +6,13 @@ import is imported there at once, so that `posttrain --help` is quick.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from io import TextIOWrapper
 from types import FrameType
 from typing import Annotated
 
@@ -37,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     by the user, 143 stopped by SIGTERM.
     """
     command = typer.main.get_command(app)
+    _take_any_character()
     try:
         with _heeding_sigterm():
             result = command.main(
@@ -44,6 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 prog_name="posttrain",
                 standalone_mode=False,
             )
+        if sys.stdout is not None:
+            # What is in its buffer is written now, where it can be told that it cannot be.
+            sys.stdout.flush()
     except Waiting as error:
         _complain(str(error), label="waiting: ", style="bold yellow")
         return error.exit_code
@@ -59,11 +65,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
         result = getattr(error, "exit_code", 130)
     except BrokenPipeError:
         # Who read our output has gone; there is nobody to tell.
-        sys.stderr.close()
+        _drop_output()
+        return 1
+    except OSError as error:
+        # Whatever the system refuses, be it a file or the output itself.
+        _drop_output()
+        where = f"{error.filename}: " if error.filename else ""
+        said = f"{where}{error.strerror or error}"
+        _complain(said if where else f"the system refused it: {said}")
         return 1
     if result in (130, Terminated.exit_code):
         _complain("stopped; to go on, run the same command again")
     return result if isinstance(result, int) else 0
+
+
+def _take_any_character() -> None:
+    """Have characters that the terminal's encoding lacks written out, in place of an error."""
+    for stream, how in (
+        (sys.stdout, "backslashreplace"),
+        (sys.stderr, "backslashreplace"),
+        (sys.stdin, "replace"),
+    ):
+        # Of a program that replaced them, with what has no encoding.
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors=how)
+
+
+def _drop_output() -> None:
+    """Send the rest of the output nowhere: at its end Python tries again to write it."""
+    with suppress(OSError, ValueError, AttributeError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 @contextmanager
@@ -87,9 +120,11 @@ def _heeding_sigterm() -> Iterator[None]:
 
 def _complain(message: str, *notes: str, label: str = "error: ", style: str = "bold red") -> None:
     console = SafeConsole(stderr=True)
-    console.print(Text.assemble((label, style), message), soft_wrap=True)
-    for note in notes:
-        console.print(Text(note, style="dim"), soft_wrap=True)
+    # Where not even that can be written, the exit code has to do.
+    with suppress(OSError):
+        console.print(Text.assemble((label, style), message), soft_wrap=True)
+        for note in notes:
+            console.print(Text(note, style="dim"), soft_wrap=True)
 
 
 @app.callback(invoke_without_command=True)

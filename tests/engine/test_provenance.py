@@ -101,3 +101,120 @@ def test_texts_of_files_are_kept_without_logins_and_up_to_a_size(tmp_path: Path)
     assert facts["long"]["text"] is None and len(facts["long"]["sha256"]) == 64
     assert facts["gone"]["text"] is None
     assert "texts" not in capture([]).facts
+
+
+PROGRAMS = (
+    *("core.fsmonitor", "diff.external", "diff.own.textconv", "diff.own.command"),
+    *("filter.own.clean", "filter.own.smudge", "filter.own.process", "filter.a=b.clean"),
+    *("core.pager", "pager.diff", "core.sshCommand", "core.editor", "alias.diff"),
+)
+
+
+@pytest.mark.parametrize("key", PROGRAMS)
+def test_nothing_that_a_repository_names_is_executed(repository: Path, key: str) -> None:
+    marker = repository.parent / "executed"
+    driver = "a=b" if "a=b" in key else "own"
+    (repository / ".gitattributes").write_text(f"*.py filter={driver} diff={driver}\n")
+    git(repository, "add", ".")
+    git(repository, "commit", "-q", "-m", "attributes")
+    shell = "!" if key.startswith("alias") else ""
+    git(repository, "config", key, f"{shell}touch {marker}; cat")
+    git(repository, "config", "filter.own.required", "true")
+    (repository / "src" / "code.py").write_text("x = 2\n")
+    marker.unlink(missing_ok=True)
+    found = capture([repository / "src"])
+    assert not marker.exists()
+    assert "-x = 1\n+x = 2\n" in found.diff
+
+
+def test_no_program_of_a_submodule_or_a_hook_is_executed(repository: Path) -> None:
+    marker = repository.parent / "executed"
+    inner = repository / "inner"
+    inner.mkdir()
+    git(inner, "init", "-q")
+    (inner / "a.txt").write_text("a")
+    (inner / ".gitattributes").write_text("*.txt filter=inner\n")
+    git(inner, "add", ".")
+    git(inner, "commit", "-q", "-m", "inner")
+    git(repository, "-c", "advice.addEmbeddedRepo=false", "add", "inner")
+    git(repository, "commit", "-q", "-m", "with inner")
+    git(inner, "config", "core.fsmonitor", f"touch {marker}; false")
+    git(inner, "config", "filter.inner.clean", f"touch {marker}; cat")
+    (inner / "a.txt").write_text("b")
+    hooks = repository / ".git" / "hooks"
+    hooks.mkdir(exist_ok=True)
+    for name in ("post-index-change", "fsmonitor-watchman", "post-checkout"):
+        (hooks / name).write_text(f"#!/bin/sh\ntouch {marker}\n")
+        (hooks / name).chmod(0o755)
+    (repository / "src" / "code.py").write_text("x = 2\n")
+    found = capture([repository])
+    assert not marker.exists()
+    assert "+x = 2" in found.diff
+
+
+def test_the_environment_of_a_hook_does_not_lead_to_another_repository(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    git(other, "init", "-q")
+    marker = tmp_path / "executed"
+    monkeypatch.setenv("GIT_DIR", str(other / ".git"))
+    monkeypatch.setenv("GIT_WORK_TREE", str(other))
+    monkeypatch.setenv("GIT_EXTERNAL_DIFF", f"touch {marker}")
+    [facts] = capture([repository]).facts["git"]
+    assert facts["root"] == str(repository) and facts["branch"] == "trunk"
+    assert not marker.exists()
+
+
+def test_a_work_tree_elsewhere_is_not_looked_at(repository: Path, tmp_path: Path) -> None:
+    (tmp_path / "diary.txt").write_text("private")
+    git(repository, "config", "core.worktree", str(tmp_path.resolve()))
+    assert capture([repository / "src"]).facts["git"] == []
+
+
+SECRETS = (".env", "deploy/.env.local", "Server.PEM", "a.key", "id_ed25519", "my_secrets.yaml")
+
+
+def test_the_text_of_private_files_is_kept_out(repository: Path) -> None:
+    for name in SECRETS:
+        (repository / name).parent.mkdir(exist_ok=True)
+        (repository / name).write_text("KEY=before\n")
+    git(repository, "add", "-f", ".")
+    git(repository, "commit", "-q", "-m", "keys")
+    clean = capture([repository])
+    assert clean.diff == ""
+    for name in SECRETS:
+        (repository / name).write_text("KEY=sk-123\n")
+    (repository / SECRETS[-1]).unlink()
+    (repository / "src" / "code.py").write_text("x = 2\n")
+    found = capture([repository])
+    assert "+x = 2" in found.diff and "KEY=" not in found.diff
+    digest = hashlib.sha256(b"KEY=sk-123\n").hexdigest()
+    for name in SECRETS[:-1]:
+        assert f"# kept out {name} sha256 {digest}\n" in found.diff
+    assert f"# kept out {SECRETS[-1]} removed\n" in found.diff
+    # That one of them changed again is seen.
+    before = found.facts["git"][0]["diff_sha256"]
+    (repository / ".env").write_text("KEY=sk-124\n")
+    assert capture([repository]).facts["git"][0]["diff_sha256"] != before
+
+
+@pytest.mark.parametrize(
+    ("patterns", "kept_out"),
+    [(None, False), ("", False), ("*.py", True), ("src/*, notes", True), ("code.py", True)],
+)
+def test_which_files_are_private_is_set(
+    repository: Path, monkeypatch: pytest.MonkeyPatch, patterns: str | None, kept_out: bool
+) -> None:
+    if patterns is not None:
+        monkeypatch.setenv(provenance.PRIVATE, patterns)
+    (repository / "src" / "code.py").write_text("x = 2\n")
+    found = capture([repository]).diff
+    assert ("+x = 2" not in found) is kept_out
+    assert ("# kept out src/code.py sha256 " in found) is kept_out
+
+
+def test_a_name_of_two_lines_stays_on_one(repository: Path) -> None:
+    (repository / "a\n# untracked b sha256 0").write_text("new")
+    assert "# untracked 'a\\n# untracked b sha256 0' sha256" in capture([repository]).diff

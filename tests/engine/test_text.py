@@ -29,7 +29,14 @@ def test_what_steers_is_written_out(text: str, shown: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "é ß 漢字 кот ไทย", "👍🏽 👩\u200d🔬 ❤\ufe0f", "می\u200cخواهم", "a\tb\nc", r"\x1b"],
+    [
+        "",
+        "é ß 漢字 кот ไทย",
+        "👍🏽 👩\u200d🔬 ❤\ufe0f",
+        "\u0645\u06cc\u200c\u062e\u0648",
+        "a\tb\nc",
+        r"\x1b",
+    ],
 )
 def test_what_does_not_steer_stays(text: str) -> None:
     assert plain_text(text) == text

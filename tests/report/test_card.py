@@ -210,6 +210,21 @@ def test_settings_cannot_write_html_or_links():
     assert "\\[x\\](javascript:y) a\\|b \\`c\\` under_score" in card
 
 
+def test_no_text_of_a_setting_is_taken_for_code_or_steers():
+    config = {"a": "`<script>x</script>", "b": "`x` <img src=y>", "c": "\x1b[31m\u202e"}
+    scored = {"split": "<script>", "routes": {}, "norm": None, "greedy": {}}
+    scored["models"] = {"student": {"d": {"sampled": 0.5, "greedy": 0.5}}}
+    row = {"student": None, "init": None, "recovery": None, "note": "<script>"}
+    scored["domains"] = {"d": row | {"greedy": row}}
+    item = {"name": "e", "fingerprint": "1" * 64, "model": "student", "evaluation": scored}
+    stage = {"name": "s", "kind": "sft", "fingerprint": "2" * 64}
+    made = {"provenance": {"source": "<script>", "stage": stage}}
+    card = model_card(new_record(kind="model", name="<script>", config=config, **made), [item])
+    body = card.split("---\n", 2)[2]
+    assert "<script>" not in body and "<img" not in body
+    assert "\\`&lt;script>x&lt;/script>" in card and "\\\\x1b\\[31m" in card
+
+
 def test_the_index_says_the_same_result_once() -> None:
     """Evaluations that differ in other models alone, as those of a sweep."""
 

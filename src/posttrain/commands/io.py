@@ -116,6 +116,10 @@ def tell_faults(out: Console, store: Store) -> None:
 def emit(value: Mapping[str, Any]) -> None:
     """Print one JSON object on one line."""
     text = json.dumps(value, ensure_ascii=False)
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(value)
     # What JSON itself leaves as it is.
     text = STEERING.sub(lambda found: json.dumps(found[0])[1:-1], text)
     print(text, file=sys.stdout, flush=True)

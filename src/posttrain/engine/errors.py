@@ -73,6 +73,14 @@ class Terminated(KeyboardInterrupt):
     exit_code = 143
 
 
+def said_by(error: BaseException) -> str:
+    """Type and text of what a user's code raised, whatever making the text does."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:
+        return type(error).__name__
+
+
 def shortened(text: str, limit: int = 80) -> str:
     """A text as a message quotes it, at most `limit` characters of it."""
     return text if len(text) <= limit else text[: limit - 3] + "..."

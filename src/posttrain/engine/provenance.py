@@ -1,8 +1,9 @@
 """Where a run was made and from which code: facts that never enter a fingerprint.
 
 Captured once per run. When the code has changes that are not committed, their text goes into every
-artifact of the run as code.diff, so the state can be rebuilt. Nothing here fails a run: what cannot
-be found out is left out.
+artifact of the run as code.diff, so the state can be rebuilt; of files that may hold keys only that
+they changed. Nothing here fails a run: what cannot be found out is left out. A repository may have
+come with data of strangers: nothing that its configuration names is executed.
 """
 
 import hashlib
@@ -14,6 +15,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from fnmatch import fnmatchcase
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
@@ -25,6 +27,24 @@ _HASHED_BYTES: Final = 10_000_000
 
 _TEXT_BYTES: Final = 200_000
 """Of a longer file the text is not kept: it would be in the record of every stage."""
+
+
+PRIVATE: Final = "POSTTRAIN_PRIVATE_FILES"
+"""Environment variable: comma-separated patterns in place of `_PRIVATE`; empty for none."""
+
+_PRIVATE: Final = (
+    *(".env", ".env.*", "*.env", ".netrc", ".npmrc", ".pypirc", ".htpasswd"),
+    *("*.pem", "*.key", "*.p12", "*.pfx", "*.kdbx", "id_rsa*", "id_dsa*", "id_ecdsa*"),
+    *("id_ed25519*", "*credential*", "*secret*", "*password*"),
+)
+"""Names of files that often hold keys: their text is kept out of code.diff."""
+
+_CONFIG: Final = ("config", "--list", "--show-scope", "--name-only", "-z")
+_LOCAL: Final = ("local", "worktree")
+_OF_GIT: Final = (
+    *("GIT_CONFIG_GLOBAL", "GIT_CONFIG_SYSTEM", "GIT_CONFIG_NOSYSTEM", "GIT_EXEC_PATH"),
+    *("GIT_CEILING_DIRECTORIES", "GIT_DISCOVERY_ACROSS_FILESYSTEM"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,15 +116,16 @@ def _versions(packages: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 def _root_of(path: Path) -> Path | None:
     folder = path if path.is_dir() else path.parent
-    root = _git(folder, "rev-parse", "--show-toplevel") if folder.is_dir() else None
-    return Path(root.strip()) if root else None
+    found = _git(folder, "rev-parse", "--show-toplevel") if folder.is_dir() else None
+    root = Path(found.strip()) if found else None
+    # A configuration may name any directory, whose files are none of ours.
+    return root if root is not None and (root / ".git").exists() else None
 
 
 def _describe(root: Path, exclude: Sequence[Path]) -> tuple[dict[str, Any], str]:
     # An empty repository has no HEAD, so nothing to compare with: its files all count as untracked.
     commit = _git(root, "rev-parse", "HEAD")
-    diff = _git(root, "diff", "HEAD") if commit else None
-    text = (diff or "") + "".join(_untracked(root, exclude))
+    text = "".join((*(_changes(root) if commit else ()), *_untracked(root, exclude)))
     facts = {
         "root": str(root),
         "commit": commit.strip() if commit else None,
@@ -115,28 +136,101 @@ def _describe(root: Path, exclude: Sequence[Path]) -> tuple[dict[str, Any], str]
     return facts, f"# repository {root} at {facts['commit']}\n{text}" if text else ""
 
 
+def _changes(root: Path) -> Iterator[str]:
+    """The text of the changes of tracked files; of private ones that they changed, and to what."""
+    # No programs, and nothing from inside submodules, whose own configuration git would follow.
+    safe = ("--no-ext-diff", "--no-textconv", "--ignore-submodules=dirty", "--no-color")
+    names = _git(root, "diff", *safe, "--no-renames", "--name-only", "-z", "HEAD") or ""
+    private = [name for name in filter(None, names.split("\0")) if is_private(name)]
+    without = [f":(top,exclude,literal){name}" for name in private]
+    yield _git(root, "diff", *safe, "HEAD", "--", ":(top)", *without) or ""
+    for name in private:
+        yield f"# kept out {_on_a_line(name)} {_state_of(root / name)}\n"
+
+
+def is_private(name: str) -> bool:
+    """Whether a tracked file is one whose text is kept out of code.diff, by its path in the
+    repository. `PRIVATE` has patterns of names or paths in place of the usual ones."""
+    given = os.environ.get(PRIVATE)
+    patterns = _PRIVATE if given is None else [part.strip() for part in given.split(",")]
+    path = name.lower()
+    return any(
+        fnmatchcase(text, pattern.lower())
+        for pattern in filter(None, patterns)
+        for text in (path, path.rpartition("/")[2])
+    )
+
+
+def _state_of(path: Path) -> str:
+    """What tells one state of a file from another."""
+    if not path.is_file():
+        return "removed"
+    size = path.stat().st_size
+    return f"sha256 {file_digest(path)}" if size <= _HASHED_BYTES else f"{size} bytes"
+
+
 def _untracked(root: Path, exclude: Sequence[Path]) -> Iterator[str]:
     names = _git(root, "ls-files", "--others", "--exclude-standard", "-z") or ""
     for name in filter(None, names.split("\0")):
         path = root / name
         if any(path.is_relative_to(folder) for folder in exclude) or not path.is_file():
             continue
-        size = path.stat().st_size
-        what = f"sha256 {file_digest(path)}" if size <= _HASHED_BYTES else f"{size} bytes"
-        yield f"# untracked {name} {what}\n"
+        try:
+            yield f"# untracked {_on_a_line(name)} {_state_of(path)}\n"
+        except OSError:
+            yield f"# untracked {_on_a_line(name)} (cannot be read)\n"
+
+
+def _on_a_line(name: str) -> str:
+    return name if name.isprintable() else ascii(name)
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
-    """What a git command prints, None when there is no git, no repository, or no answer in time."""
+    """What a git command prints, None when there is no git, no repository, or no answer in time.
+
+    The repository may be a stranger's: nothing that its configuration names is executed.
+    """
+    safe = ("-c", "core.fsmonitor=false", "-c", "core.hooksPath=/dev/null", "--no-pager")
+    # Of the user's own settings only where the configuration is; others may be meant for another
+    # repository, such as that of a hook which started this.
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
+    kept |= {key: os.environ[key] for key in _OF_GIT if key in os.environ}
+    # Without locks on the index, which the user's own git may need at this moment, and without
+    # fetching what a partial clone lacks.
+    kept |= {"GIT_OPTIONAL_LOCKS": "0", "GIT_ALLOW_PROTOCOL": "", "LC_ALL": "C"}
+    listed = _output(["git", *safe, "-C", str(folder), *_CONFIG], kept)
+    if listed is None:
+        return None
+    # Filters turn the files of a work tree into what is committed, and can be any program.
+    off = [
+        (f"filter.{name}.{key}", "false" if key == "required" else "")
+        for name in _filters(listed)
+        for key in ("clean", "smudge", "process", "required")
+    ]
+    for number, (key, value) in enumerate(off):
+        kept |= {f"GIT_CONFIG_KEY_{number}": key, f"GIT_CONFIG_VALUE_{number}": value}
+    kept["GIT_CONFIG_COUNT"] = str(len(off))
+    return _output(["git", *safe, "-C", str(folder), *arguments], kept)
+
+
+def _filters(listed: str) -> set[str]:
+    """The filters that the repository itself configures: `scope NUL key NUL` repeated."""
+    fields = listed.split("\0")
+    keys = [key for scope, key in zip(fields[::2], fields[1::2], strict=False) if scope in _LOCAL]
+    parts = [key.split(".", 1)[1] for key in keys if key.startswith("filter.")]
+    return {part.rpartition(".")[0] for part in parts}
+
+
+def _output(command: Sequence[str], environment: Mapping[str, str]) -> str | None:
     try:
         done = subprocess.run(
-            ["git", "-C", str(folder), *arguments],
+            command,
             capture_output=True,
+            stdin=subprocess.DEVNULL,
             timeout=20,
             check=False,
-            # Without locks on the index, which the user's own git may need at this moment.
-            env={**os.environ, "GIT_OPTIONAL_LOCKS": "0", "LC_ALL": "C"},
+            env=environment,
         )
-    except (OSError, subprocess.TimeoutExpired):
+    except (OSError, ValueError, subprocess.TimeoutExpired):
         return None
     return done.stdout.decode("utf-8", "replace") if done.returncode == 0 else None

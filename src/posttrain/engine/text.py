@@ -29,3 +29,14 @@ def plain_text(text: str) -> str:
     \x1b[31mred
     """
     return STEERING.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+def in_markdown(text: str) -> str:
+    r"""The text as Markdown shows it, on one line: no tag, no link, no table, no code.
+
+    >>> print(in_markdown("<b>a|b"))
+    &lt;b>a\|b
+    """
+    text = plain_text(" ".join(text.split())).replace("&", "&amp;").replace("<", "&lt;")
+    # An underscore within a word means nothing.
+    return re.sub(r"([\\`*\[\]|#~]|(?<!\w)_|_(?!\w))", r"\\\1", text)

@@ -22,7 +22,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import PydanticUserError, TypeAdapter, ValidationError
 
-from posttrain.engine.errors import ConfigError, PosttrainError, choices_text
+from posttrain.engine.errors import ConfigError, PosttrainError, choices_text, said_by
 from posttrain.engine.graph import Graph
 from posttrain.engine.store import Store
 from posttrain.language.calls import OTHER_VERBS, mistaken
@@ -190,12 +190,14 @@ def _blamed(path: Path) -> Iterator[None]:
         if path.parent != RECIPES and (line := _line(path, error)):
             error.add_note(f"in {path}, {line}")
         raise
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         where = f"{path}, {_line(path, error)}"
         said = _misspelt(error) or (mistaken(path, error) if isinstance(error, Exception) else "")
         if said:
             raise ConfigError(f"{where}: {said}") from None
-        raise ConfigError(f"{where}: {type(error).__name__}: {error}") from error
+        raise ConfigError(f"{where}: {said_by(error)}") from error
 
 
 def _misspelt(error: BaseException) -> str:

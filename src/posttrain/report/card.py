@@ -10,6 +10,7 @@ from typing import Any
 from posttrain.engine.ancestry import ADOPTED
 from posttrain.engine.graph import edge_name, role_of
 from posttrain.engine.record import SHORT
+from posttrain.engine.text import in_markdown
 from posttrain.report.candidates import view_of
 from posttrain.report.scores import DECODING_NAMES, norm_coverage, split_name
 from posttrain.report.wording import DASH, fixed, flat, number, percent, percent_range
@@ -39,15 +40,16 @@ def model_card(
             data[source["name"]] = source
         else:
             parents[edge] = source
+    warnings = [f"- {in_markdown(text)}" for text in record.get("warnings", ())]
     writes_text = "reward_model" not in shown_kind(kind).makes
     parts = [
         _head(
             kind, data, {**origins(record, ancestors), **results(record, scores or ())}, writes_text
         ),
-        f"# {record['name']}",
+        f"# {in_markdown(record['name'])}",
         f"Made by posttrain: {_how(record)}. Fingerprint `{record['fingerprint']}`.",
         *(["## Scores", *_scores(scores)] if scores else []),
-        *_titled("## Warnings", "\n".join(f"- {_plain(w)}" for w in record.get("warnings", ()))),
+        *_titled("## Warnings", "\n".join(warnings)),
         "## How it was made",
         _table(
             ("edge", "stage", "kind", "fingerprint"),
@@ -89,8 +91,9 @@ def _how(record: Mapping[str, Any]) -> str:
     """How the model was made, in words."""
     if stage := _stopped(record):
         kind = shown_kind(stage["kind"])
+        place = in_markdown(record["provenance"]["source"])
         return (
-            f"the step checkpoint {record['provenance']['source']} of a stage that was not "
+            f"the step checkpoint {place} of a stage that was not "
             f"finished ({kind}, fingerprint {stage['fingerprint'][:SHORT]}), {kind.card or kind}"
         )
     return shown_kind(record["kind"]).card or record["kind"]
@@ -137,6 +140,7 @@ def _head(kind: str, domains: Iterable[str], metadata: Mapping[str, Any], writes
     return "\n".join(lines)
 
 
+_CODE = re.compile(r"`[0-9a-f]+`")
 WEIGHTS = ("start", "models", "candidates", "base", ADOPTED)
 """Roles of the edges along which weights are handed on."""
 HUB = re.compile(r"hub:([\w.-]+(?:/[\w.-]+)?)")
@@ -233,9 +237,10 @@ def _scores(scores: Sequence[Mapping[str, Any]]) -> list[str]:
         norm = evaluation["norm"] if model == "student" else None
         coverage = norm_coverage(evaluation, "sampled")
         over = f" over {coverage} domains" if coverage else ""
+        split = in_markdown(split_name(evaluation))
         label = f"{item['name']}-{item['fingerprint'][:SHORT]}"
         found += [
-            f"Accuracy in per cent on {split_name(evaluation)} problems, with 95 % bootstrap "
+            f"Accuracy in per cent on {split} problems, with 95 % bootstrap "
             f"intervals where they were computed (`{label}`, as {item['model']}).",
             _table(columns[:width], [row[:width] for row in rows]),
             *([] if norm is None else [f"Norm (mean recovery{over}): {fixed(norm, 2)}."]),
@@ -267,13 +272,6 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines)
 
 
-def _plain(text: str) -> str:
-    """A text of a user or a model as Markdown shows it, on one line: no tag, no link, no table."""
-    text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
-    # An underscore within a word means nothing.
-    return re.sub(r"([\\`*\[\]|#~]|(?<!\w)_|_(?!\w))", r"\\\1", text)
-
-
 def _cell(text: str) -> str:
     # Fingerprints come as code.
-    return text if text.startswith("`") else _plain(text)
+    return text if _CODE.fullmatch(text) else in_markdown(text)

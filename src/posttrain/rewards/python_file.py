@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from types import ModuleType
 from typing import Any
 
-from posttrain.engine.errors import ConfigError, StageError, choices_text
+from posttrain.engine.errors import ConfigError, StageError, choices_text, said_by
 from posttrain.engine.fingerprint import file_digest
 
 DATA_FILES = "DATA_FILES"
@@ -206,12 +206,13 @@ def load_file(path: Path, *, name: str, what: str, shown: str | None = None) -> 
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
+    except (ConfigError, KeyboardInterrupt):
         del sys.modules[name]
-        if isinstance(error, ConfigError):
-            raise
+        raise
+    except BaseException as error:
+        del sys.modules[name]
         raise ConfigError(
-            f"{shown or path}: loading the {what} failed: {type(error).__name__}: {error}"
+            f"{shown or path}: loading the {what} failed: {said_by(error)}"
             f"{line_in(error, str(path))}"
         ) from error
     return module

@@ -22,6 +22,7 @@ from typing import Any
 from posttrain.engine.errors import ConfigError, StageError
 from posttrain.engine.fingerprint import file_digest
 from posttrain.engine.jsonl import write_jsonl
+from posttrain.engine.text import in_markdown, plain_text
 from posttrain.rewards.formats import find_format
 from posttrain.rewards.gym import FULL_SCORE, create_gym
 from posttrain.rewards.pool import VerifierPool
@@ -298,15 +299,19 @@ def _readme(
             f"seed {source['seed']}"
         )
     else:
-        tables = (f"{split}: {text}" for split, text in source["tables"].items())
+        tables = (f"{split}: {in_markdown(text)}" for split, text in source["tables"].items())
         origin = "user's tables, " + ", ".join(tables)
     rows = [json.dumps(problem, ensure_ascii=False) for problem in splits["train"][:2]]
     samples = "\n\n".join(f"```json\n{row}\n```" for row in rows)
     numbers = "\n".join(f"| {key} | {value} |" for key, value in metrics.items())
+    verifier = config["verifier"]
+    name = verifier["name"].replace("`", "'")
+    # Within a JSON text the same character.
+    options = plain_text(json.dumps(verifier["options"])).replace("<", "\\u003c")
     return (
         f"# Domain {config['domain']}\n\n"
         f"Source: {origin}.\n"
-        f"Verifier: `{config['verifier']['name']}` {json.dumps(config['verifier']['options'])}.\n\n"
+        f"Verifier: `{name}` {options}.\n\n"
         "A problem belongs to one split only, by the hash of its text; no training stage draws "
         "from `heldout.jsonl`.\n\n"
         f"| | |\n|---|---|\n{numbers}\n\n"

@@ -10,7 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version as version_of
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
 
 from posttrain.engine.errors import ConfigError
 from posttrain.engine.fingerprint import file_digest, plain
@@ -138,7 +140,14 @@ class Domain:
     function as that of a python verifier; without it the verifier and the style decide."""
 
     def __post_init__(self) -> None:
-        domain_name(self.name)
+        where = f"domain {domain_name(self.name)}"
+        parts = {"source": (Procedural, Table), "verifier": (VerifierSpec,)}
+        for part, kinds in parts.items():
+            found = getattr(self, part)
+            if not isinstance(found, kinds):
+                names = " or ".join(kind.__name__ for kind in kinds)
+                raise ConfigError(f"{where}: {part} is {found!r}; it has to be a {names}")
+            _check_types(found, f"{where}: {part}")
 
     @property
     def verified(self) -> bool:
@@ -148,6 +157,17 @@ class Domain:
     def has_split(self, split: str) -> bool:
         """Whether there are problems in a split."""
         return isinstance(self.source, Procedural) or split not in self.source.without()
+
+
+def _check_types(declared: Any, where: str) -> None:
+    """Raise ConfigError for a field whose value is of another type: dataclasses take any."""
+    for name, kind in get_type_hints(type(declared)).items():
+        value = getattr(declared, name)
+        try:
+            TypeAdapter(kind).validate_python(value, strict=True)
+        except ValidationError as error:
+            said = error.errors(include_url=False)[0]["msg"]
+            raise ConfigError(f"{where}: {name} is {value!r}: {said}") from None
 
 
 @dataclass(frozen=True, kw_only=True)

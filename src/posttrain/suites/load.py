@@ -29,7 +29,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from posttrain.engine.errors import ConfigError, choices_text
+from posttrain.engine.errors import ConfigError, choices_text, said_by
 from posttrain.engine.parsing import Unreadable, parse_toml
 from posttrain.rewards.python_file import line_in, load_file
 from posttrain.rewards.spec import OPTIONS, VerifierSpec, parse_verifier
@@ -93,17 +93,23 @@ def _from_python(path: Path) -> Suite:
     except ConfigError as error:
         # What a Suite, a Domain or a Table says of its values.
         raise ConfigError(f"{path}: {error}") from None
-    except (Exception, SystemExit) as error:
-        line = line_in(error, str(path))
-        raise ConfigError(
-            f"{path}: suite() raised {type(error).__name__}: {error}{line}"
-        ) from error
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        line = line_in(error, str(path)) or _defined_in(module.suite)
+        raise ConfigError(f"{path}: suite() raised {said_by(error)}{line}") from error
     if not isinstance(suite, Suite):
         raise ConfigError(
             f"{path}: suite() returned a {type(suite).__name__}; it has to return a "
             "posttrain.suites.domain.Suite"
         )
     return suite
+
+
+def _defined_in(function: Any) -> str:
+    """Where a function of the user's own begins, in the form of `line_in`."""
+    code = getattr(function, "__code__", None)
+    return "" if code is None else f" (line {code.co_firstlineno})"
 
 
 def _from_toml(path: Path) -> Suite:
