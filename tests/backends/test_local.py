@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from posttrain.backends.base import LearnerSettings, Metrics, TokenLoss
-from posttrain.backends.checkpoint import LanguageModel
+from posttrain.backends.checkpoint import LanguageModel, output_head
 from posttrain.backends.forward import forward_passes, sampled_logprobs
-from posttrain.backends.checkpoint import output_head
 from posttrain.backends.local import LocalLearner, LocalScorer
 from posttrain.engine.errors import ConfigError, StageError
 from posttrain.rl.batch import Batch

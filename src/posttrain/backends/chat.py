@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from copy import copy
 from typing import Any, NoReturn
 
 from jinja2 import TemplateError
@@ -49,11 +50,7 @@ class Chat:
         """Ids of the tokenizer that no text may have."""
         self.max_positions = max_positions
         """The longest row, prompt and response, that the model reads; None without a limit."""
-        self._prompts: dict[tuple[Any, str | None], list[int]] = {}
-        self._responses: dict[tuple[Any, str, str | None], list[int]] = {}
-        self._head: tuple[Any, str] = ((), "")
-        """The last text up to where the assistant speaks, and what it was made of."""
-        self._spans: dict[tuple[Any, str, str | None], list[Span] | None] = {}
+        self._forget()
         # Some tokenizers mark these as special, and a verifier has to see where the answer begins.
         special, added = set(self.tokenizer.all_special_ids), self.tokenizer.get_added_vocab()
         tags = {added[tag] for tag in (OPEN, CLOSE) if tag in added}
@@ -61,15 +58,18 @@ class Chat:
         # Texts that are one token wherever they stand: nothing beside them changes that.
         self._stops = {text: added[text] for text in added if added[text] in self.stop_ids}
 
+    def _forget(self) -> None:
+        self._prompts: dict[tuple[Any, str | None], list[int]] = {}
+        self._responses: dict[tuple[Any, str, str | None], list[int]] = {}
+        self._head: tuple[Any, str] = ((), "")
+        """The last text up to where the assistant speaks, and what it was made of."""
+        self._spans: dict[tuple[Any, str, str | None], list[Span] | None] = {}
+
     def fresh(self) -> Chat:
         """The same without the encodings that it remembers, for texts that come only once."""
-        return Chat(
-            self.tokenizer,
-            stop_ids=self.stop_ids,
-            pad_id=self.pad_id,
-            ids=self.ids,
-            max_positions=self.max_positions,
-        )
+        other = copy(self)
+        other._forget()
+        return other
 
     @property
     def num_ids(self) -> int:
@@ -81,8 +81,7 @@ class Chat:
         self.ids = self.ids.without(absent)
         self._unusable |= frozenset(absent)
         # Encoded before, and so not checked.
-        for known in (self._prompts, self._responses, self._spans):
-            known.clear()
+        self._forget()
 
     def prompt(self, asked: Asked, mode: str | None = None) -> list[int]:
         """Token ids of a user message, or of a conversation, up to where the assistant starts to
