@@ -102,8 +102,9 @@ def test_it_says_where_each_is_from_and_what_was_decided() -> None:
         1: ("generation_config.json", "config.json", "the tokenizer"),
     }
     assert end.warnings == (
-        "generation_config.json does not name <|im_end|> (3), which the chat template has, as an "
-        "end: a turn is learned to end with <|im_end|> (3), and stops at <|endoftext|> (1), too",
+        "a turn's end: generation_config.json does not name <|im_end|> (3), which ends it by the "
+        "chat template; responses learn to end with <|im_end|> (3), and stop at <|endoftext|> (1), "
+        "too",
     )
     assert decide(CHATML, generation=[1, 3], eos="<|im_end|>").warnings == ()
     assert decide(CHATML, eos="<|im_end|>").warnings == ()

@@ -101,8 +101,7 @@ class Chat:
         self.ids = self.ids.without(absent)
         self._unusable |= frozenset(absent)
         # Encoded before, and so not checked.
-        for known in (self._prompts, self._responses, self._spans):
-            known.clear()
+        self._forget()
 
     def prompt(self, asked: Asked, mode: str | None = None) -> list[int]:
         """Token ids of a user message, or of a conversation, up to where the assistant starts to

@@ -242,12 +242,13 @@ def _without_bars() -> None:
 
 def chat_of(language_model: LanguageModel) -> Chat:
     """Text to tokens of this model, and back. Raises ConfigError without a stop token."""
-    return Chat(
+    model = language_model.model
+    return _chat(
         language_model.tokenizer,
-        stop_ids=language_model.stop_ids,
-        pad_id=language_model.pad_id,
-        ids=language_model.ids,
-        max_positions=positions_of(language_model.model.config),
+        language_model.ids,
+        generation=model.generation_config,
+        config=model.config,
+        where=model.config.name_or_path or "model",
     )
 
 
@@ -265,7 +266,11 @@ def read_chat(path: str | Path) -> Chat:
     )
     known = token_ids(tokenizer)
     ids = drawable(known, int(getattr(config.get_text_config(), "vocab_size", max(known) + 1)))
-    stop_ids = stops(turn_end_of(tokenizer, generation, config, ids), str(path))
+    return _chat(tokenizer, ids, generation=generation, config=config, where=str(path))
+
+
+def _chat(tokenizer: Any, ids: TokenIds, *, generation: Any, config: Any, where: str) -> Chat:
+    stop_ids = stops(turn_end_of(tokenizer, generation, config, ids), where)
     return Chat(
         tokenizer,
         stop_ids=stop_ids,

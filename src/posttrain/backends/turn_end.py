@@ -154,12 +154,12 @@ def _warnings(
         return ()
 
     def named(token: int) -> str:
-        return f"{text_of.get(token, 'id')} ({token})"
+        return f"{text_of[token]} ({token})" if token in text_of else f"id {token}"
 
-    lacking = ", ".join(f"{named(i)}, which {' and '.join(sources[i])} has" for i in late)
+    lacking = ", ".join(f"{named(i)}, which ends it by {' and '.join(sources[i])}" for i in late)
     learned = written if written is not None else next(iter(sources))
     others = [named(token) for token in sources if token != learned]
     return (
-        f"{GENERATION} does not name {lacking}, as an end: a turn is learned to end with "
-        f"{named(learned)}" + (f", and stops at {', '.join(others)}, too" if others else ""),
+        f"a turn's end: {GENERATION} does not name {lacking}; responses learn to end with "
+        f"{named(learned)}" + (f", and stop at {', '.join(others)}, too" if others else ""),
     )

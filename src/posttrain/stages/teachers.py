@@ -29,6 +29,7 @@ from posttrain.backends.base import Head, Learner, Sampling, Scorer
 from posttrain.backends.chat import Chat
 from posttrain.backends.prompting import Problem, asked, hinted
 from posttrain.backends.vocabulary import check_same_tokens, draw_alike
+from posttrain.engine.errors import ConfigError
 from posttrain.engine.graph import edge_name
 from posttrain.rl.batch import Batch, ragged_index
 from posttrain.stages.context import Context
@@ -57,6 +58,7 @@ class Teachers:
             if ctx.inputs[edge] not in by_path:
                 scorer = ctx.scorer(edge, precision=settings.precision)
                 check_same_tokens(student, scorer.chat, name)
+                check_modes(settings, ctx, scorer, name)
                 self._warn_of_end(ctx, policy, scorer, name)
                 by_path[ctx.inputs[edge]] = scorer
         self.scorers = [by_path[ctx.inputs[edge_name("teachers", name)]] for name in self.names]
@@ -133,6 +135,15 @@ class Teachers:
                 "end its responses; let eos_token_id in the generation_config.json of the "
                 "student's start name both"
             )
+
+
+def check_modes(settings: Distill, ctx: Context, scorer: Scorer, name: str) -> None:
+    """Raise ConfigError for a teacher whose template has not the modes that the stage asks in."""
+    for mode in settings.modes:
+        try:
+            scorer.chat.prompt("q", mode)
+        except ConfigError as error:
+            raise ConfigError(f"stage {ctx.name!r}: teacher {name!r}: {error}") from None
 
 
 class TeacherScoring:

@@ -117,7 +117,7 @@ class Behaviour:
             check_same_tokens(chat, scorer.chat, "other")
         except ConfigError:
             return None
-        if any(token not in scorer.chat.ids for token in sampled.targets_N.unique().tolist()):
+        if any(token not in scorer.chat.ids for token in set(sampled.targets_N.tolist())):
             # A token that the other has not: it would never have said that.
             return None
         k1_N = sampled["sampler_logp_N"].double().cpu() - scorer.logprobs(sampled).double()
