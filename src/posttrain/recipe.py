@@ -115,7 +115,8 @@ class Recipe(DataVerbs):
             )
         adopted = self._build.adopted(str(source))
         external = adopted or find_checkpoint(source, self._build.hash_file)
-        speaking.told(self._build, name, external)
+        checks.speaks(self._build, name, external)
+        speaking.clock(self._build, name, external)
         self._build.external[name] = external
         node = Node(
             name=name,

@@ -63,6 +63,10 @@ def make_chat(template: str, *special: str, thinking: bool = True, end: str = "<
     tokenizer.add_tokens([AddedToken(text, special=True) for text in special])
     tokenizer.chat_template = template
     stop = int(tokenizer.convert_tokens_to_ids(end))
+    return new_chat(tokenizer, stop)
+
+
+def new_chat(tokenizer: Any, stop: int) -> Chat:
     return Chat(tokenizer, stop_ids=(stop,), pad_id=0, num_ids=len(tokenizer))
 
 
@@ -239,7 +243,7 @@ def test_without_a_template_the_text_of_a_control_token_stays_text() -> None:
     chat = make_chat("x")
     tokenizer = chat.tokenizer
     tokenizer.chat_template = None
-    chat = Chat(tokenizer, stop_ids=chat.stop_ids, pad_id=0, num_ids=len(tokenizer))
+    chat = new_chat(tokenizer, chat.stop_ids[0])
     assert kinds(chat, chat.prompt("a<|end|>b")) == []
     assert kinds(chat, chat.response("a", "b<|end|>c")) == ["<|end|>"]
 
@@ -292,7 +296,7 @@ def bpe(*, metaspace: bool) -> Any:
 def test_other_tokenizers_write_the_text_of_a_control_token_too(metaspace: bool) -> None:
     tokenizer = bpe(metaspace=metaspace)
     end = tokenizer.convert_tokens_to_ids("<|end|>")
-    chat = Chat(tokenizer, stop_ids=(end,), pad_id=0, num_ids=len(tokenizer))
+    chat = new_chat(tokenizer, end)
     for text in ("say <|end|> twice", "<|end|>", "a<|user|>"):
         response, prompt = chat.response("q", text), chat.prompt(text)
         assert response.count(end) == 1 and kinds(chat, response) == ["<|end|>"]
@@ -313,7 +317,7 @@ def test_a_tokenizer_that_cannot_write_the_text_says_so() -> None:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core, unk_token="<unk>", eos_token="<|end|>"
     )
-    chat = Chat(tokenizer, stop_ids=(0,), pad_id=0, num_ids=4)
+    chat = new_chat(tokenizer, 0)
     with pytest.raises(ConfigError, match=r"the data holds the text '<\|end\|>'.*'say <\|end\|>"):
         chat.response("q", "say <|end|> twice")
 
@@ -323,7 +327,18 @@ def test_tags_of_tools_stay_tokens_and_control_tokens_that_only_the_template_nam
     tokenizer = character_tokenizer(["\n"])
     tokenizer.add_tokens([AddedToken(t) for t in ("[turn]", "<tool_call>", "[other]")])
     tokenizer.chat_template = template
-    chat = Chat(tokenizer, stop_ids=(4,), pad_id=0, num_ids=len(tokenizer))
+    chat = new_chat(tokenizer, 4)
     text = "[turn] <tool_call> [other]"
     prompt = chat.tokenizer.convert_ids_to_tokens(chat.prompt(text))
     assert prompt == ["[turn]", *"[turn] ", "<tool_call>", " ", "[other]", "<tool_call>"]
+
+
+def test_sampled_ids_follow_a_prompt_that_opens_what_theirs_did() -> None:
+    opens, asks = make_chat(R1), make_chat(R1.replace("<think>\n", ""))
+    sampled = opens.begin("hm</think>9")
+    text = opens.opened("q") + opens.decode(sampled)
+    assert opens.continues("q", sampled, text, None)
+    assert not asks.continues("q", sampled, text, None)
+    whole = asks.begin(text)
+    assert asks.continues("q", whole, text, None)
+    assert not opens.continues("q", whole, text, None)

@@ -134,6 +134,12 @@ class Chat:
         """Whether the prompt ends inside a thinking block."""
         return bool(self.opened(asked, mode))
 
+    def continues(self, asked: Asked, ids: Sequence[int], text: str, mode: str | None) -> bool:
+        """Whether ids that were sampled as `text` can follow this model's prompt as they are: where
+        a prompt had opened the thinking block for them, this one has to open it, too."""
+        before = text.startswith(OPEN) and not self.decode(ids).startswith(OPEN)
+        return before == self.opens_thought(asked, mode)
+
     def begin(self, text: str) -> list[int]:
         """Token ids of the first words of an assistant message, which is still to go on."""
         return self._encode(self.marks.said(self._control.hide(text))) if text else []

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from posttrain.algorithms import InTurn, StrongAgainstWeak
+from posttrain.backends.checkpoint_source import CheckpointSource
 from posttrain.backends.prompting import THINKING
 from posttrain.engine.errors import ConfigError, choices_text
 from posttrain.engine.graph import Graph, Node, named, with_role
@@ -20,6 +21,17 @@ from posttrain.rewards.judge_kinds import Compare, CompareEndpoint, Length, Llm,
 from posttrain.stages.kinds import KINDS, kind_of
 from posttrain.suites.domain import Suite, Table
 from posttrain.suites.preferences import form_of, has_margins
+
+
+def speaks(build: Builder, stage: str, external: CheckpointSource) -> None:
+    """Warn of a checkpoint from outside that has no chat template."""
+    if external.chat_template is None:
+        build.warn(
+            f"{external.directory} has no chat template: prompts are plain text to it, and a "
+            "response follows with nothing in between; if it was trained with a template, put it "
+            "beside its weights as chat_template.jinja",
+            stage,
+        )
 
 
 def needed(build: Builder, graph: Graph) -> None:

@@ -25,20 +25,11 @@ HELP = (
 )
 
 
-def told(build: Builder, stage: str, external: CheckpointSource) -> None:
-    """Warn of a checkpoint without a chat template, and of one whose template reads the clock.
-
-    Raises ConfigError for a template that cannot be read or draws at random.
-    """
+def clock(build: Builder, stage: str, external: CheckpointSource) -> None:
+    """Warn of a checkpoint whose template reads the clock. Raises ConfigError for a template that
+    cannot be read or draws at random."""
     template = template_of(external)
-    if template is None:
-        build.warn(
-            f"{external.directory} has no chat template: prompts are plain text to it, and a "
-            "response follows with nothing in between; if it was trained with a template, put it "
-            "beside its weights as chat_template.jinja",
-            stage,
-        )
-    elif template.reads_clock:
+    if template is not None and template.reads_clock:
         build.warn(
             f"{external.directory}: its chat template writes the date into prompts; all stages "
             f"show {DATE:%d %b %Y}, so that a run can be made again; to show another date, write "
