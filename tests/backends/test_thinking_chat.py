@@ -9,6 +9,7 @@ from transformers import AddedToken
 
 from posttrain.backends.chat import Chat
 from posttrain.backends.prompting import visible
+from posttrain.backends.template import ChatTemplate
 from posttrain.backends.tiny import character_tokenizer
 from posttrain.engine.errors import ConfigError
 
@@ -342,3 +343,21 @@ def test_sampled_ids_follow_a_prompt_that_opens_what_theirs_did() -> None:
     whole = asks.begin(text)
     assert asks.continues("q", whole, text, None)
     assert not opens.continues("q", whole, text, None)
+
+
+@pytest.mark.parametrize("template", [R1, ALWAYS, HYBRID, MISTRAL])
+@pytest.mark.parametrize("asks", [True, False])
+def test_a_plan_renders_a_template_as_transformers_does(template: str, asks: bool) -> None:
+    template += "{{ bos_token }}{{ messages[1].tool_calls | tojson }}{{ messages[1].thinking }}"
+    tokenizer = character_tokenizer(["\n"], thinking=True)
+    tokenizer.chat_template, tokenizer.bos_token = template, "<|user|>"
+    call = {"function": {"name": "é<b>", "arguments": {"x": [1]}}}
+    messages: list[dict[str, Any]] = [
+        {"role": "user", "content": " q\n"},
+        {"role": "assistant", "content": THOUGHT, "tool_calls": [call], "reasoning": "t"},
+        {"role": "user", "content": "r", "name": None},
+    ]
+    how = {"add_generation_prompt": asks, "thinking": True}
+    whole = tokenizer.apply_chat_template(messages, tokenize=False, **how)
+    own = ChatTemplate(template).render(messages, **tokenizer.special_tokens_map, **how)
+    assert own == whole

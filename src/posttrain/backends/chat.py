@@ -74,6 +74,7 @@ class Chat:
     def _forget(self) -> None:
         self._prompts: dict[tuple[Any, str | None], list[int]] = {}
         self._responses: dict[tuple[Any, str, str | None], list[int]] = {}
+        self._opens: dict[tuple[Any, str | None], str] = {}
         self._head: tuple[Any, str] = ((), "")
         """The last text up to where the assistant speaks, and what it was made of."""
         self._spans: dict[tuple[Any, str, str | None], list[Span] | None] = {}
@@ -127,8 +128,11 @@ class Chat:
     def opened(self, asked: Asked, mode: str | None = None) -> str:
         """What the prompt has begun of the response: `<think>` and blanks where the template opens
         the thinking block, else nothing. What is sampled after it is text from there on."""
-        begun = self._begun(self._opened(asked, mode))
-        return self.marks.told(begun) if begun else ""
+        key = (asked_key(asked), mode)
+        if key not in self._opens:
+            begun = self._begun(self._opened(asked, mode))
+            self._opens[key] = self.marks.told(begun) if begun else ""
+        return self._opens[key]
 
     def opens_thought(self, asked: Asked, mode: str | None = None) -> bool:
         """Whether the prompt ends inside a thinking block."""
@@ -213,18 +217,19 @@ class Chat:
         if self.template is None:
             prompt: str = self._control.hide(self._plain(asked))
             return prompt if response is None else prompt + response
-        given = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
-        messages: list[Message] = self._control.hide(list(given))
+        shown = self._control.hide(asked)
+        messages = [{"role": "user", "content": shown}] if isinstance(asked, str) else shown
         if response is not None:
             messages.append({"role": "assistant", "content": response})
-        messages = [self._marked(message) for message in messages]
+        if not self.marks.plain:
+            messages = [self._marked(message) for message in messages]
         return self._templated(messages, add_generation_prompt=response is None, **variables)
 
     def _marked(self, message: Message) -> Message:
         """An assistant's message with the model's own marks of what was thought, or with the answer
         alone where the template marks that."""
         content = message.get("content")
-        if self.marks.plain or message["role"] != "assistant" or not isinstance(content, str):
+        if message["role"] != "assistant" or not isinstance(content, str):
             return message
         if self.marks.answer:
             content = content.rpartition(CLOSE)[2]
