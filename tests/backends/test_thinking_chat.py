@@ -343,6 +343,11 @@ def test_sampled_ids_follow_a_prompt_that_opens_what_theirs_did() -> None:
     whole = asks.begin(text)
     assert asks.continues("q", whole, text, None)
     assert not opens.continues("q", whole, text, None)
+    # Who reads it, such as a teacher, has the block open where it was open.
+    for reader in (opens, asks):
+        for ids, opened in ((sampled, opens.opened("q")), (whole, "")):
+            read = reader.text([*reader.prompt_before("q", opened), *ids])
+            assert read == "<|user|>q<|assistant|><think>\nhm</think>9"
 
 
 @pytest.mark.parametrize("template", [R1, ALWAYS, HYBRID, MISTRAL])

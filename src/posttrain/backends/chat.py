@@ -138,6 +138,17 @@ class Chat:
         """Whether the prompt ends inside a thinking block."""
         return bool(self.opened(asked, mode))
 
+    def prompt_before(self, asked: Asked, opened: str, mode: str | None = None) -> list[int]:
+        """Token ids of the prompt, for a response that another model began behind `opened`: a
+        thinking block is open in the one where it is in the other."""
+        ours = self.opened(asked, mode)
+        if bool(ours) == bool(opened):
+            return self.prompt(asked, mode)
+        if opened:
+            return [*self.prompt(asked, mode), *self.begin(opened)]
+        head = self._opened(asked, mode)
+        return self._encode(head[: -len(self._begun(head))])
+
     def continues(self, asked: Asked, ids: Sequence[int], text: str, mode: str | None) -> bool:
         """Whether ids that were sampled as `text` can follow this model's prompt as they are: where
         a prompt had opened the thinking block for them, this one has to open it, too."""
