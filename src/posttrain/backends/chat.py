@@ -88,12 +88,13 @@ class Chat:
         """
         key = (asked_key(asked), mode)
         if key not in self._prompts:
-            ids = self._encode(self._opened(asked, mode))
-            # A template writes the BOS token itself.
-            if self.tokenizer.chat_template is None:
-                ids = self._opening() + ids
-            self._prompts[key] = ids
+            self._prompts[key] = self._prompt_ids(self._opened(asked, mode))
         return self._prompts[key]
+
+    def _prompt_ids(self, head: str) -> list[int]:
+        # A template writes the BOS token itself.
+        opening = self._opening() if self.template is None else []
+        return opening + self._encode(head)
 
     def response(self, asked: Asked, text: str, mode: str | None = None) -> list[int]:
         """Token ids of an assistant message, its stop token included.
@@ -147,7 +148,7 @@ class Chat:
         if opened:
             return [*self.prompt(asked, mode), *self.begin(opened)]
         head = self._opened(asked, mode)
-        return self._encode(head[: -len(self._begun(head))])
+        return self._prompt_ids(head[: -len(self._begun(head))])
 
     def continues(self, asked: Asked, ids: Sequence[int], text: str, mode: str | None) -> bool:
         """Whether ids that were sampled as `text` can follow this model's prompt as they are: where
