@@ -81,6 +81,7 @@ def test_stages_become_edges() -> None:
         judges.human(),
         judges.normalised(judges.verifier(), judges.finished()),
         judges.whitened(judges.scalar(RM)),
+        judges.answer(judges.language(regex="[a-z]")),
         judges.by_domain({"a": judges.verifier(), "b": judges.finished()}),
         judges.length(budget=8, shape="pass_rate"),
         judges.length(budget=8, shape="concave", k=0.5, q=0.5),
@@ -122,6 +123,10 @@ def test_the_json_form_is_read_again(judge: judges.Judge) -> None:
         (lambda: judges.compare(Stage("rm", "reward_model")), "language model"),
         (lambda: judges.itself(pairing="some"), "it has to be 'all' or 'circular'"),
         (lambda: judges.human() + judges.verifier(), "people compare pairs by themselves"),
+        (
+            lambda: judges.answer(judges.verifier() - judges.length(budget=8)),
+            "length counts the tokens of whole responses",
+        ),
         (lambda: judges.whitened(judges.human()), "people compare pairs by themselves"),
         (lambda: "x" * judges.verifier(), "weight = 'x'; it has to be a number or a schedule"),
         (lambda: "x" * (2 * judges.verifier()), "weight = 'x'; it has to be a number or a sched"),

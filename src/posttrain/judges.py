@@ -41,6 +41,7 @@ gate: Maker = kinds.Gate
 lexicographic: Maker = kinds.Lexicographic
 whitened: Maker = kinds.Whitened
 by_domain: Maker = kinds.ByDomain
+answer: Maker = kinds.Answer
 
 
 Handle = Any

@@ -9,6 +9,7 @@ from transformers import AddedToken
 
 from posttrain.backends.chat import Chat
 from posttrain.backends.prompting import visible
+from posttrain.backends.template import ChatTemplate
 from posttrain.backends.tiny import character_tokenizer
 from posttrain.engine.errors import ConfigError
 
@@ -63,6 +64,10 @@ def make_chat(template: str, *special: str, thinking: bool = True, end: str = "<
     tokenizer.add_tokens([AddedToken(text, special=True) for text in special])
     tokenizer.chat_template = template
     stop = int(tokenizer.convert_tokens_to_ids(end))
+    return new_chat(tokenizer, stop)
+
+
+def new_chat(tokenizer: Any, stop: int) -> Chat:
     return Chat(tokenizer, stop_ids=(stop,), pad_id=0, num_ids=len(tokenizer))
 
 
@@ -191,7 +196,8 @@ def test_a_thought_is_learned_though_a_finished_turn_drops_it() -> None:
 
 def kinds(chat: Chat, ids: list[int]) -> list[str]:
     """The control tokens among these ids."""
-    return [t for t in chat.tokenizer.convert_ids_to_tokens(ids) if t.startswith("<|")]
+    special = set(chat.tokenizer.all_special_tokens)
+    return [t for t in chat.tokenizer.convert_ids_to_tokens(ids) if t in special]
 
 
 def plain() -> Chat:
@@ -238,7 +244,7 @@ def test_without_a_template_the_text_of_a_control_token_stays_text() -> None:
     chat = make_chat("x")
     tokenizer = chat.tokenizer
     tokenizer.chat_template = None
-    chat = Chat(tokenizer, stop_ids=chat.stop_ids, pad_id=0, num_ids=len(tokenizer))
+    chat = new_chat(tokenizer, chat.stop_ids[0])
     assert kinds(chat, chat.prompt("a<|end|>b")) == []
     assert kinds(chat, chat.response("a", "b<|end|>c")) == ["<|end|>"]
 
@@ -255,3 +261,108 @@ def test_texts_without_control_tokens_are_encoded_as_they_always_were() -> None:
     text = "a <b> </b> <| |> \n<|ending|>"
     whole = chat.tokenizer("<|user|>" + text + "<|assistant|>", add_special_tokens=False)
     assert chat.prompt(text) == whole["input_ids"]
+
+
+def bpe(*, metaspace: bool) -> Any:
+    """A tokenizer of bytes, or of words with a mark at the beginning of a text, with `<|end|>`."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<unk>", "<|user|>", "<|assistant|>", "<|end|>"]
+    if metaspace:
+        core = Tokenizer(models.BPE(unk_token="<unk>"))
+        core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+        core.decoder = decoders.Metaspace(prepend_scheme="first")
+        alphabet = [*"abcdefghijklmnopqrstuvwxyz<>|/ \n▁"]
+    else:
+        core = Tokenizer(models.BPE())
+        core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        core.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    core.train_from_iterator(["say the end twice <|end|> user assistant"] * 3, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        unk_token="<unk>",
+        eos_token="<|end|>",
+        additional_special_tokens=special[1:3],
+        chat_template=R1.replace("<think>\n", ""),
+        clean_up_tokenization_spaces=False,
+    )
+
+
+@pytest.mark.parametrize("metaspace", [False, True])
+def test_other_tokenizers_write_the_text_of_a_control_token_too(metaspace: bool) -> None:
+    tokenizer = bpe(metaspace=metaspace)
+    end = tokenizer.convert_tokens_to_ids("<|end|>")
+    chat = new_chat(tokenizer, end)
+    for text in ("say <|end|> twice", "<|end|>", "a<|user|>"):
+        response, prompt = chat.response("q", text), chat.prompt(text)
+        assert response.count(end) == 1 and kinds(chat, response) == ["<|end|>"]
+        assert kinds(chat, prompt) == ["<|user|>", "<|assistant|>"]
+        assert chat.decode(response).strip() == text
+    # No mark of a beginning behind a control token, as there is none for other texts.
+    marked = [chat.tokenizer.convert_ids_to_tokens(chat.prompt(t))[1] for t in ("a", "a<|end|>")]
+    assert marked == ["a", "a"]
+
+
+def test_a_tokenizer_that_cannot_write_the_text_says_so() -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {text: n for n, text in enumerate(["<|end|>", "<unk>", "say", "twice"])}
+    core = Tokenizer(models.WordLevel(vocab=words, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, unk_token="<unk>", eos_token="<|end|>"
+    )
+    chat = new_chat(tokenizer, 0)
+    with pytest.raises(ConfigError, match=r"the data holds the text '<\|end\|>'.*'say <\|end\|>"):
+        chat.response("q", "say <|end|> twice")
+
+
+def test_tags_of_tools_stay_tokens_and_control_tokens_that_only_the_template_names_do_not() -> None:
+    template = "{% for m in messages %}[turn]{{ m.content }}{% endfor %}<tool_call>"
+    tokenizer = character_tokenizer(["\n"])
+    tokenizer.add_tokens([AddedToken(t) for t in ("[turn]", "<tool_call>", "[other]")])
+    tokenizer.chat_template = template
+    chat = new_chat(tokenizer, 4)
+    text = "[turn] <tool_call> [other]"
+    prompt = chat.tokenizer.convert_ids_to_tokens(chat.prompt(text))
+    assert prompt == ["[turn]", *"[turn] ", "<tool_call>", " ", "[other]", "<tool_call>"]
+
+
+def test_sampled_ids_follow_a_prompt_that_opens_what_theirs_did() -> None:
+    opens, asks = make_chat(R1), make_chat(R1.replace("<think>\n", ""))
+    sampled = opens.begin("hm</think>9")
+    text = opens.opened("q") + opens.decode(sampled)
+    assert opens.continues("q", sampled, text, None)
+    assert not asks.continues("q", sampled, text, None)
+    whole = asks.begin(text)
+    assert asks.continues("q", whole, text, None)
+    assert not opens.continues("q", whole, text, None)
+    # Who reads it, such as a teacher, has the block open where it was open.
+    for reader in (opens, asks):
+        for ids, opened in ((sampled, opens.opened("q")), (whole, "")):
+            read = reader.text([*reader.prompt_before("q", opened), *ids])
+            assert read == "<|user|>q<|assistant|><think>\nhm</think>9"
+
+
+@pytest.mark.parametrize("template", [R1, ALWAYS, HYBRID, MISTRAL])
+@pytest.mark.parametrize("asks", [True, False])
+def test_a_plan_renders_a_template_as_transformers_does(template: str, asks: bool) -> None:
+    template += "{{ bos_token }}{{ messages[1].tool_calls | tojson }}{{ messages[1].thinking }}"
+    tokenizer = character_tokenizer(["\n"], thinking=True)
+    tokenizer.chat_template, tokenizer.bos_token = template, "<|user|>"
+    call = {"function": {"name": "é<b>", "arguments": {"x": [1]}}}
+    messages: list[dict[str, Any]] = [
+        {"role": "user", "content": " q\n"},
+        {"role": "assistant", "content": THOUGHT, "tool_calls": [call], "reasoning": "t"},
+        {"role": "user", "content": "r", "name": None},
+    ]
+    how = {"add_generation_prompt": asks, "thinking": True}
+    whole = tokenizer.apply_chat_template(messages, tokenize=False, **how)
+    own = ChatTemplate(template).render(messages, **tokenizer.special_tokens_map, **how)
+    assert own == whole

@@ -101,6 +101,36 @@ def test_whitened_is_over_the_batch() -> None:
     assert z_scores([2.0, 2.0]) == [0, 0]
 
 
+def test_answer_shows_a_judge_the_answer_alone() -> None:
+    """A thought in other letters, one that never ended, none at all; in a mode and without."""
+    texts = ["<think>XX</think>aa", "<think>XX", "aX", "<think>X</think>X", "XX</think>aa"]
+    modes = [None, None, None, "high", None]
+    responses = Responses(
+        problems=[{"domain": "a"} | ({"mode": mode} if mode else {}) for mode in modes],
+        texts=texts,
+        group=[0] * 5,
+        finished=[True] * 5,
+        num_tokens=[9] * 5,
+    )
+    language = judges.language(regex="[a-z<>/]", unit="character")
+    asked = reward(judges.answer(language))
+    assert asked.score(responses)[0] == [1, 1, 0.5, 0, 1]
+    assert asked.score(responses)[1] == {"language": [1, 1, 0.5, 0, 1]}
+    whole = reward(language).score(responses)[0]
+    assert whole[0] < 1 and whole[1] < 1
+    assert reward(judges.answer(judges.format("think"))).score(responses)[0] == [0] * 5
+    # A judge inside that goes by modes sees an answer, not one that has yet to come.
+    seen: list[Any] = []
+
+    class Looks:
+        def score(self, responses: Responses) -> list[float]:
+            seen.extend(zip(responses.texts, responses.problems, strict=True))
+            return [0.0] * len(responses)
+
+    RewardFunction(judges.answer(ORACLE), {ORACLE.identity: Looks()}).score(responses)
+    assert seen[3] == ("X", {"domain": "a"})
+
+
 def test_by_domain_asks_each_domains_judge_about_its_rows() -> None:
     judge = judges.by_domain({"a": VERIFIER, "b": judges.whitened(ORACLE)})
     found = scores(judge, right(), taste())

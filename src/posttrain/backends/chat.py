@@ -87,6 +87,7 @@ class Chat:
     def _forget(self) -> None:
         self._prompts: dict[tuple[Any, str | None], list[int]] = {}
         self._responses: dict[tuple[Any, str, str | None], list[int]] = {}
+        self._opens: dict[tuple[Any, str | None], str] = {}
         self._head: tuple[Any, str] = ((), "")
         """The last text up to where the assistant speaks, and what it was made of."""
         self._spans: dict[tuple[Any, str, str | None], list[Span] | None] = {}
@@ -112,12 +113,13 @@ class Chat:
         """
         key = (asked_key(asked), mode)
         if key not in self._prompts:
-            ids = self._encode(self._opened(asked, mode))
-            # A template writes the BOS token itself.
-            if self.tokenizer.chat_template is None:
-                ids = self._opening() + ids
-            self._prompts[key] = ids
+            self._prompts[key] = self._prompt_ids(self._opened(asked, mode))
         return self._prompts[key]
+
+    def _prompt_ids(self, head: str) -> list[int]:
+        # A template writes the BOS token itself.
+        opening = self._opening() if self.template is None else []
+        return opening + self._encode(head)
 
     def response(self, asked: Asked, text: str, mode: str | None = None) -> list[int]:
         """Token ids of an assistant message, its stop token included.
@@ -152,12 +154,32 @@ class Chat:
     def opened(self, asked: Asked, mode: str | None = None) -> str:
         """What the prompt has begun of the response: `<think>` and blanks where the template opens
         the thinking block, else nothing. What is sampled after it is text from there on."""
-        begun = self._begun(self._opened(asked, mode))
-        return self.marks.told(begun) if begun else ""
+        key = (asked_key(asked), mode)
+        if key not in self._opens:
+            begun = self._begun(self._opened(asked, mode))
+            self._opens[key] = self.marks.told(begun) if begun else ""
+        return self._opens[key]
 
     def opens_thought(self, asked: Asked, mode: str | None = None) -> bool:
         """Whether the prompt ends inside a thinking block."""
         return bool(self.opened(asked, mode))
+
+    def prompt_before(self, asked: Asked, opened: str, mode: str | None = None) -> list[int]:
+        """Token ids of the prompt, for a response that another model began behind `opened`: a
+        thinking block is open in the one where it is in the other."""
+        ours = self.opened(asked, mode)
+        if bool(ours) == bool(opened):
+            return self.prompt(asked, mode)
+        if opened:
+            return [*self.prompt(asked, mode), *self.begin(opened)]
+        head = self._opened(asked, mode)
+        return self._prompt_ids(head[: -len(self._begun(head))])
+
+    def continues(self, asked: Asked, ids: Sequence[int], text: str, mode: str | None) -> bool:
+        """Whether ids that were sampled as `text` can follow this model's prompt as they are: where
+        a prompt had opened the thinking block for them, this one has to open it, too."""
+        before = text.startswith(OPEN) and not self.decode(ids).startswith(OPEN)
+        return before == self.opens_thought(asked, mode)
 
     def begin(self, text: str) -> list[int]:
         """Token ids of the first words of an assistant message, which is still to go on."""
@@ -232,18 +254,19 @@ class Chat:
         if self.template is None:
             prompt: str = self._control.hide(self._plain(asked))
             return prompt if response is None else prompt + response
-        given = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
-        messages: list[Message] = self._control.hide(list(given))
+        shown = self._control.hide(asked)
+        messages = [{"role": "user", "content": shown}] if isinstance(asked, str) else shown
         if response is not None:
             messages.append({"role": "assistant", "content": response})
-        messages = [self._marked(message) for message in messages]
+        if not self.marks.plain:
+            messages = [self._marked(message) for message in messages]
         return self._templated(messages, add_generation_prompt=response is None, **variables)
 
     def _marked(self, message: Message) -> Message:
         """An assistant's message with the model's own marks of what was thought, or with the answer
         alone where the template marks that."""
         content = message.get("content")
-        if self.marks.plain or message["role"] != "assistant" or not isinstance(content, str):
+        if message["role"] != "assistant" or not isinstance(content, str):
             return message
         if self.marks.answer:
             content = content.rpartition(CLOSE)[2]

@@ -381,13 +381,40 @@ class Human(Judge):
     pairing: Pairing = "circular"
 
 
+class Answer(Judge):
+    """The judge's score of the answer alone, as a verifier sees it; without an answer that of an
+    empty text.
+
+    For models that think: a judge reads all that was said otherwise. Raises ConfigError for
+    `length` inside, which counts the tokens of whole responses.
+    """
+
+    COMBINES = True
+
+    judge: Literal["answer"] = "answer"
+    of: Part
+
+    @model_validator(mode="after")
+    def _no_tokens(self) -> Self:
+        if any(isinstance(part, Length) for part in self.walk()):
+            raise ValueError(
+                "length counts the tokens of whole responses, of an answer they are not known; "
+                "write it outside of judges.answer(...)"
+            )
+        return self
+
+    def score(self, scoring: Scoring) -> list[float]:
+        """A score for each response."""
+        return scoring.answers().scores(self.of)
+
+
 AnyJudge = Annotated[
     Verifier | Scalar | Oracle | Constant | Finished | Format | Language | Repetition | Length
     | Llm | Python | Compare | CompareEndpoint | Itself | Human
-    | Sum | Gate | Lexicographic | Normalised | Whitened | ByDomain,
+    | Sum | Gate | Lexicographic | Normalised | Whitened | ByDomain | Answer,
     Field(discriminator="judge"),
 ]  # fmt: skip
-for kind in (Length, Term, Sum, Gate, Lexicographic, Normalised, Whitened, ByDomain):
+for kind in (Length, Term, Sum, Gate, Lexicographic, Normalised, Whitened, ByDomain, Answer):
     kind.model_rebuild(_types_namespace={"AnyJudge": AnyJudge})
 _ADAPTER: TypeAdapter[Judge] = TypeAdapter(AnyJudge)
 

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any, Protocol
 
+from posttrain.backends.prompting import visible
 from posttrain.engine.errors import StageError
 from posttrain.rewards.judge_base import Judge
 from posttrain.rewards.penalties import groups
@@ -121,6 +123,27 @@ class Scoring:
         subset = Scoring(self.responses.select(index), self.scorers, self.at, self.labels)
         self._subsets.append(subset)
         return subset
+
+    def answers(self) -> Scoring:
+        """The same about the answers alone, as a verifier sees them, in no mode: an empty text
+        where there is none."""
+        given = self.responses
+        shown = zip(given.texts, given.problems, strict=True)
+        # The ids that some responses come with are those of the whole.
+        answers = Responses(
+            problems=[{n: p[n] for n in p if n != "mode"} for p in given.problems],
+            texts=[visible(text, problem.get("mode")) or "" for text, problem in shown],
+            group=given.group,
+            finished=given.finished,
+            num_tokens=given.num_tokens,
+            verdicts=given.verdicts,
+            steps=given.steps,
+        )
+        scoring = copy(self)
+        scoring.responses = answers
+        scoring._known, scoring._logged, scoring._subsets = {}, {}, []
+        self._subsets.append(scoring)
+        return scoring
 
     def parts(self) -> dict[str, list[float]]:
         """Label to the scores of each judge inside, of the responses that it was asked about.

@@ -80,6 +80,7 @@ def rollout(
         seed=seed,
         top_p=top_p,
     )
+    opened = [chat.opened(asked(problem), problem.get("mode")) for problem in problems]
     # From one problem per group to one per row; rows of a group are neighbours.
     rows = [problem for problem in problems for _ in range(group_size)]
     texts = [""] * len(rows) if verifiers is not None else []
@@ -91,9 +92,7 @@ def rollout(
             index = row_B.tolist()
             for row, ids in zip(index, sampling.responses(row_B), strict=True):
                 # Both went in with the prompt, but are part of what the verifier reads.
-                shown = rows[row]
-                opened = chat.opened(asked(shown), shown.get("mode"))
-                texts[row] = opened + prefix + chat.decode(ids)
+                texts[row] = opened[row // group_size] + prefix + chat.decode(ids)
             complete = sampling.finished(row_B).tolist()
             # The others keep the 0 of `verified_B`, and those that nobody verifies the NaN.
             ended = [row for row, whole in zip(index, complete, strict=True) if whole]
