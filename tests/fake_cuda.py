@@ -48,12 +48,16 @@ class FakeCuda(TorchFunctionMode):
             return copied
 
         Parameter.__deepcopy__ = deepcopy  # type: ignore[method-assign]
+        self._memory = torch.cuda.mem_get_info
+        # Of a card of 16 GiB, all of it free.
+        torch.cuda.mem_get_info = lambda device=None: (2**34, 2**34)
         super().__enter__()
         return self
 
     def __exit__(self, *exception: object) -> None:
         super().__exit__(*exception)
         Parameter.__deepcopy__ = self._deepcopy  # type: ignore[method-assign]
+        torch.cuda.mem_get_info = self._memory
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})

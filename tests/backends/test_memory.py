@@ -11,7 +11,7 @@ import torch
 
 from posttrain.backends import forward, memory
 from posttrain.backends.checkpoint import LanguageModel
-from posttrain.backends.cpu import cache
+from posttrain.backends.cpu import cache, fused
 from posttrain.backends.local import LocalSampler, LocalScorer
 from posttrain.backends.memory import (
     MEMORY,
@@ -106,6 +106,28 @@ def test_a_growing_cache_changes_no_bit(
     grown = sampler.decoders.cache.tensor
     assert sample(sampler).responses() == whole.responses()
     assert sampler.decoders.cache.tensor is grown
+
+
+def test_prompts_that_are_read_in_parts(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model(stop=STOPS, positions=128)
+    whole = sample(LocalSampler(model))
+    # 7 positions, feed-forward layers of 64 numbers, 4 bytes: two prompts at a time.
+    monkeypatch.setattr(fused, "READ_BYTES", 2 * 7 * 64 * 4)
+    read: list[int] = []
+    forward_of = type(model.model.model).forward
+
+    def noted(body: Any, *args: Any, **more: Any) -> Any:
+        read.append(len(more["input_ids"]))
+        return forward_of(body, *args, **more)
+
+    monkeypatch.setattr(type(model.model.model), "forward", noted)
+    parts = sample(LocalSampler(model))
+    assert read == [2, 2, 1]
+    assert parts.responses() == whole.responses()
+    close = {"atol": 1e-5, "rtol": 0}
+    torch.testing.assert_close(parts["sampler_logp_N"], whole["sampler_logp_N"], **close)
 
 
 def test_short_responses_take_little(make_model: MakeModel) -> None:

@@ -35,8 +35,11 @@ probabilities and their sums in float64."""
 GROWING = 1.5
 """While a cache grows to its double both stand in memory."""
 
-_SAYS = ("can't allocate memory", "Cannot allocate memory", "out of memory", "bad_alloc")
-_SAYS += ("CUBLAS_STATUS_ALLOC_FAILED", "not enough memory")
+_SAYS = (
+    *("can't allocate memory", "Cannot allocate memory", "out of memory", "bad_alloc"),
+    *("CUBLAS_STATUS_ALLOC_FAILED", "not enough memory"),
+)
+"""What errors of torch and of the system say of it."""
 
 
 def given_memory(environment: Mapping[str, str] = os.environ) -> int | None:

@@ -27,6 +27,8 @@ FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
 HEADS = ("ForCausalLM", "ForSequenceClassification")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Those whose angles do not depend on how long a row has become."""
+READ_BYTES = 2**28
+"""What the widest activation may take while prompts are read: more of them are read in parts."""
 
 
 def is_fusable(model: Any) -> bool:
@@ -154,6 +156,23 @@ class FusedDecoder:
 
         Returns `hidden_PD`, which predicts the token after each prompt.
         """
+        prompts, columns = tokens_PT.shape
+        config = self.model.config
+        size = columns * config.intermediate_size * self.cache.tensor.element_size()
+        at_once = max(1, READ_BYTES // size)
+        parts = [
+            self._read(
+                tokens_PT[start : start + at_once],
+                length_P[start : start + at_once],
+                first=first + start * copies,
+                copies=copies,
+            )
+            for start in range(0, prompts, at_once)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _read(self, tokens_PT: Tensor, length_P: Tensor, *, first: int, copies: int) -> Tensor:
+        """`prefill` of some prompts in one forward pass."""
         # Padding comes after the real tokens, so causal attention keeps it out; what it leaves in
         # the cache is overwritten by the response, or never looked at.
         prefilled = DynamicCache()
