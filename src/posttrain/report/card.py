@@ -235,7 +235,7 @@ def _scores(scores: Sequence[Mapping[str, Any]]) -> list[str]:
         over = f" over {coverage} domains" if coverage else ""
         label = f"{item['name']}-{item['fingerprint'][:SHORT]}"
         found += [
-            f"Accuracy in per cent on {split_name(evaluation)} problems, with 95 % bootstrap "
+            f"Accuracy in per cent on {split_name(evaluation)} problems, with 95 % "
             f"intervals where they were computed (`{label}`, as {item['model']}).",
             _table(columns[:width], [row[:width] for row in rows]),
             *([] if norm is None else [f"Norm (mean recovery{over}): {fixed(norm, 2)}."]),
