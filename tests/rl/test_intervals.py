@@ -123,7 +123,7 @@ def test_modes_of_a_problem_are_drawn_together() -> None:
     assert found == pytest.approx({"value": 0.5, "low": 0.5, "high": 0.5})
     drawn = Resamples({"a/think": range(20), "a/no_think": range(1, 20)}, resamples=500, seed=0)
     found = drawn.interval_of_means({"a/think": value_P, "a/no_think": 1 - value_P[1:]}, of="score")
-    assert found["low"] <= (0.5 + 10 / 19) / 2 <= found["high"] < 0.56
+    assert found["low"] <= (0.5 + 10 / 19) / 2 <= found["high"] < 0.6
 
 
 def test_a_resample_without_the_value_is_left_out() -> None:
@@ -180,17 +180,18 @@ def recoveries(generator: np.random.Generator, number: int) -> dict[str, float]:
 
 
 @pytest.mark.parametrize(
-    ("draw", "truth", "least"),
+    ("draw", "truth", "least", "most"),
     [
-        (shares_of, 0.9, 0.935),
-        (sampled_means, 0.1, 0.92),
-        (differences, 0.05, 0.935),
-        (two_modes, 0.5, 0.925),
-        (recoveries, 2 / 3, 0.92),
+        (shares_of, 0.9, 0.935, 0.985),
+        (sampled_means, 0.1, 0.925, 0.975),
+        # With two or three problems that tell the models apart it is wider than it has to be.
+        (differences, 0.05, 0.935, 1.0),
+        (two_modes, 0.5, 0.93, 0.975),
+        (recoveries, 2 / 3, 0.93, 0.975),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
-def test_intervals_cover(draw: Draw, truth: float, least: float) -> None:
+def test_intervals_cover(draw: Draw, truth: float, least: float, most: float) -> None:
     """In 95 of 100 evaluations, or nearly so: 600 of them have a standard error of .9 %. The
     percentiles of independent draws were at .83 (differences) to .93, with two modes at .89."""
     generator = np.random.default_rng(0)
@@ -198,4 +199,4 @@ def test_intervals_cover(draw: Draw, truth: float, least: float) -> None:
         found["low"] - 1e-12 <= truth <= found["high"] + 1e-12
         for found in (draw(generator, number) for number in range(600))
     ]
-    assert least <= np.mean(held) <= 0.985
+    assert least <= np.mean(held) <= most
