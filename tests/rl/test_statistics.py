@@ -11,7 +11,6 @@ import pytest
 from posttrain.report.scores import verdict
 from posttrain.rl.statistics import (
     Scores,
-    _resample,
     candidates,
     evaluation,
     ratio_interval,
@@ -50,7 +49,10 @@ def test_recovery_and_its_interval_by_hand():
     assert row["recovery"]["value"] == pytest.approx(0.5)
     assert row["recovery"]["low"] == pytest.approx(0.40, abs=0.011)
     assert row["recovery"]["high"] == pytest.approx(0.60, abs=0.011)
-    assert row["teacher_gain"] == pytest.approx({"value": 1.0, "low": 1.0, "high": 1.0})
+    # 100 differences of 1, with one of 1 and one of -1 more: .98 +- 1.96 sqrt(.0388 / 102).
+    assert row["teacher_gain"] == pytest.approx(
+        {"value": 1.0, "low": 0.9422, "high": 1.0}, abs=1e-4
+    )
     assert row["student"]["value"] == 0.5
     assert row["note"] is None
 
@@ -171,15 +173,6 @@ def test_intervals_follow_the_seed_and_nothing_else():
     assert evaluate(tables)["domains"] != evaluate(tables, seed=1)["domains"]
 
 
-def test_a_resample_draws_as_many_problems_as_there_are():
-    weight_SP = _resample(25, 300, [0, 0])
-    assert weight_SP.shape == (300, 25)
-    np.testing.assert_allclose(weight_SP.sum(axis=1), 1.0)
-    np.testing.assert_allclose(weight_SP * 25, np.round(weight_SP * 25))
-    # With replacement: a problem is left out of a resample with probability (24/25)^25 = 0.36.
-    assert (weight_SP == 0).mean() == pytest.approx(0.36, abs=0.03)
-
-
 def test_the_gain_is_the_mean_over_domains_of_paired_differences():
     """Student minus init is 1 in half of a's problems and 0 elsewhere, and 0.5 in all of b's:
     means .5 and .5. Resampled, a's is a binomial of 100 tries, half of whose spread is left in the
@@ -238,9 +231,9 @@ def two_students(first: Any, second: Any, **others: Any) -> dict[str, Any]:
 def test_paired_difference_by_hand():
     """Both are right on the same half of 100 problems, and the first on ten more.
 
-    The difference of a resample is the share of these ten in it: a binomial of 100 tries at 1/10,
-    whose 2.5 % and 97.5 % quantiles are 4.5 and 16, however often the shared half is drawn. The
-    two accuracies, unpaired, would differ by .1 plus or minus .14.
+    With one problem more for either side 11 and 1 of 102 tell them apart: 10/102 plus or minus
+    1.96 sqrt((12/102 - (10/102)^2) / 102) is .034 to .162, however many both are right on. The two
+    accuracies, unpaired, would differ by .1 plus or minus .14.
     """
     half = [1.0] * 50 + [0.0] * 50
     more = [1.0] * 60 + [0.0] * 40
@@ -248,8 +241,8 @@ def test_paired_difference_by_hand():
     assert (pair["first"], pair["second"]) == ("a", "b")
     found = pair["domains"]["d"]
     assert found["value"] == pytest.approx(0.1)
-    assert found["low"] == pytest.approx(0.045, abs=0.011)
-    assert found["high"] == pytest.approx(0.16, abs=0.011)
+    assert found["low"] == pytest.approx(0.0342, abs=1e-4)
+    assert found["high"] == pytest.approx(0.1619, abs=1e-4)
     assert found["greedy"] == {key: found[key] for key in ("value", "low", "high")}
     assert pair["all"] == found
 

@@ -118,9 +118,9 @@ def test_a_gate_is_passed_by_a_sum_that_reaches_it() -> None:
 
 
 def test_a_rise_by_just_the_gain_is_no_plateau() -> None:
-    """From .7 to .71: .010000000000000009 in floats; from .29 to .3 it is .009999999999999981."""
-    assert plateaus([0.29, 0.3], patience=1, gain=0.01) == []
-    assert plateaus([0.29, 0.2999], patience=1, gain=0.01) == [2]
+    """.11 - .1 is .009999999999999995 in floats."""
+    assert plateaus([0.1, 0.11], patience=1, gain=0.01) == []
+    assert plateaus([0.1, 0.1099], patience=1, gain=0.01) == [2]
 
 
 def test_a_band_holds_its_ends() -> None:
@@ -141,8 +141,8 @@ def test_the_best_share_is_rounded_up_from_its_decimal() -> None:
 
 @pytest.mark.parametrize(
     ("epochs", "rows", "batch", "steps"),
-    # 1.1 * 30 / 11 is 3.0000000000000004 in floats.
-    [(1.1, 30, 11, 3), (1.1, 30, 3, 11), (0.07, 100, 1, 7), (1, 10, 3, 4), (2.5, 8, 10, 2)],
+    # 1.1 * 100 is 110.00000000000001 in floats.
+    [(1.1, 100, 10, 11), (2.2, 50, 10, 11), (0.07, 100, 1, 7), (1, 10, 3, 4), (2.5, 8, 10, 2)],
 )
 def test_epochs_are_rounded_up_from_their_decimal(
     epochs: float, rows: int, batch: int, steps: int

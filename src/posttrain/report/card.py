@@ -240,7 +240,7 @@ def _scores(scores: Sequence[Mapping[str, Any]]) -> list[str]:
         split = in_markdown(split_name(evaluation))
         label = f"{item['name']}-{item['fingerprint'][:SHORT]}"
         found += [
-            f"Accuracy in per cent on {split} problems, with 95 % bootstrap "
+            f"Accuracy in per cent on {split} problems, with 95 % "
             f"intervals where they were computed (`{label}`, as {item['model']}).",
             _table(columns[:width], [row[:width] for row in rows]),
             *([] if norm is None else [f"Norm (mean recovery{over}): {fixed(norm, 2)}."]),

@@ -17,7 +17,7 @@ from posttrain.report.scores import Evaluation
 
 UNPAIRED = (
     "Evaluations keep no score per problem, hence the differences are unpaired: each interval is "
-    "made of both 95 % bootstrap intervals as if they were independent, and is usually wider "
+    "made of both 95 % intervals as if they were independent, and is usually wider "
     "than a paired one."
 )
 Value = Mapping[str, float]
@@ -131,10 +131,11 @@ def _side_by_side(columns: Sequence[tuple[Artifact, Column]]) -> list[Side]:
 
 
 def unpaired(first: Value, other: Value) -> dict[str, float]:
-    """`other` - `first`, with an interval where both have one: its half width is the root of the
-    sum of the squares of theirs."""
+    """`other` - `first`, with an interval where both have one: each side reaches as far as the root
+    of the sum of the squares of what makes it larger in the two (Newcombe, 1998)."""
     value = other["value"] - first["value"]
     if not ("low" in first and "low" in other):
         return {"value": value}
-    half = math.hypot(*((one["high"] - one["low"]) / 2 for one in (first, other)))
-    return {"value": value, "low": value - half, "high": value + half}
+    down = math.hypot(other["value"] - other["low"], first["high"] - first["value"])
+    up = math.hypot(other["high"] - other["value"], first["value"] - first["low"])
+    return {"value": value, "low": value - down, "high": value + up}

@@ -55,7 +55,7 @@ def candidates_table(evaluation: Evaluation, names: Mapping[str, str]) -> Render
 
 
 def _verified(evaluation: Evaluation) -> list[RenderableType]:
-    remark = "95 % bootstrap intervals"
+    remark = "95 % intervals"
     choices = [_wide(evaluation, 1), _wide(evaluation, 0), _turned(evaluation)]
     parts = part(f"Accuracy on {split_name(evaluation)} problems, %", remark, *choices)
     for said, better in candidates.verdicts(evaluation):

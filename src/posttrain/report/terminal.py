@@ -63,7 +63,7 @@ def evaluation_table(
     # The first heading needs no empty line above it.
     _, *parts = part(
         f"Accuracy on {split_name(evaluation)} problems, %",
-        "95 % bootstrap intervals",
+        "95 % intervals",
         *(_scores(evaluation, digits) for digits in (1, 0)),
     )
     if said := verdict(evaluation):

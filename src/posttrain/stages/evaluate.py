@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from posttrain.backends.base import Sampler
 from posttrain.backends.checkpoint_source import MODEL_FILES
-from posttrain.backends.prompting import Problem, format_answer, in_modes
+from posttrain.backends.prompting import Problem, asked, asked_key, format_answer, in_modes
 from posttrain.engine.graph import edge_name, named, role_of
 from posttrain.rewards.judge_base import Judge
 from posttrain.rewards.pool import VerifierPool
@@ -255,6 +255,11 @@ def problems_by_name(settings: Evaluate, ctx: Context) -> dict[str, list[Problem
     return found
 
 
+def _asked(problem: Problem) -> Hashable:
+    """What a problem is in all of its modes; ids of a user's table may repeat."""
+    return problem["id"], asked_key(asked(problem))
+
+
 class Answers:
     """One model's answers to one domain."""
 
@@ -273,6 +278,7 @@ class Answers:
             self.scores = Scores(
                 sampled=by_problem.mean(dim=1).numpy(),
                 greedy=greedy["reward_B"].numpy(),
+                problems=[_asked(problem) for problem in greedy.problems],
             )
         else:
             self.responses = {d: replace(r, verdicts=None) for d, r in self.responses.items()}
@@ -413,13 +419,17 @@ def measured(
     The value is a mean over domains of the mean over problems of worth minus `length_weight` times
     length in `max_new_tokens`.
     """
-    means = []
-    for batch, worth_B in zip(answers, worths, strict=True):
+    means, problems = {}, {}
+    for name, batch, worth_B in zip(domains, answers, worths, strict=True):
         length_B = batch.sampled_len_B.double()
         net_B = worth_B - settings.length_weight * length_B / settings.max_new_tokens
         count = int(batch["group_B"].max()) + 1
-        means.append(net_B.reshape(count, -1).mean(dim=1).numpy())
-    interval = mean_interval(means, resamples=settings.bootstrap, seed=settings.seed)
+        means[name] = net_B.reshape(count, -1).mean(dim=1).numpy()
+        # Modes of one problem are rows of their own.
+        problems[name] = [_asked(p) for p in batch.problems[:: len(batch) // count]]
+    interval = mean_interval(
+        means, resamples=settings.bootstrap, seed=settings.seed, problems=problems
+    )
     means_B = (verified_mean(batch["reward_B"]) for batch in answers)
     rewards = {n: r for n, r in zip(domains, means_B, strict=True) if r is not None}
     length = sum(batch.num_tokens for batch in answers) / sum(map(len, answers))

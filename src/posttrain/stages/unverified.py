@@ -101,7 +101,7 @@ class Behaviour:
             for key, other in others.items()
         }
         return {
-            "length": mean_interval([length_P], **how),
+            "length": mean_interval({name: length_P}, **how, of="number"),
             "truncated": 1.0 - float(finished_B.mean()),
             **kls,
         }
@@ -192,7 +192,7 @@ class JudgedDomain:
             score_P = None if self.compares else self._scores(answers, decoding)
             win_P = None if against is None else self._wins(answers, against, decoding)
             cells = {
-                key: None if value_P is None else mean_interval([value_P], **how)
+                key: None if value_P is None else mean_interval({"": value_P}, **how)
                 for key, value_P in (("score", score_P), ("win", win_P))
             }
             found |= cells if decoding == "sampled" else {"greedy": cells}
