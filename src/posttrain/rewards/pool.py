@@ -232,6 +232,11 @@ def _subject(by: By, domain: str, name: str, directory: Path) -> str:
 class _Worker:
     """One process, used by one thread at a time."""
 
+    connection: Connection
+    _process: subprocess.Popen[bytes]
+    _ready: bool
+    """Whether the process has said that it is."""
+
     def __init__(
         self,
         arguments: Sequence[str],
@@ -339,7 +344,6 @@ class _Worker:
         root = str(Path(posttrain.__file__).parent.parent)
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
         self._ready = False
-        """Whether the process has said that it is."""
         self.connection, theirs = Pipe()
         handle = theirs.fileno()
         self._process = subprocess.Popen(

@@ -163,7 +163,7 @@ def resolve_verifier(spec: VerifierSpec, base_dir: Path, *, where: str = "verifi
     """
     spec = parse_verifier(spec.name, spec.options, where=where)
     if spec.kind != "python":
-        config = {"name": spec.name, "options": dict(spec.options)}
+        config: dict[str, Any] = {"name": spec.name, "options": dict(spec.options)}
         if spec.kind == "math":
             config |= {"version": MATH_VERSION, "libraries": _versions(MATH_LIBRARIES, where)}
         return NodeParts(config=config, data={}, runtime={})
