@@ -14,6 +14,7 @@ import pytest
 
 from posttrain.engine import ancestry, transfer
 from posttrain.engine.ancestry import ADOPTED
+from posttrain.engine.atomic import write_whole
 from posttrain.engine.errors import StoreError
 from posttrain.engine.fingerprint import files_digest
 from posttrain.engine.graph import Graph, Node
@@ -128,7 +129,6 @@ def test_an_export_has_its_card_or_is_not_there(
 ) -> None:
     """Killed at any rename or copy; then the same command goes through."""
     target = tmp_path / "exports" / "third"
-    card = {"README.md": b"# card", "value.txt": b"shown"}
     dead = subprocess.Popen(["true"])
     dead.wait()
     litter = target.parent / f".third.{dead.pid}.tmp"
@@ -149,7 +149,9 @@ def test_an_export_has_its_card_or_is_not_there(
             for module, name in ((os, "rename"), (os, "replace"), (shutil, "copyfile")):
                 patch.setattr(module, name, partial(count, getattr(module, name)))
             try:
-                transfer.export(store, committed[2], target, beside=card)
+                with transfer.exporting(store, committed[2], target) as part:
+                    assert (part / "value.txt").read_text() == "third"
+                    write_whole(part / "README.md", b"# card")
             except KeyboardInterrupt:
                 assert not target.exists()
                 assert list(target.parent.iterdir()) == []
@@ -157,7 +159,6 @@ def test_an_export_has_its_card_or_is_not_there(
         break
     assert number > 3
     assert (target / "README.md").read_bytes() == b"# card"
-    assert (target / "value.txt").read_bytes() == b"shown"
     assert sorted(path.name for path in target.parent.iterdir()) == ["third"]
 
 

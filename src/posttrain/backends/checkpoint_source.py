@@ -19,7 +19,6 @@ from posttrain.backends.vocabulary import difference
 from posttrain.engine.errors import ConfigError
 from posttrain.engine.fingerprint import file_digest, files_digest
 from posttrain.engine.hashes import HashFile
-from posttrain.engine.links import misleading
 from posttrain.engine.parsing import Unreadable, parse_json_file
 
 MODEL_FILES = (
@@ -109,12 +108,6 @@ def find_checkpoint(source: str | Path, hash_file: HashFile = file_digest) -> Ch
             f"model {str(source)!r}: {directory} holds no tokenizer ({', '.join(files)}); copy the "
             f"tokenizer files of the model it was made from, {', '.join(TOKENIZERS)} or whichever "
             "it has, beside the weights (tokenizer.save_pretrained)"
-        )
-    led = misleading(directory, (name for name in files if not name.endswith(".safetensors")))
-    if led is not None:
-        raise ConfigError(
-            f"model {str(source)!r}: {directory / led[0]} is a link to {led[1]}, a file of another "
-            "name outside of it; if that is meant, copy the file there"
         )
     # Read before the weights are hashed, which takes a while.
     tokenizer = _read_json(directory / "tokenizer.json")

@@ -18,7 +18,7 @@ from posttrain.commands.io import console, emit, plain_table, tell_faults
 from posttrain.commands.run import PACKAGES
 from posttrain.engine import ancestry, transfer
 from posttrain.engine.ancestry import Removed
-from posttrain.engine.atomic import human_bytes
+from posttrain.engine.atomic import human_bytes, write_whole
 from posttrain.engine.errors import ConfigError, StoreError
 from posttrain.engine.provenance import capture
 from posttrain.engine.record import Artifact, label_of
@@ -121,13 +121,14 @@ def export(
     place = Store(store)
     found = step_model(place, artifact) if is_place(artifact) else place.resolve(artifact)
     scores = []
-    beside = {}
-    if shown_kind(found.kind).is_model():
-        # The card that came with the files does not know what was scored since.
-        scores = scores_of(place, found)
-        card = model_card(found.record, scores, [a.record for a in ancestry.lineage(place, found)])
-        beside["README.md"] = card.encode()
-    path = transfer.export(place, found, target, beside=beside)
+    with transfer.exporting(place, found, target) as part:
+        if shown_kind(found.kind).is_model():
+            # The card that came with the files does not know what was scored since.
+            scores = scores_of(place, found)
+            ancestors = [a.record for a in ancestry.lineage(place, found)]
+            card = model_card(found.record, scores, ancestors)
+            write_whole(part / "README.md", card.encode())
+    path = target.absolute()
     evaluations = [label_of(score) for score in scores]
     if as_json:
         files = sorted(file.name for file in path.iterdir())

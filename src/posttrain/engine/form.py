@@ -117,7 +117,7 @@ def _is_bounded(value: Any) -> bool:
     """Level by level, so that no depth is too much for it."""
     level = [value]
     for _ in range(MAX_DEPTH):
-        deeper = []
+        deeper: list[Any] = []
         for one in level:
             if isinstance(one, dict):
                 deeper += one.values()

@@ -8,7 +8,6 @@ they turn up: in the directory that a recipe names now, or in any place that the
 """
 
 import os
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 
@@ -16,8 +15,6 @@ from posttrain.engine.atomic import guarded, part_of
 from posttrain.engine.errors import StoreError
 from posttrain.engine.hashes import FileHashes
 from posttrain.engine.record import Artifact
-
-_HASH = re.compile(r"[0-9a-f]{32,}")
 
 
 def astray(artifact: Artifact, hashes: FileHashes) -> list[str]:
@@ -97,21 +94,6 @@ def check_links(root: Path, artifact: Artifact, hashes: FileHashes) -> None:
     if left:
         raise StoreError(lost_text(artifact, left))
     renew(root, artifact, aims)
-
-
-def misleading(directory: Path, names: Iterable[str]) -> tuple[str, Path] | None:
-    """The first of these files that is a link out of its directory to a file of another name, and
-    where it leads: a directory of a stranger must not bring in what else lies on this machine.
-
-    Caches link to files that are named by their hash, and people to files of the same name.
-    """
-    inside = os.path.realpath(directory)
-    for name in names:
-        aim = Path(os.path.realpath(directory / name))
-        same = aim.name == PurePosixPath(name).name or _HASH.fullmatch(aim.name)
-        if not same and not aim.is_relative_to(inside):
-            return name, aim
-    return None
 
 
 def _holds(artifact: Artifact, name: str, hashes: FileHashes) -> bool:
