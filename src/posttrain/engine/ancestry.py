@@ -41,13 +41,14 @@ class Ancestor(Recorded):
     edges: Mapping[str, str]
     """Edge label -> label (`name-fingerprint[:12]`) of what it descends from directly."""
     missing: Sequence[str] = ()
-    """Edges whose source is neither in the store nor in a history."""
+    """Edges whose source is neither in the store, with a record that can be read, nor in a
+    history."""
 
 
 def lineage(store: Store, artifact: Artifact) -> list[Ancestor]:
     """Everything `artifact` descends from in topological order, ancestors first, itself last.
 
-    Raises StoreError when the record of an ancestor is damaged.
+    Raises StoreError where records say that one descends from itself.
     """
     index = store.index()
     loaded: dict[str, Artifact] = {}
@@ -64,7 +65,8 @@ def lineage(store: Store, artifact: Artifact) -> list[Ancestor]:
         for edge, source in current.inputs.items():
             fingerprint = source["fingerprint"]
             if fingerprint not in loaded and fingerprint[:SHORT] in index:
-                loaded[fingerprint] = store.load(index[fingerprint[:SHORT]], fingerprint)
+                with suppress(StoreError):  # a damaged one is missing
+                    loaded[fingerprint] = store.load(index[fingerprint[:SHORT]], fingerprint)
             if fingerprint in loaded:
                 sources[edge] = loaded[fingerprint]
         # Each is on the stack twice: first to put its sources above it, then to follow them.

@@ -117,7 +117,7 @@ def _is_bounded(value: Any) -> bool:
     """Level by level, so that no depth is too much for it."""
     level = [value]
     for _ in range(MAX_DEPTH):
-        deeper = []
+        deeper: list[Any] = []
         for one in level:
             if isinstance(one, dict):
                 deeper += one.values()
@@ -140,7 +140,8 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str) and len(value) <= _MAX_TEXT
 
 
-def _is_hash(value: Any) -> bool:
+def is_hash(value: Any) -> bool:
+    """Whether it is a sha256 in 64 hex digits."""
     return isinstance(value, str) and _HEX.fullmatch(value) is not None
 
 
@@ -172,14 +173,14 @@ def _is_reference(source: Any) -> bool:
         isinstance(source, dict)
         and is_stage_name(source.get("name"))
         and is_stage_name(source.get("kind"))
-        and _is_hash(source.get("fingerprint"))
-        and _is_hash(source.get("record_sha256"))
+        and is_hash(source.get("fingerprint"))
+        and is_hash(source.get("record_sha256"))
     )
 
 
 def _is_file(entry: Any) -> bool:
     return (
-        isinstance(entry, dict) and _is_hash(entry.get("sha256")) and _is_count(entry.get("bytes"))
+        isinstance(entry, dict) and is_hash(entry.get("sha256")) and _is_count(entry.get("bytes"))
     )
 
 
@@ -187,7 +188,8 @@ def _is_object_of_files(value: Any) -> bool:
     return isinstance(value, dict) and len(value) <= MAX_FILES
 
 
-def _is_object_of_texts(value: Any) -> bool:
+def is_object_of_texts(value: Any) -> bool:
+    """Whether it is an object whose values are all texts."""
     return isinstance(value, dict) and all(isinstance(one, str) for one in value.values())
 
 
@@ -212,7 +214,7 @@ _FIELDS: Final[Mapping[str, Check]] = {
     "name": is_stage_name,
     "kind": is_stage_name,
     "version": _is_count,
-    "fingerprint": _is_hash,
+    "fingerprint": is_hash,
     "created": _is_date,
     "payload": _is_object,
     "config": _is_object,
@@ -221,22 +223,22 @@ _FIELDS: Final[Mapping[str, Check]] = {
     "metrics": _is_object,
     "provenance": _is_object,
     "history": _is_list,
-    "digest": _is_hash,
+    "digest": is_hash,
 }
 """What every record has."""
 _PAYLOAD: Final[Mapping[str, Check]] = {
     "kind": is_stage_name,
     "version": _is_count,
     "config": _is_object,
-    "data": _is_object_of_texts,
-    "inputs": _is_object_of_texts,
+    "data": is_object_of_texts,
+    "inputs": is_object_of_texts,
 }
 _PROVENANCE: Final[Mapping[str, Check]] = {
     "seconds": _is_number,
     "source": _is_any_text,
-    "origin": _is_object_of_texts,
-    "stage": _is_object_of_texts,
-    "packages": _is_object_of_texts,
+    "origin": is_object_of_texts,
+    "stage": is_object_of_texts,
+    "packages": is_object_of_texts,
     "texts": _is_object_of_objects,
     "git": _is_list_of_objects,
 }

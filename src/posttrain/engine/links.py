@@ -9,7 +9,7 @@ they turn up: in the directory that a recipe names now, or in any place that the
 
 import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from posttrain.engine.atomic import guarded, part_of
 from posttrain.engine.errors import StoreError
@@ -31,7 +31,7 @@ def gone(artifact: Artifact) -> list[str]:
     return [
         name
         for name in artifact.files
-        if (artifact.path / name).is_symlink() and not (artifact.path / name).is_file()
+        if (artifact.path / name).is_symlink() and not os.path.exists(artifact.path / name)
     ]
 
 
@@ -40,11 +40,15 @@ def found_again(
 ) -> dict[str, Path]:
     """Where the bytes of these files are now, of those that are found: in `directories` under the
     same name, or where the store met them."""
-    places = list(directories)
+    wanted = list(names)
+    known = {name: hashes.places(artifact.files[name]["sha256"]) for name in wanted}
+    # Small files are not remembered; they lie beside the large ones.
+    beside = [path.parent for paths in known.values() for path in paths]
+    places = list(dict.fromkeys([*directories, *beside]))
     found = {}
-    for name in names:
+    for name in wanted:
         sha256, size = artifact.files[name]["sha256"], artifact.files[name]["bytes"]
-        for path in (*(place / name for place in places), *hashes.places(sha256)):
+        for path in (*(place / name for place in places), *known[name]):
             # A link of the artifact itself leads where it leads.
             aim = Path(os.path.realpath(path))
             if _is(aim, sha256, size, hashes):
@@ -57,20 +61,22 @@ def renew(root: Path, artifact: Artifact, aims: Mapping[str, Path]) -> None:
     """Point links of an artifact in the store at `root` at other files, each as a whole."""
     with guarded(root, f"renewing the links of {artifact.label}"):
         for name, aim in aims.items():
-            link = artifact.path / name
-            part = part_of(link)
+            # Not beside the link: after a kill it would be a stray file of the artifact.
+            part = part_of(root / f"{artifact.label}-{PurePosixPath(name).name}")
             part.unlink(missing_ok=True)
             part.symlink_to(aim)
-            os.replace(part, link)
+            os.replace(part, artifact.path / name)
 
 
 def lost_text(artifact: Artifact, names: Iterable[str], called: str = "") -> str:
     """What there is to say where such files are nowhere."""
-    first = next(iter(names))
+    first = min(names, key=lambda name: (name.count("/"), name))
     path = artifact.path / first
     place = path.readlink().parent if path.is_symlink() else path.parent
     name = called or artifact.name
-    state = "its files are no longer at" if not path.is_file() else "its files have changed at"
+    state = (
+        "its files are no longer at" if not os.path.exists(path) else "its files have changed at"
+    )
     return (
         f"{name}: {state} {place} ({first}); give the directory where they are now "
         f"(--set {name}=DIR, or posttrain adopt DIR --name {name}), or run again when they are back"

@@ -2,6 +2,7 @@
 and hashes nothing but what links of artifacts lead to (`links.py`)."""
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -86,16 +87,19 @@ def _links(
     names = astray(artifact, store.hashes)
     if not names:
         return {}, ""
-    directory = graph.nodes[name].runtime.get("directory")
-    places = [] if directory is None else [Path(directory)]
+    # Its own first; what was made of a link is a link to the same place.
+    nodes = [graph.nodes[name], *graph.nodes.values()]
+    places = [Path(n.runtime["directory"]) for n in nodes if "directory" in n.runtime]
     moved = found_again(artifact, names, places, store.hashes)
     left = [file for file in names if file not in moved]
     return moved, lost_text(artifact, left, name) if left else ""
 
 
 def _renewed(moved: Mapping[str, Path]) -> str:
-    places = sorted({str(path.parent) for path in moved.values()})
-    return f"its files have moved, links renewed: {', '.join(places)}" if places else ""
+    if not moved:
+        return ""
+    place = os.path.commonpath([path.parent for path in moved.values()])
+    return f"its files have moved, links renewed to {place}"
 
 
 def _block_on_lost(graph: Graph, rows: dict[str, PlanRow], name: str) -> None:

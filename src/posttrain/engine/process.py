@@ -41,6 +41,7 @@ from posttrain.engine.errors import ConfigError, PosttrainError, Waiting
 from posttrain.engine.fingerprint import plain
 from posttrain.engine.inputs import check_inputs
 from posttrain.engine.logs import bound, keep_bounded
+from posttrain.engine.sockets import use_short_sockets
 from posttrain.engine.work import METRICS, RESULT, STAGE, Work, file_state, read_step, read_warnings
 
 LOG: Final = "log.txt"
@@ -324,6 +325,7 @@ def prepare(job: Job, execute: str, work: Work, preload: Sequence[str]) -> Runni
     """The process of a stage, not started yet; it forks from a server that imported `preload`
     once."""
     metrics = work.path / METRICS
+    use_short_sockets()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([stage_main.__module__, *preload])
     process = context.Process(

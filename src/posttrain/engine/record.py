@@ -171,6 +171,10 @@ def read_record(directory: Path) -> Record:
     path = directory / RECORD
     try:
         record = parse(path, MAX_RECORD_BYTES)
+    except PermissionError as error:
+        raise StoreError(
+            f"{path} may not be read ({error.strerror}); ask its owner to make it readable"
+        ) from error
     except (OSError, ValueError, RecursionError) as error:
         raise StoreError(_changed(path, f"cannot be read ({error})")) from error
     check_format(record, path)

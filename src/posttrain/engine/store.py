@@ -172,7 +172,8 @@ class Store:
         self._create()
         self._check_places()
         with self.locked(fcntl.LOCK_SH):
-            remove_parts(self.root)
+            for directory in (self.root, self.root / CACHE):
+                remove_parts(directory)
             yield
 
     @contextmanager
@@ -274,15 +275,22 @@ class Store:
         """Committed directories, all or those of one kind."""
         for folder in self._kinds():
             if kind in (None, folder.name):
-                yield from filter(_is_committed, _entries(folder))
+                with suppress(StoreError):  # `faults` tells of a folder that may not be read
+                    yield from filter(_is_committed, _entries(folder))
 
     def _strays(self) -> Iterator[str]:
         """What lies where only artifacts belong. Hidden files are the system's own."""
-        entries = [entry for folder in self._kinds() for entry in _entries(folder)]
-        for path in (*_entries(self.root / ARTIFACTS), *entries):
-            inside = path.parent.name != ARTIFACTS
-            if not (_is_committed(path) if inside else path.is_dir()):
-                yield f"{path} is no artifact; move it out of the store"
+        for folder in _entries(self.root / ARTIFACTS):
+            if not folder.is_dir():
+                yield f"{folder} is no artifact; move it out of the store"
+                continue
+            try:
+                found = _entries(folder)
+            except StoreError as error:
+                yield str(error)
+                continue
+            strays = [path for path in found if not _is_committed(path)]
+            yield from (f"{path} is no artifact; move it out of the store" for path in strays)
 
     def _kinds(self) -> Sequence[Path]:
         return [path for path in _entries(self.root / ARTIFACTS) if path.is_dir()]
@@ -325,10 +333,11 @@ class Store:
 
     def _check_places(self) -> None:
         """Refuse before any work what a commit, which is a rename, could not do at its end."""
-        work = self.root / "work"
-        device = os.stat(work if os.path.exists(work) else self.root).st_dev
-        for path in (self.root / ARTIFACTS, *self._kinds()):
-            if os.path.exists(path) and os.stat(path).st_dev != device:
+        work, artifacts = self.root / "work", self.root / ARTIFACTS
+        # What is not there yet will be made in the root.
+        device = os.stat(work if work.exists() else self.root).st_dev
+        for path in (artifacts if artifacts.exists() else self.root, *self._kinds()):
+            if os.stat(path).st_dev != device:
                 raise StoreError(f"{path} is on another file system than {work}; {ONE_FILE_SYSTEM}")
 
 

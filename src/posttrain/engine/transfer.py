@@ -9,7 +9,8 @@ still be verified far from its first store.
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -93,15 +94,21 @@ def _place(source: Path, out: Path, files: Sequence[str], *, link: bool) -> None
             shutil.copyfile(source / name, target)
 
 
-def export(
-    store: Store, artifact: Artifact, target: Path, *, beside: Mapping[str, bytes] | None = None
-) -> Path:
-    """Copy the files of `artifact` to the new directory `target` (links become files), with
-    `history.json` and the files of `beside`, which take the place of those of the same name.
+def export(store: Store, artifact: Artifact, target: Path) -> Path:
+    """Copy the files of `artifact` to the new directory `target`, see `exporting`."""
+    with exporting(store, artifact, target):
+        pass
+    return target.absolute()
 
-    The directory appears whole or not at all. Raises StoreError: `target` is not empty, a file or
-    the record is not what was committed, an ancestor is missing from the store, or the disk is
-    full.
+
+@contextmanager
+def exporting(store: Store, artifact: Artifact, target: Path) -> Iterator[Path]:
+    """Copy the files of `artifact` to the new directory `target` (links become files), with
+    `history.json`. Yields the copy, not in its place yet, for who adds to it or changes it.
+
+    The directory appears at the end, whole or not at all. Raises StoreError: `target` is not empty,
+    a file or the record is not what was committed, an ancestor is missing from the store, or the
+    disk is full.
     """
     target = target.absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -109,11 +116,15 @@ def export(
     ancestors = lineage(store, artifact)
     missing = [f"{edge} of {a.label}" for a in ancestors for edge in a.missing]
     if missing:
-        raise StoreError(f"cannot export {artifact.label}: the store lacks {', '.join(missing)}")
+        raise StoreError(
+            f"cannot export {artifact.label}: the store lacks {', '.join(missing)}, or cannot "
+            "read it"
+        )
     problems = record_problems(artifact.record)
     if problems:
         raise StoreError(f"cannot export {problems[0]}; `posttrain verify` says more")
     check_links(store.root, artifact, store.hashes)
+    history = {"format": FORMAT, "records": [dict(a.record) for a in ancestors]}
     part = part_of(target)
     try:
         with guarded(target.parent, f"exporting {artifact.label}"):
@@ -122,20 +133,16 @@ def export(
             part.mkdir(parents=True)
             for name, entry in artifact.files.items():
                 _copy_checked(artifact, name, str(entry["sha256"]), part / name)
-            for name, content in (beside or {}).items():
-                write_whole(part / name, content)
-            history = {"format": FORMAT, "records": [dict(a.record) for a in ancestors]}
-            write_whole(
-                part / HISTORY, json.dumps(history, indent=1, sort_keys=True).encode("ascii")
-            )
-            for folder in (part, *(path for path in part.rglob("*") if path.is_dir())):
-                fsync(folder)
+            content = json.dumps(history, indent=1, sort_keys=True)
+            write_whole(part / HISTORY, content.encode("ascii"))
+            yield part
+            for path in (part, *part.rglob("*")):
+                fsync(path)
             # It replaces an empty directory as well.
             os.rename(part, target)
             fsync(target.parent)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    return target
 
 
 def _copy_checked(artifact: Artifact, name: str, sha256: str, target: Path) -> None:
@@ -152,7 +159,6 @@ def _copy_checked(artifact: Artifact, name: str, sha256: str, target: Path) -> N
                 "`chmod a+r` it"
             ) from error
         raise
-    fsync(target)
     # The copy, not the source: what was read and what was written are checked at once.
     if file_digest(target) != sha256:
         raise StoreError(
