@@ -20,7 +20,6 @@ from rich.table import Table
 from rich.text import Text
 
 from posttrain.engine.store import Store
-
 from posttrain.engine.text import STEERING, plain_text
 
 RecipeName = Annotated[
