@@ -86,7 +86,7 @@ def test_plan_tells_rows_repeats_splits_and_lengths(
     assert not (place / "posttrain-store").exists()
     said = cli("plan", *mine).out
     assert f"{CHAT['longest']} characters" in said
-    assert "chat: 1 row without a demonstration\n" in said
+    assert "chat: 1 row with an empty demonstration or none\n" in said
     assert "sums: 1 prompt with several answers\n" in said
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import re
 import shutil
 from collections.abc import Callable
@@ -181,6 +182,20 @@ def test_an_export_stands_alone(store: Store, cli: Callable[..., Any], done: Pat
     text = cli("chat", folder, "--prompt", "1+2=", "--temperature", "0", "--max-new-tokens", "3")
     assert text.code == 0
     assert len(text.out.strip()) <= 3
+
+
+def test_an_export_says_what_it_carries(store: Store, cli: Callable[..., Any], done: Path) -> None:
+    said = cli("export", "student", "out").out
+    for name in (path.name for path in (done / "out").iterdir()):
+        assert name in said
+    count = len(json.loads((done / "out" / "history.json").read_text())["records"])
+    assert f"history.json: records of {count} artifacts" in said
+    assert "mini.py" in said and platform.node() in said
+    diff = (done / "out" / "code.diff").exists()
+    assert ("code.diff: the changes" in said) is diff
+    shutil.rmtree(done / "out")
+    records = cli("export", "student", "out", "--json").json["records"]
+    assert len(records) == count and records[-1].startswith("student-")
 
 
 def test_an_export_adopted_elsewhere_keeps_its_history(

@@ -100,9 +100,10 @@ def test_a_conversation_in_a_cell(tmp_path):
         ("t.json", "[1]", r"row 1: a int, but every row has to be one JSON object"),
         ("t.json", "[{", r"t\.json: not JSON"),
         ("t.feather", "no", r"t\.feather is not an Arrow or Feather file"),
-        ("t.jsonl", '{"prompt": "a", "answer": NaN}', r"line 1: column 'answer' holds no value"),
-        ("t.jsonl", '{"prompt": NaN, "answer": "a"}', r"line 1: column 'prompt' holds no value"),
+        ("t.jsonl", '{"prompt": "a", "answer": NaN}', r"line 1: column 'answer' holds NaN"),
+        ("t.jsonl", '{"prompt": NaN, "answer": "a"}', r"line 1: column 'prompt' holds NaN"),
         ("t.jsonl", '{"prompt": "a", "answer": 1e400}', r"line 1: column 'answer' holds inf"),
+        ("t.json", '[{"prompt": "a", "answer": -Infinity}]', r"row 1: column 'answer' holds -inf"),
         ("t.jsonl", "[" * 100_000, r"line 1: JSON of too many levels"),
         ("t.jsonl", '{"prompt": "a", "answer": 1' + "0" * 5000 + "}", r"line 1: holds a number"),
     ],
@@ -115,6 +116,14 @@ def test_a_bad_row_is_told_with_its_line(tmp_path, name, content, message):
     with pytest.raises(ConfigError, match=message) as caught:
         domain_node(domain(name), tmp_path)
     assert str(caught.value).startswith("domain mine: train: ")
+
+
+def test_nan_in_json_is_no_missing_demonstration(tmp_path):
+    rows = [{"prompt": f"p{n}", "answer": "a", "demo": "d"} for n in range(3)]
+    rows[1]["demo"] = float("nan")
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    with pytest.raises(ConfigError, match=r"t\.jsonl, line 2: column 'demo' holds NaN"):
+        domain_node(domain("t.jsonl", demo="demo"), tmp_path)
 
 
 def test_deep_values_that_nobody_asked_for_are_told_with_their_line(tmp_path):

@@ -32,7 +32,10 @@ OWN: Mapping[str, TableKind] = {kind.name: kind for kind in (PREFERENCES, TABLE)
 NOT_OWN = ("further_demos", "validation", "heldout")
 """What these have none of."""
 TOLD = {
-    "no_demo": ("row without a demonstration", "rows without a demonstration"),
+    "no_demo": (
+        "row with an empty demonstration or none",
+        "rows with an empty demonstration or none",
+    ),
     "contradicting": ("prompt with several answers", "prompts with several answers"),
     "left_out": ("value of other columns left out", "values of other columns left out"),
     "tied": ("ranking without a preference", "rankings without a preference"),

@@ -4,7 +4,7 @@ what was made, and what may go."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -21,10 +21,11 @@ from posttrain.engine.ancestry import Removed
 from posttrain.engine.atomic import human_bytes, write_whole
 from posttrain.engine.errors import ConfigError, StoreError
 from posttrain.engine.provenance import capture
-from posttrain.engine.record import Artifact, label_of
+from posttrain.engine.record import Artifact, Record, label_of
 from posttrain.engine.store import Store
-from posttrain.engine.transfer import read_history
+from posttrain.engine.transfer import HISTORY, read_history
 from posttrain.engine.unfinished import is_place
+from posttrain.engine.work import CODE_DIFF
 from posttrain.report.card import model_card
 from posttrain.report.gather import scores_of
 from posttrain.stages.kinds import KINDS, shown_kind
@@ -130,15 +131,41 @@ def export(
             write_whole(part / "README.md", card.encode())
     path = target.absolute()
     evaluations = [label_of(score) for score in scores]
+    carried = read_history(path)
     if as_json:
         files = sorted(file.name for file in path.iterdir())
         told = {"artifact": found.label, "path": str(path)}
-        emit(told | {"files": files, "evaluations": evaluations})
+        records = [label_of(record) for record in carried]
+        emit(told | {"files": files, "evaluations": evaluations, "records": records})
         return
     text = Text.assemble((found.label, "bold"), f" -> {path} ({human_bytes(found.bytes)})")
     if scores:
         text.append(f", card with the scores of {', '.join(evaluations)}")
-    console().print(text, soft_wrap=True)
+    out = console()
+    out.print(text, soft_wrap=True)
+    for line in _carries(path, carried):
+        out.print(Text(line, "dim"), soft_wrap=True)
+
+
+def _carries(path: Path, records: Sequence[Record]) -> Iterator[str]:
+    """What an export holds, for whoever hands it on: its files, and what they say of the place
+    where it was made."""
+    yield f"files: {', '.join(sorted(file.name for file in path.iterdir()))}"
+    if (path / CODE_DIFF).exists():
+        yield (
+            f"{CODE_DIFF}: the changes of tracked files that were not committed, and the names of "
+            "untracked ones"
+        )
+    facts = [record["provenance"] for record in records]
+    hosts = dict.fromkeys(str(one["host"]) for one in facts if one.get("host"))
+    texts = dict.fromkeys(
+        str(text.get("path")) for one in facts for text in one.get("texts", {}).values()
+    )
+    yield (
+        f"{HISTORY}: records of {len(records)} artifacts with settings, metrics, command lines"
+        + (f", the name of the host ({', '.join(hosts)})" if hosts else "")
+        + (f", the text of {', '.join(texts)}" if texts else "")
+    )
 
 
 def verify(

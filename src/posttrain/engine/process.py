@@ -36,7 +36,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
 
-from posttrain.engine.atomic import disk_full, free_space, is_disk_full, write_whole
+from posttrain.engine.atomic import disk_full, free_space, is_disk_full, remembered, write_whole
 from posttrain.engine.errors import ConfigError, PosttrainError, Waiting
 from posttrain.engine.fingerprint import plain
 from posttrain.engine.inputs import check_inputs
@@ -325,7 +325,7 @@ class Running:
         if log.exists():
             written_up(log)
         path = self.work.path / RESULT
-        result = json.loads(path.read_bytes()) if path.exists() else {}
+        result = _read_result(path)
         if code == 0 and "metrics" in result:
             metrics: Mapping[str, Any] = result["metrics"]
             return metrics
@@ -407,6 +407,18 @@ def _death(code: int | None, work: Path) -> str:
             "run fewer stages at once, or make this one smaller"
         )
     return text
+
+
+_RESULT: Final = {"metrics": dict, "waiting": str, "error": str, "exit_code": int}
+
+
+def _read_result(path: Path) -> dict[str, Any]:
+    """What a stage left; {} where it left nothing, or nothing that it can have written."""
+    found = remembered(path)
+    whole = isinstance(found, dict) and all(
+        isinstance(found[key], kind) for key, kind in _RESULT.items() if key in found
+    )
+    return found if whole and ("error" in found or "exit_code" not in found) else {}
 
 
 def _last_line(log: Path, tail_bytes: int = 8192) -> str:

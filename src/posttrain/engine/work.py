@@ -178,7 +178,8 @@ def file_state(path: Path | None) -> list[Any] | None:
     there: it tells whether somebody has written it since. None without a path."""
     if path is None:
         return None
-    if not path.exists():
+    # Unlike Path.exists, false also for a name that the system does not take.
+    if not os.path.exists(path):
         return [str(path.absolute()), None, None]
     found = path.stat()
     return [str(path.absolute()), found.st_size, found.st_mtime_ns]
@@ -191,7 +192,8 @@ def read_wait(path: Path) -> tuple[str, bool] | None:
     if not isinstance(result, dict) or "waiting" not in result:
         return None
     state = result.get("file")
-    changed = state is None or file_state(Path(state[0])) != state
+    whole = isinstance(state, list) and len(state) == 3 and isinstance(state[0], str)
+    changed = not whole or file_state(Path(state[0])) != state
     return str(result["waiting"]), changed
 
 

@@ -229,12 +229,12 @@ class Builder:
         assert isinstance(data, Demos | Prompts)
         edges = self.domain_edges(stage, data.domains)
         if isinstance(data, Demos):
-            self._refuse_without_demos(stage, data.domains)
+            self._look_for_demos(stage, data.domains)
         return edges
 
-    def _refuse_without_demos(self, stage: str, domains: Iterable[str]) -> None:
+    def _look_for_demos(self, stage: str, domains: Iterable[str]) -> None:
         """Refuse domains whose tables were read and hold no demonstration, though a column is named
-        for them."""
+        for them; warn of rows without one."""
         for name in domains:
             facts = self.nodes[name].runtime.get("facts") or {}
             rows = sum(facts.get(split, 0) for split in ("train", "validation", "heldout"))
@@ -243,6 +243,11 @@ class Builder:
                     f"stage {stage!r}: domain {name!r} has no demonstration, the column for them "
                     f"is empty in all of its {rows} rows; fill it, name another one in the suite, "
                     "or leave the domain out"
+                )
+            if missing := facts.get("no_demo"):
+                self.warn(
+                    f"domain {name}: the demonstration of {missing} of {rows} rows is empty or "
+                    "missing; nothing is learned from them"
                 )
 
     def domain_edges(self, stage: str, domains: Iterable[str]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -49,6 +50,8 @@ class Columns:
     """The system message of every row that has none of its own."""
     cells: bool = False
     """Whether a list of messages may be the JSON text of a cell."""
+    json: bool = False
+    """Whether they come from JSON, which has null for a missing value and no NaN."""
 
     @property
     def demonstrated(self) -> bool:
@@ -117,7 +120,9 @@ def read_rows(location: Location, columns: Columns, *, where: str) -> Iterator[R
             where the table cannot be read or holds no row.
     """
     faults = Faults(f"{where}: {location.text}")
-    columns = replace(columns, cells=location.kind in ("csv", "tsv"))
+    columns = replace(
+        columns, cells=location.kind in ("csv", "tsv"), json=location.kind in ("json", "jsonl")
+    )
     empty = True
     for record in read_records(location, faults):
         if empty:
@@ -226,6 +231,8 @@ def _value(name: str, value: Any, column: str, columns: Columns) -> Any:
     """A rubric or messages as they are, anything else as text; None where it is missing and may
     be."""
     try:
+        if columns.json and isinstance(value, float) and math.isnan(value):
+            raise ConfigError("holds NaN, which is no number; write null where there is no value")
         return _checked(name, value, columns)
     except ConfigError as error:
         said_by = "" if str(error).startswith(("holds", "is")) else ":"
