@@ -13,7 +13,7 @@ import pytest
 from safetensors import safe_open
 
 from posttrain.commands.io import age
-from posttrain.commands.store import count_parameters
+from posttrain.backends.outside.headers import num_parameters, read_headers
 from posttrain.engine.store import Store
 
 MINI = ("mini.py", "--suite", "pairs.toml")
@@ -173,7 +173,7 @@ def test_an_export_stands_alone(store: Store, cli: Callable[..., Any], done: Pat
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = tokenizer("1+2=", return_tensors="pt")["input_ids"]
     assert model(ids).logits.shape[-1] == len(tokenizer)
-    assert count_parameters(folder) == sum(p.numel() for p in model.parameters())
+    assert num_parameters(read_headers(folder)) == sum(p.numel() for p in model.parameters())
     (evaluation,) = found["evaluations"]
     card = (folder / "README.md").read_text()
     assert "## Scores" in card and evaluation in card

@@ -15,7 +15,6 @@ Legend: tensors of weights have any shape, the same in all models.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +23,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from posttrain.backends.outside.headers import weight_files
 from posttrain.engine.errors import ConfigError
 from posttrain.rl.seeds import named_seed
 
@@ -149,7 +149,7 @@ class TensorFiles(Mapping[str, Tensor]):
     def __init__(self, directory: Path, *, without: Sequence[str] = ()) -> None:
         """Names in `without` are left out. Raises ConfigError where there are no such files."""
         self._file_of: dict[str, Any] = {}
-        for path in _weight_files(directory):
+        for path in weight_files(directory):
             file = safe_open(path, framework="pt")
             self._file_of |= {name: file for name in file.keys() if name not in without}  # noqa: SIM118
 
@@ -166,19 +166,6 @@ class TensorFiles(Mapping[str, Tensor]):
     def shape(self, name: str) -> list[int]:
         """Shape of a tensor; reads the file's header only."""
         return list(self._file_of[name].get_slice(name).get_shape())
-
-
-def _weight_files(directory: Path) -> list[Path]:
-    whole, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
-    if whole.exists():
-        return [whole]
-    if not index.exists():
-        raise ConfigError(
-            f"{directory}: there is no model.safetensors and no model.safetensors.index.json; save "
-            "the model with save_pretrained"
-        )
-    parts = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-    return [directory / part for part in sorted(set(parts))]
 
 
 def _deltas(base: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -3,7 +3,6 @@ what was made, and what may go."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -13,6 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from posttrain.backends.checkpoint_source import find_checkpoint
+from posttrain.backends.outside.headers import num_parameters
 from posttrain.commands import io
 from posttrain.commands.io import console, emit, plain_table
 from posttrain.commands.run import PACKAGES
@@ -46,7 +46,7 @@ def adopt(
 ) -> None:
     """Bring a checkpoint from outside into the store, with its history if it was exported."""
     place = Store(store)
-    external = find_checkpoint(source, place.hashes.digest)
+    external = find_checkpoint(source, place.hashes.digest, store=place.root)
     present = [a for a in place.list() if a.kind == "model" and a.name == name]
     for artifact in present:
         if artifact.payload["data"] != {"files": external.sha256}:
@@ -66,7 +66,7 @@ def adopt(
         kind="model",
         files=external.files,
         link=not (copy or inside),
-        metrics={"parameters": count_parameters(external.directory)},
+        metrics={"parameters": num_parameters(external.tensors)},
         provenance=dict(capture([], packages=PACKAGES).facts)
         | {"source": str(external.directory), "origin": dict(external.origin)},
         data={"files": external.sha256},
@@ -94,21 +94,6 @@ def adopt(
     records = f", with the records of {len(adopted.history)} ancestors" if adopted.history else ""
     out.print(Text.assemble((adopted.name, "bold"), f"  {adopted.fingerprint}{records}"))
     out.print(Text(f"use it with --set base={adopted.name} or r.model({adopted.name!r})", "dim"))
-
-
-def count_parameters(directory: Path) -> int:
-    """Parameters in the safetensors files of a directory, from their headers alone."""
-    from safetensors import SafetensorError, safe_open
-
-    total = 0
-    for path in directory.glob("*.safetensors"):
-        try:
-            with safe_open(path, framework="numpy") as file:
-                shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118
-        except SafetensorError as error:
-            raise ConfigError(f"{path}: not a safetensors file ({error})") from error
-        total += sum(map(math.prod, shapes))
-    return total
 
 
 def export(

@@ -328,10 +328,15 @@ class Builder:
         if self.store is None or Path(source).is_dir():
             return None
         if is_place(source):
-            return find_checkpoint(step_model(self.store, source).path, self.hash_file)
+            return self.checkpoint(step_model(self.store, source).path)
         found = self.store.named("model", source)
         # Not what its record says: linked files may have changed since they were adopted.
-        return find_checkpoint(found[0].path, self.hash_file) if found else None
+        return self.checkpoint(found[0].path) if found else None
+
+    def checkpoint(self, source: str | Path) -> CheckpointSource:
+        """The checkpoint of a directory or a Hub id."""
+        root = None if self.store is None else self.store.root
+        return find_checkpoint(source, self.hash_file, store=root)
 
 
 def _own_data_name(node: Node | None) -> str:
