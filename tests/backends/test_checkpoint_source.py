@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.conftest import weights_file
 
 from posttrain.backends.checkpoint_source import CheckpointSource, find_checkpoint, token_conflict
 from posttrain.engine.errors import ConfigError
-from tests.conftest import weights_file
 
 Make = Callable[..., CheckpointSource]
 

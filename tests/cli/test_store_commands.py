@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
-from posttrain.commands.io import age
 from posttrain.backends.outside.headers import num_parameters, read_headers
+from posttrain.commands.io import age
 from posttrain.engine.store import Store
 
 MINI = ("mini.py", "--suite", "pairs.toml")

@@ -8,22 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
-from posttrain.backends.architecture import check_plain, path_of, positions_of
+from posttrain.backends.architecture import check_plain, path_of
 from posttrain.backends.base import Head
 from posttrain.backends.chat import Chat
+from posttrain.backends.outside.files import vocabulary_files
+from posttrain.backends.outside.positions import positions_of, text_config
+from posttrain.backends.saved_types import Types, read_types, recast
 from posttrain.engine.errors import ConfigError
 
+PROBED = 16
+"""Tokens that a tokenizer is asked for to see that it has any."""
 SCALAR = "ForSequenceClassification"
 """How the class of a model with a score in place of logits is called."""
 
@@ -36,6 +40,10 @@ class LanguageModel:
     """A transformers causal LM."""
     tokenizer: Any
     """A transformers tokenizer."""
+    types: Types = field(default_factory=dict)
+    """The types of its tensors in the files it was loaded from, by name."""
+    left_out: tuple[str, ...] = ()
+    """Tensors in these files that are no part of the model, such as those that read pictures."""
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -77,18 +85,20 @@ def load(
             f"{path}: this is a reward model ({config.architectures[0]}): it scores responses "
             "and writes none; name a language model here"
         )
-    for field in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-        if getattr(config, field, None) not in (None, 1, 1.0):
+    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        value = getattr(text_config(config), name, None)
+        if value not in (None, 1, 1.0):
             raise ConfigError(
-                f"{path}/config.json: {field} = {getattr(config, field)}: models that change their "
+                f"{path}/config.json: {name} = {value}: models that change their "
                 "logits after the output projection are not supported; choose a model without it"
             )
-    model, tokenizer = read_weights(AutoModelForCausalLM, path, dtype=dtype, what=what)
-    check_vocabulary(tokenizer, model.get_output_embeddings().weight, path)
+    read = read_weights(AutoModelForCausalLM, path, dtype=dtype, what=what)
+    model = read.model
+    check_vocabulary(read.tokenizer, model.get_output_embeddings().weight, path)
     if path_of(model) == "plain":
         check_plain(model, str(path))
     _allow_saving(model.generation_config, path)
-    return LanguageModel(model=model.to(device), tokenizer=tokenizer)
+    return replace(read, model=model.to(device))
 
 
 def read_config(path: Path, *, what: str) -> Any:
@@ -97,7 +107,7 @@ def read_config(path: Path, *, what: str) -> Any:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
 
 
-def read_weights(auto: Any, path: Path, *, dtype: torch.dtype, what: str) -> tuple[Any, Any]:
+def read_weights(auto: Any, path: Path, *, dtype: torch.dtype, what: str) -> LanguageModel:
     """A model, `what` transformers' class `auto` makes of it, and its tokenizer.
 
     Raises ConfigError for files that cannot be read and for weights that are not there.
@@ -111,7 +121,7 @@ def read_weights(auto: Any, path: Path, *, dtype: torch.dtype, what: str) -> tup
             output_loading_info=True,
             trust_remote_code=False,
         )
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    tokenizer = read_tokenizer(path, what=what)
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])
         raise ConfigError(
@@ -119,7 +129,40 @@ def read_weights(auto: Any, path: Path, *, dtype: torch.dtype, what: str) -> tup
             f"for, such as {missing[0]}; they would start at random. Complete the checkpoint, or "
             "mend config.json"
         )
-    return model, tokenizer
+    return LanguageModel(
+        model=model,
+        tokenizer=tokenizer,
+        types=read_types(path),
+        left_out=tuple(sorted(loading["unexpected_keys"])),
+    )
+
+
+def read_tokenizer(path: Path, *, what: str) -> Any:
+    """The tokenizer of a checkpoint that is to be `what`.
+
+    Raises ConfigError where there is none, and for one without tokens: of some classes transformers
+    makes an empty one where their file is missing, to which every text is unknown.
+    """
+    with _readable(path, what):
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        special = set(tokenizer.all_special_ids)
+        ids = sorted(set(tokenizer.get_vocab().values()) - special)
+        probe = ids[:: max(1, len(ids) // PROBED)]
+        texts = [tokenizer.decode([i]) for i in probe]
+        read = [
+            set(tokenizer.encode(text, add_special_tokens=False)) - {tokenizer.unk_token_id}
+            for text in texts
+            if text.strip()
+        ]
+    if not any(read):
+        there = ", ".join(vocabulary_files(sorted(p.name for p in path.iterdir()))) or "none"
+        raise ConfigError(
+            f"{path}: transformers makes a {type(tokenizer).__name__} of its tokenizer files "
+            f"({there}) that knows {len(ids)} tokens besides the special ones and reads none of "
+            "them; put the vocabulary that this class needs beside the weights, or mend "
+            "tokenizer_class in tokenizer_config.json"
+        )
+    return tokenizer
 
 
 def check_vocabulary(tokenizer: Any, weight_VD: Tensor, path: Path) -> None:
@@ -136,11 +179,17 @@ def _readable(path: Path, what: str) -> Iterator[None]:
     """Turn what transformers raises over a directory's files into a ConfigError."""
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except ConfigError:
+        raise
+    # The files are a stranger's: there is nothing that could not be raised over them.
+    except Exception as error:
+        lines = str(error).splitlines() or [type(error).__name__]
+        named = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+        names = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
         raise ConfigError(
             f"{path}: transformers cannot load this checkpoint as {what} "
-            f"({str(error).splitlines()[0]}); it must be a directory with config.json, "
-            "model.safetensors and tokenizer files"
+            f"({named}{lines[0]}); it must be a directory with config.json, model.safetensors and "
+            f"tokenizer files (tokens: {', '.join(vocabulary_files(names)) or 'no file'})"
         ) from error
 
 
@@ -167,12 +216,33 @@ def _allow_saving(generation_config: Any, path: Path) -> None:
         ) from error
 
 
-def save(language_model: LanguageModel, out: Path) -> None:
-    """Write model, tokenizer and generation config to `out` (created if missing)."""
+def save(language_model: LanguageModel, out: Path, *, types: Types | str | None = None) -> None:
+    """Write model, tokenizer and generation config to `out` (created if missing).
+
+    The weights are of the types they have in memory, or of `types`: one for all, or one for each
+    tensor. config.json ties the output layer to the embedding where they are one.
+    """
     out.mkdir(parents=True, exist_ok=True)
     _without_bars()
+    tell_ties(language_model.model)
     language_model.model.save_pretrained(out, safe_serialization=True)
     language_model.tokenizer.save_pretrained(out)
+    if types:
+        recast(out, types)
+
+
+def tell_ties(model: Any) -> None:
+    """Let the config say that output layer and embedding are two where they are.
+
+    transformers goes by the bytes: a file with two different ones is not tied whatever its config
+    says. Servers go by the config.
+    """
+    head = model.get_output_embeddings()
+    if head is None or head.weight is model.get_input_embeddings().weight:
+        return
+    for config in (model.config, text_config(model.config)):
+        if getattr(config, "tie_word_embeddings", False):
+            config.tie_word_embeddings = False
 
 
 def _without_bars() -> None:
@@ -201,8 +271,7 @@ def read_chat(path: str | Path) -> Chat:
     that cannot be read, and without a stop token."""
     path, what = Path(path), "a language model"
     config = read_config(path, what=what)
-    with _readable(path, what):
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    tokenizer = read_tokenizer(path, what=what)
     generation = (
         GenerationConfig.from_pretrained(path)
         if (path / "generation_config.json").exists()
@@ -215,7 +284,7 @@ def read_chat(path: str | Path) -> Chat:
         tokenizer,
         stop_ids=speaking.stop_ids,
         pad_id=speaking.pad_id,
-        num_ids=int(getattr(config, "vocab_size", len(tokenizer))),
+        num_ids=int(getattr(text_config(config), "vocab_size", len(tokenizer))),
         max_positions=positions_of(config),
     )
 

@@ -35,8 +35,8 @@ from posttrain.engine.hashes import HashFile
 
 LARGEST_CONFIG = 16 * 2**20
 LARGEST = 2**30
-"""Bytes of config.json and its like, and of tokenizer.json; those of published models have at most a
-hundredth and a tenth of that."""
+"""Bytes of config.json and its like, and of tokenizer.json; those of published models have at most
+a hundredth and a tenth of that."""
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 

@@ -12,14 +12,14 @@ from rich.console import Console
 from rich.text import Text
 
 from posttrain.backends.checkpoint_source import find_checkpoint
-from posttrain.backends.outside.headers import num_parameters
+from posttrain.backends.outside.headers import FLOATS, num_parameters
 from posttrain.commands import io
 from posttrain.commands.io import console, emit, plain_table
 from posttrain.commands.run import PACKAGES
 from posttrain.engine import ancestry, transfer
 from posttrain.engine.ancestry import Removed
 from posttrain.engine.atomic import guarded, human_bytes, write_whole
-from posttrain.engine.errors import ConfigError, StoreError
+from posttrain.engine.errors import ConfigError, StoreError, choices_text
 from posttrain.engine.provenance import capture
 from posttrain.engine.record import Artifact, label_of
 from posttrain.engine.store import Store
@@ -99,30 +99,73 @@ def adopt(
 def export(
     artifact: io.ArtifactName,
     target: Annotated[Path, typer.Argument(metavar="DIR", help="A new directory.")],
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            "--dtype", metavar="TYPE", help="Round the weights: float32, bfloat16 or float16."
+        ),
+    ] = None,
     store: io.StorePath = io.DEFAULT_STORE,
     as_json: io.Json = False,
 ) -> None:
-    """Copy an artifact out of the store: a checkpoint that stands alone, with its history."""
+    """Copy an artifact out of the store: a checkpoint that stands alone, with its history.
+
+    With --dtype and weights of another type the history stays behind: it vouches for other bytes.
+    """
     place = Store(store)
     found = step_model(place, artifact) if is_place(artifact) else place.resolve(artifact)
+    check_dtype(dtype, found)
     path = transfer.export(place, found, target)
+    rounded = dtype is not None and round_weights(path, dtype)
     scores = []
     if shown_kind(found.kind).is_model():
         # The card that came with the files does not know what was scored since.
         scores = scores_of(place, found)
         card = model_card(found.record, scores, [a.record for a in ancestry.lineage(place, found)])
+        card += ROUNDED.format(dtype) if rounded else ""
         with guarded(path, "writing the model card"):
             write_whole(path / "README.md", card.encode())
     evaluations = [label_of(score) for score in scores]
     if as_json:
         files = sorted(file.name for file in path.iterdir())
         told = {"artifact": found.label, "path": str(path)}
-        emit(told | {"files": files, "evaluations": evaluations})
+        emit(told | {"files": files, "evaluations": evaluations, "rounded": rounded})
         return
-    text = Text.assemble((found.label, "bold"), f" -> {path} ({human_bytes(found.bytes)})")
+    size = sum(file.stat().st_size for file in path.iterdir()) if rounded else found.bytes
+    text = Text.assemble((found.label, "bold"), f" -> {path} ({human_bytes(size)})")
+    if rounded:
+        text.append(f", weights rounded to {dtype}, without its history")
     if scores:
         text.append(f", card with the scores of {', '.join(evaluations)}")
     console().print(text, soft_wrap=True)
+
+
+ROUNDED = """
+## Rounded
+
+The weights were rounded to {} when this was exported. Its record is that of other bytes.
+"""
+
+
+def check_dtype(dtype: str | None, found: Artifact) -> None:
+    """Raise ConfigError for a type that weights cannot have, or an artifact without weights."""
+    choices = sorted({*FLOATS.values()} - {"float64"})
+    if dtype is not None and dtype not in choices:
+        raise ConfigError(f"--dtype {dtype}: {choices_text(dtype, choices)}")
+    if dtype is not None and not shown_kind(found.kind).is_model():
+        raise ConfigError(f"--dtype {dtype}: {found.label} is no model; leave the option out")
+
+
+def round_weights(path: Path, dtype: str) -> bool:
+    """Round the weights of an export; whether that changed any. Its history then goes."""
+    # It imports torch.
+    from posttrain.backends.saved_types import recast
+
+    with guarded(path, "rounding the weights"):
+        rounded = recast(path, dtype)
+        if rounded:
+            (path / transfer.HISTORY).unlink(missing_ok=True)
+    return rounded
 
 
 def verify(

@@ -21,8 +21,9 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from posttrain.backends.checkpoint import load, save
-from posttrain.backends.merging import TensorFiles, merged
+from posttrain.backends.checkpoint import LanguageModel, load, save
+from posttrain.backends.merging import TensorFiles, merged, untie
+from posttrain.backends.saved_types import Types, read_types, widest
 from posttrain.engine.errors import ConfigError
 from posttrain.engine.fingerprint import file_digest, files_digest
 from posttrain.engine.graph import named
@@ -38,6 +39,7 @@ FREE = frozenset(
     {
         "transformers_version", "architectures", "dtype", "use_cache", "_name_or_path", "id2label",
         "label2id", "bos_token_id", "eos_token_id", "pad_token_id",
+        "tie_word_embeddings",
     }
 )  # fmt: skip
 """Entries of config.json that may differ: they do not change what a weight means. Stop tokens are
@@ -82,8 +84,20 @@ def link_model(
         target.unlink(missing_ok=True)
         target.symlink_to((directory / name).resolve())
     language_model = load(ctx.out)
+    if language_model.left_out:
+        ctx.warn(left_out(directory, language_model))
     parameters = sum(parameter.numel() for parameter in language_model.model.parameters())
     return {"parameters": parameters}
+
+
+def left_out(directory: Path, language_model: LanguageModel) -> str:
+    """What to tell of tensors that the model does not have, such as those that read pictures."""
+    names = language_model.left_out
+    return (
+        f"{directory}: {len(names)} of its tensors, such as {names[0]}, are no part of "
+        f"{type(language_model.model).__name__}, which reads and writes text; what is trained from "
+        "it is saved as such a model, without them"
+    )
 
 
 def run_merge(settings: Merge, ctx: Context) -> dict[str, float]:
@@ -95,12 +109,12 @@ def run_merge(settings: Merge, ctx: Context) -> dict[str, float]:
     paths = named(ctx.inputs, "models")
     names = sorted(paths)
     sources = {name: Source.read(paths[name]) for name in names}
+    base = Source.read(ctx.inputs["base"]) if "base" in ctx.inputs else None
+    untie([source.tensors for source in (*sources.values(), base) if source is not None])
     first = sources[names[0]]
     for name in names[1:]:
         check_alike(ctx.name, names[0], first, name, sources[name])
-    base = None
-    if "base" in ctx.inputs:
-        base = Source.read(ctx.inputs["base"])
+    if base is not None:
         check_alike(ctx.name, names[0], first, "base", base, speaks=False)
     tensors = dict(
         merged(
@@ -121,7 +135,10 @@ def run_merge(settings: Merge, ctx: Context) -> dict[str, float]:
         # Loaded and saved again, the checkpoint is checked, and of the form that all others have.
         del tensors
         language_model = load(beside)
-    save(language_model, ctx.out)
+    types: Types | str = settings.save_dtype
+    if types == "base":
+        types = widest([read_types(sources[name].path) for name in names])
+    save(language_model, ctx.out, types=types)
     parameters = sum(parameter.numel() for parameter in language_model.model.parameters())
     return {"parameters": parameters, "models": len(names)}
 
@@ -145,13 +162,12 @@ class Source:
         stop: Any = config.eos_token_id
         if (path / "generation_config.json").exists():
             stop = GenerationConfig.from_pretrained(path).eos_token_id
-        # Some checkpoints hold an output projection that their config ties to the embedding.
         return cls(
             path=path,
             config=config.to_dict(),
             tokenizer=AutoTokenizer.from_pretrained(path, trust_remote_code=False),
             stop_ids=sorted(stop) if isinstance(stop, list) else [stop],
-            tensors=TensorFiles(path, without=list(model.all_tied_weights_keys)),
+            tensors=TensorFiles(path, tied=dict(model.all_tied_weights_keys)),
         )
 
 

@@ -25,7 +25,8 @@ NEVER_READ = (
     "*.py", "*.pyc", "*.ipynb", "*.pkl", "*.pickle",
     # Weights of other forms, and states of an optimiser.
     "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.ot",
-    "*.onnx", "*.onnx_data*", "*.tflite", "*.mlmodel", "*.npz", "*.npy", "consolidated*.safetensors",
+    "*.onnx", "*.onnx_data*", "*.tflite", "*.mlmodel", "*.npz", "*.npy",
+    "consolidated*.safetensors",
     # What a trainer or a hub keeps beside a checkpoint.
     "trainer_state.json", "training_args.json", "*_results.json", "modelcard.json",
     "configuration.json", "latest",
