@@ -141,7 +141,7 @@ def known_families() -> frozenset[str]:
     for path in paths:
         if path.is_file():
             text = path.read_text(encoding="utf-8")
-            found |= set(re.findall(r'\("([\w.-]+)", "\w+Config"\)', text))
+            found |= set(re.findall(r'"([\w.-]+)"[,:] "\w+Config"', text))
     # Fewer than these is another layout of the package, not a package of few families.
     return frozenset(found) if {"llama", "gpt2", "qwen3"} <= found else frozenset()
 
