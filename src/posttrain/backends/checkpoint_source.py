@@ -101,8 +101,7 @@ def find_checkpoint(
             "checkpoint needs config.json, *.safetensors and tokenizer files (convert .bin weights "
             "with save_pretrained(..., safe_serialization=True))"
         )
-    if store is None or not directory.is_relative_to(store.resolve()):
-        check_links(directory, files)
+    check_links(directory, files, store=store)
     tokenizer_config = _read_json(directory / "tokenizer_config.json")
     check_tokenizer_files(str(source), directory, files, tokenizer_config)
     config = _read_json(directory / "config.json")

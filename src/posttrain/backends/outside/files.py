@@ -67,14 +67,19 @@ def model_files(directory: Path) -> list[str]:
     return sorted(found)
 
 
-def check_links(directory: Path, files: Iterable[str]) -> None:
+def check_links(directory: Path, files: Iterable[str], *, store: Path | None = None) -> None:
     """Refuse links to files that are not the checkpoint's: their text would be copied along.
 
-    Links may stay inside `directory`, and lead from a snapshot of a Hub cache to its blobs. Weights
-    may lie anywhere: what is not made of tensors is refused anyway. Raises ConfigError.
+    Links may stay inside `directory`, lead into `store`, and from a snapshot of a Hub cache to its
+    blobs. Weights may lie anywhere: what is not made of tensors is refused anyway. What links from
+    a store was looked at when it came into it. Raises ConfigError.
     """
     directory = directory.resolve()
     inside = [directory]
+    if store is not None:
+        if directory.is_relative_to(store.resolve()):
+            return
+        inside.append(store.resolve())
     if directory.parent.name == "snapshots":
         inside.append(directory.parent.parent / "blobs")
     for name in files:
