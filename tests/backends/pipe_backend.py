@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import multiprocessing
 import pickle
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -160,6 +160,7 @@ class PipeBackend:
         assert isinstance(source, PipeLearner)
         sampler = PipeSampler(self.processes.sampler, source.checkpoint, source.settings.dtype)
         sampler.sync(source)
+        sampler.process.call(restrict, sampler.kept, source.absent)
         return sampler
 
     def scorer(self, source: Path | Learner, *, dtype: torch.dtype, scalar: bool) -> PipeScorer:
@@ -190,6 +191,13 @@ class PipeLearner:
         made_with = (checkpoint, settings, scalar)
         self.kept = [process.call(make_learner, *made_with, keep=True) for process in processes]
         self.chat: Chat = self._first(chat_of)
+        self.absent: set[int] = set()
+
+    def restrict(self, absent: Collection[int]) -> None:
+        """See `Learner.restrict`."""
+        self.absent |= set(absent)
+        self._all(restrict, absent)
+        self.chat.restrict(absent)
 
     def _first(self, function: Callable[..., Any], *args: Any, **settings: Any) -> Any:
         return self.processes[0].call(function, self.kept[0], *args, **settings)
@@ -370,6 +378,11 @@ class PipeScorer:
         score_N: Tensor = self._ask(LocalScorer.scores, batch)
         return score_N
 
+    def restrict(self, absent: Collection[int]) -> None:
+        """See `Scorer.restrict`."""
+        self._ask(restrict, absent)
+        self.chat.restrict(absent)
+
     def sync(self, policy: Learner) -> None:
         """See `Scorer.sync`."""
         assert isinstance(policy, PipeLearner)
@@ -423,12 +436,12 @@ def chat_of(model: LocalLearner | LocalSampler | LocalScorer) -> Chat:
     return model.chat
 
 
+def restrict(model: LocalLearner | LocalSampler | LocalScorer, absent: Collection[int]) -> None:
+    model.chat.restrict(absent)
+
+
 def head_of(scorer: LocalScorer) -> Head:
-    bias_V = scorer.head.bias_V
-    return Head(
-        weight_VD=scorer.head.weight_VD.detach(),
-        bias_V=None if bias_V is None else bias_V.detach(),
-    )
+    return scorer.head
 
 
 def accumulate(

@@ -13,7 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from posttrain.backends.checkpoint import LanguageModel, load, output_head, read_chat, save
+from posttrain.backends.checkpoint import (
+    LanguageModel,
+    chat_of,
+    load,
+    output_head,
+    read_chat,
+    save,
+)
 from posttrain.engine.errors import ConfigError
 
 MakeModel = Callable[..., LanguageModel]
@@ -81,32 +88,47 @@ def test_saving_twice_gives_the_same_bytes(make_model: MakeModel, tmp_path: Path
 
 @pytest.mark.parametrize("kind", ["qwen3", "llama", "gpt2"])
 def test_the_head_turns_hidden_states_into_logits(make_model: MakeModel, kind: str) -> None:
-    model = make_model(kind).model
-    head = output_head(model)
+    language_model = make_model(kind)
+    model = language_model.model
+    head = output_head(model, language_model.ids)
+    assert head.weight_VD is model.get_output_embeddings().weight, "nothing to cut, no copy"
     with torch.no_grad():
         hidden = model.base_model(input_ids=IDS).last_hidden_state
         logits = torch.nn.functional.linear(hidden, head.weight_VD, head.bias_V)
         torch.testing.assert_close(logits, model(input_ids=IDS).logits)
 
 
-def test_stop_ids_come_from_the_generation_config_else_from_the_tokenizer(
-    make_model: MakeModel,
+def test_a_turn_ends_by_what_generation_config_tokenizer_and_template_say(
+    make_model: MakeModel, tmp_path: Path
 ) -> None:
-    assert make_model(stop=9).stop_ids == (9,)
-    assert make_model(stop=[9, 4]).stop_ids == (9, 4)
-    language_model = make_model()
+    """The template writes <|end|>, id 4, and so does a saved generation config."""
+    assert make_model().stop_ids == (4,)
+    assert make_model(stop=[9, 4]).stop_ids == (4, 9)
+    language_model = make_model(stop=9)
+    assert language_model.stop_ids == (4, 9)
+    save(language_model, tmp_path)
+    assert GenerationConfig.from_pretrained(tmp_path).eos_token_id == [4, 9]
     language_model.model.generation_config.eos_token_id = None
     assert language_model.stop_ids == (language_model.tokenizer.eos_token_id,)
     language_model.tokenizer.eos_token = None
-    with pytest.raises(ConfigError, match="end-of-sequence token; set eos_token_id"):
+    assert language_model.stop_ids == (4,), "the template still writes it"
+    language_model.tokenizer.chat_template = None
+    with pytest.raises(ConfigError, match=r"nothing would ever end a response.*set eos_token_id"):
         _ = language_model.stop_ids
+
+
+def test_a_generation_config_that_names_all_ends_stays_as_it_is(
+    make_model: MakeModel, tmp_path: Path
+) -> None:
+    save(make_model(stop=[9, 4]), tmp_path)
+    assert GenerationConfig.from_pretrained(tmp_path).eos_token_id == [9, 4]
 
 
 def test_padding_is_the_stop_token_where_a_tokenizer_has_none(make_model: MakeModel) -> None:
     language_model = make_model(stop=9)
     assert language_model.pad_id == language_model.tokenizer.pad_token_id
     language_model.tokenizer.pad_token = None
-    assert language_model.pad_id == 9
+    assert language_model.pad_id == 4
 
 
 def test_half_precision_weights_are_loaded_for_training(
@@ -145,14 +167,18 @@ def test_missing_weights_are_refused_rather_than_drawn_at_random(saved: Path) ->
         load(saved)
 
 
-def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(
+def test_a_token_without_a_row_is_refused_where_a_text_has_it(
     make_model: MakeModel, tmp_path: Path
 ) -> None:
     language_model = make_model()
     language_model.tokenizer.add_tokens(["<|more|>"])
     save(language_model, tmp_path)
-    with pytest.raises(ConfigError, match="101 tokens and the model 100 rows"):
-        load(tmp_path)
+    for chat in (chat_of(load(tmp_path)), read_chat(tmp_path)):
+        assert chat.num_ids == 100
+        assert chat.prompt("fine") and chat.response("fine", "fine")
+        for encode in (chat.prompt, chat.begin):
+            with pytest.raises(ConfigError, match=r"text '.*a <\|more\|> b.* token '<\|more\|>'"):
+                encode("a <|more|> b")
 
 
 def test_a_model_that_bends_its_logits_is_refused(saved: Path) -> None:

@@ -52,7 +52,7 @@ def new_chat(template: str | None, stop: str = "<|end|>") -> Chat:
     tokenizer = character_tokenizer([])
     tokenizer.chat_template = template
     stop_id = tokenizer.convert_tokens_to_ids(stop)
-    return Chat(tokenizer, stop_ids=(stop_id,), pad_id=0, num_ids=len(tokenizer))
+    return Chat(tokenizer, stop_ids=(stop_id,), pad_id=0)
 
 
 def said(chat: Chat, messages: list[dict[str, Any]], text: str, mode: str | None = None) -> Any:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from posttrain.backends.base import LearnerSettings, Metrics, TokenLoss
-from posttrain.backends.checkpoint import LanguageModel
+from posttrain.backends.checkpoint import LanguageModel, output_head
 from posttrain.backends.forward import forward_passes, sampled_logprobs
 from posttrain.backends.local import LocalLearner, LocalScorer
 from posttrain.engine.errors import ConfigError, StageError
@@ -117,7 +117,7 @@ def test_a_shared_prompt_learns_what_padded_rows_do(make_model: MakeModel, kind:
     parts = getattr(forward, "parts", (forward,))
     tokens = sum(len(part.index_M) for part in parts)
     assert tokens == 6 + 1 + 9 + sum(lengths) - len(lengths)
-    rows, head = rollouts.select(forward.index_B), LocalScorer(language_model).head
+    rows, head = rollouts.select(forward.index_B), output_head(model, language_model.ids)
     logp_N, _ = sampled_logprobs(forward.hidden_states(model), head, rows, 1.0)
     (-logp_N.sum() / 41).backward()
     for name, parameter in model.named_parameters():

@@ -135,10 +135,13 @@ def pair_probabilities(language_model: LanguageModel, prompt: list[int], t: floa
 def test_draws_follow_the_softmax(make_model: MakeModel, temperature: float, seed: int) -> None:
     """Counts of all 36 pairs of two tokens in 20000 rows. With 35 degrees of freedom chi-square
     passes 66.6 in one run of a thousand; a dependence between positions would show as well."""
-    language_model = make_model(vocabulary=6, stop=[99])
+    language_model = make_model(vocabulary=6)
     language_model.model.get_output_embeddings().weight.data.mul_(0.5)
+    sampler = LocalSampler(language_model)
+    # No row ends before its second token.
+    sampler.chat.stop_ids = ()
     rollouts = sample(
-        LocalSampler(language_model),
+        sampler,
         [[2, 3]],
         group_size=20000,
         max_new_tokens=2,
@@ -155,7 +158,7 @@ def test_draws_follow_the_softmax(make_model: MakeModel, temperature: float, see
 
 def test_first_tokens_over_many_seeds_follow_the_softmax(make_model: MakeModel) -> None:
     """One row per seed, as steps of a stage draw: 5 degrees of freedom, 20.5 is the 0.999 point."""
-    language_model = make_model(vocabulary=6, stop=[99])
+    language_model = make_model(vocabulary=6)
     language_model.model.get_output_embeddings().weight.data.mul_(0.5)
     sampler = LocalSampler(language_model)
     first = [

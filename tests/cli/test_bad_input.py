@@ -86,7 +86,7 @@ RECIPES = {
 def checkpoint(folder: Path, vocabulary: dict[str, int]) -> None:
     """Files with the names of a checkpoint's; only the vocabulary is real."""
     folder.mkdir()
-    (folder / "config.json").write_text('{"model_type": "qwen2"}')
+    (folder / "config.json").write_text('{"model_type": "qwen2", "eos_token_id": 0}')
     tensors = {"model.norm.weight": ("F32", (2,))}
     (folder / "model.safetensors").write_bytes(weights_file(tensors))
     (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocabulary}}))

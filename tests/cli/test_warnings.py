@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.conftest import weights_file
 
 OWN = """
 from posttrain.stages.kinds import Kind
 from posttrain.values import Settings
-from tests.conftest import weights_file
 
 WARY = Kind(name="wary.WARY", settings="wary:Wary", run="wary:run", makes=("model",))
 

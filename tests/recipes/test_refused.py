@@ -170,12 +170,22 @@ def test_preference_edges_of_the_wrong_kind_are_refused(
         call(r, base, r.sample(base, prompts=r.prompts("add")))
 
 
+def swapped(path: str) -> str:
+    """The checkpoint with the ids of two tokens exchanged."""
+    file = Path(path, "tokenizer.json")
+    content = json.loads(file.read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    file.write_text(json.dumps(content))
+    return path
+
+
 def test_a_reference_of_another_vocabulary_is_refused_at_plan_time(
     make_recipe: Callable[..., Recipe], checkpoint: Callable[..., str]
 ) -> None:
     r = make_recipe()
     base = r.model(checkpoint("one"))
-    other = r.model(checkpoint("other", extra="<|more|>"), name="other")
+    other = r.model(swapped(checkpoint("other")), name="other")
     pairs = r.pairs(r.sample(base, prompts=r.prompts("add")))
     with pytest.raises(ConfigError, match="reference 'other' and student 'base' differ"):
         r.dpo(start=base, data=pairs, reference=other, **STEPS)
@@ -187,15 +197,20 @@ def test_teachers_of_another_vocabulary_are_refused_at_plan_time(
     r = make_recipe()
     base = r.model(checkpoint("one"))
     twin = r.model(checkpoint("twin"), name="twin")
-    other = r.model(checkpoint("other", extra="<|more|>"), name="other")
+    more = r.model(checkpoint("more", extra="<|more|>"), name="more")
+    other = r.model(swapped(checkpoint("other")), name="other")
     student = {"start": base, "prompts": r.prompts("add"), **STEPS}
     r.distill(teachers={"add": twin}, name="fine", **student)
+    # A token that no text uses, and rows for it.
+    r.distill(teachers={"add": more}, name="fine2", **student)
     tuned = r.sft(start=other, data=r.demos("add"), **STEPS)
-    with pytest.raises(ConfigError, match=r"teacher 'sft' and student 'base' .*101 and 100 .*more"):
+    with pytest.raises(
+        ConfigError, match=r"teacher 'sft' and student 'base' .*token 'a' has id 71 in"
+    ):
         r.distill(teachers={"add": tuned}, **student)
 
 
-def test_teachers_that_end_elsewhere_or_are_broken_are_refused_at_plan_time(
+def test_a_teacher_may_end_elsewhere_but_not_be_broken(
     make_recipe: Callable[..., Recipe], checkpoint: Callable[..., str]
 ) -> None:
     one, two = checkpoint("one"), checkpoint("two")
@@ -203,11 +218,31 @@ def test_teachers_that_end_elsewhere_or_are_broken_are_refused_at_plan_time(
     path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": 9}))
     r = make_recipe()
     base, other = r.model(one), r.model(two, name="other")
-    with pytest.raises(ConfigError, match=r"eos_token_id \(\[9\] in .*two/generation_config.json"):
-        r.distill(start=base, teachers={"add": other}, prompts=r.prompts("add"), **STEPS)
+    r.distill(start=base, teachers={"add": other}, prompts=r.prompts("add"), **STEPS)
+    (told,) = [warned.text for warned in r.warnings if "does not name" in warned.text]
+    assert "does not name <|end|> (4), which ends it by the tokenizer and the chat template" in told
+    assert "learn to end with <|end|> (4), and stop at id 9, too" in told
     Path(two, "tokenizer.json").write_text("{")
     with pytest.raises(ConfigError, match=r"two/tokenizer.json: not JSON .* line 1 column 2"):
         make_recipe().model(two)
+
+
+def test_a_checkpoint_that_nothing_would_stop_is_refused_at_plan_time(
+    make_recipe: Callable[..., Recipe], checkpoint: Callable[..., str]
+) -> None:
+    path = checkpoint("one")
+    for name, change in (
+        ("generation_config.json", {"eos_token_id": None}),
+        ("config.json", {"eos_token_id": 300}),
+        ("tokenizer_config.json", {"eos_token": None}),
+    ):
+        file = Path(path, name)
+        file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    # Its template still writes an end.
+    assert make_recipe().model(path)
+    Path(path, "chat_template.jinja").write_text("{{ messages[-1]['content'] }}")
+    with pytest.raises(ConfigError, match=r"one: nothing would ever end a response: .*; set eos_"):
+        make_recipe().model(path)
 
 
 def test_modes_are_refused_where_the_base_has_none(make_recipe: Callable[..., Recipe]) -> None:

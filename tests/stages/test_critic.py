@@ -6,6 +6,7 @@ Legend: B rows, N flat response tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,6 +19,7 @@ from posttrain.algorithms import Gae
 from posttrain.backends.checkpoint import save
 from posttrain.backends.local import LocalBackend
 from posttrain.backends.scalar import load_scalar, save_scalar
+from posttrain.backends.tiny import character_tokenizer
 from posttrain.engine.errors import ConfigError
 from posttrain.rl.batch import Batch
 from posttrain.rl.gae import gae, token_rewards
@@ -211,6 +213,9 @@ def test_a_critic_takes_either_start_and_the_policys_tokens_only(
 ) -> None:
     assert not critic(models["start"]).values(batch()).any()
     assert critic(scored).values(batch()).all()
-    save(make_model(vocabulary=104), tmp_path / "other")
-    with pytest.raises(ConfigError, match=r"critic 'critic': its vocabulary differs .* 104 there"):
+    save(make_model(vocabulary=104), tmp_path / "padded")
+    assert not critic(str(tmp_path / "padded")).values(batch()).any()
+    other = replace(make_model(), tokenizer=character_tokenizer(["é"]))
+    save(other, tmp_path / "other")
+    with pytest.raises(ConfigError, match=r"critic 'critic': its vocabulary differs .* token '.'"):
         critic(str(tmp_path / "other"))

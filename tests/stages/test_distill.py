@@ -356,36 +356,59 @@ def other_stop(path: Path) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": 4}))
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (other_template, "chat template"),
-        (other_token, "id of token 'a'"),
-        (other_stop, "stop token ids"),
-    ],
-)
 def test_teachers_of_another_tongue_are_refused_before_the_first_step(
-    distill: Callable[..., Any],
-    models: Mapping[str, str],
-    tmp_path: Path,
-    change: Callable[[Path], None],
-    message: str,
+    distill: Callable[..., Any], models: Mapping[str, str], tmp_path: Path
 ) -> None:
     shutil.copytree(models["two"], tmp_path / "other")
-    change(tmp_path / "other")
-    with pytest.raises(ConfigError, match=f"teacher 'second'.*{message}"):
+    other_token(tmp_path / "other")
+    with pytest.raises(ConfigError, match=r"teacher 'second'.*id of token 'a'"):
         distill(second=str(tmp_path / "other"))
     assert not list(tmp_path.glob("work-*/metrics.jsonl"))
 
 
-def test_a_teacher_with_another_vocabulary_size_is_refused(
+@pytest.mark.parametrize("change", [other_template, other_stop])
+def test_what_ends_a_teachers_turn_and_how_it_lays_prompts_out_is_its_own(
     distill: Callable[..., Any],
+    models: Mapping[str, str],
+    tmp_path: Path,
+    change: Callable[[Path], None],
+) -> None:
+    shutil.copytree(models["two"], tmp_path / "other")
+    plain = distill(second=models["two"])
+    change(tmp_path / "other")
+    ran = distill(second=str(tmp_path / "other"))
+    # The template's space at the end changes what this teacher reads, and nothing else.
+    one, other = plain.lines[0], ran.lines[0]
+    assert one["kl/short"] == other["kl/short"]
+    assert (one["kl/words"] == other["kl/words"]) == (change is other_stop)
+
+
+@pytest.mark.parametrize("estimator", ["sampled_token", "top_k", "reverse_kl"])
+@pytest.mark.parametrize("wider", ["teacher", "student"])
+def test_rows_of_padding_are_no_part_of_a_divergence(
+    run_stage: Callable[..., Any],
     make_model: Callable[..., LanguageModel],
     save_model: Callable[[LanguageModel], str],
+    domains: Mapping[str, str],
+    estimator: str,
+    wider: str,
 ) -> None:
-    second = save_model(make_model(vocabulary=104))
-    with pytest.raises(ConfigError, match="output layer rows is 104 there and 100 here"):
-        distill(second=second)
+    """One model with and without 28 loud rows beyond its tokens: nothing is left to learn."""
+    narrow, wide = (
+        make_model("llama", stop=list(range(4, 30))),
+        make_model("llama", stop=list(range(4, 30)), vocabulary=128),
+    )
+    rows = narrow.model.state_dict()
+    with torch.no_grad():
+        for name, value in wide.model.state_dict().items():
+            value[: len(rows[name])] = rows[name]
+        wide.model.lm_head.weight[100:] = 3.0
+    student, teacher = (narrow, wide) if wider == "teacher" else (wide, narrow)
+    inputs = {"start": save_model(student), "teachers.t": save_model(teacher), **domains}
+    settings = BASE | {"routes": {"short": "t", "words": "t"}, "steps": 1, "estimator": estimator}
+    line = run_stage("distill", settings, inputs).lines[0]
+    for name in ("kl/short", "kl/words"):
+        assert abs(line[name]) < 1e-5
 
 
 def test_a_teacher_of_another_size_and_architecture_will_do(

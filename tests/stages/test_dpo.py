@@ -9,6 +9,7 @@ import json
 import math
 import pickle
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from posttrain.algorithms import Dpo, DpoNorm, Ipo, Kto, Preference, SimPO
 from posttrain.backends.base import LearnerSettings, TokenLoss
 from posttrain.backends.checkpoint import LanguageModel, chat_of, load
 from posttrain.backends.local import LocalLearner
+from posttrain.backends.tiny import character_tokenizer
 from posttrain.engine.errors import ConfigError
 from posttrain.rl.batch import Batch
 from posttrain.schedules import linear
@@ -339,9 +341,7 @@ def test_a_reference_of_another_vocabulary_is_refused(
     make_model: Callable[..., LanguageModel],
     save_model: Callable[[LanguageModel], str],
 ) -> None:
-    other = make_model()
-    other.tokenizer.add_tokens(["<|more|>"])
-    other.model.resize_token_embeddings(len(other.tokenizer))
+    other = replace(make_model(), tokenizer=character_tokenizer(["é"]))
     inputs = {"start": models["start"], "data": data, "reference": save_model(other)}
     with pytest.raises(
         ConfigError, match=r"reference 'reference': its vocabulary differs .* a ref"

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from posttrain.backends.checkpoint import LanguageModel, load
 from posttrain.backends.saved_types import recast
 from posttrain.engine.errors import ConfigError
+from posttrain.engine.work import read_warnings
 from posttrain.stages.config import build_config
 
 RunStage = Callable[..., Any]
@@ -102,7 +103,6 @@ def test_every_setting_changes_the_result(merge: Callable[..., Any], same: Any) 
     [
         ({"kind": "llama"}, r"of config.json is .* in 'two' and .* in 'one'"),
         ({"vocabulary": 120}, "vocab_size of config.json is 120 in 'two' and 100 in 'one'"),
-        ({"stop": [4, 5]}, r"the list of stop tokens is \[4, 5\] in 'two'"),
     ],
 )
 def test_unlike_models_are_refused(
@@ -130,14 +130,29 @@ def test_other_tokens_and_other_tensors_are_refused(
     with pytest.raises(ConfigError, match=r"the id of token 'a' is \d+ in 'two'.*one tokenizer"):
         merge(one=one, two=two)
     tokenizer.write_text(text, encoding="utf-8")
-    Path(two, "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
-    with pytest.raises(ConfigError, match="the chat template is"):
-        merge(one=one, two=two)
     tensors = weights(two)
     del tensors["model.norm.weight"]
     save_file(tensors, Path(two) / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ConfigError, match=r"tensor model\.norm\.weight is None in 'two' and"):
         merge(one=one, two=two)
+
+
+def test_a_merge_ends_where_any_of_its_models_does_and_says_whose_template_it_has(
+    merge: Callable[..., Any],
+    make_model: MakeModel,
+    save_model: SaveModel,
+) -> None:
+    one = save_model(make_model(stop=4))
+    two = save_model(make_model(stop=[4, 9], seed=1, positions=32))
+    Path(two, "chat_template.jinja").write_text("{{ messages[0]['content'] }}<|end|>")
+    ran = merge(one=one, two=two)
+    merged = load(ran.out)
+    assert merged.stop_ids == (4, 9)
+    assert merged.tokenizer.chat_template == load(one).tokenizer.chat_template
+    assert merged.model.config.max_position_embeddings == 64
+    warned = read_warnings(ran.out.parent)
+    for what, text in zip(("chat template", "max_position_embeddings"), warned, strict=True):
+        assert f"differ in their {what}; the merged model has that of 'one'" in text
 
 
 def test_a_tied_head_that_one_checkpoint_holds_twice_is_no_difference(

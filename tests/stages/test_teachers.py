@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -14,8 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from posttrain.backends.checkpoint import LanguageModel
+from posttrain.backends.checkpoint import LanguageModel, load
 from posttrain.backends.local import LocalBackend, LocalSampler, LocalScorer
+from posttrain.engine.work import read_warnings
 from posttrain.rl.batch import Batch
 from posttrain.stages import teachers as stage
 from posttrain.stages.config import build_config
@@ -71,7 +73,8 @@ def scoring(tmp_path: Path, models: Mapping[str, str]) -> Callable[..., Any]:
         )
         sampler = backend.sampler(Path(models["start"]))
         sampler.max_rows = 8
-        teachers = Teachers(chosen, ctx, sampler.chat)
+        policy: Any = LocalScorer(load(models["start"]))
+        teachers = Teachers(chosen, ctx, policy)
         return sampler, teachers.scoring(chosen, PROBLEMS), teachers
 
     return scoring
@@ -170,6 +173,45 @@ def test_teachers_of_unlike_sizes_share_a_column(
     assert float(whole.detach()) == pytest.approx(alone, rel=1e-5)
     # The student is `one` itself: of its own rows nothing is left.
     assert abs(float(sums["kl/a"])) < 1e-4 < float(sums["kl/b"])
+
+
+def test_a_teacher_reads_the_response_after_the_prompt_in_its_own_template(
+    scoring: Callable[..., Any], models: Mapping[str, str], tmp_path: Path
+) -> None:
+    """By hand: the prompt as `two` lays it out, then the student's tokens as they were sampled."""
+    shutil.copytree(models["two"], tmp_path / "two")
+    template = "{% for m in messages %}ask: {{ m['content'] }} {% endfor %}say: "
+    (tmp_path / "two" / "chat_template.jinja").write_text(template)
+    chosen = settings(estimator="sampled_token")
+    sampler, said, teachers = scoring(chosen, two=str(tmp_path / "two"))
+    batch = sampler.sample(PROMPTS, **SAMPLE)
+    said.add_columns(batch)
+    for number, scorer in enumerate(teachers.scorers):
+        rows = batch.select(batch["teacher_B"] == number)
+        if number == 1:
+            prompt = scorer.chat.begin("ask: p say: ")
+            assert scorer.chat.prompt("p") == prompt
+            rows = Batch.from_tokens([prompt] * len(rows), rows.responses(), pad_id=0)
+        expected_N = scorer.logprobs(rows)
+        found_N = batch.select(batch["teacher_B"] == number)["teacher_logp_N"]
+        torch.testing.assert_close(found_N, expected_N, atol=1e-5, rtol=1e-4)
+    [same, own] = teachers.readers(chosen)
+    assert same.chat is teachers.chat and own.chat is teachers.scorers[1].chat
+
+
+def test_a_teacher_that_ends_its_turns_otherwise_is_told(
+    scoring: Callable[..., Any],
+    make_model: Callable[..., LanguageModel],
+    save_model: Callable[[LanguageModel], str],
+    tmp_path: Path,
+) -> None:
+    other = make_model(stop=95, seed=1)
+    other.tokenizer.eos_token = "z"
+    other.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    assert other.stop_ids[0] == 95
+    scoring(settings(), two=save_model(other))
+    (told,) = read_warnings(tmp_path)
+    assert told.startswith("teacher 'two' ends its turns with 'z', the student with '<|end|>' or")
 
 
 def test_the_loss_can_be_sent_to_another_process(scoring: Callable[..., Any]) -> None:

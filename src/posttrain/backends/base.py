@@ -20,7 +20,7 @@ Legend: B rows, N sampled tokens (row after row), D hidden size, V vocabulary, K
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -43,6 +43,11 @@ class Head:
 
     weight_VD: Tensor
     bias_V: Tensor | None = None
+
+    def detached(self) -> Head:
+        """The same as a constant, so that it can be sent elsewhere."""
+        bias_V = None if self.bias_V is None else self.bias_V.detach()
+        return Head(weight_VD=self.weight_VD.detach(), bias_V=bias_V)
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,13 @@ class AuxLoss:
     weight: float = 1.0
     """`weight * sum(loss) / count` is added to what is descended."""
     group_rows: int = 1
+
+    def share(self, loss_sum: Tensor) -> Tensor:
+        """What some rows add to the number that is descended; without a name it is the main
+        loss."""
+        if not self.name:
+            return loss_sum / self.count
+        return loss_sum * (self.weight / self.count)
 
 
 class Sampling(Protocol):
@@ -202,6 +214,11 @@ class Scorer(Protocol):
         """
         ...
 
+    def restrict(self, absent: Collection[int]) -> None:
+        """Give these ids no probability from now on: another model of the stage has no token for
+        them. `chat` refuses text that has one."""
+        ...
+
     def scores(self, batch: Batch) -> Tensor:
         """`score_N`, the number of a model with a score at each position, float32, on the CPU."""
         ...
@@ -247,6 +264,11 @@ class Learner(Protocol):
 
     def logprobs(self, batch: Batch, *, temperature: float = 1.0) -> Tensor:
         """`logp_N` of the sampled tokens under the current weights, on the CPU. No gradient."""
+        ...
+
+    def restrict(self, absent: Collection[int]) -> None:
+        """As `Scorer.restrict`, and the same for every sampler and scorer of this learner that is
+        made afterwards."""
         ...
 
     def set_hyperparameters(self, *, weight_decay: float, max_grad_norm: float) -> None:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Collection, Sequence
+from typing import Any, NoReturn
 
 from jinja2 import TemplateError
 
 from posttrain.backends.prompting import CLOSE, OPEN, Asked, Message, asked_key, check_mode
-from posttrain.engine.errors import ConfigError
+from posttrain.backends.vocabulary import TokenIds, drawable
+from posttrain.engine.errors import ConfigError, shortened
 from posttrain.rl.batch import Span
 
 SWITCH = "enable_thinking"
 """The template variable that turns thinking on or off, as in Qwen3, GLM 4.5 and SmolLM 3."""
+
+SHOWN = 60
+"""Characters of a text in a message."""
 
 
 class Chat:
@@ -29,7 +33,7 @@ class Chat:
         *,
         stop_ids: tuple[int, ...],
         pad_id: int,
-        num_ids: int,
+        ids: TokenIds | None = None,
         max_positions: int | None = None,
     ) -> None:
         self.tokenizer = tokenizer
@@ -38,9 +42,11 @@ class Chat:
         """Token ids that end a response; the first is the one that is learned."""
         self.pad_id = pad_id
         """The id that fills rows; any id serves, since padding is never attended to."""
-        self.num_ids = num_ids
-        """Rows of the output layer (of a model with a score, input embeddings): ids from 0 up to
-        this. May be more than the tokenizer has."""
+        known = set(tokenizer.get_vocab().values())
+        self.ids = drawable(known, max(known) + 1) if ids is None else ids
+        """The ids that the model may say; without any given those of the tokenizer's tokens."""
+        self._unusable = frozenset(token for token in known if token not in self.ids)
+        """Ids of the tokenizer that no text may have."""
         self.max_positions = max_positions
         """The longest row, prompt and response, that the model reads; None without a limit."""
         self._prompts: dict[tuple[Any, str | None], list[int]] = {}
@@ -61,9 +67,22 @@ class Chat:
             self.tokenizer,
             stop_ids=self.stop_ids,
             pad_id=self.pad_id,
-            num_ids=self.num_ids,
+            ids=self.ids,
             max_positions=self.max_positions,
         )
+
+    @property
+    def num_ids(self) -> int:
+        """All ids that may be drawn are below it."""
+        return self.ids.size
+
+    def restrict(self, absent: Collection[int]) -> None:
+        """Draw none of these ids any more, and refuse text that has one."""
+        self.ids = self.ids.without(absent)
+        self._unusable |= frozenset(absent)
+        # Encoded before, and so not checked.
+        for known in (self._prompts, self._responses, self._spans):
+            known.clear()
 
     def prompt(self, asked: Asked, mode: str | None = None) -> list[int]:
         """Token ids of a user message, or of a conversation, up to where the assistant starts to
@@ -301,30 +320,17 @@ class Chat:
         return first if first == [self.tokenizer.bos_token_id] else []
 
     def _encode(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        if self._unusable and not self._unusable.isdisjoint(ids):
+            self._refuse(next(token for token in ids if token in self._unusable), text)
+        return ids
 
-
-def check_same_tokens(student: Chat, teacher: Chat, name: str, *, role: str = "teacher") -> None:
-    """Raise ConfigError unless teacher and student mean the same by every token id.
-
-    Compared are the size of the output layer, the stop tokens, the vocabulary and the chat
-    template: a difference in any of them compares the wrong tokens without a sign. `name` and
-    `role` are what the message calls the teacher.
-    """
-    differences: list[tuple[str, Any, Any]] = [
-        ("output layer rows", student.num_ids, teacher.num_ids),
-        ("stop token ids", sorted(student.stop_ids), sorted(teacher.stop_ids)),
-    ]
-    ours, theirs = student.tokenizer.get_vocab(), teacher.tokenizer.get_vocab()
-    if ours != theirs:
-        token = min(t for t in ours.keys() | theirs.keys() if ours.get(t) != theirs.get(t))
-        differences.append((f"id of token {token!r}", ours.get(token), theirs.get(token)))
-    template = (student.tokenizer.chat_template, teacher.tokenizer.chat_template)
-    differences.append(("chat template", *template))
-    for what, mine, other in differences:
-        if mine != other:
-            raise ConfigError(
-                f"{role} {name!r}: its vocabulary differs from the student's: {what} is "
-                f"{other!r} there and {mine!r} here; a {role} must come from the same tokenizer, "
-                "best from the same checkpoint as the student"
-            )
+    def _refuse(self, token: int, text: str) -> NoReturn:
+        name = str(self.tokenizer.convert_ids_to_tokens(token))
+        place = max(0, text.find(name) - SHOWN // 2)
+        raise ConfigError(
+            f"the text {shortened(text[place:], SHOWN)!r} has the token {name!r} (id {token}), "
+            f"which is none of the {len(self.ids)} tokens that the models of this stage have; "
+            "leave it out of the data, or use a checkpoint that has a row for it "
+            "(model.resize_token_embeddings(len(tokenizer)))"
+        )

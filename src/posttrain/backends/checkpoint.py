@@ -6,15 +6,13 @@ config, safetensors, tokenizer, generation config. Never pickle, never remote co
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
@@ -24,10 +22,15 @@ from posttrain.backends.chat import Chat
 from posttrain.backends.outside.files import vocabulary_files
 from posttrain.backends.outside.positions import positions_of, text_config
 from posttrain.backends.saved_types import Types, read_types, recast
+from posttrain.backends.turn_end import TurnEnd, turn_end
+from posttrain.backends.vocabulary import TokenIds, drawable
 from posttrain.engine.errors import ConfigError
 
 PROBED = 16
 """Tokens that a tokenizer is asked for to see that it has any."""
+NEVER = -1e9
+"""The bias of an id without a token. Its probability is exactly 0, and finite: 0 times an infinite
+logarithm would be no number."""
 SCALAR = "ForSequenceClassification"
 """How the class of a model with a score in place of logits is called."""
 
@@ -46,23 +49,70 @@ class LanguageModel:
     """Tensors in these files that are no part of the model, such as those that read pictures."""
 
     @property
+    def ids(self) -> TokenIds:
+        """The token ids that the model may say. Raises ConfigError where there is none."""
+        # A model with a score has no output layer; it reads what a policy writes.
+        layer = self.model.get_output_embeddings() or self.model.get_input_embeddings()
+        return drawable(token_ids(self.tokenizer), int(layer.weight.shape[0]))
+
+    @property
+    def turn_end(self) -> TurnEnd:
+        """What ends a response; without ids where nothing would ever stop."""
+        return turn_end_of(
+            self.tokenizer, self.model.generation_config, self.model.config, self.ids
+        )
+
+    @property
     def stop_ids(self) -> tuple[int, ...]:
-        """Token ids that end a response: the generation config's, else the tokenizer's."""
-        ids = self.model.generation_config.eos_token_id
-        if ids is None:
-            ids = self.tokenizer.eos_token_id
-        if ids is None:
-            raise ConfigError(
-                f"{self.model.config.name_or_path or 'model'}: neither generation_config.json nor "
-                "the tokenizer has an end-of-sequence token; set eos_token_id in one of them"
-            )
-        return tuple(ids) if isinstance(ids, list | tuple) else (ids,)
+        """Token ids that end a response; the first is the one that is learned. Raises ConfigError
+        where there is none."""
+        return stops(self.turn_end, self.model.config.name_or_path or "model")
 
     @property
     def pad_id(self) -> int:
         """The id that fills rows; any id serves, since padding is never attended to."""
-        pad = self.tokenizer.pad_token_id
-        return self.stop_ids[0] if pad is None else pad
+        return padding(self.tokenizer, self.ids, self.stop_ids)
+
+
+def token_ids(tokenizer: Any) -> set[int]:
+    """The ids that a tokenizer has a token for."""
+    return set(tokenizer.get_vocab().values())
+
+
+def turn_end_of(tokenizer: Any, generation: Any, config: Any, ids: TokenIds) -> TurnEnd:
+    """What ends a turn by a tokenizer, its chat template, a generation config and a config."""
+    added = dict(tokenizer.get_added_vocab())
+    if tokenizer.eos_token is not None and tokenizer.eos_token_id is not None:
+        added[str(tokenizer.eos_token)] = tokenizer.eos_token_id
+
+    def render(messages: Sequence[Mapping[str, str]]) -> str:
+        return str(tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False))
+
+    return turn_end(
+        eos=tokenizer.eos_token_id,
+        generation=generation.eos_token_id,
+        config=getattr(config.get_text_config(), "eos_token_id", None),
+        added=added,
+        usable=ids.__contains__,
+        render=None if tokenizer.chat_template is None else render,
+    )
+
+
+def stops(end: TurnEnd, where: str) -> tuple[int, ...]:
+    """The ids that end a turn. Raises ConfigError where there is none."""
+    if not end.ids:
+        raise ConfigError(
+            f"{where}: nothing would ever end a response: neither generation_config.json nor the "
+            "tokenizer names an end-of-sequence token that the model has, and its chat template "
+            "writes none after an assistant message; set eos_token_id in generation_config.json"
+        )
+    return end.ids
+
+
+def padding(tokenizer: Any, ids: TokenIds, stop_ids: Sequence[int]) -> int:
+    """The tokenizer's padding where the model has a row for it, else a stop token."""
+    pad: int | None = tokenizer.pad_token_id
+    return stop_ids[0] if pad is None or pad not in ids else pad
 
 
 def load(
@@ -74,9 +124,8 @@ def load(
     """Load a Hugging Face directory onto a device.
 
     Raises ConfigError for a checkpoint that is not a causal LM, that lacks weights or has damaged
-    ones, whose tokenizer has ids that the model lacks, whose logits are not a plain linear map
-    of the last hidden state (the losses work from hidden states and head), or which `check_plain`
-    refuses.
+    ones, whose logits are not a plain linear map of the last hidden state (the losses work from
+    hidden states and head), or which `check_plain` refuses.
     """
     path, what = Path(path), "a causal language model"
     config = read_config(path, what=what)
@@ -94,7 +143,6 @@ def load(
             )
     read = read_weights(AutoModelForCausalLM, path, dtype=dtype, what=what)
     model = read.model
-    check_vocabulary(read.tokenizer, model.get_output_embeddings().weight, path)
     if path_of(model) == "plain":
         check_plain(model, str(path))
     _allow_saving(model.generation_config, path)
@@ -165,15 +213,6 @@ def read_tokenizer(path: Path, *, what: str) -> Any:
     return tokenizer
 
 
-def check_vocabulary(tokenizer: Any, weight_VD: Tensor, path: Path) -> None:
-    """Raise ConfigError where the layer with a row for each id has fewer than the tokenizer ids."""
-    if len(tokenizer) > len(weight_VD):
-        raise ConfigError(
-            f"{path}: the tokenizer has {len(tokenizer)} tokens and the model {len(weight_VD)} "
-            "rows for them; call model.resize_token_embeddings(len(tokenizer)) and save it again"
-        )
-
-
 @contextmanager
 def _readable(path: Path, what: str) -> Iterator[None]:
     """Turn what transformers raises over a directory's files into a ConfigError."""
@@ -220,9 +259,11 @@ def save(language_model: LanguageModel, out: Path, *, types: Types | str | None 
     """Write model, tokenizer and generation config to `out` (created if missing).
 
     The weights are of the types they have in memory, or of `types`: one for all, or one for each
-    tensor. config.json ties the output layer to the embedding where they are one.
+    tensor. config.json ties the output layer to the embedding where they are one, and the
+    generation config names all that ends a turn, so that servers do as posttrain does.
     """
     out.mkdir(parents=True, exist_ok=True)
+    name_ends(language_model.model.generation_config, language_model.turn_end)
     _without_bars()
     tell_ties(language_model.model)
     language_model.model.save_pretrained(out, safe_serialization=True)
@@ -245,6 +286,14 @@ def tell_ties(model: Any) -> None:
             config.tie_word_embeddings = False
 
 
+def name_ends(generation: Any, end: TurnEnd) -> None:
+    """Let a generation config stop at all that ends a turn; as it is where it does already."""
+    named = generation.eos_token_id
+    named = set(named) if isinstance(named, list | tuple) else {named}
+    if set(end.ids) - named:
+        generation.eos_token_id = list(end.ids) if len(end.ids) > 1 else end.ids[0]
+
+
 def _without_bars() -> None:
     """Loading and saving are quick and show no bars. The semaphore of a bar, moreover, is told as
     leaked where a stage is stopped."""
@@ -254,15 +303,12 @@ def _without_bars() -> None:
 
 def chat_of(language_model: LanguageModel) -> Chat:
     """Text to tokens of this model, and back. Raises ConfigError without a stop token."""
-    model = language_model.model
-    # A model with a score has no output layer; it reads what a policy writes.
-    layer = model.get_output_embeddings() or model.get_input_embeddings()
     return Chat(
         language_model.tokenizer,
         stop_ids=language_model.stop_ids,
         pad_id=language_model.pad_id,
-        num_ids=int(layer.weight.shape[0]),
-        max_positions=positions_of(model.config),
+        ids=language_model.ids,
+        max_positions=positions_of(language_model.model.config),
     )
 
 
@@ -277,14 +323,14 @@ def read_chat(path: str | Path) -> Chat:
         if (path / "generation_config.json").exists()
         else GenerationConfig.from_model_config(config)
     )
-    # As much of a model as a language model without weights has.
-    model = SimpleNamespace(generation_config=generation, config=config)
-    speaking = LanguageModel(model=model, tokenizer=tokenizer)
+    known = token_ids(tokenizer)
+    ids = drawable(known, int(getattr(config.get_text_config(), "vocab_size", max(known) + 1)))
+    stop_ids = stops(turn_end_of(tokenizer, generation, config, ids), str(path))
     return Chat(
         tokenizer,
-        stop_ids=speaking.stop_ids,
-        pad_id=speaking.pad_id,
-        num_ids=int(getattr(text_config(config), "vocab_size", len(tokenizer))),
+        stop_ids=stop_ids,
+        pad_id=padding(tokenizer, ids, stop_ids),
+        ids=ids,
         max_positions=positions_of(config),
     )
 
@@ -294,10 +340,22 @@ def has_score(model: Any) -> bool:
     return hasattr(model, "score")
 
 
-def output_head(model: Any) -> Head:
-    """The output projection of a causal LM, shared with the embedding where the model ties them.
+def output_head(model: Any, ids: TokenIds) -> Head:
+    """The output projection of a causal LM, shared with the embedding where the model ties them,
+    for the ids that may be drawn: rows beyond them are cut off, rows between them are never likely.
 
-    Of a model with a score it is that, of one row.
+    Where nothing is cut it is the model's own tensor. A cut one is a view that is part of one
+    backward pass; make another for the next. Of a model with a score the head is that, of one row.
     """
-    layer = model.score if has_score(model) else model.get_output_embeddings()
-    return Head(weight_VD=layer.weight, bias_V=getattr(layer, "bias", None))
+    if has_score(model):
+        return Head(weight_VD=model.score.weight, bias_V=getattr(model.score, "bias", None))
+    layer = model.get_output_embeddings()
+    weight_VD, bias_V = layer.weight, getattr(layer, "bias", None)
+    if ids.size < len(weight_VD):
+        weight_VD = weight_VD[: ids.size]
+        bias_V = None if bias_V is None else bias_V[: ids.size]
+    if ids.holes:
+        never_V = weight_VD.new_zeros(ids.size)
+        never_V[sorted(ids.holes)] = NEVER
+        bias_V = never_V if bias_V is None else bias_V + never_V
+    return Head(weight_VD=weight_VD, bias_V=bias_V)

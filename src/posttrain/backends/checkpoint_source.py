@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ from posttrain.backends.outside.files import (
     model_files,
 )
 from posttrain.backends.outside.headers import TensorHeader, read_headers
+from posttrain.backends.turn_end import TurnEnd, template_renderer, turn_end
+from posttrain.backends.vocabulary import difference
 from posttrain.engine.errors import ConfigError
 from posttrain.engine.fingerprint import file_digest, files_digest
 from posttrain.engine.hashes import HashFile
@@ -58,6 +60,10 @@ class CheckpointSource:
     """Content of generation_config.json; {} without one."""
     vocabulary: Mapping[str, int] | None
     """Token to id; None where tokenizer.json is missing or of another form."""
+    added: frozenset[str]
+    """The added tokens among them, such as special ones."""
+    tokenizer_config: Mapping[str, Any]
+    """Content of tokenizer_config.json; {} without one."""
     chat_template: tuple[str, str] | None
     """The file it stands in, and its text; None where there is none."""
     origin: Mapping[str, str]
@@ -109,13 +115,16 @@ def find_checkpoint(
     tensors = read_headers(directory)
     check_tensors(directory, config, tensors)
     # Read before the weights are hashed, which takes a while.
+    tokenizer = _read_json(directory / "tokenizer.json", LARGEST)
     return CheckpointSource(
         directory=directory,
         files=tuple(files),
         config=config,
         tensors=tensors,
         generation_config=_read_json(directory / "generation_config.json"),
-        vocabulary=_vocabulary(_read_json(directory / "tokenizer.json", LARGEST)),
+        vocabulary=_vocabulary(tokenizer),
+        added=frozenset(_added(tokenizer)),
+        tokenizer_config=tokenizer_config,
         chat_template=_chat_template(directory),
         origin=origin,
         sha256=files_digest(directory, files, hash_file),
@@ -125,59 +134,62 @@ def find_checkpoint(
 def token_conflict(student: CheckpointSource, teacher: CheckpointSource) -> str | None:
     """Where two checkpoints differ in what tokens mean, with both values and files; None if not.
 
-    Compared is what both have of vocabulary, output size, stop tokens and chat template, as
-    `stages/teachers.py` compares the loaded models. This needs no weights, so a plan can tell.
+    This needs no weights, so a plan can tell; `vocabulary.check_same_tokens` compares the loaded
+    models in the same way.
     """
     ours, theirs = student.vocabulary, teacher.vocabulary
-    if ours is not None and theirs is not None and ours != theirs:
-        token = min(t for t in ours.keys() | theirs.keys() if ours.get(t) != theirs.get(t))
-        return (
-            f"vocabulary ({len(theirs)} and {len(ours)} tokens; token {token!r} has id "
-            f"{theirs.get(token)} in {teacher.directory / 'tokenizer.json'} and "
-            f"{ours.get(token)} in {student.directory / 'tokenizer.json'})"
-        )
-    facts: tuple[tuple[str, Callable[[CheckpointSource], tuple[str, Any] | None]], ...] = (
-        ("vocab_size", _vocab_size),
-        ("eos_token_id", _stop_ids),
-        ("chat template", lambda external: external.chat_template),
+    if ours is None or theirs is None:
+        return None
+    found = difference(ours, theirs, our_added=student.added, their_added=teacher.added)
+    if found is None:
+        return None
+    return (
+        f"vocabulary ({len(theirs)} and {len(ours)} tokens; token {found.token!r} has id "
+        f"{found.theirs} in {teacher.directory / 'tokenizer.json'} and "
+        f"{found.ours} in {student.directory / 'tokenizer.json'})"
     )
-    for what, read in facts:
-        mine, other = read(student), read(teacher)
-        if mine is not None and other is not None and mine[1] != other[1]:
-            value, counterpart = _excerpts(other[1], mine[1])
-            return (
-                f"{what} ({value} in {teacher.directory / other[0]} and "
-                f"{counterpart} in {student.directory / mine[0]})"
-            )
-    return None
 
 
-def _vocab_size(external: CheckpointSource) -> tuple[str, Any] | None:
-    size = external.config.get("vocab_size")
-    return None if size is None else ("config.json", size)
-
-
-def _stop_ids(external: CheckpointSource) -> tuple[str, Any] | None:
-    """Those that end a response: the generation config's, else the config's."""
-    contents = (
-        ("generation_config.json", external.generation_config),
-        ("config.json", external.config),
+def ends_of(source: CheckpointSource) -> TurnEnd | None:
+    """What ends a turn, by the files of a checkpoint; None where they cannot be read without
+    transformers."""
+    if source.vocabulary is None:
+        return None
+    rows, known = _rows(source.config), set(source.vocabulary.values())
+    special = {
+        name: text
+        for name in ("bos_token", "eos_token", "pad_token", "unk_token")
+        if (text := _token_text(source.tokenizer_config.get(name))) is not None
+    }
+    eos, template = special.get("eos_token"), source.chat_template
+    added = {token: source.vocabulary[token] for token in source.added}
+    if eos in source.vocabulary:
+        added[eos] = source.vocabulary[eos]
+    return turn_end(
+        eos=None if eos is None else source.vocabulary.get(eos),
+        generation=source.generation_config.get("eos_token_id"),
+        config=_of_text(source.config, "eos_token_id"),
+        added=added,
+        usable=lambda token: token in known and (rows is None or token < rows),
+        render=None if template is None else template_renderer(template[1], **special),
     )
-    for name, content in contents:
-        found = content.get("eos_token_id")
-        if found is not None:
-            return name, sorted(found) if isinstance(found, list) else [found]
-    return None
 
 
-def _excerpts(one: Any, other: Any) -> tuple[str, str]:
-    """Two values as texts; of long texts some characters from where they part."""
-    if not isinstance(one, str) or not isinstance(other, str):
-        return str(one), str(other)
-    length = max(len(one), len(other))
-    start = next(i for i in range(length) if one[i : i + 1] != other[i : i + 1])
-    place = f" at character {start + 1}"
-    return f"{one[start : start + 40]!r}{place}", f"{other[start : start + 40]!r}{place}"
+def _rows(config: Mapping[str, Any]) -> int | None:
+    rows = _of_text(config, "vocab_size")
+    return rows if isinstance(rows, int) else None
+
+
+def _of_text(config: Mapping[str, Any], key: str) -> Any:
+    """An entry of the language model in a config, which some nest in that of a larger model."""
+    nested = config.get("text_config")
+    return (nested if isinstance(nested, dict) and key in nested else config).get(key)
+
+
+def _token_text(token: Any) -> str | None:
+    """A special token of tokenizer_config.json, which is a text or an object with one."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None
 
 
 def _vocabulary(tokenizer: Mapping[str, Any]) -> dict[str, int] | None:
@@ -185,8 +197,11 @@ def _vocabulary(tokenizer: Mapping[str, Any]) -> dict[str, int] | None:
     tokens = model.get("vocab") if isinstance(model, dict) else None
     if not isinstance(tokens, dict):
         return None
-    added = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
-    return {**tokens, **added}
+    return {**tokens, **_added(tokenizer)}
+
+
+def _added(tokenizer: Mapping[str, Any]) -> dict[str, int]:
+    return {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
 
 
 def _chat_template(directory: Path) -> tuple[str, str] | None:

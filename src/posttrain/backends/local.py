@@ -11,7 +11,7 @@ Legend: B rows, N sampled tokens (row after row), D hidden size, V vocabulary, K
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
@@ -104,9 +104,17 @@ class LocalScorer:
         """Whose weights these are; None for weights of its own."""
         policy = source.policy if isinstance(source, LocalLearner) else source
         self.model = policy.model.eval()
-        self.head: Head = output_head(self.model)
         self.chat: Chat = source.chat if isinstance(source, LocalLearner) else chat_of(policy)
         self.max_tokens, self.fast_paths = max_tokens, fast_paths
+
+    @property
+    def head(self) -> Head:
+        """See `Scorer.head`."""
+        return output_head(self.model, self.chat.ids).detached()
+
+    def restrict(self, absent: Collection[int]) -> None:
+        """See `Scorer.restrict`."""
+        self.chat.restrict(absent)
 
     @torch.no_grad()
     def hidden(self, batch: Batch) -> Tensor:
@@ -125,11 +133,12 @@ class LocalScorer:
     @torch.no_grad()
     def top_k(self, batch: Batch, k: int, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """See `Scorer.top_k`; all ids where the vocabulary has fewer than `k`."""
+        head = self.head
         return teacher_top_k_targets(
             self.hidden(batch),
-            self.head.weight_VD,
-            min(k, self.head.weight_VD.shape[0]),
-            bias_V=self.head.bias_V,
+            head.weight_VD,
+            min(k, len(self.chat.ids)),
+            bias_V=head.bias_V,
             temperature=temperature,
         )
 
@@ -168,7 +177,6 @@ class LocalSampler:
         """Whose weights these are; None for weights of its own."""
         policy = source.policy if isinstance(source, LocalLearner) else source
         self.model: Any = policy.model
-        self.head: Head = output_head(self.model)
         self.chat: Chat = source.chat if isinstance(source, LocalLearner) else chat_of(policy)
         self.max_rows, self.fast_paths = max_rows, fast_paths
         self.decoders = Decoders(self.model)
@@ -216,13 +224,14 @@ class LocalSampler:
     ) -> LocalSampling:
         """See `Sampler.stream`. Raises ConfigError if a prompt leaves no room for a response."""
         self._check_lengths(prompts, max_new_tokens)
+        head = output_head(self.model, self.chat.ids)
         samples = SampleBuffer(
             prompts,
             group_size=group_size,
             max_new_tokens=max_new_tokens,
             pad_id=self.chat.pad_id,
             stop_ids=self.chat.stop_ids,
-            num_ids=len(self.head.weight_VD),
+            num_ids=len(head.weight_VD),
         )
         how: dict[str, Any] = {
             "temperature": temperature,
@@ -231,8 +240,8 @@ class LocalSampler:
             "max_rows": self.max_rows,
         }
         if self.fast_paths and is_fusable(self.model):
-            return LocalSampling(samples, Slots(self.decoders, self.head, samples, **how))
-        return LocalSampling(samples, Lockstep(self.model, self.head, samples, **how))
+            return LocalSampling(samples, Slots(self.decoders, head, samples, **how))
+        return LocalSampling(samples, Lockstep(self.model, head, samples, **how))
 
     def _check_lengths(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
         longest, limit = max(map(len, prompts), default=0), self.chat.max_positions
@@ -275,7 +284,6 @@ class LocalLearner:
         """What computes: the model itself, or a copy of it in another type."""
         self.model = self.policy.model.eval()
         self.device: torch.device = self.model.device
-        self.head: Head = output_head(self.model)
         self.body = torch.compile(backbone(self.model), dynamic=True) if compile else None
         self.max_tokens, self.workers, self.fast_paths = max_tokens, workers, fast_paths
         self.max_grad_norm, self.save_dtype = settings.max_grad_norm, settings.save_dtype
@@ -291,6 +299,10 @@ class LocalLearner:
             fused=True,
         )
         self.average = None if settings.ema is None else Average(self.parameters, settings.ema)
+
+    def restrict(self, absent: Collection[int]) -> None:
+        """See `Learner.restrict`."""
+        self.chat.restrict(absent)
 
     def set_hyperparameters(self, *, weight_decay: float, max_grad_norm: float) -> None:
         """See `Learner.set_hyperparameters`."""
@@ -338,7 +350,7 @@ class LocalLearner:
             for part, forward in work:
                 # Called from here, so that a traceback leads from the stage straight to its loss.
                 loss_sum, metrics = part.loss.function(*self._loss_arguments(part, forward))
-                _share(part, loss_sum).backward()
+                part.share(loss_sum).backward()
                 accumulate_to_master(self.copies, self.parameters)
                 _add(sums, part.name, metrics)
         else:
@@ -363,9 +375,10 @@ class LocalLearner:
         """What the loss function of `part` is called with for the rows of a forward pass."""
         loss, rows = part.loss, part.batch.select(forward.index_B).to(self.device)
         hidden_ND = forward.hidden_states(self.model, self.body)
+        head = output_head(self.model, self.chat.ids)
         if isinstance(loss, HeadLoss):
-            return loss.settings, hidden_ND, self.head, rows
-        logp_N, entropy_N = sampled_logprobs(hidden_ND, self.head, rows, loss.temperature)
+            return loss.settings, hidden_ND, head, rows
+        logp_N, entropy_N = sampled_logprobs(hidden_ND, head, rows, loss.temperature)
         return loss.settings, logp_N, entropy_N, rows
 
     def _gradients(
@@ -374,7 +387,7 @@ class LocalLearner:
         """The gradients of one forward pass by themselves, for a worker."""
         part, forward = work
         loss_sum, metrics = part.loss.function(*self._loss_arguments(part, forward))
-        share = _share(part, loss_sum)
+        share = part.share(loss_sum)
         # A loss need not reach every weight: None where it does not.
         return part.name, torch.autograd.grad(share, self.copies, allow_unused=True), metrics
 
@@ -456,13 +469,6 @@ class LocalLearner:
     def num_parameters(self) -> int:
         """See `Learner.num_parameters`."""
         return sum(parameter.numel() for parameter in self.master.parameters())
-
-
-def _share(part: AuxLoss, loss_sum: Tensor) -> Tensor:
-    """What some rows add to the number that is descended."""
-    if not part.name:
-        return loss_sum / part.count
-    return loss_sum * (part.weight / part.count)
 
 
 def _add(sums: Metrics, part: str, metrics: Metrics) -> None:

@@ -24,7 +24,6 @@ from posttrain.backends.base import Head, Scorer
 from posttrain.backends.checkpoint import (
     SCALAR,
     LanguageModel,
-    check_vocabulary,
     is_scalar,
     load,
     read_config,
@@ -51,8 +50,8 @@ def load_scalar(
     With zeros every first reward and value is 0 and no seed is needed; the first update changes the
     score layer alone. `save_scalar` keeps what this returns.
 
-    Raises ConfigError for a checkpoint that lacks weights, that has several labels, whose tokenizer
-    has ids that the model lacks or whose tokens see later ones; for a causal LM also what `load`
+    Raises ConfigError for a checkpoint that lacks weights, that has several labels or
+    whose tokens see later ones; for a causal LM also what `load`
     refuses, and where transformers has no model with a score for its family.
     """
     path, what = Path(path), "a model with a score"
@@ -61,7 +60,7 @@ def load_scalar(
     auto = AutoModelForSequenceClassification
     read = read_weights(auto, path, dtype=dtype, what=what)
     model = read.model.eval()
-    _check(model, read.tokenizer, path)
+    _check(model, path)
     # What a causal LM has of itself: it says which tokens end a response.
     model.generation_config = (
         GenerationConfig.from_pretrained(path)
@@ -117,10 +116,11 @@ def save_scalar(
     model = language_model.model
     model.config.pad_token_id = tokenizer.pad_token_id if usable else None
     save(replace(language_model, tokenizer=tokenizer), out, types=types)
+    # `save` has let it name all that ends a turn.
     model.generation_config.save_pretrained(out)
 
 
-def _check(model: Any, tokenizer: Any, path: Path) -> None:
+def _check(model: Any, path: Path) -> None:
     """Refuse what is no scalar model over a causal backbone."""
     score = getattr(model, "score", None)
     if score is None or score.weight.shape[0] != 1:
@@ -129,7 +129,6 @@ def _check(model: Any, tokenizer: Any, path: Path) -> None:
             f"{type(model).__name__} has num_labels = {model.config.num_labels}"
         )
     weight_VD = model.get_input_embeddings().weight
-    check_vocabulary(tokenizer, weight_VD, path)
     if path_of(model) == "plain" and not is_causal(model, weight_VD):
         raise ConfigError(
             f"{path}: the model ({model.config.model_type}) {SEES_LATER}; posttrain "

@@ -129,7 +129,7 @@ class SampleBuffer:
         stop_ids: Sequence[int],
         num_ids: int,
     ) -> None:
-        """`num_ids` is the size of the output layer: no id beyond it is ever drawn."""
+        """`num_ids` is the size of the output head: no id beyond it is ever drawn."""
         self.prompts = prompts
         self.prompts_PT, self.prompt_len_P = pad_rows(prompts, pad_id)
         self.group_size, self.pad_id = group_size, pad_id

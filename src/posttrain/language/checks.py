@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from posttrain.algorithms import InTurn, StrongAgainstWeak
-from posttrain.backends.checkpoint_source import CheckpointSource
+from posttrain.backends.checkpoint_source import CheckpointSource, ends_of
 from posttrain.engine.errors import ConfigError, choices_text
 from posttrain.engine.graph import Graph, Node, named, with_role
 from posttrain.language import lacking
@@ -26,7 +26,18 @@ MODELS = ("start", "model", "models", "candidates", "student", "students", "alon
 
 
 def speaks(build: Builder, stage: str, external: CheckpointSource) -> None:
-    """Warn of a checkpoint from outside that has no chat template."""
+    """Warn of a checkpoint from outside that has no chat template, and of one whose files do not
+    agree on what ends a turn; refuse one where nothing would."""
+    end = ends_of(external)
+    if end is not None and not end.ids:
+        raise ConfigError(
+            f"stage {stage!r}: {external.directory}: nothing would ever end a response: neither "
+            "generation_config.json nor config.json nor tokenizer_config.json names an "
+            "end-of-sequence token that tokenizer.json and the model have, and the chat template "
+            "writes none after an assistant message; set eos_token_id in generation_config.json"
+        )
+    for warning in () if end is None else end.warnings:
+        build.warn(f"{external.directory}: {warning}", stage)
     if external.chat_template is None:
         build.warn(
             f"{external.directory} has no chat template: prompts are plain text to it, and a "

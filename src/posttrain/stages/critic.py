@@ -18,8 +18,8 @@ from torch import Tensor
 
 from posttrain.algorithms import Gae
 from posttrain.backends.base import Head, HeadLoss, Learner, Metrics
-from posttrain.backends.chat import check_same_tokens
 from posttrain.backends.scalar import scores_N
+from posttrain.backends.vocabulary import check_same_tokens
 from posttrain.losses.value import clipped_value, explained_variance
 from posttrain.rl.batch import Batch
 from posttrain.stages.context import Context

@@ -59,8 +59,8 @@ def run(settings: Distill, ctx: Context) -> dict[str, float]:
     """Train `start` towards the teachers on the prompts of their domains."""
     verifier_pool = verifiers(ctx) if settings.rewarded else None
     policy = ctx.learner(settings)
+    teachers = Teachers(settings, ctx, policy)
     sampler = ctx.sampler(policy)
-    teachers = Teachers(settings, ctx, policy.chat)
     domains = tuple(ctx.domains)
     problems_of = {name: ctx.problems(name, "train", settings.modes) for name in domains}
     problems_of = fit_prompts(

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from posttrain.algorithms import Dpo, DpoNorm, Ipo, Kto, Preference, SimPO
 from posttrain.backends.base import Learner, Metrics, Scorer, TokenLoss
-from posttrain.backends.chat import Chat, check_same_tokens
+from posttrain.backends.chat import Chat
 from posttrain.backends.prompting import asked
+from posttrain.backends.vocabulary import check_same_tokens, draw_alike
 from posttrain.engine.errors import ConfigError
 from posttrain.losses.ops import row_sums
 from posttrain.losses.preference import (
@@ -298,6 +299,7 @@ def reference_model(settings: DpoStage, ctx: Context, policy: Learner) -> Learne
         return policy
     reference = ctx.scorer("reference", precision=settings.precision)
     check_same_tokens(policy.chat, reference.chat, "reference", role="reference")
+    draw_alike(policy, [reference])
     return reference
 
 
@@ -305,7 +307,8 @@ def counted_tokens(chat: Chat, *, mask_formatting: bool) -> Tensor:
     """`counted_V` (bool): which token ids the preference loss reads."""
     counted_V = torch.ones(chat.num_ids, dtype=torch.bool)
     if mask_formatting:
-        counted_V[sorted({*chat.tokenizer.all_special_ids, *chat.stop_ids})] = False
+        formatting = {*chat.tokenizer.all_special_ids, *chat.stop_ids}
+        counted_V[sorted(token for token in formatting if token in chat.ids)] = False
     return counted_V
 
 

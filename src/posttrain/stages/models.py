@@ -19,11 +19,12 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from posttrain.backends.checkpoint import LanguageModel, load, save
+from posttrain.backends.checkpoint import LanguageModel, load, read_chat, save
 from posttrain.backends.merging import TensorFiles, merged, untie
 from posttrain.backends.saved_types import Types, read_types, widest
+from posttrain.backends.vocabulary import tokenizer_difference
 from posttrain.engine.errors import ConfigError
 from posttrain.engine.fingerprint import file_digest, files_digest
 from posttrain.engine.graph import named
@@ -35,15 +36,18 @@ from posttrain.stages.settings.models import Merge
 from posttrain.suites.build import build_domain
 from posttrain.suites.checked import remember_built
 
+POSITIONS = "max_position_embeddings"
 FREE = frozenset(
     {
         "transformers_version", "architectures", "dtype", "use_cache", "_name_or_path", "id2label",
-        "label2id", "bos_token_id", "eos_token_id", "pad_token_id",
+        "label2id", "bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype",
+        POSITIONS, "initializer_range", "attention_dropout", "pretraining_tp",
+        "return_dict", "output_hidden_states", "output_attentions", "problem_type",
         "tie_word_embeddings",
     }
 )  # fmt: skip
-"""Entries of config.json that may differ: they do not change what a weight means. Stop tokens are
-compared as such."""
+"""Entries of config.json that may differ: they do not change what a weight means. Learned positions
+are compared by the shape of their tensor."""
 
 
 def run_domain(job: Job, ctx: Context) -> dict[str, Any]:
@@ -86,6 +90,10 @@ def link_model(
     language_model = load(ctx.out)
     if language_model.left_out:
         ctx.warn(left_out(directory, language_model))
+    if "tokenizer.json" not in files:
+        # The plan cannot read the others, and so has not told.
+        for warning in language_model.turn_end.warnings:
+            ctx.warn(warning)
     parameters = sum(parameter.numel() for parameter in language_model.model.parameters())
     return {"parameters": parameters}
 
@@ -103,7 +111,8 @@ def left_out(directory: Path, language_model: LanguageModel) -> str:
 def run_merge(settings: Merge, ctx: Context) -> dict[str, float]:
     """Merge the models of the edges `models.NAME`, relative to `base` where `how` has one.
 
-    Configuration and tokenizer are those of the first model by name. Raises ConfigError for models
+    Configuration, tokenizer and chat template are those of the first model by name; what ends a
+    turn for any of them ends one for the result. Raises ConfigError for models
     that differ in architecture, tokens, or names or shapes of their tensors.
     """
     paths = named(ctx.inputs, "models")
@@ -114,8 +123,9 @@ def run_merge(settings: Merge, ctx: Context) -> dict[str, float]:
     first = sources[names[0]]
     for name in names[1:]:
         check_alike(ctx.name, names[0], first, name, sources[name])
+    warn_of_first(ctx, names[0], [sources[name] for name in names])
     if base is not None:
-        check_alike(ctx.name, names[0], first, "base", base, speaks=False)
+        check_alike(ctx.name, names[0], first, "base", base)
     tensors = dict(
         merged(
             [sources[name].tensors for name in names],
@@ -135,6 +145,10 @@ def run_merge(settings: Merge, ctx: Context) -> dict[str, float]:
         # Loaded and saved again, the checkpoint is checked, and of the form that all others have.
         del tensors
         language_model = load(beside)
+    own = language_model.stop_ids
+    more = sorted({i for source in sources.values() for i in source.stop_ids} - set(own))
+    if more:
+        language_model.model.generation_config.eos_token_id = [*own, *more]
     types: Types | str = settings.save_dtype
     if types == "base":
         types = widest([read_types(sources[name].path) for name in names])
@@ -150,7 +164,7 @@ class Source:
     path: Path
     config: dict[str, Any]
     tokenizer: Any
-    stop_ids: list[int]
+    stop_ids: tuple[int, ...]
     tensors: TensorFiles
 
     @classmethod
@@ -159,26 +173,18 @@ class Source:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-        stop: Any = config.eos_token_id
-        if (path / "generation_config.json").exists():
-            stop = GenerationConfig.from_pretrained(path).eos_token_id
+        chat = read_chat(path)
         return cls(
             path=path,
             config=config.to_dict(),
-            tokenizer=AutoTokenizer.from_pretrained(path, trust_remote_code=False),
-            stop_ids=sorted(stop) if isinstance(stop, list) else [stop],
+            tokenizer=chat.tokenizer,
+            stop_ids=chat.stop_ids,
             tensors=TensorFiles(path, tied=dict(model.all_tied_weights_keys)),
         )
 
 
-def check_alike(
-    stage: str, one: str, first: Source, two: str, other: Source, *, speaks: bool = True
-) -> None:
-    """Raise ConfigError unless the weights of both mean the same, number by number.
-
-    Where the other only lends its weights (`speaks` is false), stop tokens and chat template are
-    its own affair.
-    """
+def check_alike(stage: str, one: str, first: Source, two: str, other: Source) -> None:
+    """Raise ConfigError unless the weights of both mean the same, number by number."""
 
     def refuse(what: str, mine: object, theirs: object, advice: str) -> None:
         if mine != theirs:
@@ -188,17 +194,34 @@ def check_alike(
             )
 
     advice = "all models of a merge have one architecture, best from one start"
-    for key in sorted({*first.config, *other.config} - FREE):
+    # Some scaled positions are computed from the number of all positions.
+    scaled = any(
+        (s.config.get("rope_parameters") or {}).get("rope_type", "default") != "default"
+        for s in (first, other)
+    )
+    free = FREE - {POSITIONS} if scaled else FREE
+    for key in sorted({*first.config, *other.config} - free):
         what = f"{key} of config.json"
         refuse(what, first.config.get(key), other.config.get(key), advice)
     for name in sorted({*first.tensors, *other.tensors}):
         shapes = [s.tensors.shape(name) if name in s.tensors else None for s in (first, other)]
         refuse(f"the shape of tensor {name}", *shapes, advice)
     advice = "all models of a merge have one tokenizer"
-    ours, theirs = first.tokenizer.get_vocab(), other.tokenizer.get_vocab()
-    for token in sorted(t for t in ours.keys() | theirs.keys() if ours.get(t) != theirs.get(t)):
-        refuse(f"the id of token {token!r}", ours.get(token), theirs.get(token), advice)
-    if speaks:
-        refuse("the list of stop tokens", first.stop_ids, other.stop_ids, advice)
-        templates = (first.tokenizer.chat_template, other.tokenizer.chat_template)
-        refuse("the chat template", *templates, advice)
+    found = tokenizer_difference(first.tokenizer, other.tokenizer)
+    if found is not None:
+        refuse(f"the id of token {found.token!r}", found.ours, found.theirs, advice)
+
+
+def warn_of_first(ctx: Context, name: str, sources: Sequence[Source]) -> None:
+    """Tell what the result has of the first model alone, where the others differ in it."""
+    facts: dict[str, list[Any]] = {
+        "chat template": [source.tokenizer.chat_template for source in sources],
+        POSITIONS: [source.config.get(POSITIONS) for source in sources],
+        "tokenizer": [source.tokenizer.get_vocab() for source in sources],
+    }
+    for what, values in facts.items():
+        if any(value != values[0] for value in values[1:]):
+            ctx.warn(
+                f"the models differ in their {what}; the merged model has that of {name!r}, the "
+                "first by name"
+            )

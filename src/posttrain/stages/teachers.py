@@ -25,9 +25,11 @@ import torch
 from torch import Tensor
 
 from posttrain.algorithms import SampledToken, TopK
-from posttrain.backends.base import Head, Sampling, Scorer
-from posttrain.backends.chat import Chat, check_same_tokens
+from posttrain.backends.base import Head, Learner, Sampling, Scorer
+from posttrain.backends.chat import Chat
 from posttrain.backends.prompting import Problem, asked, hinted
+from posttrain.backends.vocabulary import check_same_tokens, draw_alike
+from posttrain.engine.errors import ConfigError
 from posttrain.engine.graph import edge_name
 from posttrain.rl.batch import Batch, ragged_index
 from posttrain.stages.context import Context
@@ -44,9 +46,11 @@ Columns = dict[str, Tensor]
 class Teachers:
     """All teachers of a stage by name. Those of one checkpoint share one model."""
 
-    def __init__(self, settings: Distill, ctx: Context, student: Chat) -> None:
-        """Reads the edges `teachers.NAME`. Raises ConfigError for a teacher whose tokens are not
-        the student's."""
+    def __init__(self, settings: Distill, ctx: Context, policy: Learner) -> None:
+        """Reads the edges `teachers.NAME`. Student and teachers give probability to the tokens
+        that all of them have. Raises ConfigError for a teacher whose tokens are not the
+        student's."""
+        student = policy.chat
         self.names = settings.teachers
         by_path: dict[Path, Scorer] = {}
         for name in self.names:
@@ -54,8 +58,11 @@ class Teachers:
             if ctx.inputs[edge] not in by_path:
                 scorer = ctx.scorer(edge, precision=settings.precision)
                 check_same_tokens(student, scorer.chat, name)
+                check_modes(settings, ctx, scorer, name)
+                self._warn_of_end(ctx, policy, scorer, name)
                 by_path[ctx.inputs[edge]] = scorer
         self.scorers = [by_path[ctx.inputs[edge_name("teachers", name)]] for name in self.names]
+        draw_alike(policy, list(by_path.values()))
         self.workers = ctx.workers
         self.chat = student
         self.where = f"stage {ctx.name!r}"
@@ -71,11 +78,11 @@ class Teachers:
         for route, names in settings.routes.items():
             for name in (names,) if isinstance(names, str) else names:
                 domains[name].add(route.partition("/")[0])
-        # They have the student's tokens, so that nothing is encoded twice.
+        # With the student's template nothing is encoded twice.
         return [
             Reader(
                 name=f"teacher {name!r}",
-                chat=self.chat,
+                chat=self._layout(scorer) or self.chat,
                 positions=scorer.chat.max_positions,
                 hints=settings.hints,
                 domains=frozenset(domains[name]),
@@ -92,16 +99,51 @@ class Teachers:
         for place, problem in enumerate(problems):
             names = step_settings.teachers_of(problem["domain"], problem.get("mode"))
             numbers.append(self.names.index(names[place % len(names)]))
-        prompts = [self._hinted_prompt(step_settings, problem) for problem in problems]
+        prompts = [
+            self._own_prompt(step_settings, self.scorers[number], problem)
+            for number, problem in zip(numbers, problems, strict=True)
+        ]
         return TeacherScoring(self, step_settings, numbers, prompts)
 
-    def _hinted_prompt(self, step_settings: Distill, problem: Problem) -> list[int] | None:
-        """What the teacher reads in place of the student's prompt; None where that has no hint."""
-        hint = step_settings.hints.get(problem["domain"])
-        if hint is None:
+    def _own_prompt(
+        self, step_settings: Distill, scorer: Scorer, problem: Problem
+    ) -> list[int] | None:
+        """What a teacher reads in place of the student's prompt: with its hint, in its own
+        template. None where it reads the very same."""
+        hint, chat = step_settings.hints.get(problem["domain"]), self._layout(scorer)
+        if hint is None and chat is None:
             return None
-        shown = hinted(problem, hint, where=self.where)
-        return self.chat.prompt(asked(shown), problem.get("mode"))
+        shown = problem if hint is None else hinted(problem, hint, where=self.where)
+        return (chat or self.chat).prompt(asked(shown), problem.get("mode"))
+
+    def _layout(self, scorer: Scorer) -> Chat | None:
+        """The chat of a teacher that lays a prompt out in another way than the student."""
+        ours, theirs = (
+            (tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token)
+            for tokenizer in (self.chat.tokenizer, scorer.chat.tokenizer)
+        )
+        return None if ours == theirs else scorer.chat
+
+    def _warn_of_end(self, ctx: Context, policy: Learner, scorer: Scorer, name: str) -> None:
+        """Tell of a teacher that ends its turns with a token that does not end the student's."""
+        end = scorer.chat.stop_ids[0]
+        if end not in policy.chat.stop_ids:
+            ends = [policy.chat.text([token]) for token in policy.chat.stop_ids]
+            ctx.warn(
+                f"teacher {name!r} ends its turns with {scorer.chat.text([end])!r}, the student "
+                f"with {' or '.join(map(repr, ends))}: what the student learns from it does not "
+                "end its responses; let eos_token_id in the generation_config.json of the "
+                "student's start name both"
+            )
+
+
+def check_modes(settings: Distill, ctx: Context, scorer: Scorer, name: str) -> None:
+    """Raise ConfigError for a teacher whose template has not the modes that the stage asks in."""
+    for mode in settings.modes:
+        try:
+            scorer.chat.prompt("q", mode)
+        except ConfigError as error:
+            raise ConfigError(f"stage {ctx.name!r}: teacher {name!r}: {error}") from None
 
 
 class TeacherScoring:

@@ -19,8 +19,9 @@ import torch
 from numpy.typing import NDArray
 
 from posttrain.backends.base import Scorer
-from posttrain.backends.chat import Chat, check_same_tokens
+from posttrain.backends.chat import Chat
 from posttrain.backends.prompting import Problem
+from posttrain.backends.vocabulary import check_same_tokens
 from posttrain.engine.errors import ConfigError
 from posttrain.engine.graph import edge_name, role_of
 from posttrain.rewards.judge_base import Judge
@@ -115,6 +116,9 @@ class Behaviour:
         try:
             check_same_tokens(chat, scorer.chat, "other")
         except ConfigError:
+            return None
+        if any(token not in scorer.chat.ids for token in sampled.targets_N.unique().tolist()):
+            # A token that the other has not: it would never have said that.
             return None
         k1_N = sampled["sampler_logp_N"].double().cpu() - scorer.logprobs(sampled).double()
         group_N = sampled["group_B"][sampled.row_N]
