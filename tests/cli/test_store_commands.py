@@ -15,6 +15,7 @@ from tests.conftest import weights_file
 
 from posttrain.backends.outside.headers import num_parameters, read_headers
 from posttrain.commands.io import age
+from posttrain.engine import transfer
 from posttrain.engine.store import Store
 
 MINI = ("mini.py", "--suite", "pairs.toml")
@@ -341,6 +342,56 @@ def test_gc_by_name(store: Store, cli: Callable[..., Any], monkeypatch: pytest.M
     assert cli("verify").code == 0
     removed = cli("gc", "--unfinished", "--yes", "--json").json["removed"]
     assert [item["label"] for item in removed] == ["work/0123456789ab"]
+
+
+def test_gc_leaves_what_was_made_while_it_asked(
+    store: Store, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, done: Path
+) -> None:
+    """A run that ends between the list and the answer."""
+    only = ("gc", "--only", "--keep", "sums_teacher")
+    listed = labels(cli(*only, "--dry-run", "--json").json)
+    shutil.copytree(store.resolve("base").path, done / "mine")
+    made: list[str] = []
+
+    def answer(question: str) -> bool:
+        # In a process of its own it would be a run; the lock is free while gc asks.
+        place = Store(store.root)
+        adopted = transfer.adopt(
+            place, done / "mine", name="mine", kind="model", files=["config.json"], link=False,
+            metrics={}, provenance={},
+        )  # fmt: skip
+        made.append(adopted.label)
+        return True
+
+    monkeypatch.setattr("typer.confirm", answer)
+    out = cli(*only).out
+    assert "removed 3" in out
+    assert made[0] not in out
+    left = {artifact.name for artifact in store.list()}
+    assert "mine" in left
+    assert not listed & left
+
+
+def test_ls_and_gc_name_what_is_damaged_and_go_on(store: Store, cli: Callable[..., Any]) -> None:
+    (store.root / "artifacts" / ".DS_Store").write_text("x")
+    (store.root / "artifacts" / "stray").write_text("x")
+    path = store.resolve("evaluation").path / "record.json"
+    path.write_text('{"format": 1}')
+    listed = cli("ls", "--json").json
+    assert len(listed["artifacts"]) == 7
+    stray, damaged = listed["damaged"]
+    assert stray == f"{store.root}/artifacts/stray is no artifact; move it out of the store"
+    assert damaged.startswith(f"{path} is not as posttrain writes it (name)")
+    for command in (("ls",), ("gc", "--dry-run")):
+        said = cli(*command)
+        assert said.code == 0
+        assert stray in said.out and damaged in said.out
+    assert cli("show", "student").code == 0
+    assert cli("lineage", "student").code == 0
+    planned = cli("plan", *MINI)
+    assert planned.code == 2
+    assert damaged in planned.err
+    assert "Traceback" not in planned.err
 
 
 def test_gc_asks_and_takes_a_recipe(store: Store, cli: Callable[..., Any]) -> None:

@@ -1,7 +1,9 @@
 """Lineage, verification of what was tampered with, garbage collection."""
 
+import errno
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -176,10 +178,14 @@ def test_gc_removes_work_left_behind_after_a_commit(
 
 def test_gc_waits_for_no_run(store: Store, committed: list[Artifact]) -> None:
     with store.in_use(), store.in_use():
-        with pytest.raises(StoreError, match=r"a run is using .* wait until it ends or stop it"):
-            ancestry.gc(store, [])
+        with (
+            pytest.raises(StoreError, match=r"a run is using .* wait until it ends or stop it"),
+            store.alone(),
+        ):
+            pass
         assert len(ancestry.gc(store, [], dry_run=True)) == 3
-    assert len(ancestry.gc(store, [])) == 3
+    with store.alone():
+        assert len(ancestry.gc(store, [])) == 3
 
 
 def test_gc_killed_half_way_leaves_no_orphan(
@@ -203,3 +209,70 @@ def test_gc_killed_half_way_leaves_no_orphan(
 
 def test_gc_of_no_store(tmp_path: Path) -> None:
     assert ancestry.gc(Store(tmp_path / "none"), []) == []
+
+
+def test_gc_takes_only_what_was_listed_and_is_still_unneeded(
+    store: Store, chain: Graph, committed: list[Artifact], commit: Callable[..., Artifact]
+) -> None:
+    """A run that ends between the list and the answer keeps what it made."""
+    first, second, third = committed
+    listed = {item.path for item in ancestry.gc(store, [first.fingerprint], dry_run=True)}
+    assert listed == {second.path, third.path}
+    node = Node(name="made", kind="add", config={"value": 9}, inputs={"start": "second"})
+    graph = Graph(nodes={**chain.nodes, "made": node}, target="made")
+    made = commit(graph, "made", {"value.txt": "9"})
+    # What came is not taken though nobody keeps it; nor what it descends from, where it is kept.
+    with store.alone():
+        assert ancestry.gc(store, [made.fingerprint], listed=listed)[0].path == third.path
+    assert store.list() == [first, second, made]
+    assert labels(ancestry.gc(store, [first.fingerprint], listed=listed)) == [second.label]
+    assert made.path.is_dir()
+
+
+def test_gc_keeps_what_a_damaged_record_names(store: Store, committed: list[Artifact]) -> None:
+    path = committed[2].path / "record.json"
+    path.write_text(path.read_text()[:-50])
+    assert ancestry.gc(store, []) == []
+    assert committed[2].path.is_dir()
+    assert str(path) in store.faults()[0]
+
+
+def test_gc_that_may_not_write_says_so(
+    store: Store, committed: list[Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(store.root))
+
+    monkeypatch.setattr(os, "rename", refuse)
+    with pytest.raises(StoreError, match="not allowed to write while removing what is not needed"):
+        ancestry.gc(store, [])
+    assert store.list() == committed
+
+
+def test_gc_removes_a_link_not_what_it_leads_to(
+    store: Store, committed: list[Artifact], tmp_path: Path
+) -> None:
+    """A large artifact that somebody has put on another disk."""
+    there = tmp_path / "large"
+    shutil.move(committed[2].path, there)
+    committed[2].path.symlink_to(there)
+    assert store.list() == committed
+    assert labels(ancestry.gc(store, [committed[1].fingerprint])) == [committed[2].label]
+    assert (there / "value.txt").exists()
+    assert list((store.root / "work").iterdir()) == []
+
+
+def test_a_file_that_may_not_be_read_is_named(
+    store: Store, committed: list[Artifact], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    real = Path.open
+
+    def refuse(self: Path, *arguments: Any, **options: Any) -> Any:
+        if self.name == "value.txt" and self.parent == committed[0].path:
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        return real(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    assert ancestry.verify(store, committed[2]) == [
+        f"{committed[0].label}: file value.txt cannot be read (Permission denied)"
+    ]

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -9,7 +10,7 @@ from posttrain.engine import ancestry
 from posttrain.engine.errors import StoreError
 from posttrain.engine.graph import Graph, Node
 from posttrain.engine.names import NAMES
-from posttrain.engine.record import Artifact
+from posttrain.engine.record import Artifact, seal
 from posttrain.engine.store import Store
 
 MakeGraph = Callable[..., Graph]
@@ -104,7 +105,11 @@ def test_records_of_a_history_are_renamed(store: Store, make_graph: MakeGraph) -
     graph = make_graph(Node(name="a", kind="add"))
     work = store.begin(graph.fingerprints()["a"])
     assert work is not None
-    old = {"name": "old", "fingerprint": "f" * 64, "inputs": {}, "history": []}
+    fields: dict[str, Any] = {"name": "old", "kind": "add", "version": 1, "fingerprint": "f" * 64}
+    payload = {"kind": "add", "version": 1, "config": {}, "data": {}, "inputs": {}}
+    empty = {key: {} for key in ("config", "inputs", "files", "metrics", "provenance")}  # type: ignore[var-annotated]
+    created = "2026-01-01T00:00:00+00:00"
+    old = seal({**fields, **empty, "payload": payload, "history": [], "created": created})
     made = store.commit(graph.nodes["a"], work, inputs={}, metrics={}, provenance={}, history=[old])
     store.names.remember([("f" * 64, "old", "new")])
     assert store.names.current(made).history[0]["name"] == "new"

@@ -11,7 +11,7 @@ import pytest
 
 from posttrain.engine import ancestry
 from posttrain.engine import store as store_module
-from posttrain.engine.errors import ConfigError, GraphError, StageError
+from posttrain.engine.errors import ConfigError, GraphError, Interrupted, StageError
 from posttrain.engine.graph import Graph, Node
 from posttrain.engine.planner import plan
 from posttrain.engine.provenance import Provenance
@@ -296,6 +296,44 @@ def test_a_disk_that_fills_while_a_stage_works(
     assert "stage bad failed: disk full while the stage was working: " in message
     assert "Free some space" in message and "log:" not in message
     assert store.list() == []
+
+
+def test_a_disk_that_is_full_when_a_stage_tells_its_result(
+    store: Store, make_graph: MakeGraph, toys: str
+) -> None:
+    _, message, exit_code = collect(make_graph(Node(name="bad", kind="brim")), store, toys)
+    assert exit_code == 2
+    assert "stage bad failed: disk full while the stage was working: " in message
+    assert "left no result" not in message
+
+
+def test_a_run_that_waited_for_gc_plans_again(
+    store: Store, chain: Graph, run_all: RunAll, toys: str
+) -> None:
+    """What it had found is gone when it gets the store."""
+    run_all(Graph(nodes=chain.nodes, target="second"))
+    waited = run(chain, store, execute=toys)
+    with store.alone():
+        ancestry.gc(store, [])
+    events = list(waited)
+    assert of_kind(events, "cached") == []
+    assert of_kind(events, "finished") == ["first", "second", "third"]
+
+
+def test_an_interrupt_right_after_a_commit(
+    store: Store, chain: Graph, toys: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lock is released with the commit; stopping must not close its number again."""
+    real = Store.commit
+
+    def commit(self: Store, *arguments: Any, **options: Any) -> Any:
+        real(self, *arguments, **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Store, "commit", commit)
+    with pytest.raises(Interrupted, match="To go on, run the same command again"):
+        list(run(chain, store, execute=toys))
+    assert [artifact.name for artifact in store.list()] == ["first"]
 
 
 def test_a_silent_end_is_reported(store: Store, make_graph: MakeGraph, toys: str) -> None:

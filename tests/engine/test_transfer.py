@@ -4,7 +4,9 @@ import errno
 import json
 import os
 import shutil
+import subprocess
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 
 from posttrain.engine import ancestry, transfer
 from posttrain.engine.ancestry import ADOPTED
+from posttrain.engine.atomic import write_whole
 from posttrain.engine.errors import StoreError
 from posttrain.engine.fingerprint import files_digest
 from posttrain.engine.graph import Graph, Node
@@ -66,7 +69,7 @@ def test_a_changed_linked_file_is_found(store: Store, outside: Path) -> None:
     (outside / "sub" / "b.txt").unlink()
     assert ancestry.verify(store, artifact) == [
         f"{artifact.label}: file a.bin was changed after it was committed",
-        f"{artifact.label}: file sub/b.txt is missing",
+        f"{artifact.label}: file sub/b.txt is missing (it links to {outside}/sub/b.txt)",
     ]
 
 
@@ -119,6 +122,74 @@ def test_an_export_needs_an_empty_place(
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="is not an empty directory"):
         transfer.export(store, committed[0], tmp_path / "file")
+
+
+def test_an_export_has_its_card_or_is_not_there(
+    store: Store, committed: list[Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed at any rename or copy; then the same command goes through."""
+    target = tmp_path / "exports" / "third"
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    litter = target.parent / f".third.{dead.pid}.tmp"
+    litter.mkdir(parents=True)
+    (litter / "half").write_text("half")
+    for number in range(1, 20):
+        calls = []
+
+        def count(
+            real: Any, *arguments: Any, calls: list[int] = calls, last: int = number, **how: Any
+        ) -> Any:
+            calls.append(1)
+            if len(calls) == last:
+                raise KeyboardInterrupt
+            return real(*arguments, **how)
+
+        with monkeypatch.context() as patch:
+            for module, name in ((os, "rename"), (os, "replace"), (shutil, "copyfile")):
+                patch.setattr(module, name, partial(count, getattr(module, name)))
+            try:
+                with transfer.exporting(store, committed[2], target) as part:
+                    assert (part / "value.txt").read_text() == "third"
+                    write_whole(part / "README.md", b"# card")
+            except KeyboardInterrupt:
+                assert not target.exists()
+                assert list(target.parent.iterdir()) == []
+                continue
+        break
+    assert number > 3
+    assert (target / "README.md").read_bytes() == b"# card"
+    assert sorted(path.name for path in target.parent.iterdir()) == ["third"]
+
+
+def test_an_unreadable_file_is_named(
+    store: Store, committed: list[Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(source: Path, *_: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(source))
+
+    monkeypatch.setattr(shutil, "copyfile", refuse)
+    with pytest.raises(StoreError, match=r"third-\w+: value\.txt may not be read"):
+        transfer.export(store, committed[2], tmp_path / "out")
+
+
+def test_adopting_holds_the_store_against_gc(
+    store: Store, outside: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    real = Store.commit
+
+    def commit(self: Store, *arguments: Any, **options: Any) -> Artifact:
+        with pytest.raises(StoreError, match="a run is using"), store.alone():
+            pass
+        seen.append(1)
+        return real(self, *arguments, **options)
+
+    monkeypatch.setattr(Store, "commit", commit)
+    adopt(store, outside)
+    assert seen == [1]
+    with store.alone():
+        pass
 
 
 def test_an_export_is_whole_or_not_there(

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+from posttrain.engine import process
 from posttrain.engine.errors import ConfigError, Waiting
 from posttrain.engine.process import Job
 from posttrain.engine.work import add_warning, read_step, write_step
@@ -108,6 +109,16 @@ def fill(job: Job) -> dict[str, float]:
         raise RuntimeError("cannot write the file") from error
 
 
+def brim(job: Job) -> dict[str, float]:
+    """Leave no room for the result."""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    process.write_whole = full
+    return {"value": 1.0}
+
+
 def report(job: Job) -> dict[str, float]:
     """What a stage sees of its job."""
     Path(job.out, "job.json").write_text(
@@ -180,5 +191,6 @@ KINDS = {
     "leave": leave,
     "report": report,
     "fill": fill,
+    "brim": brim,
     "forge": forge,
 }

@@ -13,6 +13,7 @@ from rich.text import Text
 from posttrain.commands import io
 from posttrain.commands.io import console, visible
 from posttrain.engine.errors import ConfigError
+from posttrain.engine.links import check_links
 from posttrain.engine.store import Store
 from posttrain.engine.unfinished import is_place
 from posttrain.stages.kinds import kinds_making, shown_kind
@@ -100,6 +101,7 @@ def find_model(root: Path, text: str) -> Path:
             f"{artifact.label} is of kind {artifact.kind}, not a model; kinds that are: "
             f"{', '.join(kinds_making('model'))}"
         )
+    check_links(store.root, artifact, store.hashes)
     return artifact.path
 
 

@@ -13,7 +13,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from posttrain.commands import io
-from posttrain.commands.io import age, console, emit, plain_table
+from posttrain.commands.io import age, console, emit, plain_table, tell_faults
 from posttrain.engine import ancestry
 from posttrain.engine.ancestry import Ancestor
 from posttrain.engine.atomic import human_bytes
@@ -49,9 +49,11 @@ def ls(store: io.StorePath = io.DEFAULT_STORE, as_json: io.Json = False) -> None
             {"name": one.name, "kind": one.kind, "fingerprint": one.fingerprint, "step": one.step}
             for one in unfinished(place)
         ]
-        emit({"store": str(place.root), "artifacts": listed, "unfinished": stopped})
+        found = {"store": str(place.root), "artifacts": listed, "unfinished": stopped}
+        emit(found | {"damaged": list(place.faults())})
         return
     out = console()
+    tell_faults(out, place)
     left = unfinished(place)
     for one in left:
         if one.step is not None:

@@ -18,6 +18,9 @@ import typer
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 from rich.table import Table
+from rich.text import Text
+
+from posttrain.engine.store import Store
 
 RecipeName = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A shipped recipe, or a .py file.")
@@ -106,6 +109,12 @@ def plain_table(*columns: str, show_header: bool = True) -> Table:
     for column in columns:
         table.add_column(column, overflow="fold")
     return table
+
+
+def tell_faults(out: Console, store: Store) -> None:
+    """Say what in the store cannot be read; everything else goes on without it."""
+    for fault in store.faults():
+        out.print(Text(fault, "yellow"), soft_wrap=True)
 
 
 def emit(value: Mapping[str, Any]) -> None:

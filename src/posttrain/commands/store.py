@@ -14,11 +14,11 @@ from rich.text import Text
 from posttrain.backends.checkpoint_source import find_checkpoint
 from posttrain.backends.outside.headers import FLOATS, num_parameters
 from posttrain.commands import io
-from posttrain.commands.io import console, emit, plain_table
+from posttrain.commands.io import console, emit, plain_table, tell_faults
 from posttrain.commands.run import PACKAGES
 from posttrain.engine import ancestry, transfer
 from posttrain.engine.ancestry import Removed
-from posttrain.engine.atomic import guarded, human_bytes, write_whole
+from posttrain.engine.atomic import human_bytes, write_whole
 from posttrain.engine.errors import ConfigError, StoreError, choices_text
 from posttrain.engine.provenance import capture
 from posttrain.engine.record import Artifact, label_of
@@ -115,16 +115,18 @@ def export(
     place = Store(store)
     found = step_model(place, artifact) if is_place(artifact) else place.resolve(artifact)
     check_dtype(dtype, found)
-    path = transfer.export(place, found, target)
-    rounded = dtype is not None and round_weights(path, dtype)
-    scores = []
-    if shown_kind(found.kind).is_model():
-        # The card that came with the files does not know what was scored since.
-        scores = scores_of(place, found)
-        card = model_card(found.record, scores, [a.record for a in ancestry.lineage(place, found)])
-        card += ROUNDED.format(dtype) if rounded else ""
-        with guarded(path, "writing the model card"):
-            write_whole(path / "README.md", card.encode())
+    scores, rounded = [], False
+    with transfer.exporting(place, found, target) as part:
+        if dtype is not None:
+            rounded = round_weights(part, dtype)
+        if shown_kind(found.kind).is_model():
+            # The card that came with the files does not know what was scored since.
+            scores = scores_of(place, found)
+            ancestors = [a.record for a in ancestry.lineage(place, found)]
+            card = model_card(found.record, scores, ancestors)
+            card += ROUNDED.format(dtype) if rounded else ""
+            write_whole(part / "README.md", card.encode())
+    path = target.absolute()
     evaluations = [label_of(score) for score in scores]
     if as_json:
         files = sorted(file.name for file in path.iterdir())
@@ -161,10 +163,9 @@ def round_weights(path: Path, dtype: str) -> bool:
     # It imports torch.
     from posttrain.backends.saved_types import recast
 
-    with guarded(path, "rounding the weights"):
-        rounded = recast(path, dtype)
-        if rounded:
-            (path / transfer.HISTORY).unlink(missing_ok=True)
+    rounded = recast(path, dtype)
+    if rounded:
+        (path / transfer.HISTORY).unlink(missing_ok=True)
     return rounded
 
 
@@ -187,12 +188,8 @@ def verify(
     if artifacts and not everything:
         starts = [place.resolve(name) for name in artifacts]
     else:
-        starts = []
-        for path in place.index().values():
-            try:
-                starts.append(place.load(path))
-            except StoreError as error:
-                problems.append(str(error))
+        starts = place.list()
+        problems += place.faults()
     checked: dict[str, Artifact] = {}
     for artifact in starts:
         problems += ancestry.verify(place, artifact, checked)
@@ -244,15 +241,18 @@ def gc(
     if as_json and not (dry_run or yes):
         raise ConfigError("--json asks no question; give --dry-run or --yes with it")
     place = Store(store)
-    kept = _named(place, keep or ()) | (set() if only else _roots(place))
-    if not unfinished:
-        # Their inputs stay by the rule of the newest of each name.
-        kept |= {path.name for path in (place.root / "work").glob("*") if path.is_dir()}
+    named = _named(place, keep or ())
     out = console(as_json=as_json)
+    tell_faults(out, place)
+    kept = named | _kept(place, only=only, unfinished=unfinished)
     removed = ancestry.gc(place, kept, dry_run=True)
     _list(out, place, removed)
     if removed and not dry_run and (yes or _confirm()):
-        removed = ancestry.gc(place, kept)
+        # Found out again under the lock: a run may have ended since the list was made.
+        with place.alone():
+            kept = named | _kept(place, only=only, unfinished=unfinished)
+            listed = {item.path for item in removed}
+            removed = ancestry.gc(place, kept, listed=listed)
         freed = human_bytes(sum(item.bytes for item in removed))
         out.print(Text(f"removed {len(removed)}, {freed} freed", "bold"))
     if as_json:
@@ -279,6 +279,15 @@ def _list(out: Console, store: Store, found: Sequence[Removed]) -> None:
     out.print(table)
     total = human_bytes(sum(item.bytes for item in found))
     out.print(Text(f"{len(found)} not needed, {total}", "bold"))
+
+
+def _kept(store: Store, *, only: bool, unfinished: bool) -> set[str]:
+    """What stays without being named by --keep."""
+    kept = set() if only else _roots(store)
+    if not unfinished:
+        # Their inputs stay by the rule of the newest of each name.
+        kept |= {path.name for path in (store.root / "work").glob("*") if path.is_dir()}
+    return kept
 
 
 def _roots(store: Store) -> set[str]:

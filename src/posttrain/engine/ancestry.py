@@ -1,16 +1,19 @@
 """What an artifact descends from: lineage, verification of the hash chain, garbage collection."""
 
-import fcntl
 import os
+import re
 import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from graphlib import TopologicalSorter
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any, Final
 
+from posttrain.engine.atomic import guarded
 from posttrain.engine.errors import StoreError
 from posttrain.engine.fingerprint import file_digest
+from posttrain.engine.inputs import file_problems
 from posttrain.engine.record import (
     RECORD,
     SHORT,
@@ -38,34 +41,41 @@ class Ancestor(Recorded):
     edges: Mapping[str, str]
     """Edge label -> label (`name-fingerprint[:12]`) of what it descends from directly."""
     missing: Sequence[str] = ()
-    """Edges whose source is neither in the store nor in a history."""
+    """Edges whose source is neither in the store, with a record that can be read, nor in a
+    history."""
 
 
 def lineage(store: Store, artifact: Artifact) -> list[Ancestor]:
     """Everything `artifact` descends from in topological order, ancestors first, itself last.
 
-    Raises StoreError when the record of an ancestor is damaged.
+    Raises StoreError where records say that one descends from itself.
     """
     index = store.index()
     loaded: dict[str, Artifact] = {}
     found: dict[str, Ancestor] = {}
+    begun: dict[str, Artifact] = {}
     stack: list[tuple[Artifact, bool]] = [(artifact, False)]
     while stack:
         current, expanded = stack.pop()
         if current.fingerprint in found:
             continue
+        if not expanded and current.fingerprint in begun:
+            raise StoreError(_circle([*begun.values(), current]))
         sources = {}
         for edge, source in current.inputs.items():
             fingerprint = source["fingerprint"]
             if fingerprint not in loaded and fingerprint[:SHORT] in index:
-                loaded[fingerprint] = store.load(index[fingerprint[:SHORT]], fingerprint)
+                with suppress(StoreError):  # a damaged one is missing
+                    loaded[fingerprint] = store.load(index[fingerprint[:SHORT]], fingerprint)
             if fingerprint in loaded:
                 sources[edge] = loaded[fingerprint]
         # Each is on the stack twice: first to put its sources above it, then to follow them.
         if not expanded:
+            begun[current.fingerprint] = current
             stack.append((current, True))
             stack += [(source, False) for source in reversed(sources.values())]
             continue
+        del begun[current.fingerprint]
         edges = {edge: label_of(source) for edge, source in current.inputs.items()}
         if current.history:
             found |= _from_history(current.history, known=found)
@@ -136,22 +146,18 @@ def verify(
             elif not (path / RECORD).is_file():
                 problems.append(f"{where}: {path / RECORD} is missing")
             else:
-                if file_digest(path / RECORD) != source["record_sha256"]:
-                    problems.append(f"{where}: its record is not the one this was made from")
                 try:
+                    # Before the record is read: another one may stand in its place.
+                    if file_digest(path / RECORD) != source["record_sha256"]:
+                        problems.append(f"{where}: its record is not the one this was made from")
                     frontier.append(store.load(path, source["fingerprint"]))
-                except StoreError as error:
+                except (StoreError, OSError) as error:
                     problems.append(f"{where}: {error}")
     return problems
 
 
 def _file_problems(artifact: Artifact) -> Iterator[str]:
-    for name, entry in artifact.files.items():
-        path = artifact.path / name
-        if not path.is_file():
-            yield f"{artifact.label}: file {name} is missing"
-        elif file_digest(path) != entry["sha256"]:
-            yield f"{artifact.label}: file {name} was changed after it was committed"
+    yield from file_problems(artifact.path, artifact.record, file_digest)
     present = {
         Path(folder, name).relative_to(artifact.path).as_posix()
         for folder, _, names in os.walk(artifact.path)
@@ -165,16 +171,17 @@ def history_problems(history: Sequence[Record]) -> list[str]:
     """What is wrong with records that came with adopted files: each on its own, and the chain
     between them."""
     problems = []
-    hashes = {record["fingerprint"]: record_sha256(record) for record in history}
+    hashes: dict[str, str] = {}
     for record in history:
         problems += record_problems(record)
         for edge, source in record["inputs"].items():
             known = hashes.get(source["fingerprint"])
             where = f"{label_of(record)} (history): input {edge} ({label_of(source)})"
             if known is None:
-                problems.append(f"{where} is missing from the history")
+                problems.append(f"{where} is missing from the history before it")
             elif known != source["record_sha256"]:
                 problems.append(f"{where}: its record is not the one this was made from")
+        hashes[record["fingerprint"]] = record_sha256(record)
     return problems
 
 
@@ -200,46 +207,53 @@ class Removed:
     bytes: int
 
 
-def gc(store: Store, keep: Collection[str], *, dry_run: bool = False) -> list[Removed]:
+def gc(
+    store: Store,
+    keep: Collection[str],
+    *,
+    dry_run: bool = False,
+    listed: Collection[Path] | None = None,
+) -> list[Removed]:
     """Remove artifacts whose fingerprint is not in `keep` and which no kept artifact descends from.
 
     Work in progress of a fingerprint outside `keep`, or left behind after a commit, goes as well.
-    Descendants go before their ancestors, so being killed half-way leaves no artifact without its
-    ancestors. Raises StoreError while a run uses the store.
+    With `listed`, only what is in it: paths that somebody has seen and agreed to. Descendants go
+    before their ancestors, so being killed half-way leaves no artifact without its ancestors.
+
+    The caller holds the store (`Store.alone`) from before it found out what to keep, or what is
+    made in between is taken for unneeded. A dry run needs no lock.
     """
     if not (store.root / "store.json").exists():
         return []
-    handle = os.open(store.root / "store.json", os.O_RDONLY)
-    try:
-        if not dry_run:
-            _lock_against_runs(store, handle)
-        removed = _unkept(store, keep) + _stale_work(store, keep)
+    with guarded(store.root, "removing what is not needed"):
+        removed = [
+            item
+            for item in _unkept(store, keep) + _stale_work(store, keep)
+            if listed is None or item.path in listed
+        ]
         if not dry_run:
             for item in removed:
-                # One rename first: a directory that is half gone is never seen under artifacts/.
-                trash = store.root / "work" / f"{item.path.name}.trash"
-                trash.parent.mkdir(exist_ok=True)
-                os.rename(item.path, trash)
-                shutil.rmtree(trash)
+                _remove(store, item.path)
             store.names.keep(store.index().keys())
-    finally:
-        os.close(handle)
     return removed
 
 
-def _lock_against_runs(store: Store, handle: int) -> None:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise StoreError(
-            f"a run is using {store.root}; wait until it ends or stop it, then run gc again"
-        ) from None
+def _remove(store: Store, path: Path) -> None:
+    # One rename first: a directory that is half gone is never seen under artifacts/.
+    trash = store.root / "work" / f"{path.name}.trash"
+    trash.parent.mkdir(exist_ok=True)
+    os.rename(path, trash)
+    if trash.is_symlink():
+        trash.unlink()
+    else:
+        shutil.rmtree(trash)
 
 
 def _unkept(store: Store, keep: Collection[str]) -> list[Removed]:
     artifacts = {artifact.fingerprint: artifact for artifact in store.list()}
     needed: set[str] = set()
-    frontier = [fingerprint for fingerprint in keep if fingerprint in artifacts]
+    named = _named_by_damaged(store, artifacts)
+    frontier = [fingerprint for fingerprint in (*keep, *named) if fingerprint in artifacts]
     while frontier:
         fingerprint = frontier.pop()
         if fingerprint in needed or fingerprint not in artifacts:
@@ -250,12 +264,32 @@ def _unkept(store: Store, keep: Collection[str]) -> list[Removed]:
         fingerprint: [source["fingerprint"] for source in artifact.inputs.values()]
         for fingerprint, artifact in artifacts.items()
     }
-    order = [name for name in TopologicalSorter(sources).static_order() if name in artifacts]
+    try:
+        every = list(TopologicalSorter(sources).static_order())
+    except CycleError as error:
+        raise StoreError(_circle(artifacts[name] for name in error.args[1])) from None
+    order = [name for name in every if name in artifacts]
     unkept = [artifacts[name] for name in reversed(order) if name not in needed]
     return [
         Removed(label=artifact.label, path=artifact.path, bytes=_own_bytes(artifact.path))
         for artifact in unkept
     ]
+
+
+def _circle(artifacts: Iterable[Artifact]) -> str:
+    names = " -> ".join(artifact.label for artifact in artifacts)
+    return f"artifacts descend from themselves: {names}; their records were forged, remove them"
+
+
+def _named_by_damaged(store: Store, artifacts: Mapping[str, Artifact]) -> set[str]:
+    """What records that cannot be read still name: it is no time to remove what they need."""
+    loaded = {artifact.path for artifact in artifacts.values()}
+    found: set[str] = set()
+    for path in store.index().values():
+        if path not in loaded:
+            with suppress(OSError):
+                found |= set(re.findall(r"[0-9a-f]{64}", (path / RECORD).read_text("latin-1")))
+    return found
 
 
 def _stale_work(store: Store, keep: Collection[str]) -> list[Removed]:
@@ -266,7 +300,7 @@ def _stale_work(store: Store, keep: Collection[str]) -> list[Removed]:
             lock = take_lock(path, wait=False)
             if lock is not None:
                 found.append(Removed(label=f"work/{path.name}", path=path, bytes=_own_bytes(path)))
-                path.with_name(f"{path.name}.lock").unlink()
+                path.with_name(f"{path.name}.lock").unlink(missing_ok=True)
                 os.close(lock)
     return found
 

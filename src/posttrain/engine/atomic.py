@@ -4,9 +4,10 @@ traceback."""
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,13 @@ from posttrain.engine.errors import StoreError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+ONE_FILE_SYSTEM = (
+    "a commit is one rename, so the whole store has to be on one. Link or mount the store's own "
+    "directory instead of one inside it"
+)
+_PART = re.compile(r"\.(?P<name>.+)\.(?P<pid>[0-9]{1,10})\.tmp", re.DOTALL)
 
 
 def remembered(path: Path) -> Any:
@@ -38,6 +46,11 @@ def guarded(root: Path, doing: str) -> Iterator[None]:
             raise StoreError(
                 f"not allowed to write while {doing}: {error.filename or root}: {error.strerror}; "
                 f"check the owner and the mount, or choose another store directory"
+            ) from error
+        if error.errno == errno.EXDEV:
+            raise StoreError(
+                f"{doing}: {error.filename2 or root} is on another file system than "
+                f"{error.filename}; {ONE_FILE_SYSTEM}"
             ) from error
         raise
 
@@ -95,17 +108,61 @@ def fsync(path: Path) -> None:
         os.close(handle)
 
 
+def part_of(path: Path) -> Path:
+    """Where this process writes what is to be `path` when it is whole.
+
+    Beside it: a rename is atomic within one file system. By process, as two may write at once.
+    """
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def is_part(name: str) -> bool:
+    """Whether a file's name is that of something not whole yet."""
+    return _PART.fullmatch(name) is not None
+
+
+def remove_parts(directory: Path, name: str | None = None) -> None:
+    """Remove what processes that are gone left half written in a directory, of `name` or of
+    anything. What cannot be removed stays: it is in nobody's way."""
+    try:
+        found = os.listdir(directory)
+    except OSError:
+        return
+    for entry in found:
+        part = _PART.fullmatch(entry)
+        if part is None or name not in (None, part["name"]) or _is_alive(int(part["pid"])):
+            continue
+        path = directory / entry
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                path.unlink()
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        return True
+    return True
+
+
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file so that a reader, or a crash, sees the old content or the new one, never a
     part."""
-    # Beside it: a rename is atomic within one file system. By process, as two may write at once.
-    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    part = part_of(path)
     try:
         with part.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
+        # The rename is on the disk when the directory that it changed is.
+        with suppress(PermissionError):  # one may write into a directory that one may not list
+            fsync(path.parent)
     except BaseException:
         part.unlink(missing_ok=True)
         raise

@@ -22,6 +22,11 @@ T = TypeVar("T")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
 
 
+def is_stage_name(text: object) -> bool:
+    """Whether it can be the name or kind of a stage: a text that can be a directory's name."""
+    return isinstance(text, str) and len(text) <= 100 and _NAME.fullmatch(text) is not None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Node:
     """One stage of a graph. Making one runs nothing.
@@ -46,11 +51,12 @@ class Node:
     runtime: Mapping[str, Any] = field(default_factory=dict)
     """What the stage needs to know but does not change its result. {"missing": message} says that
     an outside file is gone, which blocks the stage unless it is cached; {"origin": facts} says
-    where its files are from, for its provenance."""
+    where its files are from, for its provenance; {"directory": path} where files from outside are
+    now that it links to."""
 
     def __post_init__(self) -> None:
         for label, text in (("name", self.name), ("kind", self.kind)):
-            if not _NAME.fullmatch(text) or len(text) > 100:
+            if not is_stage_name(text):
                 raise GraphError(
                     f"{label} {text!r} of a stage cannot be a directory name; use 1 to 100 "
                     f"letters, digits, '_', '-', '.', '+', not starting with '.', '-' or '+'"

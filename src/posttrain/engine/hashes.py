@@ -69,6 +69,12 @@ class FileHashes:
             self.write()
         return sha256
 
+    def places(self, sha256: str) -> list[Path]:
+        """Where a file with these bytes was seen; only those of a megabyte or more are known. Ask
+        `digest` whether they are still there."""
+        known = {**_read(self._path), **self._known}
+        return [Path(place) for place, (_, found) in known.items() if found == sha256]
+
     def write(self) -> None:
         """Put what is new into the file, beside what others put there; entries of files that are
         gone are left out. Does nothing where that is not possible: the hashes can be had again."""

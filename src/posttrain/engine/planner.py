@@ -1,13 +1,16 @@
-"""What a run would do, stage by stage, and why. Lists directories and reads records; hashes no
-files, runs nothing."""
+"""What a run would do, stage by stage, and why. Lists directories and reads records; runs nothing,
+and hashes nothing but what links of artifacts lead to (`links.py`)."""
 
 import json
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias
 
 from posttrain.engine.fingerprint import ABSENT, diff_payloads
 from posttrain.engine.graph import Graph
+from posttrain.engine.links import astray, found_again, lost_text
 from posttrain.engine.record import SHORT, Artifact
 from posttrain.engine.store import Store
 from posttrain.engine.work import read_step, read_wait
@@ -32,6 +35,11 @@ class PlanRow:
     empty when cached."""
     artifact: Artifact | None
     """The artifact of a cached stage, else None."""
+    moved: Mapping[str, Path] = field(default_factory=dict)
+    """Files of that artifact which are links and lead to other bytes now, or nowhere: where the
+    bytes of its record are. A run points the links there."""
+    lost: str = ""
+    """Why the artifact is not whole: links whose bytes are nowhere. Nothing can be made from it."""
 
 
 def plan(graph: Graph, store: Store) -> list[PlanRow]:
@@ -49,8 +57,13 @@ def plan(graph: Graph, store: Store) -> list[PlanRow]:
         artifact = None if path is None else store.load(path, fingerprint)
         action: Action = "cached"
         reason = ""
+        moved: dict[str, Path] = {}
+        lost = ""
         if artifact is None:
             action, reason = _decide(graph, store, name, fingerprint, rows, first)
+        else:
+            moved, lost = _links(graph, store, name, artifact)
+            reason = lost or _renewed(moved)
         rows[name] = PlanRow(
             name=name,
             kind=graph.nodes[name].kind,
@@ -58,9 +71,46 @@ def plan(graph: Graph, store: Store) -> list[PlanRow]:
             action=action,
             reason=reason,
             artifact=artifact,
+            moved=moved,
+            lost=lost,
         )
         first.setdefault(fingerprint, name)
+        if artifact is None and action != "blocked":
+            _block_on_lost(graph, rows, name)
     return list(rows.values())
+
+
+def _links(
+    graph: Graph, store: Store, name: str, artifact: Artifact
+) -> tuple[dict[str, Path], str]:
+    """Where the files of links that lead astray are now, and what to say where one is nowhere."""
+    names = astray(artifact, store.hashes)
+    if not names:
+        return {}, ""
+    # Its own first; what was made of a link is a link to the same place.
+    nodes = [graph.nodes[name], *graph.nodes.values()]
+    places = [Path(n.runtime["directory"]) for n in nodes if "directory" in n.runtime]
+    moved = found_again(artifact, names, places, store.hashes)
+    left = [file for file in names if file not in moved]
+    return moved, lost_text(artifact, left, name) if left else ""
+
+
+def _renewed(moved: Mapping[str, Path]) -> str:
+    if not moved:
+        return ""
+    place = os.path.commonpath([path.parent for path in moved.values()])
+    return f"its files have moved, links renewed to {place}"
+
+
+def _block_on_lost(graph: Graph, rows: dict[str, PlanRow], name: str) -> None:
+    """A stage that is to run reads its inputs: one whose bytes are nowhere blocks it."""
+    for edge, source in graph.nodes[name].inputs.items():
+        if rows[source].lost:
+            rows[source] = replace(rows[source], action="blocked", artifact=None)
+            rows[name] = replace(
+                rows[name], action="blocked", reason=f"input {edge} is blocked ({source})"
+            )
+            return
 
 
 def _decide(

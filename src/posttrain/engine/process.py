@@ -39,7 +39,9 @@ from typing import Any, Final
 from posttrain.engine.atomic import disk_full, free_space, is_disk_full, write_whole
 from posttrain.engine.errors import ConfigError, PosttrainError, Waiting
 from posttrain.engine.fingerprint import plain
+from posttrain.engine.inputs import check_inputs
 from posttrain.engine.logs import bound, keep_bounded
+from posttrain.engine.sockets import use_short_sockets
 from posttrain.engine.work import METRICS, RESULT, STAGE, Work, file_state, read_step, read_warnings
 
 LOG: Final = "log.txt"
@@ -123,6 +125,7 @@ def stage_main(job: Job, execute: str, lock: SharedLock) -> None:
     _end_with_parent()
     os.environ.update(job.environment)
     try:
+        check_inputs(job.inputs, Path(job.hashes))
         result = {"metrics": _finite(load(execute)(job), at="metrics")}
     except Waiting as error:
         result = {"waiting": str(error), "file": file_state(error.file)}
@@ -134,7 +137,12 @@ def stage_main(job: Job, execute: str, lock: SharedLock) -> None:
             os._exit(DISK_FULL_STATUS)
         traceback.print_exc()
         result = {"error": traceback.format_exception_only(error)[-1].strip()}
-    write_whole(work / RESULT, json.dumps(result).encode("ascii"))
+    try:
+        write_whole(work / RESULT, json.dumps(result).encode("ascii"))
+    except OSError as error:
+        if is_disk_full(error):
+            os._exit(DISK_FULL_STATUS)
+        raise
     if "metrics" not in result:
         sys.exit(1)
 
@@ -317,6 +325,7 @@ def prepare(job: Job, execute: str, work: Work, preload: Sequence[str]) -> Runni
     """The process of a stage, not started yet; it forks from a server that imported `preload`
     once."""
     metrics = work.path / METRICS
+    use_short_sockets()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([stage_main.__module__, *preload])
     process = context.Process(

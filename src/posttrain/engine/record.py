@@ -10,12 +10,12 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 from posttrain.engine.errors import StoreError
 from posttrain.engine.fingerprint import digest, plain
+from posttrain.engine.form import MAX_RECORD_BYTES, form_fault, parse
 
 FORMAT: Final = 1
 """Format of the store and its records."""
@@ -166,77 +166,28 @@ def record_sha256(record: Mapping[str, Any]) -> str:
 
 
 def read_record(directory: Path) -> Record:
-    """The record in a committed directory. Raises StoreError when it is missing, damaged, or of a
-    newer format."""
+    """The record in a committed directory. Raises StoreError when it is missing, damaged, of a
+    newer format, or has not the form of one."""
     path = directory / RECORD
     try:
-        record = json.loads(path.read_bytes())
+        record = parse(path, MAX_RECORD_BYTES)
+    except PermissionError as error:
+        raise StoreError(
+            f"{path} may not be read ({error.strerror}); ask its owner to make it readable"
+        ) from error
     except (OSError, ValueError, RecursionError) as error:
         raise StoreError(_changed(path, f"cannot be read ({error})")) from error
     check_format(record, path)
-    return dict(record)
-
-
-def check_form(record: Record, directory: Path) -> None:
-    """Raise StoreError unless the record in a committed directory has the form of one."""
     fault = form_fault(record)
     if fault:
-        raise StoreError(_changed(directory / RECORD, f"is not as posttrain writes it ({fault})"))
+        raise StoreError(_changed(path, f"is not as posttrain writes it ({fault})"))
+    return dict(record)
 
 
 def _changed(path: Path, what: str) -> str:
     return (
         f"{path} {what}. It was changed after it was committed; remove {path.parent} and run the "
         "recipe again to make it anew"
-    )
-
-
-_FIELDS: Final[Mapping[str, type]] = {
-    **dict.fromkeys(("name", "kind", "fingerprint", "created"), str),
-    **dict.fromkeys(("payload", "config", "inputs", "files", "metrics", "provenance"), dict),
-    "history": list,
-}
-"""Fields that every record has, and their types."""
-
-
-def form_fault(record: Any) -> str:
-    """What is not as it has to be in a record, by name; "" where all is. Contents are not looked
-    at, see `record_problems`."""
-    if not isinstance(record, dict):
-        return "no object"
-    for name, kind in _FIELDS.items():
-        if not isinstance(record.get(name), kind):
-            return name
-    payload, inputs, files = record["payload"], record["inputs"], record["files"]
-    warnings = record.get("warnings", [])
-    try:
-        dated = datetime.fromisoformat(record["created"]).tzinfo is not None
-    except ValueError:
-        dated = False
-    whole = {
-        "payload": all(isinstance(payload.get(part), dict) for part in ("data", "inputs")),
-        "inputs": all(map(_is_reference, inputs.values())),
-        "files": all(map(_is_file, files, files.values())),
-        "history": not any(map(form_fault, record["history"])),
-        "created": dated,
-        "warnings": isinstance(warnings, list) and all(isinstance(w, str) for w in warnings),
-    }
-    return next((name for name, good in whole.items() if not good), "")
-
-
-def _is_reference(source: Any) -> bool:
-    keys = ("name", "kind", "fingerprint", "record_sha256")
-    return isinstance(source, dict) and all(isinstance(source.get(key), str) for key in keys)
-
-
-def _is_file(name: str, entry: Any) -> bool:
-    path = PurePosixPath(name)
-    inside = not path.is_absolute() and ".." not in path.parts
-    return (
-        inside
-        and isinstance(entry, dict)
-        and isinstance(entry.get("sha256"), str)
-        and isinstance(entry.get("bytes"), int)
     )
 
 
@@ -265,6 +216,11 @@ def record_problems(record: Mapping[str, Any]) -> list[str]:
         )
     if _own_digest(record) != record.get("digest"):
         problems.append(f"{label_of(record)}: its record was changed after it was committed")
+    for field in ("kind", "version"):
+        if record["payload"][field] != record[field]:
+            problems.append(
+                f"{label_of(record)}: the {field} in its record is not that of its payload"
+            )
     named = {edge: source["fingerprint"] for edge, source in record["inputs"].items()}
     if named != record["payload"]["inputs"]:
         problems.append(

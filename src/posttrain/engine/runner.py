@@ -23,6 +23,7 @@ from posttrain.engine.errors import ConfigError, Interrupted, PosttrainError, St
 from posttrain.engine.fingerprint import plain
 from posttrain.engine.graph import Graph
 from posttrain.engine.hashes import HASHES
+from posttrain.engine.links import renew
 from posttrain.engine.planner import PlanRow, plan
 from posttrain.engine.process import (
     LOG,
@@ -94,16 +95,10 @@ def run(
     """
     if jobs < 1:
         raise ConfigError(f"jobs: {jobs} is less than 1; give the number of stages to run at once")
-    rows = plan(graph, store)
-    blocked = [row for row in rows if row.action == "blocked"]
-    if blocked:
-        lines = "\n".join(f"  {row.name}: {row.reason}" for row in blocked)
-        wanted = ", ".join(graph.targets)
-        raise ConfigError(f"{wanted} cannot be made; blocked:\n{lines}")
     return _Run(
         graph=graph,
         store=store,
-        rows={row.name: row for row in rows},
+        rows=_planned(graph, store),
         execute=execute,
         jobs=jobs,
         preload=tuple(preload),
@@ -111,6 +106,17 @@ def run(
         environment=dict(environment or {}),
         cores=cores or usable_cores(),
     ).events()
+
+
+def _planned(graph: Graph, store: Store) -> dict[str, PlanRow]:
+    """The plan by name of stage. Raises ConfigError where something is blocked."""
+    rows = plan(graph, store)
+    blocked = [row for row in rows if row.action == "blocked"]
+    if blocked:
+        lines = "\n".join(f"  {row.name}: {row.reason}" for row in blocked)
+        wanted = ", ".join(graph.targets)
+        raise ConfigError(f"{wanted} cannot be made; blocked:\n{lines}")
+    return {row.name: row for row in rows}
 
 
 def usable_cores() -> int:
@@ -144,16 +150,17 @@ class _Run:
     """Fingerprint -> the first stage that has it."""
 
     def events(self) -> Generator[Event, None, None]:
-        for name, row in self.rows.items():
-            self.first.setdefault(row.fingerprint, name)
-            if row.artifact is None:
-                self.left.append(name)
-            else:
-                self.artifacts[name] = row.artifact
-                yield from _cached(name, row.artifact, "")
-        if not self.left:
+        whole = all(row.artifact is not None and not row.moved for row in self.rows.values())
+        if whole:
+            yield from self._take_cached()
             return
         with self.store.in_use():
+            # The lock may have been waited for, and what was there is gone: plan again under it.
+            self.rows = _planned(self.graph, self.store)
+            for row in self.rows.values():
+                if row.artifact is not None:
+                    renew(self.store.root, row.artifact, row.moved)
+            yield from self._take_cached()
             try:
                 while self.left or self.running:
                     yield from self._start_ready()
@@ -167,6 +174,15 @@ class _Run:
                 stop(self.running.values())
         if self.failures or self.waits:
             raise _ended(self.failures, self.waits, self.blocked)
+
+    def _take_cached(self) -> Iterator[Event]:
+        for name, row in self.rows.items():
+            self.first.setdefault(row.fingerprint, name)
+            if row.artifact is None:
+                self.left.append(name)
+            else:
+                self.artifacts[name] = row.artifact
+                yield from _cached(name, row.artifact, row.reason)
 
     # -- starting --------------------------------------------------------------------------------
 

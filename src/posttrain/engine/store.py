@@ -17,16 +17,24 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from posttrain.engine.atomic import fsync, guarded, write_whole
+from posttrain.engine.atomic import (
+    ONE_FILE_SYSTEM,
+    fsync,
+    guarded,
+    remove_parts,
+    write_whole,
+)
 from posttrain.engine.errors import StoreError, choices_text
 from posttrain.engine.fingerprint import digest, file_digest, plain
+from posttrain.engine.form import form_fault
 from posttrain.engine.graph import Node, payload
 from posttrain.engine.hashes import HASHES, FileHashes
 from posttrain.engine.names import NAMES, Names
@@ -36,7 +44,6 @@ from posttrain.engine.record import (
     SHORT,
     Artifact,
     Record,
-    check_form,
     check_format,
     label_of,
     read_record,
@@ -47,6 +54,9 @@ from posttrain.engine.work import CODE_DIFF, METRICS, Work, open_work, read_warn
 
 CACHE = "cache"
 """The directory with what can be had again at the cost of some time."""
+ARTIFACTS = "artifacts"
+"""The directory of what was committed."""
+_COMMITTED = re.compile(rf".+-[0-9a-f]{{{SHORT}}}")
 
 
 class Store:
@@ -86,24 +96,31 @@ class Store:
     def load(self, path: Path, fingerprint: str | None = None) -> Artifact:
         """The artifact in a committed directory. Raises StoreError when its record is damaged."""
         record = read_record(path)
-        check_form(record, path)
-        if fingerprint is not None and record["fingerprint"] != fingerprint:
+        expected = path.name[-SHORT:] if fingerprint is None else fingerprint
+        if not record["fingerprint"].startswith(expected):
             raise StoreError(
                 f"{path / RECORD} has fingerprint {record['fingerprint'][:SHORT]}, its directory "
-                f"{fingerprint[:SHORT]}. It was changed after it was committed; remove the "
+                f"{expected[:SHORT]}. It was changed after it was committed; remove the "
                 f"directory and run the recipe again to make it anew"
             )
         return Artifact(path=path, record=record)
 
     def list(self) -> list[Artifact]:
-        """All artifacts, oldest first."""
-        found = [self.load(path) for path in self._directories()]
+        """All artifacts that can be read, oldest first; `faults` tells of the others."""
+        found, _ = _load_each(self, self._directories())
         return sorted(found, key=lambda artifact: (artifact.created, artifact.label))
 
+    def faults(self) -> Sequence[str]:
+        """What in `artifacts/` is no artifact or a damaged one, in words, each with its path."""
+        _, damaged = _load_each(self, self._directories())
+        return [*self._strays(), *map(str, damaged)]
+
     def named(self, kind: str, name: str) -> Sequence[Artifact]:
-        """The artifacts of that kind and name, oldest first. Reads only their records."""
+        """The artifacts of that kind and name that can be read, oldest first. Reads only their
+        records."""
         paths = [path for path in self._directories(kind) if path.name[: -SHORT - 1] == name]
-        return sorted(map(self.load, paths), key=lambda artifact: artifact.created)
+        found, _ = _load_each(self, paths)
+        return sorted(found, key=lambda artifact: artifact.created)
 
     def resolve(self, text: str) -> Artifact:
         """The one artifact meant by a name, by the start of `name-fingerprint`, or of a fingerprint
@@ -114,7 +131,7 @@ class Store:
         Raises StoreError: nothing fits (nearest names), or more than one does (the choices).
         """
         directory = Path(text).absolute()
-        if directory.parent.parent == self.root / "artifacts":
+        if directory.parent.parent == self.root / ARTIFACTS:
             text = directory.name
         paths = {path.name: path for path in self._directories()}
         names = {label: self.names.all_of(label[-SHORT:], label[: -SHORT - 1]) for label in paths}
@@ -130,7 +147,10 @@ class Store:
         by_fingerprint = [
             label for label in paths if len(text) >= 4 and label[-SHORT:].startswith(text[:SHORT])
         ]
-        found = [self.load(paths[label]) for label in by_name or by_label or by_fingerprint]
+        meant = [paths[label] for label in by_name or by_label or by_fingerprint]
+        found, damaged = _load_each(self, meant)
+        if damaged and not found:
+            raise damaged[0]
         if not by_name and not by_label:
             # Beyond the digits in the label the record has to agree.
             found = [artifact for artifact in found if artifact.fingerprint.startswith(text)]
@@ -150,9 +170,30 @@ class Store:
     def in_use(self) -> Iterator[None]:
         """Hold the store against gc while a run uses it; any number of runs may."""
         self._create()
+        self._check_places()
+        with self.locked(fcntl.LOCK_SH):
+            for directory in (self.root, self.root / CACHE):
+                remove_parts(directory)
+            yield
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Hold the store while nothing else uses it. Raises StoreError while a run does."""
+        try:
+            with self.locked(fcntl.LOCK_EX | fcntl.LOCK_NB):
+                remove_parts(self.root)
+                yield
+        except BlockingIOError:
+            raise StoreError(
+                f"a run is using {self.root}; wait until it ends or stop it, then run gc again"
+            ) from None
+
+    @contextmanager
+    def locked(self, how: int) -> Iterator[None]:
+        """Hold the lock between runs and gc. Raises BlockingIOError where that is asked for."""
         handle = os.open(self.root / "store.json", os.O_RDONLY)
         try:
-            fcntl.flock(handle, fcntl.LOCK_SH)
+            fcntl.flock(handle, how)
             yield
         finally:
             os.close(handle)
@@ -170,6 +211,7 @@ class Store:
         """
         with guarded(self.root, "starting work"):
             self._create()
+            self._check_places()
             return open_work(self.work_path(fingerprint), wait=wait)
 
     def commit(
@@ -217,7 +259,12 @@ class Store:
                     **({"warnings": warnings} if warnings else {}),
                 }
             )
-            target = self.root / "artifacts" / node.kind / label_of(record)
+            fault = form_fault(record)
+            if fault:
+                raise StoreError(
+                    f"{node.name}: what the stage made has no place in a record ({fault})"
+                )
+            target = self.root / ARTIFACTS / node.kind / label_of(record)
             _move_into_place(work, record, target)
         work.discard()
         return Artifact(path=target, record=record)
@@ -226,12 +273,27 @@ class Store:
 
     def _directories(self, kind: str | None = None) -> Iterator[Path]:
         """Committed directories, all or those of one kind."""
-        try:
-            found = sorted(os.listdir(self.root / "artifacts"))
-        except FileNotFoundError:
-            return
-        for folder in (self.root / "artifacts" / name for name in found if kind in (None, name)):
-            yield from (folder / name for name in sorted(os.listdir(folder)))
+        for folder in self._kinds():
+            if kind in (None, folder.name):
+                with suppress(StoreError):  # `faults` tells of a folder that may not be read
+                    yield from filter(_is_committed, _entries(folder))
+
+    def _strays(self) -> Iterator[str]:
+        """What lies where only artifacts belong. Hidden files are the system's own."""
+        for folder in _entries(self.root / ARTIFACTS):
+            if not folder.is_dir():
+                yield f"{folder} is no artifact; move it out of the store"
+                continue
+            try:
+                found = _entries(folder)
+            except StoreError as error:
+                yield str(error)
+                continue
+            strays = [path for path in found if not _is_committed(path)]
+            yield from (f"{path} is no artifact; move it out of the store" for path in strays)
+
+    def _kinds(self) -> Sequence[Path]:
+        return [path for path in _entries(self.root / ARTIFACTS) if path.is_dir()]
 
     def _check(self) -> None:
         marker = self.root / "store.json"
@@ -248,6 +310,11 @@ class Store:
             return
         except NotADirectoryError:
             raise StoreError(f"{self.root} is not a directory; name an empty or new one") from None
+        except OSError as error:
+            raise StoreError(
+                f"{marker} cannot be read ({error.strerror}); check its owner, or name another "
+                "store directory"
+            ) from None
         try:
             check_format(json.loads(content), marker)
         except (ValueError, RecursionError) as error:
@@ -263,6 +330,54 @@ class Store:
                 write_whole(marker, json.dumps({"format": FORMAT}).encode("ascii") + b"\n")
             # What was hashed before there was a store to keep it.
             self.hashes.write()
+
+    def _check_places(self) -> None:
+        """Refuse before any work what a commit, which is a rename, could not do at its end."""
+        work, artifacts = self.root / "work", self.root / ARTIFACTS
+        # What is not there yet will be made in the root.
+        device = os.stat(work if work.exists() else self.root).st_dev
+        for path in (artifacts if artifacts.exists() else self.root, *self._kinds()):
+            if os.stat(path).st_dev != device:
+                raise StoreError(f"{path} is on another file system than {work}; {ONE_FILE_SYSTEM}")
+
+
+def _load_each(store: Store, paths: Iterable[Path]) -> tuple[list[Artifact], list[StoreError]]:
+    """Those artifacts that can be read, and why the others cannot."""
+    found: list[Artifact] = []
+    damaged: list[StoreError] = []
+    for path in paths:
+        try:
+            found.append(store.load(path))
+        except StoreError as error:
+            damaged.append(error)
+    return found, damaged
+
+
+def _is_committed(path: Path) -> bool:
+    return _COMMITTED.fullmatch(path.name) is not None and path.is_dir()
+
+
+def _entries(directory: Path) -> list[Path]:
+    """What is in a directory of the store, hidden files left out; nothing where it is not made yet.
+
+    Raises StoreError for a file in its place, a link to nowhere (a disk that is not mounted must
+    not pass for an empty store) and a directory that may not be read.
+    """
+    try:
+        names = os.listdir(directory)
+    except FileNotFoundError:
+        if directory.is_symlink():
+            raise StoreError(
+                f"{directory} links to {os.readlink(directory)}, which is not there; mount it, or "
+                "remove the link"
+            ) from None
+        return []
+    except OSError as error:
+        raise StoreError(
+            f"{directory} is no directory that can be read ({error.strerror}); the store needs one "
+            "there"
+        ) from None
+    return [directory / name for name in sorted(names) if not name.startswith(".")]
 
 
 # -- the steps of a commit: describe what a stage left in out/, write the record, rename -----------
@@ -334,13 +449,18 @@ def _move_into_place(work: Work, record: Record, target: Path) -> None:
     """Write the record and rename; on an error nothing of it stays."""
     new_kind = not target.parent.exists()
     try:
+        # As the umask has it: some libraries write files that only their owner may read.
+        readable = work.out.stat().st_mode & 0o666
         for path in [work.out / name for name in record["files"]]:
             # The target of a link is not ours, and was on the disk before.
             if not path.is_symlink():
+                if path.stat().st_nlink == 1:
+                    path.chmod(readable)
                 fsync(path)
+        for folder in [path for path in work.out.rglob("*") if path.is_dir()]:
+            fsync(folder)
         # After the files that it describes are on the disk.
         write_whole(work.out / RECORD, record_bytes(record))
-        fsync(work.out)
         target.parent.mkdir(parents=True, exist_ok=True)
         os.rename(work.out, target)
     except BaseException as error:
@@ -349,8 +469,11 @@ def _move_into_place(work: Work, record: Record, target: Path) -> None:
         if new_kind:
             with suppress(OSError):  # another run may have used it in the meantime
                 target.parent.rmdir()
-        if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+        there = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
+        if isinstance(error, OSError) and error.errno in there and target.exists():
             raise StoreError(f"{target} is there already; artifacts never change") from error
         raise
     # A rename is on the disk when the directory that it changed is.
     fsync(target.parent)
+    if new_kind:
+        fsync(target.parent.parent)

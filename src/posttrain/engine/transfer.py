@@ -9,16 +9,19 @@ still be verified far from its first store.
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
 from posttrain.engine.ancestry import history_problems, lineage, vouching_problems
-from posttrain.engine.atomic import fsync, guarded, write_whole
+from posttrain.engine.atomic import fsync, guarded, part_of, remove_parts, write_whole
 from posttrain.engine.errors import StoreError
 from posttrain.engine.fingerprint import digest, file_digest, files_digest
+from posttrain.engine.form import MAX_HISTORY_BYTES, history_fault, parse
 from posttrain.engine.graph import Node, payload
-from posttrain.engine.record import FORMAT, Artifact, Record, check_format, form_fault
+from posttrain.engine.links import astray, check_links, found_again, renew
+from posttrain.engine.record import FORMAT, Artifact, Record, check_format, record_problems
 from posttrain.engine.store import Store
 
 HISTORY: Final = "history.json"
@@ -59,21 +62,25 @@ def adopt(
         data = {"files": files_digest(source, files, store.hashes.digest)}
     node = Node(name=name, kind=kind, version=version, data=data)
     fingerprint = digest(payload(node, {}))
-    work = store.begin(fingerprint)
-    assert work is not None  # begin waits
-    try:
-        present = store.find(fingerprint)
-        if present is not None:
+    # Held as by a run: gc must not take what is adopted while it asks.
+    with store.in_use():
+        work = store.begin(fingerprint)
+        assert work is not None  # begin waits
+        try:
+            present = store.find(fingerprint)
+            if present is not None:
+                work.discard()
+                lost = astray(present, store.hashes)
+                renew(store.root, present, found_again(present, lost, [source], store.hashes))
+                return present
+            with guarded(store.root, f"adopting {node.name}"):
+                _place(source, work.out, files, link=link)
+            return store.commit(
+                node, work, inputs={}, metrics=metrics, provenance=provenance, history=history
+            )
+        except BaseException:
             work.discard()
-            return present
-        with guarded(store.root, f"adopting {node.name}"):
-            _place(source, work.out, files, link=link)
-        return store.commit(
-            node, work, inputs={}, metrics=metrics, provenance=provenance, history=history
-        )
-    except BaseException:
-        work.discard()
-        raise
+            raise
 
 
 def _place(source: Path, out: Path, files: Sequence[str], *, link: bool) -> None:
@@ -88,11 +95,20 @@ def _place(source: Path, out: Path, files: Sequence[str], *, link: bool) -> None
 
 
 def export(store: Store, artifact: Artifact, target: Path) -> Path:
-    """Copy the files of `artifact` to the new directory `target` (links become files), with
-    `history.json`.
+    """Copy the files of `artifact` to the new directory `target`, see `exporting`."""
+    with exporting(store, artifact, target):
+        pass
+    return target.absolute()
 
-    The directory appears whole or not at all. Raises StoreError: `target` is not empty, a file
-    differs from its record, an ancestor is missing from the store, or the disk is full.
+
+@contextmanager
+def exporting(store: Store, artifact: Artifact, target: Path) -> Iterator[Path]:
+    """Copy the files of `artifact` to the new directory `target` (links become files), with
+    `history.json`. Yields the copy, not in its place yet, for who adds to it or changes it.
+
+    The directory appears at the end, whole or not at all. Raises StoreError: `target` is not empty,
+    a file or the record is not what was committed, an ancestor is missing from the store, or the
+    disk is full.
     """
     target = target.absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -100,23 +116,33 @@ def export(store: Store, artifact: Artifact, target: Path) -> Path:
     ancestors = lineage(store, artifact)
     missing = [f"{edge} of {a.label}" for a in ancestors for edge in a.missing]
     if missing:
-        raise StoreError(f"cannot export {artifact.label}: the store lacks {', '.join(missing)}")
-    part = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        raise StoreError(
+            f"cannot export {artifact.label}: the store lacks {', '.join(missing)}, or cannot "
+            "read it"
+        )
+    problems = record_problems(artifact.record)
+    if problems:
+        raise StoreError(f"cannot export {problems[0]}; `posttrain verify` says more")
+    check_links(store.root, artifact, store.hashes)
+    history = {"format": FORMAT, "records": [dict(a.record) for a in ancestors]}
+    part = part_of(target)
     try:
         with guarded(target.parent, f"exporting {artifact.label}"):
+            # What an export that was killed has left beside it.
+            remove_parts(target.parent, target.name)
             part.mkdir(parents=True)
             for name, entry in artifact.files.items():
                 _copy_checked(artifact, name, str(entry["sha256"]), part / name)
-            history = {"format": FORMAT, "records": [dict(a.record) for a in ancestors]}
-            write_whole(
-                part / HISTORY, json.dumps(history, indent=1, sort_keys=True).encode("ascii")
-            )
-            fsync(part)
+            content = json.dumps(history, indent=1, sort_keys=True)
+            write_whole(part / HISTORY, content.encode("ascii"))
+            yield part
+            for path in (part, *part.rglob("*")):
+                fsync(path)
             # It replaces an empty directory as well.
             os.rename(part, target)
+            fsync(target.parent)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    return target
 
 
 def _copy_checked(artifact: Artifact, name: str, sha256: str, target: Path) -> None:
@@ -124,7 +150,15 @@ def _copy_checked(artifact: Artifact, name: str, sha256: str, target: Path) -> N
     source = artifact.path / name
     if not source.is_file():
         raise StoreError(f"{artifact.label}: {name} is missing from {artifact.path}")
-    shutil.copyfile(source, target)
+    try:
+        shutil.copyfile(source, target)
+    except PermissionError as error:
+        if error.filename == str(source):
+            raise StoreError(
+                f"{artifact.label}: {name} may not be read ({source}); ask its owner, or "
+                "`chmod a+r` it"
+            ) from error
+        raise
     # The copy, not the source: what was read and what was written are checked at once.
     if file_digest(target) != sha256:
         raise StoreError(
@@ -140,7 +174,7 @@ def read_history(directory: Path) -> list[Record]:
     """
     path = directory / HISTORY
     try:
-        content = json.loads(path.read_bytes())
+        content = parse(path, MAX_HISTORY_BYTES)
     except FileNotFoundError:
         return []
     except (OSError, ValueError, RecursionError) as error:
@@ -148,7 +182,9 @@ def read_history(directory: Path) -> list[Record]:
             f"{path} is damaged ({error}); remove it to adopt without a history"
         ) from error
     check_format(content, path)
-    records = content.get("records")
-    if not isinstance(records, list) or any(map(form_fault, records)):
-        raise StoreError(f"{path} holds no whole records; remove it to adopt without a history")
-    return records
+    fault = history_fault(content.get("records"))
+    if fault:
+        raise StoreError(
+            f"{path} is not as posttrain writes it ({fault}); remove it to adopt without a history"
+        )
+    return list(content["records"])

@@ -13,6 +13,8 @@ from typing import Any, Final
 
 from posttrain.engine.atomic import remembered
 from posttrain.engine.errors import StoreError, choices_text
+from posttrain.engine.form import is_hash, is_object_of_texts
+from posttrain.engine.graph import is_stage_name
 from posttrain.engine.record import SHORT, label_of
 from posttrain.engine.store import Store
 from posttrain.engine.work import STAGE, STEP, read_step, read_warnings
@@ -83,16 +85,27 @@ def unfinished(store: Store) -> list[Unfinished]:
         if path.parent.name not in done and len(path.parent.name) == SHORT:
             stage = remembered(path)
             if _is_whole(stage):
-                found.append(Unfinished(path=path.parent, stage=stage, step=read_step(path.parent)))
+                found.append(Unfinished(path=path.parent, stage=stage, step=_step(path.parent)))
     return sorted(found, key=lambda one: (one.name, one.fingerprint))
 
 
 def _is_whole(stage: Any) -> bool:
     return (
         isinstance(stage, dict)
-        and all(isinstance(stage.get(key), str) for key in ("name", "kind", "fingerprint"))
-        and all(isinstance(stage.get(key), dict) for key in ("config", "inputs"))
+        and is_stage_name(stage.get("name"))
+        and is_stage_name(stage.get("kind"))
+        and is_hash(stage.get("fingerprint"))
+        and isinstance(stage.get("config"), dict)
+        and is_object_of_texts(stage.get("inputs"))
     )
+
+
+def _step(path: Path) -> int | None:
+    """A damaged step checkpoint is none; the stage's own run says what is wrong with it."""
+    try:
+        return read_step(path)
+    except StoreError:
+        return None
 
 
 def find_unfinished(store: Store, text: str) -> Unfinished:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from posttrain.engine.atomic import remembered, write_whole
+from posttrain.engine.atomic import is_part, remembered, write_whole
 from posttrain.engine.errors import StoreError
 from posttrain.engine.record import RECORD
 
@@ -32,14 +32,14 @@ STAGE = "stage.json"
 FACTS = "facts.json"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Work:
     """A work directory that this process holds. `release` lets others have it."""
 
     path: Path
     lock: int
-    """File descriptor of the held lock. The lock lives until every process that shares it has
-    closed it."""
+    """File descriptor of the held lock, -1 once it was released. The lock lives until every process
+    that shares it has closed it."""
 
     @property
     def out(self) -> Path:
@@ -47,13 +47,19 @@ class Work:
         return self.path / "out"
 
     def release(self) -> None:
-        """Let others take this work directory; what is in it stays."""
+        """Let others take this work directory; what is in it stays. A second time does nothing: an
+        interrupt may come between a commit and the note of it."""
+        held, self.lock = self.lock, -1
+        if held < 0:
+            return
         # While the lock is held: who gets it next sees that its file is gone (`take_lock`).
         _lock_path(self.path).unlink(missing_ok=True)
-        os.close(self.lock)
+        os.close(held)
 
     def discard(self) -> None:
         """Remove the directory with everything in it, and release it."""
+        if self.lock < 0:
+            return
         shutil.rmtree(self.path, ignore_errors=True)
         self.release()
 
@@ -206,6 +212,10 @@ def _prepare(path: Path) -> None:
         # Left by a commit that was cut short; the next commit writes its own.
         for name in (RECORD, CODE_DIFF, METRICS):
             (out / name).unlink(missing_ok=True)
+        # Left by whoever was killed while it wrote a file: nobody else works here.
+        for folder, _, names in os.walk(out):
+            for name in filter(is_part, names):
+                Path(folder, name).unlink()
         _trim_metrics(path / METRICS, step)
     out.mkdir(parents=True, exist_ok=True)
 

@@ -10,6 +10,7 @@ from posttrain.backends.checkpoint_source import CheckpointSource, find_checkpoi
 from posttrain.engine.errors import ConfigError, GraphError, choices_text
 from posttrain.engine.fingerprint import file_digest
 from posttrain.engine.graph import Graph, Node, edge_name, named, with_role
+from posttrain.engine.links import check_links
 from posttrain.engine.store import Store
 from posttrain.engine.unfinished import is_place
 from posttrain.language.handles import Demos, Prompts, Stage, Warned
@@ -330,8 +331,11 @@ class Builder:
         if is_place(source):
             return self.checkpoint(step_model(self.store, source).path)
         found = self.store.named("model", source)
+        if not found:
+            return None
+        check_links(self.store.root, found[0], self.store.hashes)
         # Not what its record says: linked files may have changed since they were adopted.
-        return self.checkpoint(found[0].path) if found else None
+        return self.checkpoint(found[0].path)
 
     def checkpoint(self, source: str | Path) -> CheckpointSource:
         """The checkpoint of a directory or a Hub id."""

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from posttrain.engine.atomic import human_bytes, write_whole
+from posttrain.engine.atomic import human_bytes, remove_parts, write_whole
 from posttrain.engine.fingerprint import digest
 from posttrain.engine.record import SHORT, Artifact
 from posttrain.engine.store import Store
@@ -83,6 +83,7 @@ def write_report(
         **_content(stages, artifact),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
+    remove_parts(path.parent, path.name)
     write_whole(path, page.encode("utf-8"))
     return path
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from posttrain.engine.atomic import write_whole
+from posttrain.engine.atomic import remove_parts, write_whole
 from posttrain.report import plots, wording
 from posttrain.report import sweep as tables
 from posttrain.report.curves import Panel, overlaid
@@ -89,6 +89,7 @@ def write_sweep_page(
         seconds=sum(stage.facts.seconds for stage in stages),
         source=source,
     )
+    remove_parts(path.parent, path.name)
     write_whole(path, text.encode("utf-8"))
 
 
