@@ -48,8 +48,8 @@ def recipe(r: Recipe, base: str, teacher: str, steps: int, sample: bool = False)
     liked = r.dpo(start=start, data=r.preferences("pairs"), steps=4, batch_size=8, lr=1e-4,
                   name="liked")
     better = r.rl(start=liked, prompts=r.prompts(r.domains), steps=3, prompts_per_step=8,
-                  group_size=4, max_new_tokens=12, lr=1e-4, reward=judges.length(budget=8), correction="truncated",
-                  name="better")
+                  group_size=4, max_new_tokens=12, lr=1e-4, reward=judges.length(budget=8),
+                  correction="truncated", name="better")
     student = r.distill(start=better, teachers={domain: coach for domain in r.domains},
                         prompts=r.prompts(r.domains), steps=3, prompts_per_step=8,
                         max_new_tokens=12, lr=1e-4, name="student")

@@ -14,6 +14,7 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import json
+import math
 import signal
 import string
 from collections.abc import Callable, Iterator, Mapping
@@ -148,6 +149,18 @@ def write_domain(
     build_domain(node.config, node.runtime, path, node.data)
     write_record(path, name, "domain")
     return path
+
+
+def weights_file(tensors: Mapping[str, tuple[str, tuple[int, ...]]], *, cut: int = 0) -> bytes:
+    """A safetensors file of zeros, made by hand: name to type and shape; `cut` bytes too short."""
+    sizes = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I32": 4, "U8": 1, "F8_E4M3": 1}
+    header: dict[str, Any] = {}
+    end = 0
+    for name, (dtype, shape) in tensors.items():
+        begin, end = end, end + sizes[dtype] * math.prod(shape)
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + bytes(end - cut)
 
 
 def write_record(path: Path, name: str, kind: str) -> None:

@@ -22,16 +22,20 @@ ALLOWED: dict[str, set[str]] = {
     "losses": set(),
     "rl": {"losses"},
     "backends.prompting": {"engine"},
+    "backends.outside": {"engine"},
     "backends.turn_end": set(),
     "backends.vocabulary": {"engine"},
     "backends.template": {"engine", "backends.prompting"},
-    "backends.checkpoint_source": {"engine", "backends.turn_end", "backends.vocabulary"},
+    "backends.checkpoint_source": {
+        "engine", "backends.outside", "backends.turn_end", "backends.vocabulary",
+    },
     "rewards": {"engine", "backends.prompting", "schedules"},
     "suites": {"engine", "rewards", "backends.prompting"},
     "stages.kinds": {"engine"},
     "report": {"engine", "stages.kinds"},
     "backends": {
-        "engine", "losses", "rl", "backends.prompting", "backends.template", "backends.turn_end",
+        "engine", "losses", "rl", "backends.prompting", "backends.outside", "backends.template",
+        "backends.turn_end",
         "backends.vocabulary",
     },
     "schedules": {"engine"},
@@ -45,7 +49,7 @@ ALLOWED: dict[str, set[str]] = {
     "stages": {
         "engine", "losses", "rl", "rewards", "suites", "report", "backends", "schedules",
         "algorithms", "values", "stages.settings", "backends.prompting",
-        "backends.checkpoint_source", "backends.vocabulary",
+        "backends.checkpoint_source", "backends.outside", "backends.vocabulary",
     },
     "stages.step_checkpoint": {
         "engine", "stages", "stages.config", "stages.kinds", "stages.worker",
@@ -57,7 +61,7 @@ ALLOWED: dict[str, set[str]] = {
         "backends.template", "backends.checkpoint_source",
     },
     "recipe": {
-        "engine", "suites", "language", "judges", "stages.kinds", "backends.checkpoint_source",
+        "engine", "suites", "language", "judges", "stages.kinds",
     },
     "package": {"recipe", "language", "suites", "schedules", "judges", "algorithms"},
     "recipes": {"package", "judges", "schedules", "algorithms"},
@@ -65,7 +69,7 @@ ALLOWED: dict[str, set[str]] = {
     "commands": {
         "engine", "report", "backends", "stages", "stages.kinds", "stages.step_checkpoint",
         "stages.worker", "recipe",
-        "language", "language.loader", "backends.checkpoint_source", "suites",
+        "language", "language.loader", "backends.checkpoint_source", "backends.outside", "suites",
     },
     "cli": {"engine", "commands", "package"},
     "__main__": {"cli"},
@@ -80,6 +84,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "suites": {"datasets", "pyarrow", "pydantic"},
     "algorithms": {"pydantic"},
     "report": {"jinja2", "markupsafe", "pydantic", "rich"},
+    "backends.outside": set(),
     "backends.checkpoint_source": {"huggingface_hub"},
     "backends.turn_end": {"jinja2"},
     "backends.vocabulary": set(),

@@ -16,7 +16,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from posttrain.backends.checkpoint_source import find_checkpoint
 from posttrain.engine.errors import ConfigError
 from posttrain.engine.graph import Graph, Node
 from posttrain.engine.store import Store
@@ -114,7 +113,7 @@ class Recipe(DataVerbs):
                 "adopted name or a Hub id, as a text"
             )
         adopted = self._build.adopted(str(source))
-        external = adopted or find_checkpoint(source, self._build.hash_file)
+        external = adopted or self._build.checkpoint(source)
         speaking.told(self._build, name, external)
         self._build.external[name] = external
         node = Node(

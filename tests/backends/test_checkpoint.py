@@ -202,3 +202,86 @@ def test_a_generation_config_that_could_not_be_saved_again_is_mended_or_refused(
     edit(path, length_penalty=0.5, num_beams=1)
     with pytest.raises(ConfigError, match=r"generation_config\.json"):
         load(saved)
+
+
+def test_a_tokenizer_without_tokens_is_refused(saved: Path) -> None:
+    """transformers makes an empty one without a word: every character is unknown to it."""
+    (saved / "tokenizer.json").unlink()
+    (saved / "merges.txt").write_text("a b\n")
+    (saved / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "BertTokenizer", "eos_token": "[SEP]"})
+    )
+    with pytest.raises(ConfigError, match=r"BertTokenizer .*\(none\) that knows 0 tokens"):
+        load(saved)
+    with pytest.raises(ConfigError, match="BertTokenizer"):
+        read_chat(saved)
+
+
+def test_a_tokenizer_in_vocab_txt_is_read_as_transformers_reads_it(saved: Path) -> None:
+    (saved / "tokenizer.json").unlink()
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(chr, range(33, 127))]
+    (saved / "vocab.txt").write_text("\n".join(tokens) + "\n")
+    (saved / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "BertTokenizer", "eos_token": "[SEP]"})
+    )
+    assert load(saved).tokenizer.decode([tokens.index("q")]) == "q"
+
+
+def test_what_cannot_be_loaded_names_the_files_of_tokens(saved: Path) -> None:
+    (saved / "tokenizer.json").rename(saved / "tekken.json")
+    with pytest.raises(ConfigError, match=r"cannot load this checkpoint .*tokens: tekken\.json"):
+        load(saved)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"hidden_size": "many"},
+        {"num_attention_heads": None},
+        {"rope_parameters": {"rope_type": "none such"}},
+        {"num_attention_heads": 0},
+        {"layer_types": 3},
+        {"eos_token_id": {"a": 1}},
+    ],
+)
+def test_nonsense_in_a_config_is_told_in_words(saved: Path, wrong: dict[str, Any]) -> None:
+    edit(saved / "config.json", **wrong)
+    with pytest.raises(ConfigError, match="cannot load this checkpoint"):
+        load(saved)
+
+
+def test_a_config_ties_what_the_bytes_tie(saved: Path, tmp_path: Path) -> None:
+    """transformers unties a head with numbers of its own; a server goes by the config."""
+    assert load(saved).model.config.tie_word_embeddings is True
+    tensors = load_file(saved / "model.safetensors")
+    embedding = tensors["model.embed_tokens.weight"]
+    save_file(tensors | {"lm_head.weight": embedding + 1}, saved / "model.safetensors")
+    save(load(saved), tmp_path / "apart")
+    config = json.loads((tmp_path / "apart" / "config.json").read_text())
+    assert config["tie_word_embeddings"] is False
+    held = load_file(tmp_path / "apart" / "model.safetensors")
+    assert torch.equal(held["lm_head.weight"], embedding + 1)
+    with torch.no_grad():
+        ours, theirs = (load(p).model(input_ids=IDS).logits for p in (saved, tmp_path / "apart"))
+    assert torch.equal(ours, theirs)
+
+    save_file(tensors | {"lm_head.weight": embedding.clone()}, saved / "model.safetensors")
+    save(load(saved), tmp_path / "one")
+    config = json.loads((tmp_path / "one" / "config.json").read_text())
+    assert config["tie_word_embeddings"] is True
+    assert "lm_head.weight" not in load_file(tmp_path / "one" / "model.safetensors")
+
+
+def test_a_nested_config_that_bends_its_logits_is_refused(tmp_path: Path, saved: Path) -> None:
+    text = {"final_logit_softcapping": 30.0, "vocab_size": 100, "model_type": "gemma3_text"}
+    content = {"model_type": "gemma3", "text_config": text, "architectures": ["Gemma3ForCausalLM"]}
+    (saved / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=r"final_logit_softcapping = 30\.0"):
+        load(saved)
+
+
+def test_tensors_that_are_no_part_of_the_model_are_known(saved: Path) -> None:
+    tensors = load_file(saved / "model.safetensors")
+    tower = {"vision_tower.weight": torch.zeros(2, 2)}
+    save_file(tensors | tower, saved / "model.safetensors")
+    assert load(saved).left_out == ("vision_tower.weight",)

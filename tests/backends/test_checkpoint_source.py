@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.conftest import weights_file
 
 from posttrain.backends.checkpoint_source import CheckpointSource, find_checkpoint, token_conflict
 from posttrain.engine.errors import ConfigError
@@ -23,10 +24,15 @@ def make(tmp_path: Path) -> Make:
         (tmp_path / name).mkdir()
         contents: dict[str, Any] = {
             "config.json": {"vocab_size": 2, "eos_token_id": 1},
-            "model.safetensors": "weights",
+            "model.safetensors": weights_file({"model.norm.weight": ("F32", (2,))}),
             "tokenizer.json": {"model": {"vocab": {"a": 0, "b": 1}}},
         }
         for file, content in (contents | (files or {})).items():
+            if isinstance(content, bytes):
+                (tmp_path / name / file).write_bytes(content)
+                continue
+            if file == "config.json" and isinstance(content, dict):
+                content = {"model_type": "qwen2"} | content
             text = content if isinstance(content, str) else json.dumps(content)
             (tmp_path / name / file).write_text(text)
         return find_checkpoint(tmp_path / name)

@@ -22,6 +22,7 @@ from posttrain.backends.merging import (
     task_arithmetic,
     ties,
     trim,
+    untie,
 )
 from posttrain.engine.errors import ConfigError
 
@@ -182,11 +183,34 @@ def test_files_are_read_tensor_by_tensor(tmp_path: Path) -> None:
     (split / "model.safetensors.index.json").write_text(
         '{"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}'
     )
-    files = TensorFiles(whole, without=["n", "absent"])
-    assert set(files) == {"a", "b"} == set(TensorFiles(split)) and len(files) == 2
+    files = TensorFiles(whole)
+    assert set(files) == {"a", "b", "n"} and set(TensorFiles(split)) == {"a", "b"}
+    assert len(files) == 3
     assert files.shape("b") == [1, 2]
     for name in files:
         assert torch.equal(files[name], BASE[name])
-        assert torch.equal(TensorFiles(split)[name], BASE[name])
+    assert torch.equal(TensorFiles(split)["b"], BASE["b"])
     with pytest.raises(ConfigError, match=r"there is no model\.safetensors"):
         TensorFiles(tmp_path)
+
+
+def test_whether_a_tensor_is_tied_is_decided_by_its_numbers(tmp_path: Path) -> None:
+    embed, other = torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 3.0]])
+    held = {
+        "alone": {"embed": embed},
+        "twice": {"embed": embed, "head": embed.clone()},
+        "apart": {"embed": embed, "head": other},
+    }
+    files = {}
+    for name, tensors in held.items():
+        (tmp_path / name).mkdir()
+        save_file(tensors, tmp_path / name / "model.safetensors")
+        files[name] = TensorFiles(tmp_path / name, tied={"head": "embed"})
+    assert [set(f) for f in files.values()] == [{"embed"}, {"embed"}, {"embed", "head"}]
+    untie([files["alone"], files["twice"]])
+    assert all(set(files[name]) == {"embed"} for name in ("alone", "twice"))
+    untie(list(files.values()))
+    heads = [f["head"] for f in files.values()]
+    assert [torch.equal(head, embed) for head in heads] == [True, True, False]
+    assert torch.equal(heads[2], other)
+    assert all(len(f) == 2 and f.shape("head") == [1, 2] for f in files.values())

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.conftest import weights_file
 
 import posttrain.engine.store
 from posttrain.engine.work import Work
@@ -85,8 +86,9 @@ RECIPES = {
 def checkpoint(folder: Path, vocabulary: dict[str, int]) -> None:
     """Files with the names of a checkpoint's; only the vocabulary is real."""
     folder.mkdir()
-    (folder / "config.json").write_text("{}")
-    (folder / "model.safetensors").write_bytes(b"weights")
+    (folder / "config.json").write_text('{"model_type": "qwen2", "eos_token_id": 0}')
+    tensors = {"model.norm.weight": ("F32", (2,))}
+    (folder / "model.safetensors").write_bytes(weights_file(tensors))
     (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocabulary}}))
 
 

@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 from safetensors import safe_open
+from tests.conftest import weights_file
 
+from posttrain.backends.outside.headers import num_parameters, read_headers
 from posttrain.commands.io import age
-from posttrain.commands.store import count_parameters
 from posttrain.engine import transfer
 from posttrain.engine.store import Store
 
@@ -175,7 +176,7 @@ def test_an_export_stands_alone(store: Store, cli: Callable[..., Any], done: Pat
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = tokenizer("1+2=", return_tensors="pt")["input_ids"]
     assert model(ids).logits.shape[-1] == len(tokenizer)
-    assert count_parameters(folder) == sum(p.numel() for p in model.parameters())
+    assert num_parameters(read_headers(folder)) == sum(p.numel() for p in model.parameters())
     (evaluation,) = found["evaluations"]
     card = (folder / "README.md").read_text()
     assert "## Scores" in card and evaluation in card
@@ -288,6 +289,41 @@ def test_export_refuses_a_directory_in_use(store: Store, cli: Callable[..., Any]
     result = cli("export", "student", ".")
     assert result.code == 2
     assert "not an empty directory" in result.err
+
+
+def test_an_export_may_be_rounded(store: Store, cli: Callable[..., Any], done: Path) -> None:
+    """Its history would vouch for other bytes; without a change of type nothing changes."""
+    whole, half = done / "whole", done / "half"
+    assert cli("export", "student", whole, "--dtype", "float32", "--json").json["rounded"] is False
+    assert (whole / "history.json").exists()
+    found = cli("export", "student", half, "--dtype", "bfloat16", "--json").json
+    assert found["rounded"] is True and "history.json" not in found["files"]
+    ours, theirs = (read_headers(path) for path in (half, whole))
+    assert {tensor.dtype for tensor in ours.values()} == {"BF16"}
+    assert ours.keys() == theirs.keys()
+    assert json.loads((half / "config.json").read_text())["dtype"] == "bfloat16"
+    assert "rounded to bfloat16" in (half / "README.md").read_text()
+    assert "rounded to float16" in cli("export", "sft", done / "third", "--dtype", "float16").out
+    result = cli("export", "student", done / "fourth", "--dtype", "int8")
+    assert (result.code, (done / "fourth").exists()) == (2, False)
+    assert "--dtype int8" in result.err and "bfloat16, float16, float32" in result.err
+    result = cli("export", "sums", done / "fourth", "--dtype", "bfloat16")
+    assert (result.code, (done / "fourth").exists()) == (2, False)
+    assert "is no model" in result.err
+
+
+def test_a_hostile_checkpoint_is_not_adopted(cli: Callable[..., Any], place: Path) -> None:
+    """What a link points at would be exported with the model."""
+    folder = place / "hostile"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "qwen2"}')
+    tensors = {"model.norm.weight": ("F32", (2,))}
+    (folder / "model.safetensors").write_bytes(weights_file(tensors))
+    (folder / "vocab.json").symlink_to("/etc/passwd")
+    result = cli("adopt", folder, "--name", "mine")
+    assert result.code == 2
+    assert "hostile/vocab.json: a link to /etc/passwd" in result.err and "cp -L" in result.err
+    assert cli("ls", "--json").json["artifacts"] == []
 
 
 def labels(found: Any) -> set[str]:

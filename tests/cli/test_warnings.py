@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.conftest import weights_file
 
 OWN = """
 from posttrain.stages.kinds import Kind
@@ -85,8 +86,9 @@ def test_of_a_start_without_chat_template(
 ) -> None:
     outside = place / "outside"
     outside.mkdir()
-    (outside / "config.json").write_text("{}")
-    (outside / "model.safetensors").write_bytes(b"weights")
+    (outside / "config.json").write_text('{"model_type": "qwen2"}')
+    tensors = {"model.norm.weight": ("F32", (2,))}
+    (outside / "model.safetensors").write_bytes(weights_file(tensors))
     (outside / "tokenizer.json").write_text("{}")
     texts = {"chat_template.jinja": "{{ 1 }}", "tokenizer_config.json": '{"chat_template": "x"}'}
     if where is not None:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from posttrain.backends.checkpoint import LanguageModel, load
+from posttrain.backends.saved_types import recast
 from posttrain.engine.errors import ConfigError
 from posttrain.engine.work import read_warnings
 from posttrain.stages.config import build_config
@@ -175,3 +176,43 @@ def test_settings_that_do_nothing_are_refused() -> None:
     ]:
         with pytest.raises(ConfigError, match=message):
             build_config("merge", "mine", changes)
+
+
+@pytest.mark.parametrize("how", ["average", "task_arithmetic", "ties", "dare_linear", "dare_ties"])
+def test_a_head_that_the_config_only_claims_to_tie_is_merged(
+    run_stage: RunStage, models: Mapping[str, str], save_model: SaveModel, how: str
+) -> None:
+    """The merge of a model with itself is that model, whatever its config says of its head."""
+    apart = save_model(load(models["one"]))
+    tensors = weights(apart)
+    embedding = tensors["model.embed_tokens.weight"]
+    tensors["lm_head.weight"] = embedding + 0.5 * torch.roll(embedding, 1, 0)
+    save_file(tensors, Path(apart) / "model.safetensors", metadata={"format": "pt"})
+    inputs = {"models.one": apart, "models.two": apart}
+    if how != "average":
+        # The base ties its head: it has a copy of its embedding there. Halves add up to one.
+        inputs["base"] = models["start"]
+    dense = {"density": 1.0} if how not in ("average", "task_arithmetic") else {}
+    settings = {"how": {"kind": how, **dense}, "weights": {"one": 0.5, "two": 0.5}}
+    ran = run_stage("merge", settings, inputs)
+    assert json.loads((ran.out / "config.json").read_text())["tie_word_embeddings"] is False
+    ids = torch.arange(10, 30)[None]
+    with torch.no_grad():
+        expected, found = (load(path).model(ids).logits for path in (apart, ran.out))
+    assert (expected - found).abs().max() < 1e-4
+
+
+def test_a_result_has_the_type_of_the_models_or_the_one_asked_for(
+    merge: Callable[..., Any], models: Mapping[str, str], save_model: SaveModel, tmp_path: Path
+) -> None:
+    one, two = (save_model(load(models[name])) for name in ("one", "two"))
+    recast(Path(one), "bfloat16")
+    assert {t.dtype for t in merge(one=one, two=two).weights().values()} == {torch.float32}
+    recast(Path(two), "bfloat16")
+    halves = merge(one=one, two=two).weights()
+    assert {tensor.dtype for tensor in halves.values()} == {torch.bfloat16}
+    name = "model.norm.weight"
+    mean = (weights(one)[name].float() + weights(two)[name].float()) / 2
+    assert torch.equal(halves[name], mean.bfloat16()), "added up in float32, rounded at the end"
+    whole = merge(one=one, two=two, save_dtype="float32").weights()
+    assert torch.equal(whole[name], mean)

@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from posttrain.backends.checkpoint import LanguageModel
+from posttrain.backends.saved_types import recast
 from posttrain.backends.tiny import character_tokenizer, new_model
 from posttrain.engine.errors import ConfigError
 from posttrain.schedules import learning_rate
@@ -296,3 +298,40 @@ def test_a_disk_that_is_full_at_the_last_checkpoint_fails_the_stage(
     monkeypatch.setattr(context, "save_file", full)
     with pytest.raises(OSError, match="No space left"):
         sft(steps=1)
+
+
+def test_a_result_has_the_type_of_its_start_or_the_one_asked_for(
+    run_stage: RunStage, models: Mapping[str, str], domains: Mapping[str, str], tmp_path: Path
+) -> None:
+    """It learns in float32 and is rounded once, at the end."""
+    start = tmp_path / "start"
+    shutil.copytree(models["start"], start)
+    recast(start, "bfloat16")
+    inputs = {"start": str(start), **domains}
+    found = {
+        dtype: run_stage("sft", BASE | {"save_dtype": dtype}, inputs).weights()
+        for dtype in ("base", "float32", "float16")
+    }
+    for dtype, weights in found.items():
+        expected = getattr(torch, {"base": "bfloat16"}.get(dtype, dtype))
+        for name, weight in weights.items():
+            assert torch.equal(weight, found["float32"][name].to(expected)), (dtype, name)
+            assert weight.dtype == expected
+    (ran,) = [run_stage("sft", BASE, {"start": models["start"], **domains})]
+    assert {weight.dtype for weight in ran.weights().values()} == {torch.float32}
+
+
+def test_rows_as_long_as_scaled_positions_are_learned(
+    run_stage: RunStage, models: Mapping[str, str], domains: Mapping[str, str], tmp_path: Path
+) -> None:
+    """8 positions are too few for any row; scaled eight times they are enough for all."""
+    start = tmp_path / "start"
+    shutil.copytree(models["start"], start)
+    config = json.loads((start / "config.json").read_text()) | {"max_position_embeddings": 8}
+    (start / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="do not fit the 8 positions"):
+        run_stage("sft", BASE, {"start": str(start), **domains})
+    yarn = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 8}
+    config["rope_parameters"] = config["rope_parameters"] | yarn
+    (start / "config.json").write_text(json.dumps(config))
+    assert run_stage("sft", BASE, {"start": str(start), **domains}).metrics["loss"] > 0

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
+from posttrain.backends.outside.positions import positions_of, text_config
 from posttrain.engine.errors import ConfigError
 
 Path = Literal["packed", "plain"]
@@ -63,8 +64,9 @@ def has_full_attention(config: Any) -> bool:
 
     A window that no row can outgrow counts as full attention.
     """
+    config, positions = text_config(config), positions_of(config)
     window = getattr(config, "sliding_window", None)
-    slides = window is not None and window < getattr(config, "max_position_embeddings", 0)
+    slides = window is not None and (positions is None or window < positions)
     if getattr(config, "attention_chunk_size", None) is not None:
         return False
     kinds = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None)
@@ -143,7 +145,7 @@ def check_plain(model: Any, name: str) -> None:
         reason = "is an encoder-decoder"
     elif body is model or "input_ids" not in accepted:
         reason = "has no decoder of its own below the output layer"
-    elif getattr(model.config, "index_topk", None) is not None:
+    elif getattr(text_config(model.config), "index_topk", None) is not None:
         reason = "attends to keys that an index picks, which may be others in a padded row"
     elif any(_bounds_steps(module) for module in model.modules()):
         reason = "bounds the step sizes of its recurrence for a whole row but not token by token"
@@ -231,9 +233,3 @@ def _close(one: Tensor, other: Tensor) -> bool:
     tolerance = 1e-3 if one.dtype in (torch.float32, torch.float64) else 5e-2
     scale = max(1.0, float(other.abs().max()))
     return bool((one - other).abs().max() <= tolerance * scale)
-
-
-def positions_of(config: Any) -> int | None:
-    """How many tokens a model reads at once, by its config; None without a limit."""
-    positions: int | None = getattr(config, "max_position_embeddings", None)
-    return positions

@@ -309,6 +309,9 @@ class LearnerSettings:
     trainable: tuple[str, ...] = ("*",)
     """Globs of parameter names; the weights that none of them matches stay as they are."""
     ema: float | None = None
+    save_dtype: str = "base"
+    """Type of the numbers that `save` writes, such as "bfloat16"; "base": those of the files of the
+    checkpoint, tensor by tensor."""
 
 
 class Backend(Protocol):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,19 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
-from posttrain.backends.architecture import check_plain, path_of, positions_of
+from posttrain.backends.architecture import check_plain, path_of
 from posttrain.backends.base import Head
 from posttrain.backends.chat import Chat
 from posttrain.backends.memory import is_out_of_memory
+from posttrain.backends.outside.files import vocabulary_files
+from posttrain.backends.outside.positions import positions_of, text_config
+from posttrain.backends.saved_types import Types, read_types, recast
 from posttrain.backends.turn_end import TurnEnd, turn_end
 from posttrain.backends.vocabulary import TokenIds, drawable
 from posttrain.engine.errors import ConfigError
 
+PROBED = 16
+"""Tokens that a tokenizer is asked for to see that it has any."""
 NEVER = -1e9
 """The bias of an id without a token. Its probability is exactly 0, and finite: 0 times an infinite
 logarithm would be no number."""
@@ -39,6 +44,10 @@ class LanguageModel:
     """A transformers causal LM."""
     tokenizer: Any
     """A transformers tokenizer."""
+    types: Types = field(default_factory=dict)
+    """The types of its tensors in the files it was loaded from, by name."""
+    left_out: tuple[str, ...] = ()
+    """Tensors in these files that are no part of the model, such as those that read pictures."""
 
     @property
     def ids(self) -> TokenIds:
@@ -126,17 +135,19 @@ def load(
             f"{path}: this is a reward model ({config.architectures[0]}): it scores responses "
             "and writes none; name a language model here"
         )
-    for field in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-        if getattr(config, field, None) not in (None, 1, 1.0):
+    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        value = getattr(text_config(config), name, None)
+        if value not in (None, 1, 1.0):
             raise ConfigError(
-                f"{path}/config.json: {field} = {getattr(config, field)}: models that change their "
+                f"{path}/config.json: {name} = {value}: models that change their "
                 "logits after the output projection are not supported; choose a model without it"
             )
-    model, tokenizer = read_weights(AutoModelForCausalLM, path, dtype=dtype, what=what)
+    read = read_weights(AutoModelForCausalLM, path, dtype=dtype, what=what)
+    model = read.model
     if path_of(model) == "plain":
         check_plain(model, str(path))
     _allow_saving(model.generation_config, path)
-    return LanguageModel(model=model.to(device), tokenizer=tokenizer)
+    return replace(read, model=model.to(device))
 
 
 def read_config(path: Path, *, what: str) -> Any:
@@ -145,7 +156,7 @@ def read_config(path: Path, *, what: str) -> Any:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
 
 
-def read_weights(auto: Any, path: Path, *, dtype: torch.dtype, what: str) -> tuple[Any, Any]:
+def read_weights(auto: Any, path: Path, *, dtype: torch.dtype, what: str) -> LanguageModel:
     """A model, `what` transformers' class `auto` makes of it, and its tokenizer.
 
     Raises ConfigError for files that cannot be read and for weights that are not there.
@@ -159,9 +170,7 @@ def read_weights(auto: Any, path: Path, *, dtype: torch.dtype, what: str) -> tup
             output_loading_info=True,
             trust_remote_code=False,
         )
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        # Some settings of tokenizer_config.json are not looked at before.
-        tokenizer("a")
+    tokenizer = read_tokenizer(path, what=what)
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])
         raise ConfigError(
@@ -169,7 +178,40 @@ def read_weights(auto: Any, path: Path, *, dtype: torch.dtype, what: str) -> tup
             f"for, such as {missing[0]}; they would start at random. Complete the checkpoint, or "
             "mend config.json"
         )
-    return model, tokenizer
+    return LanguageModel(
+        model=model,
+        tokenizer=tokenizer,
+        types=read_types(path),
+        left_out=tuple(sorted(loading["unexpected_keys"])),
+    )
+
+
+def read_tokenizer(path: Path, *, what: str) -> Any:
+    """The tokenizer of a checkpoint that is to be `what`.
+
+    Raises ConfigError where there is none, and for one without tokens: of some classes transformers
+    makes an empty one where their file is missing, to which every text is unknown.
+    """
+    with _readable(path, what):
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        special = set(tokenizer.all_special_ids)
+        ids = sorted(set(tokenizer.get_vocab().values()) - special)
+        probe = ids[:: max(1, len(ids) // PROBED)]
+        texts = [tokenizer.decode([i]) for i in probe]
+        read = [
+            set(tokenizer.encode(text, add_special_tokens=False)) - {tokenizer.unk_token_id}
+            for text in texts
+            if text.strip()
+        ]
+    if not any(read):
+        there = ", ".join(vocabulary_files(sorted(p.name for p in path.iterdir()))) or "none"
+        raise ConfigError(
+            f"{path}: transformers makes a {type(tokenizer).__name__} of its tokenizer files "
+            f"({there}) that knows {len(ids)} tokens besides the special ones and reads none of "
+            "them; put the vocabulary that this class needs beside the weights, or mend "
+            "tokenizer_class in tokenizer_config.json"
+        )
+    return tokenizer
 
 
 @contextmanager
@@ -177,16 +219,20 @@ def _readable(path: Path, what: str) -> Iterator[None]:
     """Turn what transformers raises over a directory's files into a ConfigError."""
     try:
         yield
+    except ConfigError:
+        raise
+    # The files are a stranger's: there is nothing that could not be raised over them.
     except Exception as error:
         if is_out_of_memory(error):
             # Nothing is wrong with the files.
             raise
-        # Whatever transformers, tokenizers and what they call make of files that are not as they
-        # claim: they check few of the values in them.
-        said = (str(error) or type(error).__name__).splitlines()[0]
+        lines = str(error).splitlines() or [type(error).__name__]
+        named = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+        names = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
         raise ConfigError(
-            f"{path}: transformers cannot load this checkpoint as {what} ({said}); it must be a "
-            "directory with config.json, model.safetensors and tokenizer files"
+            f"{path}: transformers cannot load this checkpoint as {what} "
+            f"({named}{lines[0]}); it must be a directory with config.json, model.safetensors and "
+            f"tokenizer files (tokens: {', '.join(vocabulary_files(names)) or 'no file'})"
         ) from error
 
 
@@ -213,16 +259,35 @@ def _allow_saving(generation_config: Any, path: Path) -> None:
         ) from error
 
 
-def save(language_model: LanguageModel, out: Path) -> None:
+def save(language_model: LanguageModel, out: Path, *, types: Types | str | None = None) -> None:
     """Write model, tokenizer and generation config to `out` (created if missing).
 
-    The generation config names all that ends a turn, so that servers stop there, too.
+    The weights are of the types they have in memory, or of `types`: one for all, or one for each
+    tensor. config.json ties the output layer to the embedding where they are one, and the
+    generation config names all that ends a turn, so that servers do as posttrain does.
     """
     out.mkdir(parents=True, exist_ok=True)
     name_ends(language_model.model.generation_config, language_model.turn_end)
     _without_bars()
+    tell_ties(language_model.model)
     language_model.model.save_pretrained(out, safe_serialization=True)
     language_model.tokenizer.save_pretrained(out)
+    if types:
+        recast(out, types)
+
+
+def tell_ties(model: Any) -> None:
+    """Let the config say that output layer and embedding are two where they are.
+
+    transformers goes by the bytes: a file with two different ones is not tied whatever its config
+    says. Servers go by the config.
+    """
+    head = model.get_output_embeddings()
+    if head is None or head.weight is model.get_input_embeddings().weight:
+        return
+    for config in (model.config, text_config(model.config)):
+        if getattr(config, "tie_word_embeddings", False):
+            config.tie_word_embeddings = False
 
 
 def name_ends(generation: Any, end: TurnEnd) -> None:
@@ -257,8 +322,7 @@ def read_chat(path: str | Path) -> Chat:
     that cannot be read, and without a stop token."""
     path, what = Path(path), "a language model"
     config = read_config(path, what=what)
-    with _readable(path, what):
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    tokenizer = read_tokenizer(path, what=what)
     generation = (
         GenerationConfig.from_pretrained(path)
         if (path / "generation_config.json").exists()

@@ -10,10 +10,24 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from posttrain.backends.outside.faults import (
+    check_config,
+    check_directory,
+    check_tensors,
+    check_tokenizer_files,
+)
+from posttrain.backends.outside.files import (
+    CARD,
+    NEVER_READ,
+    OTHER_FOLDERS,
+    TEMPLATES,
+    check_links,
+    model_files,
+)
+from posttrain.backends.outside.headers import TensorHeader, read_headers
 from posttrain.backends.turn_end import TurnEnd, template_renderer, turn_end
 from posttrain.backends.vocabulary import difference
 from posttrain.engine.errors import ConfigError
@@ -21,23 +35,10 @@ from posttrain.engine.fingerprint import file_digest, files_digest
 from posttrain.engine.hashes import HashFile
 from posttrain.engine.parsing import Unreadable, parse_json_file
 
-MODEL_FILES = (
-    "config.json",
-    "generation_config.json",
-    "*.safetensors",
-    "model.safetensors.index.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
-
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
-"""Files of which one holds the vocabulary. A reward model has one too: it reads the same text."""
+LARGEST_CONFIG = 16 * 2**20
+LARGEST = 2**30
+"""Bytes of config.json and its like, and of tokenizer.json; those of published models have at most
+a hundredth and a tenth of that."""
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
@@ -53,6 +54,8 @@ class CheckpointSource:
     """One digest of all files."""
     config: Mapping[str, Any]
     """Content of config.json."""
+    tensors: Mapping[str, TensorHeader]
+    """Types and shapes of the weights, by name."""
     generation_config: Mapping[str, Any]
     """Content of generation_config.json; {} without one."""
     vocabulary: Mapping[str, int] | None
@@ -68,13 +71,17 @@ class CheckpointSource:
     `license`, `license_name` and `license_link` that its README.md has."""
 
 
-def find_checkpoint(source: str | Path, hash_file: HashFile = file_digest) -> CheckpointSource:
+def find_checkpoint(
+    source: str | Path, hash_file: HashFile = file_digest, *, store: Path | None = None
+) -> CheckpointSource:
     """The checkpoint named by `source`. Hashes its files; downloads a Hub id not in the cache.
 
-    `hash_file` gives the sha256 of a file; that of a store need not read it again.
+    `hash_file` gives the sha256 of a file; that of a store need not read it again. Links in a
+    directory below `store` were looked at when they came into it.
 
-    Raises ConfigError if there is none, if it has no config or no safetensors weights, or if one of
-    its JSON files is broken.
+    Raises ConfigError if there is none, if it lacks a config, weights or a tokenizer, if it is
+    another thing than a causal language model in plain numbers, if one of its files is broken, or
+    if it links to files that are not the checkpoint's.
     """
     directory = Path(source).expanduser()
     origin: dict[str, str] = {}
@@ -92,33 +99,32 @@ def find_checkpoint(source: str | Path, hash_file: HashFile = file_digest) -> Ch
         origin |= {"revision": revision} if revision else {}
     directory = directory.resolve()
     origin = (origin or {"path": str(directory)}) | _license(directory)
-    files = sorted(
-        path.name
-        for path in directory.iterdir()
-        if path.is_file() and any(fnmatch(path.name, pattern) for pattern in MODEL_FILES)
-    )
+    check_directory(directory)
+    files = model_files(directory)
     if "config.json" not in files or not any(name.endswith(".safetensors") for name in files):
         raise ConfigError(
             f"model {str(source)!r}: {directory} holds {', '.join(files) or 'no model files'}; a "
             "checkpoint needs config.json, *.safetensors and tokenizer files (convert .bin weights "
             "with save_pretrained(..., safe_serialization=True))"
         )
-    if not any(name in files for name in TOKENIZERS):
-        raise ConfigError(
-            f"model {str(source)!r}: {directory} holds no tokenizer ({', '.join(files)}); copy the "
-            f"tokenizer files of the model it was made from, {', '.join(TOKENIZERS)} or whichever "
-            "it has, beside the weights (tokenizer.save_pretrained)"
-        )
+    check_links(directory, files, store=store)
+    tokenizer_config = _read_json(directory / "tokenizer_config.json")
+    check_tokenizer_files(str(source), directory, files, tokenizer_config)
+    config = _read_json(directory / "config.json")
+    check_config(directory / "config.json", config)
+    tensors = read_headers(directory)
+    check_tensors(directory, config, tensors)
     # Read before the weights are hashed, which takes a while.
-    tokenizer = _read_json(directory / "tokenizer.json")
+    tokenizer = _read_json(directory / "tokenizer.json", LARGEST)
     return CheckpointSource(
         directory=directory,
         files=tuple(files),
-        config=_read_json(directory / "config.json"),
+        config=config,
+        tensors=tensors,
         generation_config=_read_json(directory / "generation_config.json"),
-        vocabulary=_vocabulary(tokenizer, directory / "tokenizer.json"),
-        added=frozenset(_added(tokenizer, directory / "tokenizer.json")),
-        tokenizer_config=_read_json(directory / "tokenizer_config.json"),
+        vocabulary=_vocabulary(tokenizer, directory),
+        added=frozenset(_added(tokenizer, directory)),
+        tokenizer_config=tokenizer_config,
         chat_template=_chat_template(directory),
         origin=origin,
         sha256=files_digest(directory, files, hash_file),
@@ -186,15 +192,15 @@ def _token_text(token: Any) -> str | None:
     return text if isinstance(text, str) else None
 
 
-def _vocabulary(tokenizer: Mapping[str, Any], file: Path) -> dict[str, int] | None:
+def _vocabulary(tokenizer: Mapping[str, Any], directory: Path) -> dict[str, int] | None:
     model = tokenizer.get("model")
     tokens = model.get("vocab") if isinstance(model, dict) else None
     if not isinstance(tokens, dict):
         return None
-    return {**tokens, **_added(tokenizer, file)}
+    return {**tokens, **_added(tokenizer, directory)}
 
 
-def _added(tokenizer: Mapping[str, Any], file: Path) -> dict[str, int]:
+def _added(tokenizer: Mapping[str, Any], directory: Path) -> dict[str, int]:
     """Token to id of the tokens that are added. Raises ConfigError for another form."""
     added = tokenizer.get("added_tokens") or []
     if not isinstance(added, list) or not all(
@@ -204,23 +210,28 @@ def _added(tokenizer: Mapping[str, Any], file: Path) -> dict[str, int]:
         for token in added
     ):
         raise ConfigError(
-            f"{file}: added_tokens has to be a list of objects with content and id; fetch the "
+            f"{directory / 'tokenizer.json'}: added_tokens has to be a list of objects with content and id; fetch the "
             "checkpoint again"
         )
     return {token["content"]: token["id"] for token in added}
 
 
 def _chat_template(directory: Path) -> tuple[str, str] | None:
-    """transformers reads chat_template.jinja first, then tokenizer_config.json."""
+    """transformers reads chat_template.jinja first, then tokenizer_config.json; of several
+    templates the one that is called default."""
+    files = ("chat_template.jinja", f"{TEMPLATES}/default.jinja")
+    for path in (directory / name for name in files):
+        if path.is_file():
+            try:
+                return str(path.relative_to(directory)), path.read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise ConfigError(
+                    f"{path}: not a text in UTF-8 ({error}); fetch the checkpoint again"
+                ) from error
     template = _read_json(directory / "tokenizer_config.json").get("chat_template")
-    path = directory / "chat_template.jinja"
-    if path.is_file():
-        try:
-            return path.name, path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ConfigError(
-                f"{path}: not UTF-8 text ({error}); fetch the checkpoint again"
-            ) from error
+    if isinstance(template, list):
+        named = [entry for entry in template if isinstance(entry, dict)]
+        template = next((e.get("template") for e in named if e.get("name") == "default"), None)
     return ("tokenizer_config.json", template) if isinstance(template, str) else None
 
 
@@ -238,10 +249,16 @@ def _license(directory: Path) -> dict[str, str]:
     return {name: value.strip("'\"") for name, value in lines if value[0] not in "[{|>&*"}
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path, largest: int = LARGEST_CONFIG) -> dict[str, Any]:
     """The object in a JSON file; {} where there is no such file."""
     if not path.is_file():
         return {}
+    size = path.stat().st_size
+    if size > largest:
+        raise ConfigError(
+            f"{path}: {size} bytes, where such a file has at most {largest}; fetch the checkpoint "
+            "again"
+        )
     try:
         return parse_json_file(path)
     except Unreadable as error:
@@ -263,7 +280,8 @@ def _download(source: str) -> Path:
             snapshot_download(
                 name,
                 revision=revision or None,
-                allow_patterns=[*MODEL_FILES, "README.md"],
+                # The card has the licence.
+                ignore_patterns=[p for p in (*NEVER_READ, *OTHER_FOLDERS) if p != CARD],
             )
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from posttrain.backends.architecture import path_of, positions_of
+from posttrain.backends.architecture import path_of
 from posttrain.backends.base import Head
 from posttrain.backends.cpu.flat import FlatPass
 from posttrain.backends.cpu.fused import is_fusable
 from posttrain.backends.cpu.packing import flat_passes, packed_passes
+from posttrain.backends.outside.positions import positions_of, text_config
 from posttrain.backends.padded import ForwardPass, padded_passes
 from posttrain.engine.errors import ConfigError
 from posttrain.losses.nucleus import nucleus_logprobs
@@ -60,7 +61,7 @@ def forward_passes(
     if not fast_paths or path_of(model) == "plain":
         yield from padded_passes(batch, max_tokens=max_tokens, group_rows=group_rows)
         return
-    sizes = {"max_tokens": max_tokens, "hidden_size": model.config.hidden_size}
+    sizes = {"max_tokens": max_tokens, "hidden_size": text_config(model.config).hidden_size}
     if compiled or not is_fusable(model):
         yield from packed_passes(batch, **sizes, group_rows=group_rows)
         return

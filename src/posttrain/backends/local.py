@@ -293,7 +293,7 @@ class LocalLearner:
         self.device: torch.device = self.model.device
         self.body = torch.compile(backbone(self.model), dynamic=True) if compile else None
         self.max_tokens, self.workers, self.fast_paths = max_tokens, workers, fast_paths
-        self.max_grad_norm = settings.max_grad_norm
+        self.max_grad_norm, self.save_dtype = settings.max_grad_norm, settings.save_dtype
         self.parameters = [p for p in self.master.parameters() if p.requires_grad]
         # In the order of `parameters`; in float32 the very same tensors.
         self.copies = [p for p in self.model.parameters() if p.requires_grad]
@@ -469,7 +469,9 @@ class LocalLearner:
 
     def save(self, out: Path) -> None:
         """See `Learner.save`."""
-        (save_scalar if has_score(self.master) else save)(self.language_model, out)
+        types = self.language_model.types if self.save_dtype == "base" else self.save_dtype
+        write = save_scalar if has_score(self.master) else save
+        write(self.language_model, out, types=types)
 
     def num_parameters(self) -> int:
         """See `Learner.num_parameters`."""

@@ -15,8 +15,7 @@ Legend: tensors of weights have any shape, the same in all models.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +23,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from posttrain.backends.outside.headers import weight_files
 from posttrain.engine.errors import ConfigError
 from posttrain.engine.exact import rounded
 from posttrain.rl.seeds import named_seed
@@ -147,39 +147,60 @@ def merged(
 class TensorFiles(Mapping[str, Tensor]):
     """The tensors of a checkpoint's safetensors files, each read when it is asked for."""
 
-    def __init__(self, directory: Path, *, without: Sequence[str] = ()) -> None:
-        """Names in `without` are left out. Raises ConfigError where there are no such files."""
+    def __init__(self, directory: Path, *, tied: Mapping[str, str] | None = None) -> None:
+        """`tied` names tensors that the config ties to another one, which is its value.
+
+        Such a tensor is left out, as it says nothing of its own, unless its numbers are others than
+        those of what it is tied to: then it is not tied, whatever the config says. Raises
+        ConfigError where there are no such files.
+        """
         self._file_of: dict[str, Any] = {}
-        for path in _weight_files(directory):
+        self._tied = dict(tied or {})
+        self._copied: dict[str, str] = {}
+        for path in weight_files(directory):
             file = safe_open(path, framework="pt")
-            self._file_of |= {name: file for name in file.keys() if name not in without}  # noqa: SIM118
+            self._file_of |= dict.fromkeys(file.keys(), file)
+        for name, source in self._tied.items():
+            if name in self._file_of and source in self._file_of and self._same(name, source):
+                del self._file_of[name]
+
+    def _same(self, name: str, source: str) -> bool:
+        return self.shape(name) == self.shape(source) and torch.equal(self[name], self[source])
+
+    @property
+    def tied(self) -> frozenset[str]:
+        """The names that the config ties."""
+        return frozenset(self._tied)
+
+    def untie(self, names: Iterable[str]) -> None:
+        """Hold these tensors as well, where they are tied, as copies of what they are tied to."""
+        for name in set(names) - set(self._file_of):
+            if self._tied.get(name) in self._file_of:
+                self._copied[name] = self._tied[name]
 
     def __getitem__(self, name: str) -> Tensor:
+        name = self._copied.get(name, name)
         tensor: Tensor = self._file_of[name].get_tensor(name)
         return tensor
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._file_of)
+        return iter([*self._file_of, *self._copied])
 
     def __len__(self) -> int:
-        return len(self._file_of)
+        return len(self._file_of) + len(self._copied)
 
     def shape(self, name: str) -> list[int]:
         """Shape of a tensor; reads the file's header only."""
+        name = self._copied.get(name, name)
         return list(self._file_of[name].get_slice(name).get_shape())
 
 
-def _weight_files(directory: Path) -> list[Path]:
-    whole, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
-    if whole.exists():
-        return [whole]
-    if not index.exists():
-        raise ConfigError(
-            f"{directory}: there is no model.safetensors and no model.safetensors.index.json; save "
-            "the model with save_pretrained"
-        )
-    parts = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-    return [directory / part for part in sorted(set(parts))]
+def untie(models: Sequence[TensorFiles]) -> None:
+    """Let all models hold the tensors that one of them holds and the config of another ties."""
+    tied = {name for model in models for name in model.tied}
+    held = {name for name in tied if any(name in model for model in models)}
+    for model in models:
+        model.untie(held)
 
 
 def _deltas(base: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:

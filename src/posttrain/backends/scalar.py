@@ -30,6 +30,7 @@ from posttrain.backends.checkpoint import (
     read_weights,
     save,
 )
+from posttrain.backends.saved_types import Types
 from posttrain.engine.errors import ConfigError
 from posttrain.rl.batch import Batch
 
@@ -57,15 +58,16 @@ def load_scalar(
     if not is_scalar(read_config(path, what=what)):
         return _with_score(load(path, dtype=dtype), path, device)
     auto = AutoModelForSequenceClassification
-    model, tokenizer = read_weights(auto, path, dtype=dtype, what=what)
-    _check(model.eval(), path)
+    read = read_weights(auto, path, dtype=dtype, what=what)
+    model = read.model.eval()
+    _check(model, path)
     # What a causal LM has of itself: it says which tokens end a response.
     model.generation_config = (
         GenerationConfig.from_pretrained(path)
         if (path / GENERATION).exists()
         else GenerationConfig.from_model_config(model.config)
     )
-    return LanguageModel(model=model.to(device), tokenizer=tokenizer)
+    return replace(read, model=model.to(device))
 
 
 def _with_score(
@@ -94,7 +96,9 @@ def _with_score(
     return replace(language_model, model=model.eval().to(device))
 
 
-def save_scalar(language_model: LanguageModel, out: Path) -> None:
+def save_scalar(
+    language_model: LanguageModel, out: Path, *, types: Types | str | None = None
+) -> None:
     """Write what `AutoModelForSequenceClassification.from_pretrained` reads as it is.
 
     transformers reads the reward at the last token that is not padding. Where the tokenizer pads
@@ -111,7 +115,7 @@ def save_scalar(language_model: LanguageModel, out: Path) -> None:
         tokenizer.pad_token = usable[0]
     model = language_model.model
     model.config.pad_token_id = tokenizer.pad_token_id if usable else None
-    save(replace(language_model, tokenizer=tokenizer), out)
+    save(replace(language_model, tokenizer=tokenizer), out, types=types)
     # `save` has let it name all that ends a turn.
     model.generation_config.save_pretrained(out)
 

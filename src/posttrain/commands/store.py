@@ -3,7 +3,6 @@ what was made, and what may go."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -13,13 +12,14 @@ from rich.console import Console
 from rich.text import Text
 
 from posttrain.backends.checkpoint_source import find_checkpoint
+from posttrain.backends.outside.headers import FLOATS, num_parameters
 from posttrain.commands import io
 from posttrain.commands.io import console, emit, plain_table, tell_faults
 from posttrain.commands.run import PACKAGES
 from posttrain.engine import ancestry, transfer
 from posttrain.engine.ancestry import Removed
 from posttrain.engine.atomic import human_bytes, write_whole
-from posttrain.engine.errors import ConfigError, StoreError
+from posttrain.engine.errors import ConfigError, StoreError, choices_text
 from posttrain.engine.provenance import capture
 from posttrain.engine.record import Artifact, Record, label_of
 from posttrain.engine.store import Store
@@ -47,7 +47,7 @@ def adopt(
 ) -> None:
     """Bring a checkpoint from outside into the store, with its history if it was exported."""
     place = Store(store)
-    external = find_checkpoint(source, place.hashes.digest)
+    external = find_checkpoint(source, place.hashes.digest, store=place.root)
     present = [a for a in place.list() if a.kind == "model" and a.name == name]
     for artifact in present:
         if artifact.payload["data"] != {"files": external.sha256}:
@@ -67,7 +67,7 @@ def adopt(
         kind="model",
         files=external.files,
         link=not (copy or inside),
-        metrics={"parameters": count_parameters(external.directory)},
+        metrics={"parameters": num_parameters(external.tensors)},
         provenance=dict(capture([], packages=PACKAGES).facts)
         | {"source": str(external.directory), "origin": dict(external.origin)},
         data={"files": external.sha256},
@@ -97,37 +97,35 @@ def adopt(
     out.print(Text(f"use it with --set base={adopted.name} or r.model({adopted.name!r})", "dim"))
 
 
-def count_parameters(directory: Path) -> int:
-    """Parameters in the safetensors files of a directory, from their headers alone."""
-    from safetensors import SafetensorError, safe_open
-
-    total = 0
-    for path in directory.glob("*.safetensors"):
-        try:
-            with safe_open(path, framework="numpy") as file:
-                shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118
-        except SafetensorError as error:
-            raise ConfigError(f"{path}: not a safetensors file ({error})") from error
-        total += sum(map(math.prod, shapes))
-    return total
-
-
 def export(
     artifact: io.ArtifactName,
     target: Annotated[Path, typer.Argument(metavar="DIR", help="A new directory.")],
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            "--dtype", metavar="TYPE", help="Round the weights: float32, bfloat16 or float16."
+        ),
+    ] = None,
     store: io.StorePath = io.DEFAULT_STORE,
     as_json: io.Json = False,
 ) -> None:
-    """Copy an artifact out of the store: a checkpoint that stands alone, with its history."""
+    """Copy an artifact out of the store: a checkpoint that stands alone, with its history.
+
+    With --dtype and weights of another type the history stays behind: it vouches for other bytes.
+    """
     place = Store(store)
     found = step_model(place, artifact) if is_place(artifact) else place.resolve(artifact)
-    scores = []
+    check_dtype(dtype, found)
+    scores, rounded = [], False
     with transfer.exporting(place, found, target) as part:
+        if dtype is not None:
+            rounded = round_weights(part, dtype)
         if shown_kind(found.kind).is_model():
             # The card that came with the files does not know what was scored since.
             scores = scores_of(place, found)
             ancestors = [a.record for a in ancestry.lineage(place, found)]
             card = model_card(found.record, scores, ancestors)
+            card += ROUNDED.format(dtype) if rounded else ""
             write_whole(part / "README.md", card.encode())
     path = target.absolute()
     evaluations = [label_of(score) for score in scores]
@@ -136,9 +134,15 @@ def export(
         files = sorted(file.name for file in path.iterdir())
         told = {"artifact": found.label, "path": str(path)}
         records = [label_of(record) for record in carried]
-        emit(told | {"files": files, "evaluations": evaluations, "records": records})
+        emit(
+            told
+            | {"files": files, "evaluations": evaluations, "records": records, "rounded": rounded}
+        )
         return
-    text = Text.assemble((found.label, "bold"), f" -> {path} ({human_bytes(found.bytes)})")
+    size = sum(file.stat().st_size for file in path.iterdir()) if rounded else found.bytes
+    text = Text.assemble((found.label, "bold"), f" -> {path} ({human_bytes(size)})")
+    if rounded:
+        text.append(f", weights rounded to {dtype}, without its history")
     if scores:
         text.append(f", card with the scores of {', '.join(evaluations)}")
     out = console()
@@ -166,6 +170,33 @@ def _carries(path: Path, records: Sequence[Record]) -> Iterator[str]:
         + (f", the name of the host ({', '.join(hosts)})" if hosts else "")
         + (f", the text of {', '.join(texts)}" if texts else "")
     )
+
+
+ROUNDED = """
+## Rounded
+
+The weights were rounded to {} when this was exported. Its record is that of other bytes.
+"""
+
+
+def check_dtype(dtype: str | None, found: Artifact) -> None:
+    """Raise ConfigError for a type that weights cannot have, or an artifact without weights."""
+    choices = sorted({*FLOATS.values()} - {"float64"})
+    if dtype is not None and dtype not in choices:
+        raise ConfigError(f"--dtype {dtype}: {choices_text(dtype, choices)}")
+    if dtype is not None and not shown_kind(found.kind).is_model():
+        raise ConfigError(f"--dtype {dtype}: {found.label} is no model; leave the option out")
+
+
+def round_weights(path: Path, dtype: str) -> bool:
+    """Round the weights of an export; whether that changed any. Its history then goes."""
+    # It imports torch.
+    from posttrain.backends.saved_types import recast
+
+    rounded = recast(path, dtype)
+    if rounded:
+        (path / transfer.HISTORY).unlink(missing_ok=True)
+    return rounded
 
 
 def verify(

@@ -334,13 +334,18 @@ class Builder:
         if self.store is None or Path(source).is_dir():
             return None
         if is_place(source):
-            return find_checkpoint(step_model(self.store, source).path, self.hash_file)
+            return self.checkpoint(step_model(self.store, source).path)
         found = self.store.named("model", source)
         if not found:
             return None
         check_links(self.store.root, found[0], self.store.hashes)
         # Not what its record says: linked files may have changed since they were adopted.
-        return find_checkpoint(found[0].path, self.hash_file)
+        return self.checkpoint(found[0].path)
+
+    def checkpoint(self, source: str | Path) -> CheckpointSource:
+        """The checkpoint of a directory or a Hub id."""
+        root = None if self.store is None else self.store.root
+        return find_checkpoint(source, self.hash_file, store=root)
 
 
 def _own_data_name(node: Node | None) -> str:

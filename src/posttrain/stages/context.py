@@ -158,6 +158,7 @@ class Context:
             dtype=getattr(torch, settings.precision),
             trainable=("*",) if whole else tuple(settings.trainable),
             ema=None if whole else optimizer.ema,
+            save_dtype=settings.save_dtype,
         )
         return self.backend.learner(self._directory(source), made_with, scalar=scalar)
 

@@ -16,7 +16,6 @@ import shutil
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ import torch
 from torch import Tensor
 
 from posttrain.backends.base import Sampler
-from posttrain.backends.checkpoint_source import MODEL_FILES
+from posttrain.backends.outside.files import model_files
 from posttrain.backends.prompting import Problem, asked, asked_key, format_answer, in_modes
 from posttrain.engine.graph import edge_name, named, role_of
 from posttrain.rewards.judge_base import Judge
@@ -439,10 +438,9 @@ def measured(
 
 def take_over(source: Path, out: Path) -> None:
     """The files of a model in another place without copying, where the file system allows it."""
-    for path in sorted(source.iterdir()):
-        if not any(fnmatch(path.name, pattern) for pattern in MODEL_FILES):
-            continue
-        target = out / path.name
+    for name in model_files(source):
+        path, target = source / name, out / name
+        target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)
         # What a link of an outside checkpoint points at may change; links keep pointing at it.
         if path.is_symlink():

@@ -21,8 +21,9 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from posttrain.backends.checkpoint import load, read_chat, save
-from posttrain.backends.merging import TensorFiles, merged
+from posttrain.backends.checkpoint import LanguageModel, load, read_chat, save
+from posttrain.backends.merging import TensorFiles, merged, untie
+from posttrain.backends.saved_types import Types, read_types, widest
 from posttrain.backends.vocabulary import tokenizer_difference
 from posttrain.engine.errors import ConfigError
 from posttrain.engine.fingerprint import file_digest, files_digest
@@ -43,6 +44,7 @@ FREE = frozenset(
         "label2id", "bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype",
         POSITIONS, "initializer_range", "attention_dropout", "pretraining_tp",
         "return_dict", "output_hidden_states", "output_attentions", "problem_type",
+        "tie_word_embeddings",
     }
 )  # fmt: skip
 """Entries of config.json that may differ: they do not change what a weight means. Learned positions
@@ -89,12 +91,24 @@ def link_model(
         target.unlink(missing_ok=True)
         target.symlink_to((directory / name).resolve())
     language_model = load(ctx.out)
+    if language_model.left_out:
+        ctx.warn(left_out(directory, language_model))
     if "tokenizer.json" not in files:
         # The plan cannot read the others, and so has not told.
         for warning in language_model.turn_end.warnings:
             ctx.warn(warning)
     parameters = sum(parameter.numel() for parameter in language_model.model.parameters())
     return {"parameters": parameters}
+
+
+def left_out(directory: Path, language_model: LanguageModel) -> str:
+    """What to tell of tensors that the model does not have, such as those that read pictures."""
+    names = language_model.left_out
+    return (
+        f"{directory}: {len(names)} of its tensors, such as {names[0]}, are no part of "
+        f"{type(language_model.model).__name__}, which reads and writes text; what is trained from "
+        "it is saved as such a model, without them"
+    )
 
 
 def run_merge(settings: Merge, ctx: Context) -> dict[str, float]:
@@ -107,13 +121,13 @@ def run_merge(settings: Merge, ctx: Context) -> dict[str, float]:
     paths = named(ctx.inputs, "models")
     names = sorted(paths)
     sources = {name: Source.read(paths[name]) for name in names}
+    base = Source.read(ctx.inputs["base"]) if "base" in ctx.inputs else None
+    untie([source.tensors for source in (*sources.values(), base) if source is not None])
     first = sources[names[0]]
     for name in names[1:]:
         check_alike(ctx.name, names[0], first, name, sources[name])
     warn_of_first(ctx, names[0], [sources[name] for name in names])
-    base = None
-    if "base" in ctx.inputs:
-        base = Source.read(ctx.inputs["base"])
+    if base is not None:
         check_alike(ctx.name, names[0], first, "base", base)
     tensors = dict(
         merged(
@@ -138,7 +152,10 @@ def run_merge(settings: Merge, ctx: Context) -> dict[str, float]:
     more = sorted({i for source in sources.values() for i in source.stop_ids} - set(own))
     if more:
         language_model.model.generation_config.eos_token_id = [*own, *more]
-    save(language_model, ctx.out)
+    types: Types | str = settings.save_dtype
+    if types == "base":
+        types = widest([read_types(sources[name].path) for name in names])
+    save(language_model, ctx.out, types=types)
     parameters = sum(parameter.numel() for parameter in language_model.model.parameters())
     return {"parameters": parameters, "models": len(names)}
 
@@ -160,13 +177,12 @@ class Source:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         chat = read_chat(path)
-        # Some checkpoints hold an output projection that their config ties to the embedding.
         return cls(
             path=path,
             config=config.to_dict(),
             tokenizer=chat.tokenizer,
             stop_ids=chat.stop_ids,
-            tensors=TensorFiles(path, without=list(model.all_tied_weights_keys)),
+            tensors=TensorFiles(path, tied=dict(model.all_tied_weights_keys)),
         )
 
 

@@ -31,6 +31,10 @@ class Computing(BaseModel):
     softmax of a loss."""
 
 
+SaveDtype = Literal["base", "float32", "bfloat16", "float16"]
+"""Type of saved weights; "base": that of the files a stage starts from, tensor by tensor."""
+
+
 class Training(BaseModel):
     """What every stage that trains has."""
 
@@ -43,6 +47,9 @@ class Training(BaseModel):
     optimizer: AdamW = AdamW()
     trainable: list[str] = Field(default_factory=lambda: ["*"], min_length=1)
     """Globs of parameter names; the weights that none of them matches stay as they are."""
+    save_dtype: SaveDtype = "base"
+    """Type of the weights in the result: that of the start's files, or this one. Weights and
+    optimiser are in float32 while they learn, and so are step checkpoints."""
     domain_shares: dict[str, Weight] = changing({})
     """Share of every batch that a domain has, relative to the sum of all; even where none is given.
     It names all domains; 0 leaves one out."""

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from posttrain.algorithms import Average, DareLinear, MergeHow, TaskArithmetic
 from posttrain.rewards.judge_kinds import JudgeSetting
-from posttrain.stages.settings.base import Computing, LongRows, Modes
+from posttrain.stages.settings.base import Computing, LongRows, Modes, SaveDtype
 from posttrain.stages.settings.data import asked_by
 from posttrain.values import Settings
 
@@ -42,6 +42,8 @@ class Merge(Settings):
     """All but `Average` add up differences from a base."""
     weights: dict[str, float] = Field(default_factory=dict)
     """Weight of a model; 1 where none is given. Only `Average` divides by their sum."""
+    save_dtype: SaveDtype = "base"
+    """Type of the weights in the result: the widest of the models' files, or this one."""
 
     @model_validator(mode="after")
     def _signs_can_be_elected(self) -> Self:

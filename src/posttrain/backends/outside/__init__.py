@@ -1,0 +1,2 @@
+"""Checkpoints from outside, read without torch: files, headers of weights, positions, and what is
+wrong with them."""
