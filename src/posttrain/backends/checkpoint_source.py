@@ -210,8 +210,8 @@ def _added(tokenizer: Mapping[str, Any], directory: Path) -> dict[str, int]:
         for token in added
     ):
         raise ConfigError(
-            f"{directory / 'tokenizer.json'}: added_tokens has to be a list of objects with content and id; fetch the "
-            "checkpoint again"
+            f"{directory / 'tokenizer.json'}: added_tokens has to be a list of objects with content "
+            "and id; fetch the checkpoint again"
         )
     return {token["content"]: token["id"] for token in added}
 
