@@ -131,8 +131,8 @@ def show(
     out.print(_sections(sections))
     evaluation = read_evaluation(found)
     if evaluation is not None:
-        names = {edge: source["name"] for edge, source in found.inputs.items()}
-        out.print(evaluation_table(evaluation, names))
+        of_edges = {edge: source["name"] for edge, source in found.inputs.items()}
+        out.print(evaluation_table(evaluation, of_edges))
 
 
 def _show_unfinished(found: Unfinished, *, as_json: bool) -> None:

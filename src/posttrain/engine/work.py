@@ -192,8 +192,9 @@ def read_wait(path: Path) -> tuple[str, bool] | None:
     if not isinstance(result, dict) or "waiting" not in result:
         return None
     state = result.get("file")
-    whole = isinstance(state, list) and len(state) == 3 and isinstance(state[0], str)
-    changed = not whole or file_state(Path(state[0])) != state
+    if not isinstance(state, list) or len(state) != 3 or not isinstance(state[0], str):
+        return str(result["waiting"]), True
+    changed = file_state(Path(state[0])) != state
     return str(result["waiting"]), changed
 
 

@@ -129,7 +129,7 @@ def _content(stages: Sequence[StageFacts], artifact: Artifact) -> dict[str, Any]
     colours = domain_colours(stages)
     evaluation = read_evaluation(artifact)
     texts = read_transcripts(artifact) if evaluation else {}
-    several = bool(evaluation) and candidates.has_several(evaluation)
+    several = evaluation is not None and candidates.has_several(evaluation)
     forgetting = candidates.forgetting if several else scores.forgetting
     return {
         "stages": stages,
