@@ -219,7 +219,9 @@ def test_what_cannot_be_told_is_warned_about(
     )
     told = read_warnings(result["ran"].out.parent)
     cut, same = told
-    assert re.search(r"cut at max_new_tokens = 1 \(\d+ % of student\)", cut)
+    assert re.search(
+        r"cut at max_new_tokens = 1 \(\d+ % of student, which ends with '<\|end\|>' \(4\)", cut
+    )
     assert "the same score (short: 0 on all 8 problems)" in same
     calm = evaluate({"student": models["one"], **domains}, max_new_tokens=50)
     assert not any("every response" in t for t in read_warnings(calm["ran"].out.parent))
