@@ -228,9 +228,9 @@ def test_what_cannot_be_told_is_warned_about(
     # A teacher is looked at in the domains that it teaches.
     inputs = {"student": models["one"], "teachers.t": models["two"], **domains}
     taught = evaluate(inputs, max_new_tokens=1, routes={"words": "t"})
-    assert any(" of t, which ends" in text for text in read_warnings(taught["ran"].out.parent))
+    assert any(" of t, which" in text for text in read_warnings(taught["ran"].out.parent))
     untaught = evaluate(inputs, max_new_tokens=1)
-    assert not any(" of t, which ends" in text for text in read_warnings(untaught["ran"].out.parent))
+    assert not any(" of t, which" in text for text in read_warnings(untaught["ran"].out.parent))
 
 
 def test_judges_that_an_evaluation_cannot_ask_are_refused() -> None:
