@@ -219,16 +219,18 @@ def test_what_cannot_be_told_is_warned_about(
     )
     told = read_warnings(result["ran"].out.parent)
     cut, same = told
-    assert re.search(r"cut at max_new_tokens = 1 \(\d+ % of student\)", cut)
+    assert re.search(
+        r"cut at max_new_tokens = 1 \(\d+ % of student, which ends with '<\|end\|>' \(4\)", cut
+    )
     assert "the same score (short: 0 on all 8 problems)" in same
     calm = evaluate({"student": models["one"], **domains}, max_new_tokens=50)
     assert not any("every response" in t for t in read_warnings(calm["ran"].out.parent))
     # A teacher is looked at in the domains that it teaches.
     inputs = {"student": models["one"], "teachers.t": models["two"], **domains}
     taught = evaluate(inputs, max_new_tokens=1, routes={"words": "t"})
-    assert any(" of t)" in text for text in read_warnings(taught["ran"].out.parent))
+    assert any(" of t, which" in text for text in read_warnings(taught["ran"].out.parent))
     untaught = evaluate(inputs, max_new_tokens=1)
-    assert not any(" of t)" in text for text in read_warnings(untaught["ran"].out.parent))
+    assert not any(" of t, which" in text for text in read_warnings(untaught["ran"].out.parent))
 
 
 def test_judges_that_an_evaluation_cannot_ask_are_refused() -> None:
