@@ -209,3 +209,31 @@ def test_settings_that_mean_nothing_are_refused(changes: dict[str, Any], message
     with pytest.raises(ConfigError, match=message) as raised:
         build_config("rl", "mine", BASE | changes)
     assert "stage 'mine' (rl)" in str(raised.value)
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_ids_without_a_token_are_neither_drawn_nor_learned(
+    run_stage: Callable[..., Any],
+    make_model: Callable[..., Any],
+    save_model: Callable[..., str],
+    domains: Mapping[str, str],
+    top_p: float,
+) -> None:
+    """28 loud rows beyond the tokens: sampler, learner and reference leave them out alike."""
+    language_model = make_model("llama", stop=list(range(4, 30)), vocabulary=128)
+    with torch.no_grad():
+        language_model.model.lm_head.weight[100:] *= 20
+    start = save_model(language_model)
+    settings = {
+        "steps": 1, "prompts_per_step": 12, "group_size": 4, "max_new_tokens": 6,
+        "warmup_steps": 0, "correction": "truncated", "kl": {"coef": 0.1}, "top_p": top_p,
+    }  # fmt: skip
+    ran = run_stage("rl", settings, {"start": start, **domains})
+    (line,) = ran.lines
+    assert line["sampler_ratio"] == pytest.approx(1, abs=1e-4)
+    assert line["kl_reference"] == pytest.approx(0, abs=1e-4)
+    if top_p == 1:
+        # Of 100 tokens; loud rows would leave next to nothing.
+        assert line["entropy"] > 1
+    before = load_file(start + "/model.safetensors")["lm_head.weight"][100:]
+    assert torch.equal(load_file(ran.out / "model.safetensors")["lm_head.weight"][100:], before)

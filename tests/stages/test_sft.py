@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from posttrain.backends.checkpoint import LanguageModel
+from posttrain.backends.checkpoint import LanguageModel, chat_of, load
 from posttrain.backends.saved_types import recast
 from posttrain.backends.tiny import character_tokenizer, new_model
 from posttrain.engine.errors import ConfigError
@@ -335,3 +335,21 @@ def test_rows_as_long_as_scaled_positions_are_learned(
     config["rope_parameters"] = config["rope_parameters"] | yarn
     (start / "config.json").write_text(json.dumps(config))
     assert run_stage("sft", BASE, {"start": str(start), **domains}).metrics["loss"] > 0
+
+
+def test_a_base_model_learns_to_end_its_turns_and_is_saved_with_that_end(
+    run_stage: Callable[..., Any],
+    make_model: Callable[..., LanguageModel],
+    save_model: Callable[[LanguageModel], str],
+    domains: Mapping[str, str],
+) -> None:
+    """Its generation config ends texts with id 9 alone; the template ends turns with id 4."""
+    base = make_model(stop=9)
+    base.tokenizer.eos_token = base.tokenizer.convert_ids_to_tokens(9)
+    start = save_model(base)
+    generation = Path(start, "generation_config.json")
+    generation.write_text(json.dumps(json.loads(generation.read_text()) | {"eos_token_id": 9}))
+    ran = run_stage("sft", BASE, {"start": start, **domains})
+    saved = json.loads((ran.out / "generation_config.json").read_text())
+    assert saved["eos_token_id"] == [4, 9]
+    assert chat_of(load(ran.out)).response("q", "a")[-1] == 4

@@ -163,7 +163,7 @@ def ends_of(source: CheckpointSource) -> TurnEnd | None:
     }
     eos, template = special.get("eos_token"), source.chat_template
     added = {token: source.vocabulary[token] for token in source.added}
-    if eos in source.vocabulary:
+    if eos is not None and eos in source.vocabulary:
         added[eos] = source.vocabulary[eos]
     return turn_end(
         eos=None if eos is None else source.vocabulary.get(eos),

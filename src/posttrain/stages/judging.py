@@ -297,11 +297,11 @@ class ScalarJudge:
         """The token ids of a response; `fresh` encodes it where it must be encoded."""
         problem, text = responses.problems[row], responses.texts[row]
         sampled = {} if responses.sampled is None else responses.sampled[row]
-        kept = {**sampled, "finished": responses.finished[row]}
-        # Not of `fresh`, which does not remember the digest of its tokenizer.
-        ids = own_ids(kept, "response", self.scorer.chat)
+        mode = problem.get("mode")
+        kept = {**sampled, "response": text, "finished": responses.finished[row], "mode": mode}
+        ids = own_ids(fresh, asked(problem), kept, "response")
         if ids is None:
-            return fresh.response(asked(problem), text, problem.get("mode"))
+            return fresh.response(asked(problem), text, mode)
         return ids if ids[-1] in fresh.stop_ids else [*ids, fresh.stop_ids[0]]
 
 

@@ -383,9 +383,9 @@ def demo_spans(row: Problem, chat: Chat, *, loss_on: str = "all") -> list[Span]:
 
 def _learned_ids(row: Problem, chat: Chat) -> list[int]:
     """The ids of the response of `learned_part`: as sampled, or else encoded."""
-    ids = None if row.get("demo") is None else own_ids(row, "demo", chat)
     part = learned_part(row)
     assert part is not None, "rows without a demonstration are refused before"
+    ids = None if row.get("demo") is None else own_ids(chat, part[0], row, "demo")
     return chat.response(*part, row.get("mode")) if ids is None else ids
 
 

@@ -24,7 +24,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from posttrain.backends.chat import Chat
-from posttrain.backends.prompting import Asked
+from posttrain.backends.prompting import Asked, asked
 from posttrain.stages.context import Context
 
 Row = Mapping[str, Any]
@@ -51,11 +51,13 @@ def without_ids(row: Row, field: str = "response") -> dict[str, Any]:
     return {name: value for name, value in row.items() if name not in names(field)}
 
 
-def own_ids(row: Row, field: str, chat: Chat) -> list[int] | None:
-    """The ids of the text in `field` as they were sampled, for a model with the tokens of `chat`.
+def own_ids(chat: Chat, shown: Asked, row: Row, field: str) -> list[int] | None:
+    """The ids of the text in `field` as they were sampled after `shown`, for a model with the
+    tokens of `chat`.
 
-    None where there are none, where they are those of another tokenizer, and where the response is
-    whole but ends with a token that does not end one for this model.
+    None where there are none, where they are those of another tokenizer, where the response is
+    whole but ends with a token that does not end one for this model, and where only one of the two
+    prompts opens the thinking block.
     """
     ids_field, of_field = names(field)
     of, ids = row.get(of_field), row.get(ids_field)
@@ -63,12 +65,12 @@ def own_ids(row: Row, field: str, chat: Chat) -> list[int] | None:
         return None
     if row.get("finished", True) and ids[-1] not in chat.stop_ids:
         return None
-    return list(ids)
+    return list(ids) if chat.continues(shown, ids, row[field], row.get("mode")) else None
 
 
 def response_ids(chat: Chat, shown: Asked, row: Row, field: str) -> list[int]:
     """The ids of the text in `field`, a response to `shown`: as sampled, or else encoded."""
-    ids = own_ids(row, field, chat)
+    ids = own_ids(chat, shown, row, field)
     return chat.response(shown, row[field], row.get("mode")) if ids is None else ids
 
 
@@ -79,13 +81,14 @@ def tell_encoded_anew(ctx: Context, rows: Iterable[Row], chat: Chat, fields: Seq
         for field in fields:
             if row.get(names(field)[1]) is not None and row.get(field) is not None:
                 sampled += 1
-                anew += own_ids(row, field, chat) is None
+                anew += own_ids(chat, asked(row), row, field) is None
     if anew:
         ctx.warn(
             f"{anew} of {sampled} sampled responses ({100 * anew / sampled:.0f} %) are encoded "
             "anew from their text: they were sampled with another tokenizer than that of the model "
-            "that learns, or end with a token that ends no response of it; sample from a model "
-            "with its tokenizer to train on the very tokens that were sampled",
+            "that learns, end with a token that ends no response of it, or followed a prompt that "
+            "thinks where its own does not; sample from a model like it to train on the very "
+            "tokens that were sampled",
             about="sampled ids",
         )
 

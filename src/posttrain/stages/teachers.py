@@ -114,7 +114,10 @@ class Teachers:
         if hint is None and chat is None:
             return None
         shown = problem if hint is None else hinted(problem, hint, where=self.where)
-        return (chat or self.chat).prompt(asked(shown), problem.get("mode"))
+        mode = problem.get("mode")
+        # The student's response begins behind what its own prompt has opened.
+        opened = self.chat.opened(asked(problem), mode)
+        return (chat or self.chat).prompt_before(asked(shown), opened, mode)
 
     def _layout(self, scorer: Scorer) -> Chat | None:
         """The chat of a teacher that lays a prompt out in another way than the student."""
