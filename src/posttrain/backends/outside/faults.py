@@ -108,7 +108,8 @@ def _check_known(path: Path, config: Mapping[str, Any], kind: str | None) -> Non
     if not kind:
         raise ConfigError(
             f"{path}: model_type is {config.get('model_type')!r}; it names the family of the "
-            "model, such as 'qwen3'. Fetch the checkpoint again, or name a directory that save_pretrained wrote"
+            "model, such as 'qwen3'. Fetch the checkpoint again, or name a directory that "
+            "save_pretrained wrote"
         )
     known = known_families()
     if not known or kind in known:
