@@ -173,10 +173,10 @@ def test_other_tokens_are_encoded_from_the_text_and_told(
     plain = {name: value for name, value in own.items() if not name.startswith("ids")}
     encoded = chat.response("q", own["demo"])
     for row in (other, unended, plain):
-        assert own_ids(row, "demo", chat) is None
+        assert own_ids(chat, "q", row, "demo") is None
         assert demo_batch([row], chat).responses() == [encoded]
     # One that was cut has no end.
-    assert own_ids(unended | {"finished": False}, "demo", chat) == apart(chat)[:-1]
+    assert own_ids(chat, "q", unended | {"finished": False}, "demo") == apart(chat)[:-1]
     ctx = new_context()
     tell_encoded_anew(ctx, [own, plain], chat, ["demo"])
     assert read_warnings(ctx.work) == []

@@ -115,15 +115,16 @@ def find_checkpoint(
     tensors = read_headers(directory)
     check_tensors(directory, config, tensors)
     # Read before the weights are hashed, which takes a while.
-    tokenizer = _read_json(directory / "tokenizer.json", LARGEST)
+    path = directory / "tokenizer.json"
+    tokenizer = _read_json(path, LARGEST)
     return CheckpointSource(
         directory=directory,
         files=tuple(files),
         config=config,
         tensors=tensors,
         generation_config=_read_json(directory / "generation_config.json"),
-        vocabulary=_vocabulary(tokenizer, directory),
-        added=frozenset(_added(tokenizer, directory)),
+        vocabulary=_vocabulary(path, tokenizer),
+        added=frozenset(_added(path, tokenizer)),
         tokenizer_config=tokenizer_config,
         chat_template=_chat_template(directory),
         origin=origin,
@@ -192,28 +193,26 @@ def _token_text(token: Any) -> str | None:
     return text if isinstance(text, str) else None
 
 
-def _vocabulary(tokenizer: Mapping[str, Any], directory: Path) -> dict[str, int] | None:
+def _vocabulary(path: Path, tokenizer: Mapping[str, Any]) -> dict[str, int] | None:
     model = tokenizer.get("model")
     tokens = model.get("vocab") if isinstance(model, dict) else None
     if not isinstance(tokens, dict):
         return None
-    return {**tokens, **_added(tokenizer, directory)}
+    found = {**tokens, **_added(path, tokenizer)}
+    strange = next((t for t, i in found.items() if not isinstance(i, int)), None)
+    if not found or strange is not None:
+        what = "without tokens" if not found else f"whose token {strange!r} has no number as its id"
+        raise ConfigError(f"{path}: a vocabulary {what}; fetch the file again")
+    return found
 
 
-def _added(tokenizer: Mapping[str, Any], directory: Path) -> dict[str, int]:
-    """Token to id of the tokens that are added. Raises ConfigError for another form."""
-    added = tokenizer.get("added_tokens") or []
-    if not isinstance(added, list) or not all(
-        isinstance(token, dict)
-        and isinstance(token.get("content"), str)
-        and isinstance(token.get("id"), int)
-        for token in added
-    ):
+def _added(path: Path, tokenizer: Mapping[str, Any]) -> dict[str, int]:
+    try:
+        return {str(t["content"]): t["id"] for t in tokenizer.get("added_tokens") or []}
+    except (TypeError, KeyError) as error:
         raise ConfigError(
-            f"{directory / 'tokenizer.json'}: added_tokens has to be a list of objects with content "
-            "and id; fetch the checkpoint again"
-        )
-    return {token["content"]: token["id"] for token in added}
+            f"{path}: added_tokens is no list of tokens with content and id; fetch the file again"
+        ) from error
 
 
 def _chat_template(directory: Path) -> tuple[str, str] | None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import transformers
-from huggingface_hub.utils import filter_repo_objects
+from huggingface_hub.utils._paths import filter_repo_objects
 from tests.conftest import weights_file
 
 from posttrain.backends.checkpoint_source import find_checkpoint

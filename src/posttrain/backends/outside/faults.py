@@ -79,6 +79,7 @@ def check_directory(directory: Path) -> None:
 def check_config(path: Path, config: Mapping[str, Any]) -> None:
     """Refuse a config.json (at `path`) of what is no causal language model in plain numbers."""
     kind = config.get("model_type")
+    kind = kind if isinstance(kind, str) else None
     quantised = config.get("quantization_config") or config.get("compression_config")
     if isinstance(quantised, Mapping):
         method = quantised.get("quant_method") or "unnamed"
@@ -102,12 +103,13 @@ def check_config(path: Path, config: Mapping[str, Any]) -> None:
     _check_known(path, config, kind)
 
 
-def _check_known(path: Path, config: Mapping[str, Any], kind: Any) -> None:
+def _check_known(path: Path, config: Mapping[str, Any], kind: str | None) -> None:
     """Refuse a family that the installed transformers has no code for."""
-    if not isinstance(kind, str) or not kind:
+    if not kind:
         raise ConfigError(
-            f"{path}: model_type is {kind!r}; it names the family of the model, such as 'qwen3'. "
-            "Fetch the checkpoint again, or name a directory that save_pretrained wrote"
+            f"{path}: model_type is {config.get('model_type')!r}; it names the family of the "
+            "model, such as 'qwen3'. Fetch the checkpoint again, or name a directory that "
+            "save_pretrained wrote"
         )
     known = known_families()
     if not known or kind in known:
