@@ -461,3 +461,27 @@ def test_teachers_by_mode_and_teachers_in_turn(distill: Callable[..., Any]) -> N
     assert config.teachers_of("a", "think") == ("x", "y")
     assert config.teachers_of("a", "no_think") == ("z",)
     assert config.teachers_of("b", "think") == config.teachers_of("b") == ("x",)
+
+
+@pytest.mark.parametrize("kind", ["truncated", "icepop"])
+@pytest.mark.parametrize(
+    "policy_gradient",
+    [
+        {"estimator": "sampled_token", "num_minibatches": 2},
+        {"reward_weight": 0.5, "samples_per_prompt": 2, "num_minibatches": 2},
+    ],
+)
+def test_whole_responses_are_corrected(
+    distill: Callable[..., Any], kind: str, policy_gradient: dict[str, Any]
+) -> None:
+    """In the first update student and sampler agree, and a factor of a response is at most 1 with
+    this bound, whatever the later update has moved."""
+    correction = {"kind": kind, "high": 1.0, "sequence": True}
+    (line,) = distill(steps=1, correction=correction, **policy_gradient).lines
+    assert line["sampler_ratio"] == pytest.approx(1, abs=0.2)
+    assert line["sampler_ratio_bounded"] == 0
+    assert 0 < line["correction"] <= 1
+    assert line["correction_square"] <= line["correction"]
+    cut = {"truncated": "correction_truncated", "icepop": "correction_masked"}[kind]
+    assert 0 < line[cut] < 1
+    assert math.isfinite(line["loss"])
