@@ -27,7 +27,8 @@ ALLOWED: dict[str, set[str]] = {
     "backends.vocabulary": {"engine"},
     "backends.template": {"engine", "backends.prompting"},
     "backends.checkpoint_source": {
-        "engine", "backends.outside", "backends.turn_end", "backends.vocabulary",
+        "engine", "backends.outside", "backends.template", "backends.turn_end",
+        "backends.vocabulary",
     },
     "rewards": {"engine", "backends.prompting", "schedules"},
     "suites": {"engine", "rewards", "backends.prompting"},

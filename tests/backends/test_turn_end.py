@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from posttrain.backends.turn_end import TurnEnd, template_renderer, turn_end
+from posttrain.backends.template import finished_renderer
+from posttrain.backends.turn_end import TurnEnd, turn_end
 
 ADDED = {"<|endoftext|>": 1, "<|im_start|>": 2, "<|im_end|>": 3, "<|user|>": 4, "</s>": 5}
 CHATML = (
@@ -43,13 +44,14 @@ def decide(
     eos: str | None = None,
     added: dict[str, int] = ADDED,
 ) -> TurnEnd:
+    special = {} if eos is None else {"eos_token": eos}
     return turn_end(
         eos=None if eos is None else added[eos],
         generation=generation,
         config=config,
         added=added,
         usable=lambda token: 0 <= token < 20,
-        render=None if template is None else template_renderer(template, eos_token=eos),
+        render=None if template is None else finished_renderer(template, special),
     )
 
 

@@ -28,7 +28,8 @@ from posttrain.backends.outside.files import (
     model_files,
 )
 from posttrain.backends.outside.headers import TensorHeader, read_headers
-from posttrain.backends.turn_end import TurnEnd, template_renderer, turn_end
+from posttrain.backends.template import finished_renderer
+from posttrain.backends.turn_end import TurnEnd, turn_end
 from posttrain.backends.vocabulary import difference
 from posttrain.engine.errors import ConfigError
 from posttrain.engine.fingerprint import file_digest, files_digest
@@ -172,7 +173,7 @@ def ends_of(source: CheckpointSource) -> TurnEnd | None:
         config=_of_text(source.config, "eos_token_id"),
         added=added,
         usable=lambda token: token in known and (rows is None or token < rows),
-        render=None if template is None else template_renderer(template[1], **special),
+        render=None if template is None else finished_renderer(template[1], special),
     )
 
 

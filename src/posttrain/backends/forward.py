@@ -132,3 +132,22 @@ def read_hidden(
         index_N = ragged_index(batch.sampled_len_B, forward.index_B)
         hidden_ND[index_N.to(part_ND.device)] = part_ND
     return hidden_ND
+
+
+@torch.no_grad()
+def read_logprobs(
+    model: Any,
+    head: Head,
+    batch: Batch,
+    temperature: float,
+    *,
+    max_tokens: int = MAX_TOKENS,
+    fast_paths: bool = True,
+) -> Tensor:
+    """`logp_N` of the sampled tokens, on the CPU, as `Scorer.logprobs`. No gradient."""
+    parts = []
+    for rows in hidden_portions(batch, head):
+        hidden_ND = read_hidden(model, head, rows, max_tokens=max_tokens, fast_paths=fast_paths)
+        there = rows.to(hidden_ND.device)
+        parts.append(sampled_logprobs(hidden_ND, head, there, temperature)[0].cpu())
+    return torch.cat(parts)

@@ -8,7 +8,7 @@ other.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -240,6 +240,21 @@ def roles_refused(template: ChatTemplate, shape: str) -> str | None:
         # It reads of the messages what these have not.
         return None
     return None
+
+
+def finished_renderer(
+    text: str, special: Mapping[str, str]
+) -> Callable[[Sequence[Message]], str] | None:
+    """What a chat template makes of a conversation that nobody goes on with; None of no template.
+
+    `special` are the tokens that templates write by name, such as `eos_token`.
+    """
+    try:
+        template = ChatTemplate(text)
+    except ConfigError:
+        # It is told by who reads the template.
+        return None
+    return lambda messages: template.render(messages, add_generation_prompt=False, **special)
 
 
 def _plain_message(message: Message) -> dict[str, Any]:

@@ -11,13 +11,11 @@ Plain data in, so that a plan can ask without torch or transformers.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from jinja2 import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 GENERATION, CONFIG = "generation_config.json", "config.json"
 TOKENIZER, TEMPLATE = "the tokenizer", "the chat template"
@@ -106,31 +104,6 @@ def written_end(render: Render, added: Mapping[str, int], declared: set[str]) ->
         if text is not None:
             return text
     return None
-
-
-def template_renderer(template: str, **variables: Any) -> Render | None:
-    """A template's text as transformers renders it, in a sandbox; None where it is no template.
-
-    `variables` are the special tokens that templates write by name, such as `eos_token`.
-    """
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-
-    def refuse(message: str) -> str:
-        raise TemplateError(message)
-
-    environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = lambda form: "1 January 2026"
-    # Marks that transformers' own extension knows; they write nothing.
-    text = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template)
-    try:
-        compiled = environment.from_string(text)
-    except TemplateError:
-        return None
-    return lambda messages: compiled.render(
-        messages=[dict(m) for m in messages], add_generation_prompt=False, **variables
-    )
 
 
 def _ids(value: Any) -> list[int]:
