@@ -75,8 +75,8 @@ def test_the_metrics_are_those_of_the_start_on_its_own_rollouts(
 
 
 def test_the_verdicts_are_learned(rl: Callable[..., Any]) -> None:
-    """Rewards alone leave the loss where it is: it is only measured with a weight near 0. Late steps
-    have a pair or two each, so many are looked at."""
+    """Rewards alone leave the loss where it is: it is only measured with a weight near 0. Late
+    steps have a pair or two each, so many are looked at."""
     learned = rl(critique=Critique(5.0), steps=30)
     measured = rl(critique=Critique(1e-9), steps=30)
     first = learned.lines[0]["critique_loss"]
