@@ -219,7 +219,7 @@ def test_advantages_by_hand() -> None:
     critic: Any = Constant(0.5)
     batch = judged([2, 1], [1.0, 0.0], [1.0, 2.0, 3.0])
     batch["kl_weight_B"] = torch.tensor([1.0, 0.5])
-    assert add_advantages(s, batch, critic) == {"kl_reference": 2.0}
+    assert add_advantages(s, batch, critic) == {"kl_reference": 2.0, "kl_bounded": 0.0}
     assert batch["return_N"].tolist() == pytest.approx([0.7, 0.8, -0.15])
     assert batch["old_value_N"].tolist() == [0.5] * 3
     std = math.sqrt((0.0625 + 0.1225 + 0.36) / 2) + 1e-4
