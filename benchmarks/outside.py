@@ -49,7 +49,7 @@ def recipe(r: Recipe, base: str, teacher: str, steps: int, sample: bool = False)
                   name="liked")
     better = r.rl(start=liked, prompts=r.prompts(r.domains), steps=3, prompts_per_step=8,
                   group_size=4, max_new_tokens=12, lr=1e-4, reward=judges.length(budget=4),
-                  correction="truncated", name="better")
+                  drop_zero_variance=False, correction="truncated", name="better")
     student = r.distill(start=better, teachers={domain: coach for domain in r.domains},
                         prompts=r.prompts(r.domains), steps=3, prompts_per_step=8,
                         max_new_tokens=12, lr=1e-4, name="student")
@@ -197,9 +197,7 @@ def ended(directory: Path) -> dict[str, Any]:
             "examples": [row["response"] for row in own[:2]],
         }
     logs = artifact(directory, "rl", "better") / "metrics.jsonl"
-    steps = [json.loads(line) for line in logs.open(encoding="utf-8")]
-    # A step whose rewards are all equal learns from nothing, and compares nothing.
-    ratios = [step["sampler_ratio"] for step in steps if "sampler_ratio" in step]
+    ratios = [json.loads(line)["sampler_ratio"] for line in logs.open(encoding="utf-8")]
     record = artifact(directory, "evaluate", "evaluation") / "record.json"
     return {
         "models": models,

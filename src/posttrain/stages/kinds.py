@@ -142,6 +142,7 @@ _ALL = (
         "supervised:pretrain",
         "model",
         card="pre-trained from nothing",
+        version=2,
         **_SUPERVISED,
     ),
     _kind(
@@ -150,6 +151,7 @@ _ALL = (
         "supervised:sft",
         "model",
         card="supervised fine-tuning",
+        version=2,
         **_SUPERVISED,
     ),
     _kind(
@@ -163,6 +165,7 @@ _ALL = (
         section="Preference stages",
         panels=("loss", "accuracy", "margin", "logp_chosen", "logp_rejected"),
         hints={"loss": "mean over pairs; over responses with kto"},
+        version=2,
     ),
     _kind(
         "reward_model",
@@ -175,6 +178,7 @@ _ALL = (
         section="Reward models",
         panels=("loss", "accuracy", "margin", "reward_mean"),
         hints={"loss": "mean over pairs; over prompts with per_prompt"},
+        version=2,
     ),
     _kind(
         "rl",
@@ -192,6 +196,7 @@ _ALL = (
         ),
         titles={"accuracy": "Accuracy"},
         hints={"accuracy": "verifier's score, mean over the samples"},
+        version=2,
     ),
     _kind(
         "distill",
@@ -207,6 +212,7 @@ _ALL = (
             "reward",
         ),
         hints={"loss": "as the estimator weighs it"},
+        version=2,
     ),
     _kind(
         "merge",
@@ -215,6 +221,7 @@ _ALL = (
         "model",
         card="merged from the weights of several models",
         number=("models", "models"),
+        version=2,
     ),
     _kind(
         "evaluate",
@@ -223,11 +230,14 @@ _ALL = (
         "scores",
         number=("norm", "Norm"),
         unit="models",
+        version=2,
     ),
-    _kind("sample", "data:Sample", "sample:run", "rollouts", unit="draws"),
-    _kind("score", "data:Score", "judging:run_score", "rollouts", number=("score", "score")),
-    _kind("select", "data:Select", "select:run", "rows"),
-    _kind("pairs", "data:Pairs", "pairs:run", "pairs", number=("rows", "pairs")),
+    _kind("sample", "data:Sample", "sample:run", "rollouts", unit="draws", version=2),
+    _kind(
+        "score", "data:Score", "judging:run_score", "rollouts", number=("score", "score"), version=2
+    ),
+    _kind("select", "data:Select", "select:run", "rows", version=2),
+    _kind("pairs", "data:Pairs", "pairs:run", "pairs", number=("rows", "pairs"), version=2),
     _kind(
         "profile",
         "data:Profile",
@@ -235,11 +245,19 @@ _ALL = (
         "rates",
         number=("rate", "pass rate"),
         unit="domains",
+        version=2,
     ),
-    _kind("filter", "data:Filter", "curation:run_filter", "prompts", number=("rows", "prompts")),
-    _kind("mix", "data:Mix", "curation:run_mix", "rows"),
-    _kind("dedup", "data:Dedup", "curation:run_dedup", "rows"),
-    _kind("comparisons", "data:Comparisons", "pairs:run_comparisons", "rows"),
+    _kind(
+        "filter",
+        "data:Filter",
+        "curation:run_filter",
+        "prompts",
+        number=("rows", "prompts"),
+        version=2,
+    ),
+    _kind("mix", "data:Mix", "curation:run_mix", "rows", version=2),
+    _kind("dedup", "data:Dedup", "curation:run_dedup", "rows", version=2),
+    _kind("comparisons", "data:Comparisons", "pairs:run_comparisons", "rows", version=2),
     _kind(
         "best",
         "models:Best",
@@ -248,6 +266,7 @@ _ALL = (
         card="the best of several models on validation problems",
         number=("score", "score"),
         unit="models",
+        version=2,
     ),
 )
 
