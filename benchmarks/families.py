@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers
@@ -257,8 +257,9 @@ class Family:
     pad: str | None = None
     plain: Sequence[str] = ()
     """Added tokens that are no control tokens, such as thinking tags."""
-    sentencepiece: bool = False
-    """Words begin with "▁", and unknown characters fall back to bytes; else bytes throughout."""
+    sentencepiece: Literal["each", "first", "none"] | None = None
+    """Spaces are "▁" and unknown characters fall back to bytes, else bytes throughout. A "▁" is put
+    before every text between control tokens, before the first alone, or before none."""
     spare_rows: int = 0
     """Rows of the output layer more than the tokenizer has tokens; of a negative number as many
     tokens are beyond the rows."""
@@ -273,7 +274,7 @@ FAMILIES = (
         name="llama-2",
         template=LLAMA_2,
         architecture="llama",
-        sentencepiece=True,
+        sentencepiece="each",
         special=("<unk>", "<s>", "</s>"),
         bos="<s>",
         eos="</s>",
@@ -304,7 +305,7 @@ FAMILIES = (
         name="mistral-0.3",
         template=MISTRAL,
         architecture="mistral",
-        sentencepiece=True,
+        sentencepiece="first",
         special=("<unk>", "<s>", "</s>", "[INST]", "[/INST]"),
         bos="<s>",
         eos="</s>",
@@ -352,7 +353,7 @@ FAMILIES = (
         name="gemma-3-1b",
         template=GEMMA_3,
         architecture="gemma3_text",
-        sentencepiece=True,
+        sentencepiece="none",
         special=("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"),
         plain=("<image_soft_token>",),
         bos="<bos>",
@@ -448,7 +449,9 @@ def family(name: str) -> Family:
 
 def tokenizer_of(one: Family) -> PreTrainedTokenizerFast:
     """Its tokenizer, trained on `CORPUS`."""
-    learned = _bytes_tokenizer() if not one.sentencepiece else _words_tokenizer(one.special)
+    learned = _bytes_tokenizer()
+    if one.sentencepiece is not None:
+        learned = _words_tokenizer(one.special, one.sentencepiece)
     learned.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in one.special])
     learned.add_tokens([AddedToken(t, special=False, normalized=False) for t in one.plain])
     names = {"bos_token": one.bos, "eos_token": one.eos, "pad_token": one.pad}
@@ -472,11 +475,10 @@ def _bytes_tokenizer() -> Tokenizer:
     return made
 
 
-def _words_tokenizer(special: Sequence[str]) -> Tokenizer:
+def _words_tokenizer(special: Sequence[str], marked: str) -> Tokenizer:
     """BPE over characters with "▁" for spaces and bytes for the rest, as SentencePiece has it."""
     trained = Tokenizer(BPE())
-    spaces = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    trained.normalizer = spaces
+    trained.normalizer = normalizers.Replace(" ", "▁")
     trained.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
     trainer = BpeTrainer(vocab_size=LEARNED + 60, show_progress=False)
     trained.train_from_iterator([CORPUS], trainer)
@@ -488,14 +490,15 @@ def _words_tokenizer(special: Sequence[str]) -> Tokenizer:
     made = Tokenizer(
         BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
     )
-    made.normalizer = spaces
+    spaces = normalizers.Replace(" ", "▁")
+    made.normalizer = (
+        normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if marked == "each" else spaces
+    )
+    if marked == "first":
+        made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     made.decoder = decoders.Sequence(
-        [
-            decoders.Replace("▁", " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(" ", 1, 0),
-        ]
+        steps if marked == "none" else [*steps, decoders.Strip(" ", 1, 0)]
     )
     return made
 

@@ -183,7 +183,7 @@ class Chat:
 
     def begin(self, text: str) -> list[int]:
         """Token ids of the first words of an assistant message, which is still to go on."""
-        return self._encode(self.marks.said(self._control.hide(text))) if text else []
+        return self._after("\n", self.marks.said(self._control.hide(text))) if text else []
 
     def text(self, ids: Sequence[int]) -> str:
         """The text of any tokens, special ones included."""
@@ -201,7 +201,8 @@ class Chat:
         return self.marks.told(str(self.tokenizer.decode(ids, skip_special_tokens=True)))
 
     def _response(self, asked: Asked, text: str, mode: str | None) -> list[int]:
-        ids = self._encode(self._body(asked, self._control.hide(text), mode))
+        body = self._body(asked, self._control.hide(text), mode)
+        ids = self._after(self._opened(asked, mode), body)
         # What a template puts after the stop token, such as a new line, is no part of a response.
         for position, token in enumerate(ids):
             if token in self.stop_ids:
@@ -286,16 +287,16 @@ class Chat:
             after = head[end : starts[number + 1]]
             stop = next((text for text in self._stops if after.startswith(text)), None)
             if stop is not None:
-                said = self._encode(head[start:end])
-                rest = self._encode(after.removeprefix(stop))
+                said = self._after(head[:start], head[start:end])
+                rest = self._after(head[:end] + stop, after.removeprefix(stop))
                 spans += [([*said, self._stops[stop]], True), (rest, False)]
                 continue
             length = self._turn_length(messages, place, head, (start, end), after, mode)
-            ids = self._encode(head[start:end] + after)
+            ids = self._after(head[:start], head[start:end] + after)
             if length is None:
                 # The template ends its turns without a stop token.
-                said = self._encode(head[start:end])
-                spans += [(said, True), (self._encode(after), False)]
+                said = self._after(head[:start], head[start:end])
+                spans += [(said, True), (self._after(head[:end], after), False)]
             else:
                 spans += [(ids[:length], True), (ids[length:], False)]
         return [(ids, sampled) for ids, sampled in spans if ids]
@@ -313,11 +314,12 @@ class Chat:
         stop token after the turn; None where none comes before the next message."""
         start, end = turn
         # A stop token in the message itself is not its end.
-        within = sum(token in self.stop_ids for token in self._encode(head[start:end]))
+        said = self._after(head[:start], head[start:end])
+        within = sum(token in self.stop_ids for token in said)
         following, _ = self._content(messages, place + 1, head, mode)
         if following is not None:
             after = head[end:following]
-        ids = self._encode(head[start:end] + after)
+        ids = self._after(head[:start], head[start:end] + after)
         stops = [position for position, token in enumerate(ids) if token in self.stop_ids]
         return stops[within] + 1 if len(stops) > within else None
 
@@ -333,6 +335,9 @@ class Chat:
             asked = None
         if asked is not None and head.startswith(asked):
             start = len(asked)
+        elif start and head[start - 1] == " ":
+            # No prompt ends with a space: it would be no beginning of a word any more.
+            start -= 1
         return None if start is None or end is None or start > end else (start, end)
 
     def _content(
@@ -407,6 +412,25 @@ class Chat:
         """The BOS token where the tokenizer itself starts every text with it."""
         first = list(self.tokenizer("")["input_ids"])[:1]
         return first if first == [self.tokenizer.bos_token_id] else []
+
+    def _after(self, before: str, text: str) -> list[int]:
+        """Token ids of a text that stands behind another one.
+
+        Some tokenizers mark the beginning of what they are given, as SentencePiece's do with a
+        space: Llama 2 would learn two spaces where its turns have one.
+        """
+        if not self._marks_beginning or not text:
+            return self._encode(text)
+        # A line where no token of the text before ends with it.
+        for start in (before, "\n"):
+            first, whole = self._encode(start), self._encode(start + text)
+            if whole[: len(first)] == first:
+                return whole[len(first) :]
+        return self._encode(text)
+
+    @cached_property
+    def _marks_beginning(self) -> bool:
+        return self._encode("\na") != [*self._encode("\n"), *self._encode("a")]
 
     def _encode(self, text: str) -> list[int]:
         ids = self._control.encode(text)
