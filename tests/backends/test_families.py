@@ -53,14 +53,15 @@ OPENS = ("deepseek-r1", "olmo-3-think")
 
 
 @pytest.fixture(scope="module", params=[one.name for one in FAMILIES])
-def chat(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Chat]:
-    out = tmp_path_factory.mktemp(request.param)
-    write(family(request.param), out)
-    found = read_chat(out)
-    found.name = request.param  # type: ignore[attr-defined]
-    yield found
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def chat(name: str, tmp_path_factory: pytest.TempPathFactory) -> Chat:
+    out = tmp_path_factory.mktemp(name)
+    write(family(name), out)
+    return read_chat(out)
 
 
 def tokens(chat: Chat, ids: list[int]) -> str:

@@ -68,7 +68,7 @@ def make_chat(template: str, *special: str, thinking: bool = True, end: str = "<
 
 
 def new_chat(tokenizer: Any, stop: int) -> Chat:
-    return Chat(tokenizer, stop_ids=(stop,), pad_id=0, num_ids=len(tokenizer))
+    return Chat(tokenizer, stop_ids=(stop,), pad_id=0)
 
 
 def learned(chat: Chat, text: str, mode: str | None = None) -> str:
