@@ -1,8 +1,8 @@
 """Every file that the command line reads, damaged in hundreds of ways: no traceback, an exit code
 that is not 0 or the right result, nothing that steers the terminal, and the store as it was.
 
-    pytest tests/cli/test_fuzz.py -s               the counts
-    pytest tests/cli/test_fuzz.py -m slow -s       thousands of trials
+    pytest tests/cli/test_fuzz.py -s                                the counts
+    FUZZ_DAMAGES=1000 FUZZ_SEED=1 pytest tests/cli/test_fuzz.py -s    thousands of trials
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import io
 import json
+import os
 import random
 import shutil
 import tomllib
@@ -58,6 +59,8 @@ def recipe(r):
                       transcripts=1, name="several", **SHORT)
 """
 SHORT = ("--max-new-tokens", "2", "--temperature", "0")
+DAMAGES, SEED = (int(os.environ.get(f"FUZZ_{n}", d)) for n, d in (("DAMAGES", 50), ("SEED", 12)))
+"""How many damages for each group of files, and which."""
 COUNTS: Counter[str] = Counter()
 """What became of all trials of this process, printed at its end."""
 
@@ -435,15 +438,7 @@ def damage_all(targets: Sequence[Target], count: int, seed: int, commands: int) 
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_damaged_files(ground: Path, group: str) -> None:
-    faults = damage_all(GROUPS[group](), count=60, seed=12, commands=2)
-    assert not faults, f"{len(faults)} faults:\n" + "\n".join(faults[:40])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("group", GROUPS)
-def test_more_damaged_files(ground: Path, group: str, seed: int) -> None:
-    faults = damage_all(GROUPS[group](), count=400, seed=100 + seed, commands=4)
+    faults = damage_all(GROUPS[group](), count=DAMAGES, seed=SEED, commands=2)
     assert not faults, f"{len(faults)} faults:\n" + "\n".join(faults[:40])
 
 
