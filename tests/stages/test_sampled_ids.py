@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from posttrain.backends.chat import Chat
 from posttrain.backends.checkpoint import read_chat, save
+from posttrain.backends.prompting import in_modes, learned_rows
 from posttrain.backends.tiny import TEMPLATE, new_model
 from posttrain.engine.work import read_warnings
 from posttrain.rewards.judge_kinds import Scalar
@@ -247,3 +248,27 @@ def test_a_reward_model_reads_the_sampled_ids(
     )
     encoded = chat.response("q", text)
     assert seen == [ids, [*ids[:-1], chat.stop_ids[0]], encoded, encoded]
+
+
+def test_ids_of_a_text_that_was_changed_are_not_taken(chat: Chat) -> None:
+    """By a person in the file, by another demonstration of the row, by one of a mode."""
+    own = sampled_row(chat)
+    for changed in (
+        own | {"demo": "it is"},
+        own | {"demo": own["demo"] + " "},
+        own | {"demo": f"<think>so</think>{own['demo']}"},
+        *learned_rows([own | {"demos": ["it is"]}])[1:],
+        *in_modes([own | {"direct": "it is"}], ["no_think"]),
+    ):
+        assert own_ids(chat, "q", changed, "demo") is None
+        learned = demo_batch([changed | {"mode": None}], chat).responses()
+        assert learned == [chat.response("q", changed["demo"])]
+    assert own_ids(chat, "q", own, "demo") == apart(chat)
+
+
+def test_ids_that_the_model_may_not_say_are_not_taken(merging: Path) -> None:
+    """It has fewer rows than the one that sampled them, or shares its steps with one that has."""
+    chat = read_chat(merging)
+    own = sampled_row(chat)
+    chat.restrict([apart(chat)[2]])
+    assert own_ids(chat, "q", own, "demo") is None

@@ -176,9 +176,13 @@ class Chat:
         return self._prompt_ids(head[: -len(self._begun(head))])
 
     def continues(self, asked: Asked, ids: Sequence[int], text: str, mode: str | None) -> bool:
-        """Whether ids that were sampled as `text` can follow this model's prompt as they are: where
-        a prompt had opened the thinking block for them, this one has to open it, too."""
-        before = text.startswith(OPEN) and not self.decode(ids).startswith(OPEN)
+        """Whether ids that were sampled can follow this model's prompt in place of `text`: they
+        say it, and where a prompt had opened the thinking block for them, this one opens it, too.
+        """
+        said = self.decode(ids)
+        before = text != said
+        if before and (not text.endswith(said) or text.removesuffix(said).rstrip() != OPEN):
+            return False
         return before == self.opens_thought(asked, mode)
 
     def begin(self, text: str) -> list[int]:

@@ -22,7 +22,7 @@ DOING = {
     **dict.fromkeys(("slots", "fused", "cache", "lockstep", "token_sampling"), SAMPLING),
     **dict.fromkeys(("forward", "padded", "packing", "flat"), READING),
     **dict.fromkeys(("checkpoint", "checkpoint_source", "scalar", "merging"), LOADING),
-    **dict.fromkeys(("precision", "weights", "local"), LEARNING),
+    **dict.fromkeys(("precision", "weights", "local_learner"), LEARNING),
 }
 """Module of `backends` to what is done there."""
 HELPS: dict[str, tuple[str, ...]] = {

@@ -91,8 +91,9 @@ def rollout(
         if verifiers is not None:
             index = row_B.tolist()
             for row, ids in zip(index, sampling.responses(row_B), strict=True):
-                # Both went in with the prompt, but are part of what the verifier reads.
-                texts[row] = opened[row // group_size] + prefix + chat.decode(ids)
+                # What went in with the prompt is part of what the verifier reads. A prefix is
+                # decoded along: some tokenizers leave out a space at the beginning of a text.
+                texts[row] = opened[row // group_size] + chat.decode([*begun, *ids])
             complete = sampling.finished(row_B).tolist()
             # The others keep the 0 of `verified_B`, and those that nobody verifies the NaN.
             ended = [row for row, whole in zip(index, complete, strict=True) if whole]

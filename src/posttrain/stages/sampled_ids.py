@@ -55,15 +55,18 @@ def own_ids(chat: Chat, shown: Asked, row: Row, field: str) -> list[int] | None:
     """The ids of the text in `field` as they were sampled after `shown`, for a model with the
     tokens of `chat`.
 
-    None where there are none, where they are those of another tokenizer, where the response is
-    whole but ends with a token that does not end one for this model, and where only one of the two
-    prompts opens the thinking block.
+    None where there are none, where they are those of another tokenizer or say another text than
+    the row, where this model may not say one of them, where the response is whole but ends with a
+    token that does not end one for this model, and where only one of the two prompts opens the
+    thinking block.
     """
     ids_field, of_field = names(field)
     of, ids = row.get(of_field), row.get(ids_field)
     if of is None or not ids or of != chat.tokens_digest:
         return None
     if row.get("finished", True) and ids[-1] not in chat.stop_ids:
+        return None
+    if not all(token in chat.ids for token in ids):
         return None
     return list(ids) if chat.continues(shown, ids, row[field], row.get("mode")) else None
 
@@ -86,9 +89,9 @@ def tell_encoded_anew(ctx: Context, rows: Iterable[Row], chat: Chat, fields: Seq
         ctx.warn(
             f"{anew} of {sampled} sampled responses ({100 * anew / sampled:.0f} %) are encoded "
             "anew from their text: they were sampled with another tokenizer than that of the model "
-            "that learns, end with a token that ends no response of it, or followed a prompt that "
-            "thinks where its own does not; sample from a model like it to train on the very "
-            "tokens that were sampled",
+            "that learns, have a token that it does not have, end with one that ends no response "
+            "of it, followed a prompt that thinks where its own does not, or their text was "
+            "changed; sample from a model like it to train on the very tokens that were sampled",
             about="sampled ids",
         )
 
