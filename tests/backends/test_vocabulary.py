@@ -239,8 +239,9 @@ def test_models_are_alike_whatever_their_rows_ends_and_templates_are() -> None:
 def test_models_with_other_added_tokens_draw_the_common_ones(make_model: MakeModel) -> None:
     """The student has one token more than the one teacher and one less than the other."""
     student, few, many = (make_model(vocabulary=128) for _ in range(3))
-    student.tokenizer.add_tokens(["<one>"], special_tokens=True)
-    many.tokenizer.add_tokens(["<one>", "<two>"], special_tokens=True)
+    # No special tokens: the text of these in data would stay text.
+    student.tokenizer.add_tokens(["<one>"])
+    many.tokenizer.add_tokens(["<one>", "<two>"])
     learner = LocalLearner(loud(student, range(COUNT, 128)), SETTINGS)
     sampler = LocalSampler(learner)
     teachers = [LocalScorer(few), LocalScorer(many)]
@@ -254,3 +255,12 @@ def test_models_with_other_added_tokens_draw_the_common_ones(make_model: MakeMod
     )
     with pytest.raises(ConfigError, match=r"token '<one>' \(id 100\)"):
         sampler.chat.prompt("a <one> b")
+
+
+def test_a_restricted_model_learns_an_end_that_it_may_say() -> None:
+    tokenizer = character_tokenizer([])
+    two = chat(tokenizer, stop_ids=(4, 2))
+    two.restrict([4])
+    assert two.stop_ids == (2,)
+    with pytest.raises(ConfigError, match=r"ends a response \('<|user|>'\) .* another model"):
+        two.restrict([2])

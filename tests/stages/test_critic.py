@@ -21,7 +21,7 @@ from posttrain.backends.local import LocalBackend
 from posttrain.backends.scalar import load_scalar, save_scalar
 from posttrain.backends.tiny import character_tokenizer
 from posttrain.engine.errors import ConfigError
-from posttrain.rl.batch import Batch
+from posttrain.rl.batch import Batch, Minibatch
 from posttrain.rl.gae import gae, token_rewards
 from posttrain.stages.context import Context
 from posttrain.stages.critic import Critic, value_metrics
@@ -72,6 +72,11 @@ def asked(return_N: Tensor, old_value_N: Tensor, seed: int = 0) -> Batch:
     return rows
 
 
+def part(rows: Batch) -> Minibatch:
+    """All rows in one minibatch."""
+    return Minibatch(number=0, rows=rows, count=float(len(rows)), num_tokens=rows.num_tokens)
+
+
 def clipped(clip: float | None) -> Rl:
     return Rl(steps=1, lr=0.01, advantage=Gae(value_clip=clip))
 
@@ -105,13 +110,13 @@ def test_the_loss_by_hand(critic: Callable[..., Critic], scored: str) -> None:
     1 in turn, the larger of both errors. Means over all tokens."""
     return_N = targets(batch())
     values = critic(scored).values(batch()).tolist()
-    plain = critic(scored).update(clipped(None), [asked(return_N, torch.zeros(24))], lr=0.0)
+    plain = critic(scored).update(clipped(None), [part(asked(return_N, torch.zeros(24)))], lr=0.0)
     expected = sum((v - g) ** 2 / 2 for v, g in zip(values, return_N.tolist(), strict=True)) / 24
     assert plain["value_loss"] == pytest.approx(expected, rel=1e-4)
 
     sign_N = 1.0 - 2 * (torch.arange(24) % 2)
     old_N = torch.tensor(values) - sign_N
-    found = critic(scored).update(clipped(0.1), [asked(return_N, old_N)], lr=0.0)
+    found = critic(scored).update(clipped(0.1), [part(asked(return_N, old_N))], lr=0.0)
     losses, stopped = [], 0
     for v, g, sign in zip(values, return_N.tolist(), sign_N.tolist(), strict=True):
         near = v - 0.9 * sign
@@ -132,7 +137,7 @@ def test_updates_bring_the_values_to_the_returns(
     return_N = targets(rows)
     assert ours.values(rows).tolist() == [0.0] * 24
     found = [
-        ours.update(clipped(0.5), [asked(return_N, ours.values(rows))], lr=0.01) for _ in range(80)
+        ours.update(clipped(0.5), [part(asked(return_N, ours.values(rows)))], lr=0.01) for _ in range(80)
     ]
     assert found[0]["value_loss"] == pytest.approx(float(return_N.square().mean() / 2), rel=1e-5)
     assert found[0]["explained_variance"] == pytest.approx(0, abs=1e-5)
@@ -146,12 +151,12 @@ def test_splitting_and_the_order_of_rows_change_only_rounding(
 ) -> None:
     rows = asked(targets(batch()), torch.linspace(-1, 1, 24))
     found = [
-        critic(scored, max_tokens).update(clipped(0.2), [rows], lr=0.0) for max_tokens in (8192, 13)
+        critic(scored, max_tokens).update(clipped(0.2), [part(rows)], lr=0.0) for max_tokens in (8192, 13)
     ]
     assert found[0] == pytest.approx(found[1], rel=1e-4)
 
     order_B = torch.tensor([4, 0, 5, 2, 3, 1])
-    turned = critic(scored).update(clipped(0.2), [rows.select(order_B)], lr=0.0)
+    turned = critic(scored).update(clipped(0.2), [part(rows.select(order_B))], lr=0.0)
     assert turned == pytest.approx(found[0], rel=1e-4)
 
 
@@ -180,7 +185,7 @@ def test_a_restored_critic_goes_on_with_the_same_bits(
     def steps(ours: Critic, first: int, last: int) -> None:
         for step in range(first, last):
             rows = asked(targets(batch()), ours.values(batch(step)), step)
-            ours.update(clipped(0.2), [rows], lr=0.01)
+            ours.update(clipped(0.2), [part(rows)], lr=0.01)
 
     whole, stopped, resumed = (critic(scored) for _ in range(3))
     steps(whole, 0, 5)

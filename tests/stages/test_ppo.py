@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from posttrain.algorithms import KL, Gae
+from posttrain.backends.checkpoint import load
 from posttrain.backends.scalar import load_scalar, save_scalar
+from posttrain.backends.tiny import character_tokenizer
 from posttrain.engine.errors import ConfigError
 from posttrain.rl.batch import Batch
 from posttrain.stages.config import build_config
@@ -256,5 +259,28 @@ def test_a_critic_of_other_tokens_is_refused(
     make_model: Callable[..., Any],
     save_model: Callable[[Any], str],
 ) -> None:
-    with pytest.raises(ConfigError, match=r"critic 'critic': its vocabulary differs .* 104 there"):
-        ppo(save_model(make_model(vocabulary=104)))
+    other = replace(make_model(), tokenizer=character_tokenizer(["é"]))
+    with pytest.raises(ConfigError, match=r"critic 'critic': its vocabulary differs .* token 'é'"):
+        ppo(save_model(other))
+
+
+def test_the_policy_says_nothing_that_its_critic_cannot_read(
+    run_stage: Callable[..., Any],
+    models: Mapping[str, str],
+    domains: Mapping[str, str],
+    save_model: Callable[[Any], str],
+) -> None:
+    """It has a token that the critic has not, and would often say it. The reference goes along: the
+    first log ratios are 0."""
+    more = load(models["start"])
+    more.tokenizer.add_tokens(["<one>"], special_tokens=True)
+    more.model.resize_token_embeddings(len(more.tokenizer))
+    weight_VD = more.model.get_output_embeddings().weight
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(3)
+        weight_VD[-1] = 3 * torch.randn(weight_VD.shape[1], generator=generator)
+    inputs = {"start": save_model(more), "critic": models["start"], **domains}
+    ran = run_stage("rl", BASE | {"steps": 1, "kl": KL(0.1), "num_minibatches": 1}, inputs)
+    rows = [json.loads(line) for line in (ran.out / "rollouts.jsonl").read_text().splitlines()]
+    assert rows and all(token < len(weight_VD) - 1 for row in rows for token in row["ids"])
+    assert ran.lines[0]["kl_reference"] == pytest.approx(0, abs=1e-5)

@@ -98,8 +98,17 @@ class Chat:
         return self.ids.size
 
     def restrict(self, absent: Collection[int]) -> None:
-        """Draw none of these ids any more, and refuse text that has one."""
-        self.ids = self.ids.without(absent)
+        """Draw none of these ids any more, and refuse text that has one. Raises ConfigError where
+        nothing would be left to end a response."""
+        stop_ids = tuple(token for token in self.stop_ids if token not in absent)
+        if not stop_ids:
+            ends = ", ".join(repr(self.text([token])) for token in self.stop_ids)
+            raise ConfigError(
+                f"what ends a response ({ends}) is a token that another model of this stage does "
+                "not have, so none would end; use models with the same end of a turn, or name one "
+                "more in eos_token_id of the generation_config.json of the stage's start"
+            )
+        self.ids, self.stop_ids = self.ids.without(absent), stop_ids
         self._unusable |= frozenset(absent)
         # Encoded before, and so not checked.
         self._forget()

@@ -26,6 +26,7 @@ from posttrain.algorithms import (
 )
 from posttrain.backends.base import Learner, Metrics, Sampler, Scorer, TokenLoss
 from posttrain.backends.prompting import Problem
+from posttrain.backends.vocabulary import draw_alike
 from posttrain.losses.ops import (
     aggregation_weights,
     kl_bounded,
@@ -62,6 +63,9 @@ def run(settings: Rl, ctx: Context) -> dict[str, float]:
     precision = settings.precision
     reference = None if settings.kl is None else ctx.scorer("start", precision=precision)
     critic = Critic(settings, ctx, policy) if settings.uses_critic else None
+    # The critic reads every token that the policy says.
+    readers = (reference, None if critic is None else critic.learner)
+    draw_alike(policy, [reader for reader in readers if reader is not None])
     judge = None if settings.verified_only else reward_function(settings, ctx, policy)
     aux = AuxData(settings, ctx, policy.chat)
     verdicts = critique.CritiqueLoss(settings, policy.chat)
