@@ -137,7 +137,8 @@ def test_updates_bring_the_values_to_the_returns(
     return_N = targets(rows)
     assert ours.values(rows).tolist() == [0.0] * 24
     found = [
-        ours.update(clipped(0.5), [part(asked(return_N, ours.values(rows)))], lr=0.01) for _ in range(80)
+        ours.update(clipped(0.5), [part(asked(return_N, ours.values(rows)))], lr=0.01)
+        for _ in range(80)
     ]
     assert found[0]["value_loss"] == pytest.approx(float(return_N.square().mean() / 2), rel=1e-5)
     assert found[0]["explained_variance"] == pytest.approx(0, abs=1e-5)
@@ -151,7 +152,8 @@ def test_splitting_and_the_order_of_rows_change_only_rounding(
 ) -> None:
     rows = asked(targets(batch()), torch.linspace(-1, 1, 24))
     found = [
-        critic(scored, max_tokens).update(clipped(0.2), [part(rows)], lr=0.0) for max_tokens in (8192, 13)
+        critic(scored, max_tokens).update(clipped(0.2), [part(rows)], lr=0.0)
+        for max_tokens in (8192, 13)
     ]
     assert found[0] == pytest.approx(found[1], rel=1e-4)
 

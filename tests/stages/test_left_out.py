@@ -13,11 +13,12 @@ from posttrain.algorithms import KL, ConstantSum, Gae, Kimi, Truncated
 from posttrain.backends.local import LocalLearner
 from posttrain.engine.errors import ConfigError
 from posttrain.engine.jsonl import read_jsonl
-from posttrain.rl.batch import Batch, minibatch
+from posttrain.rl.batch import Batch, Minibatch
 from posttrain.stages import distill as distill_stage
 from posttrain.stages import rl as rl_stage
 from posttrain.stages.config import build_config
-from posttrain.stages.rl import rows_to_train, split
+from posttrain.stages.rl import rows_to_train
+from posttrain.stages.rollout import minibatches
 from posttrain.stages.settings.rl import Rl
 
 AGGREGATIONS = ("token", "sequence", ConstantSum(5))
@@ -161,26 +162,25 @@ def test_which_rows_stay() -> None:
 
 def test_minibatches_by_hand() -> None:
     """Rows of 1, 2, 3 and 4 tokens; the first two have no contrast."""
-    batch = rewarded([1, 1, 0, 1])
+
+    def of(s: Rl, rewards: list[float]) -> list[Minibatch]:
+        batch = rewarded(rewards)
+        batch["train_B"] = rows_to_train(s, batch)
+        return minibatches(s, batch, 0)
+
+    rewards = [1, 1, 0, 1]
     for aggregation, count in (("token", 10), ("sequence", 4), ("constant", 4)):
-        (part,) = split(Rl(steps=1, aggregation=aggregation), batch, 0)
+        (part,) = of(Rl(steps=1, aggregation=aggregation), rewards)
         assert (part.count, part.num_tokens, len(part.rows)) == (count, 10, 2)
-        (part,) = split(Rl(steps=1, aggregation=aggregation, per_kept=True), batch, 0)
+        (part,) = of(Rl(steps=1, aggregation=aggregation, per_kept=True), rewards)
         assert (part.count, len(part.rows)) == (7 if aggregation == "token" else 2, 2)
     # Four shares of one row: two of them have nothing to learn from.
-    parts = split(Rl(steps=1, num_minibatches=4), batch, 0)
+    parts = of(Rl(steps=1, num_minibatches=4), rewards)
     assert len(parts) == 2
     assert sorted(part.count for part in parts) == [3, 4]
     assert len({part.number for part in parts}) == 2
-    assert split(Rl(steps=1), rewarded([1, 1, 0, 0]), 0) == []
-    assert split(Rl(steps=1, per_kept=True), rewarded([1, 1, 0, 0]), 0) == []
-
-
-def test_a_minibatch_of_no_row() -> None:
-    batch = rewarded([1, 1])
-    batch["train_B"] = torch.zeros(2, dtype=torch.bool)
-    part = minibatch(0, batch, by_token=True)
-    assert (part.count, len(part.rows)) == (3, 0)
+    assert of(Rl(steps=1), [1, 1, 0, 0]) == []
+    assert of(Rl(steps=1, per_kept=True), [1, 1, 0, 0]) == []
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import shutil
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from posttrain.backends.chat import Chat
 from posttrain.backends.checkpoint import LanguageModel, load
 from posttrain.backends.local import LocalBackend, LocalSampler, LocalScorer
 from posttrain.engine.work import read_warnings
@@ -295,3 +297,19 @@ def test_a_second_core_changes_no_bit(
     one, two = (run_stage(kind, settings, inputs, threads=threads) for threads in (1, 2))
     assert same(one, two)
     assert [line["tokens"] for line in one.lines] == [line["tokens"] for line in two.lines]
+
+
+def test_a_teacher_has_room_for_the_block_that_the_students_prompt_opens(
+    scoring: Callable[..., Any], models: Mapping[str, str], tmp_path: Path
+) -> None:
+    """Its own template opens none, so it reads seven characters beyond its prompt."""
+    chosen = settings(estimator="sampled_token")
+    _, _, teachers = scoring(chosen)
+    assert [reader.more for reader in teachers.readers(chosen)] == [0, 0]
+    tokenizer = deepcopy(teachers.chat.tokenizer)
+    tokenizer.chat_template += "{% if add_generation_prompt %}<think>{% endif %}"
+    teachers.chat = Chat(tokenizer, stop_ids=teachers.chat.stop_ids, pad_id=0)
+    readers = teachers.readers(chosen)
+    assert [reader.more for reader in readers] == [len("<think>")] * 2
+    prompt = teachers._own_prompt(chosen, teachers.scorers[0], PROBLEMS[0])
+    assert len(prompt) == len(readers[0].chat.prompt("p")) + readers[0].more

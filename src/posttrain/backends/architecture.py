@@ -99,7 +99,7 @@ class CachedRows:
 
     def __init__(self, model: Any) -> None:
         self.body, self.device = backbone(model), model.get_output_embeddings().weight.device
-        self.cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+        self.cache = DynamicCache(config=text_config(model.config))
         accepted = inspect.signature(self.body.forward).parameters
         self.argument = cache_argument(accepted)
         # Given to all that take them, as `generate` does: without, Bamba counts from 0 again.

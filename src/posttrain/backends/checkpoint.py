@@ -92,7 +92,7 @@ def turn_end_of(tokenizer: Any, generation: Any, config: Any, ids: TokenIds) -> 
     return turn_end(
         eos=tokenizer.eos_token_id,
         generation=generation.eos_token_id,
-        config=getattr(config.get_text_config(), "eos_token_id", None),
+        config=getattr(text_config(config), "eos_token_id", None),
         added=added,
         usable=ids.__contains__,
         render=None if tokenizer.chat_template is None else render,
@@ -329,7 +329,7 @@ def read_chat(path: str | Path) -> Chat:
         else GenerationConfig.from_model_config(config)
     )
     known = token_ids(tokenizer)
-    ids = drawable(known, int(getattr(config.get_text_config(), "vocab_size", max(known) + 1)))
+    ids = drawable(known, int(getattr(text_config(config), "vocab_size", max(known) + 1)))
     return _chat(tokenizer, ids, generation=generation, config=config, where=str(path))
 
 

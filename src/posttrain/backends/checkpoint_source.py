@@ -28,6 +28,7 @@ from posttrain.backends.outside.files import (
     model_files,
 )
 from posttrain.backends.outside.headers import TensorHeader, read_headers
+from posttrain.backends.outside.positions import text_config
 from posttrain.backends.template import finished_renderer
 from posttrain.backends.turn_end import TurnEnd, turn_end
 from posttrain.backends.vocabulary import difference
@@ -184,8 +185,8 @@ def _rows(config: Mapping[str, Any]) -> int | None:
 
 def _of_text(config: Mapping[str, Any], key: str) -> Any:
     """An entry of the language model in a config, which some nest in that of a larger model."""
-    nested = config.get("text_config")
-    return (nested if isinstance(nested, dict) and key in nested else config).get(key)
+    nested = text_config(config)
+    return (nested if key in nested else config).get(key)
 
 
 def _token_text(token: Any) -> str | None:

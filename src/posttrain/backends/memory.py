@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from posttrain.backends.outside.positions import text_config
 from posttrain.engine.errors import ConfigError
 
 MEMORY = "POSTTRAIN_MEMORY"
@@ -95,7 +96,7 @@ def cache_bytes(model: Any, tokens: int) -> int:
 
     Recurrent states do not grow with a row and are left out.
     """
-    config = model.config.get_text_config(decoder=True)
+    config = text_config(model.config)
     heads = getattr(config, "num_attention_heads", 0)
     keys = getattr(config, "num_key_value_heads", None) or heads
     width = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)

@@ -317,19 +317,32 @@ class Minibatch:
     """Sampled tokens of all that it counts, also of rows that were left out."""
 
 
-def minibatch(number: int, rows: Batch, *, by_token: bool) -> Minibatch:
-    """Of these rows those that column `train_B` (bool) says, divided by what all of them count.
+def split(
+    batch: Batch, parts: int, *, seed: int, step: int, by_token: bool, per_kept: bool
+) -> list[Minibatch]:
+    """The minibatches of a step, of the rows that column `train_B` (bool) says; a minibatch without
+    any is left out.
 
-    So a row that is left out counts as one whose loss is 0: leaving rows out changes no other
-    row's gradient. The count is that of `posttrain.losses.ops.aggregation_weights`: sampled tokens
-    where the mean is over tokens (`by_token`), else rows.
+    All rows of the batch are split and counted, and then some are left out: a row that is left out
+    counts as one whose loss is 0, so that leaving rows out saves their forward and backward pass
+    and changes no other row's gradient. With `per_kept` they are left out first. The count is that
+    of `posttrain.losses.ops.aggregation_weights`: sampled tokens where the mean is over tokens
+    (`by_token`), else rows.
     """
-    count = float(rows.num_tokens if by_token else len(rows))
-    train_B = rows["train_B"]
-    kept = rows if bool(train_B.all()) else rows.select(train_B)
-    return Minibatch(
-        number=number, rows=kept.without("train_B"), count=count, num_tokens=rows.num_tokens
-    )
+    rows = batch.select(batch["train_B"]) if per_kept else batch
+    if len(rows) == 0:
+        return []
+    found = []
+    for number, part in enumerate(rows.minibatches(parts, seed=seed, step=step)):
+        train_B = part["train_B"]
+        kept = part if bool(train_B.all()) else part.select(train_B)
+        if len(kept):
+            count = float(part.num_tokens if by_token else len(part))
+            rows_of_it = kept.without("train_B")
+            found.append(
+                Minibatch(number=number, rows=rows_of_it, count=count, num_tokens=part.num_tokens)
+            )
+    return found
 
 
 def concatenate(batches: Sequence[Batch]) -> Batch:

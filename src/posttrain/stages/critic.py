@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from posttrain.algorithms import Gae
-from posttrain.backends.base import Head, HeadLoss, Learner, Metrics
+from posttrain.backends.base import Head, HeadLoss, Learner, Metrics, Scorer
 from posttrain.backends.scalar import scores_N
-from posttrain.backends.vocabulary import check_same_tokens
+from posttrain.backends.vocabulary import check_same_tokens, draw_alike
 from posttrain.losses.value import clipped_value, explained_variance
 from posttrain.rl.batch import Batch, Minibatch
 from posttrain.stages.context import Context
@@ -29,13 +29,17 @@ from posttrain.stages.settings.rl import Rl
 class Critic:
     """Values of states, and the updates that bring them nearer to the returns."""
 
-    def __init__(self, settings: Rl, ctx: Context, policy: Learner) -> None:
+    def __init__(
+        self, settings: Rl, ctx: Context, policy: Learner, reference: Scorer | None = None
+    ) -> None:
         """From the edge `critic` if there is one, else from the start of the stage. All its weights
-        learn, with the optimiser of the stage. Raises ConfigError unless it reads the policy's
-        tokens."""
+        learn, with the optimiser of the stage. From now on the policy says only tokens that the
+        critic has, and its `reference` gives probability to no others. Raises ConfigError for a
+        critic whose tokens are not the policy's."""
         source = "critic" if "critic" in ctx.inputs else "start"
         self.learner = ctx.learner(settings, source, scalar=True, whole=True)
         check_same_tokens(policy.chat, self.learner.chat, "critic", role="critic")
+        draw_alike(policy, [self.learner] if reference is None else [self.learner, reference])
         # It reads the weights that the learner has at the time of each call.
         self.scorer = ctx.scorer(self.learner, precision=settings.precision, scalar=True)
 

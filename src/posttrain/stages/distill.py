@@ -30,7 +30,6 @@ from posttrain.algorithms import (
     Jsd,
     SampledToken,
     SequenceMean,
-    TokenMean,
     TokenShare,
     TopK,
     correction_arguments,
@@ -41,7 +40,7 @@ from posttrain.losses.divergence import TeacherStates
 from posttrain.losses.ops import aggregation_weights, token_logprobs
 from posttrain.losses.policy import policy_gradient
 from posttrain.rl.advantage import advantages
-from posttrain.rl.batch import Batch, Minibatch, minibatch, ragged_index
+from posttrain.rl.batch import Batch, ragged_index
 from posttrain.rl.corrections import importance_correction
 from posttrain.rl.seeds import step_seed
 from posttrain.schedules import learning_rate
@@ -49,7 +48,7 @@ from posttrain.stages.aux_losses import AuxData, pop_metrics
 from posttrain.stages.context import Context
 from posttrain.stages.data import Batches
 from posttrain.stages.lengths import Reader, fit_prompts
-from posttrain.stages.rollout import rollout, verified_mean, verifiers
+from posttrain.stages.rollout import minibatches, rollout, verified_mean, verifiers
 from posttrain.stages.settings.distill import Distill
 from posttrain.stages.signs import cut_responses
 from posttrain.stages.teachers import Teachers
@@ -102,7 +101,7 @@ def run(settings: Distill, ctx: Context) -> dict[str, float]:
         lr = learning_rate(s, step, settings.steps)
         sums: dict[str, float] = {}
         count, num_updates = 0.0, 0
-        for part in split(s, batch, step):
+        for part in minibatches(s, batch, step):
             auxiliary = aux.losses(step * s.num_minibatches + part.number, s)
             found = policy.update(part.rows, loss, count=part.count, lr=lr, aux=auxiliary)
             sums = {name: sums.get(name, 0.0) + value for name, value in found.items()}
@@ -131,18 +130,6 @@ def run(settings: Distill, ctx: Context) -> dict[str, float]:
     # Of the last step that learned; none did where all responses of all steps were left out.
     learned = ctx.history("kl")
     return ({"kl": learned[-1]} if learned else {}) | {"tokens": ctx.tokens}
-
-
-def split(s: Distill, batch: Batch, step: int) -> list[Minibatch]:
-    """The minibatches of a step, without the rows that are not learned from and without those that
-    have no other. All rows of the batch count, unless `per_kept`."""
-    rows = batch.select(batch["train_B"]) if s.per_kept else batch
-    if len(rows) == 0:
-        return []
-    by_token = isinstance(s.aggregation, TokenMean)
-    parts = rows.minibatches(s.num_minibatches, seed=s.seed, step=step)
-    found = [minibatch(number, part, by_token=by_token) for number, part in enumerate(parts)]
-    return [part for part in found if len(part.rows)]
 
 
 def loss_weights(step_settings: Distill, domains: Sequence[str], batch: Batch) -> Tensor:

@@ -21,12 +21,10 @@ from posttrain.algorithms import (
     Gae,
     Kimi,
     LeaveOneOutZScore,
-    TokenMean,
     correction_arguments,
 )
 from posttrain.backends.base import Learner, Metrics, Sampler, Scorer, TokenLoss
 from posttrain.backends.prompting import Problem
-from posttrain.backends.vocabulary import draw_alike
 from posttrain.losses.ops import (
     aggregation_weights,
     kl_bounded,
@@ -37,7 +35,7 @@ from posttrain.losses.ops import (
 from posttrain.rewards.judging import RewardFunction
 from posttrain.rewards.pool import VerifierPool
 from posttrain.rl.advantage import advantages, whitened, zero_variance
-from posttrain.rl.batch import Batch, Minibatch, concatenate, minibatch
+from posttrain.rl.batch import Batch, Minibatch, concatenate
 from posttrain.rl.corrections import importance_correction, off_policy_mask
 from posttrain.rl.gae import gae, token_rewards
 from posttrain.schedules import learning_rate
@@ -49,7 +47,7 @@ from posttrain.stages.judging import judge_readers, make_reward, responses_of
 from posttrain.stages.lengths import Reader, fit_prompts
 from posttrain.stages.own_function import checked_sum, checked_values, named
 from posttrain.stages.problems import ProblemSampler, reprofile_of
-from posttrain.stages.rollout import rollout, verified_mean, verifiers
+from posttrain.stages.rollout import minibatches, rollout, verified_mean, verifiers
 from posttrain.stages.rollout_log import RolloutLog
 from posttrain.stages.settings.rl import Rl
 from posttrain.stages.signs import cut_responses
@@ -62,10 +60,7 @@ def run(settings: Rl, ctx: Context) -> dict[str, float]:
     sampler = ctx.sampler(policy)
     precision = settings.precision
     reference = None if settings.kl is None else ctx.scorer("start", precision=precision)
-    critic = Critic(settings, ctx, policy) if settings.uses_critic else None
-    # The critic reads every token that the policy says.
-    readers = (reference, None if critic is None else critic.learner)
-    draw_alike(policy, [reader for reader in readers if reader is not None])
+    critic = Critic(settings, ctx, policy, reference) if settings.uses_critic else None
     judge = None if settings.verified_only else reward_function(settings, ctx, policy)
     aux = AuxData(settings, ctx, policy.chat)
     verdicts = critique.CritiqueLoss(settings, policy.chat)
@@ -108,20 +103,21 @@ def run(settings: Rl, ctx: Context) -> dict[str, float]:
 
         # Advantage: of every token.
         metrics |= add_advantages(s, batch, critic)
-        metrics["train_fraction"] = int(rows_to_train(s, batch).sum()) / len(sampled)
+        batch["row_B"], batch["train_B"] = torch.arange(len(batch)), rows_to_train(s, batch)
+        metrics["train_fraction"] = int(batch["train_B"].sum()) / len(sampled)
 
         # Update: first the critic, then the policy, on the same minibatches.
         lr = metrics["lr"] = learning_rate(s, step, settings.steps)
-        minibatches = split(s, batch, step)
-        if critic is not None and minibatches:
-            metrics |= critic.update(s, minibatches, lr=lr)
+        shares = minibatches(s, batch, step)
+        if critic is not None and shares:
+            metrics |= critic.update(s, shares, lr=lr)
         compared, pairs = verdicts.losses(s, step, rows)
         metrics |= pairs
-        if minibatches and not _critic_only(s, step):
-            add_old_logprobs(s, policy, batch, minibatches)
+        if shares and not _critic_only(s, step):
+            add_old_logprobs(s, policy, batch, shares)
             loss = TokenLoss(policy_loss, s, temperature=s.temperature)
             updates = []
-            for part in minibatches:
+            for part in shares:
                 # Numbered through all steps, so that every update draws auxiliary rows of its own.
                 further = aux.losses(step * s.num_minibatches + part.number, s)
                 further = [*further, *compared[part.number]]
@@ -320,24 +316,6 @@ def _learns_without_contrast(s: Rl) -> bool:
     # a function of the user's own nobody knows.
     pulls = isinstance(s.surrogate, Kimi) and s.num_minibatches > 1
     return penalised or pulls or isinstance(s.surrogate, Custom)
-
-
-def split(s: Rl, batch: Batch, step: int) -> list[Minibatch]:
-    """The minibatches of a step; one without a row to learn from is left out.
-
-    All rows of the batch are split and counted, and then those that teach nothing are left out, so
-    that this saves their forward and backward pass and nothing else. With `per_kept` it is the
-    other way round.
-    """
-    train_B = rows_to_train(s, batch)
-    batch["row_B"], batch["train_B"] = torch.arange(len(batch)), train_B
-    rows = batch.select(train_B) if s.per_kept else batch
-    if len(rows) == 0:
-        return []
-    parts = rows.minibatches(s.num_minibatches, seed=s.seed, step=step)
-    by_token = isinstance(s.aggregation, TokenMean)
-    found = [minibatch(number, part, by_token=by_token) for number, part in enumerate(parts)]
-    return [part for part in found if len(part.rows)]
 
 
 def add_old_logprobs(

@@ -13,12 +13,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from posttrain.algorithms import TokenMean
 from posttrain.backends.base import Sampler, Sampling
 from posttrain.backends.prompting import Problem, asked
 from posttrain.rewards.pool import VerifierPool
-from posttrain.rl.batch import Batch
+from posttrain.rl.batch import Batch, Minibatch, split
 from posttrain.stages.context import Context
 from posttrain.stages.sampled_ids import names
+from posttrain.stages.settings.distill import Distill
+from posttrain.stages.settings.rl import Rl
 
 CHUNK_ROWS = 16
 """Responses that go to a verifier at a time."""
@@ -149,6 +152,18 @@ def submit(
         (part, verifiers.submit(domain, [texts[i] for i in part], [problems[i] for i in part]))
         for domain, part in parts
     ]
+
+
+def minibatches(s: Rl | Distill, batch: Batch, step: int) -> list[Minibatch]:
+    """The minibatches of a step, of the rows to learn from (`train_B`); see `rl.batch.split`."""
+    return split(
+        batch,
+        s.num_minibatches,
+        seed=s.seed,
+        step=step,
+        by_token=isinstance(s.aggregation, TokenMean),
+        per_kept=s.per_kept,
+    )
 
 
 def sampled_ids_of(batch: Batch) -> list[dict[str, Any]]:

@@ -84,6 +84,7 @@ class Teachers:
                 name=f"teacher {name!r}",
                 chat=self._layout(scorer) or self.chat,
                 positions=scorer.chat.max_positions,
+                more=self._opening(settings, scorer),
                 hints=settings.hints,
                 domains=frozenset(domains[name]),
             )
@@ -118,6 +119,15 @@ class Teachers:
         # The student's response begins behind what its own prompt has opened.
         opened = self.chat.opened(asked(problem), mode)
         return (chat or self.chat).prompt_before(asked(shown), opened, mode)
+
+    def _opening(self, settings: Distill, scorer: Scorer) -> int:
+        """Tokens that a teacher reads beyond its own prompt: the beginning of a thinking block that
+        the student's prompt opens and its own does not."""
+        chat, most = self._layout(scorer) or self.chat, 0
+        for mode in settings.modes or (None,):
+            read = chat.prompt_before("q", self.chat.opened("q", mode), mode)
+            most = max(most, len(read) - len(chat.prompt("q", mode)))
+        return most
 
     def _layout(self, scorer: Scorer) -> Chat | None:
         """The chat of a teacher that lays a prompt out in another way than the student."""
