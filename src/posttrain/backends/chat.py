@@ -98,9 +98,12 @@ class Chat:
         return self.ids.size
 
     def restrict(self, absent: Collection[int]) -> None:
-        """Draw none of these ids any more, and refuse text that has one."""
+        """Draw none of these ids any more."""
         self.ids = self.ids.without(absent)
-        self._unusable |= frozenset(absent)
+
+    def refuse(self, unknown: Collection[int]) -> None:
+        """Refuse text that has one of these ids: a model that reads it has no token for them."""
+        self._unusable |= frozenset(unknown)
         # Encoded before, and so not checked.
         self._forget()
 
