@@ -113,7 +113,7 @@ class Distillation:
         ctx = self.cores.context({"start": student, **edges})
         self.policy: Any = ctx.learner(self.settings)
         self.sampler = ctx.sampler(self.policy)
-        self.teachers = Teachers(self.settings, ctx, self.policy.chat)
+        self.teachers = Teachers(self.settings, ctx, self.policy)
 
     def problems(self, texts: Sequence[str]) -> list[dict[str, Any]]:
         """Prompts shared out over the teachers in turn."""

@@ -147,7 +147,9 @@ def test_a_response_longer_than_the_first_columns(make_model: MakeModel) -> None
     model = make_model(stop=[], positions=1024)
     count = 2 * FIRST_COLUMNS + 10
     how = {"group_size": 1, "max_new_tokens": count, "temperature": 1.0, "seed": 3, "top_p": 0.5}
-    batch = LocalSampler(model).sample([[11, 12, 13]], **how)
+    sampler = LocalSampler(model)
+    sampler.chat.stop_ids = ()
+    batch = sampler.sample([[11, 12, 13]], **how)
     assert batch.num_tokens == count
     first, each = torch.unique_consecutive(
         torch.repeat_interleave(torch.arange(count), batch["nucleus_count_N"]), return_counts=True

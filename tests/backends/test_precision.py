@@ -125,7 +125,7 @@ def test_the_fused_decoder_is_as_exact_as_transformers(make_model: MakeModel, ki
     policy = computing_copy(language_model, BF16)
     sampler = LocalSampler(policy)
     decoder = sampler.decoders.make(2, 8)
-    assert isinstance(decoder, FusedDecoder) and decoder.cache.dtype == BF16
+    assert isinstance(decoder, FusedDecoder) and decoder.cache.tensor.dtype == BF16
     plain = LocalSampler(policy, fast_paths=False)
     strays = []
     for which in (sampler, plain):

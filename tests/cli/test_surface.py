@@ -40,7 +40,7 @@ SURFACE = {
         "--store",
     },
     "adopt": {"DIR", "--name", "--copy", "--store", "--json"},
-    "export": {"ARTIFACT", "DIR", "--store", "--json"},
+    "export": {"ARTIFACT", "DIR", "--dtype", "--store", "--json"},
     "gc": {"--keep", "--only", "--unfinished", "--dry-run", "--yes", "--store", "--json"},
 }
 

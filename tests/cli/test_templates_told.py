@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.conftest import weights_file
 
 TURNS = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
 CLOCK = "{{ strftime_now('%d %b %Y') }}" + TURNS
@@ -49,8 +50,9 @@ def planned(cli: Callable[..., Any], place: Path) -> Callable[..., Any]:
     ) -> Any:
         outside = place / "outside"
         outside.mkdir(exist_ok=True)
-        (outside / "config.json").write_text("{}")
-        (outside / "model.safetensors").write_bytes(b"weights")
+        (outside / "config.json").write_text('{"model_type": "llama", "eos_token_id": 1}')
+        weights = weights_file({"model.norm.weight": ("F32", (2,))})
+        (outside / "model.safetensors").write_bytes(weights)
         (outside / "tokenizer.json").write_text("{}")
         if template is not None:
             (outside / "chat_template.jinja").write_text(template)

@@ -11,7 +11,6 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from posttrain.backends.checkpoint_source import find_checkpoint
 from posttrain.backends.outside.headers import FLOATS, num_parameters
 from posttrain.commands import io
 from posttrain.commands.io import console, emit, plain_table, tell_faults
@@ -47,6 +46,9 @@ def adopt(
 ) -> None:
     """Bring a checkpoint from outside into the store, with its history if it was exported."""
     place = Store(store)
+    # It reads templates, which `--help` has no use for.
+    from posttrain.backends.checkpoint_source import find_checkpoint
+
     external = find_checkpoint(source, place.hashes.digest, store=place.root)
     present = [a for a in place.list() if a.kind == "model" and a.name == name]
     for artifact in present:

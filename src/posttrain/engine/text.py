@@ -1,6 +1,6 @@
 """Text of others, made safe to be shown.
 
-A name in somebody's record, the body of a server's error or the answer of a model may hold
+A name in somebody's record, the body of a server's error or the reply of a program may hold
 characters that steer a terminal, turn the direction in which it writes, or are not to be seen.
 """
 
