@@ -97,6 +97,14 @@ class Chat:
         """All ids that may be drawn are below it."""
         return self.ids.size
 
+    def lays_out_as(self, other: Chat) -> bool:
+        """Whether both write a conversation in the same way."""
+        ours, theirs = (
+            (chat.tokenizer.chat_template, chat.tokenizer.bos_token, chat.tokenizer.eos_token)
+            for chat in (self, other)
+        )
+        return ours == theirs
+
     def restrict(self, absent: Collection[int]) -> None:
         """Draw none of these ids any more, and refuse text that has one. Raises ConfigError where
         nothing would be left to end a response."""
@@ -110,6 +118,7 @@ class Chat:
             )
         self.ids, self.stop_ids = self.ids.without(absent), stop_ids
         self._unusable |= frozenset(absent)
+        self._stops = {text: token for text, token in self._stops.items() if token in stop_ids}
         # Encoded before, and so not checked.
         self._forget()
 
