@@ -264,17 +264,3 @@ def test_a_restricted_model_learns_an_end_that_it_may_say() -> None:
     assert two.stop_ids == (2,)
     with pytest.raises(ConfigError, match=r"ends a response \('<|user|>'\) .* another model"):
         two.restrict([2])
-
-
-def test_an_end_that_may_not_be_said_is_not_learned_of_earlier_turns_either() -> None:
-    tokenizer = character_tokenizer([])
-    ours = chat(tokenizer, stop_ids=(4, 2))
-    talk = [
-        {"role": "user", "content": "q"},
-        {"role": "assistant", "content": "a"},
-        {"role": "user", "content": "r"},
-    ]
-    assert ours.spans(talk, "b") is not None
-    ours.restrict([4])
-    with pytest.raises(ConfigError, match=r"token '<\|end\|>' \(id 4\)"):
-        ours.spans(talk, "b")

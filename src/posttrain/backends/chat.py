@@ -118,7 +118,6 @@ class Chat:
             )
         self.ids, self.stop_ids = self.ids.without(absent), stop_ids
         self._unusable |= frozenset(absent)
-        self._stops = {text: token for text, token in self._stops.items() if token in stop_ids}
         # Encoded before, and so not checked.
         self._forget()
 
