@@ -44,12 +44,12 @@ CONFLICTS: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
     "vocabulary": (
         {"tokenizer.json": {"model": {"vocab": {"a": 0, "b": 1}}}},
         {"tokenizer.json": {"model": {"vocab": {"a": 0, "b": 2}}}},
-        ["'b' has id 2 in", "two/tokenizer.json and 1 in", "one/tokenizer.json"],
+        ["'b' has id 2 in", "two/tokenizer.json and id 1 in", "one/tokenizer.json"],
     ),
     "token": (
         {},
         {"tokenizer.json": {"model": {"vocab": {"a": 0, "b": 1, "c": 2}}}},
-        ["3 and 2 tokens", "'c' has id 2 in", "and None in"],
+        ["3 and 2 tokens", "'c' has id 2 in", "and no id in"],
     ),
     "added token in the place of another": (
         {},
@@ -59,7 +59,7 @@ CONFLICTS: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
                 "added_tokens": [{"content": "c", "id": 1}],
             }
         },
-        ["'b' has id None in", "and 1 in"],
+        ["'b' has no id in", "and id 1 in"],
     ),
 }
 

@@ -232,7 +232,7 @@ def test_models_are_alike_whatever_their_rows_ends_and_templates_are() -> None:
     check_same_tokens(ours, chat(other, stop_ids=(4, 0), max_positions=5), "math")
     other.add_tokens(["<img>"], special_tokens=True)
     check_same_tokens(ours, chat(other), "math")
-    with pytest.raises(ConfigError, match=r"critic 'start': .* token '[^']+' is .* a critic must"):
+    with pytest.raises(ConfigError, match=r"critic 'start': .* token '[^']+' has .* a critic must"):
         check_same_tokens(ours, chat(character_tokenizer(["é"])), "start", role="critic")
 
 
@@ -264,3 +264,19 @@ def test_a_restricted_model_learns_an_end_that_it_may_say() -> None:
     assert two.stop_ids == (2,)
     with pytest.raises(ConfigError, match=r"ends a response \('<|user|>'\) .* another model"):
         two.restrict([2])
+
+
+def test_a_model_that_reads_prompts_of_its_own_keeps_its_tokens_there(
+    make_model: MakeModel,
+) -> None:
+    """As Qwen3, which writes thinking tags into its prompts, teaches Qwen2.5, or is taught by it:
+    none of them is drawn, and none is refused in the prompts of the one that has them."""
+    few, many = make_model(vocabulary=128), make_model(vocabulary=128)
+    many.tokenizer.add_tokens(["<think>"])
+    for student, teacher in ((few, many), (many, few)):
+        learner, scorer = LocalLearner(student, SETTINGS), LocalScorer(teacher)
+        draw_alike(learner, [scorer], own_text=[scorer])
+        assert learner.chat.ids == scorer.chat.ids
+        assert len(scorer.head.weight_VD) == COUNT
+        thinks = learner if student is many else scorer
+        assert COUNT in thinks.chat.prompt("a <think> b")

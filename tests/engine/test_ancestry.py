@@ -207,6 +207,19 @@ def test_gc_killed_half_way_leaves_no_orphan(
     assert ancestry.verify(store, committed[1]) == []
 
 
+def test_gc_goes_on_where_a_killed_one_had_begun_to_remove(
+    store: Store, committed: list[Artifact]
+) -> None:
+    """After the kill the same artifact was made again."""
+    left = store.root / "work" / f"{committed[2].path.name}.trash"
+    left.mkdir(parents=True)
+    (left / "value.txt").write_text("half gone")
+    removed = ancestry.gc(store, [committed[1].fingerprint])
+    assert committed[2].label in labels(removed)
+    assert store.list() == committed[:2]
+    assert list((store.root / "work").glob("*.trash")) == []
+
+
 def test_gc_of_no_store(tmp_path: Path) -> None:
     assert ancestry.gc(Store(tmp_path / "none"), []) == []
 

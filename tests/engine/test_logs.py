@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -104,6 +105,29 @@ def test_a_log_that_somebody_still_holds_is_not_waited_for_long(tmp_path: Path) 
     assert 1.0 < time.monotonic() - began < 10.0
     os.close(handle)
     os.waitpid(writer, 0)
+
+
+def test_the_writer_keeps_nothing_else_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a limit of open files is a billion, or none, closing each number is no way."""
+    monkeypatch.setattr(os, "sysconf", lambda name: -1)
+    monkeypatch.setattr(os, "closerange", lambda low, high: None)
+    reading, writing = os.pipe()
+    handle, writer = open_bounded(tmp_path / "log.txt")
+    os.close(writing)
+    os.set_blocking(reading, False)
+    deadline, found = time.monotonic() + 10, None
+    while found is None and time.monotonic() < deadline:
+        try:
+            found = os.read(reading, 1)
+        except BlockingIOError:
+            time.sleep(0.001)
+    os.close(handle)
+    os.kill(writer, signal.SIGKILL)
+    os.waitpid(writer, 0)
+    os.close(reading)
+    assert found == b""
 
 
 def test_a_stage_is_named_once() -> None:

@@ -192,6 +192,16 @@ def test_adopting_holds_the_store_against_gc(
         pass
 
 
+def test_exporting_holds_the_store_against_gc(
+    store: Store, committed: list[Artifact], tmp_path: Path
+) -> None:
+    with transfer.exporting(store, committed[2], tmp_path / "out"):
+        with pytest.raises(StoreError, match="a run is using"), store.alone():
+            pass
+    with store.alone():
+        pass
+
+
 def test_an_export_is_whole_or_not_there(
     store: Store, committed: list[Artifact], tmp_path: Path
 ) -> None:

@@ -13,7 +13,7 @@ import pytest
 from posttrain import judges
 from posttrain.engine.errors import ConfigError, StageError
 from posttrain.rewards.judge_kinds import parse_judge
-from posttrain.rewards.own_judge import JUDGED, write_judge
+from posttrain.rewards.own_judge import JUDGED, load_judge, write_judge
 from posttrain.rewards.pool import VerifierPool
 from posttrain.rewards.watching import Watched
 
@@ -189,3 +189,63 @@ def test_a_daemon_that_it_starts_ends_with_the_pool(tmp_path: Path) -> None:
     while alive(pid) and time.monotonic() < until:
         time.sleep(0.05)
     assert not alive(pid)
+
+
+PLAIN = b"def mark(r, p):\n    return 1.0\n"
+
+
+@pytest.mark.parametrize(
+    ("source", "value"),
+    [
+        (b"\xef\xbb\xbf" + PLAIN, 1.0),
+        (PLAIN + b"def mark(r, p, *, step):\n    return step\n", 7.0),
+        (PLAIN.replace(b"\n", b"\r\n"), 1.0),
+    ],
+    ids=["a mark of the byte order", "a function defined twice", "line ends of Windows"],
+)
+def test_files_as_editors_write_them(tmp_path: Path, source: bytes, value: float) -> None:
+    (tmp_path / "own.py").write_bytes(source)
+    judge: Any = judges.python(str(tmp_path / "own.py:mark"))
+    directory = write_judge(judge.name, judge.source, judge.data, tmp_path / "work")
+    assert (directory / "code" / "own.py").read_bytes() == source
+    judged = {"num_tokens": 3, "finished": True, "step": 7}
+    assert load_judge(directory).score("22", {**ROW, JUDGED: judged}) == value
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (b"# -*- coding: latin-1 -*-\nX = '\xe9'\n" + PLAIN, r"own\.py is no UTF-8 text"),
+        (PLAIN + b"X = " + b"-" * 50_000 + b"1\n", r"own\.py cannot be read as Python"),
+        (PLAIN + b"\0", r"own\.py.*null bytes"),
+        (b"DATA_FILES = ['" + b"x" * 300 + b"']\n" + PLAIN, "there is no file"),
+    ],
+    ids=["another encoding", "too deep", "null bytes", "a name that no file can have"],
+)
+def test_files_that_cannot_be_read_are_told(tmp_path: Path, source: bytes, message: str) -> None:
+    (tmp_path / "own.py").write_bytes(source)
+    with pytest.raises(ConfigError, match=message):
+        judges.python(str(tmp_path / "own.py:mark"))
+
+
+def test_declared_files_keep_their_line_ends(tmp_path: Path) -> None:
+    (tmp_path / "table.csv").write_bytes(b"a\r\nb\r\n")
+    (tmp_path / "own.py").write_bytes(b"DATA_FILES = ['table.csv']\n" + PLAIN)
+    judge: Any = judges.python(str(tmp_path / "own.py:mark"))
+    directory = write_judge(judge.name, judge.source, judge.data, tmp_path / "work")
+    assert (directory / "code" / "table.csv").read_bytes() == b"a\r\nb\r\n"
+
+
+def test_a_file_that_is_read_each_time_is_noted_once(tmp_path: Path) -> None:
+    (tmp_path / "foreign.txt").write_text("1")
+    (tmp_path / "own.py").write_text(
+        f"def mark(r, p):\n    return float(open({str(tmp_path / 'foreign.txt')!r}).read())\n"
+    )
+    judge: Any = judges.python(str(tmp_path / "own.py:mark"))
+    directory = write_judge(judge.name, judge.source, judge.data, tmp_path / "work")
+    watched = Watched(root=str(tmp_path), declared=[str(tmp_path / "work")])
+    row = {**ROW, JUDGED: {"num_tokens": 3, "finished": True, "step": 7}}
+    with VerifierPool({"j": directory}, num_workers=1, by="judge", watched=watched) as pool:
+        assert pool.submit("j", ["a"] * 5, [row] * 5).result() == [1.0] * 5
+        assert pool.opened == ["foreign.txt"]
+        assert list(pool._workers[0].opened) == ["foreign.txt"]

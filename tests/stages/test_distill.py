@@ -361,7 +361,7 @@ def test_teachers_of_another_tongue_are_refused_before_the_first_step(
 ) -> None:
     shutil.copytree(models["two"], tmp_path / "other")
     other_token(tmp_path / "other")
-    with pytest.raises(ConfigError, match=r"teacher 'second'.*id of token 'a'"):
+    with pytest.raises(ConfigError, match=r"teacher 'second'.*token 'a' has id"):
         distill(second=str(tmp_path / "other"))
     assert not list(tmp_path.glob("work-*/metrics.jsonl"))
 

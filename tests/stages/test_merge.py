@@ -127,7 +127,7 @@ def test_other_tokens_and_other_tensors_are_refused(
     vocabulary = content["model"]["vocab"]
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     tokenizer.write_text(json.dumps(content), encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"the id of token 'a' is \d+ in 'two'.*one tokenizer"):
+    with pytest.raises(ConfigError, match=r"token 'a' has id \d+ in 'two'.*one tokenizer"):
         merge(one=one, two=two)
     tokenizer.write_text(text, encoding="utf-8")
     tensors = weights(two)

@@ -216,7 +216,7 @@ class Scorer(Protocol):
 
     def restrict(self, absent: Collection[int]) -> None:
         """Give these ids no probability from now on: another model of the stage has no token for
-        them. `chat` refuses text that has one."""
+        them. Text may still have them, see `Chat.refuse`."""
         ...
 
     def scores(self, batch: Batch) -> Tensor:

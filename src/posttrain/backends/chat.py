@@ -106,8 +106,8 @@ class Chat:
         return ours == theirs
 
     def restrict(self, absent: Collection[int]) -> None:
-        """Draw none of these ids any more, and refuse text that has one. Raises ConfigError where
-        nothing would be left to end a response."""
+        """Draw none of these ids any more. Raises ConfigError where nothing would be left to end a
+        response."""
         stop_ids = tuple(token for token in self.stop_ids if token not in absent)
         if not stop_ids:
             ends = ", ".join(repr(self.text([token])) for token in self.stop_ids)
@@ -117,7 +117,11 @@ class Chat:
                 "more in eos_token_id of the generation_config.json of the stage's start"
             )
         self.ids, self.stop_ids = self.ids.without(absent), stop_ids
-        self._unusable |= frozenset(absent)
+        self._forget()
+
+    def refuse(self, unknown: Collection[int]) -> None:
+        """Refuse text that has one of these ids: a model that reads it has no token for them."""
+        self._unusable |= frozenset(unknown)
         # Encoded before, and so not checked.
         self._forget()
 

@@ -146,11 +146,8 @@ def token_conflict(student: CheckpointSource, teacher: CheckpointSource) -> str 
     found = difference(ours, theirs, our_added=student.added, their_added=teacher.added)
     if found is None:
         return None
-    return (
-        f"vocabulary ({len(theirs)} and {len(ours)} tokens; token {found.token!r} has id "
-        f"{found.theirs} in {teacher.directory / 'tokenizer.json'} and "
-        f"{found.ours} in {student.directory / 'tokenizer.json'})"
-    )
+    places = [f"in {source.directory / 'tokenizer.json'}" for source in (teacher, student)]
+    return f"vocabulary ({len(theirs)} and {len(ours)} tokens; {found.said(*places)})"
 
 
 def ends_of(source: CheckpointSource) -> TurnEnd | None:

@@ -65,6 +65,8 @@ class Text(Protocol):
     @property
     def ids(self) -> TokenIds: ...
 
+    def refuse(self, unknown: Collection[int]) -> None: ...
+
 
 class Speaker(Protocol):
     """As much of a learner or scorer as is compared."""
@@ -82,6 +84,11 @@ class Difference:
     token: str
     ours: int | None
     theirs: int | None
+
+    def said(self, theirs: str, ours: str) -> str:
+        """In words; the arguments are what the two places are called, `in FILE` or `here`."""
+        ids = ("no id" if one is None else f"id {one}" for one in (self.theirs, self.ours))
+        return f"token {self.token!r} has {next(ids)} {theirs} and {next(ids)} {ours}"
 
 
 def difference(
@@ -127,18 +134,30 @@ def check_same_tokens(ours: Text, theirs: Text, name: str, *, role: str = "teach
     found = tokenizer_difference(ours.tokenizer, theirs.tokenizer)
     if found is not None:
         raise ConfigError(
-            f"{role} {name!r}: its vocabulary differs from the student's: id of token "
-            f"{found.token!r} is {found.theirs!r} there and {found.ours!r} here; a {role} must "
-            "come from the same tokenizer, best from the same checkpoint as the student"
+            f"{role} {name!r}: its vocabulary differs from the student's: "
+            f"{found.said('there', 'here')}; a {role} must come from the same tokenizer, best from "
+            "the same checkpoint as the student"
         )
 
 
-def draw_alike(policy: Speaker, others: Sequence[Speaker]) -> None:
+def draw_alike(
+    policy: Speaker, others: Sequence[Speaker], *, own_text: Collection[Speaker] = ()
+) -> None:
     """Let the policy and the models that read its tokens give probability to the same ids: those
-    that all of them have a token for. Nothing where these are the same already."""
+    that all of them have a token for. Nothing where these are the same already.
+
+    Text of the policy is refused where it has a token that a reader lacks. The models of `own_text`
+    read prompts of their own, in which each of them may have its own tokens, as a thinking model
+    has those of its template.
+    """
     if all(other.chat.ids == policy.chat.ids for other in others):
         return
-    common = set(policy.chat.ids).intersection(*(other.chat.ids for other in others))
+    ours = set(policy.chat.ids)
+    common = ours.intersection(*(other.chat.ids for other in others))
+    readers = [other for other in others if not any(other is own for own in own_text)]
+    unknown = ours - ours.intersection(*(other.chat.ids for other in readers))
+    if unknown:
+        policy.chat.refuse(unknown)
     for model in (policy, *others):
         absent = set(model.chat.ids) - common
         if absent:

@@ -25,11 +25,12 @@ from posttrain.engine.record import (
     record_sha256,
 )
 from posttrain.engine.store import Store
-from posttrain.engine.work import CODE_DIFF, METRICS, take_lock
+from posttrain.engine.work import take_lock
 
 ADOPTED: Final = "adopted from"
 """Edge from an adopted artifact to the last record of the history that came with it."""
-_ADDED = frozenset({METRICS, CODE_DIFF})
+_TRASH: Final = ".trash"
+"""What the name of a directory ends with that is being removed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,12 +241,21 @@ def gc(
 
 def _remove(store: Store, path: Path) -> None:
     # One rename first: a directory that is half gone is never seen under artifacts/.
-    trash = store.root / "work" / f"{path.name}.trash"
+    if path.name.endswith(_TRASH):
+        _delete(path)
+        return
+    trash = store.root / "work" / f"{path.name}{_TRASH}"
     trash.parent.mkdir(exist_ok=True)
+    # What a gc that was killed left of the same, which was made again since.
+    _delete(trash)
     os.rename(path, trash)
+    _delete(trash)
+
+
+def _delete(trash: Path) -> None:
     if trash.is_symlink():
         trash.unlink()
-    else:
+    elif trash.exists():
         shutil.rmtree(trash)
 
 

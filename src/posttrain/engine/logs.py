@@ -84,14 +84,26 @@ def open_bounded(log: Path, limit: int = LOG_BYTES) -> tuple[int, int]:
                 signal.signal(ignored, signal.SIG_IGN)
             os.dup2(reading, 0)
             os.dup2(handle, 1)
-            # All else that it has inherited, such as the lock on the work directory.
-            os.closerange(2, os.sysconf("SC_OPEN_MAX"))
+            _close_all_from(2)
             _write_up(log, limit)
         finally:
             os._exit(0)
     os.close(reading)
     os.close(handle)
     return writing, writer
+
+
+def _close_all_from(first: int) -> None:
+    """Close all that this process has inherited, such as the lock on the work directory.
+
+    By name: of a limit of a billion open files, as some containers have it, closing each number
+    takes minutes, in which nobody reads the pipe; and a limit may be none.
+    """
+    for name in os.listdir("/dev/fd"):
+        # One of them was that of the list itself.
+        if int(name) >= first:
+            with contextlib.suppress(OSError):
+                os.close(int(name))
 
 
 def _write_up(log: Path, limit: int) -> None:

@@ -6,6 +6,7 @@ descends from. Adopting such a directory elsewhere takes the history along, so a
 still be verified far from its first store.
 """
 
+import fcntl
 import json
 import os
 import shutil
@@ -113,6 +114,33 @@ def exporting(store: Store, artifact: Artifact, target: Path) -> Iterator[Path]:
     target = target.absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise StoreError(f"{target} exists and is not an empty directory; export to a new one")
+    # Held as by a run: gc must not take what is being copied.
+    with store.locked(fcntl.LOCK_SH):
+        history = _history_of(store, artifact)
+        check_links(store.root, artifact, store.hashes)
+        part = part_of(target)
+        try:
+            with guarded(target.parent, f"exporting {artifact.label}"):
+                # What an export that was killed has left beside it.
+                remove_parts(target.parent, target.name)
+                part.mkdir(parents=True)
+                for name, entry in artifact.files.items():
+                    _copy_checked(artifact, name, str(entry["sha256"]), part / name)
+                content = json.dumps(history, indent=1, sort_keys=True)
+                write_whole(part / HISTORY, content.encode("ascii"))
+                yield part
+                for path in (part, *part.rglob("*")):
+                    fsync(path)
+                # It replaces an empty directory as well.
+                os.rename(part, target)
+                fsync(target.parent)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def _history_of(store: Store, artifact: Artifact) -> dict[str, Any]:
+    """What `history.json` of an export holds. Raises StoreError where an ancestor is missing, or
+    the record of the artifact was changed."""
     ancestors = lineage(store, artifact)
     missing = [f"{edge} of {a.label}" for a in ancestors for edge in a.missing]
     if missing:
@@ -123,26 +151,7 @@ def exporting(store: Store, artifact: Artifact, target: Path) -> Iterator[Path]:
     problems = record_problems(artifact.record)
     if problems:
         raise StoreError(f"cannot export {problems[0]}; `posttrain verify` says more")
-    check_links(store.root, artifact, store.hashes)
-    history = {"format": FORMAT, "records": [dict(a.record) for a in ancestors]}
-    part = part_of(target)
-    try:
-        with guarded(target.parent, f"exporting {artifact.label}"):
-            # What an export that was killed has left beside it.
-            remove_parts(target.parent, target.name)
-            part.mkdir(parents=True)
-            for name, entry in artifact.files.items():
-                _copy_checked(artifact, name, str(entry["sha256"]), part / name)
-            content = json.dumps(history, indent=1, sort_keys=True)
-            write_whole(part / HISTORY, content.encode("ascii"))
-            yield part
-            for path in (part, *part.rglob("*")):
-                fsync(path)
-            # It replaces an empty directory as well.
-            os.rename(part, target)
-            fsync(target.parent)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    return {"format": FORMAT, "records": [dict(a.record) for a in ancestors]}
 
 
 def _copy_checked(artifact: Artifact, name: str, sha256: str, target: Path) -> None:

@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 import re
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,7 +46,6 @@ class ReplyCache:
     def __init__(self, path: Path) -> None:
         """Reads what an earlier attempt left; a line that a kill cut off is asked again."""
         self.path = path
-        self._lock = threading.Lock()
         self._known: dict[str, str] = {}
         if not path.exists():
             return
@@ -67,11 +65,9 @@ class ReplyCache:
     def put(self, key: str, reply: str) -> None:
         """Keep a reply; it is in the file when this returns."""
         line = json.dumps({"request": key, "reply": reply}) + "\n"
-        # Many threads fetch at once; their lines must not mix.
-        with self._lock:
-            self._known[key] = reply
-            with self.path.open("a", encoding="ascii") as file:
-                file.write(line)
+        self._known[key] = reply
+        with self.path.open("a", encoding="ascii") as file:
+            file.write(line)
 
 
 def _entry(line: bytes) -> tuple[str, str] | None:

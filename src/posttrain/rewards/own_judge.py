@@ -34,12 +34,20 @@ def read_judge(path: Path, function: str, *, where: str) -> dict[str, Any]:
     what there is, or for declared files that are no text or too large.
     """
     check_file(path, function, where=where)
-    names_of(path.read_text(encoding="utf-8"), function, where=f"{where}: {path}")
+    try:
+        # Byte by byte, line ends included: what is written for the worker is what the user has.
+        source = path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{where}: {path} is no UTF-8 text ({error}); its text stands in the record, so save it "
+            "as UTF-8"
+        ) from None
+    names_of(source, function, where=f"{where}: {path}")
     data, size = {}, 0
     for name, place in data_files(path, where=where).items():
         size += place.stat().st_size
         try:
-            data[name] = place.read_text(encoding="utf-8") if size <= LARGEST else ""
+            data[name] = place.read_bytes().decode("utf-8") if size <= LARGEST else ""
         except UnicodeDecodeError:
             size = LARGEST + 1
         if size > LARGEST:
@@ -50,7 +58,7 @@ def read_judge(path: Path, function: str, *, where: str) -> dict[str, Any]:
             )
     return {
         "name": f"{path.name}:{function}",
-        "source": path.read_text(encoding="utf-8"),
+        "source": source,
         "data": data,
     }
 
@@ -58,8 +66,10 @@ def read_judge(path: Path, function: str, *, where: str) -> dict[str, Any]:
 def names_of(source: str, function: str, *, where: str) -> tuple[str, ...]:
     """Which of `GIVEN` a function takes. Raises ConfigError where it cannot be called with the
     response, the problem and these."""
-    nodes = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
-    (found,) = [node for node in nodes if node.name == function]
+    body = ast.parse(source.encode("utf-8")).body
+    nodes = [node for node in body if isinstance(node, ast.FunctionDef)]
+    # Of several of one name the last is the one that is called.
+    found = [node for node in nodes if node.name == function][-1]
     taken = found.args
     placed = [*taken.posonlyargs, *taken.args]
     named = [*placed[2:], *taken.kwonlyargs]
@@ -102,7 +112,7 @@ def load_judge(directory: Path) -> PythonJudge:
     """The judge of a directory that `write_judge` has made."""
     about = _about(directory)
     path = directory / "code" / about["file"]
-    names = names_of(path.read_text(encoding="utf-8"), about["function"], where=about["file"])
+    names = names_of(path.read_bytes().decode("utf-8"), about["function"], where=about["file"])
     made = python_verifier(path, about["function"], shown=about["file"], names=names)
     return PythonJudge(made)
 

@@ -248,7 +248,8 @@ class _Worker:
         `limits` (seconds per row)."""
         self._arguments, self._names, self._limits = arguments, names, limits
         self._subjects = subjects
-        self.opened: list[str] = []
+        self.opened: dict[str, None] = {}
+        """What its processes have read and not declared, in order."""
         self._closed = False
         self._start()
 
@@ -259,7 +260,8 @@ class _Worker:
         for _ in range(2):
             reply = self._ask(request)
             if reply is not None:
-                self.opened += reply.get("opened", [])
+                # Each reply names all that its process has read.
+                self.opened |= dict.fromkeys(reply.get("opened", ()))
             if reply is not None and "error" in reply:
                 raise StageError(reply["error"], reply["exit_code"])
             if reply is not None and "score" in reply:

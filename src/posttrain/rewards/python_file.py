@@ -12,6 +12,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import math
+import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -38,10 +39,7 @@ def check_file(path: Path, function: str, *, where: str, arguments: int = 0) -> 
         raise ConfigError(
             f"{where}: file {path} does not exist; paths are relative to the file that names them"
         )
-    try:
-        tree = ast.parse(path.read_bytes(), filename=str(path))
-    except SyntaxError as error:
-        raise ConfigError(f"{where}: {path}, line {error.lineno}: {error.msg}") from error
+    tree = _parsed(path, where)
     functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
     if function not in functions:
         raise ConfigError(
@@ -75,7 +73,7 @@ def data_files(path: Path, *, where: str) -> dict[str, Path]:
     Raises ConfigError for a declaration that is no plain list of texts, or for a file that is not
     there.
     """
-    for node in ast.parse(path.read_bytes(), filename=str(path)).body:
+    for node in _parsed(path, where).body:
         targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
         if any(isinstance(target, ast.Name) and target.id == DATA_FILES for target in targets):
             break
@@ -95,10 +93,22 @@ def data_files(path: Path, *, where: str) -> dict[str, Path]:
             raise ConfigError(
                 f"{at}: {name!r} has to lie beside {path.name} or below, and be named from there"
             )
-        if not (path.parent / place).is_file():
+        # Unlike Path.is_file, false also for a name that the system does not take.
+        if not os.path.isfile(path.parent / place):
             raise ConfigError(f"{at}: there is no file {path.parent / place}")
         found[place.as_posix()] = path.parent / place
     return found
+
+
+def _parsed(path: Path, where: str) -> ast.Module:
+    """The source of a user's file as a tree. Raises ConfigError where Python cannot read it."""
+    try:
+        return ast.parse(path.read_bytes(), filename=str(path))
+    except SyntaxError as error:
+        line = f", line {error.lineno}" if error.lineno else ""
+        raise ConfigError(f"{where}: {path}{line}: {error.msg}") from error
+    except (ValueError, RecursionError, MemoryError, OSError) as error:
+        raise ConfigError(f"{where}: {path} cannot be read as Python ({said_by(error)})") from error
 
 
 def _takes(found: ast.arguments, count: int) -> bool:

@@ -212,7 +212,10 @@ def check_alike(stage: str, one: str, first: Source, two: str, other: Source) ->
     advice = "all models of a merge have one tokenizer"
     found = tokenizer_difference(first.tokenizer, other.tokenizer)
     if found is not None:
-        refuse(f"the id of token {found.token!r}", found.ours, found.theirs, advice)
+        raise ConfigError(
+            f"stage {stage!r} (merge): {two!r} and {one!r} cannot be merged: "
+            f"{found.said(f'in {two!r}', f'in {one!r}')}; {advice}"
+        )
 
 
 def warn_of_first(ctx: Context, name: str, sources: Sequence[Source]) -> None:

@@ -15,6 +15,8 @@ from typing import Any
 
 from posttrain.engine import transfer
 from posttrain.engine.errors import ConfigError, StoreError
+from posttrain.engine.hashes import HASHES
+from posttrain.engine.inputs import check_inputs
 from posttrain.engine.record import Artifact
 from posttrain.engine.store import Store
 from posttrain.engine.unfinished import Unfinished, find_unfinished, split_place, unfinished
@@ -56,6 +58,9 @@ def _take_out(store: Store, stage: Unfinished, step: int) -> Artifact:
             f"{stage.name}@step: a stage of kind {stage.kind} trains no model, so its step "
             "checkpoint holds none"
         )
+    # Of the others the stage reads data, which no model is made of.
+    start = {edge: place for edge, place in stage.stage["inputs"].items() if edge == "start"}
+    check_inputs(start, store.root / HASHES)
     with tempfile.TemporaryDirectory(prefix="posttrain-") as scratch:
         out = Path(scratch) / "model"
         save_model(stage, Path(scratch), out)

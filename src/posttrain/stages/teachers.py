@@ -62,9 +62,11 @@ class Teachers:
                 self._warn_of_end(ctx, policy, scorer, name)
                 by_path[ctx.inputs[edge]] = scorer
         self.scorers = [by_path[ctx.inputs[edge_name("teachers", name)]] for name in self.names]
-        draw_alike(policy, list(by_path.values()))
         self.workers = ctx.workers
         self.chat = student
+        scorers = list(by_path.values())
+        own_text = [scorer for scorer in scorers if self._layout(scorer) is not None]
+        draw_alike(policy, scorers, own_text=own_text)
         self.where = f"stage {ctx.name!r}"
 
     @property
