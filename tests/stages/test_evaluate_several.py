@@ -277,3 +277,31 @@ def test_kl_is_the_mean_log_ratio_over_sampled_tokens(
     assert found["truncated"] == pytest.approx(0.25)
     assert found["kl_init"]["low"] == pytest.approx(-0.05)
     assert found["kl_init"]["high"] == pytest.approx(0.2)
+
+
+def test_kl_to_a_model_with_another_template_is_read_behind_its_own_prompt(
+    models: Mapping[str, str], new_context: Callable[..., Any], tmp_path: Path
+) -> None:
+    """By hand: the mean of the log ratios, the other model's behind what its template writes."""
+    from posttrain.stages.settings.models import Evaluate
+    from posttrain.stages.unverified import Behaviour
+
+    shutil.copytree(models["one"], tmp_path / "other")
+    template = "{% for m in messages %}ask: {{ m['content'] }} {% endfor %}say: "
+    (tmp_path / "other" / "chat_template.jinja").write_text(template)
+    ctx = new_context({"init": str(tmp_path / "other"), "student": models["start"]})
+    paths = {edge: ctx.inputs[edge] for edge in ("init", "student")}
+    sampler = ctx.sampler("student")
+    how = {"group_size": 2, "max_new_tokens": 5, "temperature": 1.0, "seed": 0}
+    batch = sampler.sample([sampler.chat.prompt(text) for text in "ab"], **how)
+    batch.problems.extend({"domain": "chat", "prompt": text} for text in "aabb")
+    batch["group_B"] = torch.tensor([0, 0, 1, 1])
+    behaviour = Behaviour(Evaluate(bootstrap=100), ctx, paths, {"chat": batch.problems})
+    found = behaviour.of(paths["student"], "chat", sampler.chat, batch)
+    other = ctx.scorer("init")
+    prompts = [other.chat.begin(f"ask: {text} say: ") for text in "aabb"]
+    read_N = other.logprobs(Batch.from_tokens(prompts, batch.responses(), pad_id=0))
+    ratio_N = batch["sampler_logp_N"] - read_N
+    assert found["kl_init"]["value"] == pytest.approx(float(ratio_N.mean()), abs=1e-5)
+    wrong_N = batch["sampler_logp_N"] - other.logprobs(batch)
+    assert abs(float((ratio_N - wrong_N).mean())) > 1e-2

@@ -97,6 +97,14 @@ class Chat:
         """All ids that may be drawn are below it."""
         return self.ids.size
 
+    def lays_out_as(self, other: Chat) -> bool:
+        """Whether both write a conversation in the same way."""
+        ours, theirs = (
+            (chat.tokenizer.chat_template, chat.tokenizer.bos_token, chat.tokenizer.eos_token)
+            for chat in (self, other)
+        )
+        return ours == theirs
+
     def restrict(self, absent: Collection[int]) -> None:
         """Draw none of these ids any more. Raises ConfigError where nothing would be left to end a
         response."""

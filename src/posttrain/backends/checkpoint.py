@@ -197,7 +197,7 @@ def read_tokenizer(path: Path, *, what: str) -> Any:
         special = set(tokenizer.all_special_ids)
         ids = sorted(set(tokenizer.get_vocab().values()) - special)
         probe = ids[:: max(1, len(ids) // PROBED)]
-        texts = [tokenizer.decode([i]) for i in probe]
+        texts = [str(tokenizer.decode([i])) for i in probe]
         read = [
             set(tokenizer.encode(text, add_special_tokens=False)) - {tokenizer.unk_token_id}
             for text in texts

@@ -133,11 +133,7 @@ class Teachers:
 
     def _layout(self, scorer: Scorer) -> Chat | None:
         """The chat of a teacher that lays a prompt out in another way than the student."""
-        ours, theirs = (
-            (tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token)
-            for tokenizer in (self.chat.tokenizer, scorer.chat.tokenizer)
-        )
-        return None if ours == theirs else scorer.chat
+        return None if scorer.chat.lays_out_as(self.chat) else scorer.chat
 
     def _warn_of_end(self, ctx: Context, policy: Learner, scorer: Scorer, name: str) -> None:
         """Tell of a teacher that ends its turns with a token that does not end the student's."""

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from posttrain.backends.base import Scorer
 from posttrain.backends.chat import Chat
-from posttrain.backends.prompting import Problem
+from posttrain.backends.prompting import Problem, asked
 from posttrain.backends.vocabulary import check_same_tokens
 from posttrain.engine.errors import ConfigError
 from posttrain.engine.graph import edge_name, role_of
@@ -86,7 +86,8 @@ class Behaviour:
 
     def of(self, path: Path, name: str, chat: Chat, sampled: Batch) -> dict[str, Any]:
         """Length in tokens, share of truncated responses, and KL to init; of a student also KL to
-        its teacher. A KL is None where there is no such other model, or its tokens differ."""
+        its teacher. Another model reads a response behind the prompt in its own template. A KL is
+        None where there is no such other model, or its tokens differ."""
         how: dict[str, Any] = {"resamples": self.settings.bootstrap, "seed": self.settings.seed}
         count = int(sampled["group_B"].max()) + 1
         # One per response -> one per problem, the mean over its samples.
@@ -115,16 +116,29 @@ class Behaviour:
         scorer = self._scorers[other]
         try:
             check_same_tokens(chat, scorer.chat, "other")
+            rows = _read_by(scorer.chat, chat, sampled)
         except ConfigError:
             return None
         if any(token not in scorer.chat.ids for token in set(sampled.targets_N.tolist())):
             # A token that the other has not: it would never have said that.
             return None
-        k1_N = sampled["sampler_logp_N"].double().cpu() - scorer.logprobs(sampled).double()
+        k1_N = sampled["sampler_logp_N"].double().cpu() - scorer.logprobs(rows).double()
         group_N = sampled["group_B"][sampled.row_N]
         total_P = torch.zeros(count, dtype=torch.float64).index_add_(0, group_N, k1_N)
         count_P = torch.bincount(group_N, minlength=count).double()
         return ratio_interval(total_P.numpy(), count_P.numpy(), **how)
+
+
+def _read_by(reader: Chat, chat: Chat, sampled: Batch) -> Batch:
+    """What a model has sampled, as another one reads it: behind the prompt in its own template.
+    Raises ConfigError where that has not the mode, or does not take the conversation."""
+    if reader.lays_out_as(chat):
+        return sampled
+    prompts = []
+    for problem in sampled.problems:
+        shown, mode = asked(problem), problem.get("mode")
+        prompts.append(reader.prompt_before(shown, chat.opened(shown, mode), mode))
+    return sampled.with_prompts(prompts)
 
 
 # -- judges ----------------------------------------------------------------------------------------
@@ -147,18 +161,18 @@ def judge_all(
         judge = settings.judges.get(name, settings.judges.get(rows[0]["domain"]))
         if judge is None:
             continue
-        asked = JudgedDomain(judge, settings, ctx)
+        judged = JudgedDomain(judge, settings, ctx)
         of_model: dict[Path, dict[str, Any]] = {}
         reference = models.get("init")
         # Init first: the others are compared with its scores.
         for path in dict.fromkeys([*([] if reference is None else [reference]), *models.values()]):
             against = answers[reference][name] if reference not in (None, path) else None
-            of_model[path] = asked.measure(answers[path][name], against, how)
+            of_model[path] = judged.measure(answers[path][name], against, how)
         found[name] = {
             "num_problems": len(rows),
             "judge": [part.label for part in judge.walk(rows[0]["domain"]) if not part.COMBINES],
-            "compares": asked.compares,
-            "unit": asked.unit,
+            "compares": judged.compares,
+            "unit": judged.unit,
             "models": {edge: of_model[path] for edge, path in models.items()},
         }
     return found

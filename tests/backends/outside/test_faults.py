@@ -173,13 +173,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"files": {"model.safetensors": weights_file(TENSORS, cut=5)}},
         r"model\.safetensors: .* it was cut short",
     ),
-    "deep": (
-        {"files": {"config.json": '{"a":' * 100_000}},
-        r"config\.json: JSON of too many levels",
-    ),
+    "deep": ({"files": {"config.json": '{"a":' * 100_000}}, r"config\.json: JSON of too many"),
     "long number": (
         {"files": {"config.json": '{"a": %s}' % ("1" * 5000)}},
-        r"config\.json: holds a number that cannot be read",
+        "config.json: holds a number that cannot be read",
     ),
     "huge": ({"files": {"config.json": " " * (16 * 2**20 + 1)}}, r"config\.json: 16777217 bytes"),
     "no tokenizer": (

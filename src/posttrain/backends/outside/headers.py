@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,12 +125,3 @@ def _broken(path: Path, what: str) -> ConfigError:
 def num_parameters(tensors: Mapping[str, TensorHeader]) -> int:
     """Numbers in all tensors."""
     return sum(math.prod(tensor.shape) for tensor in tensors.values())
-
-
-def main_dtype(tensors: Mapping[str, TensorHeader]) -> str:
-    """The floating-point type of most numbers, such as "bfloat16"; "float32" without any."""
-    counts: Counter[str] = Counter()
-    for tensor in tensors.values():
-        if tensor.dtype in FLOATS:
-            counts[FLOATS[tensor.dtype]] += math.prod(tensor.shape)
-    return max(counts, key=lambda name: counts[name]) if counts else "float32"
