@@ -113,8 +113,8 @@ def find_checkpoint(
     if lacking:
         raise ConfigError(
             f"model {str(source)!r}: {directory} has no {' and no '.join(lacking)}; it holds "
-            f"{', '.join(files) or 'no model files'}. A checkpoint needs config.json, *.safetensors "
-            "and tokenizer files: fetch it again, or save it with save_pretrained"
+            f"{', '.join(files) or 'no model files'}. A checkpoint needs config.json, "
+            "*.safetensors and tokenizer files: fetch it again, or save it with save_pretrained"
         )
     check_pointers(directory, files)
     check_links(directory, files, store=store)

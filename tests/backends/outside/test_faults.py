@@ -175,7 +175,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "deep": (
         {"files": {"config.json": '{"a":' * 100_000}},
-        r"config\.json: JSON of too many levels",
+        "config.json: JSON of too many",
     ),
     "long number": (
         {"files": {"config.json": '{"a": %s}' % ("1" * 5000)}},

@@ -53,8 +53,8 @@ def check_directory(directory: Path) -> None:
         first = min(gone)
         more = f" ({len(gone)} such links there)" if len(gone) > 1 else ""
         raise ConfigError(
-            f"{first}: a link to {first.readlink()}, which does not exist{more}: the file was moved, "
-            "or removed from a cache; fetch the checkpoint again"
+            f"{first}: a link to {first.readlink()}, which does not exist{more}: the file was "
+            "moved, or removed from a cache; fetch the checkpoint again"
         )
     if (directory / "model_index.json").is_file():
         raise ConfigError(
