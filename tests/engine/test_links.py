@@ -104,9 +104,9 @@ def test_bytes_that_are_nowhere(
     row, other = plan(graph, store)
     assert (row.action, other.action) == ("cached", "cached")
     message = (
-        f"base: its files are no longer at {outside} (value.txt); give the directory where they "
-        "are now (--set base=DIR, or posttrain adopt DIR --name base), or run again when they are "
-        "back"
+        f"base: its files are no longer at {outside} (value.txt); let the recipe, or its "
+        "parameter, name the directory where they are now, or tell it by posttrain adopt DIR "
+        "--name base, or run again when they are back"
     )
     assert row.reason == message
     assert [event.kind for event in run(graph, store, execute=toys)] == ["cached", "cached"]

@@ -74,6 +74,12 @@ def test_it_sees_what_it_asks_for(ask: Ask, code: str, value: float) -> None:
         ("def mark(r, p):\n    return float('nan')", "returned nan"),
         ("import sys\ndef mark(r, p):\n    sys.exit(3)", r"raised SystemExit: 3 \(line 3\)"),
         ("1 / 0\ndef mark(r, p):\n    return 1", r"own\.py: loading .*ZeroDivisionError.*line 1"),
+        ("def mark(r, p):\n    return 10**400", r"on problem p1 returned 1000.*\(int\); it has to"),
+        (
+            "def mark(r, p):\n    return open(__file__ + '.txt')",
+            r'raised FileNotFoundError.*line 2\).*DATA_FILES = \["own\.py\.txt"\]',
+        ),
+        ("open('no.txt')\ndef mark(r, p):\n    return 1", r'loading .*DATA_FILES = \["no\.txt"\]'),
         ("import os\ndef mark(r, p):\n    os._exit(3)", "'own.py:mark'.* status 3 over problem p1"),
     ],
 )

@@ -16,6 +16,7 @@ from typing import Any
 from posttrain.backends.outside.faults import (
     check_config,
     check_directory,
+    check_pointers,
     check_tensors,
     check_tokenizer_files,
 )
@@ -87,6 +88,11 @@ def find_checkpoint(
     """
     directory = Path(source).expanduser()
     origin: dict[str, str] = {}
+    if directory.is_file():
+        raise ConfigError(
+            f"model {str(source)!r}: a file; give the directory that it lies in, with config.json, "
+            "*.safetensors and the tokenizer's files"
+        )
     if not directory.is_dir():
         if not _HUB_ID.fullmatch(str(source)) or str(source).startswith("."):
             raise ConfigError(
@@ -103,12 +109,15 @@ def find_checkpoint(
     origin = (origin or {"path": str(directory)}) | _license(directory)
     check_directory(directory)
     files = model_files(directory)
-    if "config.json" not in files or not any(name.endswith(".safetensors") for name in files):
+    lacking = [] if any(name.endswith(".safetensors") for name in files) else ["*.safetensors"]
+    lacking += [] if "config.json" in files else ["config.json"]
+    if lacking:
         raise ConfigError(
-            f"model {str(source)!r}: {directory} holds {', '.join(files) or 'no model files'}; a "
-            "checkpoint needs config.json, *.safetensors and tokenizer files (convert .bin weights "
-            "with save_pretrained(..., safe_serialization=True))"
+            f"model {str(source)!r}: {directory} has no {' and no '.join(lacking)}; it holds "
+            f"{', '.join(files) or 'no model files'}. A checkpoint needs config.json, "
+            "*.safetensors and tokenizer files: fetch it again, or save it with save_pretrained"
         )
+    check_pointers(directory, files)
     check_links(directory, files, store=store)
     tokenizer_config = _read_json(directory / "tokenizer_config.json")
     check_tokenizer_files(str(source), directory, files, tokenizer_config)

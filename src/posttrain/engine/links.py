@@ -78,8 +78,9 @@ def lost_text(artifact: Artifact, names: Iterable[str], called: str = "") -> str
         "its files are no longer at" if not os.path.exists(path) else "its files have changed at"
     )
     return (
-        f"{name}: {state} {place} ({first}); give the directory where they are now "
-        f"(--set {name}=DIR, or posttrain adopt DIR --name {name}), or run again when they are back"
+        f"{name}: {state} {place} ({first}); let the recipe, or its parameter, name the directory "
+        f"where they are now, or tell it by posttrain adopt DIR --name {name}, or run again when "
+        "they are back"
     )
 
 

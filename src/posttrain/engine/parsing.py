@@ -37,7 +37,7 @@ def parse_json(content: bytes | str, *, finite: bool = False) -> Any:
     except Unreadable:
         raise
     except ValueError as error:
-        raise Unreadable(f"holds a number that cannot be read ({error})") from None
+        raise Unreadable(f"holds a number that cannot be read ({_shortly(error)})") from None
     if text.count("[") + text.count("{") > LEVELS:
         _check_levels(value, "JSON")
     return value
@@ -63,9 +63,14 @@ def parse_toml(content: bytes) -> dict[str, Any]:
     except RecursionError:
         raise Unreadable(f"TOML {_TOO_DEEP}") from None
     except ValueError as error:
-        raise Unreadable(f"holds a number that cannot be read ({error})") from None
+        raise Unreadable(f"holds a number that cannot be read ({_shortly(error)})") from None
     _check_levels(value, "TOML")
     return value
+
+
+def _shortly(error: ValueError) -> str:
+    # What follows the colon is Python's advice for programs: to lift the limit.
+    return str(error).partition(":")[0]
 
 
 _TOO_DEEP: Final = f"of too many levels inside each other (more than {LEVELS})"

@@ -167,7 +167,7 @@ class PythonVerifier:
             line = line_in(error, self.file)
             raise StageError(
                 f"{subject} raised {type(error).__name__}: {error}{line}; response was "
-                f"{response[:200]!r}. Return 0.0 for a response that cannot be read"
+                f"{response[:200]!r}. {advice_on(error) or BY_ITSELF}"
             ) from error
         number = _as_number(value)
         if number is None or not fits(number):
@@ -186,9 +186,23 @@ def _as_number(value: Any) -> float | None:
         return None
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
     return number if math.isfinite(number) else None
+
+
+BY_ITSELF = "Return 0.0 for a response that cannot be read"
+
+
+def advice_on(error: BaseException) -> str:
+    """What to do where a user's file does not find another one: its copy runs elsewhere."""
+    if not isinstance(error, FileNotFoundError) or not error.filename:
+        return ""
+    name = Path(os.fsdecode(error.filename)).name
+    return (
+        f"A copy of the file runs, in another directory: name {name!r} in DATA_FILES at the top "
+        f'level (DATA_FILES = ["{name}"]) and open it as Path(__file__).parent / "{name}"'
+    )
 
 
 def line_in(error: BaseException, file: str) -> str:
@@ -221,9 +235,11 @@ def load_file(path: Path, *, name: str, what: str, shown: str | None = None) -> 
         raise
     except BaseException as error:
         del sys.modules[name]
+        # A suite runs where it lies.
+        advice = "" if what == "suite" else advice_on(error)
         raise ConfigError(
             f"{shown or path}: loading the {what} failed: {said_by(error)}"
-            f"{line_in(error, str(path))}"
+            f"{line_in(error, str(path))}{advice and f'. {advice}'}"
         ) from error
     return module
 

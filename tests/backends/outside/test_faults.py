@@ -230,3 +230,29 @@ def test_the_families_are_those_of_transformers() -> None:
 
     assert {"qwen3", "gpt_oss", "gemma3", "deepseek_v3"} <= known_families()
     assert set(CONFIG_MAPPING.keys()) <= known_families()
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "generation_config.json"])
+def test_a_link_to_what_was_pruned_is_no_file_that_was_never_there(
+    make: Make, tmp_path: Path, name: str
+) -> None:
+    make()
+    (tmp_path / "m" / name).symlink_to("../blobs/0123")
+    with pytest.raises(ConfigError, match=rf"{name}: a link to ../blobs/0123, which does not"):
+        find_checkpoint(tmp_path / "m")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "vocab.txt", "model.safetensors"])
+def test_a_pointer_of_git_lfs_is_told_as_one(make: Make, name: str) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    with pytest.raises(ConfigError, match=rf"{name}: it is a Git LFS pointer"):
+        make(files={name: pointer})
+
+
+def test_a_file_in_place_of_a_directory(make: Make, tmp_path: Path) -> None:
+    make()
+    with pytest.raises(ConfigError, match=r"a file; give the directory that it lies in"):
+        find_checkpoint(tmp_path / "m" / "model.safetensors")
+    (tmp_path / "m" / "config.json").unlink()
+    with pytest.raises(ConfigError, match=r"m has no config\.json; it holds model\.safetensors"):
+        find_checkpoint(tmp_path / "m")

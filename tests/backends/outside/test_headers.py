@@ -45,7 +45,6 @@ BROKEN: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "not a safetensors file"),
     "huge length": (b"\xff" * 16, "not a safetensors file"),
     "pickle": (b"PK\x03\x04" + bytes(40), "not a safetensors file"),
-    "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "Git LFS pointer"),
     "no json": ((4).to_bytes(8, "little") + b"{{{{", "its header is not one"),
     "a list": ((2).to_bytes(8, "little") + b"[]", "not a safetensors file"),
     "deep": ((400000).to_bytes(8, "little") + b'{"a":' * 80000, "its header is not one"),

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from posttrain.backends.outside.files import VOCABULARIES, vocabulary_files
+from posttrain.backends.outside.files import VOCABULARIES, is_model_file, vocabulary_files
 from posttrain.backends.outside.headers import FLOATS, TensorHeader
 from posttrain.backends.outside.positions import text_config
 from posttrain.engine.errors import ConfigError
 
+POINTER = b"version https://git-lfs."
 OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.ckpt")
 ENCODERS = frozenset(
     {
@@ -45,7 +46,16 @@ NOT_TEXT = re.compile(r"vision|visual|image|audio|speech|encoder\.")
 
 
 def check_directory(directory: Path) -> None:
-    """Refuse a directory that is something else than a model's weights beside a config.json."""
+    """Refuse a directory that is something else than a model's weights beside a config.json, and
+    one of which a file is gone: without its chat template a model would be another one."""
+    gone = [p for p in directory.iterdir() if is_model_file(p.name) and not p.exists()]
+    if gone:
+        first = min(gone)
+        more = f" ({len(gone)} such links there)" if len(gone) > 1 else ""
+        raise ConfigError(
+            f"{first}: a link to {first.readlink()}, which does not exist{more}: the file was "
+            "moved, or removed from a cache; fetch the checkpoint again"
+        )
     if (directory / "model_index.json").is_file():
         raise ConfigError(
             f"{directory}/model_index.json: a diffusers pipeline, which makes images or sounds; "
@@ -76,6 +86,17 @@ def check_directory(directory: Path) -> None:
             )
 
 
+def check_pointers(directory: Path, files: Iterable[str]) -> None:
+    """Refuse a directory of which a file was not fetched, as by `git clone` without Git LFS."""
+    for name in files:
+        with (directory / name).open("rb") as file:
+            if file.read(len(POINTER)) == POINTER:
+                raise ConfigError(
+                    f"{directory / name}: it is a Git LFS pointer, not the file itself; fetch the "
+                    "file (git lfs pull)"
+                )
+
+
 def check_config(path: Path, config: Mapping[str, Any]) -> None:
     """Refuse a config.json (at `path`) of what is no causal language model in plain numbers."""
     kind = config.get("model_type")
@@ -85,7 +106,7 @@ def check_config(path: Path, config: Mapping[str, Any]) -> None:
         method = quantised.get("quant_method") or "unnamed"
         raise ConfigError(
             f"{path}: quantization_config: its weights are quantised ({method}); posttrain trains "
-            "and samples whole numbers of 16 or 32 bits. Name the checkpoint it was made from"
+            "and samples weights of 16 or 32 bits. Name the checkpoint it was made from"
         )
     if kind in ENCODER_DECODERS or config.get("is_encoder_decoder") is True:
         raise ConfigError(

@@ -89,7 +89,7 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
         start = file.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
         if not 2 <= length <= LONGEST or (first := file.read(1)) not in (b"{", b""):
-            raise _broken(path, _what(start))
+            raise _broken(path, f"it is not a safetensors file (it begins with {start!r})")
         text = first + file.read(length - 1)
     if len(text) < length:
         raise _broken(path, f"it ends within its header, after {size} bytes: it was cut short")
@@ -110,12 +110,6 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
 def _tensor(path: Path, entry: Mapping[str, Any]) -> TensorHeader:
     shape = tuple(int(number) for number in entry["shape"])
     return TensorHeader(file=path, dtype=str(entry["dtype"]), shape=shape)
-
-
-def _what(start: bytes) -> str:
-    if start.startswith(b"version "):
-        return "it is a Git LFS pointer, not the file itself (git lfs pull)"
-    return f"it is not a safetensors file (it begins with {start!r})"
 
 
 def _broken(path: Path, what: str) -> ConfigError:
