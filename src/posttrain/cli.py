@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _drop_output()
         where = f"{error.filename}: " if error.filename else ""
         said = f"{where}{error.strerror or error}"
-        _complain(said if where else f"the system refused it: {said}")
+        _complain(said if where else f"output could not be written or read: {said}")
         return 1
     if result in (130, Terminated.exit_code):
         _complain("stopped; to go on, run the same command again")

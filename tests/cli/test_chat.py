@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from posttrain.commands.chat import Conversation
+from posttrain.commands.chat import Conversation, find_model
 from posttrain.engine.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -121,3 +121,17 @@ def test_the_command_keeps_the_conversation(
     where = str(tmp_path / "plain")
     assert "each message is answered by itself" in " ".join(said(["ab"]))
     assert cli("chat", where, "--system", "x", "--prompt", "ab").code == 2
+
+
+def test_a_directory_that_is_no_checkpoint_is_told_in_the_words_of_a_plan(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"adapter_config\.json: an adapter .*merge_and_unload"):
+        find_model(tmp_path / "store", str(tmp_path))
+    (tmp_path / "adapter_config.json").unlink()
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"\x08")
+    with pytest.raises(ConfigError, match=r"model\.safetensors: it is not a safetensors file"):
+        find_model(tmp_path / "store", str(tmp_path))
+    with pytest.raises(ConfigError, match="a file; give the directory"):
+        find_model(tmp_path / "store", str(tmp_path / "config.json"))

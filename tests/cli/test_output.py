@@ -58,7 +58,7 @@ def test_what_the_encoding_lacks_is_written_out(
         found = json.loads(done.stdout.decode(environment.get("PYTHONIOENCODING", "utf-8")))
         assert found == json.loads(run(words, finished).stdout)
     elif "COLUMNS" not in environment:
-        assert rb"0.0\u201339.0" in done.stdout
+        assert rb"0.0\u2013" in done.stdout
 
 
 def test_what_the_system_refuses_is_told_in_words(finished: Path, tmp_path: Path) -> None:

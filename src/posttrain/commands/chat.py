@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
+from posttrain.backends.checkpoint_source import find_checkpoint
 from posttrain.commands import io
 from posttrain.commands.io import console
 from posttrain.engine.errors import ConfigError
@@ -90,10 +91,14 @@ def chat(
 def find_model(root: Path, text: str) -> Path:
     """The checkpoint directory meant by `text`: a directory, or an artifact of the store.
 
-    Raises ConfigError for an artifact that is no model, StoreError when there is none.
+    Raises ConfigError for a directory or an artifact that is no model, StoreError where there is
+    none.
     """
     path = Path(text).expanduser()
-    if (path / "config.json").is_file():
+    named = os.sep in text and not is_place(text)
+    if (path / "config.json").is_file() or (named and path.exists()):
+        # Told in the words of a plan. What the bytes are does not matter here.
+        find_checkpoint(path, hash_file=lambda file: "")
         return path
     store = Store(root)
     artifact = step_model(store, text) if is_place(text) else store.resolve(text)

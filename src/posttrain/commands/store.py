@@ -162,6 +162,8 @@ def _carries(path: Path, records: Sequence[Record]) -> Iterator[str]:
             f"{CODE_DIFF}: the changes of tracked files that were not committed, and the names of "
             "untracked ones"
         )
+    if not records:
+        return
     facts = [record["provenance"] for record in records]
     hosts = dict.fromkeys(str(one["host"]) for one in facts if one.get("host"))
     texts = dict.fromkeys(
