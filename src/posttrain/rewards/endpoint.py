@@ -175,7 +175,7 @@ class Endpoint:
                 return reply
             except _NoVerdictError as error:
                 problem = error
-        raise StageError(f"{problem}, {READINGS} times in a row")
+        raise StageError(f"{READINGS} times in a row: {problem}")
 
     async def _answer(self, server: _Server, prompt: str) -> _Answer:
         """The server's answer to one prompt, asked for again while it is busy or failing."""
