@@ -136,7 +136,7 @@ def test_a_stage_without_a_checkpoint_says_so(cli: Callable[..., Any], stopped: 
 
 def test_a_start_that_was_changed_is_told(cli: Callable[..., Any], stopped: Path) -> None:
     """Its tokenizer and config would become those of the model that is taken out."""
-    (base,) = (stopped / "store" / "artifacts" / "pretrain").glob("*/tokenizer.json")
+    (base,) = (stopped / "posttrain-store" / "artifacts" / "pretrain").glob("*/tokenizer.json")
     base.write_text(base.read_text() + " ")
     found = cli("export", "tuned@step", "out")
     assert found.code == 2

@@ -195,9 +195,12 @@ def test_adopting_holds_the_store_against_gc(
 def test_exporting_holds_the_store_against_gc(
     store: Store, committed: list[Artifact], tmp_path: Path
 ) -> None:
-    with transfer.exporting(store, committed[2], tmp_path / "out"):
-        with pytest.raises(StoreError, match="a run is using"), store.alone():
-            pass
+    with (
+        transfer.exporting(store, committed[2], tmp_path / "out"),
+        pytest.raises(StoreError, match="a run is using"),
+        store.alone(),
+    ):
+        pass
     with store.alone():
         pass
 

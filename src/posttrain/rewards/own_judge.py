@@ -39,8 +39,8 @@ def read_judge(path: Path, function: str, *, where: str) -> dict[str, Any]:
         source = path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         raise ConfigError(
-            f"{where}: {path} is no UTF-8 text ({error}); its text stands in the record, so save it "
-            "as UTF-8"
+            f"{where}: {path} is no UTF-8 text ({error}); its text stands in the record, so save "
+            "it as UTF-8"
         ) from None
     names_of(source, function, where=f"{where}: {path}")
     data, size = {}, 0
