@@ -132,3 +132,13 @@ def test_a_stage_without_a_checkpoint_says_so(cli: Callable[..., Any], stopped: 
     result = cli("chat", "tuned@step", "--prompt", "x")
     assert result.code == 2 and "tuned has no step checkpoint yet" in result.err
     assert "unfinished, no step checkpoint: tuned" in cli("ls").out
+
+
+def test_a_start_that_was_changed_is_told(cli: Callable[..., Any], stopped: Path) -> None:
+    """Its tokenizer and config would become those of the model that is taken out."""
+    (base,) = (stopped / "posttrain-store" / "artifacts" / "pretrain").glob("*/tokenizer.json")
+    base.write_text(base.read_text() + " ")
+    found = cli("export", "tuned@step", "out")
+    assert found.code == 2
+    assert "input start" in found.err and "tokenizer.json was changed" in found.err
+    assert not (stopped / "out").exists()

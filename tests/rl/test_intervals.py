@@ -14,7 +14,7 @@ from posttrain.rl.intervals import (
     Resamples,
     average,
     bootstrap,
-    difference_of_shares,
+    mean_of_shares,
     resample,
     share,
     t_quantile,
@@ -46,13 +46,31 @@ def test_wilson_by_hand(right: int, count: int, low: float, high: float) -> None
 def test_a_difference_of_shares_by_hand() -> None:
     """Of 25 problems the first is right on 4 more and the second on 1 more: 5 and 2 of 27 with the
     two that are added, 3/27 +- 1.96 sqrt((7/27 - (3/27)^2) / 27). No difference at all: 1 and 1."""
-    found = difference_of_shares(np.array([1.0] * 4 + [-1.0] + [0.0] * 20))
+    found = mean_of_shares([np.array([1.0] * 4 + [-1.0] + [0.0] * 20)], "difference")
     half = 1.96 * math.sqrt((7 / 27 - 1 / 81) / 27)
     expected = {"value": 3 / 25, "low": 1 / 9 - half, "high": 1 / 9 + half}
     assert found == pytest.approx(expected, abs=1e-4)
     half = 1.96 * math.sqrt(2 / 27 / 27)
-    found = difference_of_shares(np.zeros(25))
+    found = mean_of_shares([np.zeros(25)], "difference")
     assert found == pytest.approx({"value": 0.0, "low": -half, "high": half}, abs=1e-4)
+
+
+def test_a_mean_of_shares_by_hand() -> None:
+    """Domains of 4 of 5 and 10 of 10 right, each with one right and one wrong problem more: 5 of 7
+    and 11 of 12. Of differences each domain has half a problem more for either side."""
+    drawn = Resamples({"a": range(5), "b": range(10)}, resamples=10, seed=0)
+    values = {"a": np.array([1.0] * 4 + [0.0]), "b": np.ones(10)}
+    centre = (5 / 7 + 11 / 12) / 2
+    half = 1.96 * math.sqrt((5 / 7 * 2 / 7 / 7 + 11 / 12 * 1 / 12 / 12) / 4)
+    expected = {"value": 0.9, "low": centre - half, "high": 1.0}
+    found = drawn.interval_of_means(values, of="score")
+    assert found == pytest.approx(expected, abs=1e-4)
+    values = {"a": np.array([1.0, 1.0, 0.0, 0.0, -1.0]), "b": np.zeros(10)}
+    centre = 1 / 6 / 2
+    half = 1.96 * math.sqrt(((4 / 6 - 1 / 36) / 6 + 1 / 11 / 11) / 4)
+    expected = {"value": 0.1, "low": centre - half, "high": centre + half}
+    found = drawn.interval_of_means(values, of="difference")
+    assert found == pytest.approx(expected, abs=1e-4)
 
 
 def test_students_quantiles() -> None:
@@ -166,6 +184,13 @@ def two_modes(generator: np.random.Generator, number: int) -> dict[str, float]:
     return drawn.interval_of_means(values, of="score")
 
 
+def two_domains(generator: np.random.Generator, number: int) -> dict[str, float]:
+    """In every third evaluation all 50 problems are right, and a resample has no spread."""
+    drawn = Resamples({"a": range(25), "b": range(25)}, resamples=10, seed=number)
+    values = {part: generator.binomial(1, 0.98, 25) * 1.0 for part in "ab"}
+    return drawn.interval_of_means(values, of="score")
+
+
 def recoveries(generator: np.random.Generator, number: int) -> dict[str, float]:
     """Init .2, student .6, teacher .8 of 25 problems: (.6 - .2) / (.8 - .2) = 2/3."""
     level_P = generator.random(25)
@@ -187,13 +212,15 @@ def recoveries(generator: np.random.Generator, number: int) -> dict[str, float]:
         # With two or three problems that tell the models apart it is wider than it has to be.
         (differences, 0.05, 0.935, 1.0),
         (two_modes, 0.5, 0.93, 0.975),
+        (two_domains, 0.98, 0.96, 1.0),
         (recoveries, 2 / 3, 0.93, 0.975),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
 def test_intervals_cover(draw: Draw, truth: float, least: float, most: float) -> None:
     """In 95 of 100 evaluations, or nearly so: 600 of them have a standard error of .9 %. The
-    percentiles of independent draws were at .83 (differences) to .93, with two modes at .89."""
+    percentiles of independent draws were at .83 (differences) to .93, with two modes at .89, and
+    resampling two domains at .63."""
     generator = np.random.default_rng(0)
     held = [
         found["low"] - 1e-12 <= truth <= found["high"] + 1e-12

@@ -7,12 +7,10 @@ limits that no honest record comes near. Whether contents are true is another qu
 (`record.record_problems`).
 """
 
-import json
 import math
 import re
 from collections.abc import Callable, Mapping
 from datetime import datetime
-from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 from posttrain.engine.graph import is_stage_name
@@ -28,16 +26,6 @@ _MAX_TEXT: Final = 1000
 _HEX: Final = re.compile(r"[0-9a-f]{64}")
 
 Check: TypeAlias = Callable[[Any], bool]
-
-
-def parse(path: Path, limit: int) -> Any:
-    """The JSON content of a file of at most `limit` bytes. Raises OSError, ValueError (longer than
-    that, no JSON, NaN or infinity, which are no JSON either) and RecursionError."""
-    with path.open("rb") as file:
-        content = file.read(limit + 1)
-    if len(content) > limit:
-        raise ValueError(f"more than {limit // 1_000_000} MB")
-    return json.loads(content, parse_constant=_refuse_constant)
 
 
 def form_fault(record: Any) -> str:
@@ -107,10 +95,6 @@ def _record_fault(record: Mapping[str, Any]) -> str:
             return f"provenance.{name}"
     fault = history_fault(record["history"])
     return f"history, {fault}" if fault else ""
-
-
-def _refuse_constant(text: str) -> None:
-    raise ValueError(f"{text} is no JSON")
 
 
 def _is_bounded(value: Any) -> bool:

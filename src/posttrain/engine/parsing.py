@@ -43,6 +43,16 @@ def parse_json(content: bytes | str, *, finite: bool = False) -> Any:
     return value
 
 
+def read_json(path: Path, limit: int) -> Any:
+    """The value in a JSON file of at most `limit` bytes. Raises Unreadable for a longer one and as
+    `parse_json` does, and OSError."""
+    with path.open("rb") as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise Unreadable(f"more than {limit // 1_000_000} MB")
+    return parse_json(content)
+
+
 def parse_json_file(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises Unreadable for another value and as `parse_json` does, and
     OSError."""

@@ -15,7 +15,8 @@ from typing import Any, Final, TypeAlias
 
 from posttrain.engine.errors import StoreError
 from posttrain.engine.fingerprint import digest, plain
-from posttrain.engine.form import MAX_RECORD_BYTES, form_fault, parse
+from posttrain.engine.form import MAX_RECORD_BYTES, form_fault
+from posttrain.engine.parsing import Unreadable, read_json
 
 FORMAT: Final = 1
 """Format of the store and its records."""
@@ -170,12 +171,12 @@ def read_record(directory: Path) -> Record:
     newer format, or has not the form of one."""
     path = directory / RECORD
     try:
-        record = parse(path, MAX_RECORD_BYTES)
+        record = read_json(path, MAX_RECORD_BYTES)
     except PermissionError as error:
         raise StoreError(
             f"{path} may not be read ({error.strerror}); ask its owner to make it readable"
         ) from error
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, Unreadable) as error:
         raise StoreError(_changed(path, f"cannot be read ({error})")) from error
     check_format(record, path)
     fault = form_fault(record)

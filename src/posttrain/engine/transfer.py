@@ -19,9 +19,10 @@ from posttrain.engine.ancestry import history_problems, lineage, vouching_proble
 from posttrain.engine.atomic import fsync, guarded, part_of, remove_parts, write_whole
 from posttrain.engine.errors import StoreError
 from posttrain.engine.fingerprint import digest, file_digest, files_digest
-from posttrain.engine.form import MAX_HISTORY_BYTES, history_fault, parse
+from posttrain.engine.form import MAX_HISTORY_BYTES, history_fault
 from posttrain.engine.graph import Node, payload
 from posttrain.engine.links import astray, check_links, found_again, renew
+from posttrain.engine.parsing import Unreadable, read_json
 from posttrain.engine.record import FORMAT, Artifact, Record, check_format, record_problems
 from posttrain.engine.store import Store
 
@@ -183,10 +184,10 @@ def read_history(directory: Path) -> list[Record]:
     """
     path = directory / HISTORY
     try:
-        content = parse(path, MAX_HISTORY_BYTES)
+        content = read_json(path, MAX_HISTORY_BYTES)
     except FileNotFoundError:
         return []
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, Unreadable) as error:
         raise StoreError(
             f"{path} is damaged ({error}); remove it to adopt without a history"
         ) from error

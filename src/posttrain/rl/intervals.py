@@ -9,9 +9,10 @@ all that was measured on it, so that models, and modes of one problem, keep what
   over n, not n - 1, and the quantiles of a normal distribution, not Student's (Hesterberg, "What
   teachers should know about the bootstrap", 2014, section 4.2).
 - `share`: Wilson's interval (1927), of a mean of zeros and ones.
-- `difference_of_shares`: of a mean of -1, 0 and 1, two shares on the same problems; Wald's interval
-  with one problem more on which only the first is right and one on which only the second is
-  (Bonett and Price, 2012).
+- `mean_of_shares`: of a mean of -1, 0 and 1, two shares on the same problems; Wald's interval with
+  one problem more on which only the first is right and one on which only the second is (Bonett and
+  Price, 2012). Of the mean over domains of such means, or of shares, the same with these problems
+  (of shares two right and two wrong ones) spread over the domains (Price and Bonett, 2004).
 
 The last two hold where a bootstrap sees no spread: 25 of 25 is not certainty.
 
@@ -37,6 +38,11 @@ Measure = Literal["score", "difference", "number"]
 """What is averaged: scores, of which zeros and ones are parts of a whole; differences of two such
 scores of a problem; any other number, such as a length."""
 
+WHOLE: Mapping[Measure, frozenset[float]] = {
+    "score": frozenset({0.0, 1.0}),
+    "difference": frozenset({-1.0, 0.0, 1.0}),
+}
+"""What rows are that closed forms are for."""
 NORMAL = NormalDist()
 Z = NORMAL.inv_cdf(0.975)
 
@@ -136,21 +142,26 @@ class Resamples:
 
     def interval(self, part: str, value_P: Array, *, of: Measure) -> Value:
         """The mean over the rows of a part with its interval."""
-        seen = set(np.unique(value_P).tolist())
-        # The closed forms are for rows that have nothing to do with each other.
-        if len(set(self._at_P[part].tolist())) == len(value_P):
-            if of == "score" and seen <= {0.0, 1.0}:
-                return share(value_P)
-            if of == "difference" and seen <= {-1.0, 0.0, 1.0}:
-                return difference_of_shares(value_P)
-        return bootstrap(self.mean(part, value_P))
+        if not self._is_whole(part, value_P, of):
+            return bootstrap(self.mean(part, value_P))
+        return share(value_P) if of == "score" else mean_of_shares([value_P], of)
 
     def interval_of_means(self, values: Mapping[str, Array], *, of: Measure) -> Value:
         """The mean over parts of the means over their rows, with its interval."""
         if len(values) == 1:
             ((part, value_P),) = values.items()
             return self.interval(part, value_P, of=of)
+        # Domains have nothing to do with each other; modes of one share their problems.
+        apart = len({domain_of(part) for part in values}) == len(values)
+        if apart and of in WHOLE and all(self._is_whole(p, v, of) for p, v in values.items()):
+            return mean_of_shares(list(values.values()), of)
         return bootstrap(average([self.mean(part, value_P) for part, value_P in values.items()]))
+
+    def _is_whole(self, part: str, value_P: Array, of: Measure) -> bool:
+        """Whether there is a closed form for the rows of a part: they have nothing to do with each
+        other, and each is right or wrong."""
+        alone = len(set(self._at_P[part].tolist())) == len(value_P)
+        return alone and of in WHOLE and set(np.unique(value_P).tolist()) <= WHOLE[of]
 
 
 def domain_of(part: str) -> str:
@@ -194,15 +205,26 @@ def share(value_P: Array) -> Value:
     return {"value": mean, "low": min(low, mean), "high": max(high, mean)}
 
 
-def difference_of_shares(value_P: Array) -> Value:
-    """Bonett and Price's interval of a mean of -1, 0 and 1."""
-    count, mean = len(value_P), float(value_P.mean())
-    more = (int((value_P == 1).sum()) + 1) / (count + 2)
-    less = (int((value_P == -1).sum()) + 1) / (count + 2)
-    centre = more - less
-    half = Z * math.sqrt((more + less - centre**2) / (count + 2))
-    low, high = max(-1.0, centre - half), min(1.0, centre + half)
-    return {"value": mean, "low": min(low, mean), "high": max(high, mean)}
+def mean_of_shares(values: Sequence[Array], of: Measure) -> Value:
+    """Price and Bonett's interval of the mean over independent parts of means of zeros and ones, or
+    of -1, 0 and 1: Wald's, with some rows more that are spread over the parts."""
+    lowest, highest = min(WHOLE[of]), max(WHOLE[of])
+    # So many of the lowest and of the highest value: 2 and 2 of a score, 1 and 1 of a difference.
+    more = 2 / (highest - lowest) / len(values)
+    centre = variance = 0.0
+    for value_P in values:
+        count = len(value_P) + 2 * more
+        mean = (float(value_P.sum()) + more * (lowest + highest)) / count
+        square = (float(value_P @ value_P) + more * (lowest**2 + highest**2)) / count
+        centre += mean / len(values)
+        variance += (square - mean**2) / count / len(values) ** 2
+    value = float(np.mean([value_P.mean() for value_P in values]))
+    low, high = centre - Z * math.sqrt(variance), centre + Z * math.sqrt(variance)
+    return {
+        "value": value,
+        "low": min(max(lowest, low), value),
+        "high": max(min(highest, high), value),
+    }
 
 
 def t_quantile(freedom: float) -> float:

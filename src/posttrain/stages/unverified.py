@@ -3,7 +3,7 @@ is from others, how long its responses are and how many were cut; and what judge
 
 KL is the estimator k1: the mean over the tokens that a model sampled at temperature 1 of
 log p_model - log p_other, both after the same tokens. It is unbiased for the KL of the model from
-the other one and can be below 0 by chance. Its interval is a bootstrap over problems.
+the other one and can be below 0 by chance. Its interval is over problems.
 
 Legend: B rows (responses), N sampled tokens, P problems.
 """
