@@ -97,7 +97,9 @@ def walk(one: Family, directory: Path, steps: int) -> dict[str, Any]:
         found |= {"exit": done.returncode, "seconds": round(time.perf_counter() - began, 1)}
         if done.returncode:
             return found | {"said": done.stderr.strip().splitlines()[-12:]}
-        found.setdefault("warnings", json.loads(done.stdout)["warnings"])
+        # Without the place, which is another one every time.
+        told = done.stdout.replace(f"{directory}/", "")
+        found.setdefault("warnings", json.loads(told)["warnings"])
     return found | taught(directory) | ended(directory)
 
 
