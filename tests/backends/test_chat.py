@@ -180,6 +180,13 @@ def test_without_a_template_and_without_bos_the_prompt_is_the_text(
     assert tokenizer.decode(chat.prompt("name a colour:")) == "name a colour:"
 
 
+def test_a_prompt_without_tokens_is_refused(language_model: LanguageModel) -> None:
+    """As that of an empty chat_template.jinja; nothing would predict the first token."""
+    language_model.tokenizer.chat_template = ""
+    with pytest.raises(ConfigError, match="no tokens: the chat template writes none"):
+        chat_of(language_model).prompt("q")
+
+
 def test_a_stop_token_that_is_an_ordinary_token_is_left_out_of_the_text(
     language_model: LanguageModel,
 ) -> None:

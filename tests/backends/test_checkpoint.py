@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from posttrain.backends.checkpoint import (
     LanguageModel,
     chat_of,
+    is_scalar,
     load,
     output_head,
     read_chat,
@@ -285,3 +287,9 @@ def test_tensors_that_are_no_part_of_the_model_are_known(saved: Path) -> None:
     tower = {"vision_tower.weight": torch.zeros(2, 2)}
     save_file(tensors | tower, saved / "model.safetensors")
     assert load(saved).left_out == ("vision_tower.weight",)
+
+
+def test_a_config_whose_architectures_are_no_names_is_of_no_reward_model() -> None:
+    for names in (None, [], [1.5], [None, "LlamaForCausalLM"]):
+        assert not is_scalar(SimpleNamespace(architectures=names))
+    assert is_scalar(SimpleNamespace(architectures=["LlamaForSequenceClassification"]))

@@ -1,10 +1,12 @@
 """The store on real systems: modes, strays, other file systems, what kills leave behind."""
 
+import json
 import os
 import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +14,7 @@ from posttrain.engine.errors import StoreError
 from posttrain.engine.graph import Graph
 from posttrain.engine.record import Artifact
 from posttrain.engine.store import Store
+from posttrain.engine.unfinished import Unfinished
 from posttrain.engine.work import Work, write_step
 
 
@@ -168,3 +171,12 @@ def test_releasing_twice_closes_nothing_of_others(store: Store, chain: Graph) ->
     work.discard()
     os.fstat(other)
     os.close(other)
+
+
+@pytest.mark.parametrize("damage", [{"metrics": "x"}, {"directory": 3}, {"tokens": "many"}])
+def test_a_step_checkpoint_of_another_form_is_told(tmp_path: Path, damage: dict[str, Any]) -> None:
+    stage = {"name": "a", "kind": "k", "fingerprint": "0" * 64}
+    (tmp_path / "step.json").write_text(json.dumps({"step": 3} | damage))
+    found = Unfinished(path=tmp_path, stage=stage, step=3)
+    with pytest.raises(StoreError, match=rf"step\.json has .* as its {next(iter(damage))}"):
+        found.checkpoint()

@@ -129,8 +129,8 @@ class Chat:
         """Token ids of a user message, or of a conversation, up to where the assistant starts to
         speak.
 
-        Raises ConfigError for a mode where the template knows none, and for a conversation where
-        there is no template or it refuses the messages.
+        Raises ConfigError for a mode where the template knows none, for a conversation where there
+        is no template or it refuses the messages, and for a prompt without tokens.
         """
         key = (asked_key(asked), mode)
         if key not in self._prompts:
@@ -139,8 +139,13 @@ class Chat:
 
     def _prompt_ids(self, head: str) -> list[int]:
         # A template writes the BOS token itself.
-        opening = self._opening() if self.template is None else []
-        return opening + self._encode(head)
+        ids = [*(self._opening() if self.template is None else []), *self._encode(head)]
+        if not ids:
+            why = "its text is empty" if self.template is None else "the chat template writes none"
+            raise ConfigError(
+                f"a prompt has no tokens: {why}; nothing would say what a response begins with"
+            )
+        return ids
 
     def response(self, asked: Asked, text: str, mode: str | None = None) -> list[int]:
         """Token ids of an assistant message, its stop token included.

@@ -238,7 +238,8 @@ def _readable(path: Path, what: str) -> Iterator[None]:
 
 def is_scalar(config: Any) -> bool:
     """Whether a checkpoint's config says that it is a reward model."""
-    return any(name.endswith(SCALAR) for name in config.architectures or ())
+    names = config.architectures or ()
+    return any(isinstance(name, str) and name.endswith(SCALAR) for name in names)
 
 
 def _allow_saving(generation_config: Any, path: Path) -> None:

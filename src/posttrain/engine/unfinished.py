@@ -60,8 +60,17 @@ class Unfinished:
         return read_warnings(self.path)
 
     def checkpoint(self) -> dict[str, Any]:
-        """What the stage wrote beside the number of its step, see `work.write_step`."""
+        """What the stage wrote beside the number of its step, see `work.write_step`.
+
+        Raises StoreError for a file that no stage has written so.
+        """
         found: dict[str, Any] = json.loads((self.path / STEP).read_bytes())
+        for key, kind in (("directory", str), ("metrics", dict), ("tokens", int)):
+            if not isinstance(found.get(key, kind()), kind):
+                raise StoreError(
+                    f"{self.path / STEP} has {found[key]!r} as its {key}: it was damaged; remove "
+                    f"{self.path} to start that stage anew"
+                )
         return found
 
 
