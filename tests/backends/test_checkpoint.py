@@ -290,6 +290,6 @@ def test_tensors_that_are_no_part_of_the_model_are_known(saved: Path) -> None:
 
 
 def test_a_config_whose_architectures_are_no_names_is_of_no_reward_model() -> None:
-    for names in (None, [], [1.5], [None, "LlamaForCausalLM"]):
+    for names in (None, 1.5, [], [1.5], [None, "LlamaForCausalLM"]):
         assert not is_scalar(SimpleNamespace(architectures=names))
     assert is_scalar(SimpleNamespace(architectures=["LlamaForSequenceClassification"]))

@@ -238,7 +238,7 @@ def _readable(path: Path, what: str) -> Iterator[None]:
 
 def is_scalar(config: Any) -> bool:
     """Whether a checkpoint's config says that it is a reward model."""
-    names = config.architectures or ()
+    names = config.architectures if isinstance(config.architectures, list) else []
     return any(isinstance(name, str) and name.endswith(SCALAR) for name in names)
 
 

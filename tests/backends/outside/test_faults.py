@@ -173,6 +173,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"files": {"model.safetensors": weights_file(TENSORS, cut=5)}},
         r"model\.safetensors: .* it was cut short",
     ),
+    "architectures": ({"config": {"architectures": [1.5]}}, r"architectures is \[1\.5\]"),
+    "no list": ({"config": {"architectures": 1.5}}, r"architectures is 1\.5"),
     "deep": ({"files": {"config.json": '{"a":' * 100_000}}, r"config\.json: JSON of too many"),
     "long number": (
         {"files": {"config.json": '{"a": %s}' % ("1" * 5000)}},

@@ -113,8 +113,12 @@ def check_config(path: Path, config: Mapping[str, Any]) -> None:
             f"{path}: model_type {kind!r}: an encoder-decoder; posttrain trains causal language "
             "models, which read prompt and response as one row"
         )
-    names = config.get("architectures")
-    named = [n for n in names if isinstance(n, str)] if isinstance(names, list) else []
+    named = config.get("architectures") or []
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise ConfigError(
+            f"{path}: architectures is {named!r}; it has to be a list of names of classes. Fetch the "
+            "checkpoint again"
+        )
     encodes = kind in ENCODERS or (bool(named) and all(n.endswith(ENCODER_HEADS) for n in named))
     if encodes and config.get("is_decoder") is not True:
         raise ConfigError(
