@@ -116,8 +116,8 @@ def check_config(path: Path, config: Mapping[str, Any]) -> None:
     named = config.get("architectures") or []
     if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
         raise ConfigError(
-            f"{path}: architectures is {named!r}; it has to be a list of names of classes. Fetch the "
-            "checkpoint again"
+            f"{path}: architectures is {named!r}; it has to be a list of names of classes. Fetch "
+            "the checkpoint again"
         )
     encodes = kind in ENCODERS or (bool(named) and all(n.endswith(ENCODER_HEADS) for n in named))
     if encodes and config.get("is_decoder") is not True:
