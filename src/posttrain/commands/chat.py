@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from posttrain.backends.checkpoint_source import find_checkpoint
 from posttrain.commands import io
 from posttrain.commands.io import console
 from posttrain.engine.errors import ConfigError
@@ -97,6 +96,9 @@ def find_model(root: Path, text: str) -> Path:
     path = Path(text).expanduser()
     named = os.sep in text and not is_place(text)
     if (path / "config.json").is_file() or (named and path.exists()):
+        # It reads templates, which `--help` has no use for.
+        from posttrain.backends.checkpoint_source import find_checkpoint
+
         # Told in the words of a plan. What the bytes are does not matter here.
         find_checkpoint(path, hash_file=lambda file: "")
         return path
