@@ -6,7 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from posttrain.engine.parsing import LEVELS, Unreadable, parse_json, parse_json_file, parse_toml
+from posttrain.engine.parsing import (
+    LEVELS,
+    Unreadable,
+    parse_json,
+    parse_json_file,
+    parse_toml,
+    read_json,
+)
 
 DEEP = 100_000
 
@@ -80,3 +87,13 @@ def test_what_is_no_toml(content: bytes, words: str) -> None:
 
 def test_what_is_toml() -> None:
     assert parse_toml(b'\xef\xbb\xbf[a]\r\nb = "x"\r\n') == {"a": {"b": "x"}}
+
+
+def test_a_key_that_an_object_has_twice_is_refused_where_it_has_to_be_one(tmp_path: Path) -> None:
+    text = '{"a": [{"b": 1, "b": 2}]}'
+    assert parse_json(text) == {"a": [{"b": 2}]}
+    with pytest.raises(Unreadable, match="the key 'b' twice"):
+        parse_json(text, unique=True)
+    (tmp_path / "record.json").write_text(text)
+    with pytest.raises(Unreadable, match="the key 'b' twice"):
+        read_json(tmp_path / "record.json", 100)

@@ -316,3 +316,16 @@ def test_suppressed_recovery_is_a_dash_with_its_reason(
     assert "letters: no recovery, teacher and init cannot be told apart" in page.words
     # Two tiles and two cells of the table.
     assert page.text.count("<small>3 of 4 domains</small>") == 4
+
+
+def test_half_a_character_is_written_out(store: Store, tmp_path: Path):
+    """JSON can hold one half of a pair, which no encoding can write."""
+    path = write_report(
+        tmp_path / "r.html",
+        store=store,
+        artifact=store.resolve("student"),
+        recipe="r",
+        seed=0,
+        warnings=[{"stage": None, "text": "half \ud83d of it"}],
+    )
+    assert r"half \ud83d of it" in path.read_text(encoding="utf-8")

@@ -19,15 +19,16 @@ class Unreadable(ValueError):
     """A text that is no JSON or no TOML; the message says why, with line and column."""
 
 
-def parse_json(content: bytes | str, *, finite: bool = False) -> Any:
+def parse_json(content: bytes | str, *, finite: bool = False, unique: bool = False) -> Any:
     """What a JSON text says. With `finite`, NaN, Infinity and numbers beyond the range of a float
-    are refused, as the standard has it. Raises Unreadable."""
+    are refused, as the standard has it; with `unique`, a key that an object has twice. Raises
+    Unreadable."""
+    how: dict[str, Any] = {"object_pairs_hook": _unique} if unique else {}
+    if finite:
+        how |= {"parse_constant": _refused, "parse_float": _finite}
     try:
         text = content if isinstance(content, str) else content.decode("utf-8-sig")
-        if finite:
-            value = json.loads(text, parse_constant=_refused, parse_float=_finite)
-        else:
-            value = json.loads(text)
+        value = json.loads(text, **how)
     except UnicodeDecodeError as error:
         raise Unreadable(f"not UTF-8 text ({error})") from None
     except json.JSONDecodeError as error:
@@ -44,13 +45,14 @@ def parse_json(content: bytes | str, *, finite: bool = False) -> Any:
 
 
 def read_json(path: Path, limit: int) -> Any:
-    """The value in a JSON file of at most `limit` bytes. Raises Unreadable for a longer one and as
-    `parse_json` does, and OSError."""
+    """The value in a JSON file of at most `limit` bytes, whose objects have each key once. Raises
+    Unreadable for a longer one and as `parse_json` does, and OSError."""
     with path.open("rb") as file:
         content = file.read(limit + 1)
     if len(content) > limit:
         raise Unreadable(f"more than {limit // 1_000_000} MB")
-    return parse_json(content)
+    # A record is one text: what two readers could read otherwise is none.
+    return parse_json(content, unique=True)
 
 
 def parse_json_file(path: Path) -> dict[str, Any]:
@@ -95,6 +97,15 @@ def _check_levels(value: Any, what: str) -> None:
         if not level:
             return
     raise Unreadable(f"{what} {_TOO_DEEP}")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise Unreadable(f"holds an object with the key {twice!r} twice")
+    return found
 
 
 def _refused(text: str) -> NoReturn:

@@ -83,7 +83,7 @@ def write_report(
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_parts(path.parent, path.name)
-    write_whole(path, page.encode("utf-8"))
+    write_whole(path, page.encode("utf-8", "backslashreplace"))
     return path
 
 

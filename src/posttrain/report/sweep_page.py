@@ -90,7 +90,7 @@ def write_sweep_page(
         source=source,
     )
     remove_parts(path.parent, path.name)
-    write_whole(path, text.encode("utf-8"))
+    write_whole(path, text.encode("utf-8", "backslashreplace"))
 
 
 def colour_of(setting: int) -> int:
