@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,19 @@ def test_lengths_are_tokens_of_the_one_checkpoint(
 
     monkeypatch.setattr("posttrain.suites.checked.read_rows", unread)
     assert cli("plan", *with_base).json["data"][0] == chat
+
+
+def test_a_tokenizer_that_cannot_encode_leaves_the_lengths_to_characters(
+    cli: Callable[..., Any], mine: tuple[str, ...], models: dict[str, str], tmp_path: Path
+) -> None:
+    """Its unknown token is none of its vocabulary, which it says at the first unknown text."""
+    broken = tmp_path / "broken"
+    shutil.copytree(models["one"], broken)
+    tokenizer = json.loads((broken / "tokenizer.json").read_text())
+    tokenizer["model"]["unk_token"] = "nowhere"
+    (broken / "tokenizer.json").write_text(json.dumps(tokenizer))
+    planned = cli("plan", *mine, "--set", f"base={broken}", "--json")
+    assert planned.code == 0 and planned.json["data"][0]["unit"] == "characters"
 
 
 def test_generated_problems_have_no_line(cli: Callable[..., Any], place: Path) -> None:

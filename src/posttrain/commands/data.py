@@ -11,7 +11,7 @@ from rich.console import Group
 from rich.text import Text
 
 from posttrain.commands.io import plain_table
-from posttrain.engine.errors import PosttrainError
+from posttrain.engine.errors import ConfigError, PosttrainError
 from posttrain.engine.fingerprint import digest, file_digest
 from posttrain.engine.graph import Graph, Node
 from posttrain.engine.store import Store
@@ -163,5 +163,8 @@ def _counted(node: Node, file: Path) -> dict[str, int] | None:
 
 def _lengths(reader: Tokenizer, texts: Iterator[str]) -> Iterator[int]:
     while some := list(islice(texts, TOGETHER)):
-        for encoded in reader.encode_batch(some, add_special_tokens=False):
-            yield len(encoded.ids)
+        try:
+            encodings = reader.encode_batch(some, add_special_tokens=False)
+        except Exception as error:
+            raise ConfigError(f"the tokenizer does not encode these texts: {error}") from error
+        yield from (len(encoded.ids) for encoded in encodings)
