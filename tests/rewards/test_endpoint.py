@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import threading
-import time
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,106 +13,14 @@ from posttrain.engine.errors import ConfigError, StageError
 from posttrain.rewards import endpoint as module
 from posttrain.rewards.comparisons import fill
 from posttrain.rewards.endpoint import (
-    CONCURRENCY,
-    RETRIES,
-    TIMEOUT,
-    Endpoint,
-    Question,
     ReplyCache,
 )
 from posttrain.rewards.grading import EndpointComparison, Grader
-from posttrain.rewards.judging import Responses
 from posttrain.rewards.spec import VerifierSpec
-from posttrain.rewards.verdicts import better, grade
 from posttrain.suites.build import build_domain
 from posttrain.suites.domain import Domain, Table, domain_node
 
-Answer = tuple[int, str]
-
-
-class Server:
-    """Answers what `reply(prompt, n)` says to the n-th request: (status, text)."""
-
-    def __init__(self) -> None:
-        self.reply: Callable[[str, int], Answer] = lambda prompt, n: (200, "Grade: 5")
-        self.seen: list[dict[str, Any]] = []
-        self.keys: list[str | None] = []
-        self.together = self.most = 0
-        self.headers: dict[str, str] = {}
-        self.reason = "stop"
-        self.drip = 0.0
-        lock, server = threading.Lock(), self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with lock:
-                    server.seen.append(body)
-                    server.keys.append(self.headers["Authorization"])
-                    number = len(server.seen)
-                    server.together += 1
-                    server.most = max(server.most, server.together)
-                status, text = server.reply(body["messages"][0]["content"], number)
-                content = {
-                    "choices": [{"message": {"content": text}, "finish_reason": server.reason}]
-                }
-                raw = text if status == 299 else json.dumps(content)
-                with lock:
-                    server.together -= 1
-                self.send_response(200 if status == 299 else status)
-                for name, value in server.headers.items():
-                    self.send_header(name, value)
-                self.end_headers()
-                with contextlib.suppress(OSError):
-                    for part in raw if server.drip else [raw]:
-                        time.sleep(server.drip)
-                        self.wfile.write(part.encode())
-
-            def log_message(self, *words: object) -> None:
-                pass
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
-        self.thread = threading.Thread(target=self.http.serve_forever, daemon=True)
-        self.thread.start()
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setattr(module, "FIRST_WAIT", 0.01)
-    for name in (CONCURRENCY, TIMEOUT, RETRIES):
-        monkeypatch.delenv(name, raising=False)
-    server = Server()
-    yield server
-    server.http.shutdown()
-    server.http.server_close()
-
-
-def ask(server: Server, path: Path, key: str | None = None) -> Endpoint:
-    return Endpoint(url=server.url, model="m", key=key, cache=ReplyCache(path / "replies.jsonl"))
-
-
-def tools(server: Server, path: Path) -> Any:
-    """What a stage gives to the judges that ask endpoints."""
-    cache = ReplyCache(path / "replies.jsonl")
-
-    def endpoint(judge: Any) -> Endpoint:
-        asked = {name: getattr(judge, name) for name in ("url", "model", "key", "max_tokens")}
-        return Endpoint(**asked, cache=cache)
-
-    return SimpleNamespace(endpoint=endpoint)
-
-
-def batch(*texts: str, **columns: Any) -> Responses:
-    problem = {"id": "1", "domain": "d", "prompt": "1+1={x}", "answer": "2"} | columns
-    count = len(texts)
-    return Responses(
-        problems=[problem] * count,
-        texts=texts,
-        group=[0] * count,
-        finished=[True] * count,
-        num_tokens=[1] * count,
-    )
+from .conftest import Answer, Server, batch, tools
 
 
 def test_grades_are_shares_of_the_best_one(server: Server, tmp_path: Path) -> None:
@@ -256,110 +158,12 @@ def test_a_resumed_stage_asks_nothing_twice(server: Server, tmp_path: Path) -> N
     assert len(ReplyCache(file)._known) == 3, "what was cut off is gone, what came later is whole"
 
 
-def test_a_busy_server_is_asked_again(server: Server, tmp_path: Path) -> None:
-    server.reply = lambda prompt, n: ((429, 503, 200)[n - 1], "Grade: 7")
-    judge = judges.llm(server.url, "m")
-    assert Grader(judge, tools(server, tmp_path)).score(batch("p")) == [0.7]
-    assert len(server.seen) == 3
-
-
-@pytest.mark.parametrize(
-    ("header", "waits"),
-    [
-        ("7", [7, 7]),
-        ("99", [30, 30]),
-        ("Fri, 1 Jan 2027", [0.01, 0.02]),
-        ("\u00b2", [0.01, 0.02]),
-        ("9" * 5000, [0.01, 0.02]),
-    ],
-)
-def test_a_busy_server_says_how_long_to_wait(
-    server: Server,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    header: str,
-    waits: list[float],
-) -> None:
-    """In seconds, never longer than LONGEST_WAIT; a date is not read, and the waits double."""
-    slept: list[float] = []
-
-    async def pause(seconds: float) -> None:
-        slept.append(seconds)
-
-    monkeypatch.setattr(module, "pause", pause)
-    server.headers = {"Retry-After": header}
-    answers = {1: 429, 2: 500}
-    server.reply = lambda prompt, n: (answers.get(n, 200), "Grade: 7")
-    assert ask(server, tmp_path).ask([Question("how?", lambda reply: 7.0)]) == [7.0]
-    assert slept == waits
-
-
-def test_what_stays_broken_is_told(
-    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(RETRIES, "1")
-    judge = judges.llm(server.url, "m")
-    for reply, kind, message in (
-        ((500, "ouch"), StageError, "answered 500 .*ouch.*2 times in a row"),
-        ((404, "no model m"), ConfigError, "answered 404 .*the model name 'm'"),
-        ((299, "<html>"), StageError, "no chat completion.*<html>"),
-        ((200, "well"), StageError, "no grade from 0 to 10 .*'well'"),
-        ((200, "Grade: 11"), StageError, "no grade from 0 to 10"),
-    ):
-        server.reply = lambda prompt, n, reply=reply: reply
-        with pytest.raises(kind, match=message):
-            Grader(judge, tools(server, tmp_path)).score(batch("p"))
-    assert not (tmp_path / "replies.jsonl").exists(), "a bad reply is not kept"
-    judge = judges.llm("http://127.0.0.1:9/v1", "m")
-    with pytest.raises(StageError, match=r"127\.0\.0\.1:9/v1/chat/completions: it cannot"):
-        Grader(judge, tools(server, tmp_path)).score(batch("p"))
-
-
 def test_a_reply_that_cannot_be_read_is_asked_for_again(server: Server, tmp_path: Path) -> None:
     server.reply = lambda prompt, n: (200, "hm" if n < 3 else "Grade: 4")
     judge = judges.llm(server.url, "m")
     assert Grader(judge, tools(server, tmp_path)).score(batch("p")) == [0.4]
     prompts = [body["messages"][0]["content"] for body in server.seen]
     assert prompts[1] == prompts[2] == prompts[0] + module.REMINDER
-
-
-def test_a_slow_server_runs_into_the_timeout(
-    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(RETRIES, "0")
-    monkeypatch.setenv(TIMEOUT, "1")
-    release = threading.Event()
-    server.reply = lambda prompt, n: (200, f"Grade: 1 {release.wait(10)}")
-    with pytest.raises(StageError, match="timed out"):
-        Grader(judges.llm(server.url, "m"), tools(server, tmp_path)).score(batch("p"))
-    release.set()
-
-
-def test_requests_at_once_are_limited(
-    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(CONCURRENCY, "2")
-    pause = threading.Event()
-    server.reply = lambda prompt, n: (200, f"{pause.wait(0.05)} Grade: 1")
-    texts = [str(n) for n in range(6)]
-    Grader(judges.llm(server.url, "m"), tools(server, tmp_path)).score(batch(*texts))
-    assert (server.most, len(server.seen)) == (2, 6)
-    monkeypatch.setenv(CONCURRENCY, "many")
-    with pytest.raises(ConfigError, match=f"{CONCURRENCY}='many'"):
-        ask(server, tmp_path)
-
-
-def test_the_key_comes_from_the_environment(
-    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    judge = judges.llm(server.url, "m", key="MY_KEY")
-    monkeypatch.delenv("MY_KEY", raising=False)
-    with pytest.raises(ConfigError, match="environment variable MY_KEY is empty or not set"):
-        Grader(judge, tools(server, tmp_path)).score(batch("p"))
-    monkeypatch.setenv("MY_KEY", "secret")
-    Grader(judge, tools(server, tmp_path)).score(batch("p"))
-    assert server.keys == ["Bearer secret"]
-    assert "secret" not in (tmp_path / "replies.jsonl").read_text()
 
 
 def test_what_a_template_is_filled_with_means_nothing() -> None:
@@ -398,152 +202,6 @@ def test_the_length_of_replies_is_in_the_identity_where_it_is_not_the_default() 
         assert longer.to_json()["max_tokens"] == 2048
         assert make("http://h/v1", "m", max_tokens=1024).identity == plain.identity
         assert longer.identity != plain.identity
-
-
-def test_a_kept_reply_is_checked_by_whoever_reads_it(server: Server, tmp_path: Path) -> None:
-    """Two judges put the same question; what one can read is no verdict for the other."""
-    asking = ask(server, tmp_path)
-    replies = iter(["Grade: 7", "Better: 1", "Grade: 8\nBetter: 2"])
-    server.reply = lambda prompt, n: (200, next(replies))
-    grades = Question("how?", lambda reply: grade(reply, 10))
-    assert asking.ask([grades]) == [0.7]
-    assert asking.ask([Question("how?", better)]) == [1]
-    assert asking.ask([grades, Question("how?", better)]) == [0.8, 0]
-    assert len(server.seen) == 3
-
-
-def test_a_damaged_line_of_kept_replies_is_asked_again(server: Server, tmp_path: Path) -> None:
-    judge = judges.llm(server.url, "m")
-    Grader(judge, tools(server, tmp_path)).score(batch("p"))
-    file = tmp_path / "replies.jsonl"
-    file.write_text("[" * 10_000 + '\n{"request": 1}\nnull\n' + file.read_text())
-    assert Grader(judge, tools(server, tmp_path)).score(batch("p", "q")) == [0.5, 0.5]
-    assert len(server.seen) == 2
-
-
-def test_a_reply_that_drips_ends_in_time(
-    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The limit is for the whole reply, however steadily its bytes come."""
-    monkeypatch.setenv(RETRIES, "0")
-    monkeypatch.setenv(TIMEOUT, "1")
-    server.drip = 0.1
-    begun = time.monotonic()
-    with pytest.raises(StageError, match="timed out: it was not whole after 1 s"):
-        Grader(judges.llm(server.url, "m"), tools(server, tmp_path)).score(batch("p"))
-    assert time.monotonic() - begun < 5
-
-
-@pytest.mark.parametrize(
-    ("body", "message"),
-    [
-        ("x" * (4 * 2**20 + 1), "longer than 4 MiB"),
-        ("[" * 100_000, "no chat completion"),
-        ('{"choices": ' + "1" * 5000 + "}", "no chat completion"),
-        ('{"choices": [3]}', "no chat completion"),
-        ('{"choices": [{"message": {"content": 7}}]}', "no chat completion"),
-    ],
-)
-def test_a_reply_of_a_hostile_server_is_told_in_words(
-    server: Server, tmp_path: Path, body: str, message: str
-) -> None:
-    server.reply = lambda prompt, n: (299, body)
-    with pytest.raises(StageError, match=message) as error:
-        Grader(judges.llm(server.url, "m"), tools(server, tmp_path)).score(batch("p"))
-    assert len(str(error.value)) < 600
-
-
-def test_no_redirect_is_followed(
-    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("JUDGE_KEY", "secret")
-    server.headers = {"Location": server.url + "/stolen"}
-    judge = judges.llm(server.url, "m", key="JUDGE_KEY")
-    for status in (301, 302, 307, 308):
-        server.reply = lambda prompt, n, status=status: (status, "")
-        with pytest.raises(ConfigError, match=f"answered {status} and sends to .*stolen"):
-            Grader(judge, tools(server, tmp_path)).score(batch("p"))
-    assert len(server.seen) == 4, "one request each, to the address that was given"
-
-
-def test_what_a_server_says_neither_steers_the_terminal_nor_repeats_the_key(
-    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("JUDGE_KEY", "very-secret")
-    server.reply = lambda prompt, n: (401, "\x1b]0;OWNED\x07\u202e wrong key very-secret")
-    judge = judges.llm(server.url, "m", key="JUDGE_KEY")
-    with pytest.raises(ConfigError, match=r"wrong key \*\*\*") as error:
-        Grader(judge, tools(server, tmp_path)).score(batch("p"))
-    assert not set(str(error.value)) & set("\x1b\x07\u202e")
-    assert "very-secret" not in str(error.value)
-    monkeypatch.setenv("JUDGE_KEY", "very\nsecret")
-    with pytest.raises(ConfigError, match="JUDGE_KEY holds characters") as error:
-        Grader(judge, tools(server, tmp_path)).score(batch("p"))
-    assert "secret" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    "url",
-    [
-        "http://me:geheim@localhost/v1",
-        "http://geheim@localhost/v1",
-        "http://localhost/v1?key=geheim",
-        "http://localhost/v1#geheim",
-    ],
-)
-def test_a_url_with_a_secret_is_refused_and_not_repeated(url: str) -> None:
-    for make in (lambda: judges.llm(url, "m"), lambda: judges.compare(url, "m")):
-        with pytest.raises(ConfigError, match="password or a query") as error:
-            make()
-        assert "geheim" not in str(error.value)
-    with pytest.raises(ConfigError, match="needs model=") as error:
-        judges.compare(url)
-    assert "geheim" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    "url",
-    [
-        "ftp://localhost",
-        "http://",
-        "http://[::1",
-        "http://localhost:99999/v1",
-        "http://localhost:port/v1",
-        "http://localhost:0/v1",
-        "http://b\u00fccher.example/v1",
-        "http://localhost/\u00fc",
-        "http://local host/v1",
-        "http://localhost/\n",
-    ],
-)
-def test_a_url_that_cannot_be_asked_is_refused(url: str) -> None:
-    with pytest.raises(ConfigError, match="judge llm: url = "):
-        judges.llm(url, "m")
-
-
-@pytest.mark.parametrize(
-    "key",
-    [
-        "sk-abc123",
-        "sk_live_51Habc",
-        "hf_AbCd1234EfGh5678",
-        "AIzaSyA1234567890abcdefghijklmno",
-        "4f3a9c",
-        "abcdefghij1234567890klmn",
-        "ABCDEF0123456789ABCDEF0123456789",
-        "two words",
-        "",
-    ],
-)
-def test_a_key_in_place_of_a_variables_name_is_refused_and_not_repeated(key: str) -> None:
-    with pytest.raises(ConfigError, match="name of the environment variable") as error:
-        judges.llm("http://localhost/v1", "m", key=key)
-    assert len(key) < 3 or key not in str(error.value)
-
-
-@pytest.mark.parametrize("key", ["OPENAI_API_KEY", "my_key", "KEY2", "_K", "HF_TOKEN", "hf_key_2"])
-def test_names_of_variables_are_taken(key: str) -> None:
-    assert judges.llm("http://localhost/v1", "m", key=key).key == key
 
 
 def test_a_template_has_to_ask_for_what_is_read() -> None:

@@ -88,7 +88,8 @@ def run(settings: Distill, ctx: Context) -> dict[str, float]:
         )
         scoring.add_columns(batch)
         # Which rows are learned from, what each counts, and what its reward is worth.
-        batch["train_B"] = batch["finished_B"] if s.mask_unfinished else batch["finished_B"] | True
+        every_B = torch.ones_like(batch["finished_B"])
+        batch["train_B"] = batch["finished_B"] if s.mask_unfinished else every_B
         batch["domain_B"] = torch.tensor([domains.index(p["domain"]) for p in batch.problems])
         batch["loss_weight_B"] = loss_weights(s, domains, batch)
         # Where nobody verifies the reward is the same for all, and its advantage 0.
