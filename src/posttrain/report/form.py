@@ -184,9 +184,8 @@ def check_evaluation(content: Mapping[str, Any], edges: Iterable[str]) -> None:
     """Raise ConfigError, with the field, unless it is an evaluation of the models at these
     edges."""
     several = "students" in content
-    _check(_Several if several else _One, content)
-    if not several:
-        _check(_View, content)
+    for form in (_Several,) if several else (_One, _View):
+        _check(form, content)
     if several:
         models = content["models"]
         students = {
