@@ -250,6 +250,18 @@ def test_an_option(
     told(cli("plan", "mini.py", *suite, *arguments), words)
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("seed", "is not a value of type int"), ("steps", "has no parameter 'steps'")],
+)
+def test_a_value_of_any_length_is_told_shortly(
+    cli: Callable[..., Any], name: str, words: str
+) -> None:
+    said = cli("plan", "mopd", "--set", f"{name}=" + "[" * 5000)
+    assert said.code == 2 and words in said.err
+    assert len(said.err) < 600
+
+
 SUITES = {
     "raises": ("def suite():\n    return 1 / 0\n", ["division by zero (line 2)"]),
     "ends the program": ("import sys\nsys.exit(0)\n", ["mine.py: loading the suite", "(line 2)"]),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import pickle
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from posttrain.backends.checkpoint import LanguageModel, chat_of, load
 from posttrain.backends.local import LocalLearner
 from posttrain.backends.tiny import character_tokenizer
 from posttrain.engine.errors import ConfigError
+from posttrain.engine.work import read_warnings
 from posttrain.rl.batch import Batch
 from posttrain.schedules import linear
 from posttrain.stages.config import build_config
@@ -332,6 +334,20 @@ def test_masked_end_tokens_leave_the_reward_alone(
 def test_bad_settings_are_named(settings: Mapping[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build_config("dpo", "mine", BASE | settings)
+
+
+def test_a_reference_with_another_template_is_told(
+    run_stage: RunStage, models: Mapping[str, str], data: str, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(models["start"], other)
+    template = other / "chat_template.jinja"
+    template.write_text(template.read_text() + "{# of another kind #}")
+    for reference, told in ((models["start"], 0), (str(other), 1)):
+        inputs = {"start": models["start"], "data": data, "reference": reference}
+        ran = run_stage("dpo", BASE, inputs)
+        said = read_warnings(ran.out.parent)
+        assert sum("reference has another chat template" in text for text in said) == told
 
 
 def test_a_reference_of_another_vocabulary_is_refused(

@@ -22,7 +22,13 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import PydanticUserError, TypeAdapter, ValidationError
 
-from posttrain.engine.errors import ConfigError, PosttrainError, choices_text, said_by
+from posttrain.engine.errors import (
+    ConfigError,
+    PosttrainError,
+    choices_text,
+    said_by,
+    shortened,
+)
 from posttrain.engine.graph import Graph
 from posttrain.engine.store import Store
 from posttrain.language.calls import OTHER_VERBS, mistaken
@@ -256,8 +262,8 @@ def _split(text: str) -> tuple[str, str]:
     key, equals, value = text.partition("=")
     if not equals or not key.strip(". "):
         raise ConfigError(
-            f"--set {text}: write --set PARAMETER=VALUE or --set STAGE.FIELD=VALUE, for example "
-            "--set student.steps=80"
+            f"--set {shortened(text)}: write --set PARAMETER=VALUE or --set STAGE.FIELD=VALUE, for "
+            "example --set student.steps=80"
         )
     return key.strip(), value
 
@@ -292,8 +298,8 @@ def _parameters(
         if key not in known:
             names = choices_text(key, [*known, "suite", "seed"], label="parameters")
             raise ConfigError(
-                f"--set {key}={texts[key]}: recipe {recipe!r} has no parameter {key!r}; {names}; a "
-                "stage's setting is written STAGE.FIELD=VALUE"
+                f"--set {key}={shortened(texts[key])}: recipe {recipe!r} has no parameter {key!r}; "
+                f"{names}; a stage's setting is written STAGE.FIELD=VALUE"
             )
     for parameter in known.values():
         if parameter.default is inspect.Parameter.empty and parameter.name not in texts:
@@ -333,7 +339,8 @@ def _convert(text: str, annotation: Any, where: str) -> Any:
             return adapter.validate_json(json.dumps(value), strict=True)
     parts = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else [annotation]
     choices = [str(c) for part in parts if get_origin(part) is Literal for c in get_args(part)]
+    told = shortened(text)
     if choices:
-        raise ConfigError(f"{where}={text}: {choices_text(text, choices)}")
+        raise ConfigError(f"{where}={told}: {choices_text(text, choices)}")
     names = " or ".join(getattr(part, "__name__", str(part)) for part in parts)
-    raise ConfigError(f"{where}={text}: {text!r} is not a value of type {names}")
+    raise ConfigError(f"{where}={told}: {told!r} is not a value of type {names}")

@@ -295,12 +295,20 @@ def _of_scores(
 
 
 def reference_model(settings: DpoStage, ctx: Context, policy: Learner) -> Learner | Scorer:
-    """The stage of the edge `reference`, else the start."""
+    """The stage of the edge `reference`, else the start. Its tokens have to be the policy's; where
+    its chat template is another one, that is told."""
     if "reference" not in ctx.inputs:
         return policy
     reference = ctx.scorer("reference", precision=settings.precision)
     check_same_tokens(policy.chat, reference.chat, "reference", role="reference")
     draw_alike(policy, [reference])
+    if not reference.chat.lays_out_as(policy.chat):
+        ctx.warn(
+            "the reference has another chat template than the policy, and reads the pairs as the "
+            "policy's lays them out, which it was not trained on; take a reference with the "
+            "policy's template, or the start",
+            about="reference",
+        )
     return reference
 
 
