@@ -19,7 +19,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from posttrain.commands import chat, compare, inspect, report, run, store, sweep
+from posttrain.commands import chat, compare, inspect, push, report, run, store, sweep
 from posttrain.commands.io import SafeConsole
 from posttrain.engine.errors import PosttrainError, Terminated, Waiting
 
@@ -146,7 +146,7 @@ COMMANDS = {
         *(inspect.ls, inspect.show, inspect.lineage, inspect.diff),
         *(compare.compare, store.verify, report.report, chat.chat),
     ),
-    "Keep": (store.adopt, store.export, store.gc),
+    "Keep": (store.adopt, store.export, push.push, store.gc),
 }
 """Heading in the help -> commands, each named after its function."""
 for panel, commands in COMMANDS.items():

@@ -1,8 +1,8 @@
 """Checkpoints from outside: which files are the model, and what identifies them.
 
 A source is a directory, the name under which `posttrain adopt` put one into the store, or a Hub id
-(`owner/name`, optionally `owner/name@revision`). Its identity is the bytes of its files, so moving
-the directory changes nothing.
+(`owner/name` or `hub:owner/name`, optionally with `@revision`). Its identity is the bytes of its
+files, so moving the directory changes nothing.
 """
 
 from __future__ import annotations
@@ -21,14 +21,12 @@ from posttrain.backends.outside.faults import (
     check_tokenizer_files,
 )
 from posttrain.backends.outside.files import (
-    CARD,
-    NEVER_READ,
-    OTHER_FOLDERS,
     TEMPLATES,
     check_links,
     model_files,
 )
 from posttrain.backends.outside.headers import TensorHeader, read_headers
+from posttrain.backends.outside.hub import HUB_ID, download
 from posttrain.backends.outside.positions import text_config
 from posttrain.backends.template import finished_renderer
 from posttrain.backends.turn_end import TurnEnd, turn_end
@@ -42,8 +40,6 @@ LARGEST_CONFIG = 16 * 2**20
 LARGEST = 2**30
 """Bytes of config.json and its like, and of tokenizer.json; those of published models have at most
 a hundredth and a tenth of that."""
-
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,22 +82,24 @@ def find_checkpoint(
     another thing than a causal language model in plain numbers, if one of its files is broken, or
     if it links to files that are not the checkpoint's.
     """
-    directory = Path(source).expanduser()
+    # With `hub:` in front it is a Hub id, whatever directories there are.
+    on_hub, text = str(source).startswith("hub:"), str(source).removeprefix("hub:")
+    directory = Path(text).expanduser()
     origin: dict[str, str] = {}
-    if directory.is_file():
+    if not on_hub and directory.is_file():
         raise ConfigError(
             f"model {str(source)!r}: a file; give the directory that it lies in, with config.json, "
             "*.safetensors and the tokenizer's files"
         )
-    if not directory.is_dir():
-        if not _HUB_ID.fullmatch(str(source)) or str(source).startswith("."):
+    if on_hub or not directory.is_dir():
+        if not HUB_ID.fullmatch(text) or text.startswith("."):
             raise ConfigError(
                 f"model {str(source)!r}: no such directory; give a checkpoint directory, the name "
                 "of an adopted checkpoint (see `posttrain ls`), or a Hub id such as "
                 "Qwen/Qwen3-0.6B"
             )
-        directory = _download(str(source))
-        name, _, revision = str(source).partition("@")
+        directory = download(text)
+        name, _, revision = text.partition("@")
         # The cache has a directory for each commit.
         origin = {"hub": name, "commit": directory.name}
         origin |= {"revision": revision} if revision else {}
@@ -270,29 +268,3 @@ def _read_json(path: Path, largest: int = LARGEST_CONFIG) -> dict[str, Any]:
         return parse_json_file(path)
     except Unreadable as error:
         raise ConfigError(f"{path}: {error}; mend it or fetch the checkpoint again") from error
-
-
-def _download(source: str) -> Path:
-    # Only a Hub id needs it, and it takes a third of a second to import.
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-    )
-
-    name, _, revision = source.partition("@")
-    try:
-        return Path(
-            snapshot_download(
-                name,
-                revision=revision or None,
-                # The card has the licence.
-                ignore_patterns=[p for p in (*NEVER_READ, *OTHER_FOLDERS) if p != CARD],
-            )
-        )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ConfigError(
-            f"model {source!r}: neither a directory nor to be had from the Hub "
-            f"({str(error).splitlines()[0]}); check the id, the revision and the connection"
-        ) from error

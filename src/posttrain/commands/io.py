@@ -41,13 +41,33 @@ SuiteName = Annotated[
     str | None,
     typer.Option("--suite", metavar="NAME|PATH", help="Domains to use. Default: core."),
 ]
+
+
+def local_path(text: str | Path) -> Path:
+    """A path as an option or argument gives it. Raises typer.BadParameter for one that names the
+    Hub: that is never a directory."""
+    if str(text).startswith("hub:"):
+        raise typer.BadParameter(
+            f"{text} names a repository of the Hugging Face Hub, and a path is wanted here; "
+            "`posttrain push` uploads to the Hub"
+        )
+    return Path(text)
+
+
 StorePath = Annotated[
     Path,
-    typer.Option("--store", metavar="DIR", envvar="POSTTRAIN_STORE", help="Where artifacts are."),
+    typer.Option(
+        "--store",
+        metavar="DIR",
+        envvar="POSTTRAIN_STORE",
+        parser=local_path,
+        help="Where artifacts are.",
+    ),
 ]
 Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Seed of every stage. Default: 0.")]
 ReportPath = Annotated[
-    Path, typer.Option("--report", metavar="PATH", help="Where the report goes.")
+    Path,
+    typer.Option("--report", metavar="PATH", parser=local_path, help="Where the report goes."),
 ]
 NoReport = Annotated[bool, typer.Option("--no-report", help="Write no report.")]
 Jobs = Annotated[

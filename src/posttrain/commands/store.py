@@ -3,9 +3,10 @@ what was made, and what may go."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -101,7 +102,9 @@ def adopt(
 
 def export(
     artifact: io.ArtifactName,
-    target: Annotated[Path, typer.Argument(metavar="DIR", help="A new directory.")],
+    target: Annotated[
+        Path, typer.Argument(metavar="DIR", parser=io.local_path, help="A new directory.")
+    ],
     dtype: Annotated[
         str | None,
         typer.Option(
@@ -118,45 +121,84 @@ def export(
     place = Store(store)
     found = step_model(place, artifact) if is_place(artifact) else place.resolve(artifact)
     check_dtype(dtype, found)
-    scores, rounded = [], False
-    with transfer.exporting(place, found, target) as part:
+    handed = hand_out(place, found, target, dtype=dtype)
+    path = handed.path
+    if as_json:
+        files = sorted(file.name for file in path.iterdir())
+        told = {"artifact": found.label, "path": str(path)}
+        emit(
+            told
+            | {"files": files, "evaluations": handed.evaluations, "records": handed.record_labels}
+            | {"rounded": handed.rounded}
+        )
+        return
+    size = sum(f.stat().st_size for f in path.iterdir()) if handed.rounded else found.bytes
+    text = Text.assemble((found.label, "bold"), f" -> {path} ({human_bytes(size)})")
+    if handed.rounded:
+        text.append(f", weights rounded to {dtype}, without its history")
+    if handed.scores:
+        text.append(f", card with the scores of {', '.join(handed.evaluations)}")
+    out = console()
+    out.print(text, soft_wrap=True)
+    out.print(Text(f"files: {', '.join(sorted(f.name for f in path.iterdir()))}", "dim"))
+    for line in carries(path, handed.records):
+        out.print(Text(line, "dim"), soft_wrap=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Handed:
+    """What was copied out of the store."""
+
+    path: Path
+    scores: Sequence[Mapping[str, Any]]
+    """The evaluations that the card tells of."""
+    rounded: bool
+    """Whether the weights were rounded; the history has then stayed behind."""
+
+    @property
+    def evaluations(self) -> list[str]:
+        """The labels of `scores`."""
+        return [label_of(score) for score in self.scores]
+
+    @property
+    def records(self) -> list[Record]:
+        """What its history holds."""
+        return read_history(self.path)
+
+    @property
+    def record_labels(self) -> list[str]:
+        """The labels of `records`."""
+        return [label_of(record) for record in self.records]
+
+
+def hand_out(
+    store: Store,
+    found: Artifact,
+    target: Path,
+    *,
+    dtype: str | None = None,
+    repository: str | None = None,
+) -> Handed:
+    """Copy an artifact to the new directory `target`: a checkpoint with its card, which says how to
+    load it from there or from the `repository` of the Hub that it is meant for. Raises as
+    `transfer.exporting`."""
+    scores: Sequence[Mapping[str, Any]] = []
+    rounded = False
+    with transfer.exporting(store, found, target) as part:
         if dtype is not None:
             rounded = round_weights(part, dtype)
         if shown_kind(found.kind).is_model():
             # The card that came with the files does not know what was scored since.
-            scores = scores_of(place, found)
-            ancestors = [a.record for a in ancestry.lineage(place, found)]
-            card = model_card(found.record, scores, ancestors)
+            scores = scores_of(store, found)
+            ancestors = [a.record for a in ancestry.lineage(store, found)]
+            card = model_card(found.record, scores, ancestors, repository=repository)
             card += ROUNDED.format(dtype) if rounded else ""
             write_whole(part / "README.md", card.encode())
-    path = target.absolute()
-    evaluations = [label_of(score) for score in scores]
-    carried = read_history(path)
-    if as_json:
-        files = sorted(file.name for file in path.iterdir())
-        told = {"artifact": found.label, "path": str(path)}
-        records = [label_of(record) for record in carried]
-        emit(
-            told
-            | {"files": files, "evaluations": evaluations, "records": records, "rounded": rounded}
-        )
-        return
-    size = sum(file.stat().st_size for file in path.iterdir()) if rounded else found.bytes
-    text = Text.assemble((found.label, "bold"), f" -> {path} ({human_bytes(size)})")
-    if rounded:
-        text.append(f", weights rounded to {dtype}, without its history")
-    if scores:
-        text.append(f", card with the scores of {', '.join(evaluations)}")
-    out = console()
-    out.print(text, soft_wrap=True)
-    for line in _carries(path, carried):
-        out.print(Text(line, "dim"), soft_wrap=True)
+    return Handed(path=target.absolute(), scores=scores, rounded=rounded)
 
 
-def _carries(path: Path, records: Sequence[Record]) -> Iterator[str]:
-    """What an export holds, for whoever hands it on: its files, and what they say of the place
-    where it was made."""
-    yield f"files: {', '.join(sorted(file.name for file in path.iterdir()))}"
+def carries(path: Path, records: Sequence[Record]) -> Iterator[str]:
+    """What the files of an export say of the place where it was made, for whoever hands it on."""
     if (path / CODE_DIFF).exists():
         yield (
             f"{CODE_DIFF}: the changes of tracked files that were not committed, and the names of "

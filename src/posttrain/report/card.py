@@ -21,13 +21,16 @@ def model_card(
     record: Mapping[str, Any],
     scores: Sequence[Mapping[str, Any]] | None = None,
     ancestors: Iterable[Mapping[str, Any]] = (),
+    *,
+    repository: str | None = None,
 ) -> str:
     """README.md of a checkpoint, with the YAML head that the Hugging Face Hub reads.
 
     `record` has its name, kind, fingerprint, config, inputs (edges to name, kind and fingerprint)
     and metrics; `scores` holds the evaluations that include this model, as `gather.scores_of` gives
     them. `ancestors` are the records of what it descends from, as far as they are known: the head
-    names the models from outside and the Hub's data sets among them.
+    names the models from outside and the Hub's data sets among them. `repository` is the Hub id
+    that the model will have; without one the card says how to load it from its directory.
     """
     kind = record["kind"]
     parents: dict[str, Mapping[str, str]] = {}
@@ -76,7 +79,10 @@ def model_card(
             _table(("metric", "value"), [(key, number(v)) for key, v in record["metrics"].items()]),
         ),
         "## How to load it",
-        _USE if writes_text else _USE_SCORES,
+        (_USE if writes_text else _USE_SCORES).replace(
+            _HERE, _HERE if repository is None else f'path = "{repository}"'
+        ),
+        *(["## Its history", _HISTORY.format(repository)] if repository else []),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -99,6 +105,11 @@ def _how(record: Mapping[str, Any]) -> str:
     return shown_kind(record["kind"]).card or record["kind"]
 
 
+_HERE = 'path = "."  # this directory'
+_HISTORY = (
+    "`history.json` holds the record of this model and of everything that it descends from, each "
+    "hashed into the next. `posttrain adopt hub:{} --name NAME` checks them and keeps them."
+)
 _USE = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
