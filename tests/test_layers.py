@@ -98,7 +98,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "judges": {"pydantic"},
     "backends.prompting": set(),
     "backends.template": {"jinja2"},
-    "stages": {"torch", "numpy", "safetensors", "transformers", "reasoning_gym"},
+    "stages": {"torch", "numpy", "safetensors", "transformers", "reasoning_gym", "lm_eval"},
     "language": set(),
     "recipe": set(),
     "package": set(),

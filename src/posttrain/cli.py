@@ -19,7 +19,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from posttrain.commands import chat, compare, inspect, push, report, run, store, sweep
+from posttrain.commands import chat, compare, evaluate, inspect, push, report, run, store, sweep
 from posttrain.commands.io import SafeConsole
 from posttrain.engine.errors import PosttrainError, Terminated, Waiting
 
@@ -141,7 +141,7 @@ def start(
 
 
 COMMANDS = {
-    "Make": (run.run, run.plan, sweep.sweep, report.recipes),
+    "Make": (run.run, run.plan, sweep.sweep, evaluate.eval, report.recipes),
     "Look": (
         *(inspect.ls, inspect.show, inspect.lineage, inspect.diff),
         *(compare.compare, store.verify, report.report, chat.chat),

@@ -22,6 +22,8 @@ SURFACE = {
     "plan": RECIPE | {"--json"},
     "sweep": {"RECIPE", "--axis", "--seeds", "--set", "--suite", "--store", "--split", "--plan"}
     | {"--jobs", "--device", "--compile", "--report", "--no-report", "--json"},
+    "eval": {"ARTIFACT", "--tasks", "--include", "--fewshot", "--limit", "--plain", "--system"}
+    | {"--max-new-tokens", "--precision", "--seed", "--device", "--store", "--json"},
     "recipes": {"--json"},
     "ls": {"--store", "--json"},
     "show": {"ARTIFACT", "--store", "--json"},

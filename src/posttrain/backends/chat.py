@@ -134,10 +134,11 @@ class Chat:
         """
         key = (asked_key(asked), mode)
         if key not in self._prompts:
-            self._prompts[key] = self._prompt_ids(self._opened(asked, mode))
+            self._prompts[key] = self.encoded(self.laid_out(asked, mode))
         return self._prompts[key]
 
-    def _prompt_ids(self, head: str) -> list[int]:
+    def encoded(self, head: str) -> list[int]:
+        """Token ids of the text of a prompt, as `laid_out` gives it."""
         # A template writes the BOS token itself.
         ids = [*(self._opening() if self.template is None else []), *self._encode(head)]
         if not ids:
@@ -182,7 +183,7 @@ class Chat:
         the thinking block, else nothing. What is sampled after it is text from there on."""
         key = (asked_key(asked), mode)
         if key not in self._opens:
-            begun = self._begun(self._opened(asked, mode))
+            begun = self._begun(self.laid_out(asked, mode))
             self._opens[key] = self.marks.told(begun) if begun else ""
         return self._opens[key]
 
@@ -198,8 +199,8 @@ class Chat:
             return self.prompt(asked, mode)
         if opened:
             return [*self.prompt(asked, mode), *self.begin(opened)]
-        head = self._opened(asked, mode)
-        return self._prompt_ids(head[: -len(self._begun(head))])
+        head = self.laid_out(asked, mode)
+        return self.encoded(head[: -len(self._begun(head))])
 
     def continues(self, asked: Asked, ids: Sequence[int], text: str, mode: str | None) -> bool:
         """Whether ids that were sampled can follow this model's prompt in place of `text`: they
@@ -232,7 +233,7 @@ class Chat:
 
     def _response(self, asked: Asked, text: str, mode: str | None) -> list[int]:
         body = self._body(asked, self._control.hide(text), mode)
-        ids = self._after(self._opened(asked, mode), body)
+        ids = self._after(self.laid_out(asked, mode), body)
         # What a template puts after the stop token, such as a new line, is no part of a response.
         for position, token in enumerate(ids):
             if token in self.stop_ids:
@@ -241,7 +242,7 @@ class Chat:
 
     def _body(self, asked: Asked, text: str, mode: str | None) -> str:
         """The text of a response from where the prompt ends, in the marks of the model."""
-        head, marks = self._opened(asked, mode), self.marks
+        head, marks = self.laid_out(asked, mode), self.marks
         begun, said = self._begun(head), marks.said(text)
         if OPEN in text and CLOSE not in text and (begun or marks.answer):
             # It never ended to think; a template would take the thought for an answer.
@@ -267,9 +268,9 @@ class Chat:
             return ""
         return head[head.rindex(self.marks.open) :]
 
-    def _opened(self, asked: Asked, mode: str | None) -> str:
-        """The text of what is asked up to where the assistant speaks, made once for those that ask
-        for the same one after another."""
+    def laid_out(self, asked: Asked, mode: str | None = None) -> str:
+        """The text of what is asked up to where the assistant speaks, in which control text that
+        data says is hidden; made once for those that ask for the same one after another."""
         key = (asked_key(asked), mode)
         if self._head[0] != key:
             self._head = (key, self._render(asked, None, mode))
@@ -305,7 +306,7 @@ class Chat:
 
     def _head_spans(self, messages: Sequence[Message], mode: str | None) -> list[Span] | None:
         """The spans of a conversation up to where the assistant speaks next."""
-        head = self._opened(messages, mode)
+        head = self.laid_out(messages, mode)
         places = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         turns = [self._turn(messages, place, head, mode) for place in places]
         starts = [turn[0] for turn in turns if turn is not None] + [len(head)]

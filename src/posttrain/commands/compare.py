@@ -16,6 +16,7 @@ from posttrain.engine import ancestry
 from posttrain.engine.errors import ConfigError
 from posttrain.engine.record import Artifact
 from posttrain.engine.store import Store
+from posttrain.report.benchmarks import SideBySide, side_by_side, with_error
 from posttrain.report.compare import (
     UNPAIRED,
     Side,
@@ -51,6 +52,8 @@ def compare(
     keys = dict.fromkeys(key for artifact in found for key in artifact.metrics)
     metrics = {key: [artifact.metrics.get(key) for artifact in found] for key in keys}
     sides = _sides(place, found)
+    models = all(shown_kind(artifact.kind).is_model() for artifact in found)
+    benchmarks = side_by_side(place, found) if models else []
     if as_json:
         emit(
             {
@@ -61,6 +64,7 @@ def compare(
                 "differences": rows,
                 "metrics": metrics,
                 "scores": [_side_json(side) for side in sides],
+                "benchmarks": [_benchmark_json(one) for one in benchmarks],
             }
         )
         return
@@ -79,6 +83,8 @@ def compare(
         out.print(table)
     for one in sides:
         _show_side(out, one, letters)
+    for table_of in benchmarks:
+        _show_benchmarks(out, table_of, list(letters.values()))
 
 
 def _letter(place: int) -> str:
@@ -186,6 +192,22 @@ def _show_side(out: Console, side: Side, letters: Mapping[str, str]) -> None:
     if compared:
         first = letters[side.columns[0].artifact]
         out.print(Text(f"Δ: difference to {first}. {UNPAIRED}", "dim"), soft_wrap=True)
+
+
+def _show_benchmarks(out: Console, one: SideBySide, letters: Sequence[str]) -> None:
+    out.print(Text("\ntasks of lm-eval" + (f", {one.asked}" if one.asked else ""), "bold"))
+    table = plain_table("task", "metric", *letters)
+    before = None
+    for task, metric, values in one.rows:
+        cells = [DASH if value is None else with_error(value) for value in values]
+        table.add_row(Text("" if task == before else task, "bold"), Text(metric), *cells)
+        before = task
+    out.print(table)
+
+
+def _benchmark_json(one: SideBySide) -> dict[str, Any]:
+    rows = [{"task": t, "metric": m, "values": list(values)} for t, m, values in one.rows]
+    return {"asked": one.asked, "rows": rows}
 
 
 def _side_json(side: Side) -> dict[str, Any]:

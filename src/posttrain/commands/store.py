@@ -26,6 +26,7 @@ from posttrain.engine.store import Store
 from posttrain.engine.transfer import HISTORY, read_history
 from posttrain.engine.unfinished import is_place
 from posttrain.engine.work import CODE_DIFF
+from posttrain.report.benchmarks import benchmarks_of
 from posttrain.report.card import model_card
 from posttrain.report.gather import scores_of
 from posttrain.stages.kinds import KINDS, shown_kind
@@ -191,7 +192,10 @@ def hand_out(
             # The card that came with the files does not know what was scored since.
             scores = scores_of(store, found)
             ancestors = [a.record for a in ancestry.lineage(store, found)]
-            card = model_card(found.record, scores, ancestors, repository=repository)
+            benchmarks = benchmarks_of(store, found)
+            card = model_card(
+                found.record, scores, ancestors, benchmarks=benchmarks, repository=repository
+            )
             card += ROUNDED.format(dtype) if rounded else ""
             write_whole(part / "README.md", card.encode())
     return Handed(path=target.absolute(), scores=scores, rounded=rounded)

@@ -53,6 +53,9 @@ class Node:
     an outside file is gone, which blocks the stage unless it is cached; {"origin": facts} says
     where its files are from, for its provenance; {"directory": path} where files from outside are
     now that it links to."""
+    fingerprint: str = ""
+    """Of an artifact of the store that stands here as it is, whatever it was made of: then nothing
+    else of the node is identity."""
 
     def __post_init__(self) -> None:
         for label, text in (("name", self.name), ("kind", self.kind)):
@@ -163,7 +166,7 @@ class Graph:
         found: dict[str, str] = {}
         for name in self._order:
             node = self.nodes[name]
-            found[name] = digest(
+            found[name] = node.fingerprint or digest(
                 payload(node, {edge: found[source] for edge, source in node.inputs.items()})
             )
         return found

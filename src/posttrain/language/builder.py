@@ -113,7 +113,7 @@ class Builder:
         if warned not in self.warnings:
             self.warnings.append(warned)
 
-    def _code(self, name: str) -> dict[str, dict[str, str]]:
+    def _code(self, name: str) -> dict[str, Any]:
         """For a kind of another module: the digest of its loop, and where the module is found."""
         if name in KINDS:
             return {}

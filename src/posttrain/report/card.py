@@ -11,6 +11,7 @@ from posttrain.engine.ancestry import ADOPTED
 from posttrain.engine.graph import edge_name, role_of
 from posttrain.engine.record import SHORT
 from posttrain.engine.text import in_markdown
+from posttrain.report.benchmarks import Scored
 from posttrain.report.candidates import view_of
 from posttrain.report.scores import DECODING_NAMES, norm_coverage, split_name
 from posttrain.report.wording import DASH, fixed, flat, number, percent, percent_range
@@ -22,6 +23,7 @@ def model_card(
     scores: Sequence[Mapping[str, Any]] | None = None,
     ancestors: Iterable[Mapping[str, Any]] = (),
     *,
+    benchmarks: Sequence[Scored] = (),
     repository: str | None = None,
 ) -> str:
     """README.md of a checkpoint, with the YAML head that the Hugging Face Hub reads.
@@ -29,7 +31,8 @@ def model_card(
     `record` has its name, kind, fingerprint, config, inputs (edges to name, kind and fingerprint)
     and metrics; `scores` holds the evaluations that include this model, as `gather.scores_of` gives
     them. `ancestors` are the records of what it descends from, as far as they are known: the head
-    names the models from outside and the Hub's data sets among them. `repository` is the Hub id
+    names the models from outside and the Hub's data sets among them. `benchmarks` are its scores on
+    tasks of lm-eval. `repository` is the Hub id
     that the model will have; without one the card says how to load it from its directory.
     """
     kind = record["kind"]
@@ -52,6 +55,13 @@ def model_card(
         f"# {in_markdown(record['name'])}",
         f"Made by posttrain: {_how(record)}. Fingerprint `{record['fingerprint']}`.",
         *(["## Scores", *_scores(scores)] if scores else []),
+        *_titled(
+            "## Scores on tasks of lm-eval",
+            _table(
+                ("task", "metric", "score", "asked with"),
+                [row for scored in benchmarks for row in scored.rows()],
+            ),
+        ),
         *_titled("## Warnings", "\n".join(warnings)),
         "## How it was made",
         _table(

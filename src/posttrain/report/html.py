@@ -19,6 +19,7 @@ from posttrain.engine.fingerprint import digest
 from posttrain.engine.record import SHORT, Artifact
 from posttrain.engine.store import Store
 from posttrain.report import candidates, plots, scores, wording
+from posttrain.report.benchmarks import benchmarks_of, side_by_side, with_error
 from posttrain.report.curves import in_sentence, sections
 from posttrain.report.gather import (
     StageFacts,
@@ -67,7 +68,7 @@ def write_report(
     templates = environment()
     templates.globals |= {"wording": wording, "scores": scores, "plots": plots}
     templates.globals |= {"candidates": candidates}
-    helpers = (coded, human_bytes, in_sentence, mark, moment, runs_of, speakers_of)
+    helpers = (coded, human_bytes, in_sentence, mark, moment, runs_of, speakers_of, with_error)
     templates.globals |= {helper.__name__: helper for helper in helpers}
     page = templates.get_template("report.html").render(
         style=style(),
@@ -79,6 +80,7 @@ def write_report(
         wall=seconds is not None,
         source=source,
         warnings=[*warnings, *_warnings(stages)],
+        benchmarks=_benchmarks(store, stages),
         **_content(stages, artifact),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -143,6 +145,14 @@ def _content(stages: Sequence[StageFacts], artifact: Artifact) -> dict[str, Any]
         "lineage": Markup(lineage_svg(stages, colours)),
         "transcripts": {domain: rows for domain, rows in texts.items() if rows},
     }
+
+
+def _benchmarks(store: Store, stages: Sequence[StageFacts]) -> dict[str, Any] | None:
+    """The models of a lineage that were scored on tasks of lm-eval, side by side; None without."""
+    models = [stage for stage in stages if benchmarks_of(store, stage)]
+    if not models:
+        return None
+    return {"models": [m.name for m in models], "tables": side_by_side(store, models)}
 
 
 # -- what the templates call -----------------------------------------------------------------------

@@ -103,10 +103,13 @@ class Context:
         threads: int,
         backend: Backend | None = None,
         workers: ThreadPoolExecutor | None = None,
+        runtime: Mapping[str, Any] | None = None,
     ) -> None:
         """`backend` makes the models of the stage; a stage that has none needs none. `workers` are
-        threads for what can be done beside each other, where the stage has cores to spare."""
+        threads for what can be done beside each other, where the stage has cores to spare.
+        `runtime` is what its node says and is no part of its identity."""
         self.name = name
+        self.runtime = dict(runtime or {})
         self._backend = backend
         self.workers = workers
         self.work = work

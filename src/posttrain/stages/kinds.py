@@ -32,6 +32,7 @@ Product = Literal[
     "prompts",  # chosen ones
     "rates",  # how often a model solves each prompt
     "scores",  # of models on held-out problems
+    "benchmarks",  # scores of one model on tasks of lm-eval
 ]
 """What a stage can leave behind for others to read."""
 
@@ -231,6 +232,14 @@ _ALL = (
         number=("norm", "Norm"),
         unit="models",
         version=2,
+    ),
+    _kind(
+        "harness",
+        "models:Harness",
+        "harness:run",
+        "benchmarks",
+        number=("tasks", "tasks"),
+        unit="requests",
     ),
     _kind("sample", "data:Sample", "sample:run", "rollouts", unit="draws", version=2),
     _kind(

@@ -85,6 +85,7 @@ def run_job(job: Job) -> dict[str, Any]:
             threads=job.threads,
             backend=new_backend(environment, workers=workers),
             workers=workers,
+            runtime=job.runtime,
         )
         stack.enter_context(closing(ctx))
         try:

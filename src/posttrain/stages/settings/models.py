@@ -79,3 +79,28 @@ class Best(Settings, Computing, LongRows):
         if self.judge is not None:
             return "score"
         return "accuracy" if self.samples else "greedy"
+
+
+class Harness(Settings, Computing):
+    """Scores of a model on tasks of lm-eval (EleutherAI's evaluation harness)."""
+
+    tasks: list[str] = Field(min_length=1)
+    """Names of tasks or groups as lm-eval has them."""
+    fewshot: int | None = Field(None, ge=0)
+    """Solved examples before each question; None: what the task says."""
+    limit: int | None = Field(None, gt=0)
+    """Problems of each task, its first ones; None: all."""
+    chat_template: bool = True
+    """Ask through the model's chat template, examples as turns of the conversation."""
+    system: str = ""
+    """A system message before each question; with the chat template only."""
+    max_new_tokens: int | None = Field(None, gt=0)
+    """Longest response; None: what the task says, 256 where it says nothing."""
+    bootstrap: int = Field(1000, ge=100)
+    """Resamples behind the standard errors of metrics that are no means."""
+
+    @model_validator(mode="after")
+    def _system_needs_a_template(self) -> Self:
+        if self.system and not self.chat_template:
+            raise ValueError("system is a message of the chat template; leave it out without one")
+        return self
