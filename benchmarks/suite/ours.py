@@ -216,7 +216,10 @@ class Distillation:
 class Grpo:
     """Whole steps of the rl stage: sample, reward, one update, without a KL penalty."""
 
-    def __init__(self, policy: Path, reward: Callable[[str], float], *, group: int) -> None:
+    def __init__(
+        self, policy: Path, reward: Callable[[str], float], *, group: int, **settings: Any
+    ) -> None:
+        """`settings` are those of the stage, over what the suite has."""
         self.reward, self.group, self.cores = reward, group, Cores(policy)
         self.settings: Any = build_config(
             "rl",
@@ -228,6 +231,7 @@ class Grpo:
                 "optimizer": OPTIMIZER,
                 # Both sides learn from every row.
                 "drop_zero_variance": False,
+                **settings,
             },
         )
         ctx = self.cores.context({"start": policy})
