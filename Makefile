@@ -3,6 +3,7 @@
 # make lint    the first two of these
 # make recipes run every shipped recipe, write the table of times and scores (docs/recipes.md)
 # make bench   install what we are compared with, run the benchmark suite (benchmarks/README.md)
+# make gpu     measure one GPU (benchmarks/gpu.py); under 8 minutes
 
 PYTHON ?= python3
 VENV := .venv
@@ -16,7 +17,7 @@ $(shell rm -f $(VENV)/.python $(VENV)/.torch $(VENV)/.installed $(VENV)/.install
     $(VENV)/.installed-bench)
 endif
 
-.PHONY: demo test lint recipes bench
+.PHONY: demo test lint recipes bench gpu
 
 demo: $(VENV)/.installed
 	$(BIN)/posttrain run mopd
@@ -29,6 +30,9 @@ recipes: $(VENV)/.installed
 
 bench: $(VENV)/.installed-bench
 	$(BIN)/python benchmarks/bench.py
+
+gpu: $(VENV)/.installed
+	$(BIN)/python benchmarks/gpu.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check

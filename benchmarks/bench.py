@@ -38,6 +38,8 @@ PARTS = (
     "tokens",
     "engine",
 )
+OF_A_MODEL = ("real_steps",)
+"""Parts on a real model, whose checkpoint `--model` names; they run when they are asked for."""
 PACKAGES = ("posttrain", "torch", "transformers", "trl", "accelerate", "liger-kernel")
 
 QUIET = {
@@ -86,17 +88,21 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help=", ".join(PARTS))
+    known = (*PARTS, *OF_A_MODEL)
+    parser.add_argument("--only", nargs="+", choices=known, metavar="PART", help=", ".join(known))
     parser.add_argument("--repetitions", type=int, default=None, help="of each side; default 5")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="small batches, one repetition")
     parser.add_argument("--out", type=Path, help="directory for the files")
+    parser.add_argument("--model", type=Path, help="checkpoint of a real model, for real_*")
     # How the parent starts a part.
-    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
+    parser.add_argument("--part", choices=known, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.repetitions is None:
         arguments.repetitions = 1 if arguments.quick else 5
+    if arguments.model is None and set(arguments.only or ()) & set(OF_A_MODEL):
+        parser.error(f"{', '.join(OF_A_MODEL)} measure a real model: --model names its directory")
     if arguments.repetitions < 1 or arguments.threads < 1:
         parser.error("--repetitions and --threads must be at least 1")
     return arguments
@@ -106,7 +112,7 @@ def run_all(
     arguments: argparse.Namespace,
 ) -> Iterator[tuple[str, list[dict[str, Any]] | None]]:
     """Every chosen part, as it ends, with its rows; None where it failed."""
-    chosen = [name for name in PARTS if arguments.only is None or name in arguments.only]
+    chosen = PARTS if arguments.only is None else arguments.only
     with tempfile.TemporaryDirectory() as folder:
         for position, name in enumerate(chosen):
             print(f"[{position + 1}/{len(chosen)}] {name}", file=sys.stderr, flush=True)
@@ -115,6 +121,7 @@ def run_all(
             command += ["--threads", str(arguments.threads)]
             command += ["--repetitions", str(arguments.repetitions)]
             command += ["--quick"] if arguments.quick else []
+            command += ["--model", str(arguments.model)] if arguments.model else []
             threads = {"OMP_NUM_THREADS": str(arguments.threads)}
             done = subprocess.run(command, env=os.environ | QUIET | threads)
             seconds = time.monotonic() - began
@@ -136,6 +143,7 @@ def run_part(arguments: argparse.Namespace) -> None:
         repetitions=arguments.repetitions,
         quick=arguments.quick,
         folder=arguments.folder,
+        model=arguments.model,
     )
     rows = importlib.import_module(f"suite.{arguments.part}").run(options)
     text = json.dumps([row.as_json() for row in rows])

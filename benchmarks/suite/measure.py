@@ -21,6 +21,8 @@ class Options:
     """Small batches, to see that a part works; its numbers mean nothing."""
     folder: Path
     """A scratch directory, shared by all parts of a run."""
+    model: Path | None = None
+    """A checkpoint of a real model, for the parts that measure one."""
 
     def few(self, most: int) -> int:
         """Repetitions of a row that only informs and is slow."""

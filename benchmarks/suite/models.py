@@ -83,8 +83,10 @@ M = Size(
 )
 
 
-def new_model(size: Size, *, seed: int) -> Qwen3ForCausalLM:
-    """A random model in float32 that ends a response with `END_PROBABILITY` at every token."""
+def new_model(
+    size: Size, *, seed: int, positions: int = 512, ends: float = END_PROBABILITY
+) -> Qwen3ForCausalLM:
+    """A random model in float32 that ends a response with probability `ends` at every token."""
     config = Qwen3Config(
         vocab_size=size.vocabulary,
         hidden_size=size.hidden,
@@ -93,7 +95,7 @@ def new_model(size: Size, *, seed: int) -> Qwen3ForCausalLM:
         num_key_value_heads=size.key_value_heads,
         head_dim=size.head_dim,
         intermediate_size=size.intermediate,
-        max_position_embeddings=512,
+        max_position_embeddings=positions,
         tie_word_embeddings=True,
         pad_token_id=PAD_ID,
         eos_token_id=END_ID,
@@ -110,12 +112,12 @@ def new_model(size: Size, *, seed: int) -> Qwen3ForCausalLM:
         eos_token_id=END_ID,
         pad_token_id=PAD_ID,
     )
-    _set_end_probability(model, size, seed)
+    _set_end_probability(model, size, seed, ends)
     return model
 
 
 @torch.no_grad()
-def _set_end_probability(model: Qwen3ForCausalLM, size: Size, seed: int) -> None:
+def _set_end_probability(model: Qwen3ForCausalLM, size: Size, seed: int, ends: float) -> None:
     """Give the end token's row its head start, from what it lacks on random words."""
     embedding_VD = model.get_input_embeddings().weight
     embedding_VD[:, 0] = CONSTANT
@@ -125,7 +127,7 @@ def _set_end_probability(model: Qwen3ForCausalLM, size: Size, seed: int) -> None
     hidden_ND = model.base_model(input_ids=tokens_BT).last_hidden_state.flatten(0, 1)
     logits_NV = hidden_ND @ embedding_VD.T
     others_N = torch.cat([logits_NV[:, :END_ID], logits_NV[:, END_ID + 1 :]], 1).logsumexp(1)
-    wanted_N = others_N + math.log(END_PROBABILITY / (1 - END_PROBABILITY))
+    wanted_N = others_N + math.log(ends / (1 - ends))
     missing = (wanted_N - logits_NV[:, END_ID]).mean()
     embedding_VD[END_ID, 0] += missing / hidden_ND[:, 0].mean()
 

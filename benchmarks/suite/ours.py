@@ -10,6 +10,7 @@ Legend: B rows, N sampled tokens, T positions, V vocabulary, D hidden size.
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,10 +33,12 @@ from posttrain.stages.rollout import rollout
 from posttrain.stages.teachers import Teachers, TeacherScoring
 from posttrain.stages.worker import TINY_BYTES
 from suite.measure import Work, sampled
-from suite.models import MAX_NEW_TOKENS
+from suite.models import END_ID, MAX_NEW_TOKENS
 
 LEARNING_RATE = 1e-6
 """Small: weights that hardly move keep the response lengths as they are."""
+PROMPT = 32
+"""Tokens of prompt in packed rows."""
 OPTIMIZER = {"beta2": 0.999}
 """As TRL's trainers have it by default."""
 
@@ -67,11 +70,12 @@ def work(batch: Batch) -> Work:
 class Cores:
     """The threads of this process as a stage on these weights would use them."""
 
-    def __init__(self, weights: Path) -> None:
+    def __init__(self, weights: Path, device: str = "cpu") -> None:
+        self.device = device
         size = (weights / "model.safetensors").stat().st_size
         self.all = torch.get_num_threads()
         self.arithmetic = 1 if size < TINY_BYTES else self.all
-        beside = self.all // self.arithmetic
+        beside = self.all // self.arithmetic if device == "cpu" else 1
         self.workers = ThreadPoolExecutor(beside) if beside > 1 else None
 
     def __enter__(self) -> None:
@@ -87,7 +91,7 @@ class Cores:
             work=Path(tempfile.mkdtemp(prefix="posttrain-bench-")),
             inputs={edge: str(path) for edge, path in inputs.items()},
             threads=self.all,
-            backend=LocalBackend(workers=self.workers),
+            backend=LocalBackend(device=self.device, workers=self.workers),
             workers=self.workers,
         )
 
@@ -95,8 +99,17 @@ class Cores:
 class Distillation:
     """Whole steps of the distill stage: sample, score, one update, with one or more teachers."""
 
-    def __init__(self, student: Path, teachers: Mapping[str, Path], *, group: int) -> None:
-        self.domains, self.group, self.cores = tuple(teachers), group, Cores(student)
+    def __init__(
+        self,
+        student: Path,
+        teachers: Mapping[str, Path],
+        *,
+        group: int,
+        device: str = "cpu",
+        **settings: Any,
+    ) -> None:
+        """`settings` are those of the stage, over what the suite has."""
+        self.domains, self.group, self.cores = tuple(teachers), group, Cores(student, device)
         self.settings: Any = build_config(
             "distill",
             "benchmark",
@@ -107,6 +120,7 @@ class Distillation:
                 "aggregation": "token",
                 "optimizer": OPTIMIZER,
                 "routes": {domain: domain for domain in self.domains},
+                **settings,
             },
         )
         edges = {f"teachers.{name}": path for name, path in teachers.items()}
@@ -142,6 +156,26 @@ class Distillation:
             self._learn(batch, scoring)
         return work(batch)
 
+    def phases(
+        self, problems: list[dict[str, Any]], seed: int, wait: Callable[[], None]
+    ) -> dict[str, float]:
+        """Seconds of `sampling`, `scoring` and `update`, one after the other; `wait` returns when
+        the device has done what it was given."""
+        with self.cores:
+            times = [time.perf_counter()]
+            batch = self._sample(problems, None, seed)
+            wait()
+            times.append(time.perf_counter())
+            scoring = self.teachers.scoring(self.settings, problems)
+            scoring.add_columns(batch)
+            wait()
+            times.append(time.perf_counter())
+            self._update(batch)
+            wait()
+            times.append(time.perf_counter())
+        names = ("sampling", "scoring", "update")
+        return {name: b - a for name, a, b in zip(names, times[:-1], times[1:], strict=True)}
+
     def _sample(
         self, problems: list[dict[str, Any]], scoring: TeacherScoring | None, seed: int
     ) -> Batch:
@@ -150,7 +184,7 @@ class Distillation:
             problems,
             None,
             group_size=self.group,
-            max_new_tokens=MAX_NEW_TOKENS,
+            max_new_tokens=self.settings.max_new_tokens,
             temperature=1.0,
             seed=seed,
             reader=scoring,
@@ -158,8 +192,11 @@ class Distillation:
 
     def _learn(self, batch: Batch, scoring: TeacherScoring) -> dict[str, float]:
         """The second half of the loop of `posttrain.stages.distill.run`."""
-        s, domains = self.settings, self.domains
         scoring.add_columns(batch)
+        return self._update(batch)
+
+    def _update(self, batch: Batch) -> dict[str, float]:
+        s, domains = self.settings, self.domains
         batch["domain_B"] = torch.tensor([domains.index(p["domain"]) for p in batch.problems])
         batch["loss_weight_B"] = distill.loss_weights(s, domains, batch)
         batch["advantage_B"] = advantages(batch["reward_B"], batch["group_B"], mode="group_mean")
@@ -179,7 +216,10 @@ class Distillation:
 class Grpo:
     """Whole steps of the rl stage: sample, reward, one update, without a KL penalty."""
 
-    def __init__(self, policy: Path, reward: Callable[[str], float], *, group: int) -> None:
+    def __init__(
+        self, policy: Path, reward: Callable[[str], float], *, group: int, **settings: Any
+    ) -> None:
+        """`settings` are those of the stage, over what the suite has."""
         self.reward, self.group, self.cores = reward, group, Cores(policy)
         self.settings: Any = build_config(
             "rl",
@@ -191,6 +231,7 @@ class Grpo:
                 "optimizer": OPTIMIZER,
                 # Both sides learn from every row.
                 "drop_zero_variance": False,
+                **settings,
             },
         )
         ctx = self.cores.context({"start": policy})
@@ -287,6 +328,101 @@ class Preference:
             count = len(self.batch) / 2
             self.policy.update(self.batch, loss, count=count, lr=LEARNING_RATE, group_rows=2)
         return Work(tokens=self.tokens)
+
+
+class Packed:
+    """Steps of `sft` or `rl` on rows of one length, in bfloat16."""
+
+    def __init__(self, path: Path, kind: str, tokens_BT: Tensor, *, device: str) -> None:
+        settings: Any = build_config(
+            kind, "benchmark", {"steps": 1, "optimizer": OPTIMIZER, "precision": "bfloat16"}
+        )
+        self.cores = Cores(path, device)
+        self.policy = self.cores.context({"start": path}).learner(settings)
+        rows = tokens_BT.tolist()
+        prompts, responses = [row[:PROMPT] for row in rows], [row[PROMPT:] for row in rows]
+        self.batch = Batch.from_tokens(prompts, responses, pad_id=self.policy.chat.pad_id)
+        self.loss = TokenLoss(token_cross_entropy, 1.0)
+        if kind == "rl":
+            self.loss = TokenLoss(rl.policy_loss, settings)
+            logp_N = self.policy.logprobs(self.batch)
+            self.batch["sampler_logp_N"] = logp_N
+            self.batch["old_logp_N"] = logp_N
+            self.batch["advantage_N"] = torch.ones_like(logp_N)
+
+    def step(self) -> None:
+        """One update."""
+        count = float(self.batch.num_tokens)
+        self.policy.update(self.batch, self.loss, count=count, lr=LEARNING_RATE)
+
+
+class Reading:
+    """Log-probabilities of a frozen model in bfloat16."""
+
+    def __init__(self, path: Path, tokens_BT: Tensor, *, device: str) -> None:
+        self.cores = Cores(path, device)
+        self.scorer = self.cores.context({"model": path}).scorer("model", precision="bfloat16")
+        rows = tokens_BT.tolist()
+        self.batch = Batch.from_tokens(
+            [row[:1] for row in rows], [row[1:] for row in rows], pad_id=self.scorer.chat.pad_id
+        )
+        self.positions = self.batch.num_tokens
+
+    def step(self) -> None:
+        """Read all rows."""
+        self.scorer.logprobs(self.batch)
+
+
+class Drawing:
+    """Responses of our sampler in bfloat16."""
+
+    def __init__(
+        self, path: Path, prompts: list[list[int]], *, group: int, max_new_tokens: int, device: str
+    ) -> None:
+        self.cores = Cores(path, device)
+        self.sampler = self.cores.context({"model": path}).sampler("model", precision="bfloat16")
+        self.prompts, self.group, self.most, self.seed = prompts, group, max_new_tokens, 0
+
+    def step(self) -> int:
+        """Sample once; how many tokens."""
+        self.seed += 1
+        batch = self.sampler.sample(
+            self.prompts,
+            group_size=self.group,
+            max_new_tokens=self.most,
+            temperature=1.0,
+            seed=self.seed,
+        )
+        return batch.num_tokens
+
+
+class Generating:
+    """Responses of transformers' `generate` in bfloat16; only tokens up to the end count."""
+
+    def __init__(
+        self, path: Path, prompts: list[list[int]], *, group: int, max_new_tokens: int, device: str
+    ) -> None:
+        from transformers import AutoModelForCausalLM
+
+        self.model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+        self.model.to(device).eval()
+        self.tokens_BT = torch.tensor(prompts, device=device).repeat_interleave(group, 0)
+        self.most = max_new_tokens
+
+    @torch.no_grad()
+    def step(self) -> int:
+        """Sample once; how many tokens."""
+        found_BT = self.model.generate(
+            self.tokens_BT,
+            attention_mask=torch.ones_like(self.tokens_BT),
+            max_new_tokens=self.most,
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+        )[:, self.tokens_BT.shape[1] :]
+        ended_BT = (found_BT == END_ID).cumsum(1)
+        # Up to the first end, which counts as well.
+        return int(((ended_BT == 0) | ((ended_BT == 1) & (found_BT == END_ID))).sum())
 
 
 def distillation_loss(

@@ -22,11 +22,14 @@ LEARNING_RATE = 1e-6
 ENDLESS = 1_000_000
 """Steps that a trainer believes it will take; it is stopped when there is nothing to compare."""
 
+Asked = str | list[dict[str, str]]
+"""A prompt as text, or as a conversation for the chat template."""
 
-def load(path: Path) -> Any:
-    """A model in float32 with torch's fused attention."""
+
+def load(path: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """A model with torch's fused attention."""
     return AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch.float32, attn_implementation="sdpa"
+        path, dtype=dtype, attn_implementation="sdpa"
     ).eval()
 
 
@@ -185,17 +188,26 @@ def last_batch(trainer: Any) -> Work:
 
 
 def distillation(
-    student: Path, teacher: Path, texts: list[str], folder: Path, *, group: int, micro_batch: int
+    student: Path,
+    teacher: Path,
+    texts: Sequence[Asked],
+    folder: Path,
+    *,
+    group: int,
+    micro_batch: int,
+    dtype: torch.dtype = torch.float32,
+    **settings: Any,
 ) -> Stepper:
     """TRL's DistillationTrainer: on-policy, reverse KL over the whole vocabulary, temperature 1.
 
-    It samples one response per prompt, so each prompt stands `group` times in the data.
+    It samples one response per prompt, so each prompt stands `group` times in the data. `dtype` is
+    that of the weights, `settings` are further fields of DistillationConfig.
     """
     from trl import DistillationConfig, DistillationTrainer
 
     rows = [text for text in texts for _ in range(group)]
     arguments = DistillationConfig(
-        **common(folder, micro_batch=micro_batch, accumulate=len(rows) // micro_batch),
+        **common(folder, micro_batch=micro_batch, accumulate=len(rows) // micro_batch) | settings,
         max_completion_length=MAX_NEW_TOKENS,
         temperature=1.0,
         top_k=0,
@@ -203,8 +215,8 @@ def distillation(
         shuffle_dataset=False,
     )
     trainer = DistillationTrainer(
-        model=load(student),
-        teacher_model=load(teacher),
+        model=load(student, dtype),
+        teacher_model=load(teacher, dtype),
         args=arguments,
         train_dataset=Dataset.from_dict({"prompt": rows}),
         processing_class=AutoTokenizer.from_pretrained(student),
@@ -214,22 +226,27 @@ def distillation(
 
 def grpo(
     policy: Path,
-    texts: list[str],
+    texts: Sequence[Asked],
     reward: Callable[[str], float],
     folder: Path,
     *,
     group: int,
     micro_batch: int,
+    dtype: torch.dtype = torch.float32,
+    **settings: Any,
 ) -> Stepper:
-    """TRL's GRPOTrainer without a KL penalty, one update per batch."""
+    """TRL's GRPOTrainer without a KL penalty, one update per batch; `dtype` is that of the weights,
+    `settings` are further fields of GRPOConfig."""
     from trl import GRPOConfig, GRPOTrainer
 
-    def rewards(completions: list[str], **kwargs: Any) -> list[float]:
-        return [reward(text) for text in completions]
+    def rewards(completions: list[Any], **kwargs: Any) -> list[float]:
+        # Of a conversation it gives the messages that were added.
+        said = [one if isinstance(one, str) else one[-1]["content"] for one in completions]
+        return [reward(text) for text in said]
 
     rows = len(texts) * group
     arguments = GRPOConfig(
-        **common(folder, micro_batch=micro_batch, accumulate=rows // micro_batch),
+        **common(folder, micro_batch=micro_batch, accumulate=rows // micro_batch) | settings,
         max_completion_length=MAX_NEW_TOKENS,
         num_generations=group,
         temperature=1.0,
@@ -239,7 +256,7 @@ def grpo(
         shuffle_dataset=False,
     )
     trainer = GRPOTrainer(
-        model=load(policy),
+        model=load(policy, dtype),
         reward_funcs=rewards,
         args=arguments,
         train_dataset=Dataset.from_dict({"prompt": texts}),
