@@ -85,7 +85,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "suites": {"datasets", "pyarrow", "pydantic"},
     "algorithms": {"pydantic"},
     "report": {"jinja2", "markupsafe", "pydantic", "rich"},
-    "backends.outside": set(),
+    "backends.outside": {"gguf"},
     "backends.checkpoint_source": {"huggingface_hub"},
     "backends.turn_end": {"jinja2"},
     "backends.vocabulary": set(),

@@ -28,7 +28,7 @@ from posttrain.backends.outside.files import (
     check_links,
     model_files,
 )
-from posttrain.backends.outside.gguf import ENDING, gguf_of, read_head
+from posttrain.backends.outside.gguf import ENDING, check_packages, gguf_of, read_head
 from posttrain.backends.outside.headers import TensorHeader, read_headers
 from posttrain.backends.outside.positions import text_config
 from posttrain.backends.template import finished_renderer
@@ -79,6 +79,11 @@ class CheckpointSource:
     def gguf(self) -> Path | None:
         """The GGUF file that has to be converted before it can be used; None for other ones."""
         return self.directory / self.files[0] if "gguf" in self.origin else None
+
+    def check_conversion(self) -> None:
+        """Raise ConfigError where the packages that convert a GGUF file are not installed."""
+        if self.gguf is not None:
+            check_packages(self.gguf)
 
 
 def find_checkpoint(

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.backends.checkpoint_source import CheckpointSource, find_checkpoint, token_conflict
-from posttrain.backends.outside.gguf import check_packages
 from posttrain.engine.errors import ConfigError, GraphError, choices_text
 from posttrain.engine.fingerprint import digest, file_digest
 from posttrain.engine.graph import Graph, Node, edge_name, named, payload, with_role
@@ -377,7 +376,7 @@ class Builder:
             runtime={"gguf": str(gguf), "origin": dict(external.origin)},
         )
         if self.store is None or self.store.find(digest(payload(node, {}))) is None:
-            check_packages(gguf)
+            external.check_conversion()
         return node
 
 

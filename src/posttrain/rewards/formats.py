@@ -13,13 +13,7 @@ from collections import Counter
 
 from posttrain.engine.errors import ConfigError, choices_text
 from posttrain.rewards.text_format import Item, TextFormat
-from posttrain.rewards.worked import (
-    EquationFormat,
-    LegsFormat,
-    OrderFormat,
-    SpellFormat,
-    StoryFormat,
-)
+from posttrain.rewards.worked import EQUATION, LEGS, ORDER, SPELL, STORY
 
 
 class AddFormat(TextFormat):
@@ -140,11 +134,11 @@ FORMATS: dict[str, TextFormat] = {
     "reverse": ReverseFormat(),
     "sort": SortFormat(),
     "palindrome": PalindromeFormat(),
-    "story": StoryFormat(),
-    "legs": LegsFormat(),
-    "equation": EquationFormat(),
-    "order": OrderFormat(),
-    "spell": SpellFormat(),
+    "story": STORY,
+    "legs": LEGS,
+    "equation": EQUATION,
+    "order": ORDER,
+    "spell": SPELL,
 }
 """Name -> format. A new format is an entry here."""
 

@@ -9,34 +9,43 @@ al., arXiv 2110.14168), and the prompt asks for it.
 from __future__ import annotations
 
 import re
-from fractions import Fraction
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from posttrain.rewards.text_format import Item, TextFormat
 
 MARK = "####"
 ASKED = f'Work it out step by step and end with "{MARK} " and the answer.'
-CHARACTERS = range(70, 401)
-"""Characters of a worked story: about 30 to 150 tokens of a vocabulary of 50,000."""
 
 
+def _every(item: Item) -> bool:
+    return True
+
+
+@dataclass(frozen=True, kw_only=True)
 class WorkedFormat(TextFormat):
-    """A question in English, answered in steps; formats override the question and the steps."""
+    """A question in English, answered in steps. The fields say what differs between formats."""
 
-    def question(self, item: Item) -> str:
-        """What is asked, without how to answer."""
-        return str(item["question"]).strip()
-
-    def steps(self, item: Item) -> str:
-        """The lines before the answer."""
-        raise NotImplementedError
+    question: Callable[[Item], str]
+    """What is asked, without how to answer."""
+    steps: Callable[[Item], str]
+    """The lines before the answer."""
+    same: Callable[[Item], str] | None = None
+    """What is equal for items that ask the same, where it is not the question."""
+    suits: Callable[[Item], bool] = _every
+    """Whether an item becomes a problem."""
 
     def prompt(self, item: Item) -> str:
         """The question, and how to answer."""
         return f"{self.question(item)}\n{ASKED}"
 
     def key(self, item: Item) -> str:
-        """The question alone: how it is to be answered is the same for all."""
-        return self.question(item)
+        """The question alone, or less: how it is to be answered is the same for all."""
+        return (self.same or self.question)(item)
+
+    def fits(self, item: Item) -> bool:
+        """Whether the item becomes a problem."""
+        return self.suits(item)
 
     def demo(self, item: Item) -> str:
         """The steps, the mark and the answer."""
@@ -50,147 +59,159 @@ class WorkedFormat(TextFormat):
         return answer.strip()
 
 
-class StoryFormat(WorkedFormat):
-    """Grade-school stories of `gsm_symbolic`, with the solutions that come with them."""
+# Stories of `gsm_symbolic`, with the solutions that come with them.
 
-    ENDING = "Give the result as your final answer. Do not include units."
-
-    def question(self, item: Item) -> str:
-        """Without reasoning-gym's own words on how to answer."""
-        return str(item["question"]).replace(self.ENDING, "").strip()
-
-    def steps(self, item: Item) -> str:
-        """Those of the dataset, without what it ends with."""
-        return self._solution(item)[0].strip()
-
-    def fits(self, item: Item) -> bool:
-        """Whether its solution ends with its answer, and is neither a line nor a page: some of the
-        templates state another number than the one that counts. Negative answers are left out,
-        since `score_answer` reads no sign."""
-        steps, said = self._solution(item)
-        number = re.fullmatch(r"\d+(\.\d+)?", item["answer"])
-        return number is not None and said.strip() == number[0] and len(steps) in CHARACTERS
-
-    def _solution(self, item: Item) -> tuple[str, str]:
-        steps, _, said = str(item["metadata"]["answer_cot"]).rpartition(MARK)
-        return steps, said
+ENDING = "Give the result as your final answer. Do not include units."
+CHARACTERS = range(70, 371)
+"""Of a story's solution: about 30 to 150 tokens of a vocabulary of 50,000."""
 
 
-class LegsFormat(WorkedFormat):
-    """`leg_counting`: so many legs each, and a running total."""
-
-    def question(self, item: Item) -> str:
-        """Without reasoning-gym's preamble."""
-        animals = [self._several(count, name) for name, count in self._animals(item).items()]
-        return f"How many legs do {', '.join(animals[:-1])} and {animals[-1]} have together?"
-
-    def key(self, item: Item) -> str:
-        """The animals in any order."""
-        return ", ".join(sorted(f"{count} {name}" for name, count in self._animals(item).items()))
-
-    def steps(self, item: Item) -> str:
-        """A line per kind of animal, then the sums."""
-        from reasoning_gym.arithmetic.leg_counting import ANIMALS
-
-        lines, legs = [], []
-        for name, count in self._animals(item).items():
-            legs.append(count * ANIMALS[name])
-            product = f"{count} * {ANIMALS[name]} = {legs[-1]}"
-            lines.append(f"{self._several(count, name)}: {product} legs")
-        return "\n".join(lines + _sums(legs))
-
-    def _animals(self, item: Item) -> dict[str, int]:
-        return dict(item["metadata"]["animals"])
-
-    def _several(self, count: int, name: str) -> str:
-        return f"{count} {name}{'s' if count > 1 else ''}"
+def _story(item: Item) -> str:
+    """Without reasoning-gym's own words on how to answer."""
+    return str(item["question"]).replace(ENDING, "").strip()
 
 
-class OrderFormat(WorkedFormat):
-    """`word_sorting`: every word under its first letters, in order."""
-
-    LETTERS = 2
-    """Of a word that are written before it; where they are alike, the words say more."""
-
-    def question(self, item: Item) -> str:
-        """In two lines instead of eight."""
-        words = ", ".join(item["metadata"]["transformed_words"])
-        return f"Sort these words in {item['metadata']['direction']} alphabetical order: {words}"
-
-    def fits(self, item: Item) -> bool:
-        """Whether all words are in small letters: capitals come first in the dataset's order."""
-        return all(word.islower() for word in item["metadata"]["sorted_words"])
-
-    def key(self, item: Item) -> str:
-        """The direction, and the words in any order."""
-        return f"{item['metadata']['direction']}: {', '.join(sorted(item['metadata']['sorted_words']))}"
-
-    def steps(self, item: Item) -> str:
-        """A line per word."""
-        words = item["metadata"]["sorted_words"]
-        return "\n".join(f"{word[: self.LETTERS]}: {word}" for word in words)
+def _solution(item: Item) -> tuple[str, str]:
+    """The dataset's own steps, and the answer that they end with."""
+    steps, _, said = str(item["metadata"]["answer_cot"]).rpartition(MARK)
+    return steps.strip(), said.strip()
 
 
-class SpellFormat(WorkedFormat):
-    """`spell_backward`: the letters forwards, then backwards."""
-
-    def question(self, item: Item) -> str:
-        """Without an example."""
-        return f"Spell the word {item['metadata']['word']} backwards."
-
-    def key(self, item: Item) -> str:
-        """The word whatever its case."""
-        return str(item["metadata"]["word"]).lower()
-
-    def steps(self, item: Item) -> str:
-        """Both rows of letters, and how many there are."""
-        word = str(item["metadata"]["word"])
-        rows = f"Forwards: {' '.join(word)}\nBackwards: {' '.join(reversed(word))}"
-        return f"The word has {len(word)} letters.\n{rows}"
+def _is_told_well(item: Item) -> bool:
+    """Whether the solution ends with the answer, and is neither a line nor a page: some of the
+    templates state another number than the one that counts. Negative answers are left out, since
+    `score_answer` reads no sign."""
+    steps, said = _solution(item)
+    number = re.fullmatch(r"\d+(\.\d+)?", item["answer"])
+    return number is not None and said == number[0] and len(steps) in CHARACTERS
 
 
-class EquationFormat(WorkedFormat):
-    """`simple_equations`: linear in one letter, solved in two steps."""
+STORY = WorkedFormat(question=_story, steps=lambda item: _solution(item)[0], suits=_is_told_well)
 
-    def steps(self, item: Item) -> str:
-        """What stands alone moves to the right, then both sides are divided."""
-        name = item["metadata"]["variable"]
-        left, right = item["metadata"]["equation"].split(" = ")
-        slope, rest = _linear(left, name)
-        moved = int(right) - rest
-        lines = []
-        if rest:
-            sign = "-" if rest > 0 else "+"
-            lines.append(f"{slope}*{name} = {right} {sign} {abs(rest)} = {moved}")
-        lines.append(f"{name} = {moved} / {slope} = {item['answer']}")
-        lines.append(f"Check: {slope} * {item['answer']} = {moved}")
-        return "\n".join(lines)
 
-    def fits(self, item: Item) -> bool:
-        """Whether it is a sum of terms: products of brackets have other steps."""
-        left = item["metadata"]["equation"].split(" = ")[0]
-        return "(" not in left
+# `leg_counting`: so many legs of each kind of animal, and a running total.
+
+
+def _animals(item: Item) -> dict[str, int]:
+    return dict(item["metadata"]["animals"])
+
+
+def _several(count: int, name: str) -> str:
+    return f"{count} {name}{'s' if count > 1 else ''}"
+
+
+def _how_many_legs(item: Item) -> str:
+    animals = [_several(count, name) for name, count in _animals(item).items()]
+    return f"How many legs do {', '.join(animals[:-1])} and {animals[-1]} have together?"
+
+
+def _same_animals(item: Item) -> str:
+    return ", ".join(sorted(f"{count} {name}" for name, count in _animals(item).items()))
+
+
+def _legs(item: Item) -> str:
+    """A line per kind of animal, then the sums."""
+    # The library takes a second to import, and a plan reads this file.
+    from reasoning_gym.arithmetic.leg_counting import ANIMALS
+
+    lines, legs = [], []
+    for name, count in _animals(item).items():
+        legs.append(count * ANIMALS[name])
+        lines.append(f"{_several(count, name)}: {count} * {ANIMALS[name]} = {legs[-1]} legs")
+    total = legs[0]
+    for more in legs[1:]:
+        lines.append(f"{total} + {more} = {total + more}")
+        total += more
+    return "\n".join(lines)
+
+
+LEGS = WorkedFormat(question=_how_many_legs, steps=_legs, same=_same_animals)
+
+
+# `word_sorting`: every word under its first two letters, in order.
+
+
+def _unsorted(item: Item) -> str:
+    words = ", ".join(item["metadata"]["transformed_words"])
+    return f"Sort these words in {item['metadata']['direction']} alphabetical order: {words}"
+
+
+def _same_words(item: Item) -> str:
+    words = sorted(item["metadata"]["sorted_words"])
+    return f"{item['metadata']['direction']}: {', '.join(words)}"
+
+
+def _in_order(item: Item) -> str:
+    return "\n".join(f"{word[:2]}: {word}" for word in item["metadata"]["sorted_words"])
+
+
+def _has_no_capitals(item: Item) -> bool:
+    """Capitals come first in the dataset's order, which is not that of a dictionary."""
+    return all(word.islower() for word in item["metadata"]["sorted_words"])
+
+
+ORDER = WorkedFormat(question=_unsorted, steps=_in_order, same=_same_words, suits=_has_no_capitals)
+
+
+# `spell_backward`: the letters forwards, then backwards.
+
+
+def _word(item: Item) -> str:
+    return str(item["metadata"]["word"])
+
+
+def _both_ways(item: Item) -> str:
+    word = _word(item)
+    rows = f"Forwards: {' '.join(word)}\nBackwards: {' '.join(reversed(word))}"
+    return f"The word has {len(word)} letters.\n{rows}"
+
+
+SPELL = WorkedFormat(
+    question=lambda item: f"Spell the word {_word(item)} backwards.",
+    steps=_both_ways,
+    same=lambda item: _word(item).lower(),
+)
+
+
+# `simple_equations`: linear in one letter.
+
+
+def _left(item: Item) -> str:
+    return str(item["metadata"]["equation"].split(" = ")[0])
+
+
+def _solved(item: Item) -> str:
+    """What stands alone moves to the right, then both sides are divided, then a check."""
+    name, answer = item["metadata"]["variable"], item["answer"]
+    right = int(item["metadata"]["equation"].split(" = ")[1])
+    slope, rest = _linear(_left(item), name)
+    moved, lines = right - rest, []
+    if rest:
+        sign = "-" if rest > 0 else "+"
+        lines.append(f"{slope}*{name} = {right} {sign} {abs(rest)} = {moved}")
+    lines.append(f"{name} = {moved} / {slope} = {answer}")
+    lines.append(f"Check: {slope} * {answer} = {moved}")
+    return "\n".join(lines)
 
 
 def _linear(text: str, name: str) -> tuple[int, int]:
-    """Slope and rest of a sum of products of numbers and at most one `name` each."""
-    slope = rest = Fraction(0)
-    for sign, term in re.findall(r"([+-]?)\s*([^\s+-]+)", text.replace(" ", "")):
+    """Slope and rest of a sum of products of whole numbers and at most one `name` each."""
+    slope = rest = 0
+    for sign, term in re.findall(r"([+-]?)([^+-]+)", text.replace(" ", "")):
+        value = -1 if sign == "-" else 1
         factors = term.split("*")
-        value = Fraction(-1 if sign == "-" else 1)
         for factor in factors:
             value *= 1 if factor == name else int(factor)
         if name in factors:
             slope += value
         else:
             rest += value
-    return int(slope), int(rest)
+    return slope, rest
 
 
-def _sums(numbers: list[int]) -> list[str]:
-    """A line for each addition of a running total."""
-    lines, total = [], numbers[0]
-    for number in numbers[1:]:
-        lines.append(f"{total} + {number} = {total + number}")
-        total += number
-    return lines
+EQUATION = WorkedFormat(
+    question=lambda item: str(item["question"]).strip(),
+    steps=_solved,
+    # Products of brackets have other steps.
+    suits=lambda item: "(" not in _left(item),
+)

@@ -1,4 +1,4 @@
-"""GGUF files as a base: what a plan reads of them, what they become, and what is wrong with them."""
+"""GGUF files as a base: what a plan reads of them, what they become, what is wrong with them."""
 
 from __future__ import annotations
 
