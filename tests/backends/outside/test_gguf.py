@@ -274,3 +274,19 @@ def test_missing_packages_name_the_extra(
 def test_the_families_are_those_of_transformers() -> None:
     assert {"llama", "qwen2", "qwen3", "gpt2"} <= known_families()
     assert "tokenizer" not in known_families()
+
+
+def test_adopt_and_chat_say_what_to_do_instead(write: Write, tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from posttrain.cli import app
+    from posttrain.commands.chat import find_model
+
+    path = write()
+    with pytest.raises(ConfigError, match="converted by a run that starts from it"):
+        find_model(tmp_path / "store", str(path))
+    found = CliRunner().invoke(
+        app, ["adopt", str(path), "--name", "mine", "--store", str(tmp_path / "store")]
+    )
+    assert isinstance(found.exception, ConfigError)
+    assert "need not be adopted" in str(found.exception)
