@@ -72,8 +72,8 @@ class CheckpointSource:
     """The file it stands in, and its text; None where there is none."""
     origin: Mapping[str, str]
     """Where it is from: `path`, or `hub` (the id), `commit` and the `revision` asked for; and the
-    `license`, `license_name` and `license_link` that its README.md has. Of a GGUF file `path` and
-    `gguf`, its sha256."""
+    `license`, `license_name` and `license_link` that its README.md has. Of a GGUF file `path`,
+    `gguf`, its sha256, and the licence that it names."""
 
     @property
     def gguf(self) -> Path | None:
@@ -175,7 +175,7 @@ def _of_gguf(path: Path, hash_file: HashFile) -> CheckpointSource:
         added=head.added(),
         tokenizer_config=head.tokenizer_config(),
         chat_template=None if template is None else (path.name, template),
-        origin={"path": str(path), "gguf": sha256},
+        origin={"path": str(path), "gguf": sha256} | head.license(),
     )
 
 

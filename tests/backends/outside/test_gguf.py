@@ -76,6 +76,7 @@ def write(tmp_path: Path) -> Write:
         path = tmp_path / name
         writer = gguf.GGUFWriter(path, "llama")
         writer.add_name("tiny")
+        writer.add_license("apache-2.0")
         writer.add_context_length(128)
         writer.add_embedding_length(WIDTH)
         writer.add_block_count(2)
@@ -199,6 +200,7 @@ def test_a_plan_reads_what_it_asks_for(write: Write) -> None:
     assert source.chat_template == ("tiny.gguf", TEMPLATE)
     assert source.added == {"<|im_start|>", "<|im_end|>"}
     assert source.tensors["blk.0.ffn_up.weight"].shape == (96, WIDTH)
+    assert source.origin["license"] == "apache-2.0"
     end = ends_of(source)
     assert end is not None and end.ids == (len(tokens()) - 1,)
     assert token_conflict(source, source) is None

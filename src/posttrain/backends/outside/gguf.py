@@ -101,6 +101,13 @@ class GgufHead:
         known = range(len(self.tokens))
         return {name: self.tokens[i] for name, i in ids.items() if i in known}
 
+    def license(self) -> dict[str, str]:
+        """What the file says of its licence."""
+        keys = {"license": "general.license", "license_name": "general.license.name",
+                "license_link": "general.license.link"}  # fmt: skip
+        found = {name: self.entries.get(key) for name, key in keys.items()}
+        return {name: text for name, text in found.items() if isinstance(text, str) and text}
+
     @property
     def chat_template(self) -> str | None:
         """The template that the file has."""
