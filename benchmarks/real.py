@@ -85,8 +85,8 @@ def main() -> None:
             runs[name] = run(name, options, place)
     if arguments.plan:
         return
-    models = models_of(Store(place / "store"), runs["beside"])
-    options = ["--suite", str(FOLDER / "general.toml"), "--set", f"models={json.dumps(models)}"]
+    options = ["--suite", str(FOLDER / "general.toml")]
+    options += model_options(Store(place / "store"), runs["beside"])
     options += set_options(settings, "forgetting")
     runs["forgetting"] = run("forgetting", options, place)
     result = {
@@ -204,15 +204,14 @@ def run(name: str, options: list[str], place: Path) -> dict[str, Any]:
     return found
 
 
-def models_of(store: Store, beside: Mapping[str, Any]) -> dict[str, str]:
-    """Name to checkpoint of the models whose knowledge is asked, the base first."""
-    inputs = store.resolve(evaluation_of(beside)).inputs
-    found = {"base": "along.base", "sft": "init"}
-    for role in ("teachers", "students"):
-        found |= {name: f"{role}.{name}" for name in named(inputs, role)}
-    return {
-        name: str(store.resolve(inputs[edge]["fingerprint"]).path) for name, edge in found.items()
-    }
+def model_options(store: Store, beside: Mapping[str, Any]) -> list[str]:
+    """The --set options of the run that asks for knowledge: the checkpoints that were compared."""
+    edges = store.resolve(evaluation_of(beside)).inputs
+    paths = {edge: str(store.resolve(source["fingerprint"]).path) for edge, source in edges.items()}
+    models = {"sft": paths["init"]} | named(paths, "students")
+    given = {"base": paths["along.base"], "models": json.dumps(models)}
+    given |= {"specialists": json.dumps(named(paths, "teachers"))}
+    return [part for key, value in given.items() for part in ("--set", f"{key}={value}")]
 
 
 def evaluation_of(result: Mapping[str, Any]) -> str:

@@ -2,8 +2,8 @@
 
 Source: benchmarks/README.md, "A real language model".
 In one line: `evaluate{models}`.
-`models` is a JSON object of names to checkpoint directories; the first one is what the others are
-compared with.
+`base`, `models` and `specialists` are checkpoints: a directory, and JSON objects of names to
+directories. All are compared with the base, and the models with each other.
 """
 
 import json
@@ -11,8 +11,9 @@ import json
 from posttrain import Recipe, Stage
 
 
-def recipe(r: Recipe, models: str) -> Stage:
-    (first, start), *others = json.loads(models).items()
-    before = r.model(start, name=first)
-    students = {name: r.model(path, name=name) for name, path in others}
-    return r.evaluate(students, init=before, name="knowledge")
+def recipe(r: Recipe, base: str, models: str, specialists: str) -> Stage:
+    students, along = (
+        {name: r.model(path, name=name) for name, path in json.loads(text).items()}
+        for text in (models, specialists)
+    )
+    return r.evaluate(students, init=r.model(base), along=along, name="knowledge")

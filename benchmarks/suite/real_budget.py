@@ -14,11 +14,10 @@ from typing import Any
 from suite.real_page import table
 
 LENGTHS = {
-    "story": (104, 85),
+    "story": (107, 81),
     "legs": (67, 69),
-    "equation": (67, 46),
-    "order": (68, 41),
-    "spell": (56, 39),
+    "equation": (67, 50),
+    "order": (67, 40),
 }
 """Domain to the mean tokens of a prompt, template included, and of a worked answer."""
 LEARNED, SAMPLED, READ = 275, 450, 825

@@ -40,7 +40,8 @@ def graph(name: str, base: str, store: Path, *, smoke: bool = False) -> Graph:
     given = [text for text in options if text != "--set"]
     suite = "words"
     if name == "forgetting":
-        given.append(f"models={json.dumps({'base': base, 'other': base})}")
+        given += [f"base={base}", f"models={json.dumps({'sft': base})}"]
+        given.append(f"specialists={json.dumps({'legs_teacher': base})}")
         suite = str(real.FOLDER / "general.toml")
     else:
         given.append(f"base={base}")

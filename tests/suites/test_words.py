@@ -79,7 +79,7 @@ def test_questions_ask_for_the_mark_and_tell_no_answer(domain: tuple[str, Path, 
     problems = rows["train"]
     assert all(p["prompt"].endswith(ASKED) for p in problems)
     told = [p for p in problems if p["answer"] in p["prompt"].removesuffix(ASKED)]
-    if name in ("order", "spell"):
+    if name == "order":
         assert not told
     # A number of a story may be its answer by chance.
     assert len(told) < 0.5 * len(problems)
@@ -119,12 +119,6 @@ EXAMPLES = {
         "go, acute",
         "Sort these words in descending alphabetical order: go, acute",
         "go: go\nac: acute\n#### go, acute",
-    ),
-    "spell": (
-        {"word": "splat"},
-        "talps",
-        "Spell the word splat backwards.",
-        "The word has 5 letters.\nForwards: s p l a t\nBackwards: t a l p s\n#### talps",
     ),
 }  # fmt: skip
 

@@ -13,7 +13,7 @@ from collections import Counter
 
 from posttrain.engine.errors import ConfigError, choices_text
 from posttrain.rewards.text_format import Item, TextFormat
-from posttrain.rewards.worked import EQUATION, LEGS, ORDER, SPELL, STORY
+from posttrain.rewards.worked import EQUATION, LEGS, ORDER, STORY
 
 
 class AddFormat(TextFormat):
@@ -138,7 +138,6 @@ FORMATS: dict[str, TextFormat] = {
     "legs": LEGS,
     "equation": EQUATION,
     "order": ORDER,
-    "spell": SPELL,
 }
 """Name -> format. A new format is an entry here."""
 

@@ -62,7 +62,7 @@ class WorkedFormat(TextFormat):
 # Stories of `gsm_symbolic`, with the solutions that come with them.
 
 ENDING = "Give the result as your final answer. Do not include units."
-CHARACTERS = range(70, 371)
+CHARACTERS = range(70, 356)
 """Of a story's solution: about 30 to 150 tokens of a vocabulary of 50,000."""
 
 
@@ -153,26 +153,6 @@ def _has_no_capitals(item: Item) -> bool:
 ORDER = WorkedFormat(question=_unsorted, steps=_in_order, same=_same_words, suits=_has_no_capitals)
 
 
-# `spell_backward`: the letters forwards, then backwards.
-
-
-def _word(item: Item) -> str:
-    return str(item["metadata"]["word"])
-
-
-def _both_ways(item: Item) -> str:
-    word = _word(item)
-    rows = f"Forwards: {' '.join(word)}\nBackwards: {' '.join(reversed(word))}"
-    return f"The word has {len(word)} letters.\n{rows}"
-
-
-SPELL = WorkedFormat(
-    question=lambda item: f"Spell the word {_word(item)} backwards.",
-    steps=_both_ways,
-    same=lambda item: _word(item).lower(),
-)
-
-
 # `simple_equations`: linear in one letter.
 
 
@@ -185,13 +165,19 @@ def _solved(item: Item) -> str:
     name, answer = item["metadata"]["variable"], item["answer"]
     right = int(item["metadata"]["equation"].split(" = ")[1])
     slope, rest = _linear(_left(item), name)
-    moved, lines = right - rest, []
-    if rest:
-        sign = "-" if rest > 0 else "+"
-        lines.append(f"{slope}*{name} = {right} {sign} {abs(rest)} = {moved}")
-    lines.append(f"{name} = {moved} / {slope} = {answer}")
-    lines.append(f"Check: {slope} * {answer} = {moved}")
-    return "\n".join(lines)
+    moved = right - rest
+    return (
+        f"{slope}*{name} = {right} {'-' if rest > 0 else '+'} {abs(rest)} = {moved}\n"
+        f"{name} = {moved} / {slope} = {answer}\n"
+        f"Check: {slope} * {answer} = {moved}"
+    )
+
+
+def _has_two_steps(item: Item) -> bool:
+    """Whether it is a sum with a number that stands alone; products of brackets have other
+    steps."""
+    left = _left(item)
+    return "(" not in left and _linear(left, item["metadata"]["variable"])[1] != 0
 
 
 def _linear(text: str, name: str) -> tuple[int, int]:
@@ -210,8 +196,5 @@ def _linear(text: str, name: str) -> tuple[int, int]:
 
 
 EQUATION = WorkedFormat(
-    question=lambda item: str(item["question"]).strip(),
-    steps=_solved,
-    # Products of brackets have other steps.
-    suits=lambda item: "(" not in _left(item),
+    question=lambda item: str(item["question"]).strip(), steps=_solved, suits=_has_two_steps
 )
