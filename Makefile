@@ -2,6 +2,7 @@
 # make test    install with the dev extra, lint, type-check, run the tests
 # make lint    the first two of these
 # make recipes run every shipped recipe, write the table of times and scores (docs/recipes.md)
+# make real    a real language model through the whole recipe, within 150 minutes on two cores
 # make bench   install what we are compared with, run the benchmark suite (benchmarks/README.md)
 # make gpu     measure one GPU (benchmarks/gpu.py); under 8 minutes
 
@@ -14,10 +15,10 @@ CONSTRAINTS := -c constraints.txt
 PLACED := $(shell grep -qsF "$(CURDIR)/$(BIN)/python" $(BIN)/pip && $(BIN)/python -c "" && echo yes)
 ifneq ($(PLACED),yes)
 $(shell rm -f $(VENV)/.python $(VENV)/.torch $(VENV)/.installed $(VENV)/.installed-dev \
-    $(VENV)/.installed-bench)
+    $(VENV)/.installed-bench $(VENV)/.installed-real)
 endif
 
-.PHONY: demo test lint recipes bench gpu
+.PHONY: demo test lint recipes bench real gpu
 
 demo: $(VENV)/.installed
 	$(BIN)/posttrain run mopd
@@ -33,6 +34,9 @@ bench: $(VENV)/.installed-bench
 
 gpu: $(VENV)/.installed
 	$(BIN)/python benchmarks/gpu.py
+
+real: $(VENV)/.installed-real
+	$(BIN)/python benchmarks/real.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check
@@ -55,6 +59,10 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml
 
 $(VENV)/.installed-dev: $(VENV)/.torch pyproject.toml
 	$(BIN)/python -m pip install -q $(CONSTRAINTS) -e '.[dev]'
+	touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-real: $(VENV)/.torch pyproject.toml
+	$(BIN)/python -m pip install -q $(CONSTRAINTS) -e '.[gguf]'
 	touch $@ $(VENV)/.installed
 
 # Liger asks for triton, 270 MB that only a GPU needs; its chunked losses are plain torch.

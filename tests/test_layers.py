@@ -85,7 +85,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "suites": {"datasets", "pyarrow", "pydantic"},
     "algorithms": {"pydantic"},
     "report": {"jinja2", "markupsafe", "pydantic", "rich"},
-    "backends.outside": {"huggingface_hub", "httpx2"},
+    "backends.outside": {"huggingface_hub", "httpx2", "gguf"},
     "backends.checkpoint_source": set(),
     "backends.turn_end": {"jinja2"},
     "backends.vocabulary": set(),

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.engine.errors import ConfigError
-from posttrain.engine.graph import Graph, Node
+from posttrain.engine.graph import Graph
 from posttrain.engine.store import Store
 from posttrain.judges import Judge
 from posttrain.language import checks, inputs, lacking, speaking
@@ -28,7 +28,7 @@ from posttrain.language.extending import extended
 from posttrain.language.handles import Demos, Prompts, Stage, Warned, check_modes
 from posttrain.language.inputs import Aux
 from posttrain.language.routes import Teachers, route
-from posttrain.stages.kinds import KINDS, Kind
+from posttrain.stages.kinds import Kind
 from posttrain.suites.domain import Suite
 
 TINY: dict[str, dict[str, Any]] = {
@@ -102,7 +102,9 @@ class Recipe(DataVerbs):
         return Demos(known, modes, noise, hint)
 
     def model(self, source: str | Path, *, name: str = "base") -> Stage:
-        """A checkpoint from outside: a directory, an adopted name or a Hub id.
+        """A checkpoint from outside: a directory, an adopted name, a Hub id or a GGUF file.
+
+        A GGUF file (or a directory with one and no other weights) is converted once, by its bytes.
 
         Or the newest step checkpoint of a stage of this store that was stopped or failed,
         "student@step"; "student@step-120" where it must be that of step 120.
@@ -116,18 +118,7 @@ class Recipe(DataVerbs):
         external = adopted or self._build.checkpoint(source)
         speaking.told(self._build, name, external)
         self._build.external[name] = external
-        node = Node(
-            name=name,
-            kind="model",
-            version=KINDS["model"].version,
-            data={"files": external.sha256},
-            runtime={
-                "directory": str(external.directory),
-                "files": list(external.files),
-                "origin": dict(external.origin),
-            },
-        )
-        return self._build.add(node)
+        return self._build.add(self._build.external_node(name))
 
     def base(
         self, source: str | Path = "tiny", *, thinking: bool = False, name: str = "base"

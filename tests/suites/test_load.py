@@ -134,7 +134,7 @@ def test_every_mistake_in_a_toml_file_names_file_and_field(text, message, tmp_pa
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("cor", r"unknown suite 'cor'; did you mean 'core'\? choices: core, or a path"),
+        ("cor", r"unknown suite 'cor'; did you mean 'core'\? choices: core, words, or a path"),
         ("mien.toml", r"mien\.toml does not exist; did you mean 'mine\.toml'"),
         ("none.py", r"none\.py does not exist"),
         ("broken.py", r"broken\.py: loading the suite failed: ZeroDivisionError"),

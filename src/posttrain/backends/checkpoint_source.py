@@ -1,8 +1,8 @@
 """Checkpoints from outside: which files are the model, and what identifies them.
 
-A source is a directory, the name under which `posttrain adopt` put one into the store, or a Hub id
-(`owner/name` or `hub:owner/name`, optionally with `@revision`). Its identity is the bytes of its
-files, so moving the directory changes nothing.
+A source is a directory, the name under which `posttrain adopt` put one into the store, a Hub id
+(`owner/name` or `hub:owner/name`, optionally with `@revision`), or a GGUF file. Its identity is the
+bytes of its files, so moving the directory changes nothing.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from posttrain.backends.outside.files import (
     check_links,
     model_files,
 )
+from posttrain.backends.outside.gguf import ENDING, check_packages, gguf_of, read_head
 from posttrain.backends.outside.headers import TensorHeader, read_headers
 from posttrain.backends.outside.hub import HUB_ID, download
 from posttrain.backends.outside.positions import text_config
@@ -67,7 +68,18 @@ class CheckpointSource:
     """The file it stands in, and its text; None where there is none."""
     origin: Mapping[str, str]
     """Where it is from: `path`, or `hub` (the id), `commit` and the `revision` asked for; and the
-    `license`, `license_name` and `license_link` that its README.md has."""
+    `license`, `license_name` and `license_link` that its README.md has. Of a GGUF file `path`,
+    `gguf`, its sha256, and the licence that it names."""
+
+    @property
+    def gguf(self) -> Path | None:
+        """The GGUF file that has to be converted before it can be used; None for other ones."""
+        return self.directory / self.files[0] if "gguf" in self.origin else None
+
+    def check_conversion(self) -> None:
+        """Raise ConfigError where the packages that convert a GGUF file are not installed."""
+        if self.gguf is not None:
+            check_packages(self.gguf)
 
 
 def find_checkpoint(
@@ -86,10 +98,13 @@ def find_checkpoint(
     on_hub, text = str(source).startswith("hub:"), str(source).removeprefix("hub:")
     directory = Path(text).expanduser()
     origin: dict[str, str] = {}
+    gguf = None if on_hub else gguf_of(directory)
+    if gguf is not None:
+        return _of_gguf(gguf.resolve(), hash_file)
     if not on_hub and directory.is_file():
         raise ConfigError(
             f"model {str(source)!r}: a file; give the directory that it lies in, with config.json, "
-            "*.safetensors and the tokenizer's files"
+            f"*.safetensors and the tokenizer's files, or a *{ENDING} file"
         )
     if on_hub or not directory.is_dir():
         if not HUB_ID.fullmatch(text) or text.startswith("."):
@@ -138,6 +153,27 @@ def find_checkpoint(
         chat_template=_chat_template(directory),
         origin=origin,
         sha256=files_digest(directory, files, hash_file),
+    )
+
+
+def _of_gguf(path: Path, hash_file: HashFile) -> CheckpointSource:
+    """What a GGUF file says of the checkpoint that it becomes."""
+    check_pointers(path.parent, [path.name])
+    head = read_head(path)
+    sha256 = hash_file(path)
+    template = head.chat_template
+    return CheckpointSource(
+        directory=path.parent,
+        files=(path.name,),
+        sha256=sha256,
+        config=head.config(),
+        tensors=head.tensors,
+        generation_config={},
+        vocabulary={token: number for number, token in enumerate(head.tokens)},
+        added=head.added(),
+        tokenizer_config=head.tokenizer_config(),
+        chat_template=None if template is None else (path.name, template),
+        origin={"path": str(path), "gguf": sha256} | head.license(),
     )
 
 

@@ -100,7 +100,12 @@ def find_model(root: Path, text: str) -> Path:
         from posttrain.backends.checkpoint_source import find_checkpoint
 
         # Told in the words of a plan. What the bytes are does not matter here.
-        find_checkpoint(path, hash_file=lambda file: "")
+        found = find_checkpoint(path, hash_file=lambda file: "")
+        if found.gguf is not None:
+            raise ConfigError(
+                f"{found.gguf}: a GGUF file is converted by a run that starts from it (r.model, "
+                "--set base=...); talk to what that made, by its name in the store"
+            )
         return path
     store = Store(root)
     artifact = step_model(store, text) if is_place(text) else store.resolve(text)

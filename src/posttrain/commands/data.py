@@ -118,8 +118,9 @@ def _built(store: Store, fingerprint: str) -> dict[str, Any]:
 def _tokenizer(graph: Graph, names: Sequence[str]) -> Path | None:
     """The tokenizer of the checkpoints from outside, where they have one and the same."""
     nodes = (graph.nodes[name] for name in names)
-    files = [Path(node.runtime["directory"]) / TOKENIZER for node in nodes if node.kind == "model"]
-    there = [file for file in files if file.is_file()]
+    # A GGUF file has no directory of its own.
+    places = (node.runtime.get("directory") for node in nodes if node.kind == "model")
+    there = [file for place in places if place and (file := Path(place) / TOKENIZER).is_file()]
     return there[0] if len({file_digest(file) for file in there}) == 1 else None
 
 

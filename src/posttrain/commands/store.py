@@ -52,6 +52,11 @@ def adopt(
     from posttrain.backends.checkpoint_source import find_checkpoint
 
     external = find_checkpoint(source, place.hashes.digest, store=place.root)
+    if external.gguf is not None:
+        raise ConfigError(
+            f"{external.gguf}: a GGUF file is converted by the first run that starts from it "
+            f"(--set base={external.gguf}, or r.model), and need not be adopted"
+        )
     present = [a for a in place.list() if a.kind == "model" and a.name == name]
     for artifact in present:
         if artifact.payload["data"] != {"files": external.sha256}:

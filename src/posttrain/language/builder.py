@@ -8,8 +8,8 @@ from typing import Any
 
 from posttrain.backends.checkpoint_source import CheckpointSource, find_checkpoint, token_conflict
 from posttrain.engine.errors import ConfigError, GraphError, choices_text
-from posttrain.engine.fingerprint import file_digest
-from posttrain.engine.graph import Graph, Node, edge_name, named, with_role
+from posttrain.engine.fingerprint import digest, file_digest
+from posttrain.engine.graph import Graph, Node, edge_name, named, payload, with_role
 from posttrain.engine.links import check_links
 from posttrain.engine.store import Store
 from posttrain.engine.unfinished import is_place
@@ -346,6 +346,38 @@ class Builder:
         """The checkpoint of a directory or a Hub id."""
         root = None if self.store is None else self.store.root
         return find_checkpoint(source, self.hash_file, store=root)
+
+    def external_node(self, name: str) -> Node:
+        """The node that takes in the checkpoint `external[name]`.
+
+        Raises ConfigError where a GGUF file is still to be converted, and what that needs is not
+        installed.
+        """
+        external = self.external[name]
+        version, gguf = KINDS["model"].version, external.gguf
+        if gguf is None:
+            return Node(
+                name=name,
+                kind="model",
+                version=version,
+                data={"files": external.sha256},
+                runtime={
+                    "directory": str(external.directory),
+                    "files": list(external.files),
+                    "origin": dict(external.origin),
+                },
+            )
+        # What the file becomes is another model than its bytes: another label.
+        node = Node(
+            name=name,
+            kind="model",
+            version=version,
+            data={"gguf": external.sha256},
+            runtime={"gguf": str(gguf), "origin": dict(external.origin)},
+        )
+        if self.store is None or self.store.find(digest(payload(node, {}))) is None:
+            external.check_conversion()
+        return node
 
 
 def _own_data_name(node: Node | None) -> str:

@@ -1,62 +1,19 @@
 """Text formats: reasoning-gym items become prompts and demonstrations, responses become answers.
 
-`plain` keeps reasoning-gym's own wording. The others are the compact notations of the suite `core`:
+`plain` keeps reasoning-gym's own wording. Those here are the compact notations of the suite `core`:
 reasoning-gym's English questions run to 400 characters, and a model of 0.2 million parameters would
-spend its whole budget reading them.
-
-An item is a mapping with the keys question, answer and metadata, as a reasoning-gym dataset gives.
+spend its whole budget reading them. Those of the suite `words`, for models that read English, are
+in `worked.py`.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Mapping
-from typing import Any
 
 from posttrain.engine.errors import ConfigError, choices_text
-
-Item = Mapping[str, Any]
-
-
-class TextFormat:
-    """The format `plain`: reasoning-gym's own texts. Other formats override what differs."""
-
-    version = 1
-    """Raised by hand when the text changes; part of a domain's identity."""
-
-    def prompt(self, item: Item) -> str:
-        """The user message."""
-        return str(item["question"])
-
-    def key(self, item: Item) -> str:
-        """What makes two items the same problem: they get one row, in one split.
-
-        Usually the prompt; less where prompts that differ ask the same (letters in another order).
-        """
-        return self.prompt(item)
-
-    def demo(self, item: Item) -> str:
-        """A full demonstration response; it must score 1 under the item's own verifier."""
-        return str(item["answer"])
-
-    def thought(self, item: Item) -> str | None:
-        """The steps that lead to the answer, short enough to be thought; None: there are none."""
-        return None
-
-    def direct(self, item: Item) -> str | None:
-        """The demonstration without its steps, which must score 1 too; None: it has none.
-
-        In a format with steps the demonstration itself, unless it shows them.
-        """
-        return None if self.thought(item) is None else self.demo(item)
-
-    def answer(self, response: str) -> str:
-        """The response in reasoning-gym's answer notation.
-
-        Raises ValueError for a response that has no such reading; it then scores 0.
-        """
-        return response
+from posttrain.rewards.text_format import Item, TextFormat
+from posttrain.rewards.worked import EQUATION, LEGS, ORDER, STORY
 
 
 class AddFormat(TextFormat):
@@ -177,6 +134,10 @@ FORMATS: dict[str, TextFormat] = {
     "reverse": ReverseFormat(),
     "sort": SortFormat(),
     "palindrome": PalindromeFormat(),
+    "story": STORY,
+    "legs": LEGS,
+    "equation": EQUATION,
+    "order": ORDER,
 }
 """Name -> format. A new format is an entry here."""
 

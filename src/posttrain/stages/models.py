@@ -67,7 +67,19 @@ def run_domain(job: Job, ctx: Context) -> dict[str, Any]:
 
 
 def run_model(job: Job, ctx: Context) -> dict[str, Any]:
-    """Take in the checkpoint that the job's `runtime` names; returns its number of parameters."""
+    """Take in the checkpoint that the job's `runtime` names; returns its number of parameters.
+
+    A GGUF file is converted, everything else linked. Raises ConfigError if the bytes are no longer
+    those that the plan has seen.
+    """
+    if "gguf" in job.runtime:
+        path = Path(job.runtime["gguf"])
+        if file_digest(path) != job.data["gguf"]:
+            raise ConfigError(f"{path}: it changed since this run was planned; run again")
+        # Not at the top: it is of no use to a run without such a file.
+        from posttrain.backends.gguf_convert import convert
+
+        return {"parameters": convert(path, ctx.out)}
     directory, files = Path(job.runtime["directory"]), job.runtime["files"]
     return link_model(directory, files, job.data["files"], ctx, FileHashes(Path(job.hashes)).digest)
 

@@ -161,6 +161,8 @@ def _procedural(config: Mapping[str, Any], where: str) -> tuple[dict[str, list[P
         if idle == PATIENCE:
             break
         idle += 1
+        if not text_format.fits(item):
+            continue
         problem = text_format.key(item)
         key = prompt_digest(problem)
         if key in seen:

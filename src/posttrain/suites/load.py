@@ -43,7 +43,9 @@ from posttrain.suites.domain import (
     domain_name,
 )
 
-SHIPPED: Mapping[str, Path] = {"core": Path(__file__).with_name("core.toml")}
+SHIPPED: Mapping[str, Path] = {
+    name: Path(__file__).with_name(f"{name}.toml") for name in ("core", "words")
+}
 """Shipped suite -> its file."""
 
 _TYPES = {"params": dict, "seed": int}

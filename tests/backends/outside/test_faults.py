@@ -124,10 +124,6 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"files": {"model.safetensors": None, "pytorch_model.bin": b"PK"}},
         r"pytorch_model\.bin: weights in a form .*safe_serialization",
     ),
-    "gguf": (
-        {"files": {"model.safetensors": None, "config.json": None, "m-Q4.gguf": b"GGUF"}},
-        r"m-Q4\.gguf: weights in the form of llama\.cpp",
-    ),
     "diffusers": (
         {"files": {"model_index.json": {"_class_name": "FluxPipeline"}}},
         r"model_index\.json: a diffusers pipeline",

@@ -68,13 +68,7 @@ def check_directory(directory: Path) -> None:
             "adapters yet. Merge it into its base first (merge_and_unload() of peft, then "
             "save_pretrained) and name that directory"
         )
-    gguf = sorted(path.name for path in directory.glob("*.gguf"))
     tensors = any(directory.glob("*.safetensors"))
-    if gguf and not tensors:
-        raise ConfigError(
-            f"{directory / gguf[0]}: weights in the form of llama.cpp, which posttrain does not "
-            "read; name the safetensors checkpoint that it was made from"
-        )
     if not tensors:
         other = [p.name for pattern in OTHER_WEIGHTS for p in sorted(directory.glob(pattern))]
         if other and config.is_file():
