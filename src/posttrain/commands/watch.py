@@ -95,7 +95,8 @@ def seen(place: Store, stage: str | None) -> tuple[list[Watched], list[Watched]]
     running = [one for one in at_work if one.state == "running"]
     stopped = [one for one in at_work if one.state != "running"]
     newest = [finished(artifact) for artifact in place.list()[-MOST_FINISHED:]]
-    trained = [one for one in newest if len(one.facts.lines) > 1][-1:]
+    # Of an evaluation there are no curves.
+    trained = [one for one in newest if one.curves][-1:]
     detailed = running or trained
     return detailed, [one for one in (*newest, *stopped) if one not in detailed]
 
