@@ -119,11 +119,9 @@ def run(settings: DpoStage, ctx: Context) -> dict[str, float]:
         )
         rates = {"grad_norm": sums.pop("grad_norm"), "lr": lr}
         losses = {"loss": sums.pop("loss") / count} | pop_metrics(sums)
-        means = (
-            single_means(sums, batch)
-            if single
-            else {name: value / len(drawn) for name, value in sums.items()}
-        )
+        means = {name: value / len(drawn) for name, value in sums.items()}
+        if single:
+            means = single_means(sums, batch)
         metrics |= losses | means | rates
         ctx.log(step + 1, steps, tokens=batch.num_tokens, **metrics, **s.scheduled())
         if about and ctx.samples.due(step + 1, steps):
