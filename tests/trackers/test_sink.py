@@ -54,11 +54,13 @@ def test_every_event_arrives_and_a_second_run_goes_on(about: About, tmp_path: Pa
 
 
 def test_a_failing_tracker_is_one_warning(about: About, tmp_path: Path) -> None:
+    first, *others = events(tmp_path, 50)
     with Sinks([broken("Failing"), broken("Written")], about) as sinks:
+        assert not sinks.take(first)
         failing = sinks.sinks[0]
         failing.process.wait(60)
         sinks._looked = 0.0
-        seen = [text for event in events(tmp_path, 50) for text in sinks.take(event)]
+        seen = [text for event in others for text in sinks.take(event)]
     assert sinks.warnings == seen
     (said,) = seen
     assert "RuntimeError: nobody is logged in; the run goes on without it" in said
@@ -78,6 +80,14 @@ def test_a_hanging_tracker_holds_up_nobody(about: About, tmp_path: Path) -> None
     assert said is not None and "had not sent everything" in said
     assert hanging.process.poll() is not None
     assert hanging.problem() is None
+
+
+def test_a_tracker_that_cannot_be_started_is_a_warning(about: About, tmp_path: Path) -> None:
+    Path(about.directory).write_text("in the way")
+    with Sinks([broken("Written")], about) as sinks:
+        (said,) = [text for event in events(tmp_path, 3) for text in sinks.take(event)]
+    assert sinks.warnings == [said]
+    assert said == "written: could not be started (File exists); the run goes on"
 
 
 def test_without_trackers_nothing_is_started(tmp_path: Path) -> None:

@@ -114,16 +114,15 @@ class Sinks:
     """
 
     def __init__(self, kinds: Sequence[TrackerKind], about: About | None) -> None:
-        """`about` may be None where there are no trackers. Nothing starts before `with`."""
+        """`about` may be None where there are no trackers. They start with the first event: by then
+        the store is there."""
         self.kinds, self.about = kinds, about
         self.sinks: list[Sink] = []
         self.warnings: list[str] = []
         """What went wrong so far, one sentence each."""
-        self._looked = 0.0
+        self._looked, self._started = 0.0, False
 
     def __enter__(self) -> Self:
-        if self.about is not None:
-            self.sinks = [Sink(kind, self.about) for kind in self.kinds]
         return self
 
     def __exit__(
@@ -139,12 +138,27 @@ class Sinks:
 
     def take(self, event: Event) -> Sequence[str]:
         """Hand on one event; returns new problems, to be shown."""
+        if self.about is not None and not self._started:
+            self._started = True
+            problems = self._start(self.about)
+            return [*problems, *self.take(event)]
         for sink in self.sinks:
             sink.take(event)
         if not self.sinks or time.monotonic() - self._looked < 1.0:
             return ()
         self._looked = time.monotonic()
         return self._add(sink.problem() for sink in self.sinks)
+
+    def _start(self, about: About) -> Sequence[str]:
+        problems = []
+        for kind in self.kinds:
+            try:
+                self.sinks.append(Sink(kind, about))
+            except OSError as error:
+                # No space for its log, or no process to be had.
+                why = error.strerror or error
+                problems.append(f"{kind.name}: could not be started ({why}); the run goes on")
+        return self._add(problems)
 
     def _add(self, problems: Iterable[str | None]) -> Sequence[str]:
         found = [problem for problem in problems if problem]
