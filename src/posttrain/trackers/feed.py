@@ -81,7 +81,8 @@ class Feed:
         write_whole(self.note, json.dumps(self.told).encode("ascii"))
 
     def _of(self, stage: str) -> dict[str, Any]:
-        return self.told.setdefault(self.labels.get(stage, stage), {})
+        found: dict[str, Any] = self.told.setdefault(self.labels.get(stage, stage), {})
+        return found
 
     def _line(self, stage: str, line: Mapping[str, Any]) -> None:
         """One line of metrics, unless it was told before."""
