@@ -33,8 +33,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 CASES = Path(__file__).with_name("same_bits_cases.py")
 
-UNCOMPARED = {"README.md", "record.json", "code.diff"}
-"""Files that name fingerprints, versions and times, or hold the code."""
+UNCOMPARED = {"README.md", "record.json", "code.diff", "samples.jsonl"}
+"""Files that name fingerprints, versions and times, hold the code, or have rows when there is
+time."""
 RESULTS = {"best.json", "evaluation.json", "tokenizer_config.json"}
 """Files with one object, whose fields are compared as those of a row are."""
 TIMES = {"seconds", "tokens_per_second"}

@@ -34,6 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "suites": {"engine", "rewards", "backends.prompting"},
     "stages.kinds": {"engine"},
     "report": {"engine", "stages.kinds"},
+    "trackers": {"engine", "report"},
     "backends": {
         "engine", "losses", "rl", "backends.prompting", "backends.outside", "backends.template",
         "backends.turn_end",
@@ -69,7 +70,7 @@ ALLOWED: dict[str, set[str]] = {
     "language.loader": {"engine", "recipe", "language", "suites"},
     "commands": {
         "engine", "report", "backends", "stages", "stages.kinds", "stages.step_checkpoint",
-        "stages.worker", "recipe",
+        "stages.worker", "recipe", "trackers",
         "language", "language.loader", "backends.checkpoint_source", "backends.outside", "suites",
     },
     "cli": {"engine", "commands", "package"},
@@ -85,6 +86,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "suites": {"datasets", "pyarrow", "pydantic"},
     "algorithms": {"pydantic"},
     "report": {"jinja2", "markupsafe", "pydantic", "rich"},
+    "trackers": {"trackio", "wandb", "tensorboard"},
     "backends.outside": {"huggingface_hub", "httpx2", "gguf"},
     "backends.checkpoint_source": set(),
     "backends.turn_end": {"jinja2"},

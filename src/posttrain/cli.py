@@ -19,7 +19,18 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from posttrain.commands import chat, compare, evaluate, inspect, push, report, run, store, sweep
+from posttrain.commands import (
+    chat,
+    compare,
+    evaluate,
+    inspect,
+    push,
+    report,
+    run,
+    store,
+    sweep,
+    watch,
+)
 from posttrain.commands.io import SafeConsole
 from posttrain.engine.errors import PosttrainError, Terminated, Waiting
 
@@ -144,7 +155,7 @@ COMMANDS = {
     "Make": (run.run, run.plan, sweep.sweep, evaluate.eval, report.recipes),
     "Look": (
         *(inspect.ls, inspect.show, inspect.lineage, inspect.diff),
-        *(compare.compare, store.verify, report.report, chat.chat),
+        *(compare.compare, store.verify, watch.watch, report.report, chat.chat),
     ),
     "Keep": (store.adopt, store.export, push.push, store.gc),
 }

@@ -18,10 +18,11 @@ from posttrain.cli import app, main
 HEAVY = ("torch", "transformers", "numpy", "matplotlib", "reasoning_gym", "datasets", "pyarrow")
 RECIPE = {"RECIPE", "--set", "--suite", "--store", "--seed"}
 SURFACE = {
-    "run": RECIPE | {"--jobs", "--device", "--compile", "--report", "--no-report", "--json"},
+    "run": RECIPE
+    | {"--jobs", "--device", "--compile", "--report", "--no-report", "--log", "--json"},
     "plan": RECIPE | {"--json"},
     "sweep": {"RECIPE", "--axis", "--seeds", "--set", "--suite", "--store", "--split", "--plan"}
-    | {"--jobs", "--device", "--compile", "--report", "--no-report", "--json"},
+    | {"--jobs", "--device", "--compile", "--report", "--no-report", "--log", "--json"},
     "eval": {"ARTIFACT", "--tasks", "--include", "--fewshot", "--limit", "--plain", "--system"}
     | {"--max-new-tokens", "--precision", "--seed", "--device", "--store", "--json"},
     "recipes": {"--json"},
@@ -31,7 +32,8 @@ SURFACE = {
     "diff": {"ARTIFACT", "--store", "--json"},
     "compare": {"ARTIFACT...", "--store", "--json"},
     "verify": {"ARTIFACT", "--all", "--store", "--json"},
-    "report": {"[RECIPE|ARTIFACT]", "--set", "--suite", "--store", "--seed", "--report"},
+    "watch": {"[STAGE]", "--store", "--follow", "--json"},
+    "report": {"[RECIPE|ARTIFACT]", "--set", "--suite", "--store", "--seed", "--report", "--live"},
     "chat": {
         "ARTIFACT|DIR",
         "--prompt",

@@ -14,6 +14,7 @@ from rich.text import Text
 from posttrain.commands import io
 from posttrain.commands.io import console, emit, plain_table
 from posttrain.commands.run import choose, make, summary
+from posttrain.commands.tracking import sinks_of
 from posttrain.engine.errors import ConfigError, StageError
 from posttrain.engine.planner import plan as plan_graph
 from posttrain.engine.record import Artifact
@@ -120,7 +121,8 @@ def score(
     rows = plan_graph(graph, store)
     summary(out, loaded, rows, store, ", ".join(graph.nodes[graph.target].config["tasks"]))
     view = LiveView(rows, graph, out)
-    make(loaded, store, view, choose(rows, loaded, jobs=1, device=device, compile=False))
+    how = choose(rows, loaded, jobs=1, device=device, compile=False)
+    make(loaded, store, view, how, sinks_of(loaded, store, ()))
     made = store.find(graph.fingerprints()[graph.target])
     if made is None:
         raise StageError(f"{graph.target} is not in the store; run the same command again")

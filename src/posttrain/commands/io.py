@@ -81,6 +81,15 @@ Device = Annotated[
 Compile = Annotated[
     bool, typer.Option("--compile", help="Compile the model that learns; on CUDA only.")
 ]
+Log = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--log",
+        metavar="TRACKER",
+        envvar="POSTTRAIN_LOG",
+        help="Also log to trackio, wandb or tensorboard; repeatable.",
+    ),
+]
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object; text for people goes to stderr.")
 ]

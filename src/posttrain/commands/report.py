@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import time
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,10 +17,16 @@ from posttrain.engine.atomic import guarded
 from posttrain.engine.errors import ConfigError, StoreError
 from posttrain.engine.record import Artifact
 from posttrain.engine.store import Store
+from posttrain.report.watching import Watched, of_run, of_stages
 from posttrain.stages.kinds import shown_kind
 
 if TYPE_CHECKING:  # it imports pydantic
     from posttrain.language.loader import Loaded
+
+
+DEFAULT_LIVE = Path("live.html")
+LIVE_SECONDS = 5.0
+"""Between two writings of the page of a run."""
 
 
 def report(
@@ -32,13 +40,26 @@ def report(
     suite: io.SuiteName = None,
     store: io.StorePath = io.DEFAULT_STORE,
     seed: io.Seed = None,
-    report: io.ReportPath = io.DEFAULT_REPORT,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            "--report", metavar="PATH", help="Where it goes. Default: report.html, or live.html."
+        ),
+    ] = None,
+    live: Annotated[
+        bool,
+        typer.Option("--live", help="A page about a run while it goes on, until it ends."),
+    ] = False,
 ) -> None:
     """Write the report again, from what is in the store."""
     from posttrain.language.loader import is_recipe, load_recipe
 
+    report = report or (DEFAULT_LIVE if live else io.DEFAULT_REPORT)
     check_report_path(report)
     place = Store(store)
+    if live:
+        write_live(report, place, target, settings=settings, suite=suite, seed=seed)
+        return
     loaded = None
     if target is not None and is_recipe(target):
         loaded = load_recipe(target, store=place, settings=settings or (), suite=suite, seed=seed)
@@ -51,6 +72,78 @@ def report(
         artifact = _newest_evaluation(place) if target is None else place.resolve(target)
     write_report_of(report, store=place, artifact=artifact, loaded=loaded, anew=True)
     console().print(Text(f"report of {artifact.label}: {report.absolute()}"), soft_wrap=True)
+
+
+def write_live(
+    path: Path,
+    store: Store,
+    target: str | None,
+    *,
+    settings: list[str] | None,
+    suite: str | None,
+    seed: int | None,
+) -> None:
+    """Write a page about a run again and again until the run ends, or until Ctrl-C.
+
+    It shows the stages of the recipe `target`, or without one those that run and what they descend
+    from. It waits for a run that has not begun. Raises ConfigError for a target that is no recipe.
+    """
+    from posttrain.language.loader import is_recipe, load_recipe
+
+    loaded = None
+    if target is not None and is_recipe(target):
+        loaded = load_recipe(target, store=store, settings=settings or (), suite=suite, seed=seed)
+    elif target is not None or settings or suite is not None or seed is not None:
+        raise ConfigError(
+            f"--live is about a run: give the recipe that runs, with its --set, --suite and "
+            f"--seed, or nothing; {target or 'no target'} is no recipe"
+        )
+    console().print(Text(f"live: {path.absolute()}"), soft_wrap=True)
+    page = _Live(path, store, loaded)
+    try:
+        while page.write():
+            time.sleep(LIVE_SECONDS)
+    except KeyboardInterrupt:
+        # That is how one ends it; what was last written would go on loading itself.
+        page.end()
+
+
+class _Live:
+    """A page about a run, while it is written."""
+
+    def __init__(self, path: Path, store: Store, loaded: Loaded | None) -> None:
+        self.path, self.store, self.loaded = path, store, loaded
+        self.seen: dict[str, None] = {}
+        """Fingerprints of what ran since."""
+
+    def write(self) -> bool:
+        """Write the page once; returns whether it is to be written again."""
+        # Before looking: what ends meanwhile is seen once more.
+        used = self.store.used()
+        stages = self._stages()
+        self.seen |= {s.facts.fingerprint: None for s in stages if s.state == "running"}
+        goes_on = used or not self.seen
+        self._put(stages, LIVE_SECONDS if goes_on else None)
+        return goes_on
+
+    def end(self) -> None:
+        """Write it for the last time."""
+        self._put(self._stages(), None)
+
+    def _stages(self) -> list[Watched]:
+        if self.loaded is None:
+            return of_run(self.store, self.seen)
+        graph = self.loaded.graph
+        prints = graph.fingerprints()
+        return of_stages(self.store, ((n, graph.nodes[n].kind, prints[n]) for n in graph.order()))
+
+    def _put(self, stages: list[Watched], seconds: float | None) -> None:
+        from posttrain.report.live_page import write_live_page
+
+        title = self.loaded.name if self.loaded else self.store.root.name
+        now = datetime.now().strftime("%Y-%m-%d %H:%M:%S")
+        with guarded(self.path.absolute().parent, "writing the page"):
+            write_live_page(self.path, stages, title=title, now=now, seconds=seconds)
 
 
 def _target(store: Store, loaded: Loaded) -> Artifact:

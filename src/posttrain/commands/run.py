@@ -16,6 +16,7 @@ from rich.text import Text
 from posttrain.commands import data, io
 from posttrain.commands.io import console, emit, plain_table
 from posttrain.commands.report import check_report_path, write_report_of
+from posttrain.commands.tracking import sinks_of
 from posttrain.engine.errors import Interrupted, PosttrainError
 from posttrain.engine.planner import PlanRow
 from posttrain.engine.planner import plan as plan_graph
@@ -25,9 +26,12 @@ from posttrain.engine.runner import usable_cores
 from posttrain.engine.store import Store
 from posttrain.report.gather import read_evaluation
 from posttrain.report.live import LiveView
+from posttrain.report.samples import EVERY, given_every
 from posttrain.report.terminal import evaluation_table, warnings_list
 from posttrain.report.wording import duration
 from posttrain.stages.kinds import shown_kind
+from posttrain.trackers.base import trackers_named
+from posttrain.trackers.sink import Sinks
 
 if TYPE_CHECKING:  # it imports pydantic
     from posttrain.language.loader import Loaded
@@ -70,6 +74,7 @@ def run(
     seed: io.Seed = None,
     report: io.ReportPath = io.DEFAULT_REPORT,
     no_report: io.NoReport = False,
+    log: io.Log = None,
     as_json: io.Json = False,
 ) -> None:
     """Make what a recipe asks for. What the store has already is not made again."""
@@ -79,6 +84,7 @@ def run(
     out = console(as_json=as_json)
     if not no_report:
         check_report_path(report)
+    trackers = trackers_named(log or ())
     place = Store(store)
     loaded = load_recipe(recipe, store=place, settings=settings or (), suite=suite, seed=seed)
     rows = plan_graph(loaded.graph, place)
@@ -86,18 +92,19 @@ def run(
     remember_names(place, loaded, rows)
     tables = show_data(out, loaded, rows, place)
     view = LiveView(rows, loaded.graph, out)
+    sinks = sinks_of(loaded, place, trackers)
     failure = None
     try:
         how = choose(rows, loaded, jobs=jobs, device=device, compile=compile)
-        make(loaded, place, view, how)
+        make(loaded, place, view, how, sinks)
     except PosttrainError as error:
-        warn(out, warnings_of(loaded, rows, view))
+        warn(out, warnings_of(loaded, rows, view, sinks))
         # With --json the outcome is printed even of a run in which a stage failed.
         if not as_json or isinstance(error, Interrupted):
             raise
         failure = error
     stages = stages_of(rows, view)
-    warnings = warnings_of(loaded, rows, view)
+    warnings = warnings_of(loaded, rows, view, sinks)
     statuses = [stage["status"] for stage in stages]
     target = None if failure else place.find(loaded.graph.fingerprints()[loaded.graph.target])
     evaluation = target and read_evaluation(target)
@@ -185,7 +192,8 @@ def choose(
 
     On CUDA one stage runs at a time by default: they would share the memory of one card. Raises
     ConfigError for a device that is not there, `compile` on the CPU, a precision that the hardware
-    does not compute, and a `POSTTRAIN_MEMORY` that is no number of bytes.
+    does not compute, a `POSTTRAIN_MEMORY` that is no number of bytes, and a `POSTTRAIN_SAMPLES`
+    that is no number of steps.
     """
     todo = [loaded.graph.nodes[row.name] for row in rows if row.action != "cached"]
     if not todo:
@@ -202,13 +210,15 @@ def choose(
     environment = {DEVICE: chosen.type} | ({COMPILE: "1"} if compile else {})
     if given_memory() is not None:
         environment[MEMORY] = os.environ[MEMORY]
+    if given_every(os.environ) is not None:
+        environment[EVERY] = os.environ[EVERY]
     facts = {"device": device_name(chosen), "compile": compile}
     default = 1 if chosen.type == "cuda" else usable_cores()
     return How(jobs=jobs or default, environment=environment, facts=facts)
 
 
-def make(loaded: Loaded, store: Store, view: LiveView, how: How) -> None:
-    """Run the graph and show it."""
+def make(loaded: Loaded, store: Store, view: LiveView, how: How, sinks: Sinks) -> None:
+    """Run the graph, show it, and tell the trackers."""
     from posttrain.stages import worker
 
     provenance = Provenance()
@@ -226,9 +236,12 @@ def make(loaded: Loaded, store: Store, view: LiveView, how: How) -> None:
         provenance=provenance,
         environment=how.environment,
     )
-    with closing(events), view:
+    # The trackers finish when the last picture stays on the screen.
+    with sinks, closing(events), view:
         for event in events:
             view.update(event)
+            for text in sinks.take(event):
+                view.tell("trackers", text)
 
 
 def plan(
@@ -293,11 +306,15 @@ def _reason(row: PlanRow, loaded: Loaded) -> str:
 
 
 def warnings_of(
-    loaded: Loaded, rows: Sequence[PlanRow], view: LiveView | None = None
+    loaded: Loaded,
+    rows: Sequence[PlanRow],
+    view: LiveView | None = None,
+    sinks: Sinks | None = None,
 ) -> list[dict[str, Any]]:
-    """What is to be told about the recipe, then about its stages: those in the store and, with the
-    `view` of a run, those that ran."""
+    """What is to be told about the recipe, then about its trackers (`sinks`), then about its
+    stages: those in the store and, with the `view` of a run, those that ran."""
     found: list[dict[str, Any]] = [{"stage": w.stage, "text": w.text} for w in loaded.warnings]
+    found += [{"stage": None, "text": text} for text in (sinks.warnings if sinks else ())]
     for row in rows:
         cached = row.artifact.warnings if row.artifact else ()
         texts = view.stages[row.name].warnings if view else cached

@@ -31,6 +31,7 @@ from posttrain.commands.run import (
     warn,
     warnings_of,
 )
+from posttrain.commands.tracking import sinks_of
 from posttrain.commands.variants import Axis, Variants, build_variants, read_axes, read_seeds
 from posttrain.engine.atomic import guarded
 from posttrain.engine.errors import StageError, Waiting
@@ -55,6 +56,7 @@ from posttrain.report.sweep import (
 )
 from posttrain.report.wording import duration
 from posttrain.stages.kinds import shown_kind
+from posttrain.trackers.base import trackers_named
 
 MOST_COLUMNS = 6
 """Measures shown in a terminal; of more, those of single domains are left to the report."""
@@ -89,6 +91,7 @@ def sweep(
     compile: io.Compile = False,
     report: io.ReportPath = Path("sweep.html"),
     no_report: io.NoReport = False,
+    log: io.Log = None,
     as_json: io.Json = False,
 ) -> None:
     """Run a recipe with every combination of some values, over seeds, and compare.
@@ -99,6 +102,7 @@ def sweep(
     out = console(as_json=as_json)
     if not no_report and not only_plan:
         check_report_path(report)
+    trackers = trackers_named(log or ())
     axes, seed_list = read_axes(axis or (), settings or ()), read_seeds(seeds)
     place = Store(store)
     given: dict[str, Any] = {"settings": settings or (), "suite": suite, "split": split}
@@ -112,16 +116,17 @@ def sweep(
     loaded = variants.loaded
     remember_names(place, loaded, rows)
     view = LiveView(rows, loaded.graph, out)
+    sinks = sinks_of(loaded, place, trackers)
     failure: StageError | Waiting | None = None
     how = choose(rows, loaded, jobs=jobs, device=device, compile=compile)
     try:
-        make(loaded, place, view, how)
+        make(loaded, place, view, how, sinks)
     except (StageError, Waiting) as error:
         # What else could be made is there; the table says what is not.
         failure = error
     stages = stages_of(rows, view)
     statuses = {stage["name"]: stage["status"] for stage in stages}
-    warnings = warnings_of(loaded, rows, view)
+    warnings = warnings_of(loaded, rows, view, sinks)
     warn(out, gathered(warnings))
     found = _collect(variants, axes, seed_list, place, view, statuses)
     made = outcome(found)

@@ -4,6 +4,7 @@
     hashes.json                                 hashes of large files from outside (hashes.py)
     names.json                                  what later runs call artifacts (names.py)
     cache/                                      what was found in tables from outside, by content
+    trackers/                                   what other tools were told of runs; theirs
     artifacts/<kind>/<name>-<fp[:12]>/          record.json and files; committed, never changed
     work/<fp[:12]>/                             out/ being filled, step checkpoints, log.txt, ...
     work/<fp[:12]>.lock                         held by whoever works on it
@@ -187,6 +188,16 @@ class Store:
             raise StoreError(
                 f"a run is using {self.root}; wait until it ends or stop it, then run gc again"
             ) from None
+
+    def used(self) -> bool:
+        """Whether a run is using it now."""
+        try:
+            with self.locked(fcntl.LOCK_EX | fcntl.LOCK_NB):
+                return False
+        except BlockingIOError:
+            return True
+        except FileNotFoundError:
+            return False
 
     @contextmanager
     def locked(self, how: int) -> Iterator[None]:

@@ -102,6 +102,22 @@ def take_lock(path: Path, *, wait: bool) -> int | None:
         os.close(handle)
 
 
+def is_held(path: Path) -> bool:
+    """Whether somebody works in a work directory now."""
+    try:
+        handle = os.open(_lock_path(path), os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        # Shared, and for a moment: whoever begins to work just then tries again.
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(handle)
+    return False
+
+
 def read_step(path: Path) -> int | None:
     """Step of the newest checkpoint in a work directory, None without one. Raises StoreError when
     it is damaged."""

@@ -15,6 +15,7 @@ from posttrain.engine.parsing import Unreadable, parse_json
 from posttrain.engine.record import Artifact, Recorded, label_of
 from posttrain.engine.store import Store
 from posttrain.engine.work import METRICS
+from posttrain.report.samples import SAMPLES, Sample, parse_samples
 from posttrain.report.scores import Evaluation
 from posttrain.stages.kinds import Kind, shown_kind
 
@@ -34,6 +35,8 @@ class StageFacts(Recorded):
     """Edge label -> label of what it descends from directly."""
     lines: list[dict[str, float]] = field(default_factory=list)
     """metrics.jsonl, numbers only; [] where there is none."""
+    samples: list[Sample] = field(default_factory=list)
+    """samples.jsonl; [] where there is none."""
 
     @cached_property
     def kind_row(self) -> Kind:
@@ -69,6 +72,7 @@ def gather(
             record=_renamed(ancestor.record, names or {}),
             edges=_edges(ancestor, names or {}),
             lines=[] if ancestor.artifact is None else _lines(ancestor.artifact),
+            samples=[] if ancestor.artifact is None else samples_of(ancestor.artifact),
         )
         for ancestor in ancestry.renamed(store, ancestry.lineage(store, artifact))
     ]
@@ -96,17 +100,28 @@ def _edges(ancestor: ancestry.Ancestor, names: Mapping[str, str]) -> dict[str, s
 def facts_of(artifact: Artifact) -> StageFacts:
     """One stage by itself."""
     edges = {edge: label_of(source) for edge, source in artifact.inputs.items()}
-    return StageFacts(record=artifact.record, edges=edges, lines=_lines(artifact))
+    return StageFacts(
+        record=artifact.record,
+        edges=edges,
+        lines=_lines(artifact),
+        samples=samples_of(artifact),
+    )
+
+
+def samples_of(artifact: Artifact) -> list[Sample]:
+    """What it was writing on its way; [] where there is none. Raises StoreError for a file that was
+    changed."""
+    return parse_samples(artifact.content(SAMPLES)) if SAMPLES in artifact.files else []
 
 
 def _lines(artifact: Artifact) -> list[dict[str, float]]:
     if METRICS not in artifact.files:
         return []
     lines = artifact.content(METRICS).splitlines()
-    return [_numbers(_parsed(artifact, METRICS, line)) for line in lines]
+    return [numbers_of(_parsed(artifact, METRICS, line)) for line in lines]
 
 
-def _numbers(line: Mapping[str, Any]) -> dict[str, float]:
+def numbers_of(line: Mapping[str, Any]) -> dict[str, float]:
     """The finite numbers of a line of metrics."""
     return {
         key: float(value)

@@ -30,9 +30,10 @@ from posttrain.report.gather import (
 )
 from posttrain.report.lineage import lineage_svg
 from posttrain.report.roles import explained
+from posttrain.report.samples import snapshots
 from posttrain.report.scores import all_routes
 
-LAYOUT = 4
+LAYOUT = 5
 """Raised by hand when the page changes, so that older pages are written again."""
 OF_A_STAGE = (
     *("seconds", "threads", "resumed_at_step", "tokens", "origin"),
@@ -65,11 +66,7 @@ def write_report(
     StoreError when a record of the lineage is damaged.
     """
     stages = gather(store, artifact, names)
-    templates = environment()
-    templates.globals |= {"wording": wording, "scores": scores, "plots": plots}
-    templates.globals |= {"candidates": candidates}
-    helpers = (coded, human_bytes, in_sentence, mark, moment, runs_of, speakers_of, with_error)
-    templates.globals |= {helper.__name__: helper for helper in helpers}
+    templates = report_templates()
     page = templates.get_template("report.html").render(
         style=style(),
         tag=_tag(artifact.fingerprint, names),
@@ -78,6 +75,7 @@ def write_report(
         seed=seed,
         seconds=sum(stage.seconds for stage in stages) if seconds is None else seconds,
         wall=seconds is not None,
+        unfolded=False,
         source=source,
         warnings=[*warnings, *_warnings(stages)],
         benchmarks=_benchmarks(store, stages),
@@ -87,6 +85,17 @@ def write_report(
     remove_parts(path.parent, path.name)
     write_whole(path, page.encode("utf-8", "backslashreplace"))
     return path
+
+
+def report_templates() -> Environment:
+    """`environment`, with all that the templates of a report call."""
+    templates = environment()
+    templates.globals |= {"wording": wording, "scores": scores, "plots": plots}
+    templates.globals |= {"candidates": candidates}
+    helpers = (coded, human_bytes, in_sentence, mark, moment, runs_of, snapshots, speakers_of)
+    helpers = (*helpers, with_error)
+    templates.globals |= {helper.__name__: helper for helper in helpers}
+    return templates
 
 
 def environment() -> Environment:
@@ -142,6 +151,7 @@ def _content(stages: Sequence[StageFacts], artifact: Artifact) -> dict[str, Any]
         "explained": explained(evaluation, {}, stages) if evaluation else [],
         "matrix": evaluation and forgetting(evaluation),
         "curves": sections(stages, colours),
+        "sampled": [stage for stage in stages if stage.samples],
         "lineage": Markup(lineage_svg(stages, colours)),
         "transcripts": {domain: rows for domain, rows in texts.items() if rows},
     }

@@ -96,13 +96,15 @@ class LiveView:
         if event.kind == "warning":
             # Above the live table, where it stays. Those of cached stages stand in the summary.
             if stage.state == "running":
-                text = Text.assemble(
-                    ("warning", "yellow"), f"     {stage.name}: ", event.payload["text"]
-                )
-                self.console.print(text, soft_wrap=self._live is None)
+                self.tell(stage.name, event.payload["text"])
             return
         if self._live is None and (line := self._plain(event, stage)):
             self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def tell(self, name: str, text: str) -> None:
+        """Show a warning of a stage, or of something else by that name."""
+        line = Text.assemble(("warning", "yellow"), f"     {name}: ", text)
+        self.console.print(line, soft_wrap=self._live is None)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         # The last picture stays on the screen and may be longer than it.

@@ -191,3 +191,37 @@ def matrix(
     }
     roles = {name: role for name, (_, role) in models.items()}
     return Forgetting(domains=domains, rows=rows, roles=roles)
+
+
+# -- as plain rows, for whoever keeps tables elsewhere ---------------------------------------------
+
+
+def students_of(evaluation: Evaluation) -> dict[str, Evaluation]:
+    """Student -> what is said of it; of one student with its init that is the evaluation itself."""
+    found: dict[str, Evaluation] = evaluation.get("students") or {"student": evaluation}
+    return found
+
+
+def evaluation_rows(evaluation: Evaluation) -> list[tuple[str | float | None, ...]]:
+    """(student, domain, model, decoding, accuracy, low, high) for each of `MODELS` that there is:
+    shares in [0, 1] with 95 % intervals."""
+    return [
+        (student, domain, model, decoding, value["value"], value["low"], value["high"])
+        for student, view in students_of(evaluation).items()
+        for domain, row in view["domains"].items()
+        for decoding in DECODINGS
+        for model in MODELS
+        if (value := decoded(row, decoding).get(model)) is not None
+    ]
+
+
+def recovery_rows(evaluation: Evaluation) -> list[tuple[str | float | None, ...]]:
+    """(student, domain, decoding, recovery, low, high) where a recovery is known: the share of the
+    way from init to teacher."""
+    return [
+        (student, domain, decoding, value["value"], value["low"], value["high"])
+        for student, view in students_of(evaluation).items()
+        for domain, row in view["domains"].items()
+        for decoding in DECODINGS
+        if (value := decoded(row, decoding).get("recovery")) is not None
+    ]

@@ -34,6 +34,7 @@ from posttrain.engine.graph import named
 from posttrain.engine.jsonl import read_jsonl
 from posttrain.engine.work import METRICS, STEP, add_warning, write_step
 from posttrain.schedules import History
+from posttrain.stages.samples import SampleLog
 from posttrain.stages.settings.base import Training
 from posttrain.values import Settings
 
@@ -104,16 +105,20 @@ class Context:
         backend: Backend | None = None,
         workers: ThreadPoolExecutor | None = None,
         runtime: Mapping[str, Any] | None = None,
+        sample_every: int | None = None,
     ) -> None:
         """`backend` makes the models of the stage; a stage that has none needs none. `workers` are
         threads for what can be done beside each other, where the stage has cores to spare.
-        `runtime` is what its node says and is no part of its identity."""
+        `runtime` is what its node says and is no part of its identity; `sample_every` is for
+        `samples`."""
         self.name = name
         self.runtime = dict(runtime or {})
         self._backend = backend
         self.workers = workers
         self.work = work
         self.out = work / "out"
+        self.samples = SampleLog(self.out, sample_every)
+        """What people read of what the stage does, every some steps."""
         self.inputs = {edge: Path(path) for edge, path in inputs.items()}
         self.threads = threads
         self.tokens = 0
@@ -201,6 +206,7 @@ class Context:
         group = CheckpointGroup(parts)
         # The history of metrics comes first: schedules of the steps gone through may read it.
         first = self.resume(group)
+        self.samples.resume(first)
         for part in replayed:
             part.replay(settings, first, total, self.history)
         for step in range(first, total):

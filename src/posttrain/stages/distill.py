@@ -35,10 +35,12 @@ from posttrain.algorithms import (
     correction_arguments,
 )
 from posttrain.backends.base import Head, HeadLoss, Metrics
+from posttrain.backends.chat import Chat
 from posttrain.losses.distill import JSD_BETA, full_vocabulary, sampled_token, top_k
 from posttrain.losses.divergence import TeacherStates
 from posttrain.losses.ops import aggregation_weights, token_logprobs
 from posttrain.losses.policy import policy_gradient
+from posttrain.report.samples import Sample
 from posttrain.rl.advantage import advantages
 from posttrain.rl.batch import Batch, ragged_index
 from posttrain.rl.corrections import importance_correction
@@ -49,6 +51,7 @@ from posttrain.stages.context import Context
 from posttrain.stages.data import Batches
 from posttrain.stages.lengths import Reader, fit_prompts
 from posttrain.stages.rollout import minibatches, rollout, verified_mean, verifiers
+from posttrain.stages.samples import of_rollout, shown_rows, token_means
 from posttrain.stages.settings.distill import Distill
 from posttrain.stages.signs import cut_responses
 from posttrain.stages.teachers import Teachers
@@ -125,12 +128,45 @@ def run(settings: Distill, ctx: Context) -> dict[str, float]:
         for number, name in enumerate(teachers.names):
             metrics[f"rows/{name}"] = float((batch["teacher_B"] == number).sum())
         ctx.log(step + 1, settings.steps, tokens=batch.num_tokens, **s.scheduled(), **metrics)
+        if ctx.samples.due(step + 1, settings.steps):
+            ctx.samples.write(step + 1, samples(s, batch, policy.chat, heads))
         cut_responses(ctx, ctx.history("finished_share"), s.steps, s.max_new_tokens, policy.chat)
     policy.finish()
     policy.save(ctx.out)
     # Of the last step that learned; none did where all responses of all steps were left out.
     learned = ctx.history("kl")
     return ({"kl": learned[-1]} if learned else {}) | {"tokens": ctx.tokens}
+
+
+def samples(s: Distill, batch: Batch, chat: Chat, heads: Sequence[Head]) -> list[Sample]:
+    """A few rows of the step: the reward where there is one, and one sample of the reverse KL to
+    the teacher in nats per token, unless the estimator knows the teacher's top k only."""
+    few = shown_rows(batch)
+    values = {"reward": few["reward_B"]} if s.rewarded else {}
+    if heads:
+        _, few = in_order_of_teachers(few["teacher_hidden_NE"], few)
+    if not isinstance(s.estimator, TopK):
+        teacher_logp_N = teacher_logprobs(s, few, heads) if heads else few["teacher_logp_N"]
+        values["kl"] = token_means(few["sampler_logp_N"] - teacher_logp_N, few)
+    return of_rollout(few, chat, **values)
+
+
+def teacher_logprobs(s: Distill, batch: Batch, heads: Sequence[Head]) -> Tensor:
+    """`logp_N` of the sampled tokens under the teachers of their rows, out of the teachers' hidden
+    states; rows are in order of teachers. On the CPU."""
+    states = teacher_states(heads, batch)
+    targets = batch.targets_N.split([len(one.hidden_NE) for one in states])
+    found = [
+        token_logprobs(
+            one.hidden_NE,
+            one.head_VE,
+            targets_N.to(one.hidden_NE.device),
+            bias_V=one.bias_V,
+            temperature=s.temperature,
+        )[0].cpu()
+        for one, targets_N in zip(states, targets, strict=True)
+    ]
+    return torch.cat(found)
 
 
 def loss_weights(step_settings: Distill, domains: Sequence[str], batch: Batch) -> Tensor:

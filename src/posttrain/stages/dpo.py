@@ -13,7 +13,7 @@ Legend: B rows (two per pair, chosen first; one per single response), P pairs, N
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ from posttrain.losses.preference import (
     pair_metrics,
     response_scores,
 )
+from posttrain.report.samples import Sample
 from posttrain.rl.batch import Batch
 from posttrain.schedules import learning_rate
 from posttrain.stages.aux_losses import AuxData, pop_metrics
@@ -42,6 +43,7 @@ from posttrain.stages.data import Batches
 from posttrain.stages.lengths import LEARNER, Reader, cut, cut_to, fit_responses, smallest
 from posttrain.stages.rows import SIDES, Pair, numbered, read_pairs
 from posttrain.stages.sampled_ids import response_ids
+from posttrain.stages.samples import LOOKED_AT, Question, answered, questions
 from posttrain.stages.settings.offline import DpoStage
 
 RESPONSES = (*SIDES, "response")
@@ -79,6 +81,7 @@ def run(settings: DpoStage, ctx: Context) -> dict[str, float]:
     del reference
     batches = Batches(by_domain, settings, size="batch_size", stage=ctx.name)
     steps = settings.num_steps(len(pairs), settings.batch_size)
+    about = questions(pair_questions(by_domain), chat)
     for step, s in ctx.steps(settings, steps, replayed=[batches], policy=policy):
         drawn = batches.draw(s)
         batch = pair_batch(drawn, chat, limit=limit)
@@ -116,19 +119,41 @@ def run(settings: DpoStage, ctx: Context) -> dict[str, float]:
         )
         rates = {"grad_norm": sums.pop("grad_norm"), "lr": lr}
         losses = {"loss": sums.pop("loss") / count} | pop_metrics(sums)
-        means = (
-            single_means(sums, batch)
-            if single
-            else {name: value / len(drawn) for name, value in sums.items()}
-        )
+        means = {name: value / len(drawn) for name, value in sums.items()}
+        if single:
+            means = single_means(sums, batch)
         metrics |= losses | means | rates
         ctx.log(step + 1, steps, tokens=batch.num_tokens, **metrics, **s.scheduled())
+        if about and ctx.samples.due(step + 1, steps):
+            ctx.samples.write(step + 1, preferences(ctx, policy, about, limit))
     policy.finish()
     policy.save(ctx.out)
     # A last step may have had single responses of one kind only, and so no margin.
     said = {name: ctx.history(name) for name in ("loss", "accuracy", "margin")}
     summary = {name: values[-1] for name, values in said.items() if values}
     return summary | {"tokens": ctx.tokens}
+
+
+def pair_questions(by_domain: Mapping[str, Sequence[Pair]]) -> Iterator[Question]:
+    """The first pairs of each domain, as questions that the model is asked."""
+    for pairs in by_domain.values():
+        for pair in pairs[:LOOKED_AT]:
+            texts = {field: pair[field] for field in SIDES if field in pair}
+            if "response" in pair:
+                texts = {"desirable" if pair["desirable"] else "undesirable": pair["response"]}
+            yield Question(row=pair, shown=asked(pair), texts=texts)
+
+
+def preferences(
+    ctx: Context, policy: Learner, about: Sequence[Question], limit: int | None
+) -> list[Sample]:
+    """What the model answers now to a few prompts, beside the responses of their pairs; `logp_...`
+    are the log-probabilities of these, nats per response."""
+    batch = pair_batch([one.row for one in about], policy.chat, limit=limit)
+    sums = iter(row_sums(policy.logprobs(batch), batch.row_N, len(batch)).tolist())
+    # The rows of the batch are the responses of the pairs, in the order of their texts.
+    numbers = [{f"logp_{name}": next(sums) for name in one.texts} for one in about]
+    return answered(ctx.sampler(policy), about, numbers)
 
 
 def check_form(pairs: Sequence[Pair], loss: Preference) -> bool:

@@ -30,6 +30,7 @@ from posttrain.backends.scalar import rewards_B, scores_N
 from posttrain.engine.errors import ConfigError
 from posttrain.engine.exact import rounded
 from posttrain.losses.reward import bradley_terry, pointwise, prompt_weights
+from posttrain.report.samples import Sample
 from posttrain.rl.batch import Batch
 from posttrain.schedules import learning_rate
 from posttrain.stages.context import Context
@@ -37,6 +38,7 @@ from posttrain.stages.data import Batches
 from posttrain.stages.lengths import LEARNER, Reader, cut, cut_to, fit_responses
 from posttrain.stages.rows import SIDES, Pair, read_pairs
 from posttrain.stages.sampled_ids import response_ids
+from posttrain.stages.samples import ROWS, sample_of, spread
 from posttrain.stages.settings.offline import RewardModel
 
 DRAWS_PER_CALL = 256
@@ -64,6 +66,8 @@ def run(settings: RewardModel, ctx: Context) -> dict[str, float]:
     batches = Batches(draws, settings, size="batch_size", stage=ctx.name)
     num_draws = sum(map(len, draws.values()))
     steps = settings.num_steps(num_draws, settings.batch_size)
+    # Held out, where there are such: of those it is not known beforehand which reward is higher.
+    about = shown_pairs(held or kept)
     for step, s in ctx.steps(settings, steps, replayed=[batches], policy=policy):
         drawn = batches.draw(s)
         batch, group_rows = draw_batch(drawn, policy.chat, margins=margins, limit=limit)
@@ -79,12 +83,35 @@ def run(settings: RewardModel, ctx: Context) -> dict[str, float]:
         )
         metrics = step_metrics(sums, batch, num_draws=len(drawn)) | {"lr": lr}
         ctx.log(step + 1, steps, tokens=batch.num_tokens, **metrics, **s.scheduled())
+        if ctx.samples.due(step + 1, steps):
+            scorer = ctx.scorer(policy, scalar=True)
+            ctx.samples.write(step + 1, judgements(scorer, about, limit))
     policy.finish()
     policy.save(ctx.out)
     summary = {name: ctx.metrics[name] for name in ("loss", "accuracy", "margin")}
     # From the file: in float32, whatever the type in which the policy computes.
     summary |= heldout_metrics(ctx.scorer(ctx.out, scalar=True), held, limit=limit)
     return summary | {"tokens": ctx.tokens}
+
+
+def shown_pairs(by_domain: Mapping[str, Sequence[Pair]]) -> list[Pair]:
+    """The first pairs of each domain that are scored at every snapshot."""
+    pairs = [pair for pairs in by_domain.values() for pair in pairs[:ROWS]]
+    return [pairs[place] for place in spread([pair["domain"] for pair in pairs])]
+
+
+def judgements(scorer: Scorer, pairs: Sequence[Pair], limit: int | None) -> list[Sample]:
+    """What the model says now of both responses of a few pairs."""
+    found = []
+    for pair in pairs:
+        batch, _ = draw_batch([{"pairs": [pair]}], scorer.chat, limit=limit)
+        chosen_P, rejected_P, _ = pairs_of(batch)
+        reward_B = rewards_B(scorer, batch)
+        chosen, rejected = float(reward_B[chosen_P]), float(reward_B[rejected_P])
+        numbers = {"reward_chosen": chosen, "reward_rejected": rejected}
+        texts = {side: pair[side] for side in SIDES}
+        found.append(sample_of(pair, asked(pair), texts, {**numbers, "margin": chosen - rejected}))
+    return found
 
 
 def reward_loss(

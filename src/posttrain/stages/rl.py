@@ -24,6 +24,7 @@ from posttrain.algorithms import (
     correction_arguments,
 )
 from posttrain.backends.base import Learner, Metrics, Sampler, Scorer, TokenLoss
+from posttrain.backends.chat import Chat
 from posttrain.backends.prompting import Problem
 from posttrain.losses.ops import (
     aggregation_weights,
@@ -32,6 +33,7 @@ from posttrain.losses.ops import (
     kl_penalty,
     unbiased_kl_penalty,
 )
+from posttrain.report.samples import Sample
 from posttrain.rewards.judging import RewardFunction
 from posttrain.rewards.pool import VerifierPool
 from posttrain.rl.advantage import advantages, whitened, zero_variance
@@ -49,6 +51,7 @@ from posttrain.stages.own_function import checked_sum, checked_values, named
 from posttrain.stages.problems import ProblemSampler, reprofile_of
 from posttrain.stages.rollout import minibatches, rollout, verified_mean, verifiers
 from posttrain.stages.rollout_log import RolloutLog
+from posttrain.stages.samples import of_rollout, shown_rows, token_means
 from posttrain.stages.settings.rl import Rl
 from posttrain.stages.signs import cut_responses
 
@@ -127,10 +130,22 @@ def run(settings: Rl, ctx: Context) -> dict[str, float]:
         # Log.
         metrics |= batch_metrics(sampled, judged=judge is not None)
         ctx.log(step + 1, settings.steps, tokens=tokens + sampled.num_tokens, **metrics)
+        if ctx.samples.due(step + 1, settings.steps):
+            ctx.samples.write(step + 1, samples(batch, policy.chat))
         cut_responses(ctx, ctx.history("finished_share"), s.steps, s.max_new_tokens, policy.chat)
     policy.finish()
     policy.save(ctx.out)
     return {"reward": ctx.metrics["reward"], "tokens": ctx.tokens}
+
+
+def samples(batch: Batch, chat: Chat) -> list[Sample]:
+    """A few rows of the step: reward, advantage (mean over tokens), and one sample of the KL to the
+    reference in nats per token."""
+    few = shown_rows(batch)
+    values = {"reward": few["reward_B"], "advantage": token_means(few["advantage_N"], few)}
+    if "ref_logp_N" in few:
+        values["kl"] = token_means(few["sampler_logp_N"] - few["ref_logp_N"], few)
+    return of_rollout(few, chat, **values)
 
 
 def fitting(

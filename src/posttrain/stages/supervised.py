@@ -7,7 +7,7 @@ the data first.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -23,6 +23,7 @@ from posttrain.backends.prompting import (
     shown_text,
 )
 from posttrain.backends.tiny import character_tokenizer, new_model
+from posttrain.report.samples import Sample
 from posttrain.rewards.oracle import demonstrate
 from posttrain.rl.batch import Batch, between
 from posttrain.schedules import learning_rate
@@ -40,6 +41,7 @@ from posttrain.stages.context import Context
 from posttrain.stages.data import Batches
 from posttrain.stages.lengths import LEARNER, Reader, cut_to, fit_demos
 from posttrain.stages.rollout import verifiers
+from posttrain.stages.samples import LOOKED_AT, Question, answered, questions, token_means
 from posttrain.stages.settings.offline import Pretrain, Sft
 
 TEXTS = ("prompt", "demo", "thought", "direct")
@@ -82,6 +84,7 @@ def imitate(
     batches = Batches(demos, settings, size="batch_size", stage=ctx.name)
     aux = AuxData(settings, ctx, policy.chat)
     limit = cut_to(settings, [Reader(name=LEARNER, chat=policy.chat)])
+    about = questions(demo_questions(demos), policy.chat)
     for step, s in ctx.steps(settings, steps, replayed=[batches], policy=policy):
         batch = demo_batch(
             batches.draw(s), policy.chat, loss_on=learned_turns(settings), limit=limit
@@ -96,8 +99,29 @@ def imitate(
         metrics = {"loss": sums["loss"] / count, "grad_norm": sums["grad_norm"], "lr": lr}
         metrics |= pop_metrics(sums) | s.scheduled()
         ctx.log(step + 1, steps, tokens=count, **metrics)
+        if about and ctx.samples.due(step + 1, steps):
+            ctx.samples.write(step + 1, imitations(ctx, policy, about, limit))
     policy.finish()
     policy.save(ctx.out)
+
+
+def demo_questions(demos: Mapping[str, Sequence[Problem]]) -> Iterator[Question]:
+    """The first demonstrations of each domain, as questions that the model is asked."""
+    for rows in demos.values():
+        for row in rows[:LOOKED_AT]:
+            if (part := learned_part(row)) is not None:
+                yield Question(row=row, shown=part[0], texts={"demonstration": part[1]})
+
+
+def imitations(
+    ctx: Context, policy: Learner, about: Sequence[Question], limit: int | None
+) -> list[Sample]:
+    """What the model answers now to a few prompts, beside their demonstrations; `loss` is the
+    cross-entropy of these, nats per token."""
+    rows = [one.row for one in about]
+    batch = demo_batch(rows, policy.chat, loss_on="last", limit=limit)
+    loss_B = -token_means(policy.logprobs(batch), batch)
+    return answered(ctx.sampler(policy), about, [{"loss": loss} for loss in loss_B.tolist()])
 
 
 def learned_turns(settings: Pretrain | Sft) -> str:

@@ -22,6 +22,7 @@ from posttrain.engine.process import Job
 from posttrain.engine.record import RECORD, Record, label_of
 from posttrain.engine.work import read_warnings, write_facts
 from posttrain.report.card import model_card
+from posttrain.report.samples import given_every
 from posttrain.stages.config import build_config
 from posttrain.stages.kinds import KINDS, kind_of
 
@@ -86,6 +87,7 @@ def run_job(job: Job) -> dict[str, Any]:
             backend=new_backend(environment, workers=workers),
             workers=workers,
             runtime=job.runtime,
+            sample_every=given_every(environment),
         )
         stack.enter_context(closing(ctx))
         try:
