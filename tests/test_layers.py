@@ -23,6 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "rl": {"losses"},
     "backends.prompting": {"engine"},
     "backends.outside": {"engine"},
+    "backends.budget": {"engine", "backends.outside"},
     "backends.turn_end": set(),
     "backends.vocabulary": {"engine"},
     "backends.template": {"engine", "backends.prompting"},
@@ -36,7 +37,7 @@ ALLOWED: dict[str, set[str]] = {
     "report": {"engine", "stages.kinds"},
     "backends": {
         "engine", "losses", "rl", "backends.prompting", "backends.outside", "backends.template",
-        "backends.turn_end",
+        "backends.budget", "backends.turn_end",
         "backends.vocabulary",
     },
     "schedules": {"engine"},
@@ -50,7 +51,8 @@ ALLOWED: dict[str, set[str]] = {
     "stages": {
         "engine", "losses", "rl", "rewards", "suites", "report", "backends", "schedules",
         "algorithms", "values", "stages.settings", "backends.prompting",
-        "backends.checkpoint_source", "backends.outside", "backends.vocabulary",
+        "backends.budget", "backends.checkpoint_source", "backends.outside",
+        "backends.vocabulary",
     },
     "stages.step_checkpoint": {
         "engine", "stages", "stages.config", "stages.kinds", "stages.worker",
@@ -70,7 +72,8 @@ ALLOWED: dict[str, set[str]] = {
     "commands": {
         "engine", "report", "backends", "stages", "stages.kinds", "stages.step_checkpoint",
         "stages.worker", "recipe",
-        "language", "language.loader", "backends.checkpoint_source", "backends.outside", "suites",
+        "language", "language.loader", "backends.budget", "backends.checkpoint_source",
+        "backends.outside", "suites",
     },
     "cli": {"engine", "commands", "package"},
     "__main__": {"cli"},
@@ -86,6 +89,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "algorithms": {"pydantic"},
     "report": {"jinja2", "markupsafe", "pydantic", "rich"},
     "backends.outside": set(),
+    "backends.budget": set(),
     "backends.checkpoint_source": {"huggingface_hub"},
     "backends.turn_end": {"jinja2"},
     "backends.vocabulary": set(),
