@@ -47,7 +47,7 @@ INT8_STATE = 1 + 4 / 256
 """Bytes of a moment in 8 bits: the number, and the scale of its block of 256."""
 
 Phase = Literal["always", "sampling", "reading", "learning"]
-Bytes = {"float32": 4, "bfloat16": 2, "float16": 2}
+Bytes = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -303,10 +303,14 @@ def peak(parts: Iterable[Part], *, process: int = PROCESS) -> int:
 class PassPlan:
     """How a learner goes through a batch."""
 
-    max_tokens: int
+    max_tokens: int = MAX_TOKENS
     """Tokens of a forward pass; a longer row has a pass of its own."""
-    kept_tokens: int
-    """Passes of more tokens than these are computed with gradient checkpointing."""
+    kept_tokens: int | None = None
+    """Passes of more tokens than these are computed with gradient checkpointing; None: no pass."""
+
+    def checkpoints(self, tokens: int) -> bool:
+        """Whether a pass of so many tokens is computed with gradient checkpointing."""
+        return self.kept_tokens is not None and tokens > self.kept_tokens
 
 
 def plan_passes(
