@@ -60,7 +60,7 @@ def test_without_it_the_budget_is_a_share_of_what_may_be_used(
     budget = Budget(cpu)
     assert (budget.total, budget.for_sampling()) == (300 * 2**20, 100 * 2**20)
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (resource.RLIM_INFINITY,) * 2)
-    assert 2**20 < budget.for_sampling() < budget.total < memory._machine_memory()
+    assert 2**20 < budget.for_sampling() < budget.total < memory.machine_memory()
 
 
 def test_sampling_has_what_models_leave_of_a_given_number(

@@ -13,11 +13,8 @@ before. It is that of one stage: stages that run at once have it each.
 
 from __future__ import annotations
 
-import os
 import re
-import resource
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -34,9 +31,11 @@ from posttrain.backends.budget import (
     row_bytes,
     shape_of,
 )
-from posttrain.engine.errors import ConfigError
+from posttrain.backends.given_memory import MEMORY as MEMORY
+from posttrain.backends.given_memory import given_memory as given_memory
+from posttrain.backends.given_memory import machine_memory
+from posttrain.backends.given_memory import memory_size as memory_size
 
-MEMORY = "POSTTRAIN_MEMORY"
 CPU_SHARE, DEVICE_SHARE = 3 / 4, 9 / 10
 """Without that variable a stage may take these shares of the memory of the machine or a device."""
 CPU_CACHES, DEVICE_CACHES = 4, 2
@@ -44,9 +43,6 @@ CPU_CACHES, DEVICE_CACHES = 4, 2
 of that of a device."""
 LEAST_SHARE = 8
 """Where models take all that there is, sampling and reading go on with this part of it."""
-LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-"""Where the system says what a container may use."""
-UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _SAYS = (
     *("can't allocate memory", "Cannot allocate memory", "out of memory", "bad_alloc"),
     *("CUBLAS_STATUS_ALLOC_FAILED", "not enough memory"),
@@ -54,33 +50,11 @@ _SAYS = (
 """What errors of torch and of the system say of it."""
 
 
-def given_memory(environment: Mapping[str, str] = os.environ) -> int | None:
-    """The bytes that `POSTTRAIN_MEMORY` says, None where it is not there. Raises ConfigError for a
-    value that is no number of bytes."""
-    text = environment.get(MEMORY, "").strip()
-    return memory_size(text, MEMORY) if text else None
-
-
-def memory_size(text: str, name: str) -> int:
-    """A number of bytes such as 500M or 12GB, which are powers of two. Raises ConfigError, with the
-    `name` of what was given, for another text."""
-    found = re.fullmatch(
-        r"([0-9]{1,18}(?:\.[0-9]{1,9})?) ?([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE
-    )
-    size = 0 if found is None else int(float(found[1]) * UNITS[found[2].upper()])
-    if size <= 0:
-        raise ConfigError(
-            f"{name} = {text[:40]!r} is no number of bytes; write one such as 500M or 12G, or "
-            "leave it out"
-        )
-    return size
-
-
 def device_memory(device: torch.device) -> int:
     """Bytes of a device, or of the machine: what it has, or a limit below that."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[1])
-    return _machine_memory()
+    return machine_memory()
 
 
 class Budget:
@@ -127,21 +101,6 @@ class Budget:
         """Tokens of a pass in which rows are read."""
         fit = self.total // LEAST_SHARE // (2 * layer_bytes(shape, precision))
         return min(max(MIN_TOKENS, fit), max_tokens)
-
-
-def _machine_memory() -> int:
-    """Bytes that this process may use at most: what the machine has, or a limit below that."""
-    sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if limit != resource.RLIM_INFINITY:
-        sizes.append(limit)
-    for path in map(Path, LIMITS):
-        try:
-            sizes.append(int(path.read_text()))
-        except (OSError, ValueError):
-            # Another system, or "max", which is no limit.
-            continue
-    return min(size for size in sizes if size > 0)
 
 
 def model_shape(model: Any) -> Shape:

@@ -70,6 +70,10 @@ Memory = Annotated[
         "Default: POSTTRAIN_MEMORY, or three quarters of what there is.",
     ),
 ]
+Estimate = Annotated[
+    bool,
+    typer.Option("--estimate", help="Also tell what it would take: tokens, memory, disk, time."),
+]
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object; text for people goes to stderr.")
 ]

@@ -12,16 +12,18 @@ from typing import TYPE_CHECKING, Any, Literal
 from rich.console import Console
 from rich.text import Text
 
-from posttrain.commands import data, io
+from posttrain.commands import data, estimate, io
 from posttrain.commands.io import console, emit, plain_table
 from posttrain.commands.report import check_report_path, write_report_of
 from posttrain.engine.errors import Interrupted, PosttrainError
 from posttrain.engine.planner import PlanRow
 from posttrain.engine.planner import plan as plan_graph
 from posttrain.engine.provenance import Provenance, capture
+from posttrain.engine.record import Artifact
 from posttrain.engine.runner import run as run_graph
 from posttrain.engine.runner import usable_cores
 from posttrain.engine.store import Store
+from posttrain.report.estimates import compared, estimates_table
 from posttrain.report.gather import read_evaluation
 from posttrain.report.live import LiveView
 from posttrain.report.terminal import evaluation_table, warnings_list
@@ -89,7 +91,7 @@ def run(
     failure = None
     try:
         how = choose(rows, loaded, jobs=jobs, device=device, compile=compile, memory=memory)
-        make(loaded, place, view, how)
+        make(loaded, place, view, how, estimated(loaded, rows, place, how))
     except PosttrainError as error:
         warn(out, warnings_of(loaded, rows, view))
         # With --json the outcome is printed even of a run in which a stage failed.
@@ -119,6 +121,11 @@ def run(
         )
         state = "" if written else " (unchanged)"
         out.print(Text(f"report: {report.absolute()}{state}"), soft_wrap=True)
+    made = {} if failure else just_made(rows, place)
+    estimates = compared(list(made.items()))
+    if estimates:
+        out.print()
+        out.print(estimates_table(estimates))
     seconds = time.monotonic() - began
     out.print(Text(f"{loaded.name}: {count(statuses)} in {duration(seconds)}", "bold"))
     if as_json:
@@ -150,6 +157,12 @@ def stages_of(rows: Sequence[PlanRow], view: LiveView) -> list[dict[str, Any]]:
             }
         )
     return found
+
+
+def just_made(rows: Sequence[PlanRow], store: Store) -> dict[str, Artifact]:
+    """The artifacts by stage that were not there when this was planned."""
+    found = {row.name: store.find(row.fingerprint) for row in rows if row.artifact is None}
+    return {name: artifact for name, artifact in found.items() if artifact is not None}
 
 
 def remember_names(store: Store, loaded: Loaded, rows: Sequence[PlanRow]) -> None:
@@ -195,7 +208,7 @@ def choose(
     import torch
 
     from posttrain.backends.device import check_precision, choose_device, device_name
-    from posttrain.backends.memory import MEMORY, given_memory, memory_size
+    from posttrain.backends.given_memory import MEMORY, given_memory, memory_size
     from posttrain.stages.worker import COMPILE, DEVICE
 
     chosen = choose_device(device, compile=compile)
@@ -211,8 +224,30 @@ def choose(
     return How(jobs=jobs or default, environment=environment, facts=facts)
 
 
-def make(loaded: Loaded, store: Store, view: LiveView, how: How) -> None:
-    """Run the graph and show it."""
+def estimated(
+    loaded: Loaded, rows: Sequence[PlanRow], store: Store, how: How
+) -> Mapping[str, Mapping[str, Any]]:
+    """What the stages are expected to take by what is known already, for their records, by
+    fingerprint: nothing is measured or made for it. A run does not end over its estimate."""
+    if not how.facts:
+        return {}
+    machine = estimate.known_machine(how.jobs, how.facts["device"], how.facts.get("memory"))
+    try:
+        found = estimate.estimate_of(loaded.graph, rows, store, machine, measure=False)
+    except PosttrainError:
+        return {}
+    return estimate.facts_by_fingerprint(found, rows)
+
+
+def make(
+    loaded: Loaded,
+    store: Store,
+    view: LiveView,
+    how: How,
+    of_stages: Mapping[str, Mapping[str, Any]] | None = None,
+) -> None:
+    """Run the graph and show it. `of_stages` are facts for the records of single stages, by
+    fingerprint."""
     from posttrain.stages import worker
 
     provenance = Provenance()
@@ -220,7 +255,8 @@ def make(loaded: Loaded, store: Store, view: LiveView, how: How) -> None:
         captured = capture(
             loaded.sources, packages=PACKAGES, exclude=[store.root], texts=loaded.files
         )
-        provenance = replace(captured, facts={**captured.facts, **how.facts})
+        facts = {**captured.facts, **how.facts}
+        provenance = replace(captured, facts=facts, of_stages=of_stages or {})
     events = run_graph(
         loaded.graph,
         store,
@@ -241,18 +277,28 @@ def plan(
     suite: io.SuiteName = None,
     store: io.StorePath = io.DEFAULT_STORE,
     seed: io.Seed = None,
+    with_estimate: io.Estimate = False,
+    jobs: io.Jobs = None,
+    device: io.Device = "auto",
+    memory: io.Memory = None,
     as_json: io.Json = False,
 ) -> None:
     """Tell what `run` would do, stage by stage, and why. Runs nothing."""
     from posttrain.language.loader import load_recipe
 
     out = console(as_json=as_json)
+    if not with_estimate:
+        estimate.refuse_alone(jobs=jobs, device=device, memory=memory)
     place = Store(store)
     loaded = load_recipe(recipe, store=place, settings=settings or (), suite=suite, seed=seed)
     rows = plan_graph(loaded.graph, place)
     if as_json:
         told = {"recipe": loaded.name, "seed": loaded.seed, "stages": planned(rows)}
         told["warnings"] = warnings_of(loaded, rows)
+        if with_estimate:
+            machine = estimate.machine_of(jobs=jobs, device=device, memory=memory)
+            found = estimate.estimate_of(loaded.graph, rows, place, machine, measure=True)
+            told["estimate"] = estimate.told(found)
         emit(told | {"data": data_of(loaded, rows, place)})
         return
     summary(out, loaded, rows, place, f"seed {loaded.seed}: {len(rows)} stages")
@@ -263,6 +309,9 @@ def plan(
         cells = (row.name, row.kind, row.action, _reason(row, loaded))
         table.add_row(*(Text(cell, style) for cell in cells))
     out.print(table)
+    if with_estimate:
+        machine = estimate.machine_of(jobs=jobs, device=device, memory=memory)
+        estimate.show(out, estimate.estimate_of(loaded.graph, rows, place, machine, measure=True))
     warn(out, warnings_of(loaded, rows))
 
 

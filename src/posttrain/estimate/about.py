@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,7 +21,7 @@ from posttrain.estimate.parts import Work
 from posttrain.estimate.rates import Rates, Setting, read_rates
 from posttrain.estimate.shapes import Model
 from posttrain.estimate.timetable import Timetable, timetable
-from posttrain.estimate.view import StageView, World, first_model
+from posttrain.estimate.view import StageView, World
 from posttrain.stages.kinds import kind_of
 
 SAMPLING_SHARE = {"cpu": 4, "cuda": 2}
@@ -36,15 +37,19 @@ class Machine:
 
     jobs: int
     cores: int
+    total: int
+    """Bytes of memory that there are: of the machine, or of the device where models compute."""
     memory: int
-    """Bytes that a stage may use, or of the device where models compute."""
+    """Bytes that one stage may take of it."""
+    given: bool = False
+    """Whether somebody has said so."""
     device: str = "cpu"
     """As records have it: `cpu`, or `cuda` with the name of the card."""
 
     @property
     def sampling(self) -> int:
-        """Bytes that sampling may take."""
-        return self.memory // SAMPLING_SHARE[self.kind]
+        """Bytes that caches of sampling may take."""
+        return self.memory if self.given else self.total // SAMPLING_SHARE[self.kind]
 
     @property
     def kind(self) -> str:
@@ -69,6 +74,12 @@ class StageEstimate:
     peak: int
     """Bytes of memory, with the process."""
     disk: Disk
+    narrow: int | None
+    """What it would take in bfloat16; None where it fits as it is."""
+    precision: str
+    lora: bool
+    may_adapt: bool
+    """Whether it learns an adapter, and whether its kind can."""
     seconds: float | None
     """None where nothing tells how fast this machine is."""
     found: Sequence[str]
@@ -186,7 +197,9 @@ def estimate(
     first: dict[str, str] = {}
     for row in rows:
         first.setdefault(row.fingerprint, row.name)
-    todo = [r for r in rows if r.action in ("run", "needs input") and first[r.fingerprint] == r.name]
+    todo = [
+        r for r in rows if r.action in ("run", "needs input") and first[r.fingerprint] == r.name
+    ]
     counted = [_count(world, row, machine) for row in todo]
     rates = _rates(counted, machine, measure)
     stages = [_estimated(one, rates, machine) for one in counted]
@@ -203,11 +216,17 @@ def estimate(
 def _count(world: World, row: PlanRow, machine: Machine) -> _Counted:
     view = StageView(world, row.name)
     place = kind_of(row.kind).work
-    work: Work | None = resolve_name(place)(view) if place else None
+    work: Work | None = None
+    if place:
+        try:
+            work = resolve_name(place)(view)
+        except Exception as error:  # it may be a user's own, and the stage runs without it
+            view.note(f"its work cannot be counted ({type(error).__name__}: {error})")
     threads = max(1, machine.cores // min(machine.jobs, world.graph.width(row.name)))
     one = _Counted(view=view, work=work, left=1.0, threads=threads)
     if work is None:
-        view.note("its kind does not say what it computes")
+        if not place:
+            view.note("its kind does not say what it computes")
         return one
     one.models = {part.edge: view.model(part.edge) for part in work.parts}
     done = row.reason.removeprefix("resumes at step ")
@@ -241,7 +260,13 @@ def _estimated(one: _Counted, rates: Mapping[str, Rates], machine: Machine) -> S
     if like is not None:
         tokens = like.tokens(work.steps) or tokens
     own = view.model("")
-    memory = memory_of(work, view.model, view.config, sampling=machine.sampling)
+    limits = {"budget_bytes": machine.memory, "sampling": machine.sampling}
+    memory = memory_of(work, view.model, view.config, **limits)
+    narrow = None
+    if memory is not None and memory.peak > machine.memory:
+        halved = {**view.config, "precision": "bfloat16"}
+        less = memory_of(work, view.model, halved, **limits)
+        narrow = None if less is None else less.peak
     if memory is None:
         view.note("memory unknown: the sizes of a model are not known yet")
         memory = Memory(peak=0)
@@ -261,6 +286,10 @@ def _estimated(one: _Counted, rates: Mapping[str, Rates], machine: Machine) -> S
         memory=memory,
         peak=peak,
         disk=disk_of(work, own, view.config, memory),
+        narrow=narrow,
+        precision=str(view.config.get("precision", "")),
+        lora=bool(view.config.get("lora")),
+        may_adapt="lora" in view.config,
         seconds=seconds,
         found=tuple(view.notes),
     )
@@ -297,11 +326,6 @@ def _seconds(
 
 def disk_free(path: Path) -> int:
     """Bytes that are free where a directory is or is to be."""
-    import shutil
-
     while not path.exists():
         path = path.parent
     return shutil.disk_usage(path).free
-
-
-__all__ = ["Estimate", "Machine", "StageEstimate", "disk_free", "estimate", "first_model"]

@@ -1,4 +1,4 @@
-"""How fast this machine is at models of one shape: a layer, an output layer and AdamW in plain torch.
+"""How fast this machine is at models of one shape: a layer, an output layer and AdamW, in torch.
 
 Everything that is slow here is slow in a stage: matrix products of these shapes and of this type,
 memory, and the calls of small operations. A layer is measured at few and at many tokens, which

@@ -7,8 +7,7 @@ are made, of a table some rows are read. What was found is remembered by the ide
 
 from __future__ import annotations
 
-import json
-import re
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -27,8 +26,8 @@ from posttrain.estimate import kept
 
 ROWS = 200
 """Rows of a domain or a table that are looked at."""
-MADE = 64
-"""Problems that are made of a domain which is not in the store."""
+MADE, MADE_SECONDS = 4000, 1.0
+"""Problems that are made of a domain which is not in the store, and how long at most."""
 HIGH = 0.99
 """The share of rows that are no longer than what counts as long."""
 CHARACTERS_PER_TOKEN = 4.0
@@ -176,18 +175,26 @@ class Texts:
 
 
 def _procedural(node: Node) -> Iterator[Mapping[str, Any]]:
-    """The first problems of a domain of reasoning-gym."""
+    """Problems of a domain of reasoning-gym, none of them twice: short ones run out first."""
     from posttrain.rewards.formats import find_format
     from posttrain.rewards.gym import create_gym
 
     source, where = node.config["source"], f"domain {node.name}"
     text = find_format(source["format"], where=where)
+    count = min(MADE, sum(source["counts"].values()))
     items = create_gym(
-        source["dataset"], source["params"], seed=source["seed"], size=MADE, where=where
+        source["dataset"], source["params"], seed=source["seed"], size=4 * count, where=where
     )
-    for item in islice(items, MADE):
-        row = {"prompt": text.prompt(item), "demo": text.demo(item)}
-        yield row | {"thought": text.thought(item), "direct": text.direct(item)}
+    seen: set[str] = set()
+    end = time.monotonic() + MADE_SECONDS
+    for item in islice(items, 4 * count):
+        prompt = text.prompt(item)
+        if prompt not in seen:
+            seen.add(prompt)
+            row = {"prompt": prompt, "demo": text.demo(item)}
+            yield row | {"thought": text.thought(item), "direct": text.direct(item)}
+        if len(seen) == count or time.monotonic() > end:
+            return
 
 
 def _table(node: Node) -> Iterator[Mapping[str, Any]]:
@@ -198,9 +205,7 @@ def _table(node: Node) -> Iterator[Mapping[str, Any]]:
     yield from islice((row.problem for split, row in every if split == "train"), ROWS)
 
 
-def _measured(
-    rows: Sequence[Mapping[str, Any]], counter: Counter, modes: Sequence[str]
-) -> Lengths:
+def _measured(rows: Sequence[Mapping[str, Any]], counter: Counter, modes: Sequence[str]) -> Lengths:
     prompts = [counter.prompt(asked(row)) for row in rows]
     texts = [text for row in rows for text in _responses(row, modes)]
     responses = [counter.response(text) for text in texts] or [0]

@@ -1,7 +1,7 @@
 """How fast a machine computes a model of one shape, and where that is remembered.
 
-A calibration measures it once for each shape, type and number of threads (`calibration.py`); what it
-found is kept by machine in the user's cache directory, so that no other store asks again.
+A calibration measures it once for each shape, type and number of threads (`calibration.py`); what
+it found is kept by machine in the user's cache directory, so that no other store asks again.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from posttrain.backends import budget
+from posttrain.backends.budget import Bytes, Shape, saved_bytes, shape_of
 from posttrain.backends.outside.headers import FLOATS, num_parameters, read_headers
 from posttrain.backends.outside.positions import text_config
 from posttrain.engine.errors import ConfigError
@@ -28,7 +28,7 @@ TINY_VOCABULARY = 100
 class Model:
     """The sizes of a causal model."""
 
-    shape: budget.Shape
+    shape: Shape
     """What decides about memory."""
     heads: int
     key_heads: int
@@ -55,7 +55,7 @@ class Model:
     @property
     def bytes(self) -> int:
         """Size of the saved weights."""
-        return budget.saved_bytes(self.shape, self.dtype)
+        return saved_bytes(self.shape, self.dtype)
 
     @property
     def is_tiny(self) -> bool:
@@ -73,7 +73,7 @@ def model_of_config(
     """
     said = text_config(config)
     try:
-        shape = budget.shape_of(config, parameters or 1)
+        shape = shape_of(config, parameters or 1)
     except ConfigError:
         return None
     heads = _whole(said, "num_attention_heads", "n_head")
@@ -82,7 +82,7 @@ def model_of_config(
     width = shape.queries // heads
     if parameters is None:
         parameters = _count(said, config, shape, width)
-        shape = budget.shape_of(config, parameters)
+        shape = shape_of(config, parameters)
     return Model(
         shape=shape,
         heads=heads,
@@ -92,9 +92,7 @@ def model_of_config(
     )
 
 
-def _count(
-    said: Mapping[str, Any], config: Mapping[str, Any], shape: budget.Shape, width: int
-) -> int:
+def _count(said: Mapping[str, Any], config: Mapping[str, Any], shape: Shape, width: int) -> int:
     """All numbers of a model: embeddings, layers and the last norm."""
     hidden, family = shape.hidden, said.get("model_type")
     attention = 2 * hidden * (shape.queries + shape.keys)
@@ -154,4 +152,4 @@ def _whole(config: Mapping[str, Any], *names: str) -> int:
 def _dtype(config: Mapping[str, Any]) -> str | None:
     """The type that a config names; files of older versions have the second name for it."""
     said = config.get("dtype") or config.get("torch_dtype")
-    return said if said in budget.Bytes else None
+    return said if said in Bytes else None

@@ -311,9 +311,7 @@ class StageView:
         domains = {prints[source] for source in named(self.inputs, "domains").values()}
         for kind in SAMPLING:
             for made in self.world.past.made(kind):
-                read = {
-                    s["fingerprint"] for s in named(made.artifact.inputs, "domains").values()
-                }
+                read = {s["fingerprint"] for s in named(made.artifact.inputs, "domains").values()}
                 found = made.mean("response_length")
                 alike = own is None or abs(made.weights - own.bytes) <= 0.05 * own.bytes
                 if found is not None and read == domains and alike:

@@ -100,7 +100,8 @@ def rl(view: View) -> Work:
         parts.append(replace(_as_read(learned, "start"), policy=True))
     if s.uses_critic:
         edge = "critic" if "critic" in view.inputs else "start"
-        parts += [replace(learned, edge=edge, policy=False), _as_read(sampled, edge)]
+        values = replace(_as_read(sampled, edge), policy=True)
+        parts += [replace(learned, edge=edge, policy=False), values]
     how = getattr(s.draw, "reprofile", None)
     if how is not None and how.every:
         rows = how.prompts * how.samples * len(named(view.inputs, "domains"))
@@ -235,9 +236,7 @@ def _chosen(view: View, edge: str, domain: str, group: float) -> Part:
     )
 
 
-def _answered(
-    view: View, edge: str, split: str, most: int, each: list[int]
-) -> Iterator[Part]:
+def _answered(view: View, edge: str, split: str, most: int, each: list[int]) -> Iterator[Part]:
     """What a model says to the problems of a split, so many times each, one call for each domain
     and mode."""
     s, prompts = view.settings, view.prompts()

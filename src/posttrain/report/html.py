@@ -20,6 +20,7 @@ from posttrain.engine.record import SHORT, Artifact
 from posttrain.engine.store import Store
 from posttrain.report import candidates, plots, scores, wording
 from posttrain.report.curves import in_sentence, sections
+from posttrain.report.estimates import compared
 from posttrain.report.gather import (
     StageFacts,
     domain_colours,
@@ -31,11 +32,12 @@ from posttrain.report.lineage import lineage_svg
 from posttrain.report.roles import explained
 from posttrain.report.scores import all_routes
 
-LAYOUT = 4
+LAYOUT = 5
 """Raised by hand when the page changes, so that older pages are written again."""
 OF_A_STAGE = (
     *("seconds", "threads", "resumed_at_step", "tokens", "origin"),
     *("peak_memory", "peak_memory_of_a_child", "peak_memory_of_device"),
+    *("processor_seconds", "estimate"),
 )
 """Facts of the provenance that differ between the stages of one run."""
 _HERE = Path(__file__).parent
@@ -137,6 +139,7 @@ def _content(stages: Sequence[StageFacts], artifact: Artifact) -> dict[str, Any]
         "evaluation": evaluation,
         "several": several,
         "names": {edge: source["name"] for edge, source in stages[-1].inputs.items()},
+        "estimates": compared([(stage.name, stage) for stage in stages]),
         "explained": explained(evaluation, {}, stages) if evaluation else [],
         "matrix": evaluation and forgetting(evaluation),
         "curves": sections(stages, colours),

@@ -115,9 +115,7 @@ class Kind:
         return "model" in self.makes or "reward_model" in self.makes
 
 
-NO_MODEL = (
-    *("preferences", "table", "select", "filter", "mix", "dedup", "comparisons"),
-)
+NO_MODEL = (*("preferences", "table", "select", "filter", "mix", "dedup", "comparisons"),)
 """Kinds that compute with no model; what the others compute is counted by a function named after
 them."""
 
