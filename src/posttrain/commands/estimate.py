@@ -194,11 +194,9 @@ def _show_totals(out: Console, estimate: Estimate) -> None:
         out.print(Text(f"not in it, as their time is not known: {names}", "yellow"), soft_wrap=True)
     path = (_beside(name, estimate.times.beside(name)) for name in estimate.times.critical)
     out.print(Text(f"the end waits for {' → '.join(path)}"), soft_wrap=True)
-    peak, names = estimate.peak
-    said = (
-        f"memory {human_bytes(peak)} at most ({', '.join(names)}) of {human_bytes(machine.total)}"
-    )
-    out.print(Text(said), soft_wrap=True)
+    peak, together = estimate.peak
+    text = f"memory {human_bytes(peak)} at most ({', '.join(together)})"
+    out.print(Text(f"{text} of {human_bytes(machine.total)}"), soft_wrap=True)
     kept = f"disk {human_bytes(estimate.disk)} at most, {human_bytes(estimate.kept)} of it kept"
     out.print(Text(f"{kept}; {human_bytes(estimate.free)} are free"), soft_wrap=True)
     for text in what_does_not_fit(estimate):
@@ -224,4 +222,4 @@ def facts_by_fingerprint(
 ) -> Mapping[str, Mapping[str, Any]]:
     """The estimates of stages for their records, by fingerprint."""
     prints = {row.name: row.fingerprint for row in rows}
-    return {prints[stage.name]: stage.facts() for stage in estimate.stages}
+    return {prints[stage.name]: {"estimate": stage.facts()} for stage in estimate.stages}

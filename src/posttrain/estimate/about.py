@@ -321,7 +321,7 @@ def _seconds(
     loaded += sum(model.bytes for model in sources if model is not None)
     own = view.model("")
     saved = float(own.bytes) if work.saves and own is not None else 0.0
-    return one.left * total + overhead(loaded, saved, work.rows)
+    return one.left * total + overhead(work, loaded + saved)
 
 
 def disk_free(path: Path) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -82,9 +83,11 @@ class _Measurement:
         learn = self._line(self._learn, FEW, self.many)
         score = self._line(self._score, FEW, self.many)
         draw = self._line(self._draw, FEW_ROWS, MANY_ROWS)
-        rows = [self._time(lambda n=n: self._decode(n, SHORT)) for n in (FEW_ROWS, MANY_ROWS)]
-        decode = _line(FEW_ROWS, rows[0], MANY_ROWS, rows[1])
-        longer = self._time(lambda: self._decode(MANY_ROWS, LONG)) - rows[1]
+        few, many, long = (
+            self._time(partial(self._decode, rows, positions))
+            for rows, positions in ((FEW_ROWS, SHORT), (MANY_ROWS, SHORT), (MANY_ROWS, LONG))
+        )
+        decode, longer = _line(FEW_ROWS, few, MANY_ROWS, many), long - many
         position = max(0.0, longer / (MANY_ROWS * (LONG - SHORT)))
         return Rates(
             learn_fixed=learn[0],

@@ -8,11 +8,9 @@ fitted on the built-in recipe (docs/engine.md says how near that comes).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 
 from posttrain.backends.budget import MAX_TOKENS
-from posttrain.estimate.parts import Part
+from posttrain.estimate.parts import Part, Work
 from posttrain.estimate.rates import Rates
 from posttrain.estimate.shapes import Model
 
@@ -35,17 +33,10 @@ RUN_SECONDS = 4.0
 """Before the first stage of a run begins to work: what all stages import is imported once."""
 ROW_SECONDS = 1.5e-4
 """A row that is made, checked or sorted out without a model."""
+READ_SECONDS = 5e-5
+"""A row that is read and encoded before the first step."""
 LOADED_BYTES = 5e8
 """Bytes of weights in a second: read and converted, or written and hashed."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Speed:
-    """How fast the stages of a run compute."""
-
-    rates: Callable[[Model, str, int], Rates | None]
-    """Those of a model in a precision on so many threads, as far as they are known."""
-    device: str = "cpu"
 
 
 def seconds_of_part(part: Part, model: Model, rates: Rates, *, threads: int) -> float:
@@ -99,7 +90,7 @@ def _sampling(part: Part, model: Model, rates: Rates) -> float:
     return prefill + layers + draw + steps * STEP_CALLS * rates.operation
 
 
-def overhead(loaded: float, saved: float, rows: float) -> float:
-    """What a stage takes beside its models' work: so many bytes of weights are loaded and saved,
-    and so many rows are handled without a model."""
-    return STAGE_SECONDS + (loaded + saved) / LOADED_BYTES + rows * ROW_SECONDS
+def overhead(work: Work, weights: float) -> float:
+    """What a stage takes beside its models' work, with so many bytes of weights loaded or saved."""
+    rows = work.rows * ROW_SECONDS + work.read_rows * READ_SECONDS
+    return STAGE_SECONDS + weights / LOADED_BYTES + rows

@@ -87,13 +87,14 @@ def memory_of(
             own = not any(p.do == "learn" and p.edge == part.edge for p in work.parts)
             samplers.append(_sampler(part, model, precision, sampling, own=own))
         else:
-            how: dict[str, Any] = {
-                "precision": precision,
-                "tokens": tokens,
-                "own_weights": not part.policy,
-            }
-            places = teachers if role_of(part.edge) == "teachers" else others
-            places.append(reader_parts(model.shape, what=part.edge, **how))
+            read = reader_parts(
+                model.shape,
+                what=part.edge,
+                precision=precision,
+                tokens=tokens,
+                own_weights=not part.policy,
+            )
+            (teachers if role_of(part.edge) == "teachers" else others).append(read)
     return _together(learners, samplers, teachers, others)
 
 
@@ -151,7 +152,7 @@ def trained_numbers(model: Model, config: Mapping[str, Any]) -> int:
         "down_proj": (shape.intermediate, shape.hidden),
     }
     taken = places if chosen == "all-linear" else {n: p for n, p in places.items() if n in chosen}
-    each = sum(
+    each: int = sum(
         lora.get("rank", 16) * (a + b) + b * bool(lora.get("dora")) for a, b in taken.values()
     )
     return model.layers * each

@@ -54,6 +54,8 @@ class Work:
     parts: Sequence[Part] = ()
     rows: float = 0.0
     """Rows that are handled one by one, without a model: made, checked, sorted out."""
+    read_rows: float = 0.0
+    """Rows that are read and encoded before the first step."""
     kept_rows: float = 0.0
     """Rows that the stage leaves on the disk."""
     kept_tokens: float = 0.0

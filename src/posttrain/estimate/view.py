@@ -79,8 +79,9 @@ class World:
         if source is not None:
             return self.counter(source)
         artifact = self.artifact(name)
-        place = node.runtime.get("directory") or (artifact and artifact.path)
-        return Characters() if place is None else Checkpoint(Path(place))
+        if "directory" in node.runtime:
+            return Checkpoint(Path(node.runtime["directory"]))
+        return Characters() if artifact is None else Checkpoint(artifact.path)
 
 
 def first_model(inputs: Mapping[str, str]) -> str | None:
@@ -269,17 +270,15 @@ class StageView:
 
     def sampled_rows(self) -> float:
         """Responses that a stage of this kind leaves behind; 0 for one that samples none."""
-        settings = self.settings
+        settings, total = self.settings, 0.0
         if self.node.kind == "sample":
             counts = self.problems("train")
-            return sum(
-                settings.k * min(settings.num_prompts, counts.get(domain) or settings.num_prompts)
-                * len(models)
-                for domain, models in settings.routes.items()
-            )  # fmt: skip
+            for domain, models in settings.routes.items():
+                prompts = min(settings.num_prompts, counts.get(domain) or settings.num_prompts)
+                total += settings.k * prompts * len(models)
         if self.node.kind == "rl":
-            return settings.steps * self.number("prompts_per_step") * self.number("group_size")
-        return 0.0
+            total = settings.steps * self.number("prompts_per_step") * self.number("group_size")
+        return total
 
     # -- responses -------------------------------------------------------------------------------
 

@@ -60,7 +60,8 @@ def sft(view: View) -> Work:
 
 def _imitating(view: View, rows: Rows, steps: float, *, edge: str) -> Work:
     learn = _learn(rows, edge=edge, calls=steps, rows=view.number("batch_size"))
-    return Work(parts=[learn, *_aux(view, edge, steps)], saves=True, steps=steps)
+    parts = [learn, *_aux(view, edge, steps)]
+    return Work(parts=parts, saves=True, steps=steps, read_rows=rows.count)
 
 
 def dpo(view: View) -> Work:
@@ -72,7 +73,7 @@ def dpo(view: View) -> Work:
     if view.settings.loss.kind != "simpo":
         edge = "reference" if "reference" in view.inputs else "start"
         parts.append(_score(edge, pairs, rows=2 * pairs.count, group=2.0))
-    return Work(parts=parts, saves=True, steps=steps)
+    return Work(parts=parts, saves=True, steps=steps, read_rows=2 * pairs.count)
 
 
 def reward_model(view: View) -> Work:
@@ -82,7 +83,7 @@ def reward_model(view: View) -> Work:
     steps = settings.num_steps(round(kept), round(view.number("batch_size")))
     learn = _learn(pairs, calls=steps, rows=2 * view.number("batch_size"), group=2.0)
     held = _score("start", pairs, rows=2 * pairs.count * settings.holdout, group=2.0)
-    return Work(parts=[learn, held], saves=True, steps=steps)
+    return Work(parts=[learn, held], saves=True, steps=steps, read_rows=2 * pairs.count)
 
 
 def rl(view: View) -> Work:
@@ -113,6 +114,7 @@ def rl(view: View) -> Work:
         parts=parts,
         saves=True,
         steps=steps,
+        read_rows=view.prompts().count,
         kept_rows=steps * sampled.rows,
         kept_tokens=sampled.prompt + 2 * sampled.response,
     )
@@ -134,7 +136,8 @@ def distill(view: View) -> Work:
         for name in dict.fromkeys(taught)
     ]
     aux = _aux(view, "start", steps * s.num_minibatches)
-    return Work(parts=[sampled, learned, *teachers, *aux], saves=True, steps=steps)
+    parts = [sampled, learned, *teachers, *aux]
+    return Work(parts=parts, saves=True, steps=steps, read_rows=view.prompts().count)
 
 
 def evaluate(view: View) -> Work:
