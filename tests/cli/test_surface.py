@@ -19,7 +19,7 @@ HEAVY = ("torch", "transformers", "numpy", "matplotlib", "reasoning_gym", "datas
 RECIPE = {"RECIPE", "--set", "--suite", "--store", "--seed"}
 SURFACE = {
     "run": RECIPE | {"--jobs", "--device", "--compile", "--report", "--no-report", "--json"},
-    "plan": RECIPE | {"--json"},
+    "plan": RECIPE | {"--json", "--estimate", "--jobs", "--device", "--memory"},
     "sweep": {"RECIPE", "--axis", "--seeds", "--set", "--suite", "--store", "--split", "--plan"}
     | {"--jobs", "--device", "--compile", "--report", "--no-report", "--json"},
     "recipes": {"--json"},

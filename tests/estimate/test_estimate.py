@@ -12,7 +12,7 @@ from tests.estimate.conftest import Commit
 
 from posttrain.engine.store import Store
 from posttrain.estimate.about import Estimate, Machine, StageEstimate
-from posttrain.estimate.costs import STAGE_SECONDS
+from posttrain.estimate.costs import LEARNING, RUN_SECONDS, STAGE_SECONDS
 from posttrain.estimate.fits import what_does_not_fit
 from posttrain.estimate.lengths import Characters, Checkpoint
 from posttrain.estimate.rates import read_rates
@@ -36,7 +36,7 @@ def test_without_rates_and_runs_seconds_are_not_known(store: Store, machine: Mac
     # All else is.
     assert found["sft"].parameters and found["sft"].learned > 0 and found["sft"].disk.kept > 0
     # A domain has no model that would have to be measured.
-    assert found["add"].seconds == pytest.approx(STAGE_SECONDS + 130 * 1.5e-4)
+    assert found["add"].seconds == pytest.approx(RUN_SECONDS + STAGE_SECONDS + 130 * 1.5e-4)
 
 
 def test_rates_make_seconds(store: Store, machine: Machine) -> None:
@@ -47,7 +47,7 @@ def test_rates_make_seconds(store: Store, machine: Machine) -> None:
     assert one.found[0] == "calibrated" and one.seconds is not None
     # Lengths that are not known yet are 64 and 64 tokens; one layer.
     assert one.learned == 5 * 4 * 64
-    least = 5 * 4 * (128 * 1e-3 + 64 * 1e-2)
+    least = LEARNING * 5 * 4 * (128 * 1e-3 + 64 * 1e-2)
     assert least < one.seconds < least + 2 * STAGE_SECONDS
     twice = by_name(estimated(line(sft(10)), store, machine))["sft"]
     assert twice.seconds is not None
@@ -193,12 +193,12 @@ def test_damaged_caches_are_done_without(own_cache: Any, machine: Machine) -> No
 
 
 def test_tokens_are_counted_with_the_template(models: dict[str, str]) -> None:
-    directory = Path(models["start"])
+    directory = Path(models["one"])
     assert Characters().prompt("1+1=") == 6 and Characters().response("2") == 2
     from posttrain.backends.checkpoint import read_chat
 
     chat, counter = read_chat(directory), Checkpoint(directory)
-    for text in ("1+1=", "hello world"):
+    for text in ("77", "lamp"):
         assert counter.prompt(text) == len(chat.prompt(text))
         assert counter.response(text) == len(chat.response("1+1=", text))
 

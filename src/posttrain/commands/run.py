@@ -123,7 +123,7 @@ def run(
         out.print(Text(f"report: {report.absolute()}{state}"), soft_wrap=True)
     made = {} if failure else just_made(rows, place)
     estimates = compared(list(made.items()))
-    if estimates:
+    if any(row.cells["Time"].estimate is not None for row in estimates):
         out.print()
         out.print(estimates_table(estimates))
     seconds = time.monotonic() - began

@@ -16,6 +16,9 @@ from posttrain.estimate.shapes import Model
 
 MOST_ROWS = 256
 """Rows that are sampled at once (`backends/local.py`)."""
+LEARNING = 1.15
+"""What the learner takes beside the layers that were measured: masks, the parts of a pass that are
+padding, and gradients that are added up."""
 PASS_CALLS = 300
 """What a forward pass costs beside its layers, in smallest operations: it is laid out, its columns
 are chosen and moved, its metrics added up."""
@@ -30,7 +33,7 @@ WORKERS_GAIN = 0.8
 STAGE_SECONDS = 0.6
 """A stage without any work: its process, its verifiers, its commit."""
 RUN_SECONDS = 4.0
-"""Before the first stage of a run begins to work: what all stages import is imported once."""
+"""Of the first stage of a run, before it begins to work: what stages import is imported once."""
 ROW_SECONDS = 1.5e-4
 """A row that is made, checked or sorted out without a model."""
 READ_SECONDS = 5e-5
@@ -63,7 +66,7 @@ def _learning(part: Part, model: Model, rates: Rates) -> float:
     layers = model.layers * (passes * rates.learn_fixed + part.read * rates.learn_token)
     head = part.rows * part.response * (rates.head_pair if part.pair else rates.head_learn)
     steps = part.updates * (model.parameters * rates.adam + UPDATE_CALLS * rates.operation)
-    return layers + head + steps + passes * PASS_CALLS * rates.operation
+    return LEARNING * (layers + head) + steps + passes * PASS_CALLS * rates.operation
 
 
 def _reading(part: Part, model: Model, rates: Rates) -> float:

@@ -140,7 +140,7 @@ class Made:
         """Seconds beside its steps, seconds of a step, and how many it had. Without steps all are
         beside them."""
         total, lines = float(self.facts["seconds"]), self.lines
-        if len(lines) <= WARM or self.facts.get("resumed_at_step") is not None:
+        if len(lines) < 2 or self.facts.get("resumed_at_step") is not None:
             return total, 0.0, 0.0
         first, last = lines[min(WARM, len(lines) - 2)], lines[-1]
         steps = last["step"] - first["step"]
@@ -148,6 +148,11 @@ class Made:
             return total, 0.0, 0.0
         each = (last["seconds"] - first["seconds"]) / steps
         return max(0.0, total - each * last["step"]), each, float(last["step"])
+
+    @property
+    def steps(self) -> float:
+        """How many steps it had; 0 without a log."""
+        return float(self.lines[-1]["step"]) if self.lines else 0.0
 
     def mean(self, metric: str) -> float | None:
         """The mean of a metric over its steps."""
@@ -193,7 +198,7 @@ class Like:
             return None
         found = []
         for made in self.made:
-            processed, count = made.facts.get("tokens"), made.timing[2]
+            processed, count = made.facts.get("tokens"), made.steps
             if processed:
                 found.append(float(processed) * (steps / count if steps and count else 1.0))
         return median(found) if found else None
