@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -107,6 +108,20 @@ def test_a_run_goes_by_earlier_ones(cli: Callable[..., Any], done: Path, cache: 
     assert made.provenance["estimate"]["tokens"] == pytest.approx(
         made.provenance["tokens"], rel=0.3
     )
+
+
+def test_a_kind_of_ones_own_says_what_it_computes(
+    cli: Callable[..., Any], place: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy(Path(__file__).with_name("own_kind.py"), place)
+    monkeypatch.delitem(sys.modules, "own_kind", raising=False)
+    monkeypatch.syspath_prepend(str(place))
+    options = ("--suite", "pairs.toml", "--estimate", "--device", "cpu", "--json")
+    estimate = cli("plan", "own_kind.py", *options).json["estimate"]
+    seconds = {stage["name"]: stage["seconds"] for stage in estimate["stages"]}
+    # Fewer calls on the problems of one domain of two.
+    assert seconds["first"] >= seconds["second"] > 0
+    assert not any("cannot be counted" in text for s in estimate["stages"] for text in s["found"])
 
 
 def test_what_does_not_fit_is_shown(cli: Callable[..., Any], cache: Path) -> None:

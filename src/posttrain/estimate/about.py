@@ -22,7 +22,7 @@ from posttrain.estimate.rates import Rates, Setting, read_rates
 from posttrain.estimate.shapes import Model
 from posttrain.estimate.timetable import Timetable, timetable
 from posttrain.estimate.view import StageView, World
-from posttrain.stages.kinds import kind_of
+from posttrain.stages.kinds import shown_kind
 
 SAMPLING_SHARE = {"cpu": 4, "cuda": 2}
 """Which part of its memory sampling may take, as `backends/memory.py` has it."""
@@ -216,7 +216,7 @@ def estimate(
 
 def _count(world: World, row: PlanRow, machine: Machine) -> _Counted:
     view = StageView(world, row.name)
-    place = kind_of(row.kind).work
+    place = shown_kind(row.kind).work
     work: Work | None = None
     if place:
         try:

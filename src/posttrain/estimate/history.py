@@ -50,7 +50,9 @@ class Past:
     def made(self, kind: str) -> list[Made]:
         """Those of a kind, newest first."""
         if kind not in self._of_kind:
-            found = [a for a in self._every if a.kind == kind and "seconds" in a.provenance]
+            found = [
+                a for a in self._every if a.kind == kind and number(a.provenance.get("seconds"))
+            ]
             self._of_kind[kind] = [Made(artifact=a, past=self) for a in reversed(found)]
         return self._of_kind[kind]
 
@@ -101,7 +103,8 @@ class Made:
             found = [json.loads(line) for line in text.splitlines()]
         except (OSError, ValueError):
             return []
-        return [line for line in found if isinstance(line, dict) and "step" in line]
+        steps = [line for line in found if isinstance(line, dict) and number(line.get("step"))]
+        return [line for line in steps if number(line.get("seconds"))]
 
     @cached_property
     def weights(self) -> float:
@@ -182,7 +185,7 @@ class Like:
     def _seconds(self, steps: float, tokens: float) -> Iterator[float]:
         for made in self.made:
             beside, each, count = made.timing
-            processed = float(made.facts.get("tokens") or 0)
+            processed = number(made.facts.get("tokens"))
             done = each * count
             if self.exact and count and steps:
                 yield beside + each * steps
@@ -198,9 +201,9 @@ class Like:
             return None
         found = []
         for made in self.made:
-            processed, count = made.facts.get("tokens"), made.steps
+            processed, count = number(made.facts.get("tokens")), made.steps
             if processed:
-                found.append(float(processed) * (steps / count if steps and count else 1.0))
+                found.append(processed * (steps / count if steps and count else 1.0))
         return median(found) if found else None
 
     def memory(self) -> int | None:
@@ -210,7 +213,14 @@ class Like:
 
 def most_memory(facts: Iterable[Mapping[str, Any]]) -> int | None:
     """The most bytes that a stage took by its records; None where none says it."""
-    return max((int(f["peak_memory"]) for f in facts if f.get("peak_memory")), default=None)
+    found = [int(number(one.get("peak_memory"))) for one in facts]
+    return max(found, default=0) or None
+
+
+def number(value: Any) -> float:
+    """A number above 0 that a record or a log has, else 0: whoever wrote it may be a stranger."""
+    usable = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if usable and 0 < value < 1e300 else 0.0
 
 
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from posttrain.estimate.lengths import Characters, Checkpoint, Counter, Lengths,
 from posttrain.estimate.parts import Rows
 from posttrain.estimate.shapes import Model, model_of_directory, model_of_pretrain
 from posttrain.stages.config import build_config
-from posttrain.stages.kinds import kind_of
+from posttrain.stages.kinds import shown_kind
 
 IMITATING = ("pretrain", "sft")
 """Kinds that teach a model to say what demonstrations say."""
@@ -54,7 +54,7 @@ class World:
 
     def _model(self, name: str) -> Model | None:
         node, artifact = self.graph.nodes[name], self.artifact(name)
-        if not kind_of(node.kind).is_model():
+        if not shown_kind(node.kind).is_model():
             return None
         if artifact is not None and (found := model_of_directory(artifact.path)) is not None:
             return found
@@ -115,7 +115,7 @@ class StageView:
     @cached_property
     def settings(self) -> Any:
         """See `View.settings`."""
-        kind = kind_of(self.node.kind)
+        kind = shown_kind(self.node.kind)
         if kind.from_outside:
             return self.node.config
         return build_config(self.node.kind, self.name, self.node.config)
@@ -147,7 +147,7 @@ class StageView:
         """See `View.model`; of "" the model that the stage itself makes or is about."""
         if edge:
             return self.world.model(self.inputs[edge]) if edge in self.inputs else None
-        if kind_of(self.node.kind).is_model():
+        if shown_kind(self.node.kind).is_model():
             return self.world.model(self.name)
         source = first_model(self.inputs)
         return None if source is None else self.world.model(source)
@@ -178,7 +178,7 @@ class StageView:
     @property
     def counter(self) -> Counter:
         """What counts tokens for the model of this stage."""
-        own = kind_of(self.node.kind).is_model()
+        own = shown_kind(self.node.kind).is_model()
         source = self.name if own else first_model(self.inputs)
         return Characters() if source is None else self.world.counter(source)
 
