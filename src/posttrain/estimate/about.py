@@ -275,11 +275,10 @@ def _estimated(one: _Counted, rates: Mapping[str, Rates], machine: Machine) -> S
     if like is not None and (found := like.memory()) is not None and like.exact:
         peak = found
     seconds = _seconds(one, rates, machine, tokens)
-    learns_or_reads = any(part.edge == "" or part.edge in view.inputs for part in work.parts)
     return StageEstimate(
         name=view.name,
         kind=view.node.kind,
-        parameters=own.parameters if own is not None and (learns_or_reads or work.saves) else None,
+        parameters=None if own is None else own.parameters,
         sampled=work.tokens("sample") * one.left,
         learned=work.tokens("learn") * one.left,
         scored=work.tokens("score") * one.left,
@@ -330,6 +329,9 @@ def _seconds(
     sources = [view.model(edge) for edge in view.inputs] if work.saves and not work.parts else []
     loaded += sum(model.bytes for model in sources if model is not None)
     own = view.model("")
+    if own is not None and not work.parts and not work.saves:
+        # What comes from outside is loaded once, to see that it can be.
+        loaded += own.bytes
     saved = float(own.bytes) if work.saves and own is not None else 0.0
     return one.left * total + overhead(work, loaded + saved)
 
