@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
@@ -321,16 +321,15 @@ def plan_passes(
     precision: str = "float32",
     max_tokens: int = MAX_TOKENS,
 ) -> PassPlan:
-    """How a learner whose parts are `taken` (those of `learner_parts`; activations in them do not
-    count) fits into `memory` bytes.
+    """How a learner fits into `memory` bytes, of which `taken` are parts: its own, of which
+    activations do not count, and those of other models of the stage.
 
     As many tokens at once as fit, `max_tokens` at most. Where fewer than `WORTH_KEEPING` would, the
     insides of layers are computed again, which takes a third more time and lets ten times as many
     tokens fit. Never fewer than `MIN_TOKENS`: what does not fit then ends with an error that says
     so.
     """
-    fixed = peak(replace(part, bytes=0) if _is_activation(part) else part for part in taken)
-    left = max(0, memory - fixed)
+    left = max(0, memory - peak(part for part in taken if _stays(part)))
     kept = left // token_bytes(shape, precision)
     if kept >= min(WORTH_KEEPING, max_tokens):
         return PassPlan(max_tokens=min(kept, max_tokens), kept_tokens=kept)
@@ -338,8 +337,11 @@ def plan_passes(
     return PassPlan(max_tokens=min(max(again, MIN_TOKENS), max_tokens), kept_tokens=kept)
 
 
-def _is_activation(part: Part) -> bool:
-    return part.phase == "learning" and part.what.startswith("activations")
+def _stays(part: Part) -> bool:
+    """Whether a part is there in a learner's pass whatever its tokens."""
+    if part.phase == "learning":
+        return not part.what.startswith("activations")
+    return part.phase == "always"
 
 
 # -- on the disk -----------------------------------------------------------------------------------
