@@ -153,8 +153,6 @@ def test_a_real_limit(
     )
     told = done.stdout.splitlines()[-1]
     assert told.startswith("StageError: stage 'tight': out of memory on the cpu while ")
-        done.stderr
-    )
     assert "run fewer stages at once (--jobs 1)" in told
 
 
