@@ -160,6 +160,13 @@ def row_bytes(shape: Shape, tokens: int, precision: str = "float32") -> float:
     return GROWING * cache_bytes(shape, tokens, precision) + LOGITS_BYTES * shape.vocabulary
 
 
+def laid_out_bytes(shape: Shape, precision: str = "float32") -> int:
+    """The weights of the layers once more, joined where they read the same input, as they are while
+    responses are sampled (`cpu/fused.py`)."""
+    layers = shape.parameters - shape.vocabulary * shape.hidden
+    return max(0, layers) * Bytes[precision]
+
+
 def layer_bytes(shape: Shape, precision: str = "float32") -> int:
     """What one layer keeps of one token for its backward pass."""
     size = Bytes[precision]
@@ -206,20 +213,26 @@ def learner_parts(
     states: str = "float32",
     ema: bool = False,
     trained: int | None = None,
+    adapter: bool = False,
     tokens: int = MAX_TOKENS,
     checkpointing: bool = False,
 ) -> tuple[Part, ...]:
     """A model that learns.
 
     `precision` is what it computes in, `master` and `states` are those of its optimiser; `trained`
-    is how many numbers learn (all without one: adapters and frozen layers need moments and
-    gradients for these only); `tokens` are those of its largest forward pass.
+    is how many numbers learn, all without one: only these have moments and gradients. With
+    `adapter` they are those of an adapter, and the weights below it are there once, in the type
+    that computes. `tokens` are those of its largest forward pass.
     """
     size, all_of_it = Bytes[precision], shape.parameters
     learning = all_of_it if trained is None else trained
     whole = master == "float32"
-    weight = 4 if whole else size
-    parts = [Part(what=f"weights in {'float32' if whole else precision}", bytes=all_of_it * weight)]
+    kind = "float32" if whole else precision
+    parts = []
+    if adapter:
+        parts.append(Part(what=f"frozen weights in {precision}", bytes=all_of_it * size))
+        all_of_it = learning
+    parts.append(Part(what=f"weights that learn in {kind}", bytes=all_of_it * Bytes[kind]))
     if whole and size < 4:
         parts.append(Part(what=f"their copy in {precision}", bytes=all_of_it * size))
     moment = {"float32": 4.0, "int8": INT8_STATE}[states]
@@ -278,6 +291,11 @@ def sampler_parts(
     cache = int(rows * GROWING * cache_bytes(shape, length, precision))
     logits = rows * LOGITS_BYTES * shape.vocabulary
     parts = [
+        Part(
+            what="weights laid out for sampling",
+            bytes=laid_out_bytes(shape, precision),
+            phase="sampling",
+        ),
         Part(what=f"keys and values of {rows:,} rows", bytes=cache, phase="sampling"),
         Part(what=f"logits of {rows:,} rows", bytes=logits, phase="sampling"),
     ]

@@ -28,6 +28,7 @@ from posttrain.backends.budget import (
     Part,
     PassPlan,
     Shape,
+    laid_out_bytes,
     layer_bytes,
     peak,
     plan_passes,
@@ -108,14 +109,19 @@ class Budget:
         """Note what `owner` takes from now on, as long as it lives."""
         self._taken[owner] = tuple(parts)
 
-    def for_sampling(self) -> int:
-        """Bytes that caches of sampling may take: what other things leave of a number that was
+    def for_sampling(self, shape: Shape, precision: str) -> int:
+        """Bytes that caches of a sampler may take: what other things leave of a number that was
         given, or a share of what there is."""
         if self.given is None:
             shares = DEVICE_CACHES if self.device.type == "cuda" else CPU_CACHES
             return device_memory(self.device) // shares
         resident = peak(part for part in self.parts if part.phase == "always")
-        return max(self.given // LEAST_SHARE, self.given - resident)
+        left = self.given - resident - laid_out_bytes(shape, precision)
+        return max(self.given // LEAST_SHARE, left)
+
+    def for_prefill(self) -> int:
+        """Bytes that one layer's numbers may take while prompts are read."""
+        return self.total // LEAST_SHARE
 
     def for_learning(self, shape: Shape, precision: str, max_tokens: int) -> PassPlan:
         """How the passes of a learner fit, which has told what it takes itself."""
