@@ -24,6 +24,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from posttrain.backends.budget import (
+    CONFIG,
     MIN_TOKENS,
     Part,
     PassPlan,
@@ -35,6 +36,7 @@ from posttrain.backends.budget import (
     row_bytes,
     shape_of,
 )
+from posttrain.backends.outside.positions import text_config
 from posttrain.engine.errors import ConfigError
 
 MEMORY = "POSTTRAIN_MEMORY"
@@ -152,7 +154,13 @@ def _machine_memory() -> int:
 
 def model_shape(model: Any) -> Shape:
     """The shape of a transformers model."""
-    return shape_of(model.config.to_dict(), sum(p.numel() for p in model.parameters()))
+    config = text_config(model.config)
+    # The object knows the usual names of what its file calls otherwise.
+    found = {name: getattr(config, name, None) for name in CONFIG}
+    if not found["hidden_size"]:
+        found["hidden_size"] = model.get_input_embeddings().weight.shape[1]
+    found["num_hidden_layers"] = found["num_hidden_layers"] or 1
+    return shape_of(found, sum(p.numel() for p in model.parameters()))
 
 
 def precision_of(model: Any) -> str:
