@@ -97,14 +97,14 @@ class LocalLearner:
         """How it goes through a batch. Asked for when the models of the stage are there."""
         if self.budget is None:
             return PassPlan(max_tokens=self._max_tokens, kept_tokens=self._kept_tokens)
-        shape, precision = model_shape(self.master), precision_of(self.model)
+        shape, precision = model_shape(self.model), precision_of(self.model)
         plan = self.budget.for_learning(shape, precision, self._max_tokens)
         self.budget.take(self, self._parts(plan))
         return plan
 
     def _parts(self, plan: PassPlan) -> tuple[Part, ...]:
         return learner_parts(
-            model_shape(self.master),
+            model_shape(self.model),
             precision=precision_of(self.model),
             master=self.settings.master,
             states=self.settings.states,
