@@ -12,7 +12,7 @@ from tests.estimate.conftest import Commit
 
 from posttrain.engine.store import Store
 from posttrain.estimate.about import Estimate, Machine, StageEstimate
-from posttrain.estimate.costs import LEARNING, RUN_SECONDS, STAGE_SECONDS
+from posttrain.estimate.costs import LEARNING, ROW_SECONDS, RUN_SECONDS, STAGE_SECONDS
 from posttrain.estimate.fits import what_does_not_fit
 from posttrain.estimate.lengths import Characters, Checkpoint
 from posttrain.estimate.rates import read_rates
@@ -36,7 +36,7 @@ def test_without_rates_and_runs_seconds_are_not_known(store: Store, machine: Mac
     # All else is.
     assert found["sft"].parameters and found["sft"].learned > 0 and found["sft"].disk.kept > 0
     # A domain has no model that would have to be measured.
-    assert found["add"].seconds == pytest.approx(RUN_SECONDS + STAGE_SECONDS + 130 * 1.5e-4)
+    assert found["add"].seconds == pytest.approx(RUN_SECONDS + STAGE_SECONDS + 130 * ROW_SECONDS)
 
 
 def test_rates_make_seconds(store: Store, machine: Machine) -> None:

@@ -123,7 +123,7 @@ def test_teachers_read_the_rows_of_their_domains() -> None:
     view = Told("distill", inputs, steps=5, prompts_per_step=16, routes=routes)
     work = counting.distill(view)
     assert tokens(work) == (5 * 16 * 8, 5 * 16 * 8, 5 * 16 * 8)
-    shares = {part.edge: part.rows for part in work.parts if part.do == "score"}
+    shares = {p.edge: p.calls * p.rows / 5 for p in work.parts if p.do == "score"}
     assert shares == {"teachers.x": 12, "teachers.y": 4}
     learned = next(part for part in work.parts if part.do == "learn")
     assert learned.pair, "the exact divergence goes over two vocabularies"

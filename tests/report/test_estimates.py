@@ -12,7 +12,9 @@ from posttrain.report.estimates import compared, estimates_table
 
 def made(name: str, size: int = 1000, **provenance: Any) -> tuple[str, Recorded]:
     files = {"model.safetensors": {"sha256": "0" * 64, "bytes": size}}
-    return name, Recorded(record={"name": name, "files": files, "provenance": provenance})
+    return name, Recorded(
+        record={"name": name, "kind": "sft", "files": files, "provenance": provenance}
+    )
 
 
 EXPECTED = {"seconds": 10.0, "tokens": 500, "peak_memory": 2_000_000, "disk": 500, "found": ["x"]}

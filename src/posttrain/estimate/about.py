@@ -16,7 +16,7 @@ from posttrain.engine.store import Store
 from posttrain.estimate.costs import RUN_SECONDS, overhead, seconds_of_part
 from posttrain.estimate.history import Past
 from posttrain.estimate.lengths import Texts
-from posttrain.estimate.memory import Disk, Memory, disk_of, memory_of
+from posttrain.estimate.memory import Disk, Memory, disk_of, memory_of, of_loading
 from posttrain.estimate.parts import Work
 from posttrain.estimate.rates import Rates, Setting, read_rates
 from posttrain.estimate.shapes import Model
@@ -263,6 +263,8 @@ def _estimated(one: _Counted, rates: Mapping[str, Rates], machine: Machine) -> S
     own = view.model("")
     limits = {"budget_bytes": machine.memory, "sampling": machine.sampling}
     memory = memory_of(work, view.model, view.config, **limits)
+    if own is not None and not work.parts:
+        memory = of_loading(own)
     narrow = None
     if memory is not None and memory.peak > machine.memory:
         halved = {**view.config, "precision": "bfloat16"}

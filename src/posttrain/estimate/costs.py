@@ -19,7 +19,7 @@ MOST_ROWS = 256
 LEARNING = 1.15
 """What the learner takes beside the layers that were measured: masks, the parts of a pass that are
 padding, and gradients that are added up."""
-PASS_CALLS = 300
+PASS_CALLS = 800
 """What a forward pass costs beside its layers, in smallest operations: it is laid out, its columns
 are chosen and moved, its metrics added up."""
 UPDATE_CALLS = 400
@@ -30,13 +30,13 @@ ROW_CALLS = 40
 """What a row costs that is drawn, encoded, decoded, verified or written."""
 WORKERS_GAIN = 0.8
 """How much of a further thread forward passes of a tiny model make use of beside each other."""
-STAGE_SECONDS = 0.6
+STAGE_SECONDS = 0.5
 """A stage without any work: its process, its verifiers, its commit."""
 RUN_SECONDS = 4.0
 """Of the first stage of a run, before it begins to work: what stages import is imported once."""
-ROW_SECONDS = 1.5e-4
+ROW_SECONDS = 1e-4
 """A row that is made, checked or sorted out without a model."""
-READ_SECONDS = 5e-5
+READ_SECONDS = 8e-5
 """A row that is read and encoded before the first step."""
 LOADED_BYTES = 5e8
 """Bytes of weights in a second: read and converted, or written and hashed."""

@@ -42,7 +42,8 @@ class Memory:
     """Teachers, references and judges together."""
     peak: int = PLAIN_PROCESS
     """All at once, with the process itself."""
-    pieces: Pieces = ()
+    learners: Pieces = ()
+    """Those of what learns."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +114,7 @@ def _together(
         sampler=_largest(sampler),
         readers=_largest(readers),
         peak=peak(pieces) if pieces else PLAIN_PROCESS,
-        pieces=pieces,
+        learners=tuple(learner),
     )
 
 
@@ -126,6 +127,7 @@ def _learner(model: Model, config: Mapping[str, Any], tokens: int, memory: int) 
         "states": optimizer.get("states", "float32"),
         "ema": optimizer.get("ema") is not None,
         "trained": trained_numbers(model, config) if lora else None,
+        "adapter": bool(lora),
     }
     parts = learner_parts(model.shape, tokens=tokens, **how)
     plan = plan_passes(
@@ -171,6 +173,12 @@ def _largest(parts: Iterable[Piece]) -> int:
     return peak(parts, process=0)
 
 
+def of_loading(model: Model) -> Memory:
+    """A stage that loads a model and computes nothing with it: in float32, from its file."""
+    weights = 4 * model.parameters + (0 if model.dtype == "float32" else model.bytes)
+    return Memory(peak=PLAIN_PROCESS + weights)
+
+
 def disk_of(
     work: Work, model: Model | None, config: Mapping[str, Any], memory: Memory | None
 ) -> Disk:
@@ -182,6 +190,6 @@ def disk_of(
         lora = config.get("lora")
         # An adapter is saved in the type in which it learned.
         kept += 4 * trained_numbers(model, config) if lora else saved_bytes(model.shape, dtype)
-    parts = () if memory is None or not work.saves else memory.pieces
-    learner = [p for p in parts if "optimiser" in p.what or p.what.startswith("weights in")]
+    learner = () if memory is None or not work.saves else memory.learners
+    learner = tuple(piece for piece in learner if not piece.what.startswith("frozen"))
     return Disk(kept=round(kept), meanwhile=2 * step_checkpoint_bytes(learner))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from posttrain.backends.budget import Bytes, Shape, saved_bytes, shape_of
+from posttrain.backends.budget import BYTES, Shape, saved_bytes, shape_of
 from posttrain.backends.outside.headers import FLOATS, num_parameters, read_headers
 from posttrain.backends.outside.positions import text_config
 from posttrain.engine.errors import ConfigError
@@ -152,4 +152,4 @@ def _whole(config: Mapping[str, Any], *names: str) -> int:
 def _dtype(config: Mapping[str, Any]) -> str | None:
     """The type that a config names; files of older versions have the second name for it."""
     said = config.get("dtype") or config.get("torch_dtype")
-    return said if said in Bytes else None
+    return said if said in BYTES else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -11,6 +12,8 @@ from posttrain.estimate.parts import Part, Rows, View, Work
 
 PROMPTS_PER_CALL = 64
 """As `stages/sample.py` has it."""
+TEACHER_TOKENS = 1024
+"""Tokens that teachers read together while the student samples (`stages/teachers.py`)."""
 READ_PER_CALL = 512
 """Rows that a reference or a judge reads at once, about."""
 
@@ -128,9 +131,12 @@ def distill(view: View) -> Work:
     exact = s.estimator.kind not in ("sampled_token", "top_k")
     learned = replace(_as_learned(sampled, updates=float(s.num_minibatches)), pair=exact)
     taught = [name for route in s.routes.values() for name in _names(route)]
+    # They read while the student samples, some rows at a time.
+    times = max(1, math.ceil(sampled.read / TEACHER_TOKENS))
+    read = replace(sampled, calls=steps * times, rows=sampled.rows / times)
     teachers = [
         _as_read(
-            replace(sampled, rows=sampled.rows * taught.count(name) / len(taught)),
+            replace(read, rows=read.rows * taught.count(name) / len(taught)),
             edge_name("teachers", name),
         )
         for name in dict.fromkeys(taught)

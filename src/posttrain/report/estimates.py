@@ -85,7 +85,10 @@ def _found(estimate: Mapping[str, Any]) -> str:
 
 def _cell(name: str, stage: Recorded, write: Callable[[float], str]) -> Cell:
     expected = _number(_estimate(stage).get(name))
-    actual = float(stage.bytes) if name == "disk" else _number(stage.provenance.get(name))
+    actual = _number(stage.provenance.get(name))
+    if name == "disk":
+        # What was taken in from outside is linked, which takes nothing.
+        actual = None if stage.kind == "model" else float(stage.bytes)
     if not expected and not actual:
         return Cell(estimate=None, actual=None, text="")
     texts = [DASH if value is None else write(value) for value in (expected, actual)]
