@@ -9,12 +9,14 @@ from posttrain.stages.kinds import Kind
 from posttrain.values import Settings
 
 if TYPE_CHECKING:  # it imports torch
+    from posttrain.estimate.parts import View
     from posttrain.stages.context import Context
 
 ECHO = Kind(
     name="own_kind.ECHO",
     settings="own_kind:Echo",
     run="own_kind:run",
+    work="own_kind:work",
     makes=("model",),
     card="an echo of its problems",
     headline=("loudness",),
@@ -42,6 +44,14 @@ def run(config: Echo, ctx: Context) -> dict[str, float]:
     first = [ctx.problems(domain, "train")[0]["prompt"] for domain in ctx.domains]
     (ctx.out / "echo.txt").write_text("\n".join(first))
     return {"loudness": loudness}
+
+
+def work(view: View):
+    """A call handles every problem."""
+    from posttrain.estimate.parts import Work
+
+    problems = sum(view.problems("train").values())
+    return Work(rows=problems * view.settings.calls, steps=view.settings.calls)
 
 
 def recipe(r: Recipe):

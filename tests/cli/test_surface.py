@@ -19,12 +19,12 @@ HEAVY = ("torch", "transformers", "numpy", "matplotlib", "reasoning_gym", "datas
 RECIPE = {"RECIPE", "--set", "--suite", "--store", "--seed"}
 SURFACE = {
     "run": RECIPE
-    | {"--jobs", "--device", "--compile", "--report", "--no-report", "--log", "--json"},
-    "plan": RECIPE | {"--json"},
+    | {"--jobs", "--device", "--compile", "--memory", "--report", "--no-report", "--log", "--json"},
+    "plan": RECIPE | {"--json", "--estimate", "--jobs", "--device", "--memory"},
     "sweep": {"RECIPE", "--axis", "--seeds", "--set", "--suite", "--store", "--split", "--plan"}
-    | {"--jobs", "--device", "--compile", "--report", "--no-report", "--log", "--json"},
+    | {"--jobs", "--device", "--compile", "--memory", "--report", "--no-report", "--log", "--json"},
     "eval": {"ARTIFACT", "--tasks", "--include", "--fewshot", "--limit", "--plain", "--system"}
-    | {"--max-new-tokens", "--precision", "--seed", "--device", "--store", "--json"},
+    | {"--max-new-tokens", "--precision", "--seed", "--device", "--memory", "--store", "--json"},
     "recipes": {"--json"},
     "ls": {"--store", "--json"},
     "show": {"ARTIFACT", "--store", "--json"},

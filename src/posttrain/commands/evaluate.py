@@ -58,6 +58,7 @@ def eval(
     ] = "float32",
     seed: io.Seed = None,
     device: io.Device = "auto",
+    memory: io.Memory = None,
     store: io.StorePath = io.DEFAULT_STORE,
     as_json: io.Json = False,
 ) -> None:
@@ -90,7 +91,7 @@ def eval(
         sources=(),
     )
     out = console(as_json=as_json)
-    made, was_there = score(loaded, place, out, device)
+    made, was_there = score(loaded, place, out, device=device, memory=memory)
     scores, seconds = read_benchmarks(made), time.monotonic() - began
     if as_json:
         emit(
@@ -114,14 +115,19 @@ def the_model(store: Store, text: str) -> Artifact:
 
 
 def score(
-    loaded: Loaded, store: Store, out: Console, device: Literal["auto", "cpu", "cuda"]
+    loaded: Loaded,
+    store: Store,
+    out: Console,
+    *,
+    device: Literal["auto", "cpu", "cuda"],
+    memory: str | None,
 ) -> tuple[Artifact, bool]:
     """Run the stage unless it is there; the artifact, and whether it was there."""
     graph = loaded.graph
     rows = plan_graph(graph, store)
     summary(out, loaded, rows, store, ", ".join(graph.nodes[graph.target].config["tasks"]))
     view = LiveView(rows, graph, out)
-    how = choose(rows, loaded, jobs=1, device=device, compile=False)
+    how = choose(rows, loaded, jobs=1, device=device, compile=False, memory=memory)
     make(loaded, store, view, how, sinks_of(loaded, store, ()))
     made = store.find(graph.fingerprints()[graph.target])
     if made is None:

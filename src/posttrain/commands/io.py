@@ -90,6 +90,19 @@ Log = Annotated[
         help="Also log to trackio, wandb or tensorboard; repeatable.",
     ),
 ]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        "--memory",
+        metavar="SIZE",
+        help="What one stage may take of memory, such as 12GB. "
+        "Default: POSTTRAIN_MEMORY, or three quarters of what there is.",
+    ),
+]
+Estimate = Annotated[
+    bool,
+    typer.Option("--estimate", help="Also tell what it would take: tokens, memory, disk, time."),
+]
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object; text for people goes to stderr.")
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from rich.console import Console
 from rich.text import Text
 
-from posttrain.commands import data, io
+from posttrain.commands import data, estimate, io
 from posttrain.commands.io import console, emit, plain_table
 from posttrain.commands.report import check_report_path, write_report_of
 from posttrain.commands.tracking import sinks_of
@@ -21,9 +20,11 @@ from posttrain.engine.errors import Interrupted, PosttrainError
 from posttrain.engine.planner import PlanRow
 from posttrain.engine.planner import plan as plan_graph
 from posttrain.engine.provenance import Provenance, capture
+from posttrain.engine.record import Artifact
 from posttrain.engine.runner import run as run_graph
 from posttrain.engine.runner import usable_cores
 from posttrain.engine.store import Store
+from posttrain.report.estimates import compared, estimates_table
 from posttrain.report.gather import read_evaluation
 from posttrain.report.live import LiveView
 from posttrain.report.samples import EVERY, given_every
@@ -71,6 +72,7 @@ def run(
     jobs: io.Jobs = None,
     device: io.Device = "auto",
     compile: io.Compile = False,
+    memory: io.Memory = None,
     seed: io.Seed = None,
     report: io.ReportPath = io.DEFAULT_REPORT,
     no_report: io.NoReport = False,
@@ -95,8 +97,8 @@ def run(
     sinks = sinks_of(loaded, place, trackers)
     failure = None
     try:
-        how = choose(rows, loaded, jobs=jobs, device=device, compile=compile)
-        make(loaded, place, view, how, sinks)
+        how = choose(rows, loaded, jobs=jobs, device=device, compile=compile, memory=memory)
+        make(loaded, place, view, how, sinks, estimated(loaded, rows, place, how))
     except PosttrainError as error:
         warn(out, warnings_of(loaded, rows, view, sinks))
         # With --json the outcome is printed even of a run in which a stage failed.
@@ -126,6 +128,11 @@ def run(
         )
         state = "" if written else " (unchanged)"
         out.print(Text(f"report: {report.absolute()}{state}"), soft_wrap=True)
+    made = {} if failure else just_made(rows, place)
+    estimates = compared(list(made.items()))
+    if any(row.cells["Time"].estimate is not None for row in estimates):
+        out.print()
+        out.print(estimates_table(estimates))
     seconds = time.monotonic() - began
     out.print(Text(f"{loaded.name}: {count(statuses)} in {duration(seconds)}", "bold"))
     if as_json:
@@ -159,6 +166,12 @@ def stages_of(rows: Sequence[PlanRow], view: LiveView) -> list[dict[str, Any]]:
     return found
 
 
+def just_made(rows: Sequence[PlanRow], store: Store) -> dict[str, Artifact]:
+    """The artifacts by stage that were not there when this was planned."""
+    found = {row.name: store.find(row.fingerprint) for row in rows if row.artifact is None}
+    return {name: artifact for name, artifact in found.items() if artifact is not None}
+
+
 def remember_names(store: Store, loaded: Loaded, rows: Sequence[PlanRow]) -> None:
     """Leave in the store what this recipe calls the artifacts that are there."""
     store.names.remember(
@@ -187,13 +200,14 @@ def choose(
     jobs: int | None,
     device: Literal["auto", "cpu", "cuda"],
     compile: bool,
+    memory: str | None = None,
 ) -> How:
     """How the stages that are not cached are run; without such stages torch is not imported.
 
     On CUDA one stage runs at a time by default: they would share the memory of one card. Raises
     ConfigError for a device that is not there, `compile` on the CPU, a precision that the hardware
-    does not compute, a `POSTTRAIN_MEMORY` that is no number of bytes, and a `POSTTRAIN_SAMPLES`
-    that is no number of steps.
+    does not compute, a `memory`, or without it a `POSTTRAIN_MEMORY`, that is no number of bytes,
+    and a `POSTTRAIN_SAMPLES` that is no number of steps.
     """
     todo = [loaded.graph.nodes[row.name] for row in rows if row.action != "cached"]
     if not todo:
@@ -201,24 +215,49 @@ def choose(
     import torch
 
     from posttrain.backends.device import check_precision, choose_device, device_name
-    from posttrain.backends.memory import MEMORY, given_memory
+    from posttrain.backends.given_memory import MEMORY, given_memory, memory_size
     from posttrain.stages.worker import COMPILE, DEVICE
 
     chosen = choose_device(device, compile=compile)
     for precision in {node.config.get("precision", "float32") for node in todo}:
         check_precision(getattr(torch, precision), chosen)
     environment = {DEVICE: chosen.type} | ({COMPILE: "1"} if compile else {})
-    if given_memory() is not None:
-        environment[MEMORY] = os.environ[MEMORY]
+    facts: dict[str, Any] = {"device": device_name(chosen), "compile": compile}
+    size = given_memory() if memory is None else memory_size(memory, "--memory")
+    if size is not None:
+        environment[MEMORY] = str(size)
+        facts["memory"] = size
     if given_every(os.environ) is not None:
         environment[EVERY] = os.environ[EVERY]
-    facts = {"device": device_name(chosen), "compile": compile}
     default = 1 if chosen.type == "cuda" else usable_cores()
     return How(jobs=jobs or default, environment=environment, facts=facts)
 
 
-def make(loaded: Loaded, store: Store, view: LiveView, how: How, sinks: Sinks) -> None:
-    """Run the graph, show it, and tell the trackers."""
+def estimated(
+    loaded: Loaded, rows: Sequence[PlanRow], store: Store, how: How
+) -> Mapping[str, Mapping[str, Any]]:
+    """What the stages are expected to take by what is known already, for their records, by
+    fingerprint: nothing is measured or made for it. A run does not end over its estimate."""
+    if not how.facts:
+        return {}
+    machine = estimate.known_machine(how.jobs, how.facts["device"], how.facts.get("memory"))
+    try:
+        found = estimate.estimate_of(loaded.graph, rows, store, machine, measure=False)
+    except PosttrainError:
+        return {}
+    return estimate.facts_by_fingerprint(found, rows)
+
+
+def make(
+    loaded: Loaded,
+    store: Store,
+    view: LiveView,
+    how: How,
+    sinks: Sinks,
+    of_stages: Mapping[str, Mapping[str, Any]] | None = None,
+) -> None:
+    """Run the graph, show it, and tell the trackers. `of_stages` are facts for the records of
+    single stages, by fingerprint."""
     from posttrain.stages import worker
 
     provenance = Provenance()
@@ -226,7 +265,8 @@ def make(loaded: Loaded, store: Store, view: LiveView, how: How, sinks: Sinks) -
         captured = capture(
             loaded.sources, packages=PACKAGES, exclude=[store.root], texts=loaded.files
         )
-        provenance = replace(captured, facts={**captured.facts, **how.facts})
+        facts = {**captured.facts, **how.facts}
+        provenance = replace(captured, facts=facts, of_stages=of_stages or {})
     events = run_graph(
         loaded.graph,
         store,
@@ -250,18 +290,28 @@ def plan(
     suite: io.SuiteName = None,
     store: io.StorePath = io.DEFAULT_STORE,
     seed: io.Seed = None,
+    with_estimate: io.Estimate = False,
+    jobs: io.Jobs = None,
+    device: io.Device = "auto",
+    memory: io.Memory = None,
     as_json: io.Json = False,
 ) -> None:
     """Tell what `run` would do, stage by stage, and why. Runs nothing."""
     from posttrain.language.loader import load_recipe
 
     out = console(as_json=as_json)
+    if not with_estimate:
+        estimate.refuse_alone(jobs=jobs, device=device, memory=memory)
     place = Store(store)
     loaded = load_recipe(recipe, store=place, settings=settings or (), suite=suite, seed=seed)
     rows = plan_graph(loaded.graph, place)
     if as_json:
         told = {"recipe": loaded.name, "seed": loaded.seed, "stages": planned(rows)}
         told["warnings"] = warnings_of(loaded, rows)
+        if with_estimate:
+            machine = estimate.machine_of(jobs=jobs, device=device, memory=memory)
+            found = estimate.estimate_of(loaded.graph, rows, place, machine, measure=True)
+            told["estimate"] = estimate.told(found)
         emit(told | {"data": data_of(loaded, rows, place)})
         return
     summary(out, loaded, rows, place, f"seed {loaded.seed}: {len(rows)} stages")
@@ -272,6 +322,9 @@ def plan(
         cells = (row.name, row.kind, row.action, _reason(row, loaded))
         table.add_row(*(Text(cell, style) for cell in cells))
     out.print(table)
+    if with_estimate:
+        machine = estimate.machine_of(jobs=jobs, device=device, memory=memory)
+        estimate.show(out, estimate.estimate_of(loaded.graph, rows, place, machine, measure=True))
     warn(out, warnings_of(loaded, rows))
 
 

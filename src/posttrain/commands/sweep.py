@@ -89,6 +89,7 @@ def sweep(
     jobs: io.Jobs = None,
     device: io.Device = "auto",
     compile: io.Compile = False,
+    memory: io.Memory = None,
     report: io.ReportPath = Path("sweep.html"),
     no_report: io.NoReport = False,
     log: io.Log = None,
@@ -118,7 +119,7 @@ def sweep(
     view = LiveView(rows, loaded.graph, out)
     sinks = sinks_of(loaded, place, trackers)
     failure: StageError | Waiting | None = None
-    how = choose(rows, loaded, jobs=jobs, device=device, compile=compile)
+    how = choose(rows, loaded, jobs=jobs, device=device, compile=compile, memory=memory)
     try:
         make(loaded, place, view, how, sinks)
     except (StageError, Waiting) as error:

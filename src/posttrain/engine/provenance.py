@@ -53,6 +53,8 @@ class Provenance:
 
     facts: Mapping[str, Any] = field(default_factory=dict)
     diff: str = ""
+    of_stages: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Further facts about single stages, by fingerprint."""
 
 
 def capture(

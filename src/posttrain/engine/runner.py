@@ -327,6 +327,7 @@ class _Run:
             "seconds": round(seconds, 3),
             "threads": running.job.threads,
             "resumed_at_step": running.resumed,
+            **self.provenance.of_stages.get(self.rows[name].fingerprint, {}),
             **read_facts(running.work.path),
         }
         if "origin" in node.runtime:

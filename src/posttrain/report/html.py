@@ -21,6 +21,7 @@ from posttrain.engine.store import Store
 from posttrain.report import candidates, plots, scores, wording
 from posttrain.report.benchmarks import benchmarks_of, side_by_side, with_error
 from posttrain.report.curves import in_sentence, sections
+from posttrain.report.estimates import compared
 from posttrain.report.gather import (
     StageFacts,
     domain_colours,
@@ -38,6 +39,7 @@ LAYOUT = 5
 OF_A_STAGE = (
     *("seconds", "threads", "resumed_at_step", "tokens", "origin"),
     *("peak_memory", "peak_memory_of_a_child", "peak_memory_of_device"),
+    *("processor_seconds", "estimate"),
 )
 """Facts of the provenance that differ between the stages of one run."""
 _HERE = Path(__file__).parent
@@ -148,6 +150,7 @@ def _content(stages: Sequence[StageFacts], artifact: Artifact) -> dict[str, Any]
         "evaluation": evaluation,
         "several": several,
         "names": {edge: source["name"] for edge, source in stages[-1].inputs.items()},
+        "estimates": compared([(stage.name, stage) for stage in stages]),
         "explained": explained(evaluation, {}, stages) if evaluation else [],
         "matrix": evaluation and forgetting(evaluation),
         "curves": sections(stages, colours),

@@ -53,6 +53,10 @@ class Kind:
     """What other stages can read of it."""
     version: int = 1
     """Raised by hand when a change makes it give other numbers for the same settings."""
+    work: str = ""
+    """What counts its work for an estimate, as "module:function": takes a
+    `posttrain.estimate.parts.View`, returns a `posttrain.estimate.parts.Work`. Without one its
+    seconds are known from earlier runs alone."""
 
     card: str = ""
     """How a model of this kind was made, after "Made by posttrain: "."""
@@ -112,10 +116,24 @@ class Kind:
         return "model" in self.makes or "reward_model" in self.makes
 
 
+NO_MODEL = (*("preferences", "table", "select", "filter", "mix", "dedup", "comparisons"),)
+"""Kinds that compute with no model; what the others compute is counted by a function named after
+them."""
+
+
 def _kind(name: str, settings: str, run: str, *makes: Product, **others: Any) -> Kind:
-    """A row of the table; places are named from `stages/settings/` and from `stages/`."""
+    """A row of the table; places are named from `stages/settings/` and from `stages/`, and what
+    counts its work from `estimate/work.py`."""
     place = settings and f"posttrain.stages.settings.{settings}"
-    return Kind(name=name, settings=place, run=f"posttrain.stages.{run}", makes=makes, **others)
+    counted = name if name not in NO_MODEL else "nothing"
+    return Kind(
+        name=name,
+        settings=place,
+        run=f"posttrain.stages.{run}",
+        work=f"posttrain.estimate.work:{counted}",
+        makes=makes,
+        **others,
+    )
 
 
 _SUPERVISED: dict[str, Any] = {

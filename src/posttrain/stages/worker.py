@@ -94,7 +94,8 @@ def run_job(job: Job) -> dict[str, Any]:
             metrics = run_stage(job, ctx)
             ctx.finish()
         except (RuntimeError, OSError, MemoryError) as error:
-            told = in_words(error, stage=job.name, config=job.config, device=device)
+            parts = ctx.backend.parts
+            told = in_words(error, stage=job.name, config=job.config, device=device, parts=parts)
             if told is None:
                 raise
             raise StageError(told) from error
@@ -104,16 +105,19 @@ def run_job(job: Job) -> dict[str, Any]:
     return dict(metrics)
 
 
-def used(tokens: int, device: torch.device) -> dict[str, int]:
-    """What this stage used up: tokens that it processed, if it says, and the most bytes of memory
-    that it had at once, its largest child process and a CUDA device by themselves."""
+def used(tokens: int, device: torch.device) -> dict[str, float]:
+    """What this stage used up: tokens that it processed, if it says, seconds of processors, and the
+    most bytes of memory that it had at once, its largest child process and a CUDA device by
+    themselves."""
     import torch
 
     own, children = (
         resource.getrusage(who).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     )
-    found = {"peak_memory": own}
+    found: dict[str, float] = {"peak_memory": own}
+    spent = resource.getrusage(resource.RUSAGE_SELF)
+    found["processor_seconds"] = round(spent.ru_utime + spent.ru_stime, 3)
     if children:
         found["peak_memory_of_a_child"] = children
     if device.type == "cuda":
