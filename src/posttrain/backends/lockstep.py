@@ -122,7 +122,7 @@ class _LikePrompts:
             position_L = self.rows.length - prompt_len_L
             hidden_LD = self.hidden_LD[draws_L.to(self.device)]
             weight, bias = run.head.weight_VD, run.head.bias_V
-            logits_LV = torch.nn.functional.linear(hidden_LD, weight, bias).float()
+            logits_LV = torch.nn.functional.linear(hidden_LD, weight, bias)
             uniform_L = uniform(run.row_seed_B[row_L], position_L).to(self.device)
             drawn = draw(logits_LV, uniform_L, run.temperature, run.top_p)
             token_L[draws_L] = drawn.token_B.cpu()
