@@ -50,7 +50,9 @@ def draw(logits_BV: Tensor, uniform_B: Tensor, temperature: float, top_p: float 
     in_blocks = logits_BV.dtype == torch.bfloat16 and logits_BV.device.type == "cpu"
     logits_BV = logits_BV.float()
     if in_blocks and top_p >= 1 and temperature > 0:
-        return _draw_in_blocks(logits_BV / temperature if temperature != 1 else logits_BV, uniform_B)
+        return _draw_in_blocks(
+            logits_BV / temperature if temperature != 1 else logits_BV, uniform_B
+        )
     nucleus_BV = None
     if top_p < 1:
         nucleus_BV = nucleus(logits_BV / temperature, top_p)

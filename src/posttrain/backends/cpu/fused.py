@@ -80,7 +80,8 @@ def _join_layer(layer: Any, scale: float, *, fold: bool) -> _Layer:
         bias_J[: len(attention.q_proj.bias)] *= query_scale
     weight_JD[: len(attention.q_proj.weight)] *= query_scale
     gate_up_FD = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])
-    norm_D, inner_norm_D = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
+    norm_D = layer.input_layernorm.weight.to(weight_JD.dtype)
+    inner_norm_D = layer.post_attention_layernorm.weight.to(weight_JD.dtype)
     if fold:
         # (x * g) @ W.T = x @ (W * g).T: the weight of a norm belongs to the columns.
         weight_JD *= norm_D
