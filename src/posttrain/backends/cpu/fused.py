@@ -270,8 +270,12 @@ class FusedDecoder:
         # [L, Q, C] -> [L, H, G, C]: the queries that read the same keys.
         query_LHGC = query_LQC.unflatten(1, (self.num_keys, -1))
         weight_LHGT = torch.matmul(query_LHGC, key_LHTC.transpose(2, 3))
-        # Where weights are folded, the scale is in those of the queries.
-        torch.add(mask_LT[:, None, None], weight_LHGT, alpha=self.scale, out=weight_LHGT)
+        if self.folds:
+            # The scale is in the weights of the queries.
+            weight_LHGT += mask_LT[:, None, None]
+        else:
+            # Rounded once.
+            torch.add(mask_LT[:, None, None], weight_LHGT, alpha=self.scale, out=weight_LHGT)
         weight_LHGT = torch.softmax(weight_LHGT, dim=-1)
         return torch.matmul(weight_LHGT, value_LHTC).flatten(1)
 
