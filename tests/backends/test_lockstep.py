@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import posttrain.backends.lockstep as lockstep_module
 from posttrain.backends.architecture import CachedRows, backbone, path_of
 from posttrain.backends.base import LearnerSettings, Metrics, TokenLoss
 from posttrain.backends.checkpoint import LanguageModel
@@ -255,3 +256,29 @@ def test_local_sampler_and_learner_take_the_plain_path(make_family: MakeModel, k
     assert losses[-1] < 0.8 * losses[0]
     hidden_ND = LocalScorer(language_model).hidden(rollouts)
     assert hidden_ND.shape[0] == rollouts.num_tokens
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_long_prompts_are_read_few_at_a_time(
+    make_family: MakeModel, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """What a batch of prompts may take decides how many are in it, and no response."""
+    language_model = make_family(kind)
+    prompts = [*PROMPTS, [70 + number for number in range(10)]]
+    whole = run(language_model, prompts).responses()
+    config = language_model.model.config
+    width = getattr(config, "intermediate_size", None) or config.hidden_size
+    # Two rows of three tokens at once, and longer ones alone.
+    monkeypatch.setattr(lockstep_module, "READ_BYTES", 2 * 3 * width * 4)
+    read: list[tuple[int, int]] = []
+    original = CachedRows.read
+
+    def noted(rows: CachedRows, tokens_BT: Tensor) -> Tensor:
+        if rows.length == 0:
+            read.append(tuple(tokens_BT.shape))
+        return original(rows, tokens_BT)
+
+    monkeypatch.setattr(CachedRows, "read", noted)
+    assert run(language_model, prompts).responses() == whole
+    assert len(read) > 2
+    assert all(count == 1 or count * columns <= 6 for count, columns in read)

@@ -179,6 +179,28 @@ def test_draw_at_the_edges_of_the_uniform_number() -> None:
     torch.testing.assert_close(logp_B, torch.full((4,), 0.5).log())
 
 
+@pytest.mark.parametrize("vocabulary", [1, 3, 256, 700, 2048])
+def test_bfloat16_draws_follow_the_softmax(vocabulary: int) -> None:
+    """Drawn block by block: the token whose part of the cumulative sum has the number."""
+    generator = torch.Generator().manual_seed(vocabulary)
+    logits_V = 3 * torch.randn(vocabulary, generator=generator)
+    logits_V[torch.rand(vocabulary, generator=generator) < 0.2] = -torch.inf
+    logits_V[0] = 0.0
+    logits_V = logits_V.bfloat16()
+    uniform_B = torch.cat([torch.linspace(0, 1, 997, dtype=torch.float64), torch.zeros(1)])
+    drawn = draw(logits_V.expand(len(uniform_B), -1), uniform_B, 0.7)
+    exact_V = torch.softmax(logits_V.double() / 0.7, 0)
+    end_B = exact_V.cumsum(0)[drawn.token_B]
+    start_B = end_B - exact_V[drawn.token_B]
+    assert bool((start_B - 1e-6 <= uniform_B).all()) and bool((uniform_B <= end_B + 1e-6).all())
+    assert bool((exact_V[drawn.token_B] > 0).all()), "at 0, at 1 and between"
+    expected_B = exact_V[drawn.token_B].log().float()
+    torch.testing.assert_close(drawn.logp_B, expected_B, atol=1e-5, rtol=0)
+    # Number by number the same token as by one sum over the vocabulary, but at the borders.
+    whole = draw(logits_V.float().expand(len(uniform_B), -1), uniform_B, 0.7)
+    assert int((whole.token_B != drawn.token_B).sum()) <= 3
+
+
 def test_stop_tokens_end_rows_and_are_part_of_them(make_model: MakeModel) -> None:
     rollouts = sample(LocalSampler(make_model(stop=STOPS)), PROMPTS * 3, group_size=2)
     finished = rollouts["finished_B"].tolist()

@@ -29,6 +29,8 @@ def test_by_hand(mode: str, factors: list[float], masked: int, truncated: int):
         "correction_masked": masked,
         "correction_truncated": truncated,
         "sampler_ratio": 11.4,
+        # Sum of r - 1 - log r.
+        "sampler_kl": 11.4 - 4 - math.log(0.4 * 8 * 2),
         "sampler_ratio_bounded": 0,
         "correction": sum(factors),
         "correction_square": sum(factor**2 for factor in factors),
@@ -110,6 +112,7 @@ def test_sequences_by_hand(mode: str, factors: list[float], masked: int, truncat
         "correction_masked": masked,
         "correction_truncated": truncated,
         "sampler_ratio": 9.5,
+        "sampler_kl": 9.5 - 6 - math.log(2),
         "sampler_ratio_bounded": 0,
         "correction": sum(factors),
         "correction_square": sum(factor**2 for factor in factors),

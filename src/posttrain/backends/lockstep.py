@@ -21,6 +21,7 @@ from torch import Tensor
 
 from posttrain.backends.architecture import CachedRows, evaluating
 from posttrain.backends.base import Head
+from posttrain.backends.outside.positions import text_config
 from posttrain.backends.token_sampling import (
     SampleBuffer,
     draw,
@@ -30,6 +31,8 @@ from posttrain.backends.token_sampling import (
 
 # Moving rows copies their whole state, so they move together: when less than this share goes on.
 COMPACT_BELOW = 0.75
+READ_BYTES = 2**28
+"""What the widest activation may take while prompts are read: a batch has fewer of them then."""
 
 
 class Lockstep:
@@ -68,13 +71,21 @@ class Lockstep:
         A step through the rest of a prompt costs what a step of drawing does, and a batch of its
         own takes up to `max_new_tokens` of these. So lengths differ by at most half of that.
         """
+        config = text_config(self.model.config)
+        # Some say a width for each layer.
+        width = getattr(config, "intermediate_size", None) or config.hidden_size
+        width = max(width) if isinstance(width, list | tuple) else width
+        token_bytes = width * self.head.weight_VD.element_size()
         length_P = self.samples.prompt_len_P
         order_P = torch.argsort(length_P, stable=True)
         lengths, start = length_P[order_P].tolist(), 0
         for end in range(1, len(lengths) + 1):
-            full = end - start == self.prompts_per_batch
+            count = end - start
+            # All are read to the length of the shortest at once, which comes first.
+            too_much = (count + 1) * lengths[start] * token_bytes > READ_BYTES
             if (
-                full
+                count == self.prompts_per_batch
+                or too_much
                 or end == len(lengths)
                 or lengths[end] - lengths[start] > self.samples.max_new_tokens // 2
             ):
@@ -122,7 +133,7 @@ class _LikePrompts:
             position_L = self.rows.length - prompt_len_L
             hidden_LD = self.hidden_LD[draws_L.to(self.device)]
             weight, bias = run.head.weight_VD, run.head.bias_V
-            logits_LV = torch.nn.functional.linear(hidden_LD, weight, bias).float()
+            logits_LV = torch.nn.functional.linear(hidden_LD, weight, bias)
             uniform_L = uniform(run.row_seed_B[row_L], position_L).to(self.device)
             drawn = draw(logits_LV, uniform_L, run.temperature, run.top_p)
             token_L[draws_L] = drawn.token_B.cpu()

@@ -8,7 +8,8 @@ batch says which ids each token was drawn from, its nucleus, and a learner takes
 these (Keep Sampling Mask: DeepSeek-V3.2, arXiv 2512.02556, section 3.1).
 
 Legend: P prompts, B rows, L rows that are running, E rows that have just ended, T positions,
-R response positions, N sampled tokens of all rows, F ids of their nuclei, V vocabulary.
+R response positions, N sampled tokens of all rows, F ids of their nuclei, V vocabulary, K blocks of
+W tokens of it.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from posttrain.rl.batch import Batch, pad_rows, ragged_index
 
 FIRST_COLUMNS = 256
 """Tokens of a response that there is room for from the beginning."""
+BLOCK = 256
+"""Tokens of the vocabulary whose probabilities are added up before any is looked at."""
 
 
 class Drawn(NamedTuple):
@@ -41,8 +44,15 @@ def draw(logits_BV: Tensor, uniform_B: Tensor, temperature: float, top_p: float 
     """One token per row: inverse transform, or the arg max at temperature 0.
 
     Draws the first token whose cumulative probability passes the row's uniform number; with `top_p`
-    below 1 of the row's nucleus alone.
+    below 1 of the row's nucleus alone. Logits of any type; what is computed from them is float32
+    and float64.
     """
+    in_blocks = logits_BV.dtype == torch.bfloat16 and logits_BV.device.type == "cpu"
+    logits_BV = logits_BV.float()
+    if in_blocks and top_p >= 1 and temperature > 0:
+        return _draw_in_blocks(
+            logits_BV / temperature if temperature != 1 else logits_BV, uniform_B
+        )
     nucleus_BV = None
     if top_p < 1:
         nucleus_BV = nucleus(logits_BV / temperature, top_p)
@@ -62,6 +72,39 @@ def draw(logits_BV: Tensor, uniform_B: Tensor, temperature: float, top_p: float 
         # The product above can round up to the whole sum.
         token_B = token_B.clamp_(max=logits_BV.shape[1] - 1)
     return Drawn(token_B, logp_BV.gather(1, token_B[:, None])[:, 0], nucleus_BV)
+
+
+def _draw_in_blocks(logits_BV: Tensor, uniform_B: Tensor) -> Drawn:
+    """`draw` for logits that had been rounded to 8 bits: first a block of the vocabulary, then a
+    token of it, so that only small sums are float64. A fifth of the time, for 49,152 tokens."""
+    probability_BV = torch.softmax(logits_BV, dim=-1)
+    # [B, V] -> [B, K, W]: K blocks of W tokens.
+    missing = -probability_BV.shape[1] % BLOCK
+    block_BKW = pad(probability_BV, (0, missing)) if missing else probability_BV
+    block_BKW = block_BKW.unflatten(1, (-1, BLOCK))
+    sum_BK = block_BKW.sum(-1).double()
+    block_B1, share_B1 = _first_above(sum_BK, uniform_B[:, None])
+    row_B = torch.arange(len(block_B1), device=block_B1.device)
+    within_B1, _ = _first_above(block_BKW[row_B, block_B1[:, 0]].double(), share_B1)
+    token_B1 = (block_B1 * BLOCK + within_B1).clamp_(max=probability_BV.shape[1] - 1)
+    logp_B = probability_BV.gather(1, token_B1)[:, 0].log()
+    return Drawn(token_B1[:, 0], logp_B, None)
+
+
+def _first_above(weight_BK: Tensor, share_B1: Tensor) -> tuple[Tensor, Tensor]:
+    """`index_B1`, where the cumulative weight first passes this share of the whole, and which share
+    of that one weight it passes there. Never a weight of 0."""
+    cumulative_BK = weight_BK.cumsum(-1)
+    whole_B1 = cumulative_BK[:, -1:]
+    # The product can round up to the whole sum, which nothing passes.
+    below_B1 = torch.nextafter(whole_B1, torch.zeros_like(whole_B1))
+    target_B1 = torch.minimum(share_B1 * whole_B1, below_B1)
+    index_B1 = torch.searchsorted(cumulative_BK, target_B1, right=True)
+    # Beyond the end only where nothing is a number.
+    index_B1 = index_B1.clamp_(max=weight_BK.shape[1] - 1)
+    weight_B1 = weight_BK.gather(1, index_B1)
+    before_B1 = cumulative_BK.gather(1, index_B1) - weight_B1
+    return index_B1, (target_B1 - before_B1).clamp_(min=0) / weight_B1
 
 
 def nucleus(logits_BV: Tensor, top_p: float) -> Tensor:

@@ -53,9 +53,11 @@ def importance_correction(
     with a sequence mode its whole row is.
 
     Metrics, sums over tokens: `correction_masked` (factor 0), `correction_truncated` (cut to
-    `high`), `sampler_ratio` (r of the token, finite ones), `sampler_ratio_bounded` (r of token or
-    row beyond the bound of `posttrain.losses.ops.bounded`), `correction` and `correction_square` of
-    the factor; the effective share of the sample is correction**2 / (correction_square * N). Raises
+    `high`), `sampler_ratio` (r of the token, finite ones), `sampler_kl` (r - 1 - log r of these:
+    over tokens of the sampler its mean estimates the KL of sampler to learner in nats, and shows
+    rounding, of which the mean of r says nothing), `sampler_ratio_bounded` (r of token or row
+    beyond the bound of `posttrain.losses.ops.bounded`), `correction` and `correction_square` of the
+    factor; the effective share of the sample is correction**2 / (correction_square * N). Raises
     ValueError for another mode, shapes that differ, a sequence mode without rows, or unless 0 <=
     low <= 1 <= high.
     """
@@ -68,6 +70,7 @@ def importance_correction(
     # +inf becomes 0, too: `truncated` would otherwise cut it to `high` and keep the token.
     ratio_N = torch.where(finite_N, bounded(log_ratio_N).exp(), 0)
     token_ratio_N = ratio_N
+    token_log_N = torch.where(finite_N, bounded(log_ratio_N), 0)
     if mode.startswith("sequence_"):
         if row_N is None or num_rows is None:
             raise ValueError(f"row_N and num_rows: mode {mode!r} needs the row of each token")
@@ -89,6 +92,7 @@ def importance_correction(
         "correction_masked": (correction_N == 0).sum().to(ratio_N.dtype),
         "correction_truncated": cut_N.sum().to(ratio_N.dtype),
         "sampler_ratio": token_ratio_N.sum(),
+        "sampler_kl": (torch.expm1(token_log_N) - token_log_N).sum(),
         "sampler_ratio_bounded": bounded_count(log_ratio_N, finite_N),
         "correction": correction_N.sum(),
         "correction_square": correction_N.square().sum(),

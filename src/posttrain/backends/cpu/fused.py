@@ -5,6 +5,9 @@ time between operations. Here the weights that read the same input are one matri
 the norms before them are folded in, and attention is two batched products over preallocated slots.
 The numbers agree with the model's own forward pass to rounding.
 
+bfloat16 is another matter: a folded weight would be rounded once more, so nothing is folded; and
+its batched products copy whatever is not dense, so attention reads the cache's positions all.
+
 Legend: P prompts, L rows in slots, M rows that move, S slots, T positions, D hidden, F feed-forward
 size, Q query heads, H key-value heads, J both, G query heads per key-value head, C head dimension.
 """
@@ -21,7 +24,7 @@ from transformers.cache_utils import DynamicCache
 
 from posttrain.backends.architecture import path_of
 from posttrain.backends.cpu.cache import ROUND, Cache
-from posttrain.backends.cpu.product import Product
+from posttrain.backends.cpu.product import Product, is_bfloat16_on_cpu
 
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
 HEADS = ("ForCausalLM", "ForSequenceClassification")
@@ -47,18 +50,23 @@ def is_fusable(model: Any) -> bool:
 class _Layer:
     """The weights of one decoder layer, joined where they read the same input."""
 
+    norm_D: Tensor | None
+    """Weights of the norm before attention; None where `qkv` has them."""
     qkv: Product
     qk_scale_JC: Tensor | None
     """Weights of the query and key norms where the model has them."""
     out: Product
+    inner_norm_D: Tensor | None
+    """Weights of the norm before the feed-forward part; None where `gate_up` has them."""
     gate_up: Product
     down: Product
     epsilon: float
     qk_epsilon: float
 
 
-def _join_layer(layer: Any, scale: float) -> _Layer:
-    """`scale` is attention's; it goes into whatever the queries are multiplied by last."""
+def _join_layer(layer: Any, scale: float, *, fold: bool) -> _Layer:
+    """`scale` is attention's; it goes into whatever the queries are multiplied by last. `fold`
+    moves the weights of the norms into those of the products after them."""
     attention, mlp = layer.self_attn, layer.mlp
     has_norms = hasattr(attention, "q_norm")
     # A norm on the queries would undo a scale before it.
@@ -71,10 +79,13 @@ def _join_layer(layer: Any, scale: float) -> _Layer:
         bias_J = torch.cat([module.bias for module in qkv])
         bias_J[: len(attention.q_proj.bias)] *= query_scale
     weight_JD[: len(attention.q_proj.weight)] *= query_scale
-    # (x * g) @ W.T = x @ (W * g).T: the weight of a norm belongs to the columns.
-    weight_JD *= layer.input_layernorm.weight
     gate_up_FD = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])
-    gate_up_FD *= layer.post_attention_layernorm.weight
+    norm_D = layer.input_layernorm.weight.to(weight_JD.dtype)
+    inner_norm_D = layer.post_attention_layernorm.weight.to(weight_JD.dtype)
+    if fold:
+        # (x * g) @ W.T = x @ (W * g).T: the weight of a norm belongs to the columns.
+        weight_JD *= norm_D
+        gate_up_FD *= inner_norm_D
     gate_up_bias_F = None
     if mlp.gate_proj.bias is not None:
         gate_up_bias_F = torch.cat([mlp.gate_proj.bias, mlp.up_proj.bias])
@@ -91,9 +102,11 @@ def _join_layer(layer: Any, scale: float) -> _Layer:
             ]
         )
     return _Layer(
+        norm_D=None if fold else norm_D,
         qkv=Product(weight_JD, bias_J),
         qk_scale_JC=qk_scale_JC,
         out=Product(attention.o_proj.weight, attention.o_proj.bias),
+        inner_norm_D=None if fold else inner_norm_D,
         gate_up=Product(gate_up_FD, gate_up_bias_F),
         down=Product(mlp.down_proj.weight, mlp.down_proj.bias),
         epsilon=layer.input_layernorm.variance_epsilon,
@@ -128,13 +141,19 @@ class FusedDecoder:
         self.width = attention.head_dim
         self.num_keys = len(attention.k_proj.weight) // self.width
         self.num_queries = len(attention.q_proj.weight) // self.width
-        self.layers = [_join_layer(layer, attention.scaling) for layer in body.layers]
         embedding_VD = body.embed_tokens.weight
+        self.folds = embedding_VD.dtype in (torch.float32, torch.float64)
+        self.dense = is_bfloat16_on_cpu(embedding_VD)
+        """Whether attention reads all of the cache's positions, of which there are few to spare."""
+        self.scale = 1.0 if self.folds else attention.scaling
+        """What attention's scores are yet to be multiplied by."""
+        scale = attention.scaling if self.folds else 1.0
+        self.layers = [_join_layer(layer, scale, fold=self.folds) for layer in body.layers]
         # A few shapes only, so that an earlier cache fits and products find the same alignment.
         num_positions = -(-num_positions // ROUND) * ROUND
         shape = (len(self.layers), 2, num_slots, self.num_keys, num_positions, self.width)
         if cache is None or not cache.take_over(shape):
-            cache = Cache(shape, embedding_VD)
+            cache = Cache(shape, embedding_VD, closely=self.dense)
         self.cache = cache
         """Keys and values of every layer."""
         self.visible = 0
@@ -217,7 +236,7 @@ class FusedDecoder:
         index_M = ((slot_L + length_L)[:, None] + self.offset_J).flatten()
         cos_L1C, sin_L1C = self.cos_T1C[length_L], self.sin_T1C[length_L]
         for layer, cache, states in zip(self.layers, self.cache.tensor, self.states, strict=True):
-            normed_LD = _normalised(hidden_LD, layer.epsilon)
+            normed_LD = _normalised(hidden_LD, layer.epsilon, layer.norm_D)
             heads_LJC = layer.qkv(normed_LD).view(rows, -1, self.width)
             self._turn(heads_LJC[:, : self.num_queries + self.num_keys], layer, cos_L1C, sin_L1C)
             # [L, 2 H, C] -> [M, C], in the order of `index_M`.
@@ -225,7 +244,7 @@ class FusedDecoder:
             cache.view(-1, self.width).index_copy_(0, index_M, fresh_MC)
             attended_LJ = self._attend(heads_LJC[:, : self.num_queries], states, mask_LT)
             hidden_LD = layer.out(attended_LJ).add_(hidden_LD)
-            normed_LD = _normalised(hidden_LD, layer.epsilon)
+            normed_LD = _normalised(hidden_LD, layer.epsilon, layer.inner_norm_D)
             gate_LF, up_LF = layer.gate_up(normed_LD).chunk(2, dim=1)
             inner_LF = functional.silu(gate_LF).mul_(up_LF)
             hidden_LD = layer.down(inner_LF).add_(hidden_LD)
@@ -239,9 +258,9 @@ class FusedDecoder:
 
     def _reach(self, positions: int) -> None:
         """Have room for so many positions, all of which are now to be seen."""
-        self.visible = positions
         if self.cache.reach(positions):
             self._lay_out()
+        self.visible = self.cache.positions if self.dense else positions
 
     def _turn(self, heads_LJC: Tensor, layer: _Layer, cos_L1C: Tensor, sin_L1C: Tensor) -> None:
         """Normalise queries and keys where the model does, and rotate them, in place."""
@@ -256,10 +275,14 @@ class FusedDecoder:
         rows, visible = mask_LT.shape
         key_LHTC, value_LHTC = (state_SHTC[:rows, :, :visible] for state_SHTC in states)
         # [L, Q, C] -> [L, H, G, C]: the queries that read the same keys.
-        # Attention has its scale already: it is in the weights of the queries.
         query_LHGC = query_LQC.unflatten(1, (self.num_keys, -1))
         weight_LHGT = torch.matmul(query_LHGC, key_LHTC.transpose(2, 3))
-        weight_LHGT += mask_LT[:, None, None]
+        if self.folds:
+            # The scale is in the weights of the queries.
+            weight_LHGT += mask_LT[:, None, None]
+        else:
+            # Rounded once.
+            torch.add(mask_LT[:, None, None], weight_LHGT, alpha=self.scale, out=weight_LHGT)
         weight_LHGT = torch.softmax(weight_LHGT, dim=-1)
         return torch.matmul(weight_LHGT, value_LHTC).flatten(1)
 
@@ -274,6 +297,8 @@ def _inverse_size(input: Tensor, epsilon: float) -> Tensor:
     return size.square_().mul_(1 / input.shape[-1]).add_(epsilon).rsqrt_()
 
 
-def _normalised(hidden_LD: Tensor, epsilon: float) -> Tensor:
-    """RMSNorm without its weight, which is folded into the linear layer after it."""
+def _normalised(hidden_LD: Tensor, epsilon: float, norm_D: Tensor | None) -> Tensor:
+    """RMSNorm; without its weights where these are folded into the linear layer after it."""
+    if norm_D is not None:
+        return functional.rms_norm(hidden_LD, norm_D.shape, norm_D, epsilon)
     return (hidden_LD * _inverse_size(hidden_LD, epsilon)).to(hidden_LD.dtype)
