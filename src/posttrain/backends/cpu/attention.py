@@ -100,11 +100,10 @@ def _weights(
     """`weight_ARK` of a block of queries, over the keys up to its last position."""
     score_ARK = torch.bmm(query_ARE, key_ATE[:, : at_B.stop].transpose(1, 2))
     if mask_C1TT is None:
-        size = at_B.stop - at_B.start
-        hidden_BB = torch.ones(size, size, dtype=torch.bool, device=key_ATE.device).triu(1)
-        # Only the last keys of a block come after some of its queries: [A, B, G, B].
-        own_ABGB = score_ARK.unflatten(1, (size, group))[..., at_B.start :]
-        own_ABGB.masked_fill_(hidden_BB[:, None], -torch.inf)
+        # Only the last keys of a block come after some of its queries.
+        own_ARB = score_ARK[..., at_B.start :]
+        later_BB = torch.full(own_ARB.shape[-1:] * 2, -torch.inf, dtype=own_ARB.dtype).triu(1)
+        own_ARB += later_BB.repeat_interleave(group, 0)
     else:
         # [A, B * G, K] as [C, H, B, G, K].
         score_CHBGK = score_ARK.view(len(mask_C1TT), -1, at_B.stop - at_B.start, group, at_B.stop)
