@@ -54,7 +54,10 @@ def test_gradients_of_attention_are_those_of_finite_differences(
 ) -> None:
     mask = mask_of(kind, torch.float64)
     inputs = tuple(states(h, seed=i) for i, h in enumerate((query_heads, 2, 2)))
-    assert torch.autograd.gradcheck(lambda *a: causal_attention(*a, mask, SCALE), inputs)
+    assert torch.autograd.gradcheck(
+        lambda q, k, v: causal_attention(q, k, v, mask, SCALE),
+        inputs,
+    )
 
 
 @pytest.mark.parametrize("kind", ["causal", "shared"])
@@ -121,7 +124,7 @@ def rows(*, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.usefixtures("elements")
 def test_gradients_of_the_norm_are_those_of_finite_differences() -> None:
-    assert torch.autograd.gradcheck(lambda *a: rms_norm(*a, 1e-3), rows())
+    assert torch.autograd.gradcheck(lambda x, w: rms_norm(x, w, 1e-3), rows())
 
 
 @pytest.mark.usefixtures("elements")

@@ -35,10 +35,10 @@ from posttrain.losses.projection import (
     block_buffer,
     check_projection,
     chunk_buffer,
+    finish,
     project,
     row_blocks,
     softmax_dtype,
-    tempered,
     token_chunks,
     wide_buffer,
 )
@@ -187,11 +187,12 @@ def teacher_top_k_targets(
     block_RV, wide = block_buffer(buffer_CV), wide_buffer(buffer_CV)
     for chunk in token_chunks(num_tokens, vocabulary, max_elements, buffer_CV.dtype):
         logits_CV = buffer_CV[: chunk.stop - chunk.start]
-        project(teacher_hidden_NE[chunk], head_VE, bias_V, logits_CV)
+        project(teacher_hidden_NE[chunk], head_VE, logits_CV)
         for rows in row_blocks(logits_CV):
             at = slice(chunk.start + rows.start, chunk.start + rows.stop)
             logp_RV = block_RV[: rows.stop - rows.start]
-            torch.log_softmax(tempered(logits_CV[rows], temperature, wide), -1, out=logp_RV)
+            z_RV = finish(logits_CV[rows], bias_V, temperature, wide)
+            torch.log_softmax(z_RV, -1, out=logp_RV)
             # [R, V] -> [R, K], likeliest first.
             logp_NK[at], ids_NK[at] = logp_RV.topk(k, -1)
     return ids_NK, logp_NK

@@ -20,11 +20,11 @@ from posttrain.losses.projection import (
     HeadGradients,
     block_buffer,
     chunk_buffer,
+    finish,
     narrow_into,
     project,
     row_blocks,
     softmax_dtype,
-    tempered,
     token_chunks,
     wide_buffer,
 )
@@ -106,21 +106,21 @@ class TeacherStates:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the logits."""
+        """Type of the product of states and head."""
         return torch.promote_types(self.hidden_NE.dtype, self.head_VE.dtype)
 
     def fill(self, first: int, chunk: slice, out_CV: Tensor) -> None:
-        """Write the logits of those tokens of `chunk` that are this teacher's into `out_CV`.
-
-        `first` is where the teacher's tokens begin among all tokens.
-        """
+        """Write the logits of those tokens of `chunk` that are this teacher's into `out_CV`, at
+        temperature 1; `first` is where the teacher's tokens begin among all tokens."""
         begin, end = max(chunk.start, first), min(chunk.stop, first + len(self.hidden_NE))
         if begin >= end:
             return
         hidden_CE = self.hidden_NE[begin - first : end - first].to(self.dtype)
         # Other rows of this chunk are those of other teachers.
         rows_CV = out_CV[begin - chunk.start : end - chunk.start]
-        project(hidden_CE, self.head_VE.to(self.dtype), self.bias_V, rows_CV)
+        project(hidden_CE, self.head_VE.to(self.dtype), rows_CV)
+        if self.bias_V is not None:
+            rows_CV.add_(self.bias_V)
 
 
 @torch.no_grad()
@@ -147,22 +147,22 @@ def full_vocabulary_sum(
     kl_N = hidden_ND.new_empty(num_tokens, dtype=softmax_dtype(hidden_ND))
     loss_N, entropy_N = torch.empty_like(kl_N), torch.empty_like(kl_N)
     student_CV = chunk_buffer(hidden_ND, vocabulary, max_elements)
-    teacher_CV = torch.empty_like(student_CV, dtype=_widest(hidden_ND, teachers))
+    teacher_CV = torch.empty_like(student_CV, dtype=_logits_dtype(hidden_ND, teachers))
     blocks = block_buffer(student_CV), block_buffer(student_CV)
     student_wide, teacher_wide = wide_buffer(student_CV), wide_buffer(teacher_CV)
     # The logits are products over `temperature`; `_jsd` leaves its factor 1 - beta out.
     scale_N = weight_N * ((1 - beta if divergence == "jsd" else 1.0) / temperature)
     for chunk in token_chunks(num_tokens, vocabulary, max_elements, hidden_ND.dtype):
         grad_CV = student_CV[: chunk.stop - chunk.start]
-        project(hidden_ND[chunk], head_VD, bias_V, grad_CV)
+        project(hidden_ND[chunk], head_VD, grad_CV)
         first = 0
         for teacher in teachers:
             teacher.fill(first, chunk, teacher_CV)
             first += len(teacher.hidden_NE)
         for rows in row_blocks(grad_CV):
             at = slice(chunk.start + rows.start, chunk.start + rows.stop)
-            z_RV = tempered(grad_CV[rows], temperature, student_wide)
-            u_RV = tempered(teacher_CV[rows], temperature, teacher_wide)
+            z_RV = finish(grad_CV[rows], bias_V, temperature, student_wide)
+            u_RV = finish(teacher_CV[rows], None, temperature, teacher_wide)
             logp_RV, ratio_RV = (block[: rows.stop - rows.start] for block in blocks)
             # What the buffers hold, in turn. z: student logits, t (not for reverse KL), gradient.
             # u: teacher logits, p. ratio: log t, log(p / t). logp: log p.
@@ -192,11 +192,13 @@ def full_vocabulary_sum(
     return (loss, kl_N, entropy_N), sums.result()
 
 
-def _widest(hidden_ND: Tensor, teachers: Sequence[TeacherStates]) -> torch.dtype:
-    """The type that holds the logits of student and teachers as they were computed."""
+def _logits_dtype(hidden_ND: Tensor, teachers: Sequence[TeacherStates]) -> torch.dtype:
+    """The type that holds the logits of all teachers with no more rounding than their products."""
     dtype = hidden_ND.dtype
     for teacher in teachers:
         dtype = torch.promote_types(dtype, teacher.dtype)
+        if teacher.bias_V is not None:
+            dtype = torch.promote_types(dtype, torch.float32)
     return dtype
 
 
@@ -242,10 +244,10 @@ def top_k_sum(
     block_RV, wide = block_buffer(student_CV), wide_buffer(student_CV)
     for chunk in token_chunks(num_tokens, vocabulary, max_elements, hidden_ND.dtype):
         grad_CV = student_CV[: chunk.stop - chunk.start]
-        project(hidden_ND[chunk], head_VD, bias_V, grad_CV)
+        project(hidden_ND[chunk], head_VD, grad_CV)
         for rows in row_blocks(grad_CV):
             at = slice(chunk.start + rows.start, chunk.start + rows.stop)
-            z_RV = tempered(grad_CV[rows], temperature, wide)
+            z_RV = finish(grad_CV[rows], bias_V, temperature, wide)
             logp_RV = block_RV[: rows.stop - rows.start]
             ids_RK, teacher_logp_RK = top_ids_NK[at], top_logp_NK[at].to(kl_N.dtype)
             torch.log_softmax(z_RV, -1, out=logp_RV)

@@ -18,12 +18,12 @@ from posttrain.losses.projection import (
     block_buffer,
     check_projection,
     chunk_buffer,
+    finish,
     narrow_into,
     per_four_bytes,
     project,
     row_blocks,
     softmax_dtype,
-    tempered,
     token_chunks,
     wide_buffer,
 )
@@ -139,10 +139,10 @@ class _TokenLogprobs(torch.autograd.Function):
         for chunk in token_chunks(num_tokens, vocabulary, max_elements, hidden_ND.dtype):
             size = chunk.stop - chunk.start
             logits_CV = buffer_CV[:size] if kept_NV is None else kept_NV[chunk]
-            project(hidden_ND[chunk], head_VD, bias_V, logits_CV)
+            project(hidden_ND[chunk], head_VD, logits_CV)
             for rows in row_blocks(logits_CV):
                 at = slice(chunk.start + rows.start, chunk.start + rows.stop)
-                z_RV = tempered(logits_CV[rows], temperature, wide)
+                z_RV = finish(logits_CV[rows], bias_V, temperature, wide)
                 lp_RV = block_RV[: rows.stop - rows.start]
                 torch.log_softmax(z_RV, -1, out=lp_RV)
                 # [R, V] -> [R]: of each row the entry at its target.
@@ -179,11 +179,12 @@ class _TokenLogprobs(torch.autograd.Function):
         block_RV, wide = block_buffer(buffer_CV), wide_buffer(buffer_CV)
         for chunk in chunks:
             grad_CV = buffer_CV[: chunk.stop - chunk.start]
-            project(hidden_ND[chunk], head_VD, bias_V, grad_CV)
+            project(hidden_ND[chunk], head_VD, grad_CV)
             for rows in row_blocks(grad_CV):
                 at = slice(chunk.start + rows.start, chunk.start + rows.stop)
                 p_RV = block_RV[: rows.stop - rows.start]
-                torch.softmax(tempered(grad_CV[rows], ctx.temperature, wide), -1, out=p_RV)
+                z_RV = finish(grad_CV[rows], bias_V, ctx.temperature, wide)
+                torch.softmax(z_RV, -1, out=p_RV)
                 _minus_one_at(p_RV, targets_N[at])
                 grad_CV[rows] = p_RV
             sums.add(chunk, grad_CV, scale_N[chunk])

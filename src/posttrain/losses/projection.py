@@ -92,23 +92,28 @@ def softmax_dtype(hidden_ND: Tensor) -> torch.dtype:
     return torch.promote_types(hidden_ND.dtype, torch.float32)
 
 
-def project(hidden_CD: Tensor, head_VD: Tensor, bias_V: Tensor | None, out_CV: Tensor) -> Tensor:
-    """Fill `out_CV` with the logits `hidden @ head.T + bias` and return it; `tempered` is next."""
+def project(hidden_CD: Tensor, head_VD: Tensor, out_CV: Tensor) -> Tensor:
+    """Fill `out_CV` with the product `hidden @ head.T` and return it; `finish` makes it logits."""
     # `out` of mm must have the type of its operands; a product of another type is copied.
     if hidden_CD.dtype == out_CV.dtype:
-        torch.mm(hidden_CD, head_VD.T, out=out_CV)
-    else:
-        out_CV.copy_(hidden_CD @ head_VD.T)
+        return torch.mm(hidden_CD, head_VD.T, out=out_CV)
+    return out_CV.copy_(hidden_CD @ head_VD.T)
+
+
+def finish(
+    product_RV: Tensor, bias_V: Tensor | None, temperature: float, wide: Tensor | None
+) -> Tensor:
+    """Logits `(product + bias) / temperature` of a block of rows in the softmax type.
+
+    In place, or in the buffer `wide` (`wide_buffer`), from where `narrow_into` brings back what
+    becomes of them.
+    """
+    z_RV = product_RV if wide is None else wide[: len(product_RV)].copy_(product_RV)
     if bias_V is not None:
-        out_CV.add_(bias_V)
-    return out_CV
-
-
-def tempered(logits_RV: Tensor, temperature: float, wide: Tensor | None) -> Tensor:
-    """A block of logits over `temperature` in the softmax type: in place, or in the buffer `wide`
-    (`wide_buffer`), from where `narrow_into` brings back what becomes of it."""
-    z_RV = logits_RV if wide is None else wide[: len(logits_RV)].copy_(logits_RV)
-    return z_RV if temperature == 1.0 else z_RV.div_(temperature)
+        z_RV.add_(bias_V)
+    if temperature != 1.0:
+        z_RV.div_(temperature)
+    return z_RV
 
 
 def wide_buffer(logits_CV: Tensor) -> Tensor | None:
@@ -117,7 +122,7 @@ def wide_buffer(logits_CV: Tensor) -> Tensor | None:
 
 
 def narrow_into(logits_RV: Tensor, z_RV: Tensor) -> None:
-    """Round a block that `tempered` widened into its place; nothing where it is in its place."""
+    """Round a block that `finish` widened into its place; nothing where it is in its place."""
     if z_RV.dtype != logits_RV.dtype:
         logits_RV.copy_(z_RV)
 
