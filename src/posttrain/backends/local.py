@@ -154,14 +154,15 @@ class LocalScorer:
     @torch.no_grad()
     def top_k(self, batch: Batch, k: int, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """See `Scorer.top_k`; all ids where the vocabulary has fewer than `k`."""
-        head = self.head
-        return teacher_top_k_targets(
-            self.hidden(batch),
-            head.weight_VD,
-            min(k, len(self.chat.ids)),
-            bias_V=head.bias_V,
-            temperature=temperature,
-        )
+        head, k = self.head, min(k, len(self.chat.ids))
+        parts = [
+            teacher_top_k_targets(
+                self.hidden(rows), head.weight_VD, k, bias_V=head.bias_V, temperature=temperature
+            )
+            for rows in hidden_portions(batch, head)
+        ]
+        ids, logp = zip(*parts, strict=True)
+        return torch.cat(ids), torch.cat(logp)
 
     @torch.no_grad()
     def scores(self, batch: Batch) -> Tensor:

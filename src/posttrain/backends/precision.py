@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from posttrain.backends.checkpoint import LanguageModel
+from posttrain.losses.projection import add_widened
 
 
 def computing_copy(language_model: LanguageModel, dtype: torch.dtype) -> LanguageModel:
@@ -51,6 +52,7 @@ def copy_to_compute(copies: Iterable[Tensor], masters: Iterable[Tensor]) -> None
             mine.copy_(theirs)
 
 
+@torch.no_grad()
 def accumulate_to_master(copies: Iterable[Tensor], masters: Iterable[Tensor]) -> None:
     """Add the copies' gradients to the masters', in the type of these, and drop them."""
     for mine, theirs in zip(copies, masters, strict=True):
@@ -59,5 +61,5 @@ def accumulate_to_master(copies: Iterable[Tensor], masters: Iterable[Tensor]) ->
         if theirs.grad is None:
             theirs.grad = mine.grad.to(theirs.dtype)
         else:
-            theirs.grad += mine.grad
+            add_widened(theirs.grad, mine.grad)
         mine.grad = None

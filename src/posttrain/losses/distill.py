@@ -35,10 +35,12 @@ from posttrain.losses.projection import (
     block_buffer,
     check_projection,
     chunk_buffer,
+    finish,
     project,
     row_blocks,
     softmax_dtype,
     token_chunks,
+    wide_buffer,
 )
 
 PerToken = dict[str, Tensor]
@@ -182,14 +184,15 @@ def teacher_top_k_targets(
     ids_NK = torch.empty(num_tokens, k, dtype=torch.int64, device=teacher_hidden_NE.device)
     logp_NK = ids_NK.new_empty(num_tokens, k, dtype=softmax_dtype(teacher_hidden_NE))
     buffer_CV = chunk_buffer(teacher_hidden_NE, vocabulary, max_elements)
-    block_RV = block_buffer(buffer_CV)
-    for chunk in token_chunks(num_tokens, vocabulary, max_elements):
+    block_RV, wide = block_buffer(buffer_CV), wide_buffer(buffer_CV)
+    for chunk in token_chunks(num_tokens, vocabulary, max_elements, buffer_CV.dtype):
         logits_CV = buffer_CV[: chunk.stop - chunk.start]
-        project(teacher_hidden_NE[chunk], head_VE, bias_V, temperature, logits_CV)
+        project(teacher_hidden_NE[chunk], head_VE, logits_CV)
         for rows in row_blocks(logits_CV):
             at = slice(chunk.start + rows.start, chunk.start + rows.stop)
             logp_RV = block_RV[: rows.stop - rows.start]
-            torch.log_softmax(logits_CV[rows], -1, out=logp_RV)
+            z_RV = finish(logits_CV[rows], bias_V, temperature, wide)
+            torch.log_softmax(z_RV, -1, out=logp_RV)
             # [R, V] -> [R, K], likeliest first.
             logp_NK[at], ids_NK[at] = logp_RV.topk(k, -1)
     return ids_NK, logp_NK

@@ -20,10 +20,13 @@ from posttrain.losses.projection import (
     HeadGradients,
     block_buffer,
     chunk_buffer,
+    finish,
+    narrow_into,
     project,
     row_blocks,
     softmax_dtype,
     token_chunks,
+    wide_buffer,
 )
 
 Divergence = Literal["reverse_kl", "forward_kl", "jsd"]
@@ -101,19 +104,23 @@ class TeacherStates:
     head_VE: Tensor
     bias_V: Tensor | None = None
 
-    def fill(self, first: int, chunk: slice, temperature: float, out_CV: Tensor) -> None:
-        """Write the logits of those tokens of `chunk` that are this teacher's into `out_CV`.
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the product of states and head."""
+        return torch.promote_types(self.hidden_NE.dtype, self.head_VE.dtype)
 
-        `first` is where the teacher's tokens begin among all tokens.
-        """
+    def fill(self, first: int, chunk: slice, out_CV: Tensor) -> None:
+        """Write the logits of those tokens of `chunk` that are this teacher's into `out_CV`, at
+        temperature 1; `first` is where the teacher's tokens begin among all tokens."""
         begin, end = max(chunk.start, first), min(chunk.stop, first + len(self.hidden_NE))
         if begin >= end:
             return
-        dtype = torch.promote_types(self.hidden_NE.dtype, self.head_VE.dtype)
-        hidden_CE = self.hidden_NE[begin - first : end - first].to(dtype)
+        hidden_CE = self.hidden_NE[begin - first : end - first].to(self.dtype)
         # Other rows of this chunk are those of other teachers.
         rows_CV = out_CV[begin - chunk.start : end - chunk.start]
-        project(hidden_CE, self.head_VE.to(dtype), self.bias_V, temperature, rows_CV)
+        project(hidden_CE, self.head_VE.to(self.dtype), rows_CV)
+        if self.bias_V is not None:
+            rows_CV.add_(self.bias_V)
 
 
 @torch.no_grad()
@@ -140,20 +147,22 @@ def full_vocabulary_sum(
     kl_N = hidden_ND.new_empty(num_tokens, dtype=softmax_dtype(hidden_ND))
     loss_N, entropy_N = torch.empty_like(kl_N), torch.empty_like(kl_N)
     student_CV = chunk_buffer(hidden_ND, vocabulary, max_elements)
-    teacher_CV = torch.empty_like(student_CV)
+    teacher_CV = torch.empty_like(student_CV, dtype=_logits_dtype(hidden_ND, teachers))
     blocks = block_buffer(student_CV), block_buffer(student_CV)
+    student_wide, teacher_wide = wide_buffer(student_CV), wide_buffer(teacher_CV)
     # The logits are products over `temperature`; `_jsd` leaves its factor 1 - beta out.
     scale_N = weight_N * ((1 - beta if divergence == "jsd" else 1.0) / temperature)
-    for chunk in token_chunks(num_tokens, vocabulary, max_elements):
+    for chunk in token_chunks(num_tokens, vocabulary, max_elements, hidden_ND.dtype):
         grad_CV = student_CV[: chunk.stop - chunk.start]
-        project(hidden_ND[chunk], head_VD, bias_V, temperature, grad_CV)
+        project(hidden_ND[chunk], head_VD, grad_CV)
         first = 0
         for teacher in teachers:
-            teacher.fill(first, chunk, temperature, teacher_CV)
+            teacher.fill(first, chunk, teacher_CV)
             first += len(teacher.hidden_NE)
         for rows in row_blocks(grad_CV):
             at = slice(chunk.start + rows.start, chunk.start + rows.stop)
-            z_RV, u_RV = grad_CV[rows], teacher_CV[rows]
+            z_RV = finish(grad_CV[rows], bias_V, temperature, student_wide)
+            u_RV = finish(teacher_CV[rows], None, temperature, teacher_wide)
             logp_RV, ratio_RV = (block[: rows.stop - rows.start] for block in blocks)
             # What the buffers hold, in turn. z: student logits, t (not for reverse KL), gradient.
             # u: teacher logits, p. ratio: log t, log(p / t). logp: log p.
@@ -176,10 +185,21 @@ def full_vocabulary_sum(
             else:
                 # log p has been used: its block serves as work space.
                 loss_N[at] = _jsd(z_RV, p_RV, ratio_RV, logp_RV, beta)
+            narrow_into(grad_CV[rows], z_RV)
         if any(wanted):
             sums.add(chunk, grad_CV, scale_N[chunk])
     loss = (loss_N * weight_N).sum()
     return (loss, kl_N, entropy_N), sums.result()
+
+
+def _logits_dtype(hidden_ND: Tensor, teachers: Sequence[TeacherStates]) -> torch.dtype:
+    """The type that holds the logits of all teachers with no more rounding than their products."""
+    dtype = hidden_ND.dtype
+    for teacher in teachers:
+        dtype = torch.promote_types(dtype, teacher.dtype)
+        if teacher.bias_V is not None:
+            dtype = torch.promote_types(dtype, torch.float32)
+    return dtype
 
 
 def _jsd(t_RV: Tensor, p_RV: Tensor, ratio_RV: Tensor, work_RV: Tensor, beta: float) -> Tensor:
@@ -221,13 +241,14 @@ def top_k_sum(
     kl_N = hidden_ND.new_empty(num_tokens, dtype=softmax_dtype(hidden_ND))
     entropy_N, mass_N = torch.empty_like(kl_N), torch.empty_like(kl_N)
     student_CV = chunk_buffer(hidden_ND, vocabulary, max_elements)
-    block_RV = block_buffer(student_CV)
-    for chunk in token_chunks(num_tokens, vocabulary, max_elements):
+    block_RV, wide = block_buffer(student_CV), wide_buffer(student_CV)
+    for chunk in token_chunks(num_tokens, vocabulary, max_elements, hidden_ND.dtype):
         grad_CV = student_CV[: chunk.stop - chunk.start]
-        project(hidden_ND[chunk], head_VD, bias_V, temperature, grad_CV)
+        project(hidden_ND[chunk], head_VD, grad_CV)
         for rows in row_blocks(grad_CV):
             at = slice(chunk.start + rows.start, chunk.start + rows.stop)
-            z_RV, logp_RV = grad_CV[rows], block_RV[: rows.stop - rows.start]
+            z_RV = finish(grad_CV[rows], bias_V, temperature, wide)
+            logp_RV = block_RV[: rows.stop - rows.start]
             ids_RK, teacher_logp_RK = top_ids_NK[at], top_logp_NK[at].to(kl_N.dtype)
             torch.log_softmax(z_RV, -1, out=logp_RV)
             # [R, V] -> [R, K]: the student on the set of the teacher.
@@ -242,6 +263,7 @@ def top_k_sum(
             # The mass correction cancels the + 1 of d (p log p) / dp. With a = log(p / t) on
             # the set and 0 outside: d loss / d logit_v = p_v (a_v - sum_u p_u a_u).
             p_RV.mul_(-weighted_RK.sum(-1, keepdim=True)).scatter_add_(1, ids_RK, weighted_RK)
+            narrow_into(grad_CV[rows], p_RV)
         if any(wanted):
             sums.add(chunk, grad_CV, weight_N[chunk] / temperature)
     loss = (kl_N * weight_N).sum()

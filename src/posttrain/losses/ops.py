@@ -18,10 +18,14 @@ from posttrain.losses.projection import (
     block_buffer,
     check_projection,
     chunk_buffer,
+    finish,
+    narrow_into,
+    per_four_bytes,
     project,
     row_blocks,
     softmax_dtype,
     token_chunks,
+    wide_buffer,
 )
 
 Metrics = dict[str, Tensor]
@@ -36,7 +40,8 @@ MAX_LOG_RATIO = 20.0
 MAX_KL_GAP = 10.0
 """The same within k3, whose value is exp of the gap: exp(10) is 2.2e4. verl bounds k3, too."""
 _KEEP_ELEMENTS = 2**25
-"""Up to this many tokens * vocabulary (128 MiB of float32) a softmax is kept for backward."""
+"""Up to this many tokens * vocabulary (128 MiB of float32) a softmax is kept for backward, twice as
+many of a type of half the size."""
 
 
 def same_shape(**tensors: Tensor | None) -> None:
@@ -123,31 +128,32 @@ class _TokenLogprobs(torch.autograd.Function):
         keep_softmax: bool,
     ) -> tuple[Tensor, Tensor]:
         num_tokens, vocabulary = hidden_ND.shape[0], head_VD.shape[0]
-        dtype = softmax_dtype(hidden_ND)
-        logp_N = hidden_ND.new_empty(num_tokens, dtype=dtype)
+        logp_N = hidden_ND.new_empty(num_tokens, dtype=softmax_dtype(hidden_ND))
         entropy_N = torch.empty_like(logp_N)
-        kept_NV = hidden_ND.new_empty(num_tokens, vocabulary, dtype=dtype) if keep_softmax else None
+        kept_NV = hidden_ND.new_empty(num_tokens, vocabulary) if keep_softmax else None
         # A kept softmax needs no buffer: chunks are projected straight into their rows of it.
         buffer_CV = kept_NV
         if buffer_CV is None:
             buffer_CV = chunk_buffer(hidden_ND, vocabulary, max_elements)
-        block_RV = block_buffer(buffer_CV)
-        for chunk in token_chunks(num_tokens, vocabulary, max_elements):
+        block_RV, wide = block_buffer(buffer_CV), wide_buffer(buffer_CV)
+        for chunk in token_chunks(num_tokens, vocabulary, max_elements, hidden_ND.dtype):
             size = chunk.stop - chunk.start
             logits_CV = buffer_CV[:size] if kept_NV is None else kept_NV[chunk]
-            project(hidden_ND[chunk], head_VD, bias_V, temperature, logits_CV)
+            project(hidden_ND[chunk], head_VD, logits_CV)
             for rows in row_blocks(logits_CV):
                 at = slice(chunk.start + rows.start, chunk.start + rows.stop)
-                z_RV, lp_RV = logits_CV[rows], block_RV[: rows.stop - rows.start]
+                z_RV = finish(logits_CV[rows], bias_V, temperature, wide)
+                lp_RV = block_RV[: rows.stop - rows.start]
                 torch.log_softmax(z_RV, -1, out=lp_RV)
                 # [R, V] -> [R]: of each row the entry at its target.
                 logp_N[at] = lp_RV.gather(1, targets_N[at, None])[:, 0]
                 # Over the logits, so that these rows of `kept_NV` now hold probabilities.
                 p_RV = torch.exp(lp_RV, out=z_RV)
                 entropy_N[at] = torch.linalg.vecdot(p_RV, lp_RV).neg_()
-        # p - onehot(y) is all that the backward pass needs of the softmax.
-        if kept_NV is not None:
-            _minus_one_at(kept_NV, targets_N)
+                if kept_NV is not None:
+                    # p - onehot(y) is all that the backward pass needs of the softmax.
+                    _minus_one_at(p_RV, targets_N[at])
+                    narrow_into(kept_NV[at], p_RV)
         ctx.save_for_backward(hidden_ND, head_VD, bias_V, targets_N, kept_NV)
         ctx.temperature, ctx.max_elements = temperature, max_elements
         ctx.mark_non_differentiable(entropy_N)
@@ -160,20 +166,27 @@ class _TokenLogprobs(torch.autograd.Function):
         # d logp[y] / d logits = -(p - onehot(y)); the sign goes with the scale.
         scale_N = grads[0] / -ctx.temperature
         sums = HeadGradients(hidden_ND, head_VD, bias_V, ctx.needs_input_grad[:3])
+        chunks = token_chunks(num_tokens, vocabulary, ctx.max_elements, hidden_ND.dtype)
         if kept_NV is not None:
+            if softmax_dtype(hidden_ND) != hidden_ND.dtype and num_tokens:
+                # One product instead of a sum of rounded ones.
+                chunks = iter([slice(0, num_tokens)])
             # Only read here, so that a retained graph can be walked again.
-            for chunk in token_chunks(num_tokens, vocabulary, ctx.max_elements):
+            for chunk in chunks:
                 sums.add(chunk, kept_NV[chunk], scale_N[chunk])
             return (*sums.result(), None, None, None, None)
         buffer_CV = chunk_buffer(hidden_ND, vocabulary, ctx.max_elements)
-        block_RV = block_buffer(buffer_CV)
-        for chunk in token_chunks(num_tokens, vocabulary, ctx.max_elements):
+        block_RV, wide = block_buffer(buffer_CV), wide_buffer(buffer_CV)
+        for chunk in chunks:
             grad_CV = buffer_CV[: chunk.stop - chunk.start]
-            project(hidden_ND[chunk], head_VD, bias_V, ctx.temperature, grad_CV)
+            project(hidden_ND[chunk], head_VD, grad_CV)
             for rows in row_blocks(grad_CV):
+                at = slice(chunk.start + rows.start, chunk.start + rows.stop)
                 p_RV = block_RV[: rows.stop - rows.start]
-                grad_CV[rows] = torch.softmax(grad_CV[rows], -1, out=p_RV)
-            _minus_one_at(grad_CV, targets_N[chunk])
+                z_RV = finish(grad_CV[rows], bias_V, ctx.temperature, wide)
+                torch.softmax(z_RV, -1, out=p_RV)
+                _minus_one_at(p_RV, targets_N[at])
+                grad_CV[rows] = p_RV
             sums.add(chunk, grad_CV, scale_N[chunk])
         return (*sums.result(), None, None, None, None)
 
@@ -197,10 +210,10 @@ def token_logprobs(
 
     `hidden_ND` are the states that predict `targets_N` (int64 in [0, V)); the logits are `(hidden @
     head.T + bias) / temperature`. The softmax is at least float32. A head of another type is cast
-    to the hidden states' type. Up to `N * V = 2^25`, or `max_elements` if that is less, the
-    softmax is kept for the backward pass; beyond that it is computed again there, a chunk at a time
-    (`posttrain.losses.projection.token_chunks`), which bounds the memory at the price of one more
-    projection.
+    to the hidden states' type. Up to `N * V = 2^25` (2^26 in bfloat16), or `max_elements` if that
+    is less, the softmax is kept for the backward pass in this type; beyond that it is computed
+    again there, a chunk at a time (`posttrain.losses.projection.token_chunks`), which bounds the
+    memory at the price of one more projection.
 
     Returns `(logp_N, entropy_N)`: `logp_N` is differentiable with respect to hidden states, head
     and bias; `entropy_N` is detached. Raises ValueError if shapes do not fit or `temperature` is
@@ -210,7 +223,8 @@ def token_logprobs(
     same_shape(targets_N=targets_N, hidden_N=hidden_ND[:, 0])
     needs_grad = hidden_ND.requires_grad or head_VD.requires_grad
     needs_grad = needs_grad or (bias_V is not None and bias_V.requires_grad)
-    fits = hidden_ND.shape[0] * head_VD.shape[0] <= min(max_elements, _KEEP_ELEMENTS)
+    most = min(max_elements, _KEEP_ELEMENTS * per_four_bytes(hidden_ND.dtype))
+    fits = hidden_ND.shape[0] * head_VD.shape[0] <= most
     # Asked here, because grad mode is always off within the forward of a Function.
     keep_softmax = torch.is_grad_enabled() and needs_grad and fits
     logp_N, entropy_N = _TokenLogprobs.apply(  # type: ignore[no-untyped-call]

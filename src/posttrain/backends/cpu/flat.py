@@ -4,7 +4,8 @@ The linear layers of a Llama-like model do not care which row a token belongs to
 pass stand end to end. Attention lays queries, keys and values into bins, one width after another,
 and takes the results back out. In the last layer only the positions that predict something go on;
 of all others it needs keys and values alone. The modules are the model's own; the numbers are those
-of its own forward pass over the bins.
+of its own forward pass over the bins. In bfloat16 on CPU, where products are so fast that all else
+shows, attention and norms are those of `attention.py` and `norm.py`, equal to rounding.
 
 Legend: M tokens, W those that go on, Q query heads, H key-value heads, D hidden, C bins,
 T positions of a bin, S positions of all bins of one width, E head dimension, N sampled tokens, B
@@ -22,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from posttrain.backends.cpu.attention import causal_attention
+from posttrain.backends.cpu.norm import rms_norm
 from posttrain.backends.cpu.packing import PackedPass
 from posttrain.backends.recompute import recomputed
 
@@ -78,7 +81,7 @@ def hidden_states(
         hidden_MD = run(layer, hidden_MD, rotation, blocks, None)
     blocks = [block.at(wanted_W) for block in blocks]
     hidden_WD = run(body.layers[-1], hidden_MD, rotation, blocks, wanted_W)
-    hidden_ND: Tensor = body.norm(hidden_WD).index_select(0, order_N)
+    hidden_ND: Tensor = _normed(body.norm, hidden_WD).index_select(0, order_N)
     return hidden_ND
 
 
@@ -91,7 +94,7 @@ def _layer(
 ) -> Tensor:
     """One decoder layer; the output is `[W, D]` at the tokens `wanted_W` (ascending), or at all."""
     attention = layer.self_attn
-    normed_MD = layer.input_layernorm(hidden_MD)
+    normed_MD = _normed(layer.input_layernorm, hidden_MD)
     cos_M1E, sin_M1E = rotation
     # [M, H * E] -> [M, H, E].
     key_MHE = attention.k_proj(normed_MD).unflatten(-1, (-1, attention.head_dim))
@@ -111,8 +114,21 @@ def _layer(
         [block.attend(query_WQE, key_MHE, value_MHE, attention.scaling) for block in blocks]
     ).flatten(1)
     hidden_WD = hidden_WD + attention.o_proj(attended_WD)
-    output_WD: Tensor = hidden_WD + layer.mlp(layer.post_attention_layernorm(hidden_WD))
+    normed_WD = _normed(layer.post_attention_layernorm, hidden_WD)
+    output_WD: Tensor = hidden_WD + layer.mlp(normed_WD)
     return output_WD
+
+
+def _shows_all(states: Tensor) -> bool:
+    """Whether products of this type are fast here and all else is slow."""
+    return states.dtype == torch.bfloat16 and states.device.type == "cpu"
+
+
+def _normed(norm: Any, states_MD: Tensor) -> Tensor:
+    if _shows_all(states_MD):
+        return rms_norm(states_MD, norm.weight, norm.variance_epsilon)
+    normed_MD: Tensor = norm(states_MD)
+    return normed_MD
 
 
 def _rotated(states_MHE: Tensor, cos_M1E: Tensor, sin_M1E: Tensor) -> Tensor:
@@ -150,25 +166,37 @@ class _Block:
         self, query_WQE: Tensor, key_MHE: Tensor, value_MHE: Tensor, scaling: float
     ) -> Tensor:
         """Attention within the bins of this part, `[W, Q, E]` at its queries."""
-        query_CQTE = self._lay_out(query_WQE[self.query_tokens], self.query_S)
-        key_CHTE = self._lay_out(key_MHE[self.tokens], self.token_S)
-        value_CHTE = self._lay_out(value_MHE[self.tokens], self.token_S)
-        repeats = query_CQTE.shape[1] // key_CHTE.shape[1]
-        if repeats > 1:
-            # [C, H, T, E] -> [C, Q, T, E]: a key-value head serves neighbouring query heads.
-            key_CHTE = key_CHTE.repeat_interleave(repeats, dim=1)
-            value_CHTE = value_CHTE.repeat_interleave(repeats, dim=1)
-        states_CQTE = torch.nn.functional.scaled_dot_product_attention(
-            query_CQTE,
-            key_CHTE,
-            value_CHTE,
-            attn_mask=self.mask,
-            scale=scaling,
-            is_causal=self.mask is None,
-        )
-        # [C, Q, T, E] -> [S, Q, E] -> [W, Q, E].
-        return states_CQTE.transpose(1, 2).flatten(0, 1).index_select(0, self.index_M)
+        query_CTQE = self._lay_out(query_WQE[self.query_tokens], self.query_S)
+        key_CTHE = self._lay_out(key_MHE[self.tokens], self.token_S)
+        value_CTHE = self._lay_out(value_MHE[self.tokens], self.token_S)
+        attention = causal_attention if _shows_all(key_MHE) else _fused_attention
+        states_CTQE = attention(query_CTQE, key_CTHE, value_CTHE, self.mask, scaling)
+        # [C, T, Q, E] -> [S, Q, E] -> [W, Q, E].
+        return states_CTQE.flatten(0, 1).index_select(0, self.index_M)
 
     def _lay_out(self, states_MHE: Tensor, token_S: Tensor) -> Tensor:
-        # [M, H, E] -> [S, H, E] -> [C, T, H, E] -> [C, H, T, E].
-        return states_MHE.index_select(0, token_S).unflatten(0, self.shape).transpose(1, 2)
+        # [M, H, E] -> [S, H, E] -> [C, T, H, E].
+        return states_MHE.index_select(0, token_S).unflatten(0, self.shape)
+
+
+def _fused_attention(
+    query_CTQE: Tensor, key_CTHE: Tensor, value_CTHE: Tensor, mask_C1TT: Tensor | None, scale: float
+) -> Tensor:
+    """As `causal_attention`, by torch's own."""
+    # [C, T, Q, E] -> [C, Q, T, E].
+    states = (each.transpose(1, 2) for each in (query_CTQE, key_CTHE, value_CTHE))
+    query_CQTE, key_CHTE, value_CHTE = states
+    repeats = query_CQTE.shape[1] // key_CHTE.shape[1]
+    if repeats > 1:
+        # [C, H, T, E] -> [C, Q, T, E]: a key-value head serves neighbouring query heads.
+        key_CHTE = key_CHTE.repeat_interleave(repeats, dim=1)
+        value_CHTE = value_CHTE.repeat_interleave(repeats, dim=1)
+    attended_CQTE = torch.nn.functional.scaled_dot_product_attention(
+        query_CQTE,
+        key_CHTE,
+        value_CHTE,
+        attn_mask=mask_C1TT,
+        scale=scale,
+        is_causal=mask_C1TT is None,
+    )
+    return attended_CQTE.transpose(1, 2)
