@@ -42,8 +42,9 @@ def test_a_push_is_an_export_in_one_commit(hub: Hub, cli: Callable[..., Any], do
     assert found["url"] == f"{hub.url}/{NAME}"
     assert found["files"] == {name: len(content) for name, content in sorted(there.files.items())}
     assert there.private and there.messages == [f"{student.label}, made by posttrain"]
+    assert "samples.jsonl" in student.files and "samples.jsonl" not in there.files
     for name, entry in student.files.items():
-        if name != "README.md":
+        if name not in ("README.md", "samples.jsonl"):
             assert hashlib.sha256(there.files[name]).hexdigest() == entry["sha256"], name
     card = there.files["README.md"].decode()
     assert f'path = "{NAME}"' in card and "## Its history" in card and "## Scores" in card

@@ -22,6 +22,9 @@ from posttrain.engine.unfinished import is_place
 from posttrain.stages.kinds import shown_kind
 from posttrain.stages.step_checkpoint import step_model
 
+OF_DATA = ("rollouts.jsonl", "samples.jsonl")
+"""Files of a training stage that hold rows of its data; they stay here."""
+
 
 def push(
     artifact: io.ArtifactName,
@@ -47,7 +50,7 @@ def push(
 ) -> None:
     """Upload a checkpoint to the Hugging Face Hub as one commit, with its card and its history.
 
-    The files are those of `export`. A repository that is not there yet is made, a private one. Log
+    The files are those of `export`, without the logs that hold rows of data. A repository that is not there yet is made, a private one. Log
     in with `hf auth login`, or set HF_TOKEN.
     """
     name = repository(target)
@@ -58,6 +61,8 @@ def push(
     check_dtype(dtype, found)
     with tempfile.TemporaryDirectory(prefix="posttrain-push-") as folder:
         handed = hand_out(place, found, Path(folder) / "model", dtype=dtype, repository=name)
+        for file in OF_DATA:
+            (handed.path / file).unlink(missing_ok=True)
         pushed = None
         if not dry_run:
             message = f"{found.label}, made by posttrain"
