@@ -89,7 +89,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "backends.checkpoint_source": {"huggingface_hub"},
     "backends.turn_end": {"jinja2"},
     "backends.vocabulary": set(),
-    "backends": {"torch", "transformers", "tokenizers", "safetensors", "jinja2"},
+    "backends": {"torch", "transformers", "tokenizers", "safetensors", "jinja2", "peft"},
     "stages.settings": {"pydantic"},
     "stages.config": {"pydantic", "pydantic_core"},
     "stages.kinds": set(),

@@ -298,6 +298,19 @@ class Learner(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraSettings:
+    """How an adapter begins; see `posttrain.LoRA` for what each means."""
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...] = ("all-linear",)
+    dora: bool = False
+    rslora: bool = False
+    seed: int = 0
+    """Of the numbers that its first matrices begin with."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class LearnerSettings:
     """What a learner is made with. AdamW; see the settings of a stage for what each means."""
 
@@ -312,6 +325,9 @@ class LearnerSettings:
     save_dtype: str = "base"
     """Type of the numbers that `save` writes, such as "bfloat16"; "base": those of the files of the
     checkpoint, tensor by tensor."""
+    lora: LoraSettings | None = None
+    """Learn an adapter beside the weights, which stay as they are; `save` then writes the adapter
+    alone. A checkpoint that is an adapter with these settings goes on with it."""
 
 
 class Backend(Protocol):

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from posttrain.backends import lora
 from posttrain.backends.base import Head, Learner, LearnerSettings
 from posttrain.backends.chat import Chat
 from posttrain.backends.checkpoint import LanguageModel, chat_of, load, output_head
@@ -35,6 +36,7 @@ from posttrain.backends.lockstep import Lockstep
 from posttrain.backends.memory import rows_at_once, sampling_memory
 from posttrain.backends.precision import copy_to_compute
 from posttrain.backends.scalar import load_scalar, scores_N
+from posttrain.backends.shared import SharedModels, own_copy
 from posttrain.backends.token_sampling import LocalSampling, SampleBuffer, check_room
 from posttrain.losses.distill import teacher_top_k_targets
 from posttrain.rl.batch import Batch
@@ -58,13 +60,18 @@ class LocalBackend:
         each other; see `LocalLearner`."""
         self.device = torch.device(device)
         self.compile, self.workers, self.fast_paths = compile, workers, fast_paths
+        self.shared = SharedModels(self._load)
 
     def learner(
         self, checkpoint: Path, settings: LearnerSettings, *, scalar: bool = False
     ) -> LocalLearner:
         """See `Backend.learner`."""
+        if settings.lora is None:
+            language_model = self._load(checkpoint, torch.float32, scalar)
+        else:
+            language_model = self.shared.learn(checkpoint, settings.lora, settings.dtype, scalar)
         return LocalLearner(
-            self._load(checkpoint, torch.float32, scalar),
+            language_model,
             settings,
             compile=self.compile,
             workers=self.workers,
@@ -82,7 +89,8 @@ class LocalBackend:
         self, source: Path | Learner, *, dtype: torch.dtype = torch.float32, scalar: bool = False
     ) -> LocalScorer:
         """See `Backend.scorer`."""
-        model = self._load(source, dtype, scalar) if isinstance(source, Path) else _local(source)
+        frozen = isinstance(source, Path)
+        model = self.shared.read(source, dtype, scalar) if frozen else _local(source)
         return LocalScorer(model, fast_paths=self.fast_paths)
 
     def close(self) -> None:
@@ -107,6 +115,9 @@ class LocalScorer:
         """Whose weights these are; None for weights of its own."""
         policy = source.policy if isinstance(source, LocalLearner) else source
         self.model = policy.model.eval()
+        self.language_model = policy
+        if policy.below is not None:
+            policy.below.readers.add(self)
         self.chat: Chat = source.chat if isinstance(source, LocalLearner) else chat_of(policy)
         self.max_tokens, self.fast_paths = max_tokens, fast_paths
 
@@ -158,15 +169,29 @@ class LocalScorer:
 
     def sync(self, policy: Learner) -> None:
         """See `Scorer.sync`. Raises TypeError and ValueError as `LocalSampler.sync`."""
+        if self.learner is None:
+            self._own_weights()
         _sync(self, policy)
 
+    def _own_weights(self) -> None:
+        """Have weights that may be changed: those of the checkpoint until now are others' too."""
+        below = self.language_model.below
+        if below is None:
+            return
+        self.language_model = own_copy(self.language_model, self)
+        self.model = self.language_model.model
+
     def state(self) -> dict[str, Tensor]:
-        """See `Scorer.state`."""
+        """See `Scorer.state`; nothing while the weights are still those of the checkpoint."""
+        if self.learner is None and self.language_model.below is not None:
+            return {}
         return {name: value.detach() for name, value in self.model.named_parameters()}
 
     @torch.no_grad()
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """See `Scorer.restore`."""
+        if tensors and self.learner is None:
+            self._own_weights()
         for name, parameter in self.model.named_parameters():
             if name in tensors:
                 parameter.copy_(tensors[name])
@@ -189,10 +214,12 @@ class LocalSampler:
         """Whose weights these are; None for weights of its own."""
         policy = source.policy if isinstance(source, LocalLearner) else source
         self.model: Any = policy.model
+        self.adapted = lora.has_adapter(self.model)
+        """Whether an adapter computes beside the weights: what samples has it in them."""
         self.chat: Chat = source.chat if isinstance(source, LocalLearner) else chat_of(policy)
         self.max_rows, self.fast_paths = max_rows, fast_paths
         self.memory = sampling_memory(self.model.device) if memory is None else memory
-        self.decoders = Decoders(self.model)
+        self.decoders = Decoders(lora.seen_merged(self.model) if self.adapted else self.model)
 
     def sync(self, policy: Learner) -> None:
         """See `Sampler.sync`; nothing is to be done where it samples from the learner's own.
@@ -254,7 +281,9 @@ class LocalSampler:
         }
         if self.fast_paths and is_fusable(self.model):
             return LocalSampling(samples, Slots(self.decoders, head, samples, **how))
-        return LocalSampling(samples, Lockstep(self.model, head, samples, **how))
+        # Merged once for all tokens of this call, and gone with it.
+        model = lora.merged_twin(self.model) if self.adapted else self.model
+        return LocalSampling(samples, Lockstep(model, head, samples, **how))
 
 
 def _local(policy: Learner) -> LocalLearner:
@@ -275,4 +304,10 @@ def _sync(reader: LocalSampler | LocalScorer, policy: Learner) -> None:
             f"this {type(reader).__name__} shares the weights of another learner; make one of a "
             "checkpoint, or of the learner to follow"
         )
+    if lora.has_adapter(learner.model):
+        # One weight at a time, so that no second model stands in memory.
+        own = dict(reader.model.named_parameters())
+        for name, weight in lora.merged_parameters(learner.model):
+            copy_to_compute([own[name]], [weight])
+        return
     copy_to_compute(reader.model.parameters(), learner.model.parameters())

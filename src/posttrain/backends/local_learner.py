@@ -13,10 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from posttrain.backends import lora
 from posttrain.backends.architecture import backbone
 from posttrain.backends.base import AuxLoss, HeadLoss, LearnerSettings, Loss, Metrics
 from posttrain.backends.chat import Chat
-from posttrain.backends.checkpoint import LanguageModel, chat_of, has_score, output_head, save
+from posttrain.backends.checkpoint import (
+    LanguageModel,
+    chat_of,
+    has_score,
+    output_head,
+    save,
+    save_adapter,
+)
 from posttrain.backends.forward import (
     MAX_TOKENS,
     forward_passes,
@@ -37,8 +45,9 @@ class LocalLearner:
     The model stays in evaluation mode, that is without dropout: a policy that learns must be the
     one that sampled, and there is no random state that a resumed stage would have to find again.
     With a `dtype` other than float32 a copy of the model in that type computes, weights and
-    optimiser stay as they are. Only the parameters that a glob of `trainable` matches learn. With
-    `ema` the model to keep is the moving average of the weights; what computes and samples is the
+    optimiser stay as they are. Only the parameters that a glob of `trainable` matches learn, or of
+    a model with an adapter the adapter: its weights are held in float32, and what is below it once,
+    in the type that computes, shared with whoever reads it. With `ema` the model to keep is the moving average of the weights; what computes and samples is the
     newest.
     """
 
@@ -57,10 +66,15 @@ class LocalLearner:
         matches no parameter."""
         self.language_model = language_model
         self.chat: Chat = chat_of(language_model)
-        self.master = language_model.model.eval()
-        freeze_others(self.master, settings.trainable)
-        self.policy = computing_copy(language_model, settings.dtype)
-        """What computes: the model itself, or a copy of it in another type."""
+        adapter = language_model.adapter
+        if adapter is None:
+            self.master: Any = language_model.model.eval()
+            freeze_others(self.master, settings.trainable)
+            self.policy = computing_copy(language_model, settings.dtype)
+            """What computes: the model itself, or a copy of it in another type."""
+        else:
+            self.master = lora.Masters(language_model.model, settings.dtype)
+            self.policy = language_model
         self.model = self.policy.model.eval()
         self.device: torch.device = self.model.device
         self.body = torch.compile(backbone(self.model), dynamic=True) if compile else None
@@ -77,6 +91,12 @@ class LocalLearner:
             weight_decay=settings.weight_decay,
             fused=True,
         )
+        if language_model.below is not None:
+            language_model.below.readers.add(self)
+            base = language_model.below.language_model.model.parameters()
+            below = {id(parameter) for parameter in base}
+            assert not any(p.requires_grad for p in self.model.parameters() if id(p) in below)
+            assert not any(id(parameter) in below for parameter in self.parameters)
         self.average = None if settings.ema is None else Average(self.parameters, settings.ema)
 
     def restrict(self, absent: Collection[int]) -> None:
@@ -236,6 +256,9 @@ class LocalLearner:
                 self.optimizer.state[parameter][rest[0]] = value.clone().to(parameter.device)
         if self.average is not None:
             self.average.restore(tensors)
+        if self.policy.adapter is not None:
+            copy_to_compute(self.copies, self.parameters)
+            return
         # All parameters, not `copies` alone: frozen ones were put back as well.
         copy_to_compute(self.model.parameters(), self.master.parameters())
 
@@ -248,12 +271,16 @@ class LocalLearner:
     def save(self, out: Path) -> None:
         """See `Learner.save`."""
         types = self.language_model.types if self.save_dtype == "base" else self.save_dtype
+        if self.policy.adapter is not None:
+            own = {lora.master_name(name): p for name, p in self.master.named_parameters()}
+            save_adapter(self.language_model, own, out, types=types)
+            return
         write = save_scalar if has_score(self.master) else save
         write(self.language_model, out, types=types)
 
     def num_parameters(self) -> int:
         """See `Learner.num_parameters`."""
-        return sum(parameter.numel() for parameter in self.master.parameters())
+        return sum(parameter.numel() for parameter in self.model.parameters())
 
 
 def _add(sums: Metrics, part: str, metrics: Metrics) -> None:

@@ -26,7 +26,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from posttrain.backends.base import Backend, Learner, LearnerSettings, Sampler, Scorer
+from posttrain.algorithms import LoRA
+from posttrain.backends.base import (
+    Backend,
+    Learner,
+    LearnerSettings,
+    LoraSettings,
+    Sampler,
+    Scorer,
+)
 from posttrain.backends.prompting import in_modes
 from posttrain.engine.atomic import fsync
 from posttrain.engine.errors import ConfigError, StageError
@@ -89,6 +97,16 @@ class CheckpointGroup:
             resumable.restore(
                 {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
             )
+
+
+def _lora(settings: Training) -> LoraSettings | None:
+    """How an adapter begins, where a stage trains one."""
+    lora: LoRA | None = getattr(settings, "lora", None)
+    if lora is None:
+        return None
+    seed: int = getattr(settings, "seed", 0)
+    targets = (lora.targets,) if isinstance(lora.targets, str) else tuple(lora.targets)
+    return LoraSettings(**dict(lora) | {"targets": targets}, seed=seed)
 
 
 class Context:
@@ -159,6 +177,7 @@ class Context:
             trainable=("*",) if whole else tuple(settings.trainable),
             ema=None if whole else optimizer.ema,
             save_dtype=settings.save_dtype,
+            lora=None if whole else _lora(settings),
         )
         return self.backend.learner(self._directory(source), made_with, scalar=scalar)
 

@@ -12,7 +12,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_validator
 
-from posttrain.algorithms import AdamW, Aggregation, Aux, CosineDecay, Decay, TokenMean
+from posttrain.algorithms import AdamW, Aggregation, Aux, CosineDecay, Decay, LoRA, TokenMean
 from posttrain.backends.prompting import Mode, check_hint
 from posttrain.engine.exact import exact
 from posttrain.schedules import is_schedule
@@ -60,6 +60,23 @@ class Training(BaseModel):
             raise ValueError(
                 "domain_shares gives every domain a share of 0, so that there is nothing to draw; "
                 "give one of them a share above 0"
+            )
+        return self
+
+
+class Adapting(BaseModel):
+    """What every stage has that can train an adapter."""
+
+    lora: LoRA | None = None
+    """Train an adapter in place of the weights; None trains the weights."""
+
+    @model_validator(mode="after")
+    def _one_of_both_learns(self) -> Self:
+        trainable = getattr(self, "trainable", ["*"])
+        if self.lora is not None and trainable != ["*"]:
+            raise ValueError(
+                f"lora and trainable = {trainable}: with lora the adapter learns and no weight of "
+                "the start; say with lora.targets which layers get one, and leave trainable out"
             )
         return self
 
