@@ -167,9 +167,7 @@ def test_sampling_has_the_adapter_in_the_weights_and_leaves_the_base_as_it_was(
     torch.testing.assert_close(
         mine["sampler_logp_N"], other["sampler_logp_N"], atol=1e-4, rtol=1e-4
     )
-    torch.testing.assert_close(
-        mine["sampler_logp_N"], learner.logprobs(mine), atol=1e-4, rtol=1e-4
-    )
+    torch.testing.assert_close(mine["sampler_logp_N"], learner.logprobs(mine), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])

@@ -360,8 +360,13 @@ def save_adapter(
         (out / CONFIG).write_text(json.dumps(named, indent=2, sort_keys=True) + "\n")
     else:
         (out / CONFIG).write_bytes(canonical_config(adapter.config))
-        (out / BASE).write_text(json.dumps(pointer, indent=1, sort_keys=True) + "\n")
+        write_pointer(pointer, out)
     language_model.tokenizer.save_pretrained(out)
+
+
+def write_pointer(pointer: Mapping[str, str], out: Path) -> None:
+    """Write `adapter_base.json`; see `base_pointer`."""
+    (out / BASE).write_text(json.dumps(pointer, indent=1, sort_keys=True) + "\n")
 
 
 def tell_ties(model: Any) -> None:

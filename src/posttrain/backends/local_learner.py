@@ -45,10 +45,10 @@ class LocalLearner:
     The model stays in evaluation mode, that is without dropout: a policy that learns must be the
     one that sampled, and there is no random state that a resumed stage would have to find again.
     With a `dtype` other than float32 a copy of the model in that type computes, weights and
-    optimiser stay as they are. Only the parameters that a glob of `trainable` matches learn, or of
-    a model with an adapter the adapter: its weights are held in float32, and what is below it once,
-    in the type that computes, shared with whoever reads it. With `ema` the model to keep is the moving average of the weights; what computes and samples is the
-    newest.
+    optimiser stay as they are. Only the parameters that a glob of `trainable` matches learn; of a
+    model with an adapter the adapter. Its weights are held in float32, and what is below it once,
+    in the type that computes, shared with whoever reads it. With `ema` the model to keep is the
+    moving average of the weights; what computes and samples is the newest.
     """
 
     def __init__(

@@ -28,7 +28,6 @@ from torch import Tensor
 
 from posttrain.backends.base import LoraSettings
 from posttrain.backends.outside.adapters import (
-    CONFIG,
     PREFIX,
     WEIGHTS,
     read_adapter_config,
@@ -266,6 +265,8 @@ def put_in(model: Any, tensors: Mapping[str, Tensor], *, where: str) -> None:
     given = {key.replace("vector.weight", "vector"): t for key, t in tensors.items()}
     own = own_parameters(model)
     keys = {next(iter(saved_tensors({name: p}))): p for name, p in own.items()}
+    # A language model's adapter has no score yet: it begins with zeros.
+    keys = {k: p for k, p in keys.items() if k in given or not k.startswith(f"{PREFIX}{SCORE}.")}
     strange = sorted(set(keys) ^ set(given))
     if strange:
         raise ConfigError(
@@ -411,4 +412,3 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-

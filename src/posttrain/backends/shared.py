@@ -20,13 +20,8 @@ import torch
 
 from posttrain.backends import lora
 from posttrain.backends.base import LoraSettings
-from posttrain.backends.checkpoint import Adapter, LanguageModel, read_tokenizer
-from posttrain.backends.outside.adapters import (
-    base_of,
-    is_adapter,
-    read_adapter_config,
-    read_adapter_headers,
-)
+from posttrain.backends.checkpoint import Adapter, LanguageModel, checked_base, read_tokenizer
+from posttrain.backends.outside.adapters import base_of, is_adapter, read_adapter_headers
 from posttrain.backends.outside.files import model_files
 from posttrain.backends.saved_types import types_of
 from posttrain.engine.errors import ConfigError
@@ -103,7 +98,7 @@ class SharedModels:
         if not _stands_beside(checkpoint, scalar):
             raise ConfigError(
                 f"lora: {checkpoint} is an adapter that cannot go on as one here: it brings whole "
-                f"modules, biases or an output layer of its own, or is of another task; {rest}"
+                f"modules, biases or an output layer of its own; {rest}"
             )
         made = self._with_adapter(checkpoint, dtype, scalar, torch.float32)
         assert made.adapter is not None
@@ -137,11 +132,12 @@ class SharedModels:
 
 
 def _stands_beside(checkpoint: Path, scalar: bool) -> bool:
-    """Whether a checkpoint is an adapter of this task that can compute beside a shared base."""
+    """Whether a checkpoint is an adapter that can compute beside a shared base. Raises ConfigError
+    for that of a reward model where a language model is wanted."""
     if not is_adapter(checkpoint):
         return False
-    scores = read_adapter_config(checkpoint).get("task_type") == "SEQ_CLS"
-    return scores == scalar and lora.is_separable(checkpoint)
+    checked_base(checkpoint, scalar=scalar)
+    return lora.is_separable(checkpoint)
 
 
 def _identity(checkpoint: Path) -> str:

@@ -221,7 +221,7 @@ def make(loaded: Loaded, store: Store, view: LiveView, how: How) -> None:
         loaded.graph,
         store,
         execute=worker.EXECUTE,
-        preload=worker.PRELOAD,
+        preload=worker.preload(loaded.graph.nodes.values()),
         jobs=how.jobs,
         provenance=provenance,
         environment=how.environment,

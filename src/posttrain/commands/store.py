@@ -3,6 +3,7 @@ what was made, and what may go."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +12,16 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from posttrain.backends.checkpoint_source import CheckpointSource, find_checkpoint
+from posttrain.backends.outside.adapters import (
+    BASE,
+    BASE_FOLDER,
+    CONFIG,
+    WEIGHTS,
+    is_adapter,
+    read_adapter_config,
+    read_pointer,
+)
 from posttrain.backends.outside.headers import FLOATS, num_parameters
 from posttrain.commands import io
 from posttrain.commands.io import console, emit, plain_table, tell_faults
@@ -27,7 +38,8 @@ from posttrain.engine.unfinished import is_place
 from posttrain.engine.work import CODE_DIFF
 from posttrain.report.card import model_card
 from posttrain.report.gather import scores_of
-from posttrain.stages.kinds import KINDS, shown_kind
+from posttrain.stages.adopting import adopt_checkpoint
+from posttrain.stages.kinds import shown_kind
 from posttrain.stages.step_checkpoint import step_model
 
 
@@ -46,9 +58,6 @@ def adopt(
 ) -> None:
     """Bring a checkpoint from outside into the store, with its history if it was exported."""
     place = Store(store)
-    # It reads templates, which `--help` has no use for.
-    from posttrain.backends.checkpoint_source import find_checkpoint
-
     external = find_checkpoint(source, place.hashes.digest, store=place.root)
     present = [a for a in place.list() if a.kind == "model" and a.name == name]
     for artifact in present:
@@ -57,24 +66,15 @@ def adopt(
                 f"--name {name}: the store has another model of that name ({artifact.label}); "
                 "choose another name"
             )
-    # Files that lie in the store itself are copied: `gc` could remove what a link points at.
-    inside = any(
-        (external.directory / file).resolve().is_relative_to(store.resolve())
-        for file in external.files
-    )
-    adopted = transfer.adopt(
+    adopted = adopt_checkpoint(
         place,
-        external.directory,
+        external,
         name=name,
-        kind="model",
-        files=external.files,
-        link=not (copy or inside),
-        metrics={"parameters": num_parameters(external.tensors)},
+        copy=copy,
+        metrics={"parameters": _parameters(external)},
         provenance=dict(capture([], packages=PACKAGES).facts)
         | {"source": str(external.directory), "origin": dict(external.origin)},
-        data={"files": external.sha256},
         history=read_history(external.directory),
-        version=KINDS["model"].version,
     )
     if as_json:
         emit(
@@ -99,6 +99,12 @@ def adopt(
     out.print(Text(f"use it with --set base={adopted.name} or r.model({adopted.name!r})", "dim"))
 
 
+def _parameters(external: CheckpointSource) -> int:
+    """Numbers of a model; those of an adapter are beside its base's."""
+    below = 0 if external.base is None else _parameters(external.base)
+    return below + num_parameters(external.tensors)
+
+
 def export(
     artifact: io.ArtifactName,
     target: Annotated[Path, typer.Argument(metavar="DIR", help="A new directory.")],
@@ -108,25 +114,37 @@ def export(
             "--dtype", metavar="TYPE", help="Round the weights: float32, bfloat16 or float16."
         ),
     ] = None,
+    merged: Annotated[
+        bool, typer.Option("--merged", help="Of an adapter: whole weights with it in them.")
+    ] = False,
     store: io.StorePath = io.DEFAULT_STORE,
     as_json: io.Json = False,
 ) -> None:
     """Copy an artifact out of the store: a checkpoint that stands alone, with its history.
 
-    With --dtype and weights of another type the history stays behind: it vouches for other bytes.
+    An adapter takes its base along, in a folder `base`, unless that is on the Hub. With --merged,
+    and with --dtype and weights of another type, the history stays behind: it vouches for other
+    bytes.
     """
     place = Store(store)
     found = step_model(place, artifact) if is_place(artifact) else place.resolve(artifact)
     check_dtype(dtype, found)
+    adapter = is_adapter(found.path)
+    check_merged(merged, adapter, dtype, found)
     scores, rounded = [], False
     with transfer.exporting(place, found, target) as part:
+        if adapter and merged:
+            merge_adapter(found, part)
+        elif adapter:
+            take_base_along(place, part, target.absolute())
         if dtype is not None:
             rounded = round_weights(part, dtype)
         if shown_kind(found.kind).is_model():
             # The card that came with the files does not know what was scored since.
             scores = scores_of(place, found)
             ancestors = [a.record for a in ancestry.lineage(place, found)]
-            card = model_card(found.record, scores, ancestors)
+            card = model_card(found.record, scores, ancestors, adapter=adapter and not merged)
+            card += MERGED if merged else ""
             card += ROUNDED.format(dtype) if rounded else ""
             write_whole(part / "README.md", card.encode())
     path = target.absolute()
@@ -141,10 +159,12 @@ def export(
             | {"files": files, "evaluations": evaluations, "records": records, "rounded": rounded}
         )
         return
-    size = sum(file.stat().st_size for file in path.iterdir()) if rounded else found.bytes
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     text = Text.assemble((found.label, "bold"), f" -> {path} ({human_bytes(size)})")
     if rounded:
         text.append(f", weights rounded to {dtype}, without its history")
+    elif merged:
+        text.append(", merged into its base, without its history")
     if scores:
         text.append(f", card with the scores of {', '.join(evaluations)}")
     out = console()
@@ -181,6 +201,60 @@ ROUNDED = """
 
 The weights were rounded to {} when this was exported. Its record is that of other bytes.
 """
+
+
+MERGED = """
+## Merged
+
+The adapter was merged into the weights of its base when this was exported. Its record is that of
+the adapter.
+"""
+
+
+def check_merged(merged: bool, adapter: bool, dtype: str | None, found: Artifact) -> None:
+    """Raise ConfigError for options that an artifact has no use for."""
+    if merged and not adapter:
+        raise ConfigError(f"--merged: {found.label} is no adapter; leave the option out")
+    if adapter and dtype is not None and not merged:
+        raise ConfigError(
+            f"--dtype {dtype}: {found.label} is an adapter, which stays as it was trained; add "
+            "--merged for whole weights of that type"
+        )
+
+
+def merge_adapter(found: Artifact, part: Path) -> None:
+    """Put whole weights in the place of an adapter's files, in the types of its base."""
+    # They import torch.
+    from posttrain.backends.checkpoint import load, save
+    from posttrain.backends.saved_types import read_types
+    from posttrain.backends.scalar import load_scalar, save_scalar
+
+    for name in (CONFIG, WEIGHTS, BASE, transfer.HISTORY):
+        (part / name).unlink(missing_ok=True)
+    scores = read_adapter_config(found.path).get("task_type") == "SEQ_CLS"
+    types = read_types(found.path)
+    if scores:
+        save_scalar(load_scalar(found.path), part, types=types)
+    else:
+        save(load(found.path), part, types=types)
+
+
+def take_base_along(store: Store, part: Path, target: Path) -> None:
+    """Let an exported adapter name its base: on the Hub, or in a folder beside it."""
+    pointer = read_pointer(part)
+    base = None if pointer is None else store.find(pointer["fingerprint"])
+    if base is None:
+        raise StoreError(f"{part}: its base is not in the store; `posttrain verify` says more")
+    (part / BASE).unlink()
+    config = read_adapter_config(part)
+    origin = base.provenance.get("origin", {})
+    if "hub" in origin:
+        config |= {"base_model_name_or_path": origin["hub"], "revision": origin["commit"]}
+    else:
+        transfer.export(store, base, part / BASE_FOLDER)
+        config |= {"base_model_name_or_path": str(target / BASE_FOLDER)}
+    content = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    write_whole(part / CONFIG, content.encode())
 
 
 def check_dtype(dtype: str | None, found: Artifact) -> None:

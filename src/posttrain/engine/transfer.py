@@ -42,19 +42,24 @@ def adopt(
     data: Mapping[str, str] | None = None,
     history: Sequence[Record] = (),
     version: int = 1,
+    inputs: Mapping[str, Artifact] | None = None,
+    unvouched: Sequence[str] = (),
 ) -> Artifact:
-    """Commit `files` below `source` as an artifact without inputs.
+    """Commit `files` below `source` as an artifact, without inputs unless some are given.
 
     The fingerprint follows the same rule as in a graph, so a graph with a node of the same kind,
     version and `data` (default: the digest of the files) finds it. With `link` the artifact
     holds links to the files where they are, else copies. `history` holds the records that came with
-    the files (see `read_history`). An artifact with that fingerprint that is there already is
+    the files (see `read_history`); it does not vouch for `unvouched` ones, which say how the
+    artifact is connected here. An artifact with that fingerprint that is there already is
     returned as it is. Raises StoreError: the history is broken or is not that of these files.
     """
     source = source.absolute()
     problems = history_problems(history)
     if history:
-        problems += vouching_problems({n: store.hashes.digest(source / n) for n in files}, history)
+        vouched = [name for name in files if name not in unvouched]
+        hashes = {name: store.hashes.digest(source / name) for name in vouched}
+        problems += vouching_problems(hashes, history)
     if problems:
         raise StoreError(
             f"cannot adopt {source} with a history that does not fit; adopt it without one, "
@@ -62,8 +67,10 @@ def adopt(
         )
     if data is None:
         data = {"files": files_digest(source, files, store.hashes.digest)}
-    node = Node(name=name, kind=kind, version=version, data=data)
-    fingerprint = digest(payload(node, {}))
+    given = dict(inputs or {})
+    edges = {edge: artifact.name for edge, artifact in given.items()}
+    node = Node(name=name, kind=kind, version=version, data=data, inputs=edges)
+    fingerprint = digest(payload(node, {edge: one.fingerprint for edge, one in given.items()}))
     # Held as by a run: gc must not take what is adopted while it asks.
     with store.in_use():
         work = store.begin(fingerprint)
@@ -78,7 +85,7 @@ def adopt(
             with guarded(store.root, f"adopting {node.name}"):
                 _place(source, work.out, files, link=link)
             return store.commit(
-                node, work, inputs={}, metrics=metrics, provenance=provenance, history=history
+                node, work, inputs=given, metrics=metrics, provenance=provenance, history=history
             )
         except BaseException:
             work.discard()

@@ -21,13 +21,16 @@ def model_card(
     record: Mapping[str, Any],
     scores: Sequence[Mapping[str, Any]] | None = None,
     ancestors: Iterable[Mapping[str, Any]] = (),
+    *,
+    adapter: bool = False,
 ) -> str:
     """README.md of a checkpoint, with the YAML head that the Hugging Face Hub reads.
 
     `record` has its name, kind, fingerprint, config, inputs (edges to name, kind and fingerprint)
     and metrics; `scores` holds the evaluations that include this model, as `gather.scores_of` gives
     them. `ancestors` are the records of what it descends from, as far as they are known: the head
-    names the models from outside and the Hub's data sets among them.
+    names the models from outside and the Hub's data sets among them. `adapter` says that the
+    weights are one of peft, which stands on a base.
     """
     kind = record["kind"]
     parents: dict[str, Mapping[str, str]] = {}
@@ -42,10 +45,11 @@ def model_card(
             parents[edge] = source
     warnings = [f"- {in_markdown(text)}" for text in record.get("warnings", ())]
     writes_text = "reward_model" not in shown_kind(kind).makes
+    facts: dict[str, Any] = {**origins(record, ancestors)}
+    if adapter and "base_model" in facts:
+        facts["base_model_relation"] = "adapter"
     parts = [
-        _head(
-            kind, data, {**origins(record, ancestors), **results(record, scores or ())}, writes_text
-        ),
+        _head(kind, data, facts | results(record, scores or ()), writes_text, adapter),
         f"# {in_markdown(record['name'])}",
         f"Made by posttrain: {_how(record)}. Fingerprint `{record['fingerprint']}`.",
         *(["## Scores", *_scores(scores)] if scores else []),
@@ -76,7 +80,7 @@ def model_card(
             _table(("metric", "value"), [(key, number(v)) for key, v in record["metrics"].items()]),
         ),
         "## How to load it",
-        _USE if writes_text else _USE_SCORES,
+        _use(writes_text, adapter),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -129,9 +133,31 @@ print(float(model(torch.tensor([ids[:last]])).logits))
 ```"""
 
 
-def _head(kind: str, domains: Iterable[str], metadata: Mapping[str, Any], writes_text: bool) -> str:
+def _use(writes_text: bool, adapter: bool) -> str:
+    """Code that loads a model; of an adapter with its base, as `posttrain export` names it."""
+    code = _USE if writes_text else _USE_SCORES
+    if not adapter:
+        return code
+    kind = "CausalLM" if writes_text else "SequenceClassification"
+    auto, whole = f"AutoPeftModelFor{kind}", f"AutoModelFor{kind}"
+    code = code.replace(
+        f"from transformers import {whole}, AutoTokenizer",
+        f"from peft import {auto}\nfrom transformers import AutoTokenizer",
+    )
+    more = "" if writes_text else ", num_labels=1"
+    return code.replace(f"{whole}.from_pretrained(path)", f"{auto}.from_pretrained(path{more})")
+
+
+def _head(
+    kind: str,
+    domains: Iterable[str],
+    metadata: Mapping[str, Any],
+    writes_text: bool,
+    adapter: bool,
+) -> str:
     task = "text-generation" if writes_text else "text-classification"
-    lines = ["---", "library_name: transformers", f"pipeline_tag: {task}"]
+    library = "peft" if adapter else "transformers"
+    lines = ["---", f"library_name: {library}", f"pipeline_tag: {task}"]
     # A JSON string is a YAML string, whatever is in it.
     lines += ["tags:", *(f"- {json.dumps(tag)}" for tag in ("posttrain", kind, *domains))]
     # And JSON is YAML.

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from posttrain.backends.base import Sampler
+from posttrain.backends.outside.adapters import BASE
 from posttrain.backends.outside.files import model_files
 from posttrain.backends.prompting import Problem, asked, asked_key, format_answer, in_modes
 from posttrain.engine.graph import edge_name, named, role_of
@@ -438,7 +439,8 @@ def measured(
 
 def take_over(source: Path, out: Path) -> None:
     """The files of a model in another place without copying, where the file system allows it."""
-    for name in model_files(source):
+    pointer = [BASE] if (source / BASE).is_file() else []
+    for name in [*model_files(source), *pointer]:
         path, target = source / name, out / name
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)

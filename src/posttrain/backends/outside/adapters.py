@@ -26,6 +26,7 @@ from posttrain.engine.errors import ConfigError
 from posttrain.engine.hashes import HashFile
 from posttrain.engine.parsing import Unreadable, parse_json_file
 from posttrain.engine.record import RECORD, label_of
+from posttrain.engine.store import ARTIFACTS
 
 CONFIG, WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "adapter_base.json"
 BASE_FOLDER = "base"
@@ -139,9 +140,7 @@ def base_of(directory: Path) -> Path:
     pointer = read_pointer(directory)
     if pointer is not None:
         place = Path(pointer["kind"]) / label_of(pointer)
-        # An artifact lies at store/KIND/LABEL, and one that is being made at store/work/NAME/out.
-        stores = directory.absolute().parents[1:3]
-        found = next((store / place for store in stores if (store / place).is_dir()), None)
+        found = next((p / place for p in _artifacts(directory) if (p / place).is_dir()), None)
         if found is None:
             raise ConfigError(
                 f"{directory}: an adapter whose base {place} is not in the store; `posttrain "
@@ -161,6 +160,13 @@ def base_of(directory: Path) -> Path:
         f"{directory / CONFIG}: base_model_name_or_path = {named!r} is neither a directory nor a "
         "Hub id; name the model that the adapter was trained on: r.model(adapter, base=...)"
     )
+
+
+def _artifacts(directory: Path) -> list[Path]:
+    """Where the artifacts of a store lie, seen from one of them (artifacts/KIND/LABEL) and from
+    what is being made (work/NAME/out)."""
+    *_, third = directory.absolute().parents[:3]
+    return [directory.absolute().parents[1], third / ARTIFACTS]
 
 
 def revision_of(directory: Path) -> str | None:
