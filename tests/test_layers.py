@@ -52,10 +52,17 @@ ALLOWED: dict[str, set[str]] = {
         "algorithms", "values", "stages.settings", "backends.prompting",
         "backends.checkpoint_source", "backends.outside", "backends.vocabulary",
     },
-    "stages.step_checkpoint": {
-        "engine", "stages", "stages.config", "stages.kinds", "stages.worker",
+    "stages.adopting": {
+        "engine", "backends.checkpoint_source", "backends.outside", "stages", "stages.kinds",
     },
-    "stages.worker": {"engine", "report", "backends", "stages", "stages.config", "stages.kinds"},
+    "stages.step_checkpoint": {
+        "engine", "backends.checkpoint_source", "backends.outside", "stages", "stages.adopting",
+        "stages.config", "stages.kinds", "stages.worker",
+    },
+    "stages.worker": {
+        "engine", "report", "backends", "backends.outside", "stages", "stages.config",
+        "stages.kinds",
+    },
     "language": {
         "engine", "rewards", "suites", "schedules", "judges", "values", "algorithms",
         "stages.config", "stages.kinds", "stages.step_checkpoint", "backends.prompting",
@@ -69,7 +76,7 @@ ALLOWED: dict[str, set[str]] = {
     "language.loader": {"engine", "recipe", "language", "suites"},
     "commands": {
         "engine", "report", "backends", "stages", "stages.kinds", "stages.step_checkpoint",
-        "stages.worker", "recipe",
+        "stages.worker", "stages.adopting", "recipe",
         "language", "language.loader", "backends.checkpoint_source", "backends.outside", "suites",
     },
     "cli": {"engine", "commands", "package"},
@@ -104,6 +111,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "package": set(),
     "recipes": set(),
     "language.loader": {"pydantic"},
+    "stages.adopting": set(),
     "stages.step_checkpoint": {"safetensors"},
     "stages.worker": {"torch"},
     "commands": {"typer", "rich", "safetensors", "transformers", "torch", "tokenizers"},

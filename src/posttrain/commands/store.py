@@ -136,7 +136,7 @@ def export(
         if adapter and merged:
             merge_adapter(found, part)
         elif adapter:
-            take_base_along(place, part, target.absolute())
+            take_base_along(place, found, part, target.absolute())
         if dtype is not None:
             rounded = round_weights(part, dtype)
         if shown_kind(found.kind).is_model():
@@ -239,13 +239,13 @@ def merge_adapter(found: Artifact, part: Path) -> None:
         save(load(found.path), part, types=types)
 
 
-def take_base_along(store: Store, part: Path, target: Path) -> None:
+def take_base_along(store: Store, found: Artifact, part: Path, target: Path) -> None:
     """Let an exported adapter name its base: on the Hub, or in a folder beside it."""
-    pointer = read_pointer(part)
+    pointer = read_pointer(found.path)
     base = None if pointer is None else store.find(pointer["fingerprint"])
     if base is None:
         raise StoreError(f"{part}: its base is not in the store; `posttrain verify` says more")
-    (part / BASE).unlink()
+    (part / BASE).unlink(missing_ok=True)
     config = read_adapter_config(part)
     origin = base.provenance.get("origin", {})
     if "hub" in origin:

@@ -43,23 +43,19 @@ def adopt(
     history: Sequence[Record] = (),
     version: int = 1,
     inputs: Mapping[str, Artifact] | None = None,
-    unvouched: Sequence[str] = (),
 ) -> Artifact:
     """Commit `files` below `source` as an artifact, without inputs unless some are given.
 
     The fingerprint follows the same rule as in a graph, so a graph with a node of the same kind,
     version and `data` (default: the digest of the files) finds it. With `link` the artifact
     holds links to the files where they are, else copies. `history` holds the records that came with
-    the files (see `read_history`); it does not vouch for `unvouched` ones, which say how the
-    artifact is connected here. An artifact with that fingerprint that is there already is
+    the files (see `read_history`). An artifact with that fingerprint that is there already is
     returned as it is. Raises StoreError: the history is broken or is not that of these files.
     """
     source = source.absolute()
     problems = history_problems(history)
     if history:
-        vouched = [name for name in files if name not in unvouched]
-        hashes = {name: store.hashes.digest(source / name) for name in vouched}
-        problems += vouching_problems(hashes, history)
+        problems += vouching_problems({n: store.hashes.digest(source / n) for n in files}, history)
     if problems:
         raise StoreError(
             f"cannot adopt {source} with a history that does not fit; adopt it without one, "

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.backends.checkpoint_source import CheckpointSource
-from posttrain.backends.outside.adapters import BASE, CONFIG
+from posttrain.backends.outside.adapters import CONFIG
 from posttrain.engine import transfer
 from posttrain.engine.record import Artifact, Record
 from posttrain.engine.store import Store
@@ -69,6 +69,4 @@ def adopt_checkpoint(
             shutil.copyfile(external.directory / file, out / file)
         place_adapter(external.directory, own, base.path, out)
         files = sorted(str(p.relative_to(out)) for p in out.rglob("*") if p.is_file())
-        return transfer.adopt(
-            store, out, files=files, link=False, inputs={"base": base}, unvouched=[BASE], **how
-        )
+        return transfer.adopt(store, out, files=files, link=False, inputs={"base": base}, **how)

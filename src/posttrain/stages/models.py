@@ -24,15 +24,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from posttrain.backends.checkpoint import (
     LanguageModel,
     load,
+    load_merged,
     read_chat,
     read_tokenizer,
     save,
-    write_pointer,
 )
 from posttrain.backends.merging import TensorFiles, merged, untie
 from posttrain.backends.outside.adapters import (
     CONFIG,
-    base_pointer,
     canonical_config,
     hash_without_place,
     is_adapter,
@@ -111,7 +110,7 @@ def link_model(
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)
         target.symlink_to((directory / name).resolve())
-    language_model = load(ctx.out)
+    language_model = load_merged(load(ctx.inputs["base"]), ctx.out) if adapted else load(ctx.out)
     if language_model.left_out:
         ctx.warn(left_out(directory, language_model))
     if "tokenizer.json" not in files:
@@ -124,11 +123,8 @@ def link_model(
 
 def place_adapter(directory: Path, files: Sequence[str], base: Path, out: Path) -> None:
     """Write what an adapter in a store has otherwise than where it was found: a config that says
-    nothing of a place, which artifact is its base, and the base's tokenizer if it has none."""
+    nothing of a place, and the base's tokenizer if it has none. Its record will name the base."""
     (out / CONFIG).write_bytes(canonical_config(read_adapter_config(directory)))
-    pointer = base_pointer(base)
-    assert pointer is not None, f"{base} is no artifact"
-    write_pointer(pointer, out)
     if not vocabulary_files(files):
         read_tokenizer(base, what="the base of an adapter").save_pretrained(out)
 

@@ -3,8 +3,9 @@
 An adapter is `adapter_config.json` and `adapter_model.safetensors`. Which model they belong to is
 said by whoever is nearest to the truth:
 
-1. `adapter_base.json`, in a store: kind, name and fingerprint of the artifact that is the base. It
-   holds no path, so the store can be moved.
+1. In a store the artifact that is the base, by kind, name and fingerprint: `adapter_base.json`
+   beside an adapter that a stage has trained, or the record of one that was taken in. There is no
+   path in it, so the store can be moved.
 2. A folder `base` beside the adapter, as `posttrain export` writes it.
 3. `base_model_name_or_path` of `adapter_config.json`: a directory or a Hub id. What it says is a
    fact of the place and no part of an adapter's identity; the base's own identity is.
@@ -122,13 +123,18 @@ def base_pointer(base: Path) -> dict[str, str] | None:
 
 
 def read_pointer(directory: Path) -> dict[str, str] | None:
-    """Content of `adapter_base.json`; None without that file. Raises ConfigError for a damaged
-    one."""
+    """Kind, name and fingerprint of the artifact on which an adapter in a store stands; None
+    outside of one. Raises ConfigError for a damaged file."""
     path = directory / BASE
-    if not path.is_file():
-        return None
     try:
-        content = parse_json_file(path)
+        if path.is_file():
+            content = parse_json_file(path)
+        else:
+            path = directory / RECORD
+            inputs = parse_json_file(path).get("inputs", {}) if path.is_file() else {}
+            if "base" not in inputs:
+                return None
+            content = inputs["base"]
         return {key: str(content[key]) for key in ("kind", "name", "fingerprint")}
     except (Unreadable, KeyError) as error:
         raise ConfigError(f"{path}: damaged ({error}); `posttrain verify` says more") from error
