@@ -17,19 +17,20 @@ from __future__ import annotations
 
 import multiprocessing
 import pickle
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
 from multiprocessing.connection import Connection
 from pathlib import Path
-from threading import Lock
+from threading import Event, Lock
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from posttrain.backends.base import AuxLoss, Head, Learner, LearnerSettings, Loss, Metrics
+from posttrain.backends.budget import Part
 from posttrain.backends.chat import Chat
 from posttrain.backends.local import LocalBackend, LocalLearner, LocalSampler, LocalScorer
 from posttrain.rl.batch import Batch
@@ -172,6 +173,11 @@ class PipeBackend:
         first = source.processes[0]
         return PipeScorer(first, first.call(scorer_of, source.kept[0], keep=True))
 
+    @property
+    def parts(self) -> Sequence[Part]:
+        """See `Backend.parts`."""
+        return ()
+
     def close(self) -> None:
         """See `Backend.close`."""
         self.own.close()
@@ -274,9 +280,12 @@ class PipeLearner:
         tensors: dict[str, Tensor] = self._first(LocalLearner.state)
         return tensors
 
-    def restore(self, tensors: dict[str, Tensor]) -> None:
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """See `Learner.restore`."""
-        self._all(LocalLearner.restore, tensors)
+        self._all(LocalLearner.restore, dict(tensors))
+
+    def hold(self, read: Event) -> None:
+        """See `Learner.hold`; what `state` gave are copies."""
 
     def finish(self) -> None:
         """See `Learner.finish`."""
@@ -393,9 +402,9 @@ class PipeScorer:
         tensors: dict[str, Tensor] = self._ask(LocalScorer.state)
         return tensors
 
-    def restore(self, tensors: dict[str, Tensor]) -> None:
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """See `Scorer.restore`."""
-        self._ask(LocalScorer.restore, tensors)
+        self._ask(LocalScorer.restore, dict(tensors))
 
 
 def split(batch: Batch, group_rows: int) -> list[Batch]:

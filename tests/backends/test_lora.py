@@ -187,7 +187,7 @@ def test_many_specialists_have_one_base_in_memory_and_the_numbers_of_merged_weig
         for name, parameter in rest.items():
             assert parameter is whole[name.replace(".base_layer.", ".")]
             assert not parameter.requires_grad
-    learned = {id(p) for group in learner.optimizer.param_groups for p in group["params"]}
+    learned = {id(p) for group in learner.optimizer.adamw.param_groups for p in group["params"]}
     for scorer in (reference, *scorers):
         for parameter in scorer.model.parameters():
             assert not parameter.requires_grad
@@ -208,7 +208,7 @@ def test_in_bfloat16_the_base_is_held_once_and_the_adapter_learns_in_float32(
     learner = LocalBackend().learner(base, settings(dtype=BF16))
     assert {p.dtype for p in learner.model.parameters()} == {BF16}
     assert {p.dtype for p in learner.parameters} == {torch.float32}
-    assert set(learner.optimizer.param_groups[0]["params"]) == set(learner.parameters)
+    assert set(learner.optimizer.adamw.param_groups[0]["params"]) == set(learner.parameters)
     losses = [step["loss"] for step in (train(learner, 0, 1) * 2)]
     assert losses[0] > 0
     learner.save(tmp_path / "adapter")

@@ -10,16 +10,17 @@ import pytest
 import torch
 
 from posttrain.backends import forward, memory
+from posttrain.backends.budget import PROCESS, cache_bytes
 from posttrain.backends.checkpoint import LanguageModel
 from posttrain.backends.cpu import cache, fused
 from posttrain.backends.local import LocalSampler, LocalScorer
 from posttrain.backends.memory import (
     MEMORY,
-    cache_bytes,
+    Budget,
     given_memory,
     is_out_of_memory,
+    model_shape,
     rows_at_once,
-    sampling_memory,
     wanted,
 )
 from posttrain.backends.token_sampling import FIRST_COLUMNS
@@ -56,17 +57,40 @@ def test_without_it_the_budget_is_a_share_of_what_may_be_used(
     cpu = torch.device("cpu")
     monkeypatch.delenv(MEMORY, raising=False)
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (400 * 2**20, 2**40))
-    assert sampling_memory(cpu) == 100 * 2**20
+    budget = Budget(cpu)
+    assert (budget.total, budget.for_sampling()) == (300 * 2**20, 100 * 2**20)
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (resource.RLIM_INFINITY,) * 2)
-    assert 2**20 < sampling_memory(cpu) < memory._machine_memory()
+    assert 2**20 < budget.for_sampling() < budget.total < memory._machine_memory()
+
+
+def test_sampling_has_what_models_leave_of_a_given_number(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(MEMORY, "800M")
+    budget, size = Budget(torch.device("cpu")), 800 * 2**20
+    assert budget.total == size
+    assert budget.for_sampling() == size - PROCESS
+    model = make_model(stop=STOPS, positions=128)
+    sampler = LocalSampler(model, budget=budget)
+    numbers = sum(parameter.numel() for parameter in model.model.parameters())
+    assert budget.for_sampling() == size - PROCESS - 4 * numbers
+    sample(sampler)
+    assert {part.what for part in budget.parts} == {
+        "weights of the sampler",
+        "keys and values of 15 rows",
+        "logits of 15 rows",
+    }
+    # What a model takes is given back with it.
+    del sampler
+    assert budget.for_sampling() == size - PROCESS
     monkeypatch.setenv(MEMORY, "7M")
-    assert sampling_memory(cpu) == 7 * 2**20
+    assert Budget(torch.device("cpu")).for_sampling() == 7 * 2**20 // 8
 
 
 def test_rows_follow_from_what_one_may_take(make_model: MakeModel) -> None:
     """qwen3: 2 layers, 2 key-value heads of 8 numbers, keys and values, 4 bytes."""
     model = make_model(vocabulary=100).model
-    assert cache_bytes(model, 64) == 2 * 2 * 2 * 8 * 4 * 64
+    assert cache_bytes(model_shape(model), 64) == 2 * 2 * 2 * 8 * 4 * 64
     row = 1.5 * 2 * 2 * 2 * 8 * 4 * 64 + 24 * 100
     assert rows_at_once(model, 64, int(10 * row)) == 10
     assert rows_at_once(model, 64, int(10 * row) - 1) == 9
@@ -139,7 +163,7 @@ def test_short_responses_take_little(make_model: MakeModel) -> None:
     assert len(batch) == 128 and bool(batch["finished_B"].all())
     assert sampler.decoders.cache is not None
     assert sampler.decoders.cache.tensor.numel() * 4 <= cache.AT_ONCE
-    assert cache_bytes(model.model, 8003) * 128 > 3 * cache.AT_ONCE
+    assert cache_bytes(model_shape(model.model), 8003) * 128 > 3 * cache.AT_ONCE
 
 
 def test_a_response_longer_than_the_first_columns(make_model: MakeModel) -> None:

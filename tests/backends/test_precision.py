@@ -76,7 +76,7 @@ def test_small_steps_are_learned_in_float32(make_model: MakeModel, kind: str) ->
         assert not torch.equal(old, new)
         assert torch.equal(copied, new.to(BF16)), "the copy is the newest weights, rounded"
         assert copied.grad is None
-    moments = [s for state in mine.optimizer.state.values() for s in state.values()]
+    moments = [s for state in mine.optimizer.adamw.state.values() for s in state.values()]
     assert {moment.dtype for moment in moments} == {torch.float32}
     assert language_model.model.config.dtype != BF16
 

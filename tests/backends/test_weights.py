@@ -89,7 +89,7 @@ def test_what_no_glob_matches_stays(
     changed = {n for n, w in weights(language_model).items() if not torch.equal(w, before[n])}
     expected = {name for name in before if learns(name)}
     assert changed == expected and 0 < len(expected) < len(before)
-    assert len(mine.parameters) == len(expected) == len(mine.optimizer.state)
+    assert len(mine.parameters) == len(expected) == len(mine.optimizer.adamw.state)
 
 
 def test_what_learns_gets_the_gradient_that_it_gets_among_all(make_model: MakeModel) -> None:
@@ -213,7 +213,7 @@ def test_the_gradient_of_several_losses_is_their_sum(make_model: MakeModel, thre
             max_grad_norm=0.01,
             workers=workers if threads else None,
         )
-        mine.optimizer.register_step_pre_hook(
+        mine.optimizer.adamw.register_step_pre_hook(
             lambda *_: seen.update(
                 {n: p.grad.clone() for n, p in language_model.model.named_parameters()}
             )

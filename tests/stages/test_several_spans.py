@@ -116,7 +116,7 @@ def check(
 
     learner = LocalLearner(language_model, SETTINGS, max_tokens=30)
     seen: dict[str, Tensor] = {}
-    learner.optimizer.register_step_pre_hook(
+    learner.optimizer.adamw.register_step_pre_hook(
         lambda *_: seen.update({n: p.grad.clone() for n, p in model.named_parameters()})
     )
     sums = learner.update(batch, loss, count=count, lr=1e-3, group_rows=group_rows)

@@ -20,6 +20,11 @@ class AdamW(Settings):
     ema: float | None = Field(None, gt=0, lt=1)
     """Share of the old average that each optimiser step keeps. The stage's model is then the moving
     average of its weights, which begins with the start. InstructGPT: 0.992."""
+    states: Literal["float32", "int8"] = "float32"
+    """Type of the moments. In 8 bits they take a fourth of the memory; needs bitsandbytes."""
+    master: Literal["float32", "stochastic"] = "float32"
+    """The weights that a step changes: float32 ones, of which bfloat16 ones are copies where these
+    compute; or the bfloat16 ones themselves, rounded up or down at random."""
 
 
 class LoRA(Settings):

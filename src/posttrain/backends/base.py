@@ -20,14 +20,16 @@ Legend: B rows, N sampled tokens (row after row), D hidden size, V vocabulary, K
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
+from posttrain.backends.budget import Part
 from posttrain.rl.batch import Batch
 
 if TYPE_CHECKING:  # it imports this module, through checkpoint.py
@@ -231,7 +233,7 @@ class Scorer(Protocol):
         """The weights by name, for a step checkpoint of a stage that calls `sync`."""
         ...
 
-    def restore(self, tensors: dict[str, Tensor]) -> None:
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Put back what `state` gave."""
         ...
 
@@ -279,13 +281,18 @@ class Learner(Protocol):
         """Weights, optimiser moments and moving average by name, for a step checkpoint."""
         ...
 
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Put back what `state` gave; the next update is then as if nothing had happened."""
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put back what `state` gave; the next update is then as if nothing had happened. Each
+        tensor is asked for once, so that a file may be read one by one."""
+        ...
+
+    def hold(self, read: Event) -> None:
+        """Before the next change of what `state` gave, wait for this event: somebody reads it."""
         ...
 
     def finish(self) -> None:
         """For the end of a stage: where there is a moving average it takes the place of the
-        weights, in what is saved and in what is read."""
+        weights, in what is saved and in what is read. There is no update afterwards."""
         ...
 
     def save(self, out: Path) -> None:
@@ -318,13 +325,20 @@ class LearnerSettings:
     weight_decay: float
     max_grad_norm: float
     dtype: torch.dtype = torch.float32
-    """Type in which the model computes; weights and optimiser stay in float32."""
+    """Type in which the model computes; see `master` for the weights that learn."""
     trainable: tuple[str, ...] = ("*",)
     """Globs of parameter names; the weights that none of them matches stay as they are."""
     ema: float | None = None
     save_dtype: str = "base"
     """Type of the numbers that `save` writes, such as "bfloat16"; "base": those of the files of the
     checkpoint, tensor by tensor."""
+    master: str = "float32"
+    """What a step changes: "float32" weights, or with "stochastic" the very weights of type `dtype`
+    that compute, rounded up or down at random."""
+    states: str = "float32"
+    """Type of the optimiser's moments, "float32" or "int8"."""
+    seed: int = 0
+    """What is drawn to round follows from it."""
     lora: LoraSettings | None = None
     """Learn an adapter beside the weights, which stay as they are; `save` then writes the adapter
     alone. A checkpoint that is an adapter with these settings goes on with it."""
@@ -354,6 +368,12 @@ class Backend(Protocol):
         The latter reads the learner's own weights without a copy. `dtype` and `scalar` are for a
         checkpoint, as those of a sampler and of a learner.
         """
+        ...
+
+    @property
+    def parts(self) -> Sequence[Part]:
+        """What its models take of memory, by estimation, for messages; nothing if it cannot
+        tell."""
         ...
 
     def close(self) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from posttrain.backends.architecture import path_of
 from posttrain.backends.base import Head
+from posttrain.backends.budget import MAX_TOKENS
 from posttrain.backends.cpu.flat import FlatPass
 from posttrain.backends.cpu.fused import is_fusable
 from posttrain.backends.cpu.packing import flat_passes, packed_passes
@@ -24,10 +25,6 @@ from posttrain.engine.errors import ConfigError
 from posttrain.losses.nucleus import nucleus_logprobs
 from posttrain.losses.ops import token_logprobs
 from posttrain.rl.batch import Batch, ragged_index
-
-MAX_TOKENS = 2048
-"""Tokens of a forward pass: enough for matrix products at full speed, and few enough that what one
-layer writes is still in the processor's cache when the next one reads it."""
 
 HIDDEN_BYTES = 2**28
 """What the hidden states of rows that are read may take before they become log-probabilities."""

@@ -11,7 +11,7 @@ Legend: B rows, N sampled tokens (row after row), D hidden size, V vocabulary, K
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
@@ -21,19 +21,15 @@ from torch import Tensor
 
 from posttrain.backends import lora
 from posttrain.backends.base import Head, Learner, LearnerSettings
+from posttrain.backends.budget import MAX_TOKENS, Part, reader_parts, sampler_parts
 from posttrain.backends.chat import Chat
 from posttrain.backends.checkpoint import LanguageModel, chat_of, load, output_head
 from posttrain.backends.cpu.fused import is_fusable
 from posttrain.backends.cpu.slots import Decoders, Slots
-from posttrain.backends.forward import (
-    MAX_TOKENS,
-    hidden_portions,
-    read_hidden,
-    read_logprobs,
-)
+from posttrain.backends.forward import hidden_portions, read_hidden, read_logprobs
 from posttrain.backends.local_learner import LocalLearner
 from posttrain.backends.lockstep import Lockstep
-from posttrain.backends.memory import rows_at_once, sampling_memory
+from posttrain.backends.memory import Budget, model_shape, precision_of, rows_at_once
 from posttrain.backends.precision import copy_to_compute
 from posttrain.backends.scalar import load_scalar, scores_N
 from posttrain.backends.shared import SharedModels, own_copy
@@ -61,18 +57,29 @@ class LocalBackend:
         self.device = torch.device(device)
         self.compile, self.workers, self.fast_paths = compile, workers, fast_paths
         self.shared = SharedModels(self._load)
+        self.budget = Budget(self.device)
+        """What the models of one stage may take together."""
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """See `Backend.parts`."""
+        return self.budget.parts
 
     def learner(
         self, checkpoint: Path, settings: LearnerSettings, *, scalar: bool = False
     ) -> LocalLearner:
         """See `Backend.learner`."""
-        if settings.lora is None:
-            language_model = self._load(checkpoint, torch.float32, scalar)
-        else:
+        if settings.lora is not None:
             language_model = self.shared.learn(checkpoint, settings.lora, settings.dtype, scalar)
+        else:
+            whole = settings.master == "float32"
+            language_model = self._load(
+                checkpoint, torch.float32 if whole else settings.dtype, scalar
+            )
         return LocalLearner(
             language_model,
             settings,
+            budget=self.budget,
             compile=self.compile,
             workers=self.workers,
             fast_paths=self.fast_paths,
@@ -83,7 +90,7 @@ class LocalBackend:
     ) -> LocalSampler:
         """See `Backend.sampler`."""
         model = self._load(source, dtype) if isinstance(source, Path) else _local(source)
-        return LocalSampler(model, fast_paths=self.fast_paths)
+        return LocalSampler(model, budget=self.budget, fast_paths=self.fast_paths)
 
     def scorer(
         self, source: Path | Learner, *, dtype: torch.dtype = torch.float32, scalar: bool = False
@@ -91,7 +98,7 @@ class LocalBackend:
         """See `Backend.scorer`."""
         frozen = isinstance(source, Path)
         model = self.shared.read(source, dtype, scalar) if frozen else _local(source)
-        return LocalScorer(model, fast_paths=self.fast_paths)
+        return LocalScorer(model, budget=self.budget, fast_paths=self.fast_paths)
 
     def close(self) -> None:
         """See `Backend.close`. Models here go with the last that holds them."""
@@ -109,8 +116,11 @@ class LocalScorer:
         source: LanguageModel | LocalLearner,
         *,
         max_tokens: int = MAX_TOKENS,
+        budget: Budget | None = None,
         fast_paths: bool = True,
     ) -> None:
+        """Forward passes have `max_tokens` tokens, fewer where `budget` says so, or one longer
+        row."""
         self.learner = source if isinstance(source, LocalLearner) else None
         """Whose weights these are; None for weights of its own."""
         policy = source.policy if isinstance(source, LocalLearner) else source
@@ -119,6 +129,14 @@ class LocalScorer:
         if policy.below is not None:
             policy.below.readers.add(self)
         self.chat: Chat = source.chat if isinstance(source, LocalLearner) else chat_of(policy)
+        if budget is not None:
+            shape, precision = model_shape(self.model), precision_of(self.model)
+            max_tokens = budget.for_reading(shape, precision, max_tokens)
+            # Weights that others have too are theirs to tell.
+            shared = policy.below is not None and policy.below.has_others(self)
+            own = self.learner is None and not shared
+            how = {"precision": precision, "tokens": max_tokens}
+            budget.take(self, reader_parts(shape, own_weights=own, **how))
         self.max_tokens, self.fast_paths = max_tokens, fast_paths
 
     @property
@@ -188,7 +206,7 @@ class LocalScorer:
         return {name: value.detach() for name, value in self.model.named_parameters()}
 
     @torch.no_grad()
-    def restore(self, tensors: dict[str, Tensor]) -> None:
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """See `Scorer.restore`."""
         if tensors and self.learner is None:
             self._own_weights()
@@ -206,10 +224,11 @@ class LocalSampler:
         *,
         max_rows: int = MAX_ROWS,
         memory: int | None = None,
+        budget: Budget | None = None,
         fast_paths: bool = True,
     ) -> None:
         """At most `max_rows` rows are sampled at once, and fewer where their keys and values could
-        take more than `memory` bytes; see `memory.py`, which says how many without a number."""
+        take more than `memory` bytes, or without a number more than `budget` has for them."""
         self.learner = source if isinstance(source, LocalLearner) else None
         """Whose weights these are; None for weights of its own."""
         policy = source.policy if isinstance(source, LocalLearner) else source
@@ -218,7 +237,9 @@ class LocalSampler:
         """Whether an adapter computes beside the weights: what samples has it in them."""
         self.chat: Chat = source.chat if isinstance(source, LocalLearner) else chat_of(policy)
         self.max_rows, self.fast_paths = max_rows, fast_paths
-        self.memory = sampling_memory(self.model.device) if memory is None else memory
+        self.memory = memory
+        self.budget = Budget(self.model.device) if budget is None else budget
+        self._take(rows=0, length=0)
         self.decoders = Decoders(lora.seen_merged(self.model) if self.adapted else self.model)
 
     def sync(self, policy: Learner) -> None:
@@ -273,17 +294,26 @@ class LocalSampler:
             stop_ids=self.chat.stop_ids,
             num_ids=len(head.weight_VD),
         )
+        memory = self.budget.for_sampling() if self.memory is None else self.memory
+        max_rows = min(self.max_rows, rows_at_once(self.model, samples.width, memory))
+        self._take(rows=min(max_rows, len(samples.response_len_B)), length=samples.width)
         how: dict[str, Any] = {
             "temperature": temperature,
             "seed": seed,
             "top_p": top_p,
-            "max_rows": min(self.max_rows, rows_at_once(self.model, samples.width, self.memory)),
+            "max_rows": max_rows,
         }
         if self.fast_paths and is_fusable(self.model):
             return LocalSampling(samples, Slots(self.decoders, head, samples, **how))
         # Merged once for all tokens of this call, and gone with it.
         model = lora.merged_twin(self.model) if self.adapted else self.model
         return LocalSampling(samples, Lockstep(model, head, samples, **how))
+
+    def _take(self, *, rows: int, length: int) -> None:
+        """Tell the budget what so many rows at once take, and the weights where they are own."""
+        how = {"precision": precision_of(self.model), "own_weights": self.learner is None}
+        parts = sampler_parts(model_shape(self.model), rows=rows, length=length, **how)
+        self.budget.take(self, [part for part in parts if part.bytes])
 
 
 def _local(policy: Learner) -> LocalLearner:

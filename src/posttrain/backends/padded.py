@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from posttrain.backends.architecture import backbone
+from posttrain.backends.recompute import recomputing
 from posttrain.rl.batch import Batch
 
 
@@ -28,10 +29,16 @@ class ForwardPass(Protocol):
         """int64, which rows of the batch, in the order in which `hidden_states` returns them."""
         ...
 
-    def hidden_states(self, model: Any, body: Any = None) -> Tensor:
+    @property
+    def num_positions(self) -> int:
+        """How many positions go through the layers, padding among them."""
+        ...
+
+    def hidden_states(self, model: Any, body: Any = None, *, checkpointing: bool = False) -> Tensor:
         """`hidden_ND`, the last hidden states that predict the sampled tokens of these rows.
 
-        `body` is a compiled form of the model's backbone.
+        `body` is a compiled form of the model's backbone. With `checkpointing` layers keep their
+        inputs alone for the backward pass (`recompute.py`).
         """
         ...
 
@@ -47,12 +54,18 @@ class PaddedPass:
     """int64, for each sampled token the position that predicts it when the lines are laid end to
     end."""
 
-    def hidden_states(self, model: Any, body: Any = None) -> Tensor:
+    @property
+    def num_positions(self) -> int:
+        """See `ForwardPass.num_positions`."""
+        return self.tokens_BT.numel()
+
+    def hidden_states(self, model: Any, body: Any = None, *, checkpointing: bool = False) -> Tensor:
         """See `ForwardPass.hidden_states`."""
         body = backbone(model) if body is None else body
-        hidden_BTD: Tensor = body(
-            input_ids=self.tokens_BT.to(model.device), use_cache=False
-        ).last_hidden_state
+        with recomputing(model, checkpointing):
+            hidden_BTD: Tensor = body(
+                input_ids=self.tokens_BT.to(model.device), use_cache=False
+            ).last_hidden_state
         # [B, T, D] -> [B * T, D] -> [N, D]: just the positions that predict a sampled token.
         return hidden_BTD.flatten(0, 1)[self.predicts_N.to(model.device)]
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from posttrain.backends.checkpoint import LanguageModel
 
@@ -27,13 +28,16 @@ def computing_copy(language_model: LanguageModel, dtype: torch.dtype) -> Languag
     master: Any = language_model.model
     if master.dtype == dtype:
         return language_model
-    model = copy.deepcopy(master)
     in_float32 = getattr(master, "_keep_in_fp32_modules_strict", None) or ()
-    for name, parameter in model.named_parameters():
+    # What deepcopy is to take for copies already: so there is no second model in float32, and a
+    # parameter that is used in two places stays one.
+    rounded: dict[int, Any] = {
+        id(weight): Parameter(weight.detach().to(dtype), requires_grad=weight.requires_grad)
+        for name, weight in master.named_parameters()
         # With a dot at both ends only whole parts of a name match.
-        if not any(f".{part}." in f".{name}." for part in in_float32):
-            # Through `.data`: a parameter that is used in two places stays one.
-            parameter.data = parameter.data.to(dtype)
+        if not any(f".{part}." in f".{name}." for part in in_float32)
+    }
+    model = copy.deepcopy(master, rounded)
     model.config.dtype = dtype
     return replace(language_model, model=model)
 

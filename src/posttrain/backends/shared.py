@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet, WeakValueDictionary
 
 import torch
+from torch import Tensor
 
 from posttrain.backends import lora
 from posttrain.backends.base import LoraSettings
@@ -41,6 +42,13 @@ class Frozen:
 
     taken: bool = False
     """Whether its one reader changes it from now on; the next one loads another."""
+
+    def check_frozen(self, model: Any, learning: Sequence[Tensor]) -> None:
+        """Assert that a model above these tensors asks for no gradient of them, and that none of
+        them is among those that learn."""
+        below = {id(parameter) for parameter in self.language_model.model.parameters()}
+        assert not any(p.requires_grad for p in model.parameters() if id(p) in below)
+        assert not any(id(parameter) in below for parameter in learning)
 
     def has_others(self, reader: object) -> bool:
         """Whether anybody but `reader` computes with these tensors."""

@@ -46,13 +46,14 @@ class Average:
     def __init__(self, parameters: Sequence[Tensor], decay: float) -> None:
         """`decay` is the share of the old average that each update keeps, in [0, 1)."""
         self.parameters, self.decay = list(parameters), decay
-        self.averages = [parameter.detach().clone() for parameter in self.parameters]
+        # In float32 whatever the weights are: a step is too small a share for less.
+        self.averages = [p.detach().to(torch.float32, copy=True) for p in self.parameters]
 
     @torch.no_grad()
     def update(self) -> None:
         """Move by `1 - decay` of the way to the newest weights."""
         for mean, parameter in zip(self.averages, self.parameters, strict=True):
-            mean.lerp_(parameter, 1.0 - self.decay)
+            mean.lerp_(parameter.to(mean.dtype), 1.0 - self.decay)
 
     @torch.no_grad()
     def put_in_place(self) -> None:

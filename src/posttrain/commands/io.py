@@ -61,6 +61,15 @@ Device = Annotated[
 Compile = Annotated[
     bool, typer.Option("--compile", help="Compile the model that learns; on CUDA only.")
 ]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        "--memory",
+        metavar="SIZE",
+        help="What one stage may take of memory, such as 12GB. "
+        "Default: POSTTRAIN_MEMORY, or three quarters of what there is.",
+    ),
+]
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object; text for people goes to stderr.")
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -67,6 +66,7 @@ def run(
     jobs: io.Jobs = None,
     device: io.Device = "auto",
     compile: io.Compile = False,
+    memory: io.Memory = None,
     seed: io.Seed = None,
     report: io.ReportPath = io.DEFAULT_REPORT,
     no_report: io.NoReport = False,
@@ -88,7 +88,7 @@ def run(
     view = LiveView(rows, loaded.graph, out)
     failure = None
     try:
-        how = choose(rows, loaded, jobs=jobs, device=device, compile=compile)
+        how = choose(rows, loaded, jobs=jobs, device=device, compile=compile, memory=memory)
         make(loaded, place, view, how)
     except PosttrainError as error:
         warn(out, warnings_of(loaded, rows, view))
@@ -180,12 +180,14 @@ def choose(
     jobs: int | None,
     device: Literal["auto", "cpu", "cuda"],
     compile: bool,
+    memory: str | None = None,
 ) -> How:
     """How the stages that are not cached are run; without such stages torch is not imported.
 
     On CUDA one stage runs at a time by default: they would share the memory of one card. Raises
     ConfigError for a device that is not there, `compile` on the CPU, a precision that the hardware
-    does not compute, and a `POSTTRAIN_MEMORY` that is no number of bytes.
+    does not compute, and a `memory`, or without it a `POSTTRAIN_MEMORY`, that is no number of
+    bytes.
     """
     todo = [loaded.graph.nodes[row.name] for row in rows if row.action != "cached"]
     if not todo:
@@ -193,16 +195,18 @@ def choose(
     import torch
 
     from posttrain.backends.device import check_precision, choose_device, device_name
-    from posttrain.backends.memory import MEMORY, given_memory
+    from posttrain.backends.memory import MEMORY, given_memory, memory_size
     from posttrain.stages.worker import COMPILE, DEVICE
 
     chosen = choose_device(device, compile=compile)
     for precision in {node.config.get("precision", "float32") for node in todo}:
         check_precision(getattr(torch, precision), chosen)
     environment = {DEVICE: chosen.type} | ({COMPILE: "1"} if compile else {})
-    if given_memory() is not None:
-        environment[MEMORY] = os.environ[MEMORY]
-    facts = {"device": device_name(chosen), "compile": compile}
+    facts: dict[str, Any] = {"device": device_name(chosen), "compile": compile}
+    size = given_memory() if memory is None else memory_size(memory, "--memory")
+    if size is not None:
+        environment[MEMORY] = str(size)
+        facts["memory"] = size
     default = 1 if chosen.type == "cuda" else usable_cores()
     return How(jobs=jobs or default, environment=environment, facts=facts)
 

@@ -87,6 +87,7 @@ def sweep(
     jobs: io.Jobs = None,
     device: io.Device = "auto",
     compile: io.Compile = False,
+    memory: io.Memory = None,
     report: io.ReportPath = Path("sweep.html"),
     no_report: io.NoReport = False,
     as_json: io.Json = False,
@@ -113,7 +114,7 @@ def sweep(
     remember_names(place, loaded, rows)
     view = LiveView(rows, loaded.graph, out)
     failure: StageError | Waiting | None = None
-    how = choose(rows, loaded, jobs=jobs, device=device, compile=compile)
+    how = choose(rows, loaded, jobs=jobs, device=device, compile=compile, memory=memory)
     try:
         make(loaded, place, view, how)
     except (StageError, Waiting) as error:

@@ -404,7 +404,8 @@ def _death(code: int | None, work: Path) -> str:
     if -code == signal.SIGKILL:
         text += (
             "; if nobody sent it, the system ran out of memory: "
-            "run fewer stages at once, or make this one smaller"
+            "run fewer stages at once (--jobs), let each take less (--memory), or make this one "
+            "smaller"
         )
     return text
 

@@ -6,7 +6,8 @@ A step checkpoint holds weights and optimiser moments; there is no random state 
 every stage draws from generators seeded by (seed, step). That is why a resumed stage ends with the
 same bits as one that was never stopped.
 
-The loop only copies the tensors; a thread of its own writes them, one checkpoint at a time.
+A thread of its own writes the tensors, one checkpoint at a time; the loop goes on meanwhile, up to
+where it would change what is being written (`step_state.py`).
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from posttrain.algorithms import LoRA
@@ -43,6 +45,7 @@ from posttrain.engine.jsonl import read_jsonl
 from posttrain.engine.work import METRICS, STEP, add_warning, write_step
 from posttrain.schedules import History
 from posttrain.stages.settings.base import Training
+from posttrain.stages.step_state import CheckpointGroup, Resumable, SavedTensors, to_write
 from posttrain.values import Settings
 
 if TYPE_CHECKING:
@@ -54,18 +57,6 @@ SECONDS_BETWEEN_CHECKPOINTS = 10.0
 S = TypeVar("S", bound=Settings)
 
 
-class Resumable(Protocol):
-    """Something whose whole state is named tensors, such as a learner."""
-
-    def state(self) -> dict[str, Tensor]:
-        """All tensors."""
-        ...
-
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Put them back."""
-        ...
-
-
 @runtime_checkable
 class Replayed(Protocol):
     """Something whose state follows from the settings of the steps that are done, such as what was
@@ -74,29 +65,6 @@ class Replayed(Protocol):
     def replay(self, settings: Any, done: int, total: int, history: History) -> None:
         """Become what it was after `done` of `total` steps."""
         ...
-
-
-class CheckpointGroup:
-    """Several things with a state as one `Resumable`; each finds its own tensors by its name."""
-
-    def __init__(self, parts: Mapping[str, Resumable]) -> None:
-        self.parts = dict(parts)
-
-    def state(self) -> dict[str, Tensor]:
-        """The tensors of all parts, `part/name`."""
-        return {
-            f"{part}/{name}": tensor
-            for part, resumable in self.parts.items()
-            for name, tensor in resumable.state().items()
-        }
-
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Give every part its own."""
-        for part, resumable in self.parts.items():
-            prefix = f"{part}/"
-            resumable.restore(
-                {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-            )
 
 
 def _lora(settings: Training) -> LoraSettings | None:
@@ -177,6 +145,9 @@ class Context:
             trainable=("*",) if whole else tuple(settings.trainable),
             ema=None if whole else optimizer.ema,
             save_dtype=settings.save_dtype,
+            master=optimizer.master,
+            states=optimizer.states,
+            seed=settings.seed,
             lora=None if whole else _lora(settings),
         )
         return self.backend.learner(self._directory(source), made_with, scalar=scalar)
@@ -316,7 +287,7 @@ class Context:
         state = json.loads(marker.read_text())
         path = self.work / state["directory"] / "state.safetensors"
         try:
-            learner.restore(load_file(path))
+            learner.restore(SavedTensors(path))
         except (OSError, SafetensorError, KeyError) as error:
             raise StageError(
                 f"the step checkpoint {path} cannot be read ({error}); remove {self.work} to start "
@@ -356,13 +327,9 @@ class Context:
             pending.result()
 
     def _begin(self, step: int, learner: Resumable) -> None:
-        """Copy the state and hand it to the writer."""
-        # The next step changes weights and moments where they lie.
-        # safetensors writes contiguous tensors only.
-        tensors = {
-            name: value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-            for name, value in learner.state().items()
-        }
+        """Hand the state to the writer."""
+        read = Event()
+        tensors = to_write(learner, read)
         state = {
             "directory": f"step-{step}",
             "tokens": self.tokens,
@@ -370,15 +337,21 @@ class Context:
             "seconds": self._seconds + time.monotonic() - self._began,
             "metrics_bytes": self._metrics.stat().st_size if self._metrics.exists() else 0,
         }
-        self._pending = self._writer.submit(self._write, step, tensors, state)
+        self._pending = self._writer.submit(self._write, step, tensors, state, read)
 
-    def _write(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Write a checkpoint; the previous one stays until this one is whole."""
+    def _write(
+        self, step: int, tensors: dict[str, Tensor], state: dict[str, Any], read: Event
+    ) -> None:
+        """Write a checkpoint; the previous one stays until this one is whole. `read` is set when
+        the tensors were read, or could not be written."""
         fresh = self.work / state["directory"]
         # Left by a write that a kill cut short.
         shutil.rmtree(fresh, ignore_errors=True)
-        fresh.mkdir()
-        save_file(tensors, fresh / "state.safetensors")
+        try:
+            fresh.mkdir()
+            save_file(tensors, fresh / "state.safetensors")
+        finally:
+            read.set()
         # The marker must not reach the disk before what it points at.
         fsync(fresh / "state.safetensors")
         fsync(fresh)

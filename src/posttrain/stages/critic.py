@@ -12,6 +12,7 @@ Legend: B rows, N sampled tokens of all rows, D hidden.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from threading import Event
 
 import torch
 from torch import Tensor
@@ -72,9 +73,13 @@ class Critic:
         """Weights and optimiser moments, for a step checkpoint."""
         return self.learner.state()
 
-    def restore(self, tensors: dict[str, Tensor]) -> None:
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Put back what `state` gave; the next update is then bit-identical."""
         self.learner.restore(tensors)
+
+    def hold(self, read: Event) -> None:
+        """Wait for this event before changing what `state` gave."""
+        self.learner.hold(read)
 
 
 def value_loss(

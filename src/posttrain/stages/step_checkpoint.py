@@ -102,16 +102,17 @@ def save_model(stage: Unfinished, scratch: Path, out: Path) -> None:
     """Write the model of a stage's newest step checkpoint to `out`."""
     # Not at the top: a plan can do without torch where the model was taken out before.
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
 
     from posttrain.stages.config import build_config
     from posttrain.stages.context import Context
+    from posttrain.stages.step_state import Part, SavedTensors
     from posttrain.stages.worker import new_backend
 
     config: dict[str, Any] = dict(stage.stage["config"])
     if "precision" in config:
-        # The weights that learn are in float32 whatever computes.
+        # Here nothing computes, and float32 holds whatever numbers the weights have.
         config["precision"] = "float32"
+        config["optimizer"] = config["optimizer"] | {"master": "float32"}
     settings: Any = build_config(stage.kind, stage.name, config)
     ctx = Context(
         name=stage.name,
@@ -124,16 +125,14 @@ def save_model(stage: Unfinished, scratch: Path, out: Path) -> None:
     source = "start" if "start" in ctx.inputs else stage.path / "fresh"
     scalar = "reward_model" in kind_of(stage.kind).makes
     try:
-        state = load_file(stage.path / stage.checkpoint()["directory"] / "state.safetensors")
+        state = SavedTensors(stage.path / stage.checkpoint()["directory"] / "state.safetensors")
     except (OSError, KeyError, SafetensorError) as error:
         raise StoreError(
             f"{stage.name}@step: its step checkpoint cannot be read ({error}); a run that goes on "
             "with the stage replaces it, ask again"
         ) from error
     learner = ctx.learner(settings, source, scalar=scalar)
-    learner.restore(
-        {name.removeprefix(PART): t for name, t in state.items() if name.startswith(PART)}
-    )
+    learner.restore(Part(state, PART))
     learner.finish()
     learner.save(out)
     ctx.close()

@@ -102,7 +102,8 @@ def run_job(job: Job) -> dict[str, Any]:
             metrics = run_stage(job, ctx)
             ctx.finish()
         except (RuntimeError, OSError, MemoryError) as error:
-            told = in_words(error, stage=job.name, config=job.config, device=device)
+            parts = ctx.backend.parts
+            told = in_words(error, stage=job.name, config=job.config, device=device, parts=parts)
             if told is None:
                 raise
             raise StageError(told) from error

@@ -16,12 +16,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from posttrain.backends.cpu.packing import PackedPass
+from posttrain.backends.recompute import recomputed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,14 +37,22 @@ class FlatPass:
         """See `ForwardPass.index_B`."""
         return torch.cat([part.index_B for part in self.parts])
 
-    def hidden_states(self, model: Any, body: Any = None) -> Tensor:
+    @property
+    def num_positions(self) -> int:
+        """See `ForwardPass.num_positions`; there is no padding."""
+        return sum(len(part.index_M) for part in self.parts)
+
+    def hidden_states(self, model: Any, body: Any = None, *, checkpointing: bool = False) -> Tensor:
         """See `ForwardPass.hidden_states`. Calls the model's own modules one by one, so there is no
         use for `body`."""
         assert body is None, "a compiled model is given bins"
-        return hidden_states(model, [part.to(model.device) for part in self.parts])
+        parts = [part.to(model.device) for part in self.parts]
+        return hidden_states(model, parts, checkpointing=checkpointing)
 
 
-def hidden_states(model: Any, parts: Sequence[PackedPass]) -> Tensor:
+def hidden_states(
+    model: Any, parts: Sequence[PackedPass], *, checkpointing: bool = False
+) -> Tensor:
     """`hidden_ND`: last hidden states that predict the sampled tokens, part after part."""
     # All tokens of the pass end to end, without the gaps of the bins.
     tokens_M = torch.cat([part.tokens_CT.flatten()[part.index_M] for part in parts])
@@ -63,10 +73,11 @@ def hidden_states(model: Any, parts: Sequence[PackedPass]) -> Tensor:
     # [1, M, E] -> [M, 1, E]: the same for all heads.
     rotation = (cos_1ME[0, :, None], sin_1ME[0, :, None])
     # Every layer but the last gives all tokens on; the last has only the W that are asked for.
+    run = partial(recomputed, _layer) if checkpointing else _layer
     for layer in body.layers[:-1]:
-        hidden_MD = _layer(layer, hidden_MD, rotation, blocks, None)
+        hidden_MD = run(layer, hidden_MD, rotation, blocks, None)
     blocks = [block.at(wanted_W) for block in blocks]
-    hidden_WD = _layer(body.layers[-1], hidden_MD, rotation, blocks, wanted_W)
+    hidden_WD = run(body.layers[-1], hidden_MD, rotation, blocks, wanted_W)
     hidden_ND: Tensor = body.norm(hidden_WD).index_select(0, order_N)
     return hidden_ND
 

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from posttrain.backends.architecture import backbone
 from posttrain.backends.padded import read_lengths
+from posttrain.backends.recompute import recomputing
 from posttrain.rl.batch import Batch
 
 MIN_WIDTH = 96
@@ -70,16 +71,22 @@ class PackedPass:
     shared: bool
     """Whether some bin holds more than one row."""
 
-    def hidden_states(self, model: Any, body: Any = None) -> Tensor:
+    @property
+    def num_positions(self) -> int:
+        """See `ForwardPass.num_positions`."""
+        return self.tokens_CT.numel()
+
+    def hidden_states(self, model: Any, body: Any = None, *, checkpointing: bool = False) -> Tensor:
         """See `ForwardPass.hidden_states`."""
         bins = self.to(model.device)
         body = backbone(model) if body is None else body
-        hidden_CTD: Tensor = body(
-            input_ids=bins.tokens_CT,
-            use_cache=False,
-            position_ids=bins.position_CT,
-            attention_mask=bins.mask(model.dtype),
-        ).last_hidden_state
+        with recomputing(model, checkpointing):
+            hidden_CTD: Tensor = body(
+                input_ids=bins.tokens_CT,
+                use_cache=False,
+                position_ids=bins.position_CT,
+                attention_mask=bins.mask(model.dtype),
+            ).last_hidden_state
         # [C, T, D] -> [S, D] -> [N, D].
         return hidden_CTD.flatten(0, 1)[bins.predicts_N]
 

@@ -27,8 +27,8 @@ class Computing(BaseModel):
     seed: int = Field(0, ge=0, lt=2**31)
     """Every random choice of the stage follows from it."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Type in which models compute. Weights that are trained stay in float32, and so does every
-    softmax of a loss."""
+    """Type in which models compute. Weights that are trained stay in float32 unless the optimiser's
+    `master` says otherwise, and so does every softmax of a loss."""
 
 
 SaveDtype = Literal["base", "float32", "bfloat16", "float16"]
@@ -48,8 +48,8 @@ class Training(BaseModel):
     trainable: list[str] = Field(default_factory=lambda: ["*"], min_length=1)
     """Globs of parameter names; the weights that none of them matches stay as they are."""
     save_dtype: SaveDtype = "base"
-    """Type of the weights in the result: that of the start's files, or this one. Weights and
-    optimiser are in float32 while they learn, and so are step checkpoints."""
+    """Type of the weights in the result: that of the start's files, or this one. While they learn,
+    and in step checkpoints, weights and moments have the types that `optimizer` says."""
     domain_shares: dict[str, Weight] = changing({})
     """Share of every batch that a domain has, relative to the sum of all; even where none is given.
     It names all domains; 0 leaves one out."""
@@ -63,6 +63,17 @@ class Training(BaseModel):
             )
         return self
 
+    @model_validator(mode="after")
+    def _rounded_weights_are_narrow(self) -> Self:
+        precision = getattr(self, "precision", "float32")
+        if self.optimizer.master == "stochastic" and precision != "bfloat16":
+            raise ValueError(
+                f'optimizer: master = "stochastic" with precision = "{precision}": weights that '
+                'compute in float32 need no rounding; set precision = "bfloat16", or leave master '
+                "out"
+            )
+        return self
+
 
 class Adapting(BaseModel):
     """What every stage has that can train an adapter."""
@@ -73,6 +84,12 @@ class Adapting(BaseModel):
     @model_validator(mode="after")
     def _one_of_both_learns(self) -> Self:
         trainable = getattr(self, "trainable", ["*"])
+        master = getattr(self, "optimizer", AdamW()).master
+        if self.lora is not None and master != "float32":
+            raise ValueError(
+                f"lora and optimizer.master = {master}: an adapter is small and learns in float32; "
+                "leave optimizer.master out"
+            )
         if self.lora is not None and trainable != ["*"]:
             raise ValueError(
                 f"lora and trainable = {trainable}: with lora the adapter learns and no weight of "
