@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from posttrain.backends.base import Head, Learner, LearnerSettings
+from posttrain.backends.base import Head, HeadSource, Learner, LearnerSettings
 from posttrain.backends.chat import Chat
 from posttrain.backends.checkpoint import LanguageModel, chat_of, load, output_head
 from posttrain.backends.cpu.fused import is_fusable
@@ -34,6 +34,7 @@ from posttrain.backends.local_learner import LocalLearner
 from posttrain.backends.lockstep import Lockstep
 from posttrain.backends.memory import rows_at_once, sampling_memory
 from posttrain.backends.precision import copy_to_compute
+from posttrain.backends.resting import RestingWeights
 from posttrain.backends.scalar import load_scalar, scores_N
 from posttrain.backends.token_sampling import LocalSampling, SampleBuffer, check_room
 from posttrain.losses.distill import teacher_top_k_targets
@@ -45,6 +46,8 @@ MAX_ROWS = 256
 
 class LocalBackend:
     """A `Backend` in this process, on one device."""
+
+    exact = True
 
     def __init__(
         self,
@@ -82,8 +85,11 @@ class LocalBackend:
         self, source: Path | Learner, *, dtype: torch.dtype = torch.float32, scalar: bool = False
     ) -> LocalScorer:
         """See `Backend.scorer`."""
-        model = self._load(source, dtype, scalar) if isinstance(source, Path) else _local(source)
-        return LocalScorer(model, fast_paths=self.fast_paths)
+        if not isinstance(source, Path):
+            return LocalScorer(_local(source), fast_paths=self.fast_paths)
+        model = self._load(source, dtype, scalar)
+        model.model.requires_grad_(False)
+        return LocalScorer(model, checkpoint=source, fast_paths=self.fast_paths)
 
     def close(self) -> None:
         """See `Backend.close`. Models here go with the last that holds them."""
@@ -100,20 +106,52 @@ class LocalScorer:
         self,
         source: LanguageModel | LocalLearner,
         *,
+        checkpoint: Path | None = None,
         max_tokens: int = MAX_TOKENS,
         fast_paths: bool = True,
     ) -> None:
+        """`checkpoint` is where a model of its own was loaded from, for it to rest there."""
         self.learner = source if isinstance(source, LocalLearner) else None
         """Whose weights these are; None for weights of its own."""
         policy = source.policy if isinstance(source, LocalLearner) else source
         self.model = policy.model.eval()
+        self.weights: RestingWeights | None = None
+        """Weights of its own, which can rest."""
+        if self.learner is None:
+            self.weights = RestingWeights(self.model, checkpoint)
         self.chat: Chat = source.chat if isinstance(source, LocalLearner) else chat_of(policy)
         self.max_tokens, self.fast_paths = max_tokens, fast_paths
 
     @property
     def head(self) -> Head:
         """See `Scorer.head`."""
-        return output_head(self.model, self.chat.ids).detached()
+        return output_head(self._awake(), self.chat.ids).detached()
+
+    @property
+    def head_at_rest(self) -> HeadSource:
+        """See `Scorer.head_at_rest`."""
+        return self.head if self.weights is None else self.weights.head(self.chat.ids)
+
+    @property
+    def frozen(self) -> bool:
+        """See `Scorer.frozen`."""
+        return self.learner is None and not any(p.requires_grad for p in self.model.parameters())
+
+    def rest(self) -> None:
+        """See `Scorer.rest`."""
+        if self.weights is not None:
+            self.weights.rest()
+
+    def _awake(self) -> Any:
+        """The model with its weights in memory."""
+        if self.weights is not None:
+            self.weights.wake()
+        return self.model
+
+    def will_change(self) -> None:
+        """Be awake: weights of its own are about to be written."""
+        if self.weights is not None:
+            self.weights.will_change()
 
     def restrict(self, absent: Collection[int]) -> None:
         """See `Scorer.restrict`."""
@@ -123,14 +161,14 @@ class LocalScorer:
     def hidden(self, batch: Batch) -> Tensor:
         """See `Scorer.hidden`."""
         return read_hidden(
-            self.model, self.head, batch, max_tokens=self.max_tokens, fast_paths=self.fast_paths
+            self._awake(), self.head, batch, max_tokens=self.max_tokens, fast_paths=self.fast_paths
         )
 
     @torch.no_grad()
     def logprobs(self, batch: Batch, *, temperature: float = 1.0) -> Tensor:
         """See `Scorer.logprobs`."""
         return read_logprobs(
-            self.model,
+            self._awake(),
             self.head,
             batch,
             temperature,
@@ -141,14 +179,18 @@ class LocalScorer:
     @torch.no_grad()
     def top_k(self, batch: Batch, k: int, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """See `Scorer.top_k`; all ids where the vocabulary has fewer than `k`."""
-        head = self.head
-        return teacher_top_k_targets(
-            self.hidden(batch),
-            head.weight_VD,
-            min(k, len(self.chat.ids)),
-            bias_V=head.bias_V,
-            temperature=temperature,
-        )
+        head, parts = self.head, []
+        for rows in hidden_portions(batch, head):
+            part = teacher_top_k_targets(
+                self.hidden(rows),
+                head.weight_VD,
+                min(k, len(self.chat.ids)),
+                bias_V=head.bias_V,
+                temperature=temperature,
+            )
+            parts.append(part)
+        ids, logp = zip(*parts, strict=True)
+        return torch.cat(ids), torch.cat(logp)
 
     @torch.no_grad()
     def scores(self, batch: Batch) -> Tensor:
@@ -162,11 +204,12 @@ class LocalScorer:
 
     def state(self) -> dict[str, Tensor]:
         """See `Scorer.state`."""
-        return {name: value.detach() for name, value in self.model.named_parameters()}
+        return {name: value.detach() for name, value in self._awake().named_parameters()}
 
     @torch.no_grad()
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """See `Scorer.restore`."""
+        self.will_change()
         for name, parameter in self.model.named_parameters():
             if name in tensors:
                 parameter.copy_(tensors[name])
@@ -275,4 +318,6 @@ def _sync(reader: LocalSampler | LocalScorer, policy: Learner) -> None:
             f"this {type(reader).__name__} shares the weights of another learner; make one of a "
             "checkpoint, or of the learner to follow"
         )
+    if isinstance(reader, LocalScorer):
+        reader.will_change()
     copy_to_compute(reader.model.parameters(), learner.model.parameters())
