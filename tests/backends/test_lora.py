@@ -270,7 +270,6 @@ def test_a_reference_follows_a_policy_with_an_adapter(base: Path) -> None:
     reference = backend.scorer(base)
     rows = batch()
     first = reference.logprobs(rows)
-    assert reference.state() == {}
     train(learner)
     torch.testing.assert_close(reference.logprobs(rows), first, atol=0, rtol=0)
     reference.sync(learner)
@@ -356,3 +355,32 @@ def test_targets_that_no_layer_has_are_told(base: Path) -> None:
         LocalBackend().learner(base, settings(targets=("q_prj",)))
     with pytest.raises(ConfigError, match="'lm_head' is the output layer"):
         LocalBackend().learner(base, settings(targets=("lm_head",)))
+
+
+def test_a_shared_base_rests_when_all_who_read_it_do(base: Path, tmp_path: Path) -> None:
+    places = [trained(base, tmp_path / str(seed), seed=seed) for seed in range(2)]
+    backend, rows = LocalBackend(), batch()
+    scorers = [backend.scorer(place) for place in places]
+    before = [scorer.logprobs(rows) for scorer in scorers]
+    held = scorers[0].language_model.below
+    scorers[0].rest()
+    assert held.weights.awake
+    scorers[1].rest()
+    assert not held.weights.awake
+    head = scorers[0].head_at_rest
+    # One that comes later finds the base awake, and it rests no more without that one.
+    late = backend.scorer(base)
+    assert late.language_model.below is held and held.weights.awake
+    for scorer, expected in zip(scorers, before, strict=True):
+        assert torch.equal(scorer.logprobs(rows), expected)
+    assert torch.equal(head.open().weight_VD, scorers[0].head.weight_VD)
+    scorers[0].rest()
+    scorers[1].rest()
+    assert held.weights.awake
+    late.rest()
+    assert not held.weights.awake
+    learner = backend.learner(base, settings())
+    for scorer in (*scorers, late):
+        scorer.rest()
+    assert held.weights.awake and learner.policy.below is held
+    assert torch.equal(scorers[0].logprobs(rows), before[0])

@@ -46,10 +46,33 @@ class Head:
     weight_VD: Tensor
     bias_V: Tensor | None = None
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """See `HeadSource.shape`."""
+        vocabulary, width = self.weight_VD.shape
+        return vocabulary, width
+
+    def open(self) -> Head:
+        """See `HeadSource.open`: there is nothing to be read."""
+        return self
+
     def detached(self) -> Head:
         """The same as a constant, so that it can be sent elsewhere."""
         bias_V = None if self.bias_V is None else self.bias_V.detach()
         return Head(weight_VD=self.weight_VD.detach(), bias_V=bias_V)
+
+
+class HeadSource(Protocol):
+    """A `Head`, or what is sent in its place and reads it where it is used. Can be pickled."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Vocabulary and hidden size."""
+        ...
+
+    def open(self) -> Head:
+        """The head as a constant; it goes with the last that holds it."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -196,6 +219,23 @@ class Scorer(Protocol):
 
         As it is now: of a model that learns or is synced, ask for it again.
         """
+        ...
+
+    @property
+    def head_at_rest(self) -> HeadSource:
+        """The same for the settings of a loss, without waking the model: where it can rest in a
+        file, what reads it from there."""
+        ...
+
+    @property
+    def frozen(self) -> bool:
+        """Whether nothing learns in it: no weight asks for a gradient or is a learner's."""
+        ...
+
+    def rest(self) -> None:
+        """Give the memory of the weights back until the next call that reads them, which has the
+        very same ones. Nobody may be reading; a second time does nothing, and neither does it
+        where the weights are a learner's."""
         ...
 
     def hidden(self, batch: Batch) -> Tensor:
@@ -346,6 +386,9 @@ class LearnerSettings:
 
 class Backend(Protocol):
     """Makes learners, samplers and scorers. A stage gets them from its context, never from here."""
+
+    exact: bool
+    """Whether the same call of the same model on the same rows gives the same bits every time."""
 
     def learner(self, checkpoint: Path, settings: LearnerSettings, *, scalar: bool) -> Learner:
         """A learner on a checkpoint; `scalar` for a model with a score in place of logits.

@@ -454,7 +454,11 @@ def output_head(model: Any, ids: TokenIds) -> Head:
     if has_score(model):
         return Head(weight_VD=model.score.weight, bias_V=getattr(model.score, "bias", None))
     layer = model.get_output_embeddings()
-    weight_VD, bias_V = layer.weight, getattr(layer, "bias", None)
+    return drawn_head(layer.weight, getattr(layer, "bias", None), ids)
+
+
+def drawn_head(weight_VD: Tensor, bias_V: Tensor | None, ids: TokenIds) -> Head:
+    """An output layer for the ids that may be drawn; see `output_head`."""
     if ids.size < len(weight_VD):
         weight_VD = weight_VD[: ids.size]
         bias_V = None if bias_V is None else bias_V[: ids.size]

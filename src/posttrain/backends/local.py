@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from posttrain.backends import lora
-from posttrain.backends.base import Head, Learner, LearnerSettings
+from posttrain.backends.base import Head, HeadSource, Learner, LearnerSettings
 from posttrain.backends.budget import MAX_TOKENS, Part, reader_parts, sampler_parts
 from posttrain.backends.chat import Chat
 from posttrain.backends.checkpoint import LanguageModel, chat_of, load, output_head
@@ -31,8 +31,9 @@ from posttrain.backends.local_learner import LocalLearner
 from posttrain.backends.lockstep import Lockstep
 from posttrain.backends.memory import Budget, model_shape, precision_of, rows_at_once
 from posttrain.backends.precision import copy_to_compute
+from posttrain.backends.resting import RestingWeights
 from posttrain.backends.scalar import load_scalar, scores_N
-from posttrain.backends.shared import SharedModels, own_copy
+from posttrain.backends.shared import Frozen, SharedModels, own_copy
 from posttrain.backends.token_sampling import LocalSampling, SampleBuffer, check_room
 from posttrain.losses.distill import teacher_top_k_targets
 from posttrain.rl.batch import Batch
@@ -43,6 +44,8 @@ MAX_ROWS = 256
 
 class LocalBackend:
     """A `Backend` in this process, on one device."""
+
+    exact = True
 
     def __init__(
         self,
@@ -115,19 +118,24 @@ class LocalScorer:
         self,
         source: LanguageModel | LocalLearner,
         *,
+        checkpoint: Path | None = None,
         max_tokens: int = MAX_TOKENS,
         budget: Budget | None = None,
         fast_paths: bool = True,
     ) -> None:
-        """Forward passes have `max_tokens` tokens, fewer where `budget` says so, or one longer
-        row."""
+        """`checkpoint` is where a model of its own was loaded from, for it to rest there. Forward
+        passes have `max_tokens` tokens, fewer where `budget` says so, or one longer row."""
         self.learner = source if isinstance(source, LocalLearner) else None
         """Whose weights these are; None for weights of its own."""
         policy = source.policy if isinstance(source, LocalLearner) else source
         self.model = policy.model.eval()
         self.language_model = policy
+        self.own_weights: RestingWeights | None = None
+        """Weights of its own, which can rest."""
         if policy.below is not None:
             policy.below.readers.add(self)
+        elif self.learner is None:
+            self.own_weights = RestingWeights(self.model, checkpoint)
         self.chat: Chat = source.chat if isinstance(source, LocalLearner) else chat_of(policy)
         if budget is not None:
             shape, precision = model_shape(self.model), precision_of(self.model)
@@ -142,7 +150,54 @@ class LocalScorer:
     @property
     def head(self) -> Head:
         """See `Scorer.head`."""
-        return output_head(self.model, self.chat.ids).detached()
+        return output_head(self._awake(), self.chat.ids).detached()
+
+    @property
+    def _shared(self) -> Frozen | None:
+        """The weights of a checkpoint, which others may read too."""
+        return None if self.learner is not None else self.language_model.below
+
+    @property
+    def weights(self) -> RestingWeights | None:
+        """What can rest: weights of its own, or those that it shares; None for a learner's."""
+        return self.own_weights if self._shared is None else self._shared.weights
+
+    @property
+    def head_at_rest(self) -> HeadSource:
+        """See `Scorer.head_at_rest`."""
+        shared = self._shared
+        weights = self.weights if shared is None or not shared.learns else None
+        return self.head if weights is None else weights.head(self.chat.ids)
+
+    @property
+    def frozen(self) -> bool:
+        """See `Scorer.frozen`."""
+        return self.learner is None and not any(p.requires_grad for p in self.model.parameters())
+
+    def rest(self) -> None:
+        """See `Scorer.rest`; weights that others read too rest when all of them do."""
+        if self._shared is not None:
+            self._shared.rest(self)
+        elif self.own_weights is not None:
+            self.own_weights.rest()
+
+    def _awake(self) -> Any:
+        """The model with its weights in memory."""
+        if self._shared is not None:
+            self._shared.wake(self)
+        elif self.own_weights is not None:
+            self.own_weights.wake()
+        return self.model
+
+    def will_change(self) -> None:
+        """Be awake, with weights that may be written: those of a checkpoint are others' too."""
+        self._awake()
+        if self._shared is not None:
+            self.language_model = own_copy(self.language_model, self)
+            self.model = self.language_model.model
+            self.own_weights = RestingWeights(self.model, None)
+        elif self.own_weights is not None:
+            self.own_weights.will_change()
 
     def restrict(self, absent: Collection[int]) -> None:
         """See `Scorer.restrict`."""
@@ -152,14 +207,14 @@ class LocalScorer:
     def hidden(self, batch: Batch) -> Tensor:
         """See `Scorer.hidden`."""
         return read_hidden(
-            self.model, self.head, batch, max_tokens=self.max_tokens, fast_paths=self.fast_paths
+            self._awake(), self.head, batch, max_tokens=self.max_tokens, fast_paths=self.fast_paths
         )
 
     @torch.no_grad()
     def logprobs(self, batch: Batch, *, temperature: float = 1.0) -> Tensor:
         """See `Scorer.logprobs`."""
         return read_logprobs(
-            self.model,
+            self._awake(),
             self.head,
             batch,
             temperature,
@@ -170,14 +225,18 @@ class LocalScorer:
     @torch.no_grad()
     def top_k(self, batch: Batch, k: int, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """See `Scorer.top_k`; all ids where the vocabulary has fewer than `k`."""
-        head = self.head
-        return teacher_top_k_targets(
-            self.hidden(batch),
-            head.weight_VD,
-            min(k, len(self.chat.ids)),
-            bias_V=head.bias_V,
-            temperature=temperature,
-        )
+        head, parts = self.head, []
+        for rows in hidden_portions(batch, head):
+            part = teacher_top_k_targets(
+                self.hidden(rows),
+                head.weight_VD,
+                min(k, len(self.chat.ids)),
+                bias_V=head.bias_V,
+                temperature=temperature,
+            )
+            parts.append(part)
+        ids, logp = zip(*parts, strict=True)
+        return torch.cat(ids), torch.cat(logp)
 
     @torch.no_grad()
     def scores(self, batch: Batch) -> Tensor:
@@ -188,28 +247,18 @@ class LocalScorer:
     def sync(self, policy: Learner) -> None:
         """See `Scorer.sync`. Raises TypeError and ValueError as `LocalSampler.sync`."""
         if self.learner is None:
-            self._own_weights()
+            self.will_change()
         _sync(self, policy)
 
-    def _own_weights(self) -> None:
-        """Have weights that may be changed: those of the checkpoint until now are others' too."""
-        below = self.language_model.below
-        if below is None:
-            return
-        self.language_model = own_copy(self.language_model, self)
-        self.model = self.language_model.model
-
     def state(self) -> dict[str, Tensor]:
-        """See `Scorer.state`; nothing while the weights are still those of the checkpoint."""
-        if self.learner is None and self.language_model.below is not None:
-            return {}
-        return {name: value.detach() for name, value in self.model.named_parameters()}
+        """See `Scorer.state`; an adapter is in the weights."""
+        return dict(lora.merged_parameters(self._awake()))
 
     @torch.no_grad()
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """See `Scorer.restore`."""
-        if tensors and self.learner is None:
-            self._own_weights()
+        if tensors:
+            self.will_change()
         for name, parameter in self.model.named_parameters():
             if name in tensors:
                 parameter.copy_(tensors[name])

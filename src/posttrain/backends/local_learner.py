@@ -108,6 +108,7 @@ class LocalLearner:
         if language_model.below is not None:
             language_model.below.check_frozen(self.model, self.weights)
             language_model.below.readers.add(self)
+            language_model.below.learns = True
 
     @cached_property
     def passes(self) -> PassPlan:

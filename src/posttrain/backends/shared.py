@@ -24,6 +24,7 @@ from posttrain.backends.base import LoraSettings
 from posttrain.backends.checkpoint import Adapter, LanguageModel, checked_base, read_tokenizer
 from posttrain.backends.outside.adapters import base_of, is_adapter, read_adapter_headers
 from posttrain.backends.outside.files import model_files
+from posttrain.backends.resting import RestingWeights
 from posttrain.backends.saved_types import types_of
 from posttrain.engine.errors import ConfigError
 from posttrain.engine.record import RECORD
@@ -40,8 +41,25 @@ class Frozen:
     readers: WeakSet[Any] = field(default_factory=WeakSet)
     """Samplers, scorers and learners over these tensors, those with an adapter included."""
 
+    weights: RestingWeights
+    """Its tensors, in memory or at rest."""
+    learns: bool = False
+    """Whether an adapter that learns stands on it, which never rests."""
     taken: bool = False
     """Whether its one reader changes it from now on; the next one loads another."""
+    at_rest: WeakSet[Any] = field(default_factory=WeakSet)
+    """The readers that need nothing of it just now."""
+
+    def rest(self, reader: object) -> None:
+        """Note that `reader` is at rest; with the last one the memory is given back."""
+        self.at_rest.add(reader)
+        if not self.learns and all(other in self.at_rest for other in self.readers):
+            self.weights.rest()
+
+    def wake(self, reader: object) -> None:
+        """Have the weights in memory, for `reader`."""
+        self.at_rest.discard(reader)
+        self.weights.wake()
 
     def check_frozen(self, model: Any, learning: Sequence[Tensor]) -> None:
         """Assert that a model above these tensors asks for no gradient of them, and that none of
@@ -71,7 +89,12 @@ class SharedModels:
         if found is None or found.taken:
             loaded = self._load(checkpoint, dtype, scalar)
             loaded.model.eval().requires_grad_(False)
-            found = self._frozen[key] = Frozen(language_model=loaded)
+            # Of an adapter that was merged no file has the weights.
+            place = None if is_adapter(checkpoint) else checkpoint
+            weights = RestingWeights(loaded.model, place)
+            found = self._frozen[key] = Frozen(language_model=loaded, weights=weights)
+        # It may have been at rest, and somebody else is to read it.
+        found.weights.wake()
         return found
 
     def read(self, checkpoint: Path, dtype: torch.dtype, scalar: bool) -> LanguageModel:

@@ -67,6 +67,7 @@ def model_card(
             if _stopped(record)
             else "It has no parents."
         ),
+        *_probed(record),
         *_titled(
             "## Data",
             _table(
@@ -89,6 +90,18 @@ def _stopped(record: Mapping[str, Any]) -> Mapping[str, str]:
     """The unfinished stage of which this is the step checkpoint; {} where it is none."""
     stage: Mapping[str, str] = record.get("provenance", {}).get("stage", {})
     return stage
+
+
+def _probed(record: Mapping[str, Any]) -> list[str]:
+    """That the teachers stayed as they were, where there were any."""
+    times = record.get("provenance", {}).get("teachers_probed")
+    if not times:
+        return []
+    often = "once" if times == 1 else f"{times} times"
+    return [
+        f"Its teachers were probed {often} while it learned, and said of the same tokens what they "
+        "had said at first."
+    ]
 
 
 def _how(record: Mapping[str, Any]) -> str:

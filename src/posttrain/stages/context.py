@@ -12,6 +12,7 @@ where it would change what is being written (`step_state.py`).
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -102,6 +103,10 @@ class Context:
         self.tokens = 0
         self.metrics: dict[str, float] = {}
         """Of the newest step, also where a resumed stage finds no step left to do."""
+        self.facts: dict[str, Any] = {}
+        """What the stage adds to the provenance of what it makes (JSON)."""
+        self.kept: dict[str, Any] = {}
+        """What its step checkpoint keeps beside tensors (JSON); a resumed stage finds it again."""
         self._history: dict[str, list[float]] = {}
         self._seconds = 0.0
         self._began = time.monotonic()
@@ -295,6 +300,8 @@ class Context:
             ) from error
         self.tokens, self._seconds = state["tokens"], state["seconds"]
         self.metrics = state["metrics"]
+        # Those of earlier versions kept nothing.
+        self.kept = state.get("kept", {})
         # Lines of steps after the checkpoint will be written again.
         if self._metrics.exists():
             os.truncate(self._metrics, state["metrics_bytes"])
@@ -334,6 +341,7 @@ class Context:
             "directory": f"step-{step}",
             "tokens": self.tokens,
             "metrics": self.metrics,
+            "kept": copy.deepcopy(self.kept),
             "seconds": self._seconds + time.monotonic() - self._began,
             "metrics_bytes": self._metrics.stat().st_size if self._metrics.exists() else 0,
         }

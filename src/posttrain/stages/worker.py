@@ -107,9 +107,9 @@ def run_job(job: Job) -> dict[str, Any]:
             if told is None:
                 raise
             raise StageError(told) from error
-    write_facts(ctx.work, **used(ctx.tokens, device))
+    write_facts(ctx.work, **ctx.facts, **used(ctx.tokens, device))
     if kind_of(job.kind).is_model():
-        write_card(job, ctx.out, metrics, read_warnings(ctx.work))
+        write_card(job, ctx.out, metrics, read_warnings(ctx.work), ctx.facts)
     return dict(metrics)
 
 
@@ -149,12 +149,19 @@ def run_stage(job: Job, ctx: Context) -> dict[str, Any]:
 
 
 def write_card(
-    job: Job, out: Path, metrics: Mapping[str, Any], warnings: Sequence[str] = ()
+    job: Job,
+    out: Path,
+    metrics: Mapping[str, Any],
+    warnings: Sequence[str] = (),
+    facts: Mapping[str, Any] | None = None,
 ) -> None:
-    """README.md beside the weights. Scores are not in it: they come after; an export has them."""
+    """README.md beside the weights; `facts` are what the stage adds to its provenance. Scores are
+    not in it: they come after; an export has them."""
     inputs = {edge: _known_record(Path(path)) for edge, path in job.inputs.items()}
     made = {**vars(job), "inputs": inputs, "metrics": metrics, "warnings": warnings}
-    made["provenance"] = {"origin": job.runtime["origin"]} if "origin" in job.runtime else {}
+    made["provenance"] = dict(facts or {})
+    if "origin" in job.runtime:
+        made["provenance"]["origin"] = job.runtime["origin"]
     card = model_card(made, ancestors=_ancestors(job.inputs), adapter=is_adapter(out))
     path = out / "README.md"
     # It may be a link to a file of somebody else.
