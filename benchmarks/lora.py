@@ -48,7 +48,7 @@ SIZE = replace(
     head_dim=64,
     intermediate=1536,
 )
-RANK, STEPS, ROWS = 16, 3, 16
+RANK = 16
 PARTS = {
     "specialists": ("one model", "8 adapters", "8 whole models"),
     "sft": ("full", "adapter", "TRL full", "TRL adapter"),
@@ -69,12 +69,12 @@ def learner_settings(precision: str, *, adapter: bool, seed: int = 0) -> Any:
     )
 
 
-def rows(seed: int, vocabulary: int) -> Any:
-    """Sixteen rows of 64 tokens of a prompt and 128 of a response."""
+def rows(seed: int, vocabulary: int, count: int) -> Any:
+    """Rows of 64 tokens of a prompt and 128 of a response."""
     from posttrain.rl.batch import Batch
 
     generator = torch.Generator().manual_seed(seed)
-    tokens_BT = torch.randint(100, vocabulary - 100, (ROWS, 192), generator=generator)
+    tokens_BT = torch.randint(100, vocabulary - 100, (count, 192), generator=generator)
     return Batch.from_tokens(tokens_BT[:, :64].tolist(), tokens_BT[:, 64:].tolist(), pad_id=0)
 
 
@@ -95,8 +95,8 @@ def specialists(asked: dict[str, Any]) -> dict[str, float]:
     places = [Path(asked["root"]) / f"{folder}{number}" for number in range(SPECIALISTS)]
     teachers = [backend.scorer(place, dtype=dtype) for place in (places if folder else [base])]
     vocabulary = len(learner.chat.ids)
-    for step in range(STEPS):
-        batch = rows(step, vocabulary)
+    for step in range(asked["steps"]):
+        batch = rows(step, vocabulary, asked["rows"])
         for teacher in teachers:
             teacher.logprobs(batch)
         learner.update(batch, TokenLoss(cross_entropy), count=batch.num_tokens, lr=1e-4)
@@ -111,8 +111,8 @@ def sft(asked: dict[str, Any]) -> dict[str, float]:
     settings = learner_settings(asked["precision"], adapter=asked["side"] == "adapter")
     learner = LocalBackend().learner(Path(asked["model"]), settings)
     vocabulary, seconds = len(learner.chat.ids), []
-    for step in range(STEPS):
-        batch, began = rows(step, vocabulary), time.monotonic()
+    for step in range(asked["steps"]):
+        batch, began = rows(step, vocabulary, asked["rows"]), time.monotonic()
         learner.update(batch, TokenLoss(cross_entropy), count=batch.num_tokens, lr=1e-4)
         seconds.append(time.monotonic() - began)
     return {"seconds": min(seconds)}
@@ -128,12 +128,12 @@ def trl_sft(asked: dict[str, Any]) -> dict[str, float]:
     own = AutoTokenizer.from_pretrained(asked["model"])
     own.pad_token = own.pad_token or own.eos_token
     ids: list[list[int]] = []
-    for step in range(STEPS):
-        ids += rows(step, len(own)).tokens_BT.tolist()
+    for step in range(asked["steps"]):
+        ids += rows(step, len(own), asked["rows"]).tokens_BT.tolist()
     config = SFTConfig(
         output_dir=str(Path(asked["root"]) / "trl"),
-        per_device_train_batch_size=ROWS,
-        max_steps=STEPS,
+        per_device_train_batch_size=asked["rows"],
+        max_steps=asked["steps"],
         max_length=256,
         report_to=[],
         use_cpu=True,
@@ -153,7 +153,7 @@ def trl_sft(asked: dict[str, Any]) -> dict[str, float]:
     )
     began = time.monotonic()
     trainer.train()
-    return {"seconds": (time.monotonic() - began) / STEPS}
+    return {"seconds": (time.monotonic() - began) / asked["steps"]}
 
 
 def sampling(asked: dict[str, Any]) -> dict[str, float]:
@@ -166,7 +166,7 @@ def sampling(asked: dict[str, Any]) -> dict[str, float]:
     learner = backend.learner(Path(asked["root"]) / "adapter0", settings)
     merged = own_copy(learner.policy, learner)
     samplers = {"adapter": backend.sampler(learner), "merged": LocalSampler(merged)}
-    prompts = rows(0, len(learner.chat.ids)).tokens_BT[:, :64].tolist()
+    prompts = rows(0, len(learner.chat.ids), asked["rows"]).tokens_BT[:, :64].tolist()
     seconds: dict[str, list[float]] = {name: [] for name in samplers}
     for turn in range(asked["turns"] + 1):
         for name in sorted(samplers, reverse=bool(turn % 2)):
@@ -228,6 +228,9 @@ def main() -> None:
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--precisions", default="float32,bfloat16")
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--rows", type=int, default=16, help="Rows of a step.")
+    parser.add_argument("--sides", help="Some sides of the parts, such as 'one model,8 adapters'.")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -243,17 +246,30 @@ def main() -> None:
             new_model(SIZE, seed=0).to(torch.bfloat16).save_pretrained(model)
             tokenizer(SIZE).save_pretrained(model)
         parts = options.parts.split(",")
-        place = {"model": str(model.resolve()), "root": str(root), "turns": options.turns}
-        measure({"part": "make", "whole": "specialists" in parts, "side": "", **place})
+        place = {
+            "model": str(model.resolve()),
+            "root": str(root),
+            "turns": options.turns,
+            "rows": options.rows,
+            "steps": options.steps,
+        }
+        sides = options.sides.split(",") if options.sides else sum(PARTS.values(), ())
+        if {"specialists", "sampling"} & set(parts):
+            measure({"part": "make", "whole": "8 whole models" in sides, "side": "", **place})
         for part in parts:
             for precision in options.precisions.split(","):
-                for side in PARTS[part]:
+                for side in (side for side in PARTS[part] if side in sides):
                     asked = {"part": part, "side": side, "precision": precision, **place}
                     found = {"part": part, "side": side, "precision": precision, **measure(asked)}
                     results.append(found)
                     print(told(found, results), flush=True)
     if options.out is not None:
-        about = {"model": options.model.name if options.model else SIZE.name, "limit": LIMIT}
+        about = {
+            "model": options.model.name if options.model else SIZE.name,
+            "limit": LIMIT,
+            "rows": options.rows,
+            "steps": options.steps,
+        }
         content = {
             "machine": machine(),
             "date": datetime.now(UTC).date().isoformat(),
@@ -261,7 +277,9 @@ def main() -> None:
             "results": results,
         }
         options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "lora.json").write_text(json.dumps(content, indent=1) + "\n")
+        (options.out / f"lora_{content['date']}.json").write_text(
+            json.dumps(content, indent=1) + "\n"
+        )
 
 
 def told(found: dict[str, Any], results: list[dict[str, Any]]) -> str:
