@@ -20,6 +20,7 @@ from posttrain.backends.budget import (
     Part,
     PassPlan,
     cache_bytes,
+    laid_out_bytes,
     layer_bytes,
     learner_parts,
     peak,
@@ -137,13 +138,16 @@ def test_what_a_learner_takes() -> None:
     assert always(master="stochastic") == 2 + 8
     assert always(states="int8") == pytest.approx(4 + 2 + 2, rel=0.01)
     assert always(trained=0) == 4 + 2
+    assert always(trained=numbers // 100, adapter=True) == pytest.approx(2 + 0.14, rel=1e-3)
     assert step_checkpoint_bytes(learner_parts(shape, precision="bfloat16")) == 12 * numbers
     assert saved_bytes(shape) == 2 * numbers
     # A reader has one layer at a time, a sampler its rows; either may use the learner's weights.
     own = peak(reader_parts(shape)) - peak(reader_parts(shape, own_weights=False))
     assert own == 4 * numbers
     sampler = sampler_parts(shape, rows=7, length=100, own_weights=False)
-    assert sum(p.bytes for p in sampler) == pytest.approx(7 * row_bytes(shape, 100), rel=1e-6)
+    found = sum(p.bytes for p in sampler) - laid_out_bytes(shape)
+    assert found == pytest.approx(7 * row_bytes(shape, 100), rel=1e-6)
+    assert laid_out_bytes(shape) == 4 * (numbers - 49152 * 576)
 
 
 def test_passes_fit_what_is_left() -> None:

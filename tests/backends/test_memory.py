@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from posttrain.backends import forward, memory
-from posttrain.backends.budget import PROCESS, cache_bytes
+from posttrain.backends.budget import PROCESS, cache_bytes, laid_out_bytes, shape_of
 from posttrain.backends.checkpoint import LanguageModel
 from posttrain.backends.cpu import cache, fused
 from posttrain.backends.local import LocalSampler, LocalScorer
@@ -58,9 +58,9 @@ def test_without_it_the_budget_is_a_share_of_what_may_be_used(
     monkeypatch.delenv(MEMORY, raising=False)
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (400 * 2**20, 2**40))
     budget = Budget(cpu)
-    assert (budget.total, budget.for_sampling()) == (300 * 2**20, 100 * 2**20)
+    assert (budget.total, caches(budget)) == (300 * 2**20, 100 * 2**20)
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (resource.RLIM_INFINITY,) * 2)
-    assert 2**20 < budget.for_sampling() < budget.total < memory._machine_memory()
+    assert 2**20 < caches(budget) < budget.total < memory._machine_memory()
 
 
 def test_sampling_has_what_models_leave_of_a_given_number(
@@ -68,23 +68,32 @@ def test_sampling_has_what_models_leave_of_a_given_number(
 ) -> None:
     monkeypatch.setenv(MEMORY, "800M")
     budget, size = Budget(torch.device("cpu")), 800 * 2**20
-    assert budget.total == size
-    assert budget.for_sampling() == size - PROCESS
     model = make_model(stop=STOPS, positions=128)
-    sampler = LocalSampler(model, budget=budget)
+    laid_out = laid_out_bytes(model_shape(model.model))
     numbers = sum(parameter.numel() for parameter in model.model.parameters())
-    assert budget.for_sampling() == size - PROCESS - 4 * numbers
+    assert budget.total == size and 0 < laid_out < 4 * numbers
+    assert caches(budget, model) == size - PROCESS - laid_out
+    sampler = LocalSampler(model, budget=budget)
+    assert caches(budget, model) == size - PROCESS - laid_out - 4 * numbers
     sample(sampler)
     assert {part.what for part in budget.parts} == {
         "weights of the sampler",
+        "weights laid out for sampling",
         "keys and values of 15 rows",
         "logits of 15 rows",
     }
     # What a model takes is given back with it.
     del sampler
-    assert budget.for_sampling() == size - PROCESS
+    assert caches(budget, model) == size - PROCESS - laid_out
     monkeypatch.setenv(MEMORY, "7M")
-    assert Budget(torch.device("cpu")).for_sampling() == 7 * 2**20 // 8
+    assert caches(Budget(torch.device("cpu")), model) == 7 * 2**20 // 8
+
+
+def caches(budget: Budget, language_model: LanguageModel | None = None) -> int:
+    """What a sampler of this model may have, or of any where the model does not matter."""
+    other = {"hidden_size": 8, "num_hidden_layers": 1}
+    shape = shape_of(other) if language_model is None else model_shape(language_model.model)
+    return budget.for_sampling(shape, "float32")
 
 
 def test_rows_follow_from_what_one_may_take(make_model: MakeModel) -> None:

@@ -19,6 +19,7 @@ MINI = ("mini.py", "--suite", "pairs.toml")
     [
         (["--device", "gpu"], ["--device", "'gpu'", "'auto', 'cpu', 'cuda'"]),
         (["--device", "cuda"], ["--device cuda", "sees no CUDA device", "--device cpu"]),
+        (["--memory", "plenty"], ["--memory = 'plenty' is no number of bytes", "500M or 12G"]),
         (["--compile"], ["--compile", "measured slower", "--device cuda"]),
         (
             ["--set", "*.precision=float16"],
@@ -79,6 +80,29 @@ def test_one_stage_at_a_time_on_cuda_and_the_processes_are_told(
     assert choose(rows, loaded, jobs=3, device="cuda", compile=False).jobs == 3
     on_cpu = choose(rows, loaded, jobs=None, device="cpu", compile=False)
     assert on_cpu.environment == {"POSTTRAIN_DEVICE": "cpu"}
+
+
+def test_the_memory_of_a_stage_is_told_and_recorded(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the option, or else by the variable; nothing without both."""
+    from posttrain.commands.run import choose
+    from posttrain.engine.planner import plan
+    from posttrain.language.loader import load_recipe
+
+    store = Store(place / "store")
+    loaded = load_recipe("mini.py", store=store, suite="pairs.toml")
+    rows = plan(loaded.graph, store)
+
+    def told(memory: str | None) -> tuple[str | None, Any]:
+        how = choose(rows, loaded, jobs=None, device="cpu", compile=False, memory=memory)
+        return how.environment.get("POSTTRAIN_MEMORY"), how.facts.get("memory")
+
+    monkeypatch.setenv("POSTTRAIN_MEMORY", "3 GiB")
+    assert told("1.5GB") == (str(3 * 2**29), 3 * 2**29)
+    assert told(None) == (str(3 * 2**30), 3 * 2**30)
+    monkeypatch.delenv("POSTTRAIN_MEMORY")
+    assert told(None) == (None, None)
 
 
 def test_the_same_recipe_in_bfloat16_is_another(done: Path, cli: Callable[..., Any]) -> None:

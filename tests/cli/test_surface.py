@@ -18,10 +18,11 @@ from posttrain.cli import app, main
 HEAVY = ("torch", "transformers", "numpy", "matplotlib", "reasoning_gym", "datasets", "pyarrow")
 RECIPE = {"RECIPE", "--set", "--suite", "--store", "--seed"}
 SURFACE = {
-    "run": RECIPE | {"--jobs", "--device", "--compile", "--report", "--no-report", "--json"},
+    "run": RECIPE
+    | {"--jobs", "--device", "--compile", "--memory", "--report", "--no-report", "--json"},
     "plan": RECIPE | {"--json"},
     "sweep": {"RECIPE", "--axis", "--seeds", "--set", "--suite", "--store", "--split", "--plan"}
-    | {"--jobs", "--device", "--compile", "--report", "--no-report", "--json"},
+    | {"--jobs", "--device", "--compile", "--memory", "--report", "--no-report", "--json"},
     "recipes": {"--json"},
     "ls": {"--store", "--json"},
     "show": {"ARTIFACT", "--store", "--json"},

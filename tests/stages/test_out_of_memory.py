@@ -67,7 +67,7 @@ def test_while_learning(
         run_stage("sft", {"steps": 1}, {"start": models["start"], **domains})
     told = str(error.value)
     for part in (
-        "weights in float32",
+        "weights that learn in float32",
         "optimiser moments in float32",
         "activations of 2,048 tokens",
         f"--memory ({MEMORY}) a lower number of bytes (",

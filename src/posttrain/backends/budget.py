@@ -44,10 +44,17 @@ LOSS_TOKENS = 256
 KEPT_ELEMENTS = 2**25
 """Up to so many tokens times vocabulary a loss keeps its softmax in float32 (`losses/ops.py`)."""
 INT8_STATE = 1 + 4 / 256
-"""Bytes of a moment in 8 bits: the number, and the scale of its block of 256."""
+"""BYTES of a moment in 8 bits: the number, and the scale of its block of 256."""
 
 Phase = Literal["always", "sampling", "reading", "learning"]
-Bytes = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+CONFIG = (
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("head_dim", "intermediate_size", "vocab_size", "layer_types", "sliding_window"),
+    *("num_experts", "n_routed_experts", "num_local_experts", "moe_intermediate_size"),
+    *("num_experts_per_tok", "model_type"),
+)
+"""Entries of a config that `shape_of` reads, by their usual names."""
+BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +159,7 @@ def cache_bytes(shape: Shape, tokens: int, precision: str = "float32") -> int:
         "sliding_attention": min(shape.window or tokens, tokens),
     }
     positions = sum(lengths.get(kind, 0) for kind in shape.layers)
-    return 2 * positions * shape.keys * Bytes[precision]
+    return 2 * positions * shape.keys * BYTES[precision]
 
 
 def row_bytes(shape: Shape, tokens: int, precision: str = "float32") -> float:
@@ -160,9 +167,16 @@ def row_bytes(shape: Shape, tokens: int, precision: str = "float32") -> float:
     return GROWING * cache_bytes(shape, tokens, precision) + LOGITS_BYTES * shape.vocabulary
 
 
+def laid_out_bytes(shape: Shape, precision: str = "float32") -> int:
+    """The weights of the layers once more, joined where they read the same input, as they are while
+    responses are sampled (`cpu/fused.py`)."""
+    layers = shape.parameters - shape.vocabulary * shape.hidden
+    return max(0, layers) * BYTES[precision]
+
+
 def layer_bytes(shape: Shape, precision: str = "float32") -> int:
     """What one layer keeps of one token for its backward pass."""
-    size = Bytes[precision]
+    size = BYTES[precision]
     # Each norm keeps its input and the normed numbers, in float32 where these are narrower, and
     # the products behind it keep what it gives.
     norm = 3 * shape.hidden * 4 if size == 4 else shape.hidden * (4 + 2 * size)
@@ -183,7 +197,7 @@ def token_bytes(shape: Shape, precision: str = "float32", *, checkpointing: bool
     layer = layer_bytes(shape, precision)
     if not checkpointing:
         return len(shape.layers) * layer
-    return len(shape.layers) * shape.hidden * Bytes[precision] + 2 * layer
+    return len(shape.layers) * shape.hidden * BYTES[precision] + 2 * layer
 
 
 def loss_bytes(shape: Shape, precision: str = "float32", *, tokens: int = MAX_TOKENS) -> int:
@@ -192,7 +206,7 @@ def loss_bytes(shape: Shape, precision: str = "float32", *, tokens: int = MAX_TO
     chunk = 2 * LOSS_TOKENS * shape.vocabulary * 4
     kept = tokens * shape.vocabulary
     kept = 4 * kept if kept <= KEPT_ELEMENTS else 0
-    return chunk + kept + 2 * shape.vocabulary * shape.hidden * Bytes[precision]
+    return chunk + kept + 2 * shape.vocabulary * shape.hidden * BYTES[precision]
 
 
 # -- the parts of a stage --------------------------------------------------------------------------
@@ -206,20 +220,26 @@ def learner_parts(
     states: str = "float32",
     ema: bool = False,
     trained: int | None = None,
+    adapter: bool = False,
     tokens: int = MAX_TOKENS,
     checkpointing: bool = False,
 ) -> tuple[Part, ...]:
     """A model that learns.
 
     `precision` is what it computes in, `master` and `states` are those of its optimiser; `trained`
-    is how many numbers learn (all without one: adapters and frozen layers need moments and
-    gradients for these only); `tokens` are those of its largest forward pass.
+    is how many numbers learn, all without one: only these have moments and gradients. With
+    `adapter` they are those of an adapter, and the weights below it are there once, in the type
+    that computes. `tokens` are those of its largest forward pass.
     """
-    size, all_of_it = Bytes[precision], shape.parameters
+    size, all_of_it = BYTES[precision], shape.parameters
     learning = all_of_it if trained is None else trained
     whole = master == "float32"
-    weight = 4 if whole else size
-    parts = [Part(what=f"weights in {'float32' if whole else precision}", bytes=all_of_it * weight)]
+    kind = "float32" if whole else precision
+    parts = []
+    if adapter:
+        parts.append(Part(what=f"frozen weights in {precision}", bytes=all_of_it * size))
+        all_of_it = learning
+    parts.append(Part(what=f"weights that learn in {kind}", bytes=all_of_it * BYTES[kind]))
     if whole and size < 4:
         parts.append(Part(what=f"their copy in {precision}", bytes=all_of_it * size))
     moment = {"float32": 4.0, "int8": INT8_STATE}[states]
@@ -256,7 +276,7 @@ def reader_parts(
 ) -> tuple[Part, ...]:
     """A model that rows are read with: a teacher, a reference, a reward model. Without
     `own_weights` it is the one that learns."""
-    size = Bytes[precision]
+    size = BYTES[precision]
     # While it reads, a layer's insides are there once, and nothing is kept.
     reading = 2 * tokens * layer_bytes(shape, precision) + loss_bytes(shape, precision, tokens=0)
     parts = [Part(what=f"one pass of the {what}", bytes=reading, phase="reading")]
@@ -278,11 +298,16 @@ def sampler_parts(
     cache = int(rows * GROWING * cache_bytes(shape, length, precision))
     logits = rows * LOGITS_BYTES * shape.vocabulary
     parts = [
+        Part(
+            what="weights laid out for sampling",
+            bytes=laid_out_bytes(shape, precision),
+            phase="sampling",
+        ),
         Part(what=f"keys and values of {rows:,} rows", bytes=cache, phase="sampling"),
         Part(what=f"logits of {rows:,} rows", bytes=logits, phase="sampling"),
     ]
     if own_weights:
-        size = shape.parameters * Bytes[precision]
+        size = shape.parameters * BYTES[precision]
         parts.insert(0, Part(what="weights of the sampler", bytes=size))
     return tuple(parts)
 
@@ -349,7 +374,7 @@ def _stays(part: Part) -> bool:
 
 def saved_bytes(shape: Shape, save_dtype: str = "bfloat16") -> int:
     """A checkpoint on the disk, with weights of this type."""
-    return shape.parameters * Bytes[save_dtype]
+    return shape.parameters * BYTES[save_dtype]
 
 
 def step_checkpoint_bytes(parts: Iterable[Part]) -> int:

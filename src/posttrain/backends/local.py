@@ -289,7 +289,8 @@ class LocalSampler:
         self.memory = memory
         self.budget = Budget(self.model.device) if budget is None else budget
         self._take(rows=0, length=0)
-        self.decoders = Decoders(lora.seen_merged(self.model) if self.adapted else self.model)
+        sampled = lora.seen_merged(self.model) if self.adapted else self.model
+        self.decoders = Decoders(sampled, read_bytes=self.budget.for_prefill())
 
     def sync(self, policy: Learner) -> None:
         """See `Sampler.sync`; nothing is to be done where it samples from the learner's own.
@@ -343,7 +344,9 @@ class LocalSampler:
             stop_ids=self.chat.stop_ids,
             num_ids=len(head.weight_VD),
         )
-        memory = self.budget.for_sampling() if self.memory is None else self.memory
+        memory = self.memory
+        if memory is None:
+            memory = self.budget.for_sampling(model_shape(self.model), precision_of(self.model))
         max_rows = min(self.max_rows, rows_at_once(self.model, samples.width, memory))
         self._take(rows=min(max_rows, len(samples.response_len_B)), length=samples.width)
         how: dict[str, Any] = {

@@ -121,12 +121,11 @@ class LocalLearner:
         return plan
 
     def _parts(self, plan: PassPlan) -> tuple[Part, ...]:
-        # Of a model with an adapter there is one copy, in the type that computes.
-        adapter = self.policy.adapter is not None
         return learner_parts(
             model_shape(self.model),
             precision=precision_of(self.model),
-            master="stochastic" if adapter else self.settings.master,
+            master=self.settings.master,
+            adapter=self.policy.adapter is not None,
             states=self.settings.states,
             ema=self.settings.ema is not None,
             trained=sum(weight.numel() for weight in self.weights),

@@ -24,16 +24,19 @@ from weakref import WeakKeyDictionary
 import torch
 
 from posttrain.backends.budget import (
+    CONFIG,
     MIN_TOKENS,
     Part,
     PassPlan,
     Shape,
+    laid_out_bytes,
     layer_bytes,
     peak,
     plan_passes,
     row_bytes,
     shape_of,
 )
+from posttrain.backends.outside.positions import text_config
 from posttrain.engine.errors import ConfigError
 
 MEMORY = "POSTTRAIN_MEMORY"
@@ -108,14 +111,19 @@ class Budget:
         """Note what `owner` takes from now on, as long as it lives."""
         self._taken[owner] = tuple(parts)
 
-    def for_sampling(self) -> int:
-        """Bytes that caches of sampling may take: what other things leave of a number that was
+    def for_sampling(self, shape: Shape, precision: str) -> int:
+        """Bytes that caches of a sampler may take: what other things leave of a number that was
         given, or a share of what there is."""
         if self.given is None:
             shares = DEVICE_CACHES if self.device.type == "cuda" else CPU_CACHES
             return device_memory(self.device) // shares
         resident = peak(part for part in self.parts if part.phase == "always")
-        return max(self.given // LEAST_SHARE, self.given - resident)
+        left = self.given - resident - laid_out_bytes(shape, precision)
+        return max(self.given // LEAST_SHARE, left)
+
+    def for_prefill(self) -> int:
+        """Bytes that one layer's numbers may take while prompts are read."""
+        return self.total // LEAST_SHARE
 
     def for_learning(self, shape: Shape, precision: str, max_tokens: int) -> PassPlan:
         """How the passes of a learner fit, which has told what it takes itself."""
@@ -146,7 +154,13 @@ def _machine_memory() -> int:
 
 def model_shape(model: Any) -> Shape:
     """The shape of a transformers model."""
-    return shape_of(model.config.to_dict(), sum(p.numel() for p in model.parameters()))
+    config = text_config(model.config)
+    # The object knows the usual names of what its file calls otherwise.
+    found = {name: getattr(config, name, None) for name in CONFIG}
+    if not found["hidden_size"]:
+        found["hidden_size"] = model.get_input_embeddings().weight.shape[1]
+    found["num_hidden_layers"] = found["num_hidden_layers"] or 1
+    return shape_of(found, sum(p.numel() for p in model.parameters()))
 
 
 def precision_of(model: Any) -> str:

@@ -31,12 +31,13 @@ def computing_copy(language_model: LanguageModel, dtype: torch.dtype) -> Languag
     in_float32 = getattr(master, "_keep_in_fp32_modules_strict", None) or ()
     # What deepcopy is to take for copies already: so there is no second model in float32, and a
     # parameter that is used in two places stays one.
-    rounded: dict[int, Any] = {
-        id(weight): Parameter(weight.detach().to(dtype), requires_grad=weight.requires_grad)
-        for name, weight in master.named_parameters()
+    rounded: dict[int, Any] = {}
+    for name, weight in master.named_parameters():
         # With a dot at both ends only whole parts of a name match.
-        if not any(f".{part}." in f".{name}." for part in in_float32)
-    }
+        if not any(f".{part}." in f".{name}." for part in in_float32):
+            copied = Parameter(weight.detach(), requires_grad=weight.requires_grad)
+            copied.data = weight.detach().to(dtype)
+            rounded[id(weight)] = copied
     model = copy.deepcopy(master, rounded)
     model.config.dtype = dtype
     return replace(language_model, model=model)

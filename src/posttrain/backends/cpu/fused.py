@@ -111,11 +111,18 @@ class FusedDecoder:
 
     @torch.no_grad()
     def __init__(
-        self, model: Any, *, num_slots: int, num_positions: int, cache: Cache | None = None
+        self,
+        model: Any,
+        *,
+        num_slots: int,
+        num_positions: int,
+        cache: Cache | None = None,
+        read_bytes: int = READ_BYTES,
     ) -> None:
         """`num_positions` is the most that a row may have; `cache` that of an earlier decoder of
-        this model, to be used again if it fits."""
-        self.model = model
+        this model, to be used again if it fits. Prompts are read so many at a time that the widest
+        numbers of a layer take `read_bytes` at most."""
+        self.model, self.read_bytes = model, read_bytes
         body = model.model
         attention = body.layers[0].self_attn
         self.width = attention.head_dim
@@ -159,7 +166,7 @@ class FusedDecoder:
         prompts, columns = tokens_PT.shape
         config = self.model.config
         size = columns * config.intermediate_size * self.cache.tensor.element_size()
-        at_once = max(1, READ_BYTES // size)
+        at_once = max(1, min(READ_BYTES, self.read_bytes) // size)
         parts = [
             self._read(
                 tokens_PT[start : start + at_once],

@@ -20,7 +20,7 @@ from torch import Tensor
 from posttrain.backends.architecture import evaluating
 from posttrain.backends.base import Head
 from posttrain.backends.cpu.cache import Cache
-from posttrain.backends.cpu.fused import FusedDecoder
+from posttrain.backends.cpu.fused import READ_BYTES, FusedDecoder
 from posttrain.backends.cpu.product import Product
 from posttrain.backends.token_sampling import (
     SampleBuffer,
@@ -39,8 +39,9 @@ MAX_COPIED = 2**24
 class Decoders:
     """Makes the decoders of one model, each of which may take over the memory of the last."""
 
-    def __init__(self, model: Any) -> None:
-        self.model = model
+    def __init__(self, model: Any, read_bytes: int = READ_BYTES) -> None:
+        """`read_bytes` as for a `FusedDecoder`."""
+        self.model, self.read_bytes = model, read_bytes
         self.cache: Cache | None = None
 
     def make(self, num_slots: int, num_positions: int) -> FusedDecoder:
@@ -48,7 +49,11 @@ class Decoders:
         # Taken, not shared: a decoder that is made meanwhile gets memory of its own.
         cache, self.cache = self.cache, None
         decoder = FusedDecoder(
-            self.model, num_slots=num_slots, num_positions=num_positions, cache=cache
+            self.model,
+            num_slots=num_slots,
+            num_positions=num_positions,
+            cache=cache,
+            read_bytes=self.read_bytes,
         )
         self.cache = decoder.cache
         return decoder
