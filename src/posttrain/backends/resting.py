@@ -14,10 +14,12 @@ Legend: V vocabulary, D hidden size.
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -36,6 +38,10 @@ from posttrain.engine.errors import StageError
 PORTION_BYTES = 2**26
 """So much of a file is read before its mapping is given up: pages that are mapped count as memory
 of the process."""
+
+
+ALIGNMENT = 64
+"""Bytes; where torch lets tensors begin. Products may round otherwise elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -125,12 +131,29 @@ class RestingWeights:
             if not self._resting:
                 return
             self._check_files()
+            fresh = self._room()
             for name, tensor in self._tensors():
-                parameter = self._parameters[name]
-                # Always a copy: nothing of the file stays mapped.
-                fresh = torch.empty(tensor.shape, dtype=parameter.dtype, device=self._device)
-                parameter.data = fresh.copy_(tensor, non_blocking=True)
+                # A copy: nothing of the file stays mapped.
+                self._parameters[name].data = fresh[name].copy_(tensor, non_blocking=True)
                 self._resting.discard(name)
+
+    def _room(self) -> dict[str, Tensor]:
+        """Memory for the weights at rest. On the CPU it is one block, which the system has back as
+        a whole when they rest again; in pieces it would stay with the process."""
+        shapes = {n: s for n, s in self._shapes.items() if n in self._resting}
+        types = {name: self._parameters[name].dtype for name in shapes}
+        if self._device.type != "cpu":
+            return {
+                name: torch.empty(shape, dtype=types[name], device=self._device)
+                for name, shape in shapes.items()
+            }
+        sizes = [math.prod(shape) * types[name].itemsize for name, shape in shapes.items()]
+        begins = [0, *accumulate(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)]
+        block = torch.empty(begins.pop(), dtype=torch.uint8)
+        return {
+            name: block[begin : begin + size].view(types[name]).view(shape)
+            for (name, shape), begin, size in zip(shapes.items(), begins, sizes, strict=True)
+        }
 
     def will_change(self) -> None:
         """Awake, and from now on no longer what the files say."""
@@ -202,7 +225,7 @@ class RestingWeights:
         if self._scratch is None:
             self._scratch = tempfile.TemporaryDirectory(prefix="posttrain-rest-")
         file = Path(self._scratch.name) / f"{len(os.listdir(self._scratch.name))}.safetensors"
-        save_file({name: self._parameters[name].data.contiguous()}, file)
+        save_file({name: self._parameters[name].data.clone()}, file)
         return Place(file, name)
 
     def _keep_in_host_memory(self) -> None:
