@@ -56,10 +56,17 @@ ALLOWED: dict[str, set[str]] = {
         "backends.budget", "backends.checkpoint_source", "backends.outside",
         "backends.vocabulary",
     },
-    "stages.step_checkpoint": {
-        "engine", "stages", "stages.config", "stages.kinds", "stages.worker",
+    "stages.adopting": {
+        "engine", "backends.checkpoint_source", "backends.outside", "stages", "stages.kinds",
     },
-    "stages.worker": {"engine", "report", "backends", "stages", "stages.config", "stages.kinds"},
+    "stages.step_checkpoint": {
+        "engine", "backends.checkpoint_source", "backends.outside", "stages", "stages.adopting",
+        "stages.config", "stages.kinds", "stages.worker",
+    },
+    "stages.worker": {
+        "engine", "report", "backends", "backends.outside", "stages", "stages.config",
+        "stages.kinds",
+    },
     "language": {
         "engine", "rewards", "suites", "schedules", "judges", "values", "algorithms",
         "stages.config", "stages.kinds", "stages.step_checkpoint", "backends.prompting",
@@ -78,9 +85,9 @@ ALLOWED: dict[str, set[str]] = {
     "estimate.calibration": {"estimate"},
     "commands": {
         "engine", "estimate", "report", "backends", "stages", "stages.kinds",
-        "stages.step_checkpoint", "stages.worker", "recipe", "trackers",
-        "language", "language.loader", "backends.checkpoint_source", "backends.given_memory",
-        "backends.outside", "suites", "estimate.calibration",
+        "stages.step_checkpoint", "stages.worker", "stages.adopting", "recipe", "trackers",
+        "language", "language.loader", "backends.budget", "backends.checkpoint_source", 
+        "backends.given_memory", "backends.outside", "suites", "estimate.calibration",
     },
     "cli": {"engine", "commands", "package"},
     "__main__": {"cli"},
@@ -111,6 +118,7 @@ THIRD_PARTY: dict[str, set[str]] = {
         "safetensors",
         "jinja2",
         "bitsandbytes",
+        "peft",
     },
     "stages.settings": {"pydantic"},
     "stages.config": {"pydantic", "pydantic_core"},
@@ -126,6 +134,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "package": set(),
     "recipes": set(),
     "language.loader": {"pydantic"},
+    "stages.adopting": set(),
     "stages.step_checkpoint": {"safetensors"},
     "stages.worker": {"torch"},
     "commands": {"typer", "rich", "safetensors", "transformers", "torch", "tokenizers"},

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from posttrain import judges, schedules
+    from posttrain.algorithms import LoRA
     from posttrain.language.handles import Stage
     from posttrain.recipe import Recipe
     from posttrain.suites.domain import (
@@ -24,6 +25,7 @@ __version__ = "0.1.0"
 __all__ = [
     "DataTable",
     "Domain",
+    "LoRA",
     "Preferences",
     "Procedural",
     "Recipe",
@@ -38,6 +40,7 @@ __all__ = [
 _MODULES = ("judges", "schedules")
 """Modules that a recipe uses by name."""
 _HOMES = {
+    "LoRA": "posttrain.algorithms",
     "Recipe": "posttrain.recipe",
     "Stage": "posttrain.language.handles",
     **dict.fromkeys(

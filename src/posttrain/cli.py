@@ -23,6 +23,7 @@ from posttrain.commands import (
     chat,
     compare,
     evaluate,
+    export,
     inspect,
     push,
     report,
@@ -157,7 +158,7 @@ COMMANDS = {
         *(inspect.ls, inspect.show, inspect.lineage, inspect.diff),
         *(compare.compare, store.verify, watch.watch, report.report, chat.chat),
     ),
-    "Keep": (store.adopt, store.export, push.push, store.gc),
+    "Keep": (store.adopt, export.export, push.push, store.gc),
 }
 """Heading in the help -> commands, each named after its function."""
 for panel, commands in COMMANDS.items():

@@ -20,13 +20,14 @@ from posttrain.engine.errors import ConfigError
 from posttrain.engine.graph import Graph
 from posttrain.engine.store import Store
 from posttrain.judges import Judge
-from posttrain.language import checks, inputs, lacking, speaking
+from posttrain.language import checks, inputs, lacking
 from posttrain.language.builder import Builder
 from posttrain.language.calls import checked_calls
 from posttrain.language.data_verbs import DataVerbs
 from posttrain.language.extending import extended
 from posttrain.language.handles import Demos, Prompts, Stage, Warned, check_modes
 from posttrain.language.inputs import Aux
+from posttrain.language.models import check_adapters, taken_in
 from posttrain.language.routes import Teachers, route
 from posttrain.stages.kinds import Kind
 from posttrain.suites.domain import Suite
@@ -101,24 +102,24 @@ class Recipe(DataVerbs):
         checks.demos(self._build.suite, known, modes)
         return Demos(known, modes, noise, hint)
 
-    def model(self, source: str | Path, *, name: str = "base") -> Stage:
+    def model(
+        self,
+        source: str | Path,
+        *,
+        base: Stage | str | Path | None = None,
+        name: str = "base",
+    ) -> Stage:
         """A checkpoint from outside: a directory, an adopted name, a Hub id or a GGUF file.
 
         A GGUF file (or a directory with one and no other weights) is converted once, by its bytes.
 
         Or the newest step checkpoint of a stage of this store that was stopped or failed,
         "student@step"; "student@step-120" where it must be that of step 120.
+
+        A LoRA adapter of peft stands on the `base` that its adapter_config.json names, or on the
+        model that is given here; it is told apart by its name, NAME_base.
         """
-        if not isinstance(source, str | Path):
-            raise ConfigError(
-                f"model {name!r}: its source is {source!r}; it takes a checkpoint directory, an "
-                "adopted name or a Hub id, as a text"
-            )
-        adopted = self._build.adopted(str(source))
-        external = adopted or self._build.checkpoint(source)
-        speaking.told(self._build, name, external)
-        self._build.external[name] = external
-        return self._build.add(self._build.external_node(name))
+        return taken_in(self._build, source, base, name)
 
     def base(
         self, source: str | Path = "tiny", *, thinking: bool = False, name: str = "base"
@@ -404,6 +405,7 @@ class Recipe(DataVerbs):
         """The finished graph. Raises ConfigError for a setting that matched no stage, and for
         stages that do not fit together."""
         checks.recipe(self._build)
+        check_adapters(self._build)
         graph = self._build.graph(target)
         checks.needed(self._build, graph)
         return graph

@@ -29,7 +29,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from posttrain.backends.base import AuxLoss, Head, Learner, LearnerSettings, Loss, Metrics
+from posttrain.backends.base import (
+    AuxLoss,
+    Head,
+    HeadSource,
+    Learner,
+    LearnerSettings,
+    Loss,
+    Metrics,
+)
 from posttrain.backends.budget import Part
 from posttrain.backends.chat import Chat
 from posttrain.backends.local import LocalBackend, LocalLearner, LocalSampler, LocalScorer
@@ -136,6 +144,8 @@ class Processes:
 
 class PipeBackend:
     """A `Backend` whose models live in other processes."""
+
+    exact = True
 
     def __init__(
         self,
@@ -367,6 +377,21 @@ class PipeScorer:
         head: Head = self._ask(head_of)
         return head
 
+    @property
+    def head_at_rest(self) -> HeadSource:
+        """See `Scorer.head_at_rest`; the learners see the same files."""
+        head: HeadSource = self._ask(head_at_rest_of)
+        return head
+
+    @property
+    def frozen(self) -> bool:
+        """See `Scorer.frozen`."""
+        return bool(self._ask(is_frozen))
+
+    def rest(self) -> None:
+        """See `Scorer.rest`."""
+        self._ask(LocalScorer.rest)
+
     def hidden(self, batch: Batch) -> Tensor:
         """See `Scorer.hidden`."""
         hidden_ND: Tensor = self._ask(LocalScorer.hidden, batch)
@@ -453,6 +478,14 @@ def head_of(scorer: LocalScorer) -> Head:
     return scorer.head
 
 
+def head_at_rest_of(scorer: LocalScorer) -> HeadSource:
+    return scorer.head_at_rest
+
+
+def is_frozen(scorer: LocalScorer) -> bool:
+    return scorer.frozen
+
+
 def accumulate(
     learner: LocalLearner, rows: Batch, loss: Loss, aux: Sequence[AuxLoss], **settings: Any
 ) -> tuple[Metrics, list[Tensor | None]]:
@@ -472,5 +505,7 @@ def weights_of(learner: LocalLearner) -> list[Tensor]:
 
 @torch.no_grad()
 def take_over(reader: LocalSampler | LocalScorer, weights: Sequence[Tensor]) -> None:
+    if isinstance(reader, LocalScorer):
+        reader.will_change()
     for parameter, weight in zip(reader.model.parameters(), weights, strict=True):
         parameter.copy_(weight)

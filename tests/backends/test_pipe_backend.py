@@ -33,12 +33,13 @@ from posttrain.backends.scalar import load_scalar, save_scalar
 from posttrain.engine.errors import ConfigError
 from posttrain.rewards.judge_kinds import Itself, Scalar
 from posttrain.rl.batch import Batch
+from posttrain.stages import teachers
 from posttrain.stages.context import Context
 from posttrain.stages.worker import BACKEND
 
 # The processes import it by name.
 sys.path.append(str(Path(__file__).parent))
-from pipe_backend import PipeBackend, Processes
+from pipe_backend import PipeBackend, PipeScorer, Processes
 
 RunStage = Callable[..., Any]
 SETTINGS = LearnerSettings(betas=(0.9, 0.98), weight_decay=0.1, max_grad_norm=1.0)
@@ -172,6 +173,33 @@ def test_a_stage_ends_with_the_local_weights(
             for ran in (local, piped)
         )
         assert sampled == theirs
+
+
+@pytest.mark.parametrize("name", ["distill", "distill, top k"])
+def test_teachers_that_rest_there_say_the_same(
+    through_pipes: RunStage,
+    inputs: Callable[[str], dict[str, str]],
+    same: Callable[[Any, Any], bool],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+) -> None:
+    """The learners open their output layers by the names of files."""
+    kind, settings = STAGES[name]
+    edges = inputs(name)
+    awake = through_pipes(kind, settings, edges)
+    monkeypatch.setattr(teachers, "REST_BYTES", 1)
+    opened: list[str] = []
+    at_rest = PipeScorer.head_at_rest.fget
+    assert at_rest is not None
+
+    def noted(scorer: PipeScorer) -> Any:
+        head = at_rest(scorer)
+        opened.append(type(head).__name__)
+        return head
+
+    monkeypatch.setattr(PipeScorer, "head_at_rest", property(noted))
+    assert same(awake, through_pipes(kind, settings, edges))
+    assert set(opened) == ({"RestingHead"} if name == "distill" else set())
 
 
 def test_a_stage_that_only_samples_has_the_local_responses(

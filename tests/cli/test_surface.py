@@ -45,8 +45,8 @@ SURFACE = {
     },
     "adopt": {"DIR", "--name", "--copy", "--store", "--json"},
     "export": {"ARTIFACT", "DIR", "--dtype", "--store", "--json"},
-    "push": {"ARTIFACT", "hub:OWNER/NAME", "--dtype", "--revision", "--public", "--dry-run"}
-    | {"--store", "--json"},
+    "push": {"ARTIFACT", "hub:OWNER/NAME", "--dtype", "--merged", "--revision", "--public"}
+    | {"--dry-run", "--store", "--json"},
     "gc": {"--keep", "--only", "--unfinished", "--dry-run", "--yes", "--store", "--json"},
 }
 

@@ -27,6 +27,28 @@ class AdamW(Settings):
     compute; or the bfloat16 ones themselves, rounded up or down at random."""
 
 
+class LoRA(Settings):
+    """Learn low-rank matrices beside the weights, which stay as they are (Hu et al., arXiv
+    2106.09685), with peft: a layer computes `W x + alpha / rank * B (A x)`, and A and B learn.
+
+    A begins with random numbers of the stage's seed and B with 0. There is no dropout: models learn
+    in evaluation mode, so that the policy that learns is the one that sampled.
+    """
+
+    rank: int = Field(16, gt=0)
+    """Of the matrices: A has so many rows, B so many columns."""
+    alpha: float = Field(32.0, gt=0)
+    """Factor on what they add, over the rank: then the best learning rate hardly depends on the
+    rank."""
+    targets: list[str] | Literal["all-linear"] = Field("all-linear", min_length=1)
+    """Names of the linear layers that get them, such as q_proj; "all-linear": all but the output
+    layer."""
+    dora: bool = False
+    """Learn the length of each column of the weights by itself (DoRA, arXiv 2402.09353)."""
+    rslora: bool = False
+    """Divide alpha by the root of the rank instead of the rank (rsLoRA, arXiv 2312.03732)."""
+
+
 class CosineDecay(Settings):
     """The learning rate falls along half a cosine."""
 

@@ -46,10 +46,53 @@ class Head:
     weight_VD: Tensor
     bias_V: Tensor | None = None
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """See `HeadSource.shape`."""
+        vocabulary, width = self.weight_VD.shape
+        return vocabulary, width
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """See `HeadSource.dtype`."""
+        return self.weight_VD.dtype
+
+    @property
+    def has_bias(self) -> bool:
+        """See `HeadSource.has_bias`."""
+        return self.bias_V is not None
+
+    def open(self) -> Head:
+        """See `HeadSource.open`: there is nothing to be read."""
+        return self
+
     def detached(self) -> Head:
         """The same as a constant, so that it can be sent elsewhere."""
         bias_V = None if self.bias_V is None else self.bias_V.detach()
         return Head(weight_VD=self.weight_VD.detach(), bias_V=bias_V)
+
+
+class HeadSource(Protocol):
+    """A `Head`, or what is sent in its place and reads it where it is used. Can be pickled."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Vocabulary and hidden size."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights."""
+        ...
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether there is a bias."""
+        ...
+
+    def open(self) -> Head:
+        """The head as a constant; it goes with the last that holds it."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -198,6 +241,23 @@ class Scorer(Protocol):
         """
         ...
 
+    @property
+    def head_at_rest(self) -> HeadSource:
+        """The same for the settings of a loss, without waking the model: where it can rest in a
+        file, what reads it from there."""
+        ...
+
+    @property
+    def frozen(self) -> bool:
+        """Whether nothing learns in it: no weight asks for a gradient or is a learner's."""
+        ...
+
+    def rest(self) -> None:
+        """Give the memory of the weights back until the next call that reads them, which has the
+        very same ones. Nobody may be reading; a second time does nothing, and neither does it
+        where the weights are a learner's."""
+        ...
+
     def hidden(self, batch: Batch) -> Tensor:
         """`hidden_ND`, the last hidden states that predict the sampled tokens. No gradient.
 
@@ -305,6 +365,19 @@ class Learner(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraSettings:
+    """How an adapter begins; see `posttrain.LoRA` for what each means."""
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...] = ("all-linear",)
+    dora: bool = False
+    rslora: bool = False
+    seed: int = 0
+    """Of the numbers that its first matrices begin with."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class LearnerSettings:
     """What a learner is made with. AdamW; see the settings of a stage for what each means."""
 
@@ -326,10 +399,16 @@ class LearnerSettings:
     """Type of the optimiser's moments, "float32" or "int8"."""
     seed: int = 0
     """What is drawn to round follows from it."""
+    lora: LoraSettings | None = None
+    """Learn an adapter beside the weights, which stay as they are; `save` then writes the adapter
+    alone. A checkpoint that is an adapter with these settings goes on with it."""
 
 
 class Backend(Protocol):
     """Makes learners, samplers and scorers. A stage gets them from its context, never from here."""
+
+    exact: bool
+    """Whether the same call of the same model on the same rows gives the same bits every time."""
 
     def learner(self, checkpoint: Path, settings: LearnerSettings, *, scalar: bool) -> Learner:
         """A learner on a checkpoint; `scalar` for a model with a score in place of logits.

@@ -6,6 +6,7 @@ config, safetensors, tokenizer, generation config. Never pickle, never remote co
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -13,13 +14,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
+from posttrain.backends import lora
 from posttrain.backends.architecture import check_plain, path_of
 from posttrain.backends.base import Head
 from posttrain.backends.chat import Chat
 from posttrain.backends.memory import is_out_of_memory
+from posttrain.backends.outside.adapters import (
+    BASE,
+    CONFIG,
+    WEIGHTS,
+    base_of,
+    base_pointer,
+    canonical_config,
+    is_adapter,
+    read_adapter_config,
+)
 from posttrain.backends.outside.files import vocabulary_files
 from posttrain.backends.outside.positions import positions_of, text_config
 from posttrain.backends.saved_types import Types, read_types, recast
@@ -37,6 +51,16 @@ SCALAR = "ForSequenceClassification"
 
 
 @dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """The adapter that a model computes with."""
+
+    config: Mapping[str, Any]
+    """Content of adapter_config.json."""
+    base: Path
+    """The checkpoint whose weights it stands beside."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class LanguageModel:
     """A causal language model and its tokenizer; see `scalar.py` for one with a score."""
 
@@ -48,6 +72,11 @@ class LanguageModel:
     """The types of its tensors in the files it was loaded from, by name."""
     left_out: tuple[str, ...] = ()
     """Tensors in these files that are no part of the model, such as those that read pictures."""
+    adapter: Adapter | None = None
+    """What learns, or has learned, beside weights that others have too; see `lora.py`."""
+    below: Any = None
+    """The frozen weights that it shares with others (`shared.Frozen`); None where all are its
+    own."""
 
     @property
     def ids(self) -> TokenIds:
@@ -122,13 +151,15 @@ def load(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> LanguageModel:
-    """Load a Hugging Face directory onto a device.
+    """Load a Hugging Face directory onto a device; an adapter is merged into its base.
 
     Raises ConfigError for a checkpoint that is not a causal LM, that lacks weights or has damaged
     ones, whose logits are not a plain linear map of the last hidden state (the losses work from
     hidden states and head), or which `check_plain` refuses.
     """
     path, what = Path(path), "a causal language model"
+    if is_adapter(path):
+        return load_merged(load(checked_base(path, scalar=False), dtype=dtype, device=device), path)
     config = read_config(path, what=what)
     if is_scalar(config):
         raise ConfigError(
@@ -150,8 +181,30 @@ def load(
     return replace(read, model=model.to(device))
 
 
+def checked_base(path: Path, *, scalar: bool) -> Path:
+    """The base of an adapter. Raises ConfigError for an adapter of a reward model where a language
+    model is wanted, and as `base_of`."""
+    if not scalar and read_adapter_config(path).get("task_type") == "SEQ_CLS":
+        raise ConfigError(
+            f"{path}: this is the adapter of a reward model: it scores responses and writes none; "
+            "name a language model here"
+        )
+    return base_of(path)
+
+
+def load_merged(base: LanguageModel, path: Path) -> LanguageModel:
+    """`base`, which nobody else has, with the adapter of a directory in its weights and with its
+    tokenizer. Raises ConfigError for an adapter that does not fit."""
+    with _readable(path, "an adapter"):
+        model = lora.merged_whole(base.model, path)
+    return replace(base, model=model, tokenizer=read_tokenizer(path, what="an adapter"))
+
+
 def read_config(path: Path, *, what: str) -> Any:
-    """The config of a checkpoint that is to be `what`. Raises ConfigError where there is none."""
+    """The config of a checkpoint that is to be `what`, of an adapter that of its base. Raises
+    ConfigError where there is none."""
+    if is_adapter(path):
+        return read_config(base_of(path), what=what)
     with _readable(path, what):
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
 
@@ -190,8 +243,11 @@ def read_tokenizer(path: Path, *, what: str) -> Any:
     """The tokenizer of a checkpoint that is to be `what`.
 
     Raises ConfigError where there is none, and for one without tokens: of some classes transformers
-    makes an empty one where their file is missing, to which every text is unknown.
+    makes an empty one where their file is missing, to which every text is unknown. An adapter
+    without one has that of its base.
     """
+    if is_adapter(path) and not vocabulary_files(p.name for p in path.iterdir()):
+        return read_tokenizer(base_of(path), what=what)
     with _readable(path, what):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         special = set(tokenizer.all_special_ids)
@@ -277,6 +333,42 @@ def save(language_model: LanguageModel, out: Path, *, types: Types | str | None 
         recast(out, types)
 
 
+def save_adapter(
+    language_model: LanguageModel,
+    tensors: Mapping[str, Tensor],
+    out: Path,
+    *,
+    types: Types | str | None = None,
+) -> None:
+    """Write an adapter to `out` (created if missing): peft's two files, the tokenizer, and which
+    artifact is the base. `tensors` are its parameters by name.
+
+    Of the type they have in memory, or of `types`. Of a base outside of a store
+    adapter_config.json says the path.
+    """
+    adapter = language_model.adapter
+    assert adapter is not None, "a model without an adapter"
+    out.mkdir(parents=True, exist_ok=True)
+    saved = lora.saved_tensors(tensors)
+    for name, tensor in saved.items():
+        dtype = types if isinstance(types, str) else (types or {}).get(name)
+        saved[name] = tensor if dtype is None else tensor.to(getattr(torch, dtype))
+    save_file(saved, out / WEIGHTS, metadata={"format": "pt"})
+    pointer = base_pointer(adapter.base)
+    if pointer is None:
+        named = {**adapter.config, "base_model_name_or_path": str(adapter.base.absolute())}
+        (out / CONFIG).write_text(json.dumps(named, indent=2, sort_keys=True) + "\n")
+    else:
+        (out / CONFIG).write_bytes(canonical_config(adapter.config))
+        write_pointer(pointer, out)
+    language_model.tokenizer.save_pretrained(out)
+
+
+def write_pointer(pointer: Mapping[str, str], out: Path) -> None:
+    """Write `adapter_base.json`; see `base_pointer`."""
+    (out / BASE).write_text(json.dumps(pointer, indent=1, sort_keys=True) + "\n")
+
+
 def tell_ties(model: Any) -> None:
     """Let the config say that output layer and embedding are two where they are.
 
@@ -324,6 +416,8 @@ def read_chat(path: str | Path) -> Chat:
     path, what = Path(path), "a language model"
     config = read_config(path, what=what)
     tokenizer = read_tokenizer(path, what=what)
+    while is_adapter(path):
+        path = base_of(path)
     generation = (
         GenerationConfig.from_pretrained(path)
         if (path / "generation_config.json").exists()
@@ -360,7 +454,11 @@ def output_head(model: Any, ids: TokenIds) -> Head:
     if has_score(model):
         return Head(weight_VD=model.score.weight, bias_V=getattr(model.score, "bias", None))
     layer = model.get_output_embeddings()
-    weight_VD, bias_V = layer.weight, getattr(layer, "bias", None)
+    return drawn_head(layer.weight, getattr(layer, "bias", None), ids)
+
+
+def drawn_head(weight_VD: Tensor, bias_V: Tensor | None, ids: TokenIds) -> Head:
+    """An output layer for the ids that may be drawn; see `output_head`."""
     if ids.size < len(weight_VD):
         weight_VD = weight_VD[: ids.size]
         bias_V = None if bias_V is None else bias_V[: ids.size]

@@ -11,8 +11,17 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from posttrain.backends.outside.adapters import (
+    base_of,
+    check_fits,
+    hash_without_place,
+    is_adapter,
+    read_adapter_config,
+    read_adapter_headers,
+    revision_of,
+)
 from posttrain.backends.outside.faults import (
     check_config,
     check_directory,
@@ -24,6 +33,7 @@ from posttrain.backends.outside.files import (
     TEMPLATES,
     check_links,
     model_files,
+    vocabulary_files,
 )
 from posttrain.backends.outside.gguf import ENDING, check_packages, gguf_of, read_head
 from posttrain.backends.outside.headers import TensorHeader, read_headers
@@ -66,6 +76,10 @@ class CheckpointSource:
     """Content of tokenizer_config.json; {} without one."""
     chat_template: tuple[str, str] | None
     """The file it stands in, and its text; None where there is none."""
+    base: CheckpointSource | None = None
+    """The model that an adapter stands on, where it is known; None for a whole model."""
+    adapter: Mapping[str, Any] | None = None
+    """Content of adapter_config.json; None for a whole model."""
     origin: Mapping[str, str]
     """Where it is from: `path`, or `hub` (the id), `commit` and the `revision` asked for; and the
     `license`, `license_name` and `license_link` that its README.md has. Of a GGUF file `path`,
@@ -83,12 +97,17 @@ class CheckpointSource:
 
 
 def find_checkpoint(
-    source: str | Path, hash_file: HashFile = file_digest, *, store: Path | None = None
+    source: str | Path,
+    hash_file: HashFile = file_digest,
+    *,
+    store: Path | None = None,
+    base: CheckpointSource | Literal["find", "later"] = "find",
 ) -> CheckpointSource:
     """The checkpoint named by `source`. Hashes its files; downloads a Hub id not in the cache.
 
     `hash_file` gives the sha256 of a file; that of a store need not read it again. Links in a
-    directory below `store` were looked at when they came into it.
+    directory below `store` were looked at when they came into it. `base` is what an adapter stands
+    on: a checkpoint, the one that the adapter names, or one that is not there yet.
 
     Raises ConfigError if there is none, if it lacks a config, weights or a tokenizer, if it is
     another thing than a causal language model in plain numbers, if one of its files is broken, or
@@ -122,6 +141,8 @@ def find_checkpoint(
     origin = (origin or {"path": str(directory)}) | _license(directory)
     check_directory(directory)
     files = model_files(directory)
+    if is_adapter(directory):
+        return _find_adapter(directory, files, origin, hash_file, store, base)
     lacking = [] if any(name.endswith(".safetensors") for name in files) else ["*.safetensors"]
     lacking += [] if "config.json" in files else ["config.json"]
     if lacking:
@@ -174,6 +195,54 @@ def _of_gguf(path: Path, hash_file: HashFile) -> CheckpointSource:
         tokenizer_config=head.tokenizer_config(),
         chat_template=None if template is None else (path.name, template),
         origin={"path": str(path), "gguf": sha256} | head.license(),
+    )
+
+
+def _find_adapter(
+    directory: Path,
+    files: list[str],
+    origin: Mapping[str, str],
+    hash_file: HashFile,
+    store: Path | None,
+    base: CheckpointSource | Literal["find", "later"],
+) -> CheckpointSource:
+    """The adapter in a directory. What it does not bring itself is that of its base."""
+    adapter, tensors = read_adapter_config(directory), read_adapter_headers(directory)
+    check_pointers(directory, files)
+    check_links(directory, files, store=store)
+    if base == "find":
+        place, revision = base_of(directory), revision_of(directory)
+        named = str(place) if place.is_dir() or not revision else f"{place}@{revision}"
+        base = find_checkpoint(named, hash_file, store=store)
+    below = None if base == "later" else base
+    # The tensors of a GGUF file have other names; its adapter is looked at when it is loaded.
+    if below is not None and below.adapter is None and below.gguf is None:
+        check_fits(directory, tensors, below.tensors)
+    found = vocabulary_files(files)
+    path = directory / "tokenizer.json"
+    tokenizer = _read_json(path, LARGEST)
+    if not found and below is not None:
+        vocabulary, added = below.vocabulary, below.added
+    else:
+        vocabulary, added = _vocabulary(path, tokenizer), frozenset(_added(path, tokenizer))
+    own = _read_json(directory / "tokenizer_config.json")
+    template = _chat_template(directory)
+    if template is None and not found and below is not None:
+        template = below.chat_template
+    return CheckpointSource(
+        directory=directory,
+        files=tuple(files),
+        config={} if below is None else below.config,
+        tensors=tensors,
+        generation_config={} if below is None else below.generation_config,
+        vocabulary=vocabulary,
+        added=added,
+        tokenizer_config=own if found or below is None else below.tokenizer_config,
+        chat_template=template,
+        base=below,
+        adapter=adapter,
+        origin=origin,
+        sha256=files_digest(directory, files, hash_without_place(hash_file)),
     )
 
 

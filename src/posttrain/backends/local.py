@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from posttrain.backends.base import Head, Learner, LearnerSettings
+from posttrain.backends import lora
+from posttrain.backends.base import Head, HeadSource, Learner, LearnerSettings
 from posttrain.backends.budget import MAX_TOKENS, Part, reader_parts, sampler_parts
 from posttrain.backends.chat import Chat
 from posttrain.backends.checkpoint import LanguageModel, chat_of, load, output_head
@@ -30,7 +31,9 @@ from posttrain.backends.local_learner import LocalLearner
 from posttrain.backends.lockstep import Lockstep
 from posttrain.backends.memory import Budget, model_shape, precision_of, rows_at_once
 from posttrain.backends.precision import copy_to_compute
+from posttrain.backends.resting import RestingWeights
 from posttrain.backends.scalar import load_scalar, scores_N
+from posttrain.backends.shared import Frozen, SharedModels, own_copy
 from posttrain.backends.token_sampling import LocalSampling, SampleBuffer, check_room
 from posttrain.losses.distill import teacher_top_k_targets
 from posttrain.rl.batch import Batch
@@ -41,6 +44,8 @@ MAX_ROWS = 256
 
 class LocalBackend:
     """A `Backend` in this process, on one device."""
+
+    exact = True
 
     def __init__(
         self,
@@ -54,6 +59,7 @@ class LocalBackend:
         each other; see `LocalLearner`."""
         self.device = torch.device(device)
         self.compile, self.workers, self.fast_paths = compile, workers, fast_paths
+        self.shared = SharedModels(self._load)
         self.budget = Budget(self.device)
         """What the models of one stage may take together."""
 
@@ -66,9 +72,15 @@ class LocalBackend:
         self, checkpoint: Path, settings: LearnerSettings, *, scalar: bool = False
     ) -> LocalLearner:
         """See `Backend.learner`."""
-        whole = settings.master == "float32"
+        if settings.lora is not None:
+            language_model = self.shared.learn(checkpoint, settings.lora, settings.dtype, scalar)
+        else:
+            whole = settings.master == "float32"
+            language_model = self._load(
+                checkpoint, torch.float32 if whole else settings.dtype, scalar
+            )
         return LocalLearner(
-            self._load(checkpoint, torch.float32 if whole else settings.dtype, scalar),
+            language_model,
             settings,
             budget=self.budget,
             compile=self.compile,
@@ -87,7 +99,8 @@ class LocalBackend:
         self, source: Path | Learner, *, dtype: torch.dtype = torch.float32, scalar: bool = False
     ) -> LocalScorer:
         """See `Backend.scorer`."""
-        model = self._load(source, dtype, scalar) if isinstance(source, Path) else _local(source)
+        frozen = isinstance(source, Path)
+        model = self.shared.read(source, dtype, scalar) if frozen else _local(source)
         return LocalScorer(model, budget=self.budget, fast_paths=self.fast_paths)
 
     def close(self) -> None:
@@ -105,28 +118,86 @@ class LocalScorer:
         self,
         source: LanguageModel | LocalLearner,
         *,
+        checkpoint: Path | None = None,
         max_tokens: int = MAX_TOKENS,
         budget: Budget | None = None,
         fast_paths: bool = True,
     ) -> None:
-        """Forward passes have `max_tokens` tokens, fewer where `budget` says so, or one longer
-        row."""
+        """`checkpoint` is where a model of its own was loaded from, for it to rest there. Forward
+        passes have `max_tokens` tokens, fewer where `budget` says so, or one longer row."""
         self.learner = source if isinstance(source, LocalLearner) else None
         """Whose weights these are; None for weights of its own."""
         policy = source.policy if isinstance(source, LocalLearner) else source
         self.model = policy.model.eval()
+        self.language_model = policy
+        self.own_weights: RestingWeights | None = None
+        """Weights of its own, which can rest."""
+        if policy.below is not None:
+            policy.below.readers.add(self)
+        elif self.learner is None:
+            self.own_weights = RestingWeights(self.model, checkpoint)
         self.chat: Chat = source.chat if isinstance(source, LocalLearner) else chat_of(policy)
         if budget is not None:
             shape, precision = model_shape(self.model), precision_of(self.model)
             max_tokens = budget.for_reading(shape, precision, max_tokens)
-            own, how = self.learner is None, {"precision": precision, "tokens": max_tokens}
+            # Weights that others have too are theirs to tell.
+            shared = policy.below is not None and policy.below.has_others(self)
+            own = self.learner is None and not shared
+            how = {"precision": precision, "tokens": max_tokens}
             budget.take(self, reader_parts(shape, own_weights=own, **how))
         self.max_tokens, self.fast_paths = max_tokens, fast_paths
 
     @property
     def head(self) -> Head:
         """See `Scorer.head`."""
-        return output_head(self.model, self.chat.ids).detached()
+        return output_head(self._awake(), self.chat.ids).detached()
+
+    @property
+    def _shared(self) -> Frozen | None:
+        """The weights of a checkpoint, which others may read too."""
+        return None if self.learner is not None else self.language_model.below
+
+    @property
+    def weights(self) -> RestingWeights | None:
+        """What can rest: weights of its own, or those that it shares; None for a learner's."""
+        return self.own_weights if self._shared is None else self._shared.weights
+
+    @property
+    def head_at_rest(self) -> HeadSource:
+        """See `Scorer.head_at_rest`."""
+        shared = self._shared
+        weights = self.weights if shared is None or not shared.learns else None
+        return self.head if weights is None else weights.head(self.chat.ids)
+
+    @property
+    def frozen(self) -> bool:
+        """See `Scorer.frozen`."""
+        return self.learner is None and not any(p.requires_grad for p in self.model.parameters())
+
+    def rest(self) -> None:
+        """See `Scorer.rest`; weights that others read too rest when all of them do."""
+        if self._shared is not None:
+            self._shared.rest(self)
+        elif self.own_weights is not None:
+            self.own_weights.rest()
+
+    def _awake(self) -> Any:
+        """The model with its weights in memory."""
+        if self._shared is not None:
+            self._shared.wake(self)
+        elif self.own_weights is not None:
+            self.own_weights.wake()
+        return self.model
+
+    def will_change(self) -> None:
+        """Be awake, with weights that may be written: those of a checkpoint are others' too."""
+        self._awake()
+        if self._shared is not None:
+            self.language_model = own_copy(self.language_model, self)
+            self.model = self.language_model.model
+            self.own_weights = RestingWeights(self.model, None)
+        elif self.own_weights is not None:
+            self.own_weights.will_change()
 
     def restrict(self, absent: Collection[int]) -> None:
         """See `Scorer.restrict`."""
@@ -136,14 +207,14 @@ class LocalScorer:
     def hidden(self, batch: Batch) -> Tensor:
         """See `Scorer.hidden`."""
         return read_hidden(
-            self.model, self.head, batch, max_tokens=self.max_tokens, fast_paths=self.fast_paths
+            self._awake(), self.head, batch, max_tokens=self.max_tokens, fast_paths=self.fast_paths
         )
 
     @torch.no_grad()
     def logprobs(self, batch: Batch, *, temperature: float = 1.0) -> Tensor:
         """See `Scorer.logprobs`."""
         return read_logprobs(
-            self.model,
+            self._awake(),
             self.head,
             batch,
             temperature,
@@ -172,15 +243,19 @@ class LocalScorer:
 
     def sync(self, policy: Learner) -> None:
         """See `Scorer.sync`. Raises TypeError and ValueError as `LocalSampler.sync`."""
+        if self.learner is None:
+            self.will_change()
         _sync(self, policy)
 
     def state(self) -> dict[str, Tensor]:
-        """See `Scorer.state`."""
-        return {name: value.detach() for name, value in self.model.named_parameters()}
+        """See `Scorer.state`; an adapter is in the weights."""
+        return dict(lora.merged_parameters(self._awake()))
 
     @torch.no_grad()
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """See `Scorer.restore`."""
+        if tensors:
+            self.will_change()
         for name, parameter in self.model.named_parameters():
             if name in tensors:
                 parameter.copy_(tensors[name])
@@ -204,12 +279,15 @@ class LocalSampler:
         """Whose weights these are; None for weights of its own."""
         policy = source.policy if isinstance(source, LocalLearner) else source
         self.model: Any = policy.model
+        self.adapted = lora.has_adapter(self.model)
+        """Whether an adapter computes beside the weights: what samples has it in them."""
         self.chat: Chat = source.chat if isinstance(source, LocalLearner) else chat_of(policy)
         self.max_rows, self.fast_paths = max_rows, fast_paths
         self.memory = memory
         self.budget = Budget(self.model.device) if budget is None else budget
         self._take(rows=0, length=0)
-        self.decoders = Decoders(self.model, read_bytes=self.budget.for_prefill())
+        sampled = lora.seen_merged(self.model) if self.adapted else self.model
+        self.decoders = Decoders(sampled, read_bytes=self.budget.for_prefill())
 
     def sync(self, policy: Learner) -> None:
         """See `Sampler.sync`; nothing is to be done where it samples from the learner's own.
@@ -276,7 +354,9 @@ class LocalSampler:
         }
         if self.fast_paths and is_fusable(self.model):
             return LocalSampling(samples, Slots(self.decoders, head, samples, **how))
-        return LocalSampling(samples, Lockstep(self.model, head, samples, **how))
+        # Merged once for all tokens of this call, and gone with it.
+        model = lora.merged_twin(self.model) if self.adapted else self.model
+        return LocalSampling(samples, Lockstep(model, head, samples, **how))
 
     def _take(self, *, rows: int, length: int) -> None:
         """Tell the budget what so many rows at once take, and the weights where they are own."""
@@ -303,4 +383,10 @@ def _sync(reader: LocalSampler | LocalScorer, policy: Learner) -> None:
             f"this {type(reader).__name__} shares the weights of another learner; make one of a "
             "checkpoint, or of the learner to follow"
         )
+    if lora.has_adapter(learner.model):
+        # One weight at a time, so that no second model stands in memory.
+        own = dict(reader.model.named_parameters())
+        for name, weight in lora.merged_parameters(learner.model):
+            copy_to_compute([own[name]], [weight])
+        return
     copy_to_compute(reader.model.parameters(), learner.model.parameters())

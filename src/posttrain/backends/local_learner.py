@@ -15,11 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from posttrain.backends import lora
 from posttrain.backends.architecture import backbone
 from posttrain.backends.base import AuxLoss, HeadLoss, LearnerSettings, Loss, Metrics
 from posttrain.backends.budget import MAX_TOKENS, Part, PassPlan, learner_parts
 from posttrain.backends.chat import Chat
-from posttrain.backends.checkpoint import LanguageModel, chat_of, has_score, output_head, save
+from posttrain.backends.checkpoint import (
+    LanguageModel,
+    chat_of,
+    has_score,
+    output_head,
+    save,
+    save_adapter,
+)
 from posttrain.backends.forward import forward_passes, read_logprobs, sampled_logprobs
 from posttrain.backends.memory import Budget, model_shape, precision_of
 from posttrain.backends.optimizer import make_optimizer
@@ -38,9 +46,10 @@ class LocalLearner:
     one that sampled, and there is no random state that a resumed stage would have to find again.
     With a `dtype` other than float32 a copy of the model in that type computes, weights and
     optimiser stay as they are; with a `stochastic` master there is only that copy
-    (`optimizer.py`). Only the parameters that a glob of `trainable` matches learn. With
-    `ema` the model to keep is the moving average of the weights; what computes and samples is the
-    newest.
+    (`optimizer.py`). Only the parameters that a glob of `trainable` matches learn; of a model with
+    an adapter the adapter. Its weights are held in float32, and what is below it once, in the type
+    that computes, shared with whoever reads it. With `ema` the model to keep is the moving average
+    of the weights; what computes and samples is the newest.
     """
 
     def __init__(
@@ -66,10 +75,15 @@ class LocalLearner:
         """
         self.language_model = language_model
         self.chat: Chat = chat_of(language_model)
-        self.master = language_model.model.eval()
-        freeze_others(self.master, settings.trainable)
-        self.policy = computing_copy(language_model, settings.dtype)
-        """What computes: the model itself, or a copy of it in another type."""
+        adapter = language_model.adapter
+        if adapter is None:
+            self.master: Any = language_model.model.eval()
+            freeze_others(self.master, settings.trainable)
+            self.policy = computing_copy(language_model, settings.dtype)
+            """What computes: the model itself, or a copy of it in another type."""
+        else:
+            self.master = lora.Masters(language_model.model, settings.dtype)
+            self.policy = language_model
         self.model = self.policy.model.eval()
         self.device: torch.device = self.model.device
         self.body = torch.compile(backbone(self.model), dynamic=True) if compile else None
@@ -91,6 +105,10 @@ class LocalLearner:
         if budget is not None:
             budget.take(self, self._parts(PassPlan(max_tokens=max_tokens)))
         self.average = None if settings.ema is None else Average(self.weights, settings.ema)
+        if language_model.below is not None:
+            language_model.below.check_frozen(self.model, self.weights)
+            language_model.below.readers.add(self)
+            language_model.below.learns = True
 
     @cached_property
     def passes(self) -> PassPlan:
@@ -107,6 +125,7 @@ class LocalLearner:
             model_shape(self.model),
             precision=precision_of(self.model),
             master=self.settings.master,
+            adapter=self.policy.adapter is not None,
             states=self.settings.states,
             ema=self.settings.ema is not None,
             trained=sum(weight.numel() for weight in self.weights),
@@ -274,6 +293,9 @@ class LocalLearner:
         self.optimizer.restore(tensors)
         if self.average is not None:
             self.average.restore(tensors)
+        if self.policy.adapter is not None:
+            copy_to_compute(self.copies, self.weights)
+            return
         # All parameters, not `copies` alone: frozen ones were put back as well.
         copy_to_compute(self.model.parameters(), self.master.parameters())
 
@@ -292,12 +314,16 @@ class LocalLearner:
     def save(self, out: Path) -> None:
         """See `Learner.save`."""
         types = self.language_model.types if self.save_dtype == "base" else self.save_dtype
+        if self.policy.adapter is not None:
+            own = {lora.master_name(name): p for name, p in self.master.named_parameters()}
+            save_adapter(self.language_model, own, out, types=types)
+            return
         write = save_scalar if has_score(self.master) else save
         write(self.language_model, out, types=types)
 
     def num_parameters(self) -> int:
         """See `Learner.num_parameters`."""
-        return sum(parameter.numel() for parameter in self.master.parameters())
+        return sum(parameter.numel() for parameter in self.model.parameters())
 
 
 def _hand_on(master: Tensor, mine: Tensor) -> None:

@@ -21,6 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from posttrain.backends.outside.adapters import base_of, is_adapter
 from posttrain.backends.outside.headers import (
     FLOATS,
     INDEX,
@@ -40,7 +41,10 @@ def types_of(tensors: Mapping[str, TensorHeader]) -> dict[str, str]:
 
 
 def read_types(directory: Path) -> dict[str, str]:
-    """`types_of` a checkpoint. Raises ConfigError for weights that cannot be read."""
+    """`types_of` a checkpoint, of an adapter those of its base. Raises ConfigError for weights that
+    cannot be read."""
+    while is_adapter(directory):
+        directory = base_of(directory)
     return types_of(read_headers(directory))
 
 

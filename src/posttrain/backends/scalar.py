@@ -24,12 +24,15 @@ from posttrain.backends.base import Head, Scorer
 from posttrain.backends.checkpoint import (
     SCALAR,
     LanguageModel,
+    checked_base,
     is_scalar,
     load,
+    load_merged,
     read_config,
     read_weights,
     save,
 )
+from posttrain.backends.outside.adapters import is_adapter, read_adapter_config
 from posttrain.backends.saved_types import Types
 from posttrain.engine.errors import ConfigError
 from posttrain.rl.batch import Batch
@@ -55,6 +58,11 @@ def load_scalar(
     refuses, and where transformers has no model with a score for its family.
     """
     path, what = Path(path), "a model with a score"
+    if is_adapter(path):
+        if read_adapter_config(path).get("task_type") != "SEQ_CLS":
+            return _with_score(load(path, dtype=dtype, device=device), path, device)
+        below = load_scalar(checked_base(path, scalar=True), dtype=dtype, device=device)
+        return load_merged(below, path)
     if not is_scalar(read_config(path, what=what)):
         return _with_score(load(path, dtype=dtype), path, device)
     auto = AutoModelForSequenceClassification

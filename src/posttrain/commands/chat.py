@@ -95,7 +95,8 @@ def find_model(root: Path, text: str) -> Path:
     """
     path = Path(text).expanduser()
     named = os.sep in text and not is_place(text)
-    if (path / "config.json").is_file() or (named and path.exists()):
+    whole = (path / "config.json").is_file() or (path / "adapter_config.json").is_file()
+    if whole or (named and path.exists()):
         # It reads templates, which `--help` has no use for.
         from posttrain.backends.checkpoint_source import find_checkpoint
 

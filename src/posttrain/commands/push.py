@@ -9,10 +9,11 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
+from posttrain.backends.outside.adapters import is_adapter
 from posttrain.backends.outside.hub import Pushed, repository, upload
 from posttrain.commands import io
+from posttrain.commands.export import Handed, carries, check_dtype, check_merged, hand_out
 from posttrain.commands.io import console, emit, plain_table
-from posttrain.commands.store import Handed, carries, check_dtype, hand_out
 from posttrain.engine.atomic import human_bytes
 from posttrain.engine.errors import ConfigError
 from posttrain.engine.record import Artifact
@@ -28,13 +29,16 @@ OF_DATA = ("rollouts.jsonl", "samples.jsonl")
 
 def push(
     artifact: io.ArtifactName,
-    target: Annotated[str, typer.Argument(metavar="hub:OWNER/NAME", help="A model on the Hub.")],
+    repo: Annotated[str, typer.Argument(metavar="hub:OWNER/NAME", help="A model on the Hub.")],
     dtype: Annotated[
         str | None,
         typer.Option(
             "--dtype", metavar="TYPE", help="Round the weights: float32, bfloat16 or float16."
         ),
     ] = None,
+    merged: Annotated[
+        bool, typer.Option("--merged", help="Of an adapter: whole weights with it in them.")
+    ] = False,
     revision: Annotated[
         str | None,
         typer.Option("--revision", metavar="BRANCH", help="A branch that is there. Default: main."),
@@ -53,14 +57,17 @@ def push(
     The files are those of `export`, without the logs that hold rows of data. A repository that is
     not there yet is made, a private one. Log in with `hf auth login`, or set HF_TOKEN.
     """
-    name = repository(target)
+    name = repository(repo)
     place = Store(store)
     found = step_model(place, artifact) if is_place(artifact) else place.resolve(artifact)
     if not shown_kind(found.kind).is_model():
         raise ConfigError(f"push {found.label}: no model but {found.kind}; only models are pushed")
     check_dtype(dtype, found)
+    check_merged(merged, is_adapter(found.path), dtype, found)
     with tempfile.TemporaryDirectory(prefix="posttrain-push-") as folder:
-        handed = hand_out(place, found, Path(folder) / "model", dtype=dtype, repository=name)
+        handed = hand_out(
+            place, found, Path(folder) / "model", dtype=dtype, merged=merged, repository=name
+        )
         for file in OF_DATA:
             (handed.path / file).unlink(missing_ok=True)
         pushed = None

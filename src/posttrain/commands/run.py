@@ -272,7 +272,7 @@ def make(
         loaded.graph,
         store,
         execute=worker.EXECUTE,
-        preload=worker.PRELOAD,
+        preload=worker.preload(loaded.graph.nodes.values()),
         jobs=how.jobs,
         provenance=provenance,
         environment=how.environment,

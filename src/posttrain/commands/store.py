@@ -1,36 +1,30 @@
-"""`adopt`, `export`, `verify` and `gc`: checkpoints into the store and out of it, whether it holds
-what was made, and what may go."""
+"""`adopt`, `verify` and `gc`: checkpoints into the store, whether it holds what was made, and what
+may go."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any
+from collections.abc import Sequence
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
-from posttrain.backends.outside.headers import FLOATS, num_parameters
+from posttrain.backends.checkpoint_source import CheckpointSource, find_checkpoint
+from posttrain.backends.outside.headers import num_parameters
 from posttrain.commands import io
 from posttrain.commands.io import console, emit, plain_table, tell_faults
 from posttrain.commands.run import PACKAGES
-from posttrain.engine import ancestry, transfer
+from posttrain.engine import ancestry
 from posttrain.engine.ancestry import Removed
-from posttrain.engine.atomic import human_bytes, write_whole
-from posttrain.engine.errors import ConfigError, StoreError, choices_text
+from posttrain.engine.atomic import human_bytes
+from posttrain.engine.errors import ConfigError, StoreError
 from posttrain.engine.provenance import capture
-from posttrain.engine.record import Artifact, Record, label_of
+from posttrain.engine.record import Artifact
 from posttrain.engine.store import Store
-from posttrain.engine.transfer import HISTORY, read_history
-from posttrain.engine.unfinished import is_place
-from posttrain.engine.work import CODE_DIFF
-from posttrain.report.benchmarks import benchmarks_of
-from posttrain.report.card import model_card
-from posttrain.report.gather import scores_of
-from posttrain.stages.kinds import KINDS, shown_kind
-from posttrain.stages.step_checkpoint import step_model
+from posttrain.engine.transfer import read_history
+from posttrain.stages.adopting import adopt_checkpoint
+from posttrain.stages.kinds import shown_kind
 
 
 def adopt(
@@ -48,9 +42,6 @@ def adopt(
 ) -> None:
     """Bring a checkpoint from outside into the store, with its history if it was exported."""
     place = Store(store)
-    # It reads templates, which `--help` has no use for.
-    from posttrain.backends.checkpoint_source import find_checkpoint
-
     external = find_checkpoint(source, place.hashes.digest, store=place.root)
     if external.gguf is not None:
         raise ConfigError(
@@ -64,24 +55,15 @@ def adopt(
                 f"--name {name}: the store has another model of that name ({artifact.label}); "
                 "choose another name"
             )
-    # Files that lie in the store itself are copied: `gc` could remove what a link points at.
-    inside = any(
-        (external.directory / file).resolve().is_relative_to(store.resolve())
-        for file in external.files
-    )
-    adopted = transfer.adopt(
+    adopted = adopt_checkpoint(
         place,
-        external.directory,
+        external,
         name=name,
-        kind="model",
-        files=external.files,
-        link=not (copy or inside),
-        metrics={"parameters": num_parameters(external.tensors)},
+        copy=copy,
+        metrics={"parameters": _parameters(external)},
         provenance=dict(capture([], packages=PACKAGES).facts)
         | {"source": str(external.directory), "origin": dict(external.origin)},
-        data={"files": external.sha256},
         history=read_history(external.directory),
-        version=KINDS["model"].version,
     )
     if as_json:
         emit(
@@ -106,152 +88,10 @@ def adopt(
     out.print(Text(f"use it with --set base={adopted.name} or r.model({adopted.name!r})", "dim"))
 
 
-def export(
-    artifact: io.ArtifactName,
-    target: Annotated[
-        Path, typer.Argument(metavar="DIR", parser=io.local_path, help="A new directory.")
-    ],
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            "--dtype", metavar="TYPE", help="Round the weights: float32, bfloat16 or float16."
-        ),
-    ] = None,
-    store: io.StorePath = io.DEFAULT_STORE,
-    as_json: io.Json = False,
-) -> None:
-    """Copy an artifact out of the store: a checkpoint that stands alone, with its history.
-
-    With --dtype and weights of another type the history stays behind: it vouches for other bytes.
-    """
-    place = Store(store)
-    found = step_model(place, artifact) if is_place(artifact) else place.resolve(artifact)
-    check_dtype(dtype, found)
-    handed = hand_out(place, found, target, dtype=dtype)
-    path = handed.path
-    if as_json:
-        files = sorted(file.name for file in path.iterdir())
-        told = {"artifact": found.label, "path": str(path)}
-        emit(
-            told
-            | {"files": files, "evaluations": handed.evaluations, "records": handed.record_labels}
-            | {"rounded": handed.rounded}
-        )
-        return
-    size = sum(f.stat().st_size for f in path.iterdir()) if handed.rounded else found.bytes
-    text = Text.assemble((found.label, "bold"), f" -> {path} ({human_bytes(size)})")
-    if handed.rounded:
-        text.append(f", weights rounded to {dtype}, without its history")
-    if handed.scores:
-        text.append(f", card with the scores of {', '.join(handed.evaluations)}")
-    out = console()
-    out.print(text, soft_wrap=True)
-    out.print(Text(f"files: {', '.join(sorted(f.name for f in path.iterdir()))}", "dim"))
-    for line in carries(path, handed.records):
-        out.print(Text(line, "dim"), soft_wrap=True)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Handed:
-    """What was copied out of the store."""
-
-    path: Path
-    scores: Sequence[Mapping[str, Any]]
-    """The evaluations that the card tells of."""
-    rounded: bool
-    """Whether the weights were rounded; the history has then stayed behind."""
-
-    @property
-    def evaluations(self) -> list[str]:
-        """The labels of `scores`."""
-        return [label_of(score) for score in self.scores]
-
-    @property
-    def records(self) -> list[Record]:
-        """What its history holds."""
-        return read_history(self.path)
-
-    @property
-    def record_labels(self) -> list[str]:
-        """The labels of `records`."""
-        return [label_of(record) for record in self.records]
-
-
-def hand_out(
-    store: Store,
-    found: Artifact,
-    target: Path,
-    *,
-    dtype: str | None = None,
-    repository: str | None = None,
-) -> Handed:
-    """Copy an artifact to the new directory `target`: a checkpoint with its card, which says how to
-    load it from there or from the `repository` of the Hub that it is meant for. Raises as
-    `transfer.exporting`."""
-    scores: Sequence[Mapping[str, Any]] = []
-    rounded = False
-    with transfer.exporting(store, found, target) as part:
-        if dtype is not None:
-            rounded = round_weights(part, dtype)
-        if shown_kind(found.kind).is_model():
-            # The card that came with the files does not know what was scored since.
-            scores = scores_of(store, found)
-            ancestors = [a.record for a in ancestry.lineage(store, found)]
-            benchmarks = benchmarks_of(store, found)
-            card = model_card(
-                found.record, scores, ancestors, benchmarks=benchmarks, repository=repository
-            )
-            card += ROUNDED.format(dtype) if rounded else ""
-            write_whole(part / "README.md", card.encode())
-    return Handed(path=target.absolute(), scores=scores, rounded=rounded)
-
-
-def carries(path: Path, records: Sequence[Record]) -> Iterator[str]:
-    """What the files of an export say of the place where it was made, for whoever hands it on."""
-    if (path / CODE_DIFF).exists():
-        yield (
-            f"{CODE_DIFF}: the changes of tracked files that were not committed, and the names of "
-            "untracked ones"
-        )
-    if not records:
-        return
-    facts = [record["provenance"] for record in records]
-    hosts = dict.fromkeys(str(one["host"]) for one in facts if one.get("host"))
-    texts = dict.fromkeys(
-        str(text.get("path")) for one in facts for text in one.get("texts", {}).values()
-    )
-    yield (
-        f"{HISTORY}: records of {len(records)} artifacts with settings, metrics, command lines"
-        + (f", the name of the host ({', '.join(hosts)})" if hosts else "")
-        + (f", the text of {', '.join(texts)}" if texts else "")
-    )
-
-
-ROUNDED = """
-## Rounded
-
-The weights were rounded to {} when this was exported. Its record is that of other bytes.
-"""
-
-
-def check_dtype(dtype: str | None, found: Artifact) -> None:
-    """Raise ConfigError for a type that weights cannot have, or an artifact without weights."""
-    choices = sorted({*FLOATS.values()} - {"float64"})
-    if dtype is not None and dtype not in choices:
-        raise ConfigError(f"--dtype {dtype}: {choices_text(dtype, choices)}")
-    if dtype is not None and not shown_kind(found.kind).is_model():
-        raise ConfigError(f"--dtype {dtype}: {found.label} is no model; leave the option out")
-
-
-def round_weights(path: Path, dtype: str) -> bool:
-    """Round the weights of an export; whether that changed any. Its history then goes."""
-    # It imports torch.
-    from posttrain.backends.saved_types import recast
-
-    rounded = recast(path, dtype)
-    if rounded:
-        (path / transfer.HISTORY).unlink(missing_ok=True)
-    return rounded
+def _parameters(external: CheckpointSource) -> int:
+    """Numbers of a model; those of an adapter are beside its base's."""
+    below = 0 if external.base is None else _parameters(external.base)
+    return below + num_parameters(external.tensors)
 
 
 def verify(

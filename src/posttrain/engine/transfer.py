@@ -42,8 +42,9 @@ def adopt(
     data: Mapping[str, str] | None = None,
     history: Sequence[Record] = (),
     version: int = 1,
+    inputs: Mapping[str, Artifact] | None = None,
 ) -> Artifact:
-    """Commit `files` below `source` as an artifact without inputs.
+    """Commit `files` below `source` as an artifact, without inputs unless some are given.
 
     The fingerprint follows the same rule as in a graph, so a graph with a node of the same kind,
     version and `data` (default: the digest of the files) finds it. With `link` the artifact
@@ -62,8 +63,10 @@ def adopt(
         )
     if data is None:
         data = {"files": files_digest(source, files, store.hashes.digest)}
-    node = Node(name=name, kind=kind, version=version, data=data)
-    fingerprint = digest(payload(node, {}))
+    given = dict(inputs or {})
+    edges = {edge: artifact.name for edge, artifact in given.items()}
+    node = Node(name=name, kind=kind, version=version, data=data, inputs=edges)
+    fingerprint = digest(payload(node, {edge: one.fingerprint for edge, one in given.items()}))
     # Held as by a run: gc must not take what is adopted while it asks.
     with store.in_use():
         work = store.begin(fingerprint)
@@ -78,7 +81,7 @@ def adopt(
             with guarded(store.root, f"adopting {node.name}"):
                 _place(source, work.out, files, link=link)
             return store.commit(
-                node, work, inputs={}, metrics=metrics, provenance=provenance, history=history
+                node, work, inputs=given, metrics=metrics, provenance=provenance, history=history
             )
         except BaseException:
             work.discard()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from posttrain.backends.checkpoint_source import CheckpointSource, find_checkpoint, token_conflict
 from posttrain.engine.errors import ConfigError, GraphError, choices_text
@@ -328,27 +328,32 @@ class Builder:
                 f"{conflict}; a {role} must come from the same tokenizer"
             )
 
-    def adopted(self, source: str) -> CheckpointSource | None:
+    def adopted(
+        self, source: str, base: CheckpointSource | Literal["find", "later"] = "find"
+    ) -> CheckpointSource | None:
         """An adopted checkpoint of that name, or the model of a step checkpoint such as
-        "student@step"; None if it is neither."""
+        "student@step"; None if it is neither. `base` as in `find_checkpoint`."""
         if self.store is None or Path(source).is_dir():
             return None
         if is_place(source):
-            return self.checkpoint(step_model(self.store, source).path)
+            return self.checkpoint(step_model(self.store, source).path, base)
         found = self.store.named("model", source)
         if not found:
             return None
         check_links(self.store.root, found[0], self.store.hashes)
         # Not what its record says: linked files may have changed since they were adopted.
-        return self.checkpoint(found[0].path)
+        return self.checkpoint(found[0].path, base)
 
-    def checkpoint(self, source: str | Path) -> CheckpointSource:
-        """The checkpoint of a directory or a Hub id."""
+    def checkpoint(
+        self, source: str | Path, base: CheckpointSource | Literal["find", "later"] = "find"
+    ) -> CheckpointSource:
+        """The checkpoint of a directory or a Hub id; `base` as in `find_checkpoint`."""
         root = None if self.store is None else self.store.root
-        return find_checkpoint(source, self.hash_file, store=root)
+        return find_checkpoint(source, self.hash_file, store=root, base=base)
 
-    def external_node(self, name: str) -> Node:
-        """The node that takes in the checkpoint `external[name]`.
+    def external_node(self, name: str, inputs: Mapping[str, str]) -> Node:
+        """The node that takes in the checkpoint `external[name]`; `inputs` has the base of an
+        adapter.
 
         Raises ConfigError where a GGUF file is still to be converted, and what that needs is not
         installed.
@@ -361,6 +366,7 @@ class Builder:
                 kind="model",
                 version=version,
                 data={"files": external.sha256},
+                inputs=inputs,
                 runtime={
                     "directory": str(external.directory),
                     "files": list(external.files),

@@ -139,8 +139,11 @@ def full_vocabulary(
     # A column of [N, D] stands for its number of tokens, one of [V, D] for the vocabulary.
     same_shape(weight_N=weight_N, hidden_N=hidden_ND[:, 0])
     for teacher in teachers:
-        check_projection(teacher.hidden_NE, teacher.head_VE, teacher.bias_V, temperature)
-        same_shape(head_V=head_VD[:, 0], teacher_head_V=teacher.head_VE[:, 0])
+        # A closed head is not opened for its shape.
+        shape = tuple(teacher.head_VE.shape)
+        teacher_head_VE = teacher.hidden_NE.new_empty(()).expand(shape)
+        check_projection(teacher.hidden_NE, teacher_head_VE, teacher.bias_V, temperature)
+        same_shape(head_V=head_VD[:, 0], teacher_head_V=teacher_head_VE[:, 0])
     num_scored = sum(len(teacher.hidden_NE) for teacher in teachers)
     if num_scored != len(hidden_ND):
         raise ValueError(

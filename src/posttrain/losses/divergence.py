@@ -9,9 +9,11 @@ Shape suffixes: N flat response tokens of all rows, C tokens of one chunk, R tok
 it, V vocabulary, D student's and E teacher's hidden size, K top-k.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -92,6 +94,39 @@ def with_gradients(
     return outputs
 
 
+class OutputLayer(Protocol):
+    """The tensors of a teacher's output head."""
+
+    @property
+    def weight_VD(self) -> Tensor: ...
+
+    @property
+    def bias_V(self) -> Tensor | None: ...
+
+
+class ClosedHead(Protocol):
+    """A teacher's output head that is read from where it lies when its tokens are reached."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Vocabulary and hidden size."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of its weights."""
+        ...
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether it brings a bias."""
+        ...
+
+    def open(self) -> OutputLayer:
+        """The tensors. They are given up after the last of the teacher's tokens."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class TeacherStates:
     """A teacher's last hidden states at consecutive tokens, and its output head. Constants.
@@ -101,8 +136,38 @@ class TeacherStates:
     """
 
     hidden_NE: Tensor
-    head_VE: Tensor
+    head_VE: Tensor | ClosedHead
     bias_V: Tensor | None = None
+    """Of an open head; a closed one brings its own."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the product of states and head."""
+        return torch.promote_types(self.hidden_NE.dtype, self.head_VE.dtype)
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether something is added to the product."""
+        head = self.head_VE
+        return self.bias_V is not None if isinstance(head, Tensor) else head.has_bias
+
+    def opened(self) -> OpenTeacher:
+        """With the tensors of the head."""
+        if isinstance(self.head_VE, Tensor):
+            return OpenTeacher(self.hidden_NE, self.head_VE, self.bias_V)
+        head = self.head_VE.open()
+        device = self.hidden_NE.device
+        bias_V = None if head.bias_V is None else head.bias_V.to(device)
+        return OpenTeacher(self.hidden_NE, head.weight_VD.to(device), bias_V)
+
+
+@dataclass(frozen=True)
+class OpenTeacher:
+    """A teacher whose output head is in memory."""
+
+    hidden_NE: Tensor
+    head_VE: Tensor
+    bias_V: Tensor | None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -113,14 +178,37 @@ class TeacherStates:
         """Write the logits of those tokens of `chunk` that are this teacher's into `out_CV`, at
         temperature 1; `first` is where the teacher's tokens begin among all tokens."""
         begin, end = max(chunk.start, first), min(chunk.stop, first + len(self.hidden_NE))
-        if begin >= end:
-            return
         hidden_CE = self.hidden_NE[begin - first : end - first].to(self.dtype)
         # Other rows of this chunk are those of other teachers.
         rows_CV = out_CV[begin - chunk.start : end - chunk.start]
         project(hidden_CE, self.head_VE.to(self.dtype), rows_CV)
         if self.bias_V is not None:
             rows_CV.add_(self.bias_V)
+
+
+class TeachersInTurn:
+    """The teachers of all tokens, of which one at a time has its output head in memory."""
+
+    def __init__(self, teachers: Sequence[TeacherStates]) -> None:
+        self._teachers = teachers
+        self._number = -1
+        self._open: OpenTeacher | None = None
+
+    def fill(self, chunk: slice, out_CV: Tensor) -> None:
+        """Write the teachers' logits of the tokens of `chunk` into `out_CV`, at temperature 1.
+        Chunks
+        come in their order, so that each head is opened once."""
+        first = 0
+        for number, teacher in enumerate(self._teachers):
+            end = first + len(teacher.hidden_NE)
+            if first < chunk.stop and chunk.start < end:
+                if number != self._number:
+                    # The one before goes first.
+                    self._open = None
+                    self._number, self._open = number, teacher.opened()
+                assert self._open is not None
+                self._open.fill(first, chunk, out_CV)
+            first = end
 
 
 @torch.no_grad()
@@ -150,15 +238,13 @@ def full_vocabulary_sum(
     teacher_CV = torch.empty_like(student_CV, dtype=_logits_dtype(hidden_ND, teachers))
     blocks = block_buffer(student_CV), block_buffer(student_CV)
     student_wide, teacher_wide = wide_buffer(student_CV), wide_buffer(teacher_CV)
+    in_turn = TeachersInTurn(teachers)
     # The logits are products over `temperature`; `_jsd` leaves its factor 1 - beta out.
     scale_N = weight_N * ((1 - beta if divergence == "jsd" else 1.0) / temperature)
     for chunk in token_chunks(num_tokens, vocabulary, max_elements, hidden_ND.dtype):
         grad_CV = student_CV[: chunk.stop - chunk.start]
         project(hidden_ND[chunk], head_VD, grad_CV)
-        first = 0
-        for teacher in teachers:
-            teacher.fill(first, chunk, teacher_CV)
-            first += len(teacher.hidden_NE)
+        in_turn.fill(chunk, teacher_CV)
         for rows in row_blocks(grad_CV):
             at = slice(chunk.start + rows.start, chunk.start + rows.stop)
             z_RV = finish(grad_CV[rows], bias_V, temperature, student_wide)
@@ -197,7 +283,7 @@ def _logits_dtype(hidden_ND: Tensor, teachers: Sequence[TeacherStates]) -> torch
     dtype = hidden_ND.dtype
     for teacher in teachers:
         dtype = torch.promote_types(dtype, teacher.dtype)
-        if teacher.bias_V is not None:
+        if teacher.has_bias:
             dtype = torch.promote_types(dtype, torch.float32)
     return dtype
 

@@ -25,6 +25,7 @@ def model_card(
     *,
     benchmarks: Sequence[Scored] = (),
     repository: str | None = None,
+    adapter: bool = False,
 ) -> str:
     """README.md of a checkpoint, with the YAML head that the Hugging Face Hub reads.
 
@@ -32,8 +33,9 @@ def model_card(
     and metrics; `scores` holds the evaluations that include this model, as `gather.scores_of` gives
     them. `ancestors` are the records of what it descends from, as far as they are known: the head
     names the models from outside and the Hub's data sets among them. `benchmarks` are its scores on
-    tasks of lm-eval. `repository` is the Hub id
-    that the model will have; without one the card says how to load it from its directory.
+    tasks of lm-eval. `adapter` says that the weights are one of peft, which stands on a base.
+    `repository` is the Hub id that the model will have; without one the card says how to load it
+    from its directory.
     """
     kind = record["kind"]
     parents: dict[str, Mapping[str, str]] = {}
@@ -48,10 +50,11 @@ def model_card(
             parents[edge] = source
     warnings = [f"- {in_markdown(text)}" for text in record.get("warnings", ())]
     writes_text = "reward_model" not in shown_kind(kind).makes
+    facts: dict[str, Any] = {**origins(record, ancestors)}
+    if adapter and "base_model" in facts:
+        facts["base_model_relation"] = "adapter"
     parts = [
-        _head(
-            kind, data, {**origins(record, ancestors), **results(record, scores or ())}, writes_text
-        ),
+        _head(kind, data, facts | results(record, scores or ()), writes_text, adapter),
         f"# {in_markdown(record['name'])}",
         f"Made by posttrain: {_how(record)}. Fingerprint `{record['fingerprint']}`.",
         *(["## Scores", *_scores(scores)] if scores else []),
@@ -76,6 +79,7 @@ def model_card(
             if _stopped(record)
             else "It has no parents."
         ),
+        *_probed(record),
         *_titled(
             "## Data",
             _table(
@@ -89,7 +93,7 @@ def model_card(
             _table(("metric", "value"), [(key, number(v)) for key, v in record["metrics"].items()]),
         ),
         "## How to load it",
-        (_USE if writes_text else _USE_SCORES).replace(
+        _use(writes_text, adapter).replace(
             _HERE, _HERE if repository is None else f'path = "{repository}"'
         ),
         *(["## Its history", _HISTORY.format(repository)] if repository else []),
@@ -101,6 +105,18 @@ def _stopped(record: Mapping[str, Any]) -> Mapping[str, str]:
     """The unfinished stage of which this is the step checkpoint; {} where it is none."""
     stage: Mapping[str, str] = record.get("provenance", {}).get("stage", {})
     return stage
+
+
+def _probed(record: Mapping[str, Any]) -> list[str]:
+    """That the teachers stayed as they were, where there were any."""
+    times = record.get("provenance", {}).get("teachers_probed")
+    if not times:
+        return []
+    often = "once" if times == 1 else f"{times} times"
+    return [
+        f"Its teachers were probed {often} while it learned, and said of the same tokens what they "
+        "had said at first."
+    ]
 
 
 def _how(record: Mapping[str, Any]) -> str:
@@ -150,9 +166,31 @@ print(float(model(torch.tensor([ids[:last]])).logits))
 ```"""
 
 
-def _head(kind: str, domains: Iterable[str], metadata: Mapping[str, Any], writes_text: bool) -> str:
+def _use(writes_text: bool, adapter: bool) -> str:
+    """Code that loads a model; of an adapter with its base, as `posttrain export` names it."""
+    code = _USE if writes_text else _USE_SCORES
+    if not adapter:
+        return code
+    kind = "CausalLM" if writes_text else "SequenceClassification"
+    auto, whole = f"AutoPeftModelFor{kind}", f"AutoModelFor{kind}"
+    code = code.replace(
+        f"from transformers import {whole}, AutoTokenizer",
+        f"from peft import {auto}\nfrom transformers import AutoTokenizer",
+    )
+    more = "" if writes_text else ", num_labels=1"
+    return code.replace(f"{whole}.from_pretrained(path)", f"{auto}.from_pretrained(path{more})")
+
+
+def _head(
+    kind: str,
+    domains: Iterable[str],
+    metadata: Mapping[str, Any],
+    writes_text: bool,
+    adapter: bool,
+) -> str:
     task = "text-generation" if writes_text else "text-classification"
-    lines = ["---", "library_name: transformers", f"pipeline_tag: {task}"]
+    library = "peft" if adapter else "transformers"
+    lines = ["---", f"library_name: {library}", f"pipeline_tag: {task}"]
     # A JSON string is a YAML string, whatever is in it.
     lines += ["tags:", *(f"- {json.dumps(tag)}" for tag in ("posttrain", kind, *domains))]
     # And JSON is YAML.

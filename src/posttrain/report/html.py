@@ -40,6 +40,7 @@ OF_A_STAGE = (
     *("seconds", "threads", "resumed_at_step", "tokens", "origin"),
     *("peak_memory", "peak_memory_of_a_child", "peak_memory_of_device"),
     *("processor_seconds", "estimate"),
+    "teachers_probed",
 )
 """Facts of the provenance that differ between the stages of one run."""
 _HERE = Path(__file__).parent

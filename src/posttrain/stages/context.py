@@ -12,6 +12,7 @@ where it would change what is being written (`step_state.py`).
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -28,7 +29,15 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from posttrain.backends.base import Backend, Learner, LearnerSettings, Sampler, Scorer
+from posttrain.algorithms import LoRA
+from posttrain.backends.base import (
+    Backend,
+    Learner,
+    LearnerSettings,
+    LoraSettings,
+    Sampler,
+    Scorer,
+)
 from posttrain.backends.prompting import in_modes
 from posttrain.engine.atomic import fsync
 from posttrain.engine.errors import ConfigError, StageError
@@ -58,6 +67,16 @@ class Replayed(Protocol):
     def replay(self, settings: Any, done: int, total: int, history: History) -> None:
         """Become what it was after `done` of `total` steps."""
         ...
+
+
+def _lora(settings: Training) -> LoraSettings | None:
+    """How an adapter begins, where a stage trains one."""
+    lora: LoRA | None = getattr(settings, "lora", None)
+    if lora is None:
+        return None
+    seed: int = getattr(settings, "seed", 0)
+    targets = (lora.targets,) if isinstance(lora.targets, str) else tuple(lora.targets)
+    return LoraSettings(**dict(lora) | {"targets": targets}, seed=seed)
 
 
 class Context:
@@ -92,6 +111,10 @@ class Context:
         self.tokens = 0
         self.metrics: dict[str, float] = {}
         """Of the newest step, also where a resumed stage finds no step left to do."""
+        self.facts: dict[str, Any] = {}
+        """What the stage adds to the provenance of what it makes (JSON)."""
+        self.kept: dict[str, Any] = {}
+        """What its step checkpoint keeps beside tensors (JSON); a resumed stage finds it again."""
         self._history: dict[str, list[float]] = {}
         self._seconds = 0.0
         self._began = time.monotonic()
@@ -138,6 +161,7 @@ class Context:
             master=optimizer.master,
             states=optimizer.states,
             seed=settings.seed,
+            lora=None if whole else _lora(settings),
         )
         return self.backend.learner(self._directory(source), made_with, scalar=scalar)
 
@@ -285,6 +309,8 @@ class Context:
             ) from error
         self.tokens, self._seconds = state["tokens"], state["seconds"]
         self.metrics = state["metrics"]
+        # Those of earlier versions kept nothing.
+        self.kept = state.get("kept", {})
         # Lines of steps after the checkpoint will be written again.
         if self._metrics.exists():
             os.truncate(self._metrics, state["metrics_bytes"])
@@ -324,6 +350,7 @@ class Context:
             "directory": f"step-{step}",
             "tokens": self.tokens,
             "metrics": self.metrics,
+            "kept": copy.deepcopy(self.kept),
             "seconds": self._seconds + time.monotonic() - self._began,
             "metrics_bytes": self._metrics.stat().st_size if self._metrics.exists() else 0,
         }

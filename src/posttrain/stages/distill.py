@@ -34,7 +34,7 @@ from posttrain.algorithms import (
     TopK,
     correction_arguments,
 )
-from posttrain.backends.base import Head, HeadLoss, Metrics
+from posttrain.backends.base import Head, HeadLoss, HeadSource, Metrics
 from posttrain.backends.chat import Chat
 from posttrain.losses.distill import JSD_BETA, full_vocabulary, sampled_token, top_k
 from posttrain.losses.divergence import TeacherStates
@@ -50,6 +50,7 @@ from posttrain.stages.aux_losses import AuxData, pop_metrics
 from posttrain.stages.context import Context
 from posttrain.stages.data import Batches
 from posttrain.stages.lengths import Reader, fit_prompts
+from posttrain.stages.probes import due
 from posttrain.stages.rollout import minibatches, rollout, verified_mean, verifiers
 from posttrain.stages.samples import of_rollout, shown_rows, token_means
 from posttrain.stages.settings.distill import Distill
@@ -74,10 +75,10 @@ def run(settings: Distill, ctx: Context) -> dict[str, float]:
     )
     batches = Batches(problems_of, settings, size="prompts_per_step", stage=ctx.name)
     aux = AuxData(settings, ctx, policy.chat)
-    for step, s in ctx.steps(settings, settings.steps, replayed=[batches], policy=policy):
+    for step, s in ctx.steps(settings, settings.steps, replayed=[batches, teachers], policy=policy):
         # Draw, and let the student answer; the teachers read each answer as it ends.
         problems = batches.draw(s)
-        scoring = teachers.scoring(s, problems)
+        scoring = teachers.scoring(s, problems, probe=due(step, settings.steps))
         sampler.sync(policy)
         batch = rollout(
             sampler,
@@ -151,7 +152,7 @@ def samples(s: Distill, batch: Batch, chat: Chat, heads: Sequence[Head]) -> list
     return of_rollout(few, chat, **values)
 
 
-def teacher_logprobs(s: Distill, batch: Batch, heads: Sequence[Head]) -> Tensor:
+def teacher_logprobs(s: Distill, batch: Batch, heads: Sequence[HeadSource]) -> Tensor:
     """`logp_N` of the sampled tokens under the teachers of their rows, out of the teachers' hidden
     states; rows are in order of teachers. On the CPU."""
     states = teacher_states(heads, batch)
@@ -164,7 +165,7 @@ def teacher_logprobs(s: Distill, batch: Batch, heads: Sequence[Head]) -> Tensor:
             bias_V=one.bias_V,
             temperature=s.temperature,
         )[0].cpu()
-        for one, targets_N in zip(states, targets, strict=True)
+        for one, targets_N in zip((one.opened() for one in states), targets, strict=True)
     ]
     return torch.cat(found)
 
@@ -213,9 +214,9 @@ class LossSettings:
     """The settings of the step."""
     domains: tuple[str, ...]
     """Names of the domains, which `domain_B` counts."""
-    heads: tuple[Head, ...]
+    heads: tuple[HeadSource, ...]
     """Output layers of the teachers, which `teacher_B` counts; none for an estimator that does not
-    read their hidden states."""
+    read their hidden states. Those of teachers that rest are opened one at a time."""
 
 
 def distill_loss(
@@ -296,17 +297,16 @@ def in_order_of_teachers(hidden_ND: Tensor, batch: Batch) -> tuple[Tensor, Batch
     return hidden_ND.index_select(0, order_N), batch.select(order_B)
 
 
-def teacher_states(heads: Sequence[Head], batch: Batch) -> list[TeacherStates]:
+def teacher_states(heads: Sequence[HeadSource], batch: Batch) -> list[TeacherStates]:
     """The hidden states of the teachers of the ordered rows, each beside its output layer."""
     # One per row -> one per token -> one for each stretch of tokens that share a teacher.
     of_each, count = batch["teacher_B"][batch.row_N].unique_consecutive(return_counts=True)
     states_NE = batch["teacher_hidden_NE"].split(count.tolist())
     states = []
     for number, hidden_NE in zip(of_each.tolist(), states_NE, strict=True):
-        head_VE = heads[number].weight_VD
         # A teacher narrower than the widest one fills the first places.
-        own_NE = hidden_NE[:, : head_VE.shape[1]]
-        states.append(TeacherStates(hidden_NE=own_NE, head_VE=head_VE, bias_V=heads[number].bias_V))
+        own_NE = hidden_NE[:, : heads[number].shape[1]]
+        states.append(TeacherStates(hidden_NE=own_NE, head_VE=heads[number]))
     return states
 
 

@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 
 from posttrain.backends.base import Sampler
+from posttrain.backends.checkpoint import write_pointer
+from posttrain.backends.outside.adapters import is_adapter, read_pointer
 from posttrain.backends.outside.files import model_files
 from posttrain.backends.prompting import Problem, asked, asked_key, format_answer, in_modes
 from posttrain.engine.graph import edge_name, named, role_of
@@ -438,6 +440,9 @@ def measured(
 
 def take_over(source: Path, out: Path) -> None:
     """The files of a model in another place without copying, where the file system allows it."""
+    pointer = read_pointer(source) if is_adapter(source) else None
+    if pointer is not None:
+        write_pointer(pointer, out)
     for name in model_files(source):
         path, target = source / name, out / name
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ several specialists learned on top of one base.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,23 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from posttrain.backends.checkpoint import LanguageModel, load, read_chat, save
+from posttrain.backends.checkpoint import (
+    LanguageModel,
+    load,
+    load_merged,
+    read_chat,
+    read_tokenizer,
+    save,
+)
 from posttrain.backends.merging import TensorFiles, merged, untie
+from posttrain.backends.outside.adapters import (
+    CONFIG,
+    canonical_config,
+    hash_without_place,
+    is_adapter,
+    read_adapter_config,
+)
+from posttrain.backends.outside.files import vocabulary_files
 from posttrain.backends.saved_types import Types, read_types, widest
 from posttrain.backends.vocabulary import tokenizer_difference
 from posttrain.engine.errors import ConfigError
@@ -95,14 +110,19 @@ def link_model(
 
     Raises ConfigError if they are no longer the files whose digest `sha256` the plan has seen.
     """
-    if files_digest(directory, files, hash_file) != sha256:
+    adapted = is_adapter(directory)
+    hashed = hash_without_place(hash_file) if adapted else hash_file
+    if files_digest(directory, files, hashed) != sha256:
         raise ConfigError(f"{directory}: its files changed since this run was planned; run again")
+    if adapted:
+        files = [name for name in files if name != CONFIG]
+        place_adapter(directory, files, ctx.inputs["base"], ctx.out)
     for name in files:
         target = ctx.out / name
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)
         target.symlink_to((directory / name).resolve())
-    language_model = load(ctx.out)
+    language_model = load_merged(load(ctx.inputs["base"]), ctx.out) if adapted else load(ctx.out)
     if language_model.left_out:
         ctx.warn(left_out(directory, language_model))
     if "tokenizer.json" not in files:
@@ -111,6 +131,14 @@ def link_model(
             ctx.warn(warning)
     parameters = sum(parameter.numel() for parameter in language_model.model.parameters())
     return {"parameters": parameters}
+
+
+def place_adapter(directory: Path, files: Sequence[str], base: Path, out: Path) -> None:
+    """Write what an adapter in a store has otherwise than where it was found: a config that says
+    nothing of a place, and the base's tokenizer if it has none. Its record will name the base."""
+    (out / CONFIG).write_bytes(canonical_config(read_adapter_config(directory)))
+    if not vocabulary_files(files):
+        read_tokenizer(base, what="the base of an adapter").save_pretrained(out)
 
 
 def left_out(directory: Path, language_model: LanguageModel) -> str:
@@ -132,8 +160,33 @@ def run_merge(settings: Merge, ctx: Context) -> dict[str, float]:
     """
     paths = named(ctx.inputs, "models")
     names = sorted(paths)
-    sources = {name: Source.read(paths[name]) for name in names}
-    base = Source.read(ctx.inputs["base"]) if "base" in ctx.inputs else None
+    with tempfile.TemporaryDirectory(dir=ctx.work) as directory:
+        whole = [_whole(paths[name], Path(directory) / name) for name in names]
+        sources = {name: Source.read(path) for name, path in zip(names, whole, strict=True)}
+        base = None
+        if "base" in ctx.inputs:
+            base = Source.read(_whole(ctx.inputs["base"], Path(directory) / ".base"))
+        return _merge(settings, ctx, paths, sources, base)
+
+
+def _whole(path: Path, beside: Path) -> Path:
+    """A checkpoint of whole weights: itself, or of an adapter one with the adapter in its weights,
+    which is written to `beside` in float32."""
+    if not is_adapter(path):
+        return path
+    save(load(path), beside)
+    return beside
+
+
+def _merge(
+    settings: Merge,
+    ctx: Context,
+    paths: Mapping[str, Path],
+    sources: Mapping[str, Source],
+    base: Source | None,
+) -> dict[str, float]:
+    """`run_merge` of checkpoints of whole weights; `paths` are what they were made of."""
+    names = list(sources)
     untie([source.tensors for source in (*sources.values(), base) if source is not None])
     first = sources[names[0]]
     for name in names[1:]:
@@ -166,7 +219,7 @@ def run_merge(settings: Merge, ctx: Context) -> dict[str, float]:
         language_model.model.generation_config.eos_token_id = [*own, *more]
     types: Types | str = settings.save_dtype
     if types == "base":
-        types = widest([read_types(sources[name].path) for name in names])
+        types = widest([read_types(paths[name]) for name in names])
     save(language_model, ctx.out, types=types)
     parameters = sum(parameter.numel() for parameter in language_model.model.parameters())
     return {"parameters": parameters, "models": len(names)}

@@ -13,6 +13,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from posttrain.backends.checkpoint_source import CheckpointSource, find_checkpoint
+from posttrain.backends.outside.adapters import is_adapter, read_pointer
 from posttrain.engine import transfer
 from posttrain.engine.errors import ConfigError, StoreError
 from posttrain.engine.hashes import HASHES
@@ -20,6 +22,7 @@ from posttrain.engine.inputs import check_inputs
 from posttrain.engine.record import Artifact
 from posttrain.engine.store import Store
 from posttrain.engine.unfinished import Unfinished, find_unfinished, split_place, unfinished
+from posttrain.stages.adopting import adopt_checkpoint
 from posttrain.stages.kinds import KINDS, kind_of
 
 PART = "policy/"
@@ -64,21 +67,35 @@ def _take_out(store: Store, stage: Unfinished, step: int) -> Artifact:
     with tempfile.TemporaryDirectory(prefix="posttrain-") as scratch:
         out = Path(scratch) / "model"
         save_model(stage, Path(scratch), out)
-        files = sorted(path.name for path in out.iterdir())
+        provenance = {
+            "source": f"{stage.name}@step-{step}",
+            "stage": {key: stage.stage[key] for key in ("name", "kind", "fingerprint")},
+        }
+        how: dict[str, Any] = {"metrics": {"step": step}, "provenance": provenance}
+        name = name_of(stage.name, step)
+        if is_adapter(out):
+            base = _base_of(store, out)
+            external = find_checkpoint(out, store.hashes.digest, store=store.root, base=base)
+            return adopt_checkpoint(store, external, name=name, copy=True, **how)
         return transfer.adopt(
             store,
             out,
-            name=name_of(stage.name, step),
+            name=name,
             kind="model",
-            files=files,
+            files=sorted(path.name for path in out.iterdir()),
             link=False,
-            metrics={"step": step},
-            provenance={
-                "source": f"{stage.name}@step-{step}",
-                "stage": {key: stage.stage[key] for key in ("name", "kind", "fingerprint")},
-            },
             version=KINDS["model"].version,
+            **how,
         )
+
+
+def _base_of(store: Store, out: Path) -> CheckpointSource:
+    """The base of an adapter that was made outside of its place in the store."""
+    pointer = read_pointer(out)
+    base = None if pointer is None else store.find(pointer["fingerprint"])
+    if base is None:
+        raise StoreError(f"{out}: its base is not in the store; `posttrain verify` says more")
+    return find_checkpoint(base.path, store.hashes.digest, store=store.root)
 
 
 def save_model(stage: Unfinished, scratch: Path, out: Path) -> None:

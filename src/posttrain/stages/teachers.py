@@ -11,6 +11,12 @@ says becomes columns of the batch:
                            which the loss rebuilds logits through that teacher's head, a chunk of
                            tokens at a time (DeepSeek-V4, arXiv 2606.19348, section 5.2.2)
 
+A teacher of `REST_BYTES` or more rests whenever it does not read: when all rows of the batch are
+there, one teacher after another wakes, reads its own, and rests again. So N teachers cost the
+memory of the largest, and none is in memory while the student samples and learns; the loss opens
+their output layers one at a time. Smaller ones stay awake and read beside the sampler. Either way
+the same rows are read together, so it changes no number.
+
 Legend: B rows, N sampled tokens, K top-k, E the largest hidden size of the teachers; a smaller one
 fills the first places of its rows.
 """
@@ -25,19 +31,25 @@ import torch
 from torch import Tensor
 
 from posttrain.algorithms import SampledToken, TopK
-from posttrain.backends.base import Head, Learner, Sampling, Scorer
+from posttrain.backends.base import HeadSource, Learner, Sampling, Scorer
 from posttrain.backends.chat import Chat
 from posttrain.backends.prompting import Problem, asked, hinted
 from posttrain.backends.vocabulary import check_same_tokens, draw_alike
 from posttrain.engine.errors import ConfigError
 from posttrain.engine.graph import edge_name
 from posttrain.rl.batch import Batch, ragged_index
+from posttrain.schedules import History
 from posttrain.stages.context import Context
 from posttrain.stages.lengths import Reader
+from posttrain.stages.probes import Probe
 from posttrain.stages.settings.distill import Distill
 
 READ_TOKENS = 1024
 """Rows are read when they have this many tokens: fewer fill a forward pass badly."""
+
+REST_BYTES = 16_000_000
+"""Weight files of this size are worth to be read again in every step. Below it a stage computes
+on one thread and has the others let teachers read beside the sampler (`worker.TINY_BYTES`)."""
 
 Columns = dict[str, Tensor]
 """What a teacher says about some rows, by the name of the column."""
@@ -61,6 +73,9 @@ class Teachers:
                 check_modes(settings, ctx, scorer, name)
                 self._warn_of_end(ctx, policy, scorer, name)
                 by_path[ctx.inputs[edge]] = scorer
+                if rests(ctx.inputs[edge]):
+                    # Before the next one is loaded.
+                    scorer.rest()
         self.scorers = [by_path[ctx.inputs[edge_name("teachers", name)]] for name in self.names]
         self.workers = ctx.workers
         self.chat = student
@@ -68,11 +83,45 @@ class Teachers:
         own_text = [scorer for scorer in scorers if self._layout(scorer) is not None]
         draw_alike(policy, scorers, own_text=own_text)
         self.where = f"stage {ctx.name!r}"
+        self.ctx = ctx
+        self.resting = [scorer for path, scorer in by_path.items() if rests(path)]
+        """Those that rest when they do not read; each once."""
+        self.probes: dict[str, Probe] = {}
+        """Of each checkpoint, by the first name that has it."""
+        exact = ctx.backend.exact
+        for path, scorer in by_path.items():
+            name = self.names[self.scorers.index(scorer)]
+            self.probes[name] = Probe(name, scorer, path, exact=exact)
+            if scorer in self.resting:
+                scorer.rest()
 
     @property
-    def heads(self) -> tuple[Head, ...]:
-        """The output layer of each teacher, in the order of `names`."""
-        return tuple(scorer.head for scorer in self.scorers)
+    def heads(self) -> tuple[HeadSource, ...]:
+        """The output layer of each teacher, in the order of `names`; those of teachers that rest
+        are not opened."""
+        return tuple(
+            scorer.head_at_rest if scorer in self.resting else scorer.head
+            for scorer in self.scorers
+        )
+
+    def replay(self, settings: Distill, done: int, total: int, history: History) -> None:
+        """Go on after `done` steps. Raises StageError where the teachers are not those that the
+        steps before have learned from."""
+        found = self.ctx.kept.get("teachers", {})
+        for name, probe in self.probes.items():
+            if name in found:
+                probe.check(found[name], self.ctx.work)
+        self.ctx.kept["teachers"] = {name: p.identity() for name, p in self.probes.items()}
+        self.ctx.facts["teachers_probed"] = self.ctx.kept.setdefault("teachers_probed", 0)
+
+    def probe(self, scorer: Scorer) -> None:
+        """Raise StageError unless a teacher says of its probe what it said at first."""
+        self.probes[self.names[self.scorers.index(scorer)]].again()
+
+    def probed(self) -> None:
+        """Note that all teachers were probed and are what they were."""
+        self.ctx.kept["teachers_probed"] += 1
+        self.ctx.facts["teachers_probed"] = self.ctx.kept["teachers_probed"]
 
     def readers(self, settings: Distill) -> list[Reader]:
         """The teachers as readers of the prompts of their domains, with their hints."""
@@ -93,8 +142,11 @@ class Teachers:
             for name, scorer in zip(self.names, self.scorers, strict=True)
         ]
 
-    def scoring(self, step_settings: Distill, problems: Sequence[Problem]) -> TeacherScoring:
-        """Begin to score the responses to these problems, one group each.
+    def scoring(
+        self, step_settings: Distill, problems: Sequence[Problem], *, probe: bool = False
+    ) -> TeacherScoring:
+        """Begin to score the responses to these problems, one group each; with `probe` each teacher
+        is probed, too.
 
         A domain with several teachers has its problems read by them in turn.
         """
@@ -106,7 +158,7 @@ class Teachers:
             self._own_prompt(step_settings, self.scorers[number], problem)
             for number, problem in zip(numbers, problems, strict=True)
         ]
-        return TeacherScoring(self, step_settings, numbers, prompts)
+        return TeacherScoring(self, step_settings, numbers, prompts, probe=probe)
 
     def _own_prompt(
         self, step_settings: Distill, scorer: Scorer, problem: Problem
@@ -148,6 +200,12 @@ class Teachers:
             )
 
 
+def rests(checkpoint: Path) -> bool:
+    """Whether the teacher of a checkpoint rests when it does not read: by the size of its weight
+    files, so that an adapter on a base that others hold, too, stays awake."""
+    return sum(file.stat().st_size for file in checkpoint.glob("*.safetensors")) >= REST_BYTES
+
+
 def check_modes(settings: Distill, ctx: Context, scorer: Scorer, name: str) -> None:
     """Raise ConfigError for a teacher whose template has not the modes that the stage asks in."""
     for mode in settings.modes:
@@ -171,15 +229,21 @@ class TeacherScoring:
         step_settings: Distill,
         numbers: Sequence[int],
         prompts: Sequence[Sequence[int] | None],
+        *,
+        probe: bool = False,
     ) -> None:
         """`numbers`: the teacher of each group; `prompts`: the token ids after which that teacher
-        reads the group's responses, None for the student's own prompt."""
+        reads the group's responses, None for the student's own prompt; `probe`: whether teachers
+        are probed when they have read."""
+        self.probe = probe
         self.teachers, self.step_settings, self.prompts = teachers, step_settings, prompts
         self.group_size = step_settings.samples_per_prompt
         # From one per group to one per row; rows of a group are neighbours.
         self.teacher_B = torch.tensor(numbers).repeat_interleave(self.group_size)
         self.parts: list[tuple[Tensor, Future[Columns] | Columns]] = []
         """Rows of the batch that one teacher reads together, and what it says about them."""
+        self.waiting: list[tuple[Tensor, Scorer, Batch]] = []
+        """Such rows for a teacher that rests, and as it is to read them."""
         # Ended rows by group: a group is read when it is whole, so that its prompt is read once.
         self.groups: dict[int, list[int]] = {}
         self.whole: list[int] = []
@@ -202,16 +266,22 @@ class TeacherScoring:
     def add_columns(self, batch: Batch) -> None:
         """Give the whole batch its columns; rows that nobody has read yet are read now."""
         left_B = torch.ones(len(batch), dtype=torch.bool)
-        for row_B, _ in self.parts:
+        for row_B, *_ in (*self.parts, *self.waiting):
             left_B[row_B] = False
         if bool(left_B.any()):
             self._score(left_B.nonzero()[:, 0], batch.select(left_B))
+        self._take_turns()
         batch["teacher_B"] = self.teacher_B
         found = [
             (row_B, said.result() if isinstance(said, Future) else said)
             for row_B, said in self.parts
         ]
         self.parts = []
+        if self.probe:
+            for scorer in dict.fromkeys(self.teachers.scorers):
+                if scorer not in self.teachers.resting:
+                    self.teachers.probe(scorer)
+            self.teachers.probed()
         # All parts have the same columns, those of the estimator.
         for name in found[0][1]:
             batch[name] = _in_place(batch, [(row_B, said[name]) for row_B, said in found])
@@ -223,7 +293,11 @@ class TeacherScoring:
             member_B = (self.teacher_B[row_B] == number).nonzero()[:, 0]
             own_B = row_B[member_B]
             to_read = self._after_hints(own_B, rows.select(member_B))
-            work = (self.step_settings, self.teachers.scorers[number], to_read)
+            scorer = self.teachers.scorers[number]
+            if scorer in self.teachers.resting:
+                self.waiting.append((own_B, scorer, to_read))
+                continue
+            work = (self.step_settings, scorer, to_read)
             workers = self.teachers.workers
             said: Future[Columns] | Columns
             if workers is None:
@@ -231,6 +305,18 @@ class TeacherScoring:
             else:
                 said = workers.submit(teacher_columns, *work)
             self.parts.append((own_B, said))
+
+    def _take_turns(self) -> None:
+        """Let each teacher that rests wake, read the rows that wait for it, and rest again."""
+        for scorer in self.teachers.resting:
+            for row_B, whose, to_read in self.waiting:
+                if whose is scorer:
+                    said = teacher_columns(self.step_settings, scorer, to_read)
+                    self.parts.append((row_B, said))
+            if self.probe:
+                self.teachers.probe(scorer)
+            scorer.rest()
+        self.waiting = []
 
     def _after_hints(self, row_B: Tensor, rows: Batch) -> Batch:
         """Rows `row_B` of the batch as their teacher is to read them."""

@@ -10,14 +10,16 @@ import json
 import os
 import resource
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
+from posttrain.backends.outside.adapters import base_of, is_adapter
 from posttrain.engine.errors import StageError
+from posttrain.engine.graph import Node
 from posttrain.engine.process import Job
 from posttrain.engine.record import RECORD, Record, label_of
 from posttrain.engine.work import read_warnings, write_facts
@@ -40,6 +42,9 @@ PRELOAD = (
 )
 """Everything heavy that stages import: the fork server imports it once for all of them."""
 
+ADAPTERS = "peft"
+"""What stages with adapters import beside that; it takes seconds."""
+
 DEVICE, COMPILE = "POSTTRAIN_DEVICE", "POSTTRAIN_COMPILE"
 """Entries of a job's environment: the type of device that computes, the CPU without one, and, if it
 is there, that the learner is to be compiled."""
@@ -49,6 +54,12 @@ BACKEND, LOCAL = "POSTTRAIN_BACKEND", "posttrain.backends.local:LocalBackend"
 
 TINY_BYTES = 16_000_000
 """Weights of about four million parameters in float32."""
+
+
+def preload(nodes: Iterable[Node]) -> tuple[str, ...]:
+    """What the fork server is to import for these stages."""
+    adapters = any(node.config.get("lora") or "base" in node.inputs for node in nodes)
+    return (*PRELOAD, ADAPTERS) if adapters else PRELOAD
 
 
 def run_job(job: Job) -> dict[str, Any]:
@@ -99,9 +110,9 @@ def run_job(job: Job) -> dict[str, Any]:
             if told is None:
                 raise
             raise StageError(told) from error
-    write_facts(ctx.work, **used(ctx.tokens, device))
+    write_facts(ctx.work, **ctx.facts, **used(ctx.tokens, device))
     if kind_of(job.kind).is_model():
-        write_card(job, ctx.out, metrics, read_warnings(ctx.work))
+        write_card(job, ctx.out, metrics, read_warnings(ctx.work), ctx.facts)
     return dict(metrics)
 
 
@@ -144,13 +155,20 @@ def run_stage(job: Job, ctx: Context) -> dict[str, Any]:
 
 
 def write_card(
-    job: Job, out: Path, metrics: Mapping[str, Any], warnings: Sequence[str] = ()
+    job: Job,
+    out: Path,
+    metrics: Mapping[str, Any],
+    warnings: Sequence[str] = (),
+    facts: Mapping[str, Any] | None = None,
 ) -> None:
-    """README.md beside the weights. Scores are not in it: they come after; an export has them."""
+    """README.md beside the weights; `facts` are what the stage adds to its provenance. Scores are
+    not in it: they come after; an export has them."""
     inputs = {edge: _known_record(Path(path)) for edge, path in job.inputs.items()}
     made = {**vars(job), "inputs": inputs, "metrics": metrics, "warnings": warnings}
-    made["provenance"] = {"origin": job.runtime["origin"]} if "origin" in job.runtime else {}
-    card = model_card(made, ancestors=_ancestors(job.inputs))
+    made["provenance"] = dict(facts or {})
+    if "origin" in job.runtime:
+        made["provenance"]["origin"] = job.runtime["origin"]
+    card = model_card(made, ancestors=_ancestors(job.inputs), adapter=is_adapter(out))
     path = out / "README.md"
     # It may be a link to a file of somebody else.
     path.unlink(missing_ok=True)
@@ -199,6 +217,12 @@ def useful_threads(job: Job) -> int:
         width = 4 * config["num_heads"] * config["head_dim"] + 3 * config["intermediate_size"]
         largest = 4 * config["num_layers"] * config["hidden_size"] * width
     else:
-        weights = (Path(path).glob("*.safetensors") for path in job.inputs.values())
+        paths = [place for path in job.inputs.values() for place in _with_base(Path(path))]
+        weights = (path.glob("*.safetensors") for path in paths)
         largest = max((file.stat().st_size for files in weights for file in files), default=0)
     return 1 if largest < TINY_BYTES else job.threads
+
+
+def _with_base(path: Path) -> list[Path]:
+    """An input, and the base of an adapter."""
+    return [path, *(_with_base(base_of(path)) if is_adapter(path) else ())]

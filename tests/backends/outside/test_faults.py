@@ -106,19 +106,19 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         r"model\.safetensors: model\.embed_tokens\.weight is of type F8_E4M3",
     ),
     "adapter": (
-        {"files": {"adapter_config.json": {"peft_type": "LORA"}}},
-        r"adapter_config\.json: an adapter .*merge_and_unload",
+        {"files": {"adapter_config.json": {"peft_type": "IA3"}}},
+        r"adapter_config\.json: peft_type = 'IA3'.*merge_and_unload",
     ),
     "adapter alone": (
         {
             "files": {
-                "adapter_config.json": {},
+                "adapter_config.json": {"peft_type": "LORA"},
                 "config.json": None,
                 "model.safetensors": None,
                 "adapter_model.safetensors": b"",
             }
         },
-        r"adapter_config\.json: an adapter",
+        r"adapter_model\.safetensors: it is not a safetensors file",
     ),
     "bin": (
         {"files": {"model.safetensors": None, "pytorch_model.bin": b"PK"}},

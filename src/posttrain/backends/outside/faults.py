@@ -61,13 +61,7 @@ def check_directory(directory: Path) -> None:
             f"{directory}/model_index.json: a diffusers pipeline, which makes images or sounds; "
             "name a causal language model"
         )
-    config, adapter = directory / "config.json", directory / "adapter_config.json"
-    if adapter.is_file():
-        raise ConfigError(
-            f"{adapter}: an adapter (LoRA or its like), not a whole model; posttrain does not read "
-            "adapters yet. Merge it into its base first (merge_and_unload() of peft, then "
-            "save_pretrained) and name that directory"
-        )
+    config = directory / "config.json"
     tensors = any(directory.glob("*.safetensors"))
     if not tensors:
         other = [p.name for pattern in OTHER_WEIGHTS for p in sorted(directory.glob(pattern))]

@@ -32,7 +32,7 @@ NEVER_READ = (
     "configuration.json", "latest",
     # Data, and records of posttrain.
     "*.jsonl", "*.csv", "*.tsv", "*.parquet", "*.arrow", "*.zip", "*.gz", "*.tar", "history.json",
-    "record.json", "best.json", "code.diff",
+    "record.json", "best.json", "code.diff", "adapter_base.json",
 )  # fmt: skip
 """Names that are no part of a checkpoint, in small letters."""
 

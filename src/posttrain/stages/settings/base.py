@@ -12,7 +12,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_validator
 
-from posttrain.algorithms import AdamW, Aggregation, Aux, CosineDecay, Decay, TokenMean
+from posttrain.algorithms import AdamW, Aggregation, Aux, CosineDecay, Decay, LoRA, TokenMean
 from posttrain.backends.prompting import Mode, check_hint
 from posttrain.engine.exact import exact
 from posttrain.schedules import is_schedule
@@ -71,6 +71,29 @@ class Training(BaseModel):
                 f'optimizer: master = "stochastic" with precision = "{precision}": weights that '
                 'compute in float32 need no rounding; set precision = "bfloat16", or leave master '
                 "out"
+            )
+        return self
+
+
+class Adapting(BaseModel):
+    """What every stage has that can train an adapter."""
+
+    lora: LoRA | None = None
+    """Train an adapter in place of the weights; None trains the weights."""
+
+    @model_validator(mode="after")
+    def _one_of_both_learns(self) -> Self:
+        trainable = getattr(self, "trainable", ["*"])
+        master = getattr(self, "optimizer", AdamW()).master
+        if self.lora is not None and master != "float32":
+            raise ValueError(
+                f"lora and optimizer.master = {master}: an adapter is small and learns in float32; "
+                "leave optimizer.master out"
+            )
+        if self.lora is not None and trainable != ["*"]:
+            raise ValueError(
+                f"lora and trainable = {trainable}: with lora the adapter learns and no weight of "
+                "the start; say with lora.targets which layers get one, and leave trainable out"
             )
         return self
 

@@ -17,6 +17,7 @@ from posttrain.algorithms import (
     SequenceMean,
 )
 from posttrain.stages.settings.base import (
+    Adapting,
     AuxLosses,
     Computing,
     LongRows,
@@ -39,7 +40,7 @@ def _no_k1_loss(value: Any) -> Any:
     return value
 
 
-class Distill(Settings, Computing, LongRows, Training, Rollouts):
+class Distill(Settings, Computing, LongRows, Training, Rollouts, Adapting):
     """On-policy distillation from one teacher per domain: `r.distill(start=..., teachers=...)`."""
 
     steps: int = Field(gt=0)

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from posttrain.algorithms import BradleyTerry, Dpo, Preference, RewardLoss
 from posttrain.stages.settings.base import (
+    Adapting,
     AuxLosses,
     Computing,
     Lengths,
@@ -49,7 +50,7 @@ class Pretrain(Settings, Computing, LongRows, Training):
         return self.thinking or bool(self.modes)
 
 
-class Sft(Lengths, Settings, Computing, LongRows, Training):
+class Sft(Lengths, Settings, Computing, LongRows, Training, Adapting):
     """Supervised fine-tuning on demonstrations: `r.sft(start=..., data=...)`."""
 
     batch_size: int = changing(64, gt=0)
@@ -65,7 +66,7 @@ class Sft(Lengths, Settings, Computing, LongRows, Training):
     `hint`."""
 
 
-class DpoStage(Lengths, Settings, Computing, LongRows, Training):
+class DpoStage(Lengths, Settings, Computing, LongRows, Training, Adapting):
     """Learning from preferences: `r.dpo(start=..., data=r.pairs(...))`."""
 
     batch_size: int = changing(32, gt=0)
@@ -77,7 +78,7 @@ class DpoStage(Lengths, Settings, Computing, LongRows, Training):
     aux: AuxLosses = Field(default_factory=dict)
 
 
-class RewardModel(Lengths, Settings, Computing, LongRows, Training):
+class RewardModel(Lengths, Settings, Computing, LongRows, Training, Adapting):
     """A reward model from preference pairs: `r.reward_model(start=..., data=r.pairs(...))`."""
 
     batch_size: int = changing(32, gt=0)

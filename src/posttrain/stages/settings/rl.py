@@ -20,11 +20,19 @@ from posttrain.algorithms import (
     Surrogate,
 )
 from posttrain.rewards.judge_kinds import Judge, JudgeSetting, Verifier, check_use
-from posttrain.stages.settings.base import AuxLosses, Computing, LongRows, Modes, Rollouts, Training
+from posttrain.stages.settings.base import (
+    Adapting,
+    AuxLosses,
+    Computing,
+    LongRows,
+    Modes,
+    Rollouts,
+    Training,
+)
 from posttrain.values import Settings, changing
 
 
-class Rl(Settings, Computing, LongRows, Training, Rollouts):
+class Rl(Settings, Computing, LongRows, Training, Rollouts, Adapting):
     """GRPO, PPO and their relatives on any reward: `r.rl(start=..., prompts=...)`."""
 
     LOGS_ALL: ClassVar[bool] = False
