@@ -196,8 +196,7 @@ class TeachersInTurn:
 
     def fill(self, chunk: slice, out_CV: Tensor) -> None:
         """Write the teachers' logits of the tokens of `chunk` into `out_CV`, at temperature 1.
-        Chunks
-        come in their order, so that each head is opened once."""
+        Chunks come in their order, so that each head is opened once."""
         first = 0
         for number, teacher in enumerate(self._teachers):
             end = first + len(teacher.hidden_NE)
