@@ -109,6 +109,9 @@ class LocalLearner:
             language_model.below.check_frozen(self.model, self.weights)
             language_model.below.readers.add(self)
             language_model.below.learns = True
+            if budget is not None:
+                # Who read them before has told of them, and they are among the learner's parts.
+                budget.take(language_model.below.weights, ())
 
     @cached_property
     def passes(self) -> PassPlan:
