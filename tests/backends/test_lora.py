@@ -5,6 +5,8 @@ Legend: N sampled tokens, F outputs, D inputs.
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,10 @@ from posttrain.backends import lora
 from posttrain.backends.base import LearnerSettings, LoraSettings, Metrics, TokenLoss
 from posttrain.backends.checkpoint import LanguageModel, load, save
 from posttrain.backends.local import LocalBackend, LocalLearner, LocalScorer
+from posttrain.backends.shared import _identity
 from posttrain.engine.errors import ConfigError
 from posttrain.rl.batch import Batch
+from posttrain.stages import teachers
 
 peft = pytest.importorskip("peft")
 
@@ -319,7 +323,7 @@ def test_a_reward_model_with_an_adapter_keeps_its_score(base: Path, tmp_path: Pa
 
 
 def test_adapters_with_more_than_low_rank_layers_are_merged_as_peft_does(
-    base: Path, tmp_path: Path
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -346,6 +350,11 @@ def test_adapters_with_more_than_low_rank_layers_are_merged_as_peft_does(
     )
     scorer = LocalBackend().scorer(tmp_path / "theirs")
     torch.testing.assert_close(logits(scorer.model), expected, atol=1e-4, rtol=1e-4)
+    assert not lora.is_separable(tmp_path / "theirs")
+    weights = sum(file.stat().st_size for file in base.glob("*.safetensors"))
+    with monkeypatch.context() as patch:
+        patch.setattr(teachers, "REST_BYTES", weights)
+        assert teachers.rests(tmp_path / "theirs"), "there is a copy of the base"
     with pytest.raises(ConfigError, match="cannot go on as one"):
         LocalBackend().learner(tmp_path / "theirs", settings())
 
@@ -396,3 +405,17 @@ def test_the_budget_counts_the_base_once(base: Path, learner_first: bool) -> Non
     models = [one() for one in (make if learner_first else reversed(make))]
     told = [p.what for p in backend.parts if p.what.startswith(("frozen", "weights of"))]
     assert len(models) == 2 and told == ["frozen weights in float32"]
+
+
+def test_the_same_adapter_on_another_base_is_another_model(adapter: Path, tmp_path: Path) -> None:
+    """In a store its files say nothing of the base."""
+    places = [tmp_path / name for name in ("one", "two", "again")]
+    for place, below in zip(places, ("first", "second", "first"), strict=True):
+        shutil.copytree(adapter, place)
+        (place / "base").mkdir()
+        (place / "base" / "config.json").write_text("{}")
+        for folder, said in ((place, "same"), (place / "base", below)):
+            name = "config.json" if folder.name == "base" else "adapter_model.safetensors"
+            (folder / "record.json").write_text(json.dumps({"files": {name: {"sha256": said}}}))
+    one, two, again = map(_identity, places)
+    assert one == again != two

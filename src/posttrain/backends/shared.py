@@ -172,14 +172,14 @@ def _stands_beside(checkpoint: Path, scalar: bool) -> bool:
 
 
 def _identity(checkpoint: Path) -> str:
-    """What a checkpoint is: the hashes of its files where a record has them, else its place."""
+    """What a checkpoint is: the hashes of its files where a record has them, else its place; and of
+    an adapter that of its base as well."""
+    below = f" on {_identity(base_of(checkpoint))}" if is_adapter(checkpoint) else ""
     record = checkpoint / RECORD
-    if not record.is_file():
-        return str(checkpoint.resolve())
-    files = json.loads(record.read_bytes()).get("files")
+    files = json.loads(record.read_bytes()).get("files") if record.is_file() else None
     if not files:
-        return str(checkpoint.resolve())
-    return json.dumps([(name, files[name]["sha256"]) for name in _read(checkpoint, files)])
+        return str(checkpoint.resolve()) + below
+    return json.dumps([(name, files[name]["sha256"]) for name in _read(checkpoint, files)]) + below
 
 
 def _read(checkpoint: Path, files: Any) -> list[str]:

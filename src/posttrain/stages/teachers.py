@@ -33,6 +33,8 @@ from torch import Tensor
 from posttrain.algorithms import SampledToken, TopK
 from posttrain.backends.base import HeadSource, Learner, Sampling, Scorer
 from posttrain.backends.chat import Chat
+from posttrain.backends.lora import is_separable
+from posttrain.backends.outside.adapters import base_of, is_adapter
 from posttrain.backends.prompting import Problem, asked, hinted
 from posttrain.backends.vocabulary import check_same_tokens, draw_alike
 from posttrain.engine.errors import ConfigError
@@ -202,7 +204,10 @@ class Teachers:
 
 def rests(checkpoint: Path) -> bool:
     """Whether the teacher of a checkpoint rests when it does not read: by the size of its weight
-    files, so that an adapter on a base that others hold, too, stays awake."""
+    files, so that an adapter on a base that others hold, too, stays awake. One that is merged into
+    a copy of its base goes by the base."""
+    while is_adapter(checkpoint) and not is_separable(checkpoint):
+        checkpoint = base_of(checkpoint)
     return sum(file.stat().st_size for file in checkpoint.glob("*.safetensors")) >= REST_BYTES
 
 
