@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -174,12 +175,15 @@ def test_passes_fit_what_is_left() -> None:
 
 @pytest.mark.parametrize("fast_paths", [True, False])
 @pytest.mark.parametrize("kind", ["qwen3", "llama", "gpt2"])
-def test_checkpointing_changes_no_bit(make_model: MakeModel, kind: str, fast_paths: bool) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_checkpointing_changes_no_bit(
+    make_model: MakeModel, kind: str, fast_paths: bool, dtype: torch.dtype
+) -> None:
     """The same passes, whose layers are computed twice: gradients, metrics and weights."""
-    found = []
+    found, how = [], replace(SETTINGS, dtype=dtype)
     for kept in (None, 0):
         learner = LocalLearner(
-            make_model(kind), SETTINGS, max_tokens=50, kept_tokens=kept, fast_paths=fast_paths
+            make_model(kind), how, max_tokens=50, kept_tokens=kept, fast_paths=fast_paths
         )
         batch = rows()
         learner.accumulate(batch, LOSS, count=batch.num_tokens)
