@@ -118,13 +118,11 @@ class LocalScorer:
         self,
         source: LanguageModel | LocalLearner,
         *,
-        checkpoint: Path | None = None,
         max_tokens: int = MAX_TOKENS,
         budget: Budget | None = None,
         fast_paths: bool = True,
     ) -> None:
-        """`checkpoint` is where a model of its own was loaded from, for it to rest there. Forward
-        passes have `max_tokens` tokens, fewer where `budget` says so, or one longer row."""
+        """A pass has `max_tokens` tokens, fewer where `budget` says so, or one longer row."""
         self.learner = source if isinstance(source, LocalLearner) else None
         """Whose weights these are; None for weights of its own."""
         policy = source.policy if isinstance(source, LocalLearner) else source
@@ -135,7 +133,7 @@ class LocalScorer:
         if policy.below is not None:
             policy.below.readers.add(self)
         elif self.learner is None:
-            self.own_weights = RestingWeights(self.model, checkpoint)
+            self.own_weights = RestingWeights(self.model, None)
         self.chat: Chat = source.chat if isinstance(source, LocalLearner) else chat_of(policy)
         self.budget, self._resting = budget, False
         self._parts: tuple[Part, ...] = ()
