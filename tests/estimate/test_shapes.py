@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from posttrain.estimate.memory import trained_numbers
+from posttrain.estimate.memory import memory_of, trained_numbers
+from posttrain.estimate.parts import Part, Work
 from posttrain.estimate.shapes import Model, model_of_config, model_of_directory, model_of_pretrain
 
 QWEN3_06B = {
@@ -109,3 +110,24 @@ def test_an_adapter_learns_few_numbers() -> None:
     few = {"lora": {"rank": 8, "targets": ["q_proj", "v_proj"]}}
     assert trained_numbers(model, few) == 30 * 8 * (2 * 576 + 576 + 192)
     assert trained_numbers(model, {"lora": None}) == model.parameters
+
+
+def test_a_reference_of_the_same_model_shares_what_an_adapter_stands_on() -> None:
+    model = found(SMOLLM2_135M)
+    rows = {"calls": 1, "rows": 16, "prompt": 20, "response": 50, "longest": 70}
+    learn = Part(do="learn", **rows)
+    work = {
+        edge: Work(parts=(learn, Part(do="score", edge=edge, policy=False, **rows)))
+        for edge in ("start", "reference")
+    }
+
+    def readers(edge: str, lora: Any) -> int:
+        config = {"precision": "float32", "lora": lora}
+        limits = {"budget_bytes": 2**34, "sampling": 2**34}
+        memory = memory_of(work[edge], lambda _: model, config, **limits)
+        assert memory is not None
+        return memory.readers
+
+    weights = 4 * model.parameters
+    assert readers("start", {"rank": 16}) + weights == readers("start", None)
+    assert readers("reference", {"rank": 16}) == readers("start", None)

@@ -88,12 +88,16 @@ def memory_of(
             own = not any(p.do == "learn" and p.edge == part.edge for p in work.parts)
             samplers.append(_sampler(part, model, precision, sampling, own=own))
         else:
+            # What learns as an adapter leaves the weights below to whoever reads the same model.
+            shared = config.get("lora") and any(
+                p.do == "learn" and p.edge == part.edge for p in work.parts
+            )
             read = reader_parts(
                 model.shape,
                 what=part.edge,
                 precision=precision,
                 tokens=tokens,
-                own_weights=not part.policy,
+                own_weights=not (part.policy or shared),
             )
             (teachers if role_of(part.edge) == "teachers" else others).append(read)
     return _together(learners, samplers, teachers, others)
