@@ -24,24 +24,27 @@ SMALL = {"hidden_size": 16, "num_layers": 1, "num_heads": 1, "head_dim": 16}
 CASES: dict[str, dict[str, Any]] = {
     "pretrain": SHORT | SMALL | {"batch_size": 4},
     "sft": SHORT | {"batch_size": 4, "precision": "bfloat16", "optimizer": {"ema": 0.5}},
+    "sft, rounded": SHORT
+    | {"batch_size": 4, "precision": "bfloat16", "optimizer": {"ema": 0.5, "master": "stochastic"}},
     "reward_model": SHORT | {"batch_size": 4},
     "rl": SAMPLED | {"advantage": "gae"},
     "distill": SAMPLED | {"routes": {"short": "t", "words": "t"}, "trainable": ["*mlp*"]},
 }
 
 
-@pytest.mark.parametrize("kind", CASES)
+@pytest.mark.parametrize("case", CASES)
 def test_after_the_last_step_it_is_the_model_of_the_stage(
-    kind: str,
+    case: str,
     run_stage: Callable[..., Any],
     edges: Callable[..., dict[str, str]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(Context, "checkpoint", Context.save)
+    kind, settings = case.partition(",")[0], CASES[case]
     work, inputs = tmp_path / "stage", edges(kind)
-    ran = run_stage(kind, CASES[kind], inputs, work)
-    config = build_config(kind, "mine", CASES[kind]).to_json()
+    ran = run_stage(kind, settings, inputs, work)
+    config = build_config(kind, "mine", settings).to_json()
     stage = {"name": "mine", "kind": kind, "config": config, "inputs": inputs}
     out = tmp_path / "taken"
     save_model(Unfinished(path=work, stage=stage, step=2), tmp_path / "scratch", out)

@@ -115,10 +115,9 @@ def save_model(stage: Unfinished, scratch: Path, out: Path) -> None:
     from posttrain.stages.worker import new_backend
 
     config: dict[str, Any] = dict(stage.stage["config"])
-    if "precision" in config:
-        # Here nothing computes, and float32 holds whatever numbers the weights have.
+    if "precision" in config and config["optimizer"].get("master") != "stochastic":
+        # The weights that learn are in float32 whatever computes.
         config["precision"] = "float32"
-        config["optimizer"] = config["optimizer"] | {"master": "float32"}
     settings: Any = build_config(stage.kind, stage.name, config)
     ctx = Context(
         name=stage.name,
