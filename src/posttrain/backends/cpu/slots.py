@@ -19,6 +19,7 @@ from torch import Tensor
 
 from posttrain.backends.architecture import evaluating
 from posttrain.backends.base import Head
+from posttrain.backends.budget import MAX_COPIED, MAX_COPIED_BFLOAT16
 from posttrain.backends.cpu.cache import Cache
 from posttrain.backends.cpu.fused import READ_BYTES, FusedDecoder
 from posttrain.backends.cpu.product import Product, is_bfloat16_on_cpu
@@ -32,9 +33,6 @@ from posttrain.backends.token_sampling import (
 READ_SHARE = 8
 """Waiting prompts are read when they can have this part of the slots, not whenever one is free: a
 forward pass over a few prompts costs nearly as much as one over many."""
-MAX_COPIED, MAX_COPIED_BFLOAT16 = 2**24, 2**28
-"""Elements up to which the output layer is laid out anew for each call. In bfloat16 a step takes
-less than half the time for it, and the copy has half the bytes."""
 
 
 class Decoders:
