@@ -16,6 +16,7 @@ import torch
 
 from posttrain.backends.base import LearnerSettings, TokenLoss
 from posttrain.backends.budget import (
+    KEPT_ELEMENTS,
     MIN_TOKENS,
     PROCESS,
     Part,
@@ -24,6 +25,7 @@ from posttrain.backends.budget import (
     laid_out_bytes,
     layer_bytes,
     learner_parts,
+    loss_bytes,
     peak,
     plan_passes,
     read_shape,
@@ -41,6 +43,7 @@ from posttrain.backends.local import LocalBackend
 from posttrain.backends.local_learner import LocalLearner
 from posttrain.backends.memory import MEMORY, Budget, model_shape
 from posttrain.engine.errors import ConfigError
+from posttrain.losses import ops
 from posttrain.rl.batch import Batch
 from posttrain.stages.aux_losses import token_cross_entropy
 
@@ -270,3 +273,15 @@ def test_reading_has_a_share() -> None:
     assert budget.for_reading(shape, "float32", 2048) == 700
     budget.given = 1
     assert budget.for_reading(shape, "float32", 2048) == MIN_TOKENS
+
+
+def test_what_a_loss_keeps_is_what_the_losses_say() -> None:
+    assert KEPT_ELEMENTS == ops._KEEP_ELEMENTS
+    shape = shape_of(SMOLLM2)
+    most = KEPT_ELEMENTS // shape.vocabulary
+    for precision, tokens in (("float32", most), ("bfloat16", 2 * most)):
+        # As many bytes of a narrower type, and none where it is computed again.
+        kept = loss_bytes(shape, precision, tokens=tokens) - loss_bytes(shape, precision, tokens=0)
+        assert kept == 4 * most * shape.vocabulary
+        again = loss_bytes(shape, precision, tokens=tokens + 2)
+        assert again == loss_bytes(shape, precision, tokens=0)

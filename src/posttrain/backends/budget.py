@@ -40,9 +40,11 @@ probabilities and their sums in float64."""
 GROWING = 1.5
 """While a cache grows to its double both stand in memory."""
 LOSS_TOKENS = 256
-"""Tokens whose logits a loss has at once (`losses/projection.py`)."""
+"""Tokens whose logits a loss has at once in float32, twice as many in a type of half the size
+(`losses/projection.py`)."""
 KEPT_ELEMENTS = 2**25
-"""Up to so many tokens times vocabulary a loss keeps its softmax in float32 (`losses/ops.py`)."""
+"""Up to so many tokens times vocabulary a loss keeps its softmax, twice as many in a type of half
+the size (`losses/ops.py`)."""
 MAX_COPIED, MAX_COPIED_BFLOAT16 = 2**24, 2**28
 """Elements up to which the output layer is laid out anew for each call of a sampler. In bfloat16 a
 step takes less than half the time for it, and the copy has half the bytes."""
@@ -210,9 +212,9 @@ def loss_bytes(shape: Shape, precision: str = "float32", *, tokens: int = MAX_TO
     """What the output layer takes in a loss: the logits of a chunk, a kept softmax where it is
     small, and the gradient of the head and of the embedding."""
     chunk = 2 * LOSS_TOKENS * shape.vocabulary * 4
-    kept = tokens * shape.vocabulary
-    kept = 4 * kept if kept <= KEPT_ELEMENTS else 0
-    return chunk + kept + 2 * shape.vocabulary * shape.hidden * BYTES[precision]
+    size, kept = BYTES[precision], tokens * shape.vocabulary
+    kept = size * kept if kept <= KEPT_ELEMENTS * max(1, 4 // size) else 0
+    return chunk + kept + 2 * shape.vocabulary * shape.hidden * size
 
 
 # -- the parts of a stage --------------------------------------------------------------------------
