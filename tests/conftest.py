@@ -122,7 +122,8 @@ class Ran:
     def weights(self) -> dict[str, Tensor]:
         from safetensors.torch import load_file
 
-        return load_file(self.out / "model.safetensors")
+        (path,) = self.out.glob("*model.safetensors")
+        return load_file(path)
 
 
 RunStage = Callable[..., Ran]

@@ -134,7 +134,7 @@ def test_a_hub_checkpoint_knows_its_id_commit_and_licence(
     found = find_checkpoint(tmp_path / commit)
     assert found.origin == {"path": str(tmp_path / commit), "license": "apache-2.0"}
     assert "README.md" not in found.files, "its text is no part of what the model is"
-    module = "posttrain.backends.checkpoint_source._download"
+    module = "posttrain.backends.checkpoint_source.download"
     monkeypatch.setattr(module, lambda source: tmp_path / commit)
     found = find_checkpoint("owner/name@main")
     assert found.origin == {

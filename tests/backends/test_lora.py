@@ -384,3 +384,15 @@ def test_a_shared_base_rests_when_all_who_read_it_do(base: Path, tmp_path: Path)
         scorer.rest()
     assert held.weights.awake and learner.policy.below is held
     assert torch.equal(scorers[0].logprobs(rows), before[0])
+
+
+@pytest.mark.parametrize("learner_first", [True, False])
+def test_the_budget_counts_the_base_once(base: Path, learner_first: bool) -> None:
+    backend = LocalBackend()
+    make: list[Callable[[], Any]] = [
+        lambda: backend.learner(base, settings()),
+        lambda: backend.scorer(base, dtype=torch.float32),
+    ]
+    models = [one() for one in (make if learner_first else reversed(make))]
+    told = [p.what for p in backend.parts if p.what.startswith(("frozen", "weights of"))]
+    assert len(models) == 2 and told == ["frozen weights in float32"]

@@ -272,8 +272,9 @@ def test_a_job_names_its_backend(
     environment = {BACKEND: "pipe_backend:PipeBackend"}
     piped = run_stage(kind, settings, inputs("sft"), environment=environment)
     assert distance(piped.weights(), run_stage(kind, settings, inputs("sft")).weights()) <= NEAR
-    ((one, other),) = (processes.started for processes in made)
-    assert (one.process.exitcode, other.process.exitcode) == (0, 0)
+    (started,) = (processes.started for processes in made)
+    # Two that learn, and one that samples for whoever watches.
+    assert [one.process.exitcode for one in started] == [0, 0, 0]
 
 
 def sum_of_pairs(

@@ -263,3 +263,29 @@ def test_several_threads_wake_it_once(scorer: LocalScorer, monkeypatch: pytest.M
         found = list(pool.map(lambda _: scorer.logprobs(ROWS), range(8)))
     assert all(torch.equal(logp_N, expected_N) for logp_N in found)
     assert sorted(reads) == sorted(name for name, _ in scorer.model.named_parameters())
+
+
+def test_the_budget_counts_what_is_in_memory_and_shared_weights_once(
+    make_model: MakeModel, tmp_path: Path
+) -> None:
+    save(make_model("llama"), tmp_path / "model")
+    save(make_model("llama", seed=1), tmp_path / "other")
+    backend = LocalBackend()
+
+    def weights() -> int:
+        return sum(part.what.startswith("weights") for part in backend.parts)
+
+    twice = [backend.scorer(tmp_path / "model") for _ in range(2)]
+    assert weights() == 1 and len(backend.parts) == 3, "and a pass of each"
+    other = backend.scorer(tmp_path / "other")
+    assert weights() == 2
+    other.rest()
+    twice[0].rest()
+    assert weights() == 1, "the second one reads them still"
+    twice[1].rest()
+    assert backend.parts == ()
+    twice[0].logprobs(ROWS)
+    assert weights() == 1 and len(backend.parts) == 2
+    del twice
+    gc.collect()
+    assert backend.parts == ()

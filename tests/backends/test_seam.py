@@ -136,7 +136,7 @@ def test_several_spans_give_the_gradients_of_a_masked_loss(
     settings = LearnerSettings(betas=(0.9, 0.98), weight_decay=0.0, max_grad_norm=1e9)
     learner = LocalLearner(language_model, settings, max_tokens=30, fast_paths=fast_paths)
     seen: dict[str, Tensor] = {}
-    learner.optimizer.register_step_pre_hook(
+    learner.optimizer.adamw.register_step_pre_hook(
         lambda *_: seen.update({n: p.grad.clone() for n, p in model.named_parameters()})
     )
     metrics = learner.update(batch, LOSSES[loss], count=1.0, lr=0.0)

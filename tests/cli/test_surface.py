@@ -44,7 +44,7 @@ SURFACE = {
         "--store",
     },
     "adopt": {"DIR", "--name", "--copy", "--store", "--json"},
-    "export": {"ARTIFACT", "DIR", "--dtype", "--store", "--json"},
+    "export": {"ARTIFACT", "DIR", "--dtype", "--merged", "--store", "--json"},
     "push": {"ARTIFACT", "hub:OWNER/NAME", "--dtype", "--merged", "--revision", "--public"}
     | {"--dry-run", "--store", "--json"},
     "gc": {"--keep", "--only", "--unfinished", "--dry-run", "--yes", "--store", "--json"},

@@ -232,6 +232,16 @@ def test_teacher_states_may_be_narrower_than_their_head():
 
 
 @pytest.mark.parametrize("options", OPTIONS)
+def test_a_teacher_may_be_wider_than_the_student(options: dict[str, Any]):
+    case = Case(torch.float32)
+    exact, _ = case.run(**options)
+    wide = {n: getattr(case.teacher, n).double() for n in ("hidden_NE", "head_VE", "bias_V")}
+    case.teacher = replace(case.teacher, **wide)
+    found, _ = case.run(**options)
+    assert found.item() == pytest.approx(exact.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("max_elements", [2**22, 4 * VOCABULARY, 1])
 def test_teachers_of_many_are_each_their_own(options: dict[str, Any], max_elements: int):
     """Four teachers, one of them without tokens, against one call for each."""

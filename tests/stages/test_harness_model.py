@@ -16,6 +16,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from posttrain.backends.checkpoint import save
+from posttrain.engine.errors import StageError
 from posttrain.stages.context import Context
 from posttrain.stages.harness_model import Answers, HarnessModel, cut
 from posttrain.stages.settings.models import Harness
@@ -43,7 +44,7 @@ def make(new_context: Callable[..., Context], checkpoint: str) -> Callable[..., 
     def make(ctx: Context | None = None, **settings: Any) -> HarnessModel:
         ctx = ctx or new_context({"model": checkpoint})
         return HarnessModel(
-            ctx.sampler("model"),
+            lambda: ctx.sampler("model"),
             ctx.scorer("model"),
             Harness(tasks=["any"], **settings),
             answers=Answers(ctx.work / "answers.jsonl"),
@@ -80,6 +81,21 @@ def test_what_greedy_decoding_gives_is_greedy(make: Callable[..., Any]) -> None:
         asked("loglikelihood", ("12+7=", response), ("12+7=", "zzzz"))
     )
     assert (greedy, other) == (True, False)
+
+
+def test_one_model_at_a_time_is_in_memory(make: Callable[..., Any]) -> None:
+    model = make(chat_template=False)
+    model.loglikelihood(asked("loglikelihood", *PAIRS))
+    assert "sampler" not in vars(model) and model.scorer.weights.awake
+    model.generate_until(asked("generate_until", ("12+7=", {"max_gen_toks": 3})))
+    assert "sampler" in vars(model) and not model.scorer.weights.awake
+
+
+def test_a_continuation_that_does_not_fit_is_refused(make: Callable[..., Any]) -> None:
+    model = make(chat_template=False)
+    long = "7" * model.chat.max_positions
+    with pytest.raises(StageError, match="positions of the model leave room for"):
+        model.loglikelihood(asked("loglikelihood", ("12+", long)))
 
 
 def test_whole_texts_score_as_with_lm_evals_own(make: Callable[..., Any], theirs: HFLM) -> None:

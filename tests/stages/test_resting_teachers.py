@@ -26,10 +26,13 @@ from posttrain.engine.errors import StageError
 from posttrain.engine.fingerprint import file_digest
 from posttrain.losses.distill import full_vocabulary
 from posttrain.losses.divergence import TeacherStates
+from posttrain.rl.batch import Batch
 from posttrain.stages import probes
 from posttrain.stages import teachers as stage
 from posttrain.stages.context import Context
+from posttrain.stages.distill import teacher_logprobs
 from posttrain.stages.probes import Probe, due
+from posttrain.stages.settings.distill import Distill
 
 RunStage = Callable[..., Any]
 BASE: dict[str, Any] = {
@@ -186,6 +189,18 @@ def test_heads_are_opened_one_after_another(
         found.append([loss, values["kl"], *torch.autograd.grad(loss, (hidden_ND, head_VD))])
     assert opened == ["one", "two", "start"]
     assert all(map(torch.equal, *found))
+    # What samples tell opens them in the same way, and computes in the wider type as the loss does.
+    rows = Batch.from_tokens([[11]] * 3, [[12] * n for n in (10, 30, 50)], pad_id=0)
+    rows["teacher_B"] = torch.arange(3)
+    rows["teacher_hidden_NE"] = torch.cat(states_NE).bfloat16()
+    said = [
+        teacher_logprobs(Distill.model_construct(temperature=0.8), rows, which)
+        for which in (heads, [scorer.head for scorer in scorers])
+    ]
+    wide_NE = rows["teacher_hidden_NE"][:10].float()
+    exact_NV = torch.log_softmax(wide_NE @ scorers[0].head.weight_VD.T / 0.8, -1)
+    assert opened == ["one", "two", "start"] * 2 and torch.equal(*said)
+    torch.testing.assert_close(said[0][:10], exact_NV[:, 12], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("size", [1, 10**9])

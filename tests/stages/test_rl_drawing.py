@@ -289,8 +289,9 @@ def test_a_stopped_stage_goes_on_to_the_same_bits(
 ) -> None:
     """Saved after four steps, killed after the fifth: that one is made twice."""
     calm, stopped = goes_on(lambda work: rl(work, **changes), saved=4, killed=5)
-    names = {path.name for path in calm.out.glob("*.jsonl")}
-    assert names == {path.name for path in stopped.out.glob("*.jsonl")}
+    # How often samples are kept depends on the time that they take.
+    names = {path.name for path in calm.out.glob("*.jsonl")} - {"samples.jsonl"}
+    assert names == {path.name for path in stopped.out.glob("*.jsonl")} - {"samples.jsonl"}
     for name in names:
         assert (calm.out / name).read_bytes() == (stopped.out / name).read_bytes()
 

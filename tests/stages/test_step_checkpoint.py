@@ -49,7 +49,7 @@ def test_after_the_last_step_it_is_the_model_of_the_stage(
     assert found.keys() == made.keys()
     assert all(torch.equal(found[name], made[name]) for name in made)
     # Beside the weights, what the stage writes beside them; its card and log are its own.
-    own = {"README.md", "metrics.jsonl", "rollouts.jsonl"}
+    own = {"README.md", "metrics.jsonl", "rollouts.jsonl", "samples.jsonl"}
     assert {p.name for p in out.iterdir()} == {p.name for p in ran.out.iterdir()} - own
 
 

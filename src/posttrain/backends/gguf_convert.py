@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils import logging
 
 from posttrain.backends.checkpoint import load
+from posttrain.backends.memory import is_out_of_memory
 from posttrain.backends.outside.gguf import check_packages, read_head
 from posttrain.backends.outside.headers import TensorHeader
 from posttrain.engine.errors import ConfigError
@@ -46,6 +47,8 @@ def convert(path: Path, out: Path) -> int:
         )
     # What a file can be wrong in shows as any error of the libraries that read it.
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise ConfigError(
             f"{path}: transformers makes no model of it ({type(error).__name__}: {error}); name "
             "the safetensors checkpoint that it was made from"

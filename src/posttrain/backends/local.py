@@ -137,14 +137,14 @@ class LocalScorer:
         elif self.learner is None:
             self.own_weights = RestingWeights(self.model, checkpoint)
         self.chat: Chat = source.chat if isinstance(source, LocalLearner) else chat_of(policy)
+        self.budget, self._resting = budget, False
+        self._parts: tuple[Part, ...] = ()
+        """Its weights and what a pass takes."""
         if budget is not None:
             shape, precision = model_shape(self.model), precision_of(self.model)
             max_tokens = budget.for_reading(shape, precision, max_tokens)
-            # Weights that others have too are theirs to tell.
-            shared = policy.below is not None and policy.below.has_others(self)
-            own = self.learner is None and not shared
-            how = {"precision": precision, "tokens": max_tokens}
-            budget.take(self, reader_parts(shape, own_weights=own, **how))
+            self._parts = reader_parts(shape, precision=precision, tokens=max_tokens)
+            self._tell()
         self.max_tokens, self.fast_paths = max_tokens, fast_paths
 
     @property
@@ -180,6 +180,11 @@ class LocalScorer:
             self._shared.rest(self)
         elif self.own_weights is not None:
             self.own_weights.rest()
+        else:
+            return
+        if not self._resting:
+            self._resting = True
+            self._tell()
 
     def _awake(self) -> Any:
         """The model with its weights in memory."""
@@ -187,7 +192,21 @@ class LocalScorer:
             self._shared.wake(self)
         elif self.own_weights is not None:
             self.own_weights.wake()
+        if self._resting:
+            self._resting = False
+            self._tell()
         return self.model
+
+    def _tell(self) -> None:
+        """Tell the budget what there is: nothing of what rests, and of weights that several read
+        each once. Those below an adapter that learns are told by its learner."""
+        if self.budget is None:
+            return
+        weights, *reading = self._parts
+        self.budget.take(self, () if self._resting else reading)
+        own = self.weights
+        if own is not None and not (self._shared is not None and self._shared.learns):
+            self.budget.take(own, (weights,) if own.awake else ())
 
     def will_change(self) -> None:
         """Be awake, with weights that may be written: those of a checkpoint are others' too."""
@@ -196,6 +215,7 @@ class LocalScorer:
             self.language_model = own_copy(self.language_model, self)
             self.model = self.language_model.model
             self.own_weights = RestingWeights(self.model, None)
+            self._tell()
         elif self.own_weights is not None:
             self.own_weights.will_change()
 

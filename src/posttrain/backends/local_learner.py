@@ -102,13 +102,19 @@ class LocalLearner:
                 mine.register_post_accumulate_grad_hook(partial(_hand_on, theirs))
         self.read: Event | None = None
         """Set when a step checkpoint of what is there now was written; see `hold`."""
+        self._read_tokens = max_tokens
         if budget is not None:
             budget.take(self, self._parts(PassPlan(max_tokens=max_tokens)))
+            shape, precision = model_shape(self.model), precision_of(self.model)
+            self._read_tokens = budget.for_reading(shape, precision, max_tokens)
         self.average = None if settings.ema is None else Average(self.weights, settings.ema)
         if language_model.below is not None:
             language_model.below.check_frozen(self.model, self.weights)
             language_model.below.readers.add(self)
             language_model.below.learns = True
+            if budget is not None:
+                # Who read them before has told of them, and they are among the learner's parts.
+                budget.take(language_model.below.weights, ())
 
     @cached_property
     def passes(self) -> PassPlan:
@@ -274,7 +280,7 @@ class LocalLearner:
             output_head(self.model, self.chat.ids).detached(),
             batch,
             temperature,
-            max_tokens=self._max_tokens,
+            max_tokens=self._read_tokens,
             fast_paths=self.fast_paths,
         )
 

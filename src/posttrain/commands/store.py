@@ -4,13 +4,12 @@ may go."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
-from posttrain.backends.checkpoint_source import CheckpointSource, find_checkpoint
 from posttrain.backends.outside.headers import num_parameters
 from posttrain.commands import io
 from posttrain.commands.io import console, emit, plain_table, tell_faults
@@ -25,6 +24,9 @@ from posttrain.engine.store import Store
 from posttrain.engine.transfer import read_history
 from posttrain.stages.adopting import adopt_checkpoint
 from posttrain.stages.kinds import shown_kind
+
+if TYPE_CHECKING:
+    from posttrain.backends.checkpoint_source import CheckpointSource
 
 
 def adopt(
@@ -42,6 +44,9 @@ def adopt(
 ) -> None:
     """Bring a checkpoint from outside into the store, with its history if it was exported."""
     place = Store(store)
+    # It reads templates, which `--help` has no use for.
+    from posttrain.backends.checkpoint_source import find_checkpoint
+
     external = find_checkpoint(source, place.hashes.digest, store=place.root)
     if external.gguf is not None:
         raise ConfigError(

@@ -173,6 +173,12 @@ def best(view: View) -> Work:
     return Work(parts=parts)
 
 
+def harness(view: View) -> Work:
+    """Tasks of lm-eval: the model is read; what it is asked is known when the tasks are loaded. No
+    recipe has such a stage, so that no plan tells of it."""
+    return Work(parts=[])
+
+
 def sample(view: View) -> Work:
     """Models answer training problems of their domains."""
     s = view.settings

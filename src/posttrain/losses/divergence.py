@@ -278,13 +278,15 @@ def full_vocabulary_sum(
 
 
 def _logits_dtype(hidden_ND: Tensor, teachers: Sequence[TeacherStates]) -> torch.dtype:
-    """The type that holds the logits of all teachers with no more rounding than their products."""
+    """The type that holds the logits of all teachers with no more rounding than their products, or
+    that of the softmax where this is narrower."""
     dtype = hidden_ND.dtype
     for teacher in teachers:
         dtype = torch.promote_types(dtype, teacher.dtype)
         if teacher.has_bias:
             dtype = torch.promote_types(dtype, torch.float32)
-    return dtype
+    widest = softmax_dtype(hidden_ND)
+    return dtype if torch.promote_types(dtype, widest) == widest else widest
 
 
 def _jsd(t_RV: Tensor, p_RV: Tensor, ratio_RV: Tensor, work_RV: Tensor, beta: float) -> Tensor:

@@ -38,16 +38,7 @@ def model_card(
     from its directory.
     """
     kind = record["kind"]
-    parents: dict[str, Mapping[str, str]] = {}
-    data: dict[str, Mapping[str, str]] = {}
-    for edge, source in record["inputs"].items():
-        made = shown_kind(source["kind"])
-        if "problems" in made.makes:
-            data[edge.removeprefix(edge_name("domains", ""))] = source
-        elif made.is_data():
-            data[source["name"]] = source
-        else:
-            parents[edge] = source
+    parents, data = _parents_and_data(record)
     warnings = [f"- {in_markdown(text)}" for text in record.get("warnings", ())]
     writes_text = "reward_model" not in shown_kind(kind).makes
     facts: dict[str, Any] = {**origins(record, ancestors)}
@@ -58,13 +49,7 @@ def model_card(
         f"# {in_markdown(record['name'])}",
         f"Made by posttrain: {_how(record)}. Fingerprint `{record['fingerprint']}`.",
         *(["## Scores", *_scores(scores)] if scores else []),
-        *_titled(
-            "## Scores on tasks of lm-eval",
-            _table(
-                ("task", "metric", "score", "asked with"),
-                [row for scored in benchmarks for row in scored.rows()],
-            ),
-        ),
+        *_titled("## Scores on tasks of lm-eval", _of_benchmarks(benchmarks)),
         *_titled("## Warnings", "\n".join(warnings)),
         "## How it was made",
         _table(
@@ -99,6 +84,28 @@ def model_card(
         *(["## Its history", _HISTORY.format(repository)] if repository else []),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _parents_and_data(
+    record: Mapping[str, Any],
+) -> tuple[dict[str, Mapping[str, str]], dict[str, Mapping[str, str]]]:
+    """What a model was made from: models and the like by edge, data by its name."""
+    parents: dict[str, Mapping[str, str]] = {}
+    data: dict[str, Mapping[str, str]] = {}
+    for edge, source in record["inputs"].items():
+        made = shown_kind(source["kind"])
+        if "problems" in made.makes:
+            data[edge.removeprefix(edge_name("domains", ""))] = source
+        elif made.is_data():
+            data[source["name"]] = source
+        else:
+            parents[edge] = source
+    return parents, data
+
+
+def _of_benchmarks(benchmarks: Iterable[Scored]) -> str:
+    rows = [row for scored in benchmarks for row in scored.rows()]
+    return _table(("task", "metric", "score", "asked with"), rows)
 
 
 def _stopped(record: Mapping[str, Any]) -> Mapping[str, str]:

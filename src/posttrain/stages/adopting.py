@@ -6,14 +6,16 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from posttrain.backends.checkpoint_source import CheckpointSource
 from posttrain.backends.outside.adapters import CONFIG
 from posttrain.engine import transfer
 from posttrain.engine.record import Artifact, Record
 from posttrain.engine.store import Store
 from posttrain.stages.kinds import KINDS
+
+if TYPE_CHECKING:  # it reads templates, which `--help` has no use for
+    from posttrain.backends.checkpoint_source import CheckpointSource
 
 
 def adopt_checkpoint(

@@ -139,7 +139,7 @@ def run(settings: Distill, ctx: Context) -> dict[str, float]:
     return ({"kl": learned[-1]} if learned else {}) | {"tokens": ctx.tokens}
 
 
-def samples(s: Distill, batch: Batch, chat: Chat, heads: Sequence[Head]) -> list[Sample]:
+def samples(s: Distill, batch: Batch, chat: Chat, heads: Sequence[HeadSource]) -> list[Sample]:
     """A few rows of the step: the reward where there is one, and one sample of the reverse KL to
     the teacher in nats per token, unless the estimator knows the teacher's top k only."""
     few = shown_rows(batch)
@@ -157,17 +157,22 @@ def teacher_logprobs(s: Distill, batch: Batch, heads: Sequence[HeadSource]) -> T
     states; rows are in order of teachers. On the CPU."""
     states = teacher_states(heads, batch)
     targets = batch.targets_N.split([len(one.hidden_NE) for one in states])
-    found = [
-        token_logprobs(
-            one.hidden_NE,
-            one.head_VE,
-            targets_N.to(one.hidden_NE.device),
-            bias_V=one.bias_V,
-            temperature=s.temperature,
-        )[0].cpu()
-        for one, targets_N in zip((one.opened() for one in states), targets, strict=True)
-    ]
+    # Nothing keeps a head that was opened: there is never more than one.
+    found = [_logprobs(s, one, targets_N) for one, targets_N in zip(states, targets, strict=True)]
     return torch.cat(found)
+
+
+def _logprobs(s: Distill, states: TeacherStates, targets_N: Tensor) -> Tensor:
+    one = states.opened()
+    logp_N, _ = token_logprobs(
+        # In the type in which the loss computes its logits.
+        one.hidden_NE.to(one.dtype),
+        one.head_VE,
+        targets_N.to(one.hidden_NE.device),
+        bias_V=one.bias_V,
+        temperature=s.temperature,
+    )
+    return logp_N.cpu()
 
 
 def loss_weights(step_settings: Distill, domains: Sequence[str], batch: Batch) -> Tensor:

@@ -96,7 +96,7 @@ def run(settings: Harness, ctx: Context) -> dict[str, float]:
     include = ctx.runtime.get("include") or None
     manager = _manager(None if include is None else Path(include), settings.tasks)
     model = HarnessModel(
-        ctx.sampler("model", precision=settings.precision),
+        lambda: ctx.sampler("model", precision=settings.precision),
         ctx.scorer("model", precision=settings.precision),
         settings,
         answers=Answers(ctx.work / ANSWERS),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -54,17 +55,24 @@ class HarnessModel(LM):
 
     def __init__(
         self,
-        sampler: Sampler,
+        make_sampler: Callable[[], Sampler],
         scorer: Scorer,
         settings: Harness,
         *,
         answers: Answers,
         ctx: Context,
     ) -> None:
+        """The sampler is made when a task wants responses, and the scorer rests meanwhile: most
+        tasks need one of them, and so one model in memory."""
         super().__init__()
-        self.sampler, self.scorer, self.settings = sampler, scorer, settings
+        self._make_sampler, self.scorer, self.settings = make_sampler, scorer, settings
         self.answers, self.ctx = answers, ctx
-        self.chat = sampler.chat
+        self.chat = scorer.chat
+
+    @cached_property
+    def sampler(self) -> Sampler:
+        """Of the same model as the scorer."""
+        return self._make_sampler()
 
     # -- text ------------------------------------------------------------------------------------
 
@@ -125,6 +133,7 @@ class HarnessModel(LM):
     # -- sampling --------------------------------------------------------------------------------
 
     def _generate(self, requests: Sequence[Any]) -> list[str]:
+        self.scorer.rest()
         found: dict[int, str] = {}
         for how, places in _alike(requests).items():
             temperature, top_p, asked = how
@@ -196,6 +205,12 @@ class HarnessModel(LM):
         """For each context and continuation the log-probability, and whether each token is the
         likeliest."""
         limit = self._positions()
+        longest = max(len(after) for _, after in pairs)
+        if longest >= limit:
+            raise StageError(
+                f"a continuation of {longest} tokens is longer than the {limit} positions of the "
+                "model leave room for; leave its task out"
+            )
         kept = [(before[-max(1, limit - len(after)) :], after) for before, after in pairs]
         rows = Batch.from_tokens(
             [before for before, _ in kept], [after for _, after in kept], pad_id=self.chat.pad_id

@@ -21,7 +21,9 @@ import torch
 from torch import Tensor
 
 from posttrain.backends.base import Scorer
+from posttrain.backends.outside.files import is_model_file, model_files
 from posttrain.engine.errors import StageError
+from posttrain.engine.fingerprint import file_digest
 from posttrain.engine.record import RECORD
 from posttrain.rl.batch import Batch
 
@@ -110,11 +112,15 @@ class Probe:
 
 
 def files_of(checkpoint: Path) -> dict[str, str]:
-    """The sha256 of each file of a model, by its record. Its card does not count: it is written
-    anew by whoever makes the same model."""
-    record = json.loads((checkpoint / RECORD).read_bytes())
+    """The sha256 of each file that is part of a model, by its record; of a directory without one,
+    which no stage is given, of the files as they are."""
+    try:
+        record = json.loads((checkpoint / RECORD).read_bytes())
+    except FileNotFoundError:
+        return {name: file_digest(checkpoint / name) for name in model_files(checkpoint)}
     files: Mapping[str, Mapping[str, Any]] = record.get("files", {})
-    return {name: str(entry["sha256"]) for name, entry in files.items() if name != "README.md"}
+    # Not its card, logs and samples, which whoever makes the same model writes anew.
+    return {name: str(entry["sha256"]) for name, entry in files.items() if is_model_file(name)}
 
 
 def _distance(one_N: Tensor, other_N: Tensor) -> float:

@@ -11,9 +11,8 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from posttrain.backends.checkpoint_source import CheckpointSource, find_checkpoint
 from posttrain.backends.outside.adapters import is_adapter, read_pointer
 from posttrain.engine import transfer
 from posttrain.engine.errors import ConfigError, StoreError
@@ -24,6 +23,9 @@ from posttrain.engine.store import Store
 from posttrain.engine.unfinished import Unfinished, find_unfinished, split_place, unfinished
 from posttrain.stages.adopting import adopt_checkpoint
 from posttrain.stages.kinds import KINDS, kind_of
+
+if TYPE_CHECKING:  # it reads templates, which `--help` has no use for
+    from posttrain.backends.checkpoint_source import CheckpointSource
 
 PART = "policy/"
 """The part of a stage's state that is its model."""
@@ -75,6 +77,8 @@ def _take_out(store: Store, stage: Unfinished, step: int) -> Artifact:
         name = name_of(stage.name, step)
         if is_adapter(out):
             base = _base_of(store, out)
+            from posttrain.backends.checkpoint_source import find_checkpoint
+
             external = find_checkpoint(out, store.hashes.digest, store=store.root, base=base)
             return adopt_checkpoint(store, external, name=name, copy=True, **how)
         return transfer.adopt(
@@ -95,6 +99,8 @@ def _base_of(store: Store, out: Path) -> CheckpointSource:
     base = None if pointer is None else store.find(pointer["fingerprint"])
     if base is None:
         raise StoreError(f"{out}: its base is not in the store; `posttrain verify` says more")
+    from posttrain.backends.checkpoint_source import find_checkpoint
+
     return find_checkpoint(base.path, store.hashes.digest, store=store.root)
 
 

@@ -6,8 +6,8 @@ all keys up to its last one, so that little more than the lower triangle is comp
 heads that read the same keys are one matrix. Like the fused one it keeps no weights for the
 backward pass, which computes them again.
 
-Scores are rounded to the type of the queries, weights and sums are not: `softmax` and its gradient
-compute in float32 at least.
+Scores and weights are rounded to the type of the queries; what `softmax`, its gradient and products
+add up is float32 at least.
 
 Legend: C bins, T positions of a bin, Q query heads, H key-value heads, G query heads that read one
 key-value head, E head dimension, A = C * H, R = T * G; of a block of queries B positions, K keys.
