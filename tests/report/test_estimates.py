@@ -39,6 +39,9 @@ def test_stages_without_an_estimate_are_left_out() -> None:
 def test_what_is_not_known_is_a_dash() -> None:
     (row,) = compared([made("a", seconds=3.0, estimate=EXPECTED | {"seconds": None})])
     assert row.cells["Time"].text == "— → 3.0 s" and not row.cells["Time"].ratio
+    # Of a model whose size is not known yet.
+    (row,) = compared([made("a", peak_memory=5_000_000, estimate=EXPECTED | {"peak_memory": 0})])
+    assert row.cells["Peak memory"].text == "— → 5 MB"
 
 
 def test_the_table_adds_up_times_that_were_estimated() -> None:
