@@ -13,7 +13,10 @@ from posttrain.stages.config import build_config
 @pytest.mark.parametrize(
     ("lora", "said"),
     [
-        ({"targets": "q_proj"}, r"field 'lora.targets': 'q_proj' is no list of layers; write \[\"q"),
+        (
+            {"targets": "q_proj"},
+            r"'lora.targets': 'q_proj' is no list of layers; write \[.q_proj.\]",
+        ),
         ({"targets": []}, "field 'lora.targets'"),
         ({"rank": 0}, "field 'lora.rank'"),
         ({"rnak": 4}, "'lora.rnak': unknown option; did you mean 'rank'"),

@@ -96,7 +96,7 @@ def write_live(
     elif target is not None or settings or suite is not None or seed is not None:
         raise ConfigError(
             f"--live is about a run: give the recipe that runs, with its --set, --suite and "
-            f"--seed, or nothing; {target or 'no target'} is no recipe"
+            f"--seed, or nothing{f'; {target} is no recipe' if target else ''}"
         )
     console().print(Text(f"live: {path.absolute()}"), soft_wrap=True)
     page = _Live(path, store, loaded)
