@@ -15,7 +15,7 @@ from posttrain.stages.config import build_config
     [
         (
             {"targets": "q_proj"},
-            r"'lora.targets': 'q_proj' is no list of layers; write \[.q_proj.\]",
+            r"'lora.targets': 'q_proj' is no list .* write \[.q_proj.\]",
         ),
         ({"targets": []}, "field 'lora.targets'"),
         ({"rank": 0}, "field 'lora.rank'"),
