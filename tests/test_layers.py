@@ -80,7 +80,7 @@ ALLOWED: dict[str, set[str]] = {
     "language.loader": {"engine", "recipe", "language", "suites"},
     "estimate": {
         "engine", "rewards", "suites", "stages.config", "stages.kinds", "backends.budget",
-        "backends.outside", "backends.prompting", "backends.template",
+        "backends.given_memory", "backends.outside", "backends.prompting", "backends.template",
     },
     "estimate.calibration": {"estimate"},
     "commands": {

@@ -27,7 +27,7 @@ from posttrain.language.data_verbs import DataVerbs
 from posttrain.language.extending import extended
 from posttrain.language.handles import Demos, Prompts, Stage, Warned, check_modes
 from posttrain.language.inputs import Aux
-from posttrain.language.models import check_adapters, taken_in
+from posttrain.language.models import check_adapters, taken_in_model
 from posttrain.language.routes import Teachers, route
 from posttrain.stages.kinds import Kind
 from posttrain.suites.domain import Suite
@@ -119,7 +119,7 @@ class Recipe(DataVerbs):
         A LoRA adapter of peft stands on the `base` that its adapter_config.json names, or on the
         model that is given here; it is told apart by its name, NAME_base.
         """
-        return taken_in(self._build, source, base, name)
+        return taken_in_model(self._build, source, base, name)
 
     def base(
         self, source: str | Path = "tiny", *, thinking: bool = False, name: str = "base"

@@ -19,7 +19,7 @@ MINI = ("mini.py", "--suite", "pairs.toml")
     [
         (["--device", "gpu"], ["--device", "'gpu'", "'auto', 'cpu', 'cuda'"]),
         (["--device", "cuda"], ["--device cuda", "sees no CUDA device", "--device cpu"]),
-        (["--memory", "plenty"], ["--memory = 'plenty' is no number of bytes", "500M or 12G"]),
+        (["--memory", "plenty"], ["'--memory'", "'plenty' is no number of bytes", "500M or 12G"]),
         (["--compile"], ["--compile", "measured slower", "--device cuda"]),
         (
             ["--set", "*.precision=float16"],

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.estimate.building import GIB, estimated, know, line, stage
+from tests.estimate.building import GIB, SIZES, estimated, know, line, stage
 from tests.estimate.conftest import Commit
 
+from posttrain.engine.graph import Node
 from posttrain.engine.store import Store
 from posttrain.estimate.about import Estimate, Machine, StageEstimate
 from posttrain.estimate.costs import LEARNING, ROW_SECONDS, RUN_SECONDS, STAGE_SECONDS
@@ -158,12 +159,26 @@ def test_a_stopped_stage_has_its_last_steps_left(store: Store, machine: Machine)
 
 
 def test_what_does_not_fit_is_told_with_what_helps(store: Store) -> None:
-    small = Machine(jobs=2, cores=2, total=900 << 20, memory=400 << 20, given=True)
-    graph = line(sft(5))
-    told = what_does_not_fit(estimated(graph, store, small))
-    text = next(one for one in told if one.startswith("sft"))
-    assert "and --memory is 419 MB" in text and 'precision = "bfloat16"' in text
+    small = Machine(jobs=2, cores=2, total=900 << 20, memory=450 << 20, given=True)
+    wide = {**SIZES, "hidden_size": 2048, "num_layers": 4, "intermediate_size": 4096}
+    big = stage("pretrain", "big", {"domains.add": "add"}, steps=2, batch_size=4, **wide)
+    told = what_does_not_fit(estimated(line(big), store, small))
+    text = next(one for one in told if one.startswith("big"))
+    assert "and --memory is 450M (472 MB)" in text and 'optimizer.states = "int8"' in text
+    assert "most of it for the model that learns" in text
     assert "a smaller model or more memory" in text
+
+
+def test_an_adapter_from_outside_has_the_size_of_its_base(
+    store: Store, machine: Machine, tmp_path: Path
+) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    runtime = {"directory": str(tmp_path), "files": ["adapter_config.json"]}
+    taken = Node(name="taken", kind="model", config={}, inputs={"base": "base"}, runtime=runtime)
+    more = stage("sft", "more", {"start": "taken", "domains.add": "add"}, steps=5, batch_size=4)
+    found = by_name(estimated(line(taken, more), store, machine))
+    assert found["more"].parameters == found["base"].parameters
+    assert found["more"].peak > 400 << 20
 
 
 def test_the_disk_has_to_hold_everything(store: Store, machine: Machine) -> None:

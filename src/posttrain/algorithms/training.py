@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from posttrain.values import ByKind, Settings, changing, tag
 
@@ -47,6 +47,15 @@ class LoRA(Settings):
     """Learn the length of each column of the weights by itself (DoRA, arXiv 2402.09353)."""
     rslora: bool = False
     """Divide alpha by the root of the rank instead of the rank (rsLoRA, arXiv 2312.03732)."""
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _names(cls, value: Any) -> Any:
+        if isinstance(value, str) and value != "all-linear":
+            raise ValueError(
+                f'{value!r} is no list of layers; write ["{value}"], or "all-linear" for all'
+            )
+        return value
 
 
 class CosineDecay(Settings):

@@ -128,9 +128,9 @@ def find_checkpoint(
     if on_hub or not directory.is_dir():
         if not HUB_ID.fullmatch(text) or text.startswith("."):
             raise ConfigError(
-                f"model {str(source)!r}: no such directory; give a checkpoint directory, the name "
-                "of an adopted checkpoint (see `posttrain ls`), or a Hub id such as "
-                "Qwen/Qwen3-0.6B"
+                f"model {str(source)!r}: no such directory or file; give a checkpoint directory, "
+                f"the name of an adopted checkpoint (see `posttrain ls`), a *{ENDING} file, or a "
+                "Hub id such as Qwen/Qwen3-0.6B"
             )
         directory = download(text)
         name, _, revision = text.partition("@")

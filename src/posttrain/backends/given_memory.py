@@ -8,6 +8,7 @@ import resource
 from collections.abc import Mapping
 from pathlib import Path
 
+from posttrain.engine.atomic import human_bytes
 from posttrain.engine.errors import ConfigError
 
 MEMORY = "POSTTRAIN_MEMORY"
@@ -36,6 +37,15 @@ def memory_size(text: str, name: str) -> int:
             "leave it out"
         )
     return size
+
+
+def size_text(size: int) -> str:
+    """A number of bytes as `memory_size` reads it, and in the units of all other sizes: "12G (12.9
+    GB)"."""
+    for unit in "TGM":
+        if size % UNITS[unit] == 0:
+            return f"{size // UNITS[unit]}{unit} ({human_bytes(size)})"
+    return human_bytes(size)
 
 
 def machine_memory() -> int:

@@ -16,6 +16,7 @@ Legend: F outputs, D inputs, R rank.
 from __future__ import annotations
 
 import copy
+import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -43,6 +44,8 @@ MARK = f".{NAME}"
 
 def peft() -> Any:
     """The package. Raises ConfigError where it is not installed."""
+    # peft imports it where it is there, and it warns of kernels that nothing here uses.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         import peft as package
     except ImportError as error:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
+from posttrain.backends.outside.gguf import ENDING
 from posttrain.commands import io
 from posttrain.commands.io import console
 from posttrain.engine.errors import ConfigError
@@ -48,8 +49,10 @@ def chat(
     ] = None,
     store: io.StorePath = io.DEFAULT_STORE,
 ) -> None:
-    """Talk to a model. It answers in the light of what was said before; `/reset` starts anew and an
-    empty line ends."""
+    """Talk to a model, which remembers what was said.
+
+    `/reset` starts anew, and an empty line ends.
+    """
     import torch
 
     from posttrain.stages.worker import new_backend
@@ -94,7 +97,7 @@ def find_model(root: Path, text: str) -> Path:
     none.
     """
     path = Path(text).expanduser()
-    named = os.sep in text and not is_place(text)
+    named = (os.sep in text or path.suffix == ENDING) and not is_place(text)
     whole = (path / "config.json").is_file() or (path / "adapter_config.json").is_file()
     if whole or (named and path.exists()):
         # It reads templates, which `--help` has no use for.

@@ -62,9 +62,10 @@ def eval(
     store: io.StorePath = io.DEFAULT_STORE,
     as_json: io.Json = False,
 ) -> None:
-    """Score a model on tasks of lm-eval, such as gsm8k,ifeval. The scores are kept in the store.
+    r"""Score a model on tasks of lm-eval, such as gsm8k,ifeval. The scores are kept in the store.
 
-    The card of the model, reports and `compare` read them. Needs `pip install 'posttrain[eval]'`.
+    The card of the model, reports and `compare` read them.
+    Needs `pip install 'posttrain\[eval]'`.
     """
     # It imports pydantic.
     from posttrain.language.loader import Loaded

@@ -57,9 +57,9 @@ def export(
 ) -> None:
     """Copy an artifact out of the store: a checkpoint that stands alone, with its history.
 
-    An adapter takes its base along, in a folder `base`, unless that is on the Hub. With --merged,
-    and with --dtype and weights of another type, the history stays behind: it vouches for other
-    bytes.
+    An adapter takes its base along, in a folder `base`, unless that is on the Hub.
+    With --merged, and where --dtype changes weights, the history stays behind:
+    it vouches for other bytes.
     """
     place = Store(store)
     found = step_model(place, artifact) if is_place(artifact) else place.resolve(artifact)

@@ -19,6 +19,8 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
+from posttrain.backends.given_memory import memory_size
+from posttrain.engine.errors import ConfigError
 from posttrain.engine.store import Store
 from posttrain.engine.text import STEERING, plain_text
 
@@ -52,6 +54,16 @@ def local_path(text: str | Path) -> Path:
             "`posttrain push` uploads to the Hub"
         )
     return Path(text)
+
+
+def size_given(text: str) -> str:
+    """The text of `--memory`, looked at before anything is done. Raises typer.BadParameter for one
+    that is no number of bytes."""
+    try:
+        memory_size(text, "SIZE")
+    except ConfigError as error:
+        raise typer.BadParameter(str(error)) from None
+    return text
 
 
 StorePath = Annotated[
@@ -95,6 +107,7 @@ Memory = Annotated[
     typer.Option(
         "--memory",
         metavar="SIZE",
+        parser=size_given,
         help="What one stage may take of memory, such as 12GB. "
         "Default: POSTTRAIN_MEMORY, or three quarters of what there is.",
     ),

@@ -54,8 +54,9 @@ def push(
 ) -> None:
     """Upload a checkpoint to the Hugging Face Hub as one commit, with its card and its history.
 
-    The files are those of `export`, without the logs that hold rows of data. A repository that is
-    not there yet is made, a private one. Log in with `hf auth login`, or set HF_TOKEN.
+    The files are those of `export`, without the logs that hold rows of data.
+    A repository that is not there yet is made, a private one.
+    Log in with `hf auth login`, or set HF_TOKEN.
     """
     name = repository(repo)
     place = Store(store)

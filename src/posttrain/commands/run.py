@@ -47,8 +47,12 @@ PACKAGES = (
     "numpy",
     "reasoning-gym",
     "math-verify",
+    "peft",
+    "bitsandbytes",
+    "gguf",
+    "lm_eval",
 )
-"""Distributions whose versions go into every record."""
+"""Distributions whose versions go into every record, those that are installed."""
 
 LONGER = re.compile(r"steps: (\d+) -> (\d+)")
 """The reason of a stage of which nothing changed but its length."""
@@ -129,8 +133,7 @@ def run(
         )
         state = "" if written else " (unchanged)"
         out.print(Text(f"report: {report.absolute()}{state}"), soft_wrap=True)
-    made = {} if failure else just_made(rows, place)
-    estimates = compared(list(made.items()))
+    estimates = compared([] if failure else list(just_made(rows, place).items()))
     if any(row.cells["Time"].estimate is not None for row in estimates):
         out.print()
         out.print(estimates_table(estimates))

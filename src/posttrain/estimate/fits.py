@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from posttrain.backends.given_memory import size_text
 from posttrain.engine.atomic import human_bytes
 from posttrain.estimate.about import Estimate, StageEstimate
 
@@ -12,8 +13,11 @@ SPARE = 0.95
 def what_does_not_fit(estimate: Estimate) -> list[str]:
     """One sentence each, empty where everything fits."""
     machine = estimate.machine
+    # In the words in which it was given.
+    share = f"a stage's share is {human_bytes(machine.memory)}"
+    limit = f"--memory is {size_text(machine.memory)}" if machine.given else share
     found = [
-        _stage(stage, machine.memory, "--memory" if machine.given else "a stage's share")
+        _stage(stage, machine.memory, limit)
         for stage in estimate.stages
         if stage.peak > machine.memory
     ]
@@ -32,7 +36,7 @@ def what_does_not_fit(estimate: Estimate) -> list[str]:
     return found
 
 
-def _stage(stage: StageEstimate, memory: int, whose: str) -> str:
+def _stage(stage: StageEstimate, memory: int, limit: str) -> str:
     memories = {
         "the model that learns": stage.memory.learner,
         "sampling": stage.memory.sampler,
@@ -49,9 +53,13 @@ def _stage(stage: StageEstimate, memory: int, whose: str) -> str:
         ways.append('optimizer.states = "int8", whose moments take a fourth')
     if largest == "sampling":
         ways.append("a lower max_new_tokens")
-    ways.append("a smaller model or more memory")
+    models, most = sum(memories.values()), f"{largest} ({human_bytes(memories[largest])})"
+    if stage.peak - models > models:
+        # No setting of a stage makes the process itself smaller.
+        own = human_bytes(stage.peak - models)
+        ways, most = [], f"the process itself, with torch ({own})"
+    ways.append("more memory" if not models else "a smaller model or more memory")
     return (
-        f"{stage.name}: {human_bytes(stage.peak)} of memory, most of it for {largest} "
-        f"({human_bytes(memories[largest])}), and {whose} is {human_bytes(memory)}; what would "
-        f"help: {'; '.join(ways)}"
+        f"{stage.name}: {human_bytes(stage.peak)} of memory, most of it for {most}, and {limit}; "
+        f"what would help: {'; '.join(ways)}"
     )

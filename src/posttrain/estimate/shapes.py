@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.backends.budget import BYTES, Shape, saved_bytes, shape_of
+from posttrain.backends.outside.gguf import read_head
 from posttrain.backends.outside.headers import FLOATS, num_parameters, read_headers
 from posttrain.backends.outside.positions import text_config
 from posttrain.engine.errors import ConfigError
@@ -17,6 +18,8 @@ QUERY_KEY_NORMS = ("qwen3", "qwen3_moe")
 """Families that normalise each head's queries and keys."""
 ATTENTION_BIASES = ("qwen2", "qwen2_moe")
 """Families whose queries, keys and values have a bias that no field of config.json tells."""
+PLAIN_GGUF = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""Types of tensors in a GGUF file that are no blocks."""
 TINY_BYTES = 16_000_000
 """Models below it compute on one thread (`stages/worker.py`)."""
 TINY_VOCABULARY = 100
@@ -122,6 +125,19 @@ def model_of_directory(directory: Path) -> Model | None:
     types = [FLOATS.get(tensor.dtype, "float32") for tensor in tensors.values()]
     dtype = max(sorted(set(types)), key=types.count) if types else None
     return model_of_config(config, parameters=num_parameters(tensors), dtype=dtype)
+
+
+def model_of_gguf(path: Path) -> Model | None:
+    """The sizes of what a GGUF file becomes: blocks become bfloat16, plain numbers stay. None where
+    the file does not say them."""
+    try:
+        head = read_head(path)
+    except (OSError, ConfigError):
+        return None
+    numbers = num_parameters(head.tensors)
+    types = {tensor.dtype for tensor in head.tensors.values() if len(tensor.shape) > 1}
+    dtype = PLAIN_GGUF[types.pop()] if len(types) == 1 and types <= set(PLAIN_GGUF) else "bfloat16"
+    return model_of_config(head.config(), parameters=numbers, dtype=dtype)
 
 
 def model_of_pretrain(config: Mapping[str, Any]) -> Model:

@@ -15,7 +15,12 @@ from posttrain.engine.record import Artifact
 from posttrain.estimate.history import Like, Past, Wanted
 from posttrain.estimate.lengths import Characters, Checkpoint, Counter, Lengths, Texts
 from posttrain.estimate.parts import Rows
-from posttrain.estimate.shapes import Model, model_of_directory, model_of_pretrain
+from posttrain.estimate.shapes import (
+    Model,
+    model_of_directory,
+    model_of_gguf,
+    model_of_pretrain,
+)
 from posttrain.stages.config import build_config
 from posttrain.stages.kinds import shown_kind
 
@@ -23,8 +28,9 @@ IMITATING = ("pretrain", "sft")
 """Kinds that teach a model to say what demonstrations say."""
 SAMPLING = ("distill", "rl")
 """Kinds that log the mean length of what they sample."""
-MODELS = ("start", "student", "init", "model", "models", "candidates", "students")
-"""Roles of the inputs whose model a stage is about, the first of them first."""
+MODELS = ("start", "student", "init", "model", "models", "candidates", "students", "base")
+"""Roles of the inputs whose model a stage is about, the first of them first. An adapter from
+outside is about its base."""
 DEFAULT_LENGTHS = Lengths(prompt=64, response=64, prompt_high=256, response_high=256)
 """Of rows that nobody knows anything of."""
 
@@ -59,7 +65,11 @@ class World:
         if artifact is not None and (found := model_of_directory(artifact.path)) is not None:
             return found
         if "directory" in node.runtime:
-            return model_of_directory(Path(node.runtime["directory"]))
+            found = model_of_directory(Path(node.runtime["directory"]))
+            if found is not None:
+                return found
+        if "gguf" in node.runtime:
+            return model_of_gguf(Path(node.runtime["gguf"]))
         if node.kind == "pretrain":
             return model_of_pretrain(node.config)
         source = first_model(node.inputs)

@@ -13,7 +13,7 @@ from posttrain.judges import Judge
 from posttrain.language import checks, inputs, lacking
 from posttrain.language.builder import Builder
 from posttrain.language.handles import Demos, Prompts, Stage
-from posttrain.language.own_data import taken_in
+from posttrain.language.own_data import taken_in_data
 from posttrain.language.routes import samplers
 from posttrain.suites.data_table import TABLE
 from posttrain.suites.preferences import PREFERENCES
@@ -30,14 +30,14 @@ class DataVerbs:
         `source` is a name in the suite's `preferences`, or where a table lies; then `columns` name
         its columns, as the fields of `posttrain.Preferences`.
         """
-        return taken_in(self._build, PREFERENCES, source, name, columns)
+        return taken_in_data(self._build, PREFERENCES, source, name, columns)
 
     def table(self, source: str | Path, *, name: str | None = None, **columns: Any) -> Stage:
         """A table of prompts and responses that is no domain, as data for `sft` and `mix`.
 
         `source` and `columns` as in `preferences`; the columns are those of `posttrain.DataTable`.
         """
-        return taken_in(self._build, TABLE, source, name, columns)
+        return taken_in_data(self._build, TABLE, source, name, columns)
 
     def sample(
         self,

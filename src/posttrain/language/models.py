@@ -13,7 +13,7 @@ from posttrain.language.builder import Builder
 from posttrain.language.handles import Stage
 
 
-def taken_in(
+def taken_in_model(
     build: Builder, source: str | Path, base: Stage | str | Path | None, name: str
 ) -> Stage:
     """The stage that takes in a checkpoint; of an adapter its base is another one, NAME_base unless
@@ -28,7 +28,7 @@ def taken_in(
             "adopted name or a Hub id, as a text"
         )
     if base is not None and not isinstance(base, Stage):
-        base = taken_in(build, base, None, f"{name}_base")
+        base = taken_in_model(build, base, None, f"{name}_base")
     known: CheckpointSource | Literal["find", "later"] = "find"
     if base is not None:
         build.model(name, "base", base)

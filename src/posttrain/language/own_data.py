@@ -23,7 +23,7 @@ from posttrain.suites.own_data import TableKind
 from posttrain.suites.preferences import PREFERENCES
 
 
-def taken_in(
+def taken_in_data(
     build: Builder, kind: TableKind, source: object, name: str | None, columns: Mapping[str, Any]
 ) -> Stage:
     """The stage that takes a table in; the same table under the same name is one stage.

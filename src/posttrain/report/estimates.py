@@ -84,7 +84,8 @@ def _found(estimate: Mapping[str, Any]) -> str:
 
 
 def _cell(name: str, stage: Recorded, write: Callable[[float], str]) -> Cell:
-    expected = _number(_estimate(stage).get(name))
+    # What is not known is 0 in the record.
+    expected = _number(_estimate(stage).get(name)) or None
     actual = _number(stage.provenance.get(name))
     if name == "disk":
         # What was taken in from outside is linked, which takes nothing.

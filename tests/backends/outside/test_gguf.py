@@ -192,6 +192,22 @@ def test_it_is_converted_once_by_its_bytes(write: Write, tmp_path: Path) -> None
     assert find_checkpoint(moved).sha256 != digest
 
 
+@pytest.mark.parametrize("blocks", [True, False], ids=["blocks", "plain"])
+def test_its_size_is_known_before_it_is_converted(
+    write: Write, tmp_path: Path, blocks: bool
+) -> None:
+    from posttrain.backends.gguf_convert import convert
+    from posttrain.estimate.shapes import model_of_directory, model_of_gguf
+
+    path = write(blocks=blocks, tied=False)
+    convert(path, tmp_path / "out")
+    before, after = model_of_gguf(path), model_of_directory(tmp_path / "out")
+    assert before is not None and after is not None
+    assert before == after
+    path.write_bytes(b"GGUF")
+    assert model_of_gguf(path) is None
+
+
 def test_a_plan_reads_what_it_asks_for(write: Write) -> None:
     source = find_checkpoint(write())
     assert source.gguf is not None and source.gguf.name == "tiny.gguf"
