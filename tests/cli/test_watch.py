@@ -112,8 +112,8 @@ def test_stages_that_no_longer_run(cli: Cli, done: Path) -> None:
 def test_a_finished_store(cli: Cli, done: Path) -> None:
     shown = cli("watch")
     assert shown.code == 0 and "✓ student (distill)  done, 2/2, KL 0" in shown.out
-    # Later samples of so short a stage would take more than their share of its time.
-    assert re.search(r"after step [12]\b", shown.out)
+    # Of such a short stage time decides whether there is one of the second step.
+    assert re.search("after step [12]", shown.out)
     (found,) = cli("watch", "student", "--json").json["stages"]
     assert found["state"] == "done" and found["metrics"]["kl"] == pytest.approx(0, abs=1e-6)
     assert {one["domain"] for one in found["samples"]} == {"sums", "copies"}
@@ -227,4 +227,4 @@ def test_the_report_has_the_samples(cli: Cli, done: Path) -> None:
     page = (done / "report.html").read_text()
     section = page.partition('<section id="samples">')[2].partition("</section>")[0]
     assert section.count("<details") == 5 and '<details class="domain" open' not in section
-    assert re.search(r"after step [12]\b", section) and "<script" not in section
+    assert re.search("after step [12]", section) and "<script" not in section
