@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from rich.console import Console
 from rich.text import Text
 
-from posttrain.commands import data, estimate, io
+from posttrain.commands import estimate, io
 from posttrain.commands.io import console, emit, plain_table
 from posttrain.commands.report import check_report_path, write_report_of
 from posttrain.commands.tracking import sinks_of
@@ -142,7 +142,7 @@ def run(
     if as_json:
         result = {"recipe": loaded.name, "seed": loaded.seed, "seconds": round(seconds, 3)}
         result |= {"stages": stages, "warnings": warnings}
-        result["data"] = tables if data.all_read(tables) else data_of(loaded, rows, place)
+        result["data"] = data_now(tables, loaded, rows, place)
         if evaluation:
             result["evaluation"] = {key: evaluation[key] for key in SUMMARY if key in evaluation}
         emit(result)
@@ -400,8 +400,21 @@ def summary(out: Console, loaded: Loaded, rows: Sequence[PlanRow], store: Store,
     )
 
 
+def data_now(
+    tables: list[dict[str, Any]], loaded: Loaded, rows: Sequence[PlanRow], store: Store
+) -> list[dict[str, Any]]:
+    """What there is to tell of the tables after a run, where all of it could not be told before."""
+    # It reads tables, which `--help` has no use for.
+    from posttrain.commands import data
+
+    return tables if data.all_read(tables) else data_of(loaded, rows, store)
+
+
 def data_of(loaded: Loaded, rows: Sequence[PlanRow], store: Store) -> list[dict[str, Any]]:
     """What there is to tell of the tables that the stages read."""
+    # It reads tables, which `--help` has no use for.
+    from posttrain.commands import data
+
     return data.told(loaded.graph, [row.name for row in rows], store)
 
 
@@ -411,6 +424,8 @@ def show_data(
     """Show what there is to tell of the tables; returns it."""
     found = data_of(loaded, rows, store)
     if found:
+        from posttrain.commands import data
+
         out.print(data.shown(found))
     return found
 

@@ -18,7 +18,6 @@ from posttrain.engine.errors import StoreError
 from posttrain.engine.record import SHORT
 from posttrain.engine.store import Store
 from posttrain.report.live import PLAIN_SECONDS
-from posttrain.report.watch_view import watch_view
 from posttrain.report.watching import Watched, finished, in_work
 
 REFRESH_SECONDS = 2.0
@@ -53,6 +52,9 @@ def watch(
 
 def _follow(out: Console, place: Store, stage: str | None, *, as_json: bool) -> None:
     """Show anew every few seconds. A terminal is drawn over; elsewhere it is text, less often."""
+    # It draws curves, which `--help` has no use for.
+    from posttrain.report.watch_view import watch_view
+
     drawn = out.is_terminal and not as_json
     live = Live(console=out, auto_refresh=False, vertical_overflow="crop") if drawn else None
     seconds = REFRESH_SECONDS if drawn or as_json else PLAIN_SECONDS
@@ -132,6 +134,8 @@ def _show(
         stages = [one.told() for one in (*detailed, *others)]
         emit({"store": str(place.root), "running": place.used(), "stages": stages})
     elif detailed or others:
+        from posttrain.report.watch_view import watch_view
+
         out.print(watch_view(detailed, others))
     else:
         out.print(Text(f"there is nothing in {place.root} yet"), soft_wrap=True)
