@@ -126,7 +126,7 @@ def processor_seconds(command: list[str], place: Path) -> float:
 
 @pytest.mark.parametrize(("arguments", "times"), [(("--help",), 5.0), (("plan", "mopd"), 12.0)])
 def test_start_is_quick(place: Path, arguments: tuple[str, ...], times: float) -> None:
-    """In starts of Python with what such a command line imports at least, .09 s on a quiet machine."""
+    """In starts of Python with what such a command line imports at least: .09 s in quiet."""
     bare = processor_seconds([sys.executable, "-c", "import typer.main, rich.console"], place)
     started = processor_seconds([sys.executable, "-m", "posttrain", *arguments], place)
     assert started < times * bare
