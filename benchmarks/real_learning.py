@@ -97,7 +97,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="JSON file to write")
     # How the parent starts a side.
     parser.add_argument("--serve", choices=("ours", *FORMS), help=argparse.SUPPRESS)
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.old is not None and not (arguments.old / "src" / "posttrain").is_dir():
+        # Python would take the package from elsewhere without a word.
+        parser.error(f"--old {arguments.old}: no checkout of this project (no src/posttrain)")
+    return arguments
 
 
 def against(ours: Served, name: str, other: Served, repetitions: int) -> dict[str, Any]:

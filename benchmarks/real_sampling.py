@@ -88,7 +88,11 @@ def parse() -> argparse.Namespace:
     # How a side is started: each one in a process of its own, with the code of one checkout.
     parser.add_argument("--serve", choices=["ours", "generate"], help=argparse.SUPPRESS)
     parser.add_argument("--dtype", default="bfloat16", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.old is not None and not (arguments.old / "src" / "posttrain").is_dir():
+        # Python would take the package from elsewhere without a word.
+        parser.error(f"--old {arguments.old}: no checkout of this project (no src/posttrain)")
+    return arguments
 
 
 class Served:
