@@ -108,12 +108,20 @@ def test_a_wrong_file_is_not_taken(tmp_path: Path) -> None:
 
 def test_make_real_installs_the_extra_and_runs_the_script() -> None:
     done = subprocess.run(
-        ["make", "-n", "real"], cwd=ROOT, capture_output=True, text=True, check=True
+        ["make", "--no-print-directory", "-n", "real"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert "-e '.[gguf]'" in done.stdout
     assert done.stdout.rstrip().endswith("python benchmarks/real.py")
     tests = subprocess.run(
-        ["make", "-n", "test"], cwd=ROOT, capture_output=True, text=True, check=True
+        ["make", "--no-print-directory", "-n", "test"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert "real.py" not in tests.stdout
 
