@@ -23,7 +23,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -32,22 +31,11 @@ import torch
 from torch import Tensor
 
 from suite.machine import machine
-from suite.models import M, new_model, tokenizer
+from suite.models import SMOLLM2, new_model, tokenizer
 
 SPECIALISTS = 8
 LIMIT = 1.3
 """What a student and eight specialists may take, times what one model takes."""
-SIZE = replace(
-    M,
-    name="135M",
-    vocabulary=49152,
-    hidden=576,
-    layers=30,
-    heads=9,
-    key_value_heads=3,
-    head_dim=64,
-    intermediate=1536,
-)
 RANK = 16
 PARTS = {
     "specialists": ("one model", "8 adapters", "8 whole models"),
@@ -243,8 +231,8 @@ def main() -> None:
         model = options.model
         if model is None:
             model = root / "model"
-            new_model(SIZE, seed=0).to(torch.bfloat16).save_pretrained(model)
-            tokenizer(SIZE).save_pretrained(model)
+            new_model(SMOLLM2, seed=0).to(torch.bfloat16).save_pretrained(model)
+            tokenizer(SMOLLM2).save_pretrained(model)
         parts = options.parts.split(",")
         place = {
             "model": str(model.resolve()),
@@ -265,7 +253,7 @@ def main() -> None:
                     print(told(found, results), flush=True)
     if options.out is not None:
         about = {
-            "model": options.model.name if options.model else SIZE.name,
+            "model": options.model.name if options.model else SMOLLM2.name,
             "limit": LIMIT,
             "rows": options.rows,
             "steps": options.steps,

@@ -32,22 +32,13 @@ from typing import Any
 import torch
 
 from suite.machine import machine
-from suite.models import M, Size, new_model, random_words, text_of, tokenizer
+from suite.models import SMOLLM2, M, Size, new_model, random_words, text_of, tokenizer
 
 DOMAINS = 8
 LIMIT = 1.10
 """What the peak with eight teachers may be of that with one."""
 SIZES = {
-    "135M": Size(
-        name="135M",
-        vocabulary=49152,
-        hidden=576,
-        layers=30,
-        heads=9,
-        key_value_heads=3,
-        head_dim=64,
-        intermediate=1536,
-    ),
+    "135M": SMOLLM2,
     "50M": replace(M, name="50M", vocabulary=49152),
 }
 

@@ -82,6 +82,18 @@ M = Size(
     intermediate=2048,
 )
 
+SMOLLM2 = Size(
+    name="135M",
+    vocabulary=49_152,
+    hidden=576,
+    layers=30,
+    heads=9,
+    key_value_heads=3,
+    head_dim=64,
+    intermediate=1536,
+)
+"""The shape of SmolLM2-135M."""
+
 
 def new_model(
     size: Size, *, seed: int, positions: int = 512, ends: float = END_PROBABILITY
