@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from posttrain.backends.budget import Part
+from posttrain.losses.divergence import ClosedHead
 from posttrain.rl.batch import Batch
 
 if TYPE_CHECKING:  # it imports this module, through checkpoint.py
@@ -48,18 +49,18 @@ class Head:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """See `HeadSource.shape`."""
+        """See `ClosedHead.shape`."""
         vocabulary, width = self.weight_VD.shape
         return vocabulary, width
 
     @property
     def dtype(self) -> torch.dtype:
-        """See `HeadSource.dtype`."""
+        """See `ClosedHead.dtype`."""
         return self.weight_VD.dtype
 
     @property
     def has_bias(self) -> bool:
-        """See `HeadSource.has_bias`."""
+        """See `ClosedHead.has_bias`."""
         return self.bias_V is not None
 
     def open(self) -> Head:
@@ -72,23 +73,8 @@ class Head:
         return Head(weight_VD=self.weight_VD.detach(), bias_V=bias_V)
 
 
-class HeadSource(Protocol):
+class HeadSource(ClosedHead, Protocol):
     """A `Head`, or what is sent in its place and reads it where it is used. Can be pickled."""
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Vocabulary and hidden size."""
-        ...
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of the weights."""
-        ...
-
-    @property
-    def has_bias(self) -> bool:
-        """Whether there is a bias."""
-        ...
 
     def open(self) -> Head:
         """The head as a constant; it goes with the last that holds it."""

@@ -69,12 +69,12 @@ class RestingHead:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """See `HeadSource.shape`."""
+        """See `ClosedHead.shape`."""
         return self.ids.size, self.width
 
     @property
     def has_bias(self) -> bool:
-        """See `HeadSource.has_bias`: rows between those that may be drawn get one, too."""
+        """See `ClosedHead.has_bias`: rows between those that may be drawn get one, too."""
         return self.bias is not None or bool(self.ids.holes)
 
     def open(self) -> Head:
