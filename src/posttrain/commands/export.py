@@ -43,15 +43,8 @@ def export(
     target: Annotated[
         Path, typer.Argument(metavar="DIR", parser=io.local_path, help="A new directory.")
     ],
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            "--dtype", metavar="TYPE", help="Round the weights: float32, bfloat16 or float16."
-        ),
-    ] = None,
-    merged: Annotated[
-        bool, typer.Option("--merged", help="Of an adapter: whole weights with it in them.")
-    ] = False,
+    dtype: io.Dtype = None,
+    merged: io.Merged = False,
     store: io.StorePath = io.DEFAULT_STORE,
     as_json: io.Json = False,
 ) -> None:

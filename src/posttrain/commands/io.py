@@ -116,6 +116,15 @@ Estimate = Annotated[
     bool,
     typer.Option("--estimate", help="Also tell what it would take: tokens, memory, disk, time."),
 ]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype", metavar="TYPE", help="Round the weights: float32, bfloat16 or float16."
+    ),
+]
+Merged = Annotated[
+    bool, typer.Option("--merged", help="Of an adapter: whole weights with it in them.")
+]
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object; text for people goes to stderr.")
 ]

@@ -30,15 +30,8 @@ OF_DATA = ("rollouts.jsonl", "samples.jsonl")
 def push(
     artifact: io.ArtifactName,
     repo: Annotated[str, typer.Argument(metavar="hub:OWNER/NAME", help="A model on the Hub.")],
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            "--dtype", metavar="TYPE", help="Round the weights: float32, bfloat16 or float16."
-        ),
-    ] = None,
-    merged: Annotated[
-        bool, typer.Option("--merged", help="Of an adapter: whole weights with it in them.")
-    ] = False,
+    dtype: io.Dtype = None,
+    merged: io.Merged = False,
     revision: Annotated[
         str | None,
         typer.Option("--revision", metavar="BRANCH", help="A branch that is there. Default: main."),
