@@ -106,15 +106,23 @@ class Checkpoint:
     def prompt(self, shown: Asked) -> int:
         """Tokens of what a model is shown, with all that the template writes around it."""
         messages = [{"role": "user", "content": shown}] if isinstance(shown, str) else shown
-        if self._template is not None:
-            try:
-                special = {"bos_token": "", "eos_token": ""}
-                text = self._template.render(messages, add_generation_prompt=True, **special)
-                return self.count(text)
-            except Exception:  # a template may raise whatever it likes
-                pass
+        laid_out = self._laid_out(messages)
+        if laid_out is not None:
+            return self.count(laid_out)
         texts = [str(message.get("content", "")) for message in messages]
         return sum(map(self.count, texts)) + TEMPLATE_TOKENS
+
+    def _laid_out(self, messages: Sequence[Mapping[str, Any]]) -> str | None:
+        """The text that the template makes of messages; None without one, and where it refuses
+        them: the stage itself will tell."""
+        if self._template is None:
+            return None
+        try:
+            special = {"bos_token": "", "eos_token": ""}
+            return self._template.render(messages, add_generation_prompt=True, **special)
+        # A stranger's code: there is nothing that it could not raise.
+        except Exception:
+            return None
 
     def response(self, text: str) -> int:
         """Tokens of a response and of its end."""
