@@ -35,7 +35,8 @@ class Hub:
         self.repositories: dict[str, Repository] = {}
         self.large: dict[str, bytes] = {}
         self.requests: list[str] = []
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
+        self.http: Any = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http.hub = self
         self.url = f"http://127.0.0.1:{self.http.server_port}"
         threading.Thread(target=self.http.serve_forever, daemon=True).start()
 
@@ -90,99 +91,102 @@ class Hub:
         return {"id": name, "sha": repository.commit, "siblings": siblings}
 
 
-def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+class Handler(BaseHTTPRequestHandler):
+    """Answers for the hub of its server."""
 
-        def do_POST(self) -> None:
-            raw = self._body()
-            if self.headers["Authorization"] != f"Bearer {hub.token}":
-                return self._say(401, {"error": "Invalid username or password."})
-            if self.path == "/api/repos/create":
-                return self._say(*hub.create(json.loads(raw)))
-            if self.path == "/api/validate-yaml":
-                return self._say(200, {"errors": [], "warnings": []})
-            if found := re.fullmatch(r"/api/models/(.+)/preupload/([^/?]+).*", self.path):
-                if found[2] != "main":
-                    return self._say(404, {"error": "no such branch"}, "RevisionNotFound")
-                files = [
-                    {
-                        "path": one["path"],
-                        "uploadMode": "lfs" if one["path"].endswith("safetensors") else "regular",
-                        "shouldIgnore": False,
-                    }
-                    for one in json.loads(raw)["files"]
-                ]
-                return self._say(200, {"files": files})
-            if self.path.endswith("/info/lfs/objects/batch"):
-                return self._say(*hub.batch(json.loads(raw)))
-            if found := re.fullmatch(r"/api/models/(.+)/commit/main.*", self.path):
-                lines = [json.loads(line) for line in raw.splitlines()]
-                return self._say(*hub.commit(found[1], lines))
-            return self._say(404, {"error": f"nothing at {self.path}"})
+    protocol_version = "HTTP/1.1"
 
-        def do_PUT(self) -> None:
-            hub.large[self.path.removeprefix("/large/")] = self._body()
-            self._say(200, {})
+    @property
+    def hub(self) -> Hub:
+        return self.server.hub  # type: ignore[attr-defined]
 
-        def do_HEAD(self) -> None:
-            self.do_GET()
+    def do_POST(self) -> None:
+        raw = self._body()
+        if self.headers["Authorization"] != f"Bearer {self.hub.token}":
+            return self._say(401, {"error": "Invalid username or password."})
+        if self.path == "/api/repos/create":
+            return self._say(*self.hub.create(json.loads(raw)))
+        if self.path == "/api/validate-yaml":
+            return self._say(200, {"errors": [], "warnings": []})
+        if found := re.fullmatch(r"/api/models/(.+)/preupload/([^/?]+).*", self.path):
+            if found[2] != "main":
+                return self._say(404, {"error": "no such branch"}, "RevisionNotFound")
+            files = [
+                {
+                    "path": one["path"],
+                    "uploadMode": "lfs" if one["path"].endswith("safetensors") else "regular",
+                    "shouldIgnore": False,
+                }
+                for one in json.loads(raw)["files"]
+            ]
+            return self._say(200, {"files": files})
+        if self.path.endswith("/info/lfs/objects/batch"):
+            return self._say(*self.hub.batch(json.loads(raw)))
+        if found := re.fullmatch(r"/api/models/(.+)/commit/main.*", self.path):
+            lines = [json.loads(line) for line in raw.splitlines()]
+            return self._say(*self.hub.commit(found[1], lines))
+        return self._say(404, {"error": f"nothing at {self.path}"})
 
-        def do_GET(self) -> None:
-            hub.requests.append(f"{self.command} {self.path}")
-            if found := re.fullmatch(r"/api/models/(.+?)/tree/(\w+)/?(?:\?.*)?", self.path):
-                if found[2] not in ("main", hub.repositories[found[1]].commit):
-                    return self._say(404, {"error": "no such branch"}, "RevisionNotFound")
-                files = hub.repositories[found[1]].files
-                return self._say(
-                    200,
-                    [
-                        {"type": "file", "path": path, "size": len(content), "oid": "0"}
-                        for path, content in files.items()
-                    ],
-                )
-            if found := re.fullmatch(r"/api/models/(.+?)(?:/revision/\w+)?(?:\?.*)?", self.path):
-                if found[1] in hub.repositories:
-                    return self._say(200, hub.info(found[1]))
-            elif found := re.fullmatch(r"/(.+/.+)/resolve/\w+/(.+)", self.path):
-                repository = hub.repositories[found[1]]
-                return self._send(repository, repository.files[found[2]])
-            return self._say(404, {"error": "Repository not found"}, "RepoNotFound")
+    def do_PUT(self) -> None:
+        self.hub.large[self.path.removeprefix("/large/")] = self._body()
+        self._say(200, {})
 
-        def _body(self) -> bytes:
-            hub.requests.append(f"{self.command} {self.path}")
-            if self.headers.get("Transfer-Encoding") == "chunked":
-                parts = []
-                while size := int(self.rfile.readline(), 16):
-                    parts.append(self.rfile.read(size))
-                    self.rfile.readline()
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        self.hub.requests.append(f"{self.command} {self.path}")
+        if found := re.fullmatch(r"/api/models/(.+?)/tree/(\w+)/?(?:\?.*)?", self.path):
+            if found[2] not in ("main", self.hub.repositories[found[1]].commit):
+                return self._say(404, {"error": "no such branch"}, "RevisionNotFound")
+            files = self.hub.repositories[found[1]].files
+            return self._say(
+                200,
+                [
+                    {"type": "file", "path": path, "size": len(content), "oid": "0"}
+                    for path, content in files.items()
+                ],
+            )
+        if found := re.fullmatch(r"/api/models/(.+?)(?:/revision/\w+)?(?:\?.*)?", self.path):
+            if found[1] in self.hub.repositories:
+                return self._say(200, self.hub.info(found[1]))
+        elif found := re.fullmatch(r"/(.+/.+)/resolve/\w+/(.+)", self.path):
+            repository = self.hub.repositories[found[1]]
+            return self._send(repository, repository.files[found[2]])
+        return self._say(404, {"error": "Repository not found"}, "RepoNotFound")
+
+    def _body(self) -> bytes:
+        self.hub.requests.append(f"{self.command} {self.path}")
+        if self.headers.get("Transfer-Encoding") == "chunked":
+            parts = []
+            while size := int(self.rfile.readline(), 16):
+                parts.append(self.rfile.read(size))
                 self.rfile.readline()
-                return b"".join(parts)
-            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            self.rfile.readline()
+            return b"".join(parts)
+        return self.rfile.read(int(self.headers.get("Content-Length") or 0))
 
-        def _send(self, repository: Repository, content: bytes) -> None:
-            self.send_response(200)
-            self.send_header("X-Repo-Commit", repository.commit)
-            self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(content)
+    def _send(self, repository: Repository, content: bytes) -> None:
+        self.send_response(200)
+        self.send_header("X-Repo-Commit", repository.commit)
+        self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
 
-        def _say(self, status: int, content: Any, code: str = "") -> None:
-            raw = json.dumps(content).encode()
-            self.send_response(status)
-            if code:
-                self.send_header("X-Error-Code", code)
-            if isinstance(content, dict) and "error" in content:
-                self.send_header("X-Error-Message", content["error"])
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(raw)))
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(raw)
+    def _say(self, status: int, content: Any, code: str = "") -> None:
+        raw = json.dumps(content).encode()
+        self.send_response(status)
+        if code:
+            self.send_header("X-Error-Code", code)
+        if isinstance(content, dict) and "error" in content:
+            self.send_header("X-Error-Message", content["error"])
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(raw)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(raw)
 
-        def log_message(self, *words: object) -> None:
-            pass
-
-    return Handler
+    def log_message(self, *words: object) -> None:
+        pass
