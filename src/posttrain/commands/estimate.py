@@ -141,9 +141,10 @@ def show(out: Console, estimate: Estimate) -> None:
     if not estimate.stages:
         out.print(Text("nothing to run: everything is in the store", "dim"))
         return
-    columns = ("stage", "parameters", "sampled", "learned", "scored")
+    columns = ("stage", "params", "sampled", "learned", "scored")
     table = plain_table(*columns, "learner", "sampler", "teachers", "peak", "disk", "time")
-    table.columns[0].no_wrap = True
+    for column in table.columns:
+        column.no_wrap = True
     for column in table.columns[1:]:
         column.justify = "right"
     for stage in estimate.stages:
