@@ -184,6 +184,15 @@ def live(cli: Cli, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Any:
     return pages[0], Path("live.html").read_text()
 
 
+def test_a_page_that_is_left_does_not_say_that_the_run_has_ended(done: Path) -> None:
+    store = Store(done / "posttrain-store")
+    path = Path("live.html")
+    with running(store):
+        report_command._Live(path, store, None).end()
+        assert "not written any more while the run goes on" in path.read_text()
+        assert "ended" not in path.read_text().partition("</header>")[0].partition("<body")[2]
+
+
 def test_a_live_page_reloads_itself_until_the_run_ends(
     cli: Cli, done: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

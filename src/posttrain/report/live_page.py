@@ -27,7 +27,7 @@ def write_live_page(
     """Write the page about these stages to `path`, whole or not at all.
 
     `title` is what runs, `now` the time of day. The browser loads it again after `seconds`; None
-    says that the run has ended.
+    says that the page is written for the last time, as when the run has ended.
     """
     facts = [stage.facts for stage in stages]
     colours = domain_colours(facts)
@@ -42,7 +42,8 @@ def write_live_page(
             again=again if seconds else "",
             title=title,
             now=now,
-            running=seconds is not None,
+            renewed=seconds is not None,
+            goes_on=any(stage.state == "running" for stage in stages),
             stages=stages,
             symbols={state: symbol for state, (symbol, _) in SYMBOLS.items()},
             warnings=[{"stage": one.name, "text": text} for one in facts for text in one.warnings],
